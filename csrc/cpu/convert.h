@@ -1,0 +1,98 @@
+// Pieces of a row to and from the accumulator's type.  The loops vectorise by themselves.
+#pragma once
+#include "kernels.h"
+#include "math/portable.h"
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+namespace kcd {
+
+constexpr int64_t kPiece = 2048;   // classes summed at a time: two float64 pieces fit a 32 KiB first-level cache
+
+struct bfloat16 { uint16_t bits; };
+struct float16 { uint16_t bits; };
+
+KCD_INLINE float to_float(bfloat16 x) { return bit_cast<float>(static_cast<uint32_t>(x.bits) << 16); }
+
+// Exponent and mantissa move to their places in a float32; 2^112 makes up for the two biases, for subnormal numbers too.
+KCD_INLINE float to_float(float16 x) {
+  const uint32_t magnitude = static_cast<uint32_t>(x.bits & 0x7fffu) << 13, sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16;
+  const uint32_t finite = bit_cast<uint32_t>(bit_cast<float>(magnitude) * 0x1p112f);
+  const uint32_t special = magnitude | 0x7f800000u;   // infinity or NaN
+  return bit_cast<float>(sign | (magnitude >= 0x0f800000u ? special : finite));
+}
+
+// Round to nearest, ties to even; NaN stays NaN.
+KCD_INLINE bfloat16 to_bfloat16(float x) {
+  const uint32_t bits = bit_cast<uint32_t>(x), rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  return {static_cast<uint16_t>(x != x ? 0x7fc0u : rounded)};
+}
+
+KCD_INLINE float16 to_float16(float x) {
+  const uint32_t bits = bit_cast<uint32_t>(x), sign = (bits >> 16) & 0x8000u, magnitude = bits & 0x7fffffffu;
+  const uint32_t normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+  // Below 2^-14 adding 1/2 aligns the mantissa to float16's smallest step, 2^-24, and rounds.
+  const uint32_t subnormal = bit_cast<uint32_t>(bit_cast<float>(magnitude) + 0.5f) - 0x3f000000u;
+  uint32_t half = magnitude < 0x38800000u ? subnormal : normal;
+  half = magnitude >= 0x477ff000u ? 0x7c00u : half;   // 65520 and above round to infinity
+  half = magnitude > 0x7f800000u ? 0x7e00u : half;
+  return {static_cast<uint16_t>(sign | half)};
+}
+
+KCD_INLINE void widen(const bfloat16* in, int64_t n, float* out) {
+  for (int64_t j = 0; j < n; ++j) out[j] = to_float(in[j]);
+}
+KCD_INLINE void widen(const float16* in, int64_t n, float* out) {
+  int64_t j = 0;
+#if defined(__F16C__)
+  for (; j + 8 <= n; j += 8) _mm256_storeu_ps(out + j, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(in + j))));
+#endif
+  for (; j < n; ++j) out[j] = to_float(in[j]);
+}
+KCD_INLINE void narrow(const float* in, int64_t n, bfloat16* out) {
+  for (int64_t j = 0; j < n; ++j) out[j] = to_bfloat16(in[j]);
+}
+KCD_INLINE void narrow(const float* in, int64_t n, float16* out) {
+  int64_t j = 0;
+#if defined(__F16C__)
+  for (; j + 8 <= n; j += 8)
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + j), _mm256_cvtps_ph(_mm256_loadu_ps(in + j), _MM_FROUND_TO_NEAREST_INT));
+#endif
+  for (; j < n; ++j) out[j] = to_float16(in[j]);
+}
+
+// Logits [first, first + n) of a row as the accumulator's type: where they lie if they are of that type, else in `scratch`.
+KCD_INLINE const float* piece(Type type, const char* row, int64_t first, int64_t n, float* scratch) {
+  switch (type) {
+    case Type::float32: return reinterpret_cast<const float*>(row) + first;
+    case Type::float64: {
+      const double* x = reinterpret_cast<const double*>(row) + first;
+      for (int64_t j = 0; j < n; ++j) scratch[j] = static_cast<float>(x[j]);
+      break;
+    }
+    case Type::float16: widen(reinterpret_cast<const float16*>(row) + first, n, scratch); break;
+    case Type::bfloat16: widen(reinterpret_cast<const bfloat16*>(row) + first, n, scratch); break;
+  }
+  return scratch;
+}
+KCD_INLINE const double* piece(Type type, const char* row, int64_t first, int64_t n, double* scratch) {
+  if (type == Type::float64) return reinterpret_cast<const double*>(row) + first;
+  float single[kPiece];
+  const float* x = piece(type, row, first, n, single);
+  for (int64_t j = 0; j < n; ++j) scratch[j] = static_cast<double>(x[j]);
+  return scratch;
+}
+
+// Where [first, first + n) of the gradient is computed, and how it reaches its row from there.
+KCD_INLINE float* gradient_piece(Type type, char* row, int64_t first, float* scratch) {
+  return type == Type::float32 ? reinterpret_cast<float*>(row) + first : scratch;
+}
+KCD_INLINE double* gradient_piece(Type, char* row, int64_t first, double*) { return reinterpret_cast<double*>(row) + first; }
+KCD_INLINE void finish_gradient_piece(Type type, char* row, int64_t first, int64_t n, const float* scratch) {
+  if (type == Type::float16) narrow(scratch, n, reinterpret_cast<float16*>(row) + first);
+  if (type == Type::bfloat16) narrow(scratch, n, reinterpret_cast<bfloat16*>(row) + first);
+}
+KCD_INLINE void finish_gradient_piece(Type, char*, int64_t, int64_t, const double*) {}
+
+}  // namespace kcd

@@ -1,0 +1,28 @@
+#include "cpu/reduce.h"
+
+#include <algorithm>
+
+namespace kcd::cpu {
+
+int64_t mark_candidates(const Problem& problem, uint8_t* candidate) {
+  int64_t n = 0;
+  for (int64_t i = 0; i < problem.rows; ++i) {
+    candidate[i] = problem.valid(i) && (!problem.with_teacher || problem.teacher_row_of(i) >= 0);
+    n += candidate[i];
+  }
+  return n;
+}
+
+int64_t count_valid(const Problem& problem) {
+  int64_t n = 0;
+  for (int64_t i = 0; i < problem.rows; ++i) n += problem.valid(i);
+  return n;
+}
+
+int64_t number_to_keep(double fraction, int64_t count, int64_t n) {
+  if (n == 0) return 0;
+  if (count > 0) return std::min(count, n);
+  return std::max<int64_t>(1, static_cast<int64_t>(fraction * static_cast<double>(n)));
+}
+
+}  // namespace kcd::cpu

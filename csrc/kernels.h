@@ -1,0 +1,78 @@
+// What a kernel is given and what it gives back.  No framework: pointers, sizes, strides in elements.
+#pragma once
+#include <cstdint>
+
+namespace kcd {
+
+enum class Type : int32_t { float32, float64, float16, bfloat16 };
+
+constexpr int64_t size_of(Type type) { return type == Type::float64 ? 8 : type == Type::float32 ? 4 : 2; }
+
+// Logits of `rows` rows, classes contiguous.  Two strides, so that a slice such as logits[:, :-1] of a (sequences, tokens, classes)
+// tensor is read where it lies.
+struct Logits {
+  const void* data;
+  Type type;
+  int64_t inner;      // rows of the inner leading dimension
+  int64_t outer_stride, inner_stride;
+
+  const char* row(int64_t i) const {
+    return static_cast<const char*>(data) + (i / inner * outer_stride + i % inner * inner_stride) * size_of(type);
+  }
+};
+
+struct Problem {
+  Logits student, teacher;
+  bool with_teacher, with_labels;
+  int64_t rows, classes;
+  double temperature;
+  const int64_t* labels;        // without them every row is valid
+  int64_t ignore_index;
+  const int64_t* teacher_row;   // the teacher's row of each student's row, -1: none; null: the same row
+
+  bool valid(int64_t i) const { return !with_labels || labels[i] != ignore_index; }
+  int64_t teacher_row_of(int64_t i) const { return !with_teacher ? -1 : teacher_row ? teacher_row[i] : i; }
+};
+
+// One array a quantity, `rows` long, of the accumulator's type: double where the student is float64, else float.
+// Rows that are not read have NaN in entropy and kl.
+struct RowOutputs {
+  void *entropy, *kl;
+  void* cross_entropy;     // 0 in rows that are not valid; null: not asked for
+  void* teacher_entropy;   // null: not asked for
+  void* saved;             // (5, rows), for the backward pass; null: not asked for
+};
+
+// The rows of RowOutputs::saved.  Maxima and inverse sums apart, for their log-sum-exp would lose the digits of logits like 1e4.
+enum Saved : int32_t { kStudentMax, kStudentInverseSum, kTeacherMax, kTeacherInverseSum, kStudentInverseSum1, kSavedRows };
+
+// d loss / d z_i = ce_i (softmax(z_i) - onehot(label_i)) + kd_i (softmax(z_i / T) - softmax(y_i / T)); a row whose two factors are
+// both absent is not read.
+struct Gradient {
+  const void* saved;             // as written by the forward pass
+  const uint8_t* selected;       // bool, one a row
+  const void* row_weight;        // accumulator's type; null: 1
+  const void* grad_output;       // accumulator's type; one a row where grad_output_stride is 1, one in all where it is 0
+  int64_t grad_output_stride;
+  double kd_factor, ce_factor;   // kd_weight T / |S| and ce_weight / n_valid
+  Logits out;                    // the student's type; may be the student's own memory
+};
+
+namespace cpu {
+
+// The kernels of one instruction set; a call does rows [begin, end) on the calling thread.
+struct Kernels {
+  const char* name;
+  void (*forward)(const Problem&, const RowOutputs&, int64_t begin, int64_t end);
+  void (*backward)(const Problem&, const Gradient&, int64_t begin, int64_t end);
+};
+
+const Kernels& kernels();          // the set in use: the best this processor has, or the one KCD_ISA names
+const char* const* built_sets();   // names, best first, null at the end
+
+// The k candidates of greatest value, ties to the lower row; NaN ranks above everything.  k <= number of candidates.
+void select(const float* value, const uint8_t* candidate, int64_t rows, int64_t k, uint8_t* selected);
+void select(const double* value, const uint8_t* candidate, int64_t rows, int64_t k, uint8_t* selected);
+
+}  // namespace cpu
+}  // namespace kcd

@@ -1,0 +1,12 @@
+// kcd_ext._C: importing it registers the operators.  Registration happens in here, not in a static initialiser, so that a second copy
+// of the extension ends in an ImportError and not in an abort.
+#include <pybind11/pybind11.h>
+
+#include "torch/ops.h"
+
+PYBIND11_MODULE(_C, module) {
+  kcd::register_operators();
+  module.def(
+      "build_info", [] { return pybind11::module_::import("json").attr("loads")(kcd::build_info_json()); },
+      "dict: version, compiler, instruction sets built and in use, CUDA architectures built.");
+}

@@ -1,0 +1,152 @@
+// The slice of libtorch's stable C ABI (torch/csrc/stable/c/shim.h, PyTorch >= 2.10) that kcd_ext uses, and thin wrappers of it.
+//
+// Declared here, so that building needs no torch; python_tests/test_abi.py compiles this file after torch's own headers, where any
+// disagreement is a compile error.  docs/abi.md lists the functions and what PyTorch promises about them.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <initializer_list>
+#include <stdexcept>
+#include <string>
+#include <utility>
+
+#ifdef KCD_TORCH_HEADERS   // -DKCD_TORCH_HEADERS=ON: torch's own declarations
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/c/shim.h>
+#endif
+
+extern "C" {
+struct AtenTensorOpaque;
+struct TorchLibraryOpaque;
+using AtenTensorHandle = AtenTensorOpaque*;
+using TorchLibraryHandle = TorchLibraryOpaque*;
+using StableIValue = uint64_t;
+
+// One list for two readers: here it declares, in stub.cpp it defines the link-time stand-in.
+#define KCD_TORCH_ABI(X)                                                                                                          \
+  X(aoti_torch_library_init_def, (const char* ns, const char* file, uint32_t line, TorchLibraryHandle* library))                  \
+  X(aoti_torch_library_init_impl, (const char* ns, const char* key, const char* file, uint32_t line, TorchLibraryHandle* library)) \
+  X(aoti_torch_library_def, (TorchLibraryHandle library, const char* schema))                                                     \
+  X(torch_library_impl,                                                                                                           \
+    (TorchLibraryHandle library, const char* name, void (*kernel)(StableIValue*, uint64_t, uint64_t), uint64_t version))          \
+  X(aoti_torch_delete_library_object, (TorchLibraryHandle library))                                                               \
+  X(aoti_torch_delete_tensor_object, (AtenTensorHandle tensor))                                                                   \
+  X(aoti_torch_empty_strided, (int64_t dim, const int64_t* sizes, const int64_t* strides, int32_t dtype, int32_t device_type,     \
+                               int32_t device_index, AtenTensorHandle* tensor))                                                   \
+  X(torch_get_const_data_ptr, (AtenTensorHandle tensor, const void** data))                                                       \
+  X(torch_get_mutable_data_ptr, (AtenTensorHandle tensor, void** data))                                                           \
+  X(aoti_torch_get_dim, (AtenTensorHandle tensor, int64_t* dim))                                                                  \
+  X(aoti_torch_get_numel, (AtenTensorHandle tensor, int64_t* numel))                                                              \
+  X(aoti_torch_get_sizes, (AtenTensorHandle tensor, int64_t** sizes))                                                             \
+  X(aoti_torch_get_strides, (AtenTensorHandle tensor, int64_t** strides))                                                         \
+  X(aoti_torch_get_dtype, (AtenTensorHandle tensor, int32_t* dtype))                                                              \
+  X(aoti_torch_get_device_type, (AtenTensorHandle tensor, int32_t* device_type))                                                  \
+  X(aoti_torch_get_device_index, (AtenTensorHandle tensor, int32_t* device_index))                                                \
+  X(aoti_torch_dtype_float32, ())                                                                                                 \
+  X(aoti_torch_dtype_float64, ())                                                                                                 \
+  X(aoti_torch_dtype_float16, ())                                                                                                 \
+  X(aoti_torch_dtype_bfloat16, ())                                                                                                \
+  X(aoti_torch_dtype_int64, ())                                                                                                   \
+  X(aoti_torch_dtype_bool, ())                                                                                                    \
+  X(torch_parallel_for, (int64_t begin, int64_t end, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context))
+
+#define X(name, args) int32_t name args;
+KCD_TORCH_ABI(X)
+#undef X
+}
+
+namespace kcd {
+
+constexpr uint64_t kTorchVersion = (uint64_t{2} << 56) | (uint64_t{10} << 48);   // the ABI of PyTorch 2.10
+
+inline void check_torch(int32_t error, const char* call) {
+  if (error != 0) throw std::runtime_error(std::string("kcd_ext: ") + call + " failed; libtorch printed why");
+}
+#define KCD_CALL(name, ...) ::kcd::check_torch(name(__VA_ARGS__), #name)
+
+// An owned handle of a tensor.
+class Tensor {
+ public:
+  explicit Tensor(StableIValue value) : handle_(reinterpret_cast<AtenTensorHandle>(value)) {}
+  Tensor(Tensor&& other) noexcept : handle_(std::exchange(other.handle_, nullptr)) {}
+  Tensor(const Tensor&) = delete;
+  ~Tensor() {
+    if (handle_) aoti_torch_delete_tensor_object(handle_);
+  }
+
+  // A contiguous tensor on the device of `like`.
+  static Tensor empty(const int64_t* sizes, int64_t dim, int32_t dtype, const Tensor& like) {
+    constexpr int64_t kMaxDim = 64;   // torch's own limit
+    if (dim > kMaxDim) throw std::runtime_error("kcd_ext: more than 64 dimensions");
+    int64_t strides[kMaxDim] = {}, step = 1;
+    for (int64_t i = dim - 1; i >= 0; --i) {
+      strides[i] = step;
+      step *= sizes[i] > 0 ? sizes[i] : 1;
+    }
+    AtenTensorHandle handle;
+    KCD_CALL(aoti_torch_empty_strided, dim, sizes, strides, dtype, like.device_type(), like.get(aoti_torch_get_device_index), &handle);
+    return Tensor(reinterpret_cast<StableIValue>(handle));
+  }
+  static Tensor empty(std::initializer_list<int64_t> sizes, int32_t dtype, const Tensor& like) {
+    return empty(sizes.begin(), static_cast<int64_t>(sizes.size()), dtype, like);
+  }
+
+  StableIValue release() { return reinterpret_cast<StableIValue>(std::exchange(handle_, nullptr)); }
+
+  template <class T> const T* data() const {
+    const void* p;
+    KCD_CALL(torch_get_const_data_ptr, handle_, &p);
+    return static_cast<const T*>(p);
+  }
+  template <class T> T* mutable_data() const {
+    void* p;
+    KCD_CALL(torch_get_mutable_data_ptr, handle_, &p);
+    return static_cast<T*>(p);
+  }
+  int64_t dim() const { return get(aoti_torch_get_dim); }
+  int64_t numel() const { return get(aoti_torch_get_numel); }
+  const int64_t* sizes() const { return get(aoti_torch_get_sizes); }
+  const int64_t* strides() const { return get(aoti_torch_get_strides); }
+  int32_t dtype() const { return get(aoti_torch_get_dtype); }
+  int32_t device_type() const { return get(aoti_torch_get_device_type); }
+
+ private:
+  template <class T> T get(int32_t (*getter)(AtenTensorHandle, T*)) const {
+    T value;
+    check_torch(getter(handle_, &value), "a query of a tensor");
+    return value;
+  }
+  AtenTensorHandle handle_;
+};
+
+// The arguments of a boxed call, in the order of its schema.  The callee owns the tensors.
+class Arguments {
+ public:
+  explicit Arguments(StableIValue* stack) : next_(stack) {}
+  Tensor tensor() { return Tensor(*next_++); }
+  double real() { return scalar<double>(); }
+  int64_t integer() { return scalar<int64_t>(); }
+
+ private:
+  template <class T> T scalar() {
+    T value;
+    std::memcpy(&value, next_++, sizeof value);
+    return value;
+  }
+  StableIValue* next_;
+};
+
+// Replaces a boxed call's arguments by its results.
+template <class... Tensors> void give_back(StableIValue* stack, Tensors&... results) {
+  ((*stack++ = results.release()), ...);
+}
+
+// Rows on torch's own threads.
+template <class Body> void parallel_for(int64_t n, int64_t grain, const Body& body) {
+  KCD_CALL(torch_parallel_for, 0, n, grain,
+           [](int64_t begin, int64_t end, void* context) { (*static_cast<const Body*>(context))(begin, end); },
+           const_cast<Body*>(&body));
+}
+
+}  // namespace kcd

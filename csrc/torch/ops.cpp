@@ -1,0 +1,411 @@
+// The operators torch.ops.kcd_ext.*, registered with torch's dispatcher.  Boxed kernels: arguments come as owned handles on a stack,
+// results replace them.  A tensor that is absent is an empty one of dtype bool.
+#include "torch/ops.h"
+
+#include <algorithm>
+#include <cstdio>
+#include <stdexcept>
+#include <vector>
+
+#include "cpu/reduce.h"
+#include "kernels.h"
+#include "torch/abi.h"
+
+namespace kcd {
+namespace {
+
+using cpu::Reduction;
+using cpu::Value;
+
+struct Dtypes {
+  int32_t float32 = aoti_torch_dtype_float32(), float64 = aoti_torch_dtype_float64(), float16 = aoti_torch_dtype_float16(),
+          bfloat16 = aoti_torch_dtype_bfloat16(), int64 = aoti_torch_dtype_int64(), boolean = aoti_torch_dtype_bool();
+};
+const Dtypes& dtypes() {
+  static const Dtypes all;
+  return all;
+}
+
+Type type_of(const Tensor& logits) {
+  const int32_t dtype = logits.dtype();
+  if (dtype == dtypes().float32) return Type::float32;
+  if (dtype == dtypes().float64) return Type::float64;
+  if (dtype == dtypes().float16) return Type::float16;
+  if (dtype == dtypes().bfloat16) return Type::bfloat16;
+  throw std::invalid_argument("kcd_ext: logits must be float32, float64, float16 or bfloat16");
+}
+
+bool absent(const Tensor& x) { return x.dtype() == dtypes().boolean; }
+
+void require(bool condition, const char* message) {
+  if (!condition) throw std::invalid_argument(std::string("kcd_ext: ") + message);
+}
+
+// ---- shapes ----------------------------------------------------------------------------------------------------------------------
+
+// (..., classes) as rows of contiguous classes at two strides.
+Logits logits_of(const Tensor& x, const void* data) {
+  const int64_t dim = x.dim(), *sizes = x.sizes(), *strides = x.strides();
+  require(dim >= 1, "logits must have shape (..., classes)");
+  require(sizes[dim - 1] <= 1 || strides[dim - 1] == 1, "the classes of a row must lie side by side");
+  // Leading dimensions, from the inside out, as at most two runs in which each stride is the size times the stride before it.
+  int64_t size[2] = {1, 1}, stride[2] = {0, 0};
+  int run = -1;
+  for (int64_t i = dim - 2; i >= 0; --i) {
+    if (sizes[i] == 1) continue;
+    if (run >= 0 && strides[i] == size[run] * stride[run]) {
+      size[run] *= sizes[i];
+      continue;
+    }
+    require(++run < 2, "the rows of the logits must lie at no more than two strides");
+    size[run] = sizes[i];
+    stride[run] = strides[i];
+  }
+  return {data, type_of(x), std::max<int64_t>(size[0], 1), stride[1], stride[0]};
+}
+
+int64_t count_rows(const Tensor& logits) {
+  int64_t n = 1;
+  for (int64_t i = 0; i + 1 < logits.dim(); ++i) n *= logits.sizes()[i];
+  return n;
+}
+
+// What the operators that read logits have in common, checked: a wrong call through torch.ops must not read out of bounds.
+class Call {
+ public:
+  Call(const Tensor& student, const Tensor* teacher, const Tensor& labels, const Tensor* rows, double temperature,
+       int64_t ignore_index)
+      : leading_dim_(student.dim() - 1), sizes_(student.sizes()),
+        accumulator_(student.dtype() == dtypes().float64 ? dtypes().float64 : dtypes().float32) {
+    problem.student = logits_of(student, student.data<void>());
+    problem.rows = count_rows(student);
+    problem.classes = sizes_[leading_dim_];
+    require(problem.classes > 0, "there must be at least one class");
+    require(temperature > 0, "temperature must be > 0");
+    problem.temperature = temperature;
+    problem.ignore_index = ignore_index;
+    problem.with_labels = !absent(labels);
+    problem.labels = nullptr;
+    problem.teacher_row = nullptr;
+    problem.teacher = {};
+    problem.with_teacher = false;
+    if (problem.with_labels) {
+      require(labels.dtype() == dtypes().int64 && labels.numel() == problem.rows, "labels must be int64, one a row");
+      problem.labels = labels.data<int64_t>();
+      check_labels();
+    }
+    if (!teacher || absent(*teacher)) return;
+    problem.teacher = logits_of(*teacher, teacher->data<void>());
+    problem.with_teacher = true;
+    require(teacher->sizes()[teacher->dim() - 1] == problem.classes, "student and teacher must have the same number of classes");
+    if (absent(*rows)) {
+      require(count_rows(*teacher) == problem.rows, "student and teacher must have the same number of rows");
+    } else {
+      require(rows->dtype() == dtypes().int64 && rows->numel() == count_rows(*teacher), "rows must be int64, one for each teacher row");
+      map_teacher_rows(rows->data<int64_t>(), rows->numel());
+    }
+  }
+
+  Problem problem;
+
+  bool is_double() const { return accumulator_ == dtypes().float64; }
+  int32_t accumulator() const { return accumulator_; }
+  Tensor per_row(int32_t dtype, const Tensor& like) const { return Tensor::empty(sizes_, leading_dim_, dtype, like); }
+  Tensor like_student(const Tensor& student) const { return Tensor::empty(sizes_, leading_dim_ + 1, student.dtype(), student); }
+
+  // Runs a kernel over the rows on torch's threads; a piece of work is worth about 10 us.
+  template <class Body> void over_rows(const Body& body) const {
+    constexpr int64_t kLogitsAPiece = 32768;
+    const int64_t grain = std::max<int64_t>(1, kLogitsAPiece / problem.classes);
+    problem.rows <= grain ? body(int64_t{0}, problem.rows) : parallel_for(problem.rows, grain, body);
+  }
+
+ private:
+  void check_labels() const {
+    for (int64_t i = 0; i < problem.rows; ++i) {
+      const int64_t label = problem.labels[i];
+      if ((label < 0 || label >= problem.classes) && label != problem.ignore_index)
+        throw std::out_of_range("labels[" + std::to_string(i) + "] is " + std::to_string(label) + ": it must lie in [0, " +
+                                std::to_string(problem.classes) + ") or be ignore_index " + std::to_string(problem.ignore_index));
+    }
+  }
+
+  // rows[j] = i: the teacher's row j is the student's row i.
+  void map_teacher_rows(const int64_t* rows, int64_t n) {
+    teacher_row_.assign(static_cast<size_t>(problem.rows), -1);
+    for (int64_t j = 0; j < n; ++j) {
+      const int64_t i = rows[j];
+      if (i == -1) continue;
+      if (i < -1 || i >= problem.rows)
+        throw std::out_of_range("rows[" + std::to_string(j) + "] is " + std::to_string(i) + ": it must lie in [0, " +
+                                std::to_string(problem.rows) + "), or be -1 to be skipped");
+      if (teacher_row_[i] >= 0) throw std::invalid_argument("rows names row " + std::to_string(i) + " more than once");
+      teacher_row_[i] = j;
+    }
+    problem.teacher_row = teacher_row_.data();
+  }
+
+  int64_t leading_dim_;
+  const int64_t* sizes_;
+  int32_t accumulator_;
+  std::vector<int64_t> teacher_row_;
+};
+
+// ---- rows: what one read of the logits gives ---------------------------------------------------------------------------------------
+
+struct Rows {
+  Tensor value, entropy, kl, cross_entropy, candidate, saved;
+  int64_t candidates;
+};
+
+template <class Score> void rank(const Call& call, const Score* value, const Rows& rows) {
+  const Problem& p = call.problem;
+  const bool with_kl = p.with_teacher;
+  Score* ranked = rows.value.mutable_data<Score>();
+  const uint8_t* candidate = rows.candidate.data<uint8_t>();
+  call.is_double()
+      ? cpu::rank(value, rows.entropy.data<double>(), rows.kl.data<double>(), with_kl, candidate, p.rows, ranked)
+      : cpu::rank(value, rows.entropy.data<float>(), rows.kl.data<float>(), with_kl, candidate, p.rows, ranked);
+}
+
+Rows read_rows(const Call& call, const Tensor& student, const Tensor& score, Value value) {
+  const Problem& p = call.problem;
+  const int32_t accumulator = call.accumulator();
+  require(value >= Value::entropy && value <= Value::score, "value must be 0 to 4");
+  require((value == Value::score) == !absent(score), "a score goes with value 4");
+  require(value != Value::cross_entropy || p.with_labels, "the cross entropy needs labels");
+  if (value == Value::score)
+    require((score.dtype() == dtypes().float32 || score.dtype() == dtypes().float64) && score.numel() == p.rows,
+            "score must be float32 or float64, one a row");
+
+  Rows rows{call.per_row(value == Value::score ? score.dtype() : accumulator, student),
+            call.per_row(accumulator, student),
+            call.per_row(accumulator, student),
+            p.with_labels ? call.per_row(accumulator, student) : Tensor::empty({0}, accumulator, student),
+            call.per_row(dtypes().boolean, student),
+            Tensor::empty({kSavedRows, p.rows}, accumulator, student),
+            0};
+  // A quantity that only ranks is written where the ranking is read from.
+  const bool by_teacher_entropy = value == Value::teacher_entropy;
+  const RowOutputs outputs{rows.entropy.mutable_data<void>(), rows.kl.mutable_data<void>(),
+                           p.with_labels ? rows.cross_entropy.mutable_data<void>() : nullptr,
+                           by_teacher_entropy ? rows.value.mutable_data<void>() : nullptr, rows.saved.mutable_data<void>()};
+  call.over_rows([&](int64_t begin, int64_t end) { cpu::kernels().forward(p, outputs, begin, end); });
+
+  rows.candidates = cpu::mark_candidates(p, rows.candidate.mutable_data<uint8_t>());
+  const Tensor& source = value == Value::score           ? score
+                         : value == Value::kl            ? rows.kl
+                         : value == Value::cross_entropy ? rows.cross_entropy
+                         : by_teacher_entropy            ? rows.value
+                                                         : rows.entropy;
+  source.dtype() == dtypes().float64 ? rank(call, source.data<double>(), rows) : rank(call, source.data<float>(), rows);
+  return rows;
+}
+
+Tensor select(const Tensor& value, const Tensor& candidate, Tensor selected, int64_t k) {
+  const uint8_t* candidates = candidate.data<uint8_t>();
+  uint8_t* out = selected.mutable_data<uint8_t>();
+  value.dtype() == dtypes().float64 ? cpu::select(value.data<double>(), candidates, value.numel(), k, out)
+                                    : cpu::select(value.data<float>(), candidates, value.numel(), k, out);
+  return selected;
+}
+
+// ---- loss --------------------------------------------------------------------------------------------------------------------------
+
+struct LossOptions {
+  double temperature, kd_weight, ce_weight;
+  Reduction reduction;
+};
+
+const void* row_weight_of(const Call& call, const Tensor& row_weight) {
+  if (absent(row_weight)) return nullptr;
+  require(row_weight.dtype() == call.accumulator() && row_weight.numel() == call.problem.rows,
+          "row_weight must be of the accumulator's dtype, one a row");
+  return row_weight.data<void>();
+}
+
+Tensor reduce(const Call& call, const Tensor& student, const Tensor& row_weight, const Tensor& selected, const Tensor& kl,
+              const Tensor& cross_entropy, const double* divisors, const LossOptions& options) {
+  require(options.reduction >= Reduction::mean && options.reduction <= Reduction::none, "reduction must be 0 to 2");
+  require(options.ce_weight == 0 || call.problem.with_labels, "ce_weight needs labels");
+  Tensor loss = options.reduction == Reduction::none ? call.per_row(call.accumulator(), student)
+                                                     : Tensor::empty({}, call.accumulator(), student);
+  const cpu::LossFactors factors{options.kd_weight * options.temperature * options.temperature, options.ce_weight, divisors[0],
+                                 divisors[1], options.reduction};
+  const void* weight = row_weight_of(call, row_weight);
+  const uint8_t* chosen = selected.data<uint8_t>();
+  if (call.is_double())
+    cpu::loss(call.problem, kl.data<double>(), cross_entropy.data<double>(), static_cast<const double*>(weight), chosen, factors,
+              loss.mutable_data<double>());
+  else
+    cpu::loss(call.problem, kl.data<float>(), cross_entropy.data<float>(), static_cast<const float*>(weight), chosen, factors,
+              loss.mutable_data<float>());
+  return loss;
+}
+
+// ---- the operators -----------------------------------------------------------------------------------------------------------------
+
+void condensed_kd(StableIValue* stack, uint64_t, uint64_t) {
+  Arguments args(stack);
+  const Tensor student = args.tensor(), teacher = args.tensor(), labels = args.tensor(), score = args.tensor(),
+               row_weight = args.tensor(), teacher_rows = args.tensor();
+  const double temperature = args.real(), keep_fraction = args.real();
+  const int64_t keep_count = args.integer();
+  const auto value = static_cast<Value>(args.integer());
+  const double kd_weight = args.real(), ce_weight = args.real();
+  const int64_t ignore_index = args.integer();
+  const auto reduction = static_cast<Reduction>(args.integer());
+
+  const Call call(student, &teacher, labels, &teacher_rows, temperature, ignore_index);
+  require(call.problem.with_teacher, "teacher logits are missing");
+  Rows rows = read_rows(call, student, score, value);
+  const int64_t k = cpu::number_to_keep(keep_fraction, keep_count, rows.candidates);
+  Tensor selected = select(rows.value, rows.candidate, call.per_row(dtypes().boolean, student), k);
+
+  Tensor n_selected = Tensor::empty({}, dtypes().int64, student), divisors = Tensor::empty({2}, dtypes().float64, student);
+  *n_selected.mutable_data<int64_t>() = k;
+  double* divisor = divisors.mutable_data<double>();
+  const bool mean = reduction == Reduction::mean;
+  divisor[0] = mean ? static_cast<double>(k) : 1.0;
+  divisor[1] = mean ? static_cast<double>(cpu::count_valid(call.problem)) : 1.0;
+  Tensor loss = reduce(call, student, row_weight, selected, rows.kl, rows.cross_entropy, divisor,
+                       {temperature, kd_weight, ce_weight, reduction});
+  give_back(stack, loss, rows.value, rows.entropy, rows.kl, selected, n_selected, rows.saved, divisors);
+}
+
+void row_stats(StableIValue* stack, uint64_t, uint64_t) {
+  Arguments args(stack);
+  const Tensor student = args.tensor(), teacher = args.tensor(), labels = args.tensor(), score = args.tensor(),
+               teacher_rows = args.tensor();
+  const double temperature = args.real();
+  const auto value = static_cast<Value>(args.integer());
+  const int64_t ignore_index = args.integer();
+
+  const Call call(student, &teacher, labels, &teacher_rows, temperature, ignore_index);
+  require(call.problem.with_teacher || value == Value::entropy || value == Value::cross_entropy || value == Value::score,
+          "this value needs a teacher");
+  Rows rows = read_rows(call, student, score, value);
+  give_back(stack, rows.value, rows.entropy, rows.kl, rows.cross_entropy, rows.candidate, rows.saved);
+}
+
+void select_topk(StableIValue* stack, uint64_t, uint64_t) {
+  Arguments args(stack);
+  const Tensor value = args.tensor(), candidate = args.tensor();
+  const double keep_fraction = args.real();
+  const int64_t keep_count = args.integer();
+  require(value.dtype() == dtypes().float32 || value.dtype() == dtypes().float64, "value must be float32 or float64");
+  require(candidate.dtype() == dtypes().boolean && candidate.numel() == value.numel(), "candidate must be bool, one a value");
+  const uint8_t* candidates = candidate.data<uint8_t>();
+  const int64_t n = std::count(candidates, candidates + value.numel(), uint8_t{1});
+  Tensor selected = select(value, candidate, Tensor::empty(value.sizes(), value.dim(), dtypes().boolean, value),
+                           cpu::number_to_keep(keep_fraction, keep_count, n));
+  give_back(stack, selected);
+}
+
+void reduce_rows(StableIValue* stack, uint64_t, uint64_t) {
+  Arguments args(stack);
+  const Tensor student = args.tensor(), labels = args.tensor(), row_weight = args.tensor(), selected = args.tensor(),
+               kl = args.tensor(), cross_entropy = args.tensor(), divisors = args.tensor();
+  const double temperature = args.real(), kd_weight = args.real(), ce_weight = args.real();
+  const int64_t ignore_index = args.integer();
+  const auto reduction = static_cast<Reduction>(args.integer());
+  const Call call(student, nullptr, labels, nullptr, temperature, ignore_index);
+  require(selected.numel() == call.problem.rows && kl.numel() == call.problem.rows && divisors.numel() == 2,
+          "selected and kl must hold one entry a row, divisors two");
+  Tensor loss = reduce(call, student, row_weight, selected, kl, cross_entropy, divisors.data<double>(),
+                       {temperature, kd_weight, ce_weight, reduction});
+  give_back(stack, loss);
+}
+
+struct BackwardArguments {
+  Tensor grad_output, student, teacher, labels, row_weight, teacher_rows, selected, saved, divisors;
+  double temperature, kd_weight, ce_weight;
+  int64_t ignore_index;
+  explicit BackwardArguments(Arguments args)
+      : grad_output(args.tensor()), student(args.tensor()), teacher(args.tensor()), labels(args.tensor()), row_weight(args.tensor()),
+        teacher_rows(args.tensor()), selected(args.tensor()), saved(args.tensor()), divisors(args.tensor()), temperature(args.real()),
+        kd_weight(args.real()), ce_weight(args.real()), ignore_index(args.integer()) {}
+};
+
+void write_gradient(const Call& call, const BackwardArguments& a, const Logits& out) {
+  const Problem& p = call.problem;
+  require(a.selected.numel() == p.rows && a.saved.numel() == kSavedRows * p.rows && a.divisors.numel() == 2,
+          "selected, saved and divisors must come from the forward pass on the same logits");
+  require(a.grad_output.dtype() == call.accumulator() && (a.grad_output.dim() == 0 || a.grad_output.numel() == p.rows),
+          "grad_output must be of the accumulator's dtype, a scalar or one a row");
+  const double* divisor = a.divisors.data<double>();
+  const auto share = [](double factor, double n) { return n > 0 ? factor / n : 0.0; };
+  const Gradient gradient{a.saved.data<void>(), a.selected.data<uint8_t>(), row_weight_of(call, a.row_weight),
+                          a.grad_output.data<void>(), a.grad_output.dim() == 0 ? 0 : 1,
+                          share(a.kd_weight * a.temperature, divisor[0]), share(a.ce_weight, divisor[1]), out};
+  call.over_rows([&](int64_t begin, int64_t end) { cpu::kernels().backward(p, gradient, begin, end); });
+}
+
+void condensed_kd_backward(StableIValue* stack, uint64_t, uint64_t) {
+  const BackwardArguments a{Arguments(stack)};
+  const Call call(a.student, &a.teacher, a.labels, &a.teacher_rows, a.temperature, a.ignore_index);
+  Tensor out = call.like_student(a.student);
+  write_gradient(call, a, logits_of(out, out.mutable_data<void>()));
+  give_back(stack, out);
+}
+
+void condensed_kd_gradient_(StableIValue* stack, uint64_t, uint64_t) {
+  const BackwardArguments a{Arguments(stack)};
+  const Call call(a.student, &a.teacher, a.labels, &a.teacher_rows, a.temperature, a.ignore_index);
+  write_gradient(call, a, logits_of(a.student, a.student.mutable_data<void>()));
+}
+
+#define KCD_FORWARD_SCHEMA                                                                                                  \
+  "(Tensor student, Tensor teacher, Tensor labels, Tensor score, Tensor row_weight, Tensor rows, float temperature, "        \
+  "float keep_fraction, int keep_count, int value, float kd_weight, float ce_weight, int ignore_index, int reduction) -> "   \
+  "(Tensor loss, Tensor value, Tensor entropy, Tensor kl, Tensor selected, Tensor n_selected, Tensor saved, Tensor divisors)"
+#define KCD_BACKWARD_SCHEMA(student, result)                                                                                 \
+  "(Tensor grad_output, " student " student, Tensor teacher, Tensor labels, Tensor row_weight, Tensor rows, "                \
+  "Tensor selected, Tensor saved, Tensor divisors, float temperature, float kd_weight, float ce_weight, int ignore_index) -> " result
+
+// name, kernel, schema.  Each direction has two names: condensed_kd and condensed_kd_backward carry the derivatives that
+// kcd_ext/ops.py registers, for torch.compile and for whoever calls torch.ops.kcd_ext himself; condensed_kd_forward and
+// condensed_kd_gradient carry none, and spare the eager path the Python in which torch.library wraps a derivative.
+#define KCD_OPERATORS(X)                                                                                                     \
+  X(condensed_kd, condensed_kd, KCD_FORWARD_SCHEMA)                                                                          \
+  X(condensed_kd_forward, condensed_kd, KCD_FORWARD_SCHEMA)                                                                  \
+  X(condensed_kd_backward, condensed_kd_backward, KCD_BACKWARD_SCHEMA("Tensor", "Tensor gradient"))                          \
+  X(condensed_kd_gradient, condensed_kd_backward, KCD_BACKWARD_SCHEMA("Tensor", "Tensor gradient"))                          \
+  X(condensed_kd_gradient_, condensed_kd_gradient_, KCD_BACKWARD_SCHEMA("Tensor(a!)", "()"))                                 \
+  X(row_stats, row_stats,                                                                                                    \
+    "(Tensor student, Tensor teacher, Tensor labels, Tensor score, Tensor rows, float temperature, int value, "              \
+    "int ignore_index) -> (Tensor value, Tensor entropy, Tensor kl, Tensor cross_entropy, Tensor candidate, Tensor saved)")  \
+  X(select_topk, select_topk,                                                                                                \
+    "(Tensor value, Tensor candidate, float keep_fraction, int keep_count) -> Tensor selected")                              \
+  X(reduce_rows, reduce_rows,                                                                                                \
+    "(Tensor student, Tensor labels, Tensor row_weight, Tensor selected, Tensor kl, Tensor cross_entropy, Tensor divisors, " \
+    "float temperature, float kd_weight, float ce_weight, int ignore_index, int reduction) -> Tensor loss")
+
+}  // namespace
+
+void register_operators() {
+  cpu::kernels();   // a wrong KCD_ISA is reported now
+  TorchLibraryHandle library, cpu;
+  if (aoti_torch_library_init_def("kcd_ext", __FILE__, __LINE__, &library) != 0)
+    throw std::runtime_error("another copy of kcd_ext's extension is already loaded in this process: import only one of them");
+#define X(name, kernel, schema) KCD_CALL(aoti_torch_library_def, library, #name schema);
+  KCD_OPERATORS(X)
+#undef X
+  KCD_CALL(aoti_torch_library_init_impl, "kcd_ext", "CPU", __FILE__, __LINE__, &cpu);
+#define X(name, kernel, schema) KCD_CALL(torch_library_impl, cpu, #name, kernel, kTorchVersion);
+  KCD_OPERATORS(X)
+#undef X
+  // The handles are never given back: the registrations live as long as the process.
+}
+
+const std::string& build_info_json() {
+  static const std::string info = [] {
+    std::string sets;
+    for (const char* const* name = cpu::built_sets(); *name; ++name) sets += (sets.empty() ? "\"" : ", \"") + std::string(*name) + "\"";
+    return std::string("{\"version\": \"") + KCD_VERSION + "\", \"compiler\": \"" + KCD_COMPILER + "\", \"instruction_sets\": [" + sets +
+           "], \"instruction_set_in_use\": \"" + cpu::kernels().name + "\", \"cuda_architectures\": []}";
+  }();
+  return info;
+}
+
+}  // namespace kcd

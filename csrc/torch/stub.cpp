@@ -1,0 +1,9 @@
+// Link-time stand-in for libtorch.so: never installed, never loaded.  With it the linker checks every libtorch symbol that kcd_ext
+// uses, and records the dependency, on a machine without torch.
+#include "torch/abi.h"
+
+#define X(name, args) \
+  __attribute__((visibility("default"))) int32_t name args { return 1; }
+extern "C" {
+KCD_TORCH_ABI(X)
+}

@@ -1,0 +1,189 @@
+"""Checks of the arguments that `condensed_kd_loss`, `select_rows` and the reference share: all of them before any kernel runs."""
+
+import math
+import numbers
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+VALUES = ("entropy", "teacher_entropy", "kl", "cross_entropy")
+REDUCTIONS = ("mean", "sum", "none")
+
+
+class Keep(NamedTuple):
+    """How many candidates are selected: of n, `max(1, int(fraction * n))` where count is 0, else `min(count, n)`."""
+
+    fraction: float
+    count: int
+
+    def of(self, n: int) -> int:
+        """The number of selected rows among n candidates."""
+        if n == 0:
+            return 0
+        return min(self.count, n) if self.count else max(1, int(self.fraction * n))
+
+
+class Weights(NamedTuple):
+    """The factors of the distillation term and of the cross entropy."""
+
+    kd: float
+    ce: float
+
+
+def _describe(x: object) -> str:
+    return f"{type(x).__name__} {x!r}" if not isinstance(x, Tensor) else f"a {x.dtype} tensor of shape {tuple(x.shape)}"
+
+
+def check_logits(name: str, logits: Tensor) -> None:
+    """A floating-point tensor of shape (..., C), C >= 1."""
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"{name} must be a tensor of logits (..., classes), got {_describe(logits)}")
+    if logits.dtype not in DTYPES:
+        raise TypeError(f"{name} must be float32, float64, float16 or bfloat16, got {logits.dtype}")
+    if logits.layout is not torch.strided:
+        raise TypeError(f"{name} must be a strided tensor, got layout {logits.layout}; use {name}.to_dense()")
+    if logits.dim() == 0 or logits.shape[-1] == 0:
+        raise ValueError(f"{name} must have shape (..., classes) with at least one class, got {tuple(logits.shape)}")
+
+
+def check_teacher(student: Tensor, teacher: Tensor, rows: Tensor | None) -> None:
+    """Teacher logits of the student's shape, or (m, C) beside `rows` (m,)."""
+    check_logits("teacher_logits", teacher)
+    if teacher.device != student.device:
+        raise ValueError(f"teacher_logits are on {teacher.device}, student_logits on {student.device}: move one of them")
+    if teacher.shape[-1] != student.shape[-1]:
+        c = min(teacher.shape[-1], student.shape[-1])
+        raise ValueError(
+            f"teacher_logits have {teacher.shape[-1]} classes, student_logits {student.shape[-1]}: where the first {c} classes"
+            f" mean the same in both (a padded vocabulary), slice them, as in logits[..., :{c}]"
+        )
+    if rows is None:
+        if teacher.shape != student.shape:
+            raise ValueError(
+                f"teacher_logits must have the shape of student_logits, {tuple(student.shape)}, got {tuple(teacher.shape)}"
+                " (a teacher that ran on some rows only needs rows=)"
+            )
+        return
+    check_rows(student, rows)
+    if teacher.dim() != 2 or teacher.shape[0] != rows.shape[0]:
+        raise ValueError(
+            f"teacher_logits must be ({rows.shape[0]}, {student.shape[-1]}), one row for each entry of rows,"
+            f" got {tuple(teacher.shape)}"
+        )
+
+
+def check_rows(student: Tensor, rows: Tensor) -> None:
+    """int64 (m,), on the student's device; the entries themselves are checked by the kernel."""
+    if not isinstance(rows, Tensor) or rows.dtype != torch.int64:
+        raise TypeError(f"rows must be an int64 tensor (m,), got {_describe(rows)}")
+    if rows.dim() != 1:
+        raise ValueError(f"rows must have one dimension, got shape {tuple(rows.shape)}")
+    if rows.device != student.device:
+        raise ValueError(f"rows are on {rows.device}, student_logits on {student.device}: move one of them")
+
+
+def _check_per_row(name: str, x: Tensor, student: Tensor) -> None:
+    if x.shape != student.shape[:-1]:
+        raise ValueError(f"{name} must have one entry a row, shape {tuple(student.shape[:-1])}, got {tuple(x.shape)}")
+    if x.device != student.device:
+        raise ValueError(f"{name} is on {x.device}, student_logits on {student.device}: move one of them")
+
+
+def check_labels(student: Tensor, labels: Tensor | None) -> None:
+    """int64 (...), one class index a row."""
+    if labels is None:
+        return
+    if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
+        raise TypeError(f"labels must be an int64 tensor of class indices, got {_describe(labels)}")
+    _check_per_row("labels", labels, student)
+
+
+def check_row_weight(student: Tensor, row_weight: Tensor | None) -> None:
+    """A floating-point or bool tensor (...)."""
+    if row_weight is None:
+        return
+    if not isinstance(row_weight, Tensor) or not (row_weight.is_floating_point() or row_weight.dtype == torch.bool):
+        raise TypeError(f"row_weight must be a floating-point or bool tensor, got {_describe(row_weight)}")
+    _check_per_row("row_weight", row_weight, student)
+
+
+def check_value(student: Tensor, value: str | Tensor, labels: Tensor | None) -> None:
+    """One of VALUES, or a floating-point tensor (...) of scores."""
+    if isinstance(value, Tensor):
+        if value.dtype not in DTYPES:
+            raise TypeError(f"value must be a name or a floating-point tensor of scores, got {_describe(value)}")
+        _check_per_row("value", value, student)
+        return
+    if not isinstance(value, str):
+        raise TypeError(f"value must be a name or a floating-point tensor of scores, got {_describe(value)}")
+    if value not in VALUES:
+        raise ValueError(f"value must be one of {', '.join(VALUES)} or a tensor of scores, got {value!r}")
+    if value == "cross_entropy" and labels is None:
+        raise ValueError("value='cross_entropy' needs labels, got labels=None")
+
+
+def check_number(name: str, x: float) -> float:
+    """A finite real number (NumPy's too), bool excepted."""
+    if type(x) not in (float, int) and (isinstance(x, bool) or not isinstance(x, numbers.Real)):
+        raise TypeError(f"{name} must be a number, got {_describe(x)}")
+    if not math.isfinite(x):
+        raise ValueError(f"{name} must be finite, got {x}")
+    return float(x)
+
+
+def check_temperature(temperature: float) -> float:
+    """A finite number > 0."""
+    temperature = check_number("temperature", temperature)
+    if temperature <= 0:
+        raise ValueError(f"temperature must be > 0, got {temperature}")
+    return temperature
+
+
+def check_keep(keep: float | int) -> Keep:
+    """A float in (0, 1] is a fraction of the candidates, an int >= 1 a number of rows."""
+    if isinstance(keep, bool) or not (isinstance(keep, (float, int)) or isinstance(keep, numbers.Real)):
+        raise TypeError(f"keep must be a float in (0, 1] or an int >= 1, got {_describe(keep)}")
+    if isinstance(keep, int) or isinstance(keep, numbers.Integral):
+        if keep < 1:
+            raise ValueError(f"keep as a number of rows must be >= 1, got {keep}")
+        return Keep(1.0, int(keep))
+    if not 0 < keep <= 1:
+        raise ValueError(f"keep as a fraction must lie in (0, 1], got {keep} (a number of rows is an int)")
+    return Keep(float(keep), 0)
+
+
+def check_weights(kd_weight: float | None, ce_weight: float | None, labels: Tensor | None) -> Weights:
+    """Finite numbers; None: 1 and 0 without labels, 0.9 and 0.1 with them (KCD's recipe)."""
+    kd = (1.0 if labels is None else 0.9) if kd_weight is None else check_number("kd_weight", kd_weight)
+    ce = (0.0 if labels is None else 0.1) if ce_weight is None else check_number("ce_weight", ce_weight)
+    if ce != 0 and labels is None:
+        raise ValueError(f"ce_weight={ce} needs labels, got labels=None")
+    return Weights(kd, ce)
+
+
+def check_reduction(reduction: str) -> str:
+    """One of REDUCTIONS."""
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+    return reduction
+
+
+def check_ignore_index(ignore_index: int) -> int:
+    """An int."""
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        raise TypeError(f"ignore_index must be an int, got {_describe(ignore_index)}")
+    return ignore_index
+
+
+def check_group(group: object) -> None:
+    """None or a torch.distributed process group this rank belongs to."""
+    if group is None:
+        return
+    import torch.distributed as dist
+
+    if not dist.is_available() or not dist.is_initialized():
+        raise ValueError("group needs torch.distributed to be initialised; leave it None on one process")
+    if not isinstance(group, dist.ProcessGroup):
+        raise TypeError(f"group must be a torch.distributed process group of this rank, or None, got {_describe(group)}")

@@ -1,0 +1,363 @@
+"""The operator's contract, case by case, on every backend, against an oracle in extended precision."""
+
+import math
+
+import oracle
+import pytest
+import torch
+from backends import BACKENDS, run
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+INF, NAN = math.inf, math.nan
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    return request.param
+
+
+def logits(rows, classes, *, dtype=torch.float32, seed=0, scale=2.0, offset=0.0):
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(rows, classes, generator=generator, dtype=torch.float64) * scale + offset).to(dtype)
+
+
+def check(backend, student, teacher, **options):
+    got = run(backend, student, teacher, **options)
+    oracle.check(got, oracle.expected(student, teacher, got, **options))
+    accumulator = torch.float64 if student.dtype == torch.float64 else torch.float32
+    assert got["grad"].dtype == student.dtype and got["grad"].shape == student.shape
+    for name in ("loss", "kl", "entropy"):
+        assert got[name].dtype == accumulator
+    for name in ("kl", "entropy", "selected", "value"):
+        assert got[name].shape == student.shape[:-1]
+    assert got["selected"].dtype == torch.bool and got["n_selected"].dtype == torch.int64 and got["n_selected"].shape == ()
+    return got
+
+
+# ---- shapes, dtypes, options
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows, classes", [(1, 1), (3, 3), (129, 17), (7, 129), (5, 1151), (3, 4097), (2, 32003)])
+def test_sizes(backend, dtype, rows, classes):
+    check(backend, logits(rows, classes, dtype=dtype, seed=1), logits(rows, classes, dtype=dtype, seed=2), keep=0.7)
+
+
+@pytest.mark.parametrize("teacher", DTYPES, ids=str)
+@pytest.mark.parametrize("student", DTYPES, ids=str)
+def test_student_and_teacher_of_different_dtypes(backend, student, teacher):
+    labels = torch.arange(9) % 37
+    check(backend, logits(9, 37, dtype=student, seed=1), logits(9, 37, dtype=teacher, seed=2), keep=0.5, labels=labels)
+
+
+@pytest.mark.parametrize("temperature", [0.25, 1.0, 2.0, 3.0, 4.0, 20.0])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("value", ["entropy", "teacher_entropy", "kl", "cross_entropy"])
+def test_temperatures_and_values(backend, dtype, temperature, value):
+    labels = torch.arange(12) % 100
+    labels[3] = -100
+    check(backend, logits(12, 100, dtype=dtype, seed=3), logits(12, 100, dtype=dtype, seed=4), temperature=temperature, value=value,
+          labels=labels, keep=0.6)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("labelled", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_reductions_weights_and_incoming_gradients(backend, dtype, labelled, reduction):
+    student, teacher = logits(33, 19, dtype=dtype, seed=5), logits(33, 19, dtype=dtype, seed=6)
+    options = {"reduction": reduction, "keep": 11, "row_weight": torch.rand(33, generator=torch.Generator().manual_seed(7))}
+    if labelled:
+        options |= {"labels": torch.arange(33) % 19, "kd_weight": 0.7, "ce_weight": 1.3}
+        options["labels"][::5] = -7
+        options["ignore_index"] = -7
+    accumulator = torch.float64 if dtype == torch.float64 else torch.float32
+    grad_output = torch.linspace(-2, 3, 33, dtype=accumulator) if reduction == "none" else torch.tensor(-1.7, dtype=accumulator)
+    check(backend, student, teacher, grad_output=grad_output, **options)
+    if reduction == "none":  # an expanded gradient has stride 0
+        check(backend, student, teacher, grad_output=torch.tensor(0.3, dtype=accumulator).expand(33), **options)
+
+
+def test_weights_of_zero_and_below(backend):
+    student, teacher, labels = logits(8, 11, seed=8), logits(8, 11, seed=9), torch.arange(8)
+    for kd_weight, ce_weight in ((0.0, 1.0), (1.0, 0.0), (0.0, 0.0), (-0.5, 2.0)):
+        check(backend, student, teacher, labels=labels, kd_weight=kd_weight, ce_weight=ce_weight, keep=0.5)
+
+
+@pytest.mark.parametrize("keep", [1.0, 0.7, 0.2, 1e-9, 1, 4, 1000])
+@pytest.mark.parametrize("rows", [1, 10])
+def test_how_many_are_kept(backend, keep, rows):
+    got = check(backend, logits(rows, 7, seed=10), logits(rows, 7, seed=11), keep=keep)
+    assert got["n_selected"] == (min(keep, rows) if isinstance(keep, int) else max(1, int(keep * rows)))
+
+
+def test_the_product_of_keep_is_taken_in_float64(backend):
+    # 0.29 * 100 is 28.999999999999996 in float64 and 29.0 in float32
+    assert check(backend, logits(100, 3, seed=12), logits(100, 3, seed=13), keep=0.29)["n_selected"] == 28
+
+
+def test_many_rows(backend):
+    check(backend, logits(70_001, 3, seed=14), logits(70_001, 3, seed=15), keep=0.3)
+
+
+# ---- scores
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_scores_of_the_callers(backend, dtype):
+    score = logits(50, 1, dtype=dtype, seed=16)[:, 0]
+    score[[4, 9]] = torch.tensor([-INF, INF], dtype=dtype)
+    got = check(backend, logits(50, 5, seed=17), logits(50, 5, seed=18), value=score, keep=0.4)
+    assert got["value"].dtype == dtype and torch.equal(got["value"], score)
+
+
+def test_scores_of_float64_are_compared_in_float64(backend):
+    score = torch.tensor([1.0, 1.0 + 1e-12, 1.0 + 2e-12], dtype=torch.float64)
+    got = check(backend, logits(3, 5, seed=19), logits(3, 5, seed=20), value=score, keep=1)
+    assert got["selected"].tolist() == [False, False, True]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_ties_go_to_the_lower_row(backend, dtype):
+    score = torch.tensor([0.0, -0.0, 1.0, 0.0, -0.0, 1.0, -1.0], dtype=dtype)
+    student, teacher = logits(7, 4, seed=21), logits(7, 4, seed=22)
+    for keep, rows in ((1, {2}), (2, {2, 5}), (3, {0, 2, 5}), (4, {0, 1, 2, 5}), (6, {0, 1, 2, 3, 4, 5})):
+        assert set(check(backend, student, teacher, value=score, keep=keep)["selected"].nonzero()[:, 0].tolist()) == rows
+    assert check(backend, torch.zeros(9, 4), torch.zeros(9, 4), keep=0.5)["selected"].tolist() == [True] * 4 + [False] * 5
+
+
+def test_nan_of_either_sign_ranks_first(backend):
+    negative_nan = torch.tensor([-4194304], dtype=torch.int32).view(torch.float32)
+    assert negative_nan.isnan() and torch.signbit(negative_nan)
+    score = torch.tensor([5.0, NAN, INF, 0.0])
+    score[3] = negative_nan[0]
+    got = check(backend, logits(4, 3, seed=23), logits(4, 3, seed=24), value=score, keep=2)
+    assert got["selected"].tolist() == [False, True, False, True]
+
+
+# ---- memory
+
+
+def surround(x, left=3, right=5):
+    """The same numbers inside poisoned memory, at an odd alignment and row stride."""
+    poisoned = torch.full((*x.shape[:-1], left + x.shape[-1] + right), NAN, dtype=x.dtype)
+    view = poisoned[..., left : left + x.shape[-1]]
+    view.copy_(x)
+    return view
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("classes", [5, 16, 129, 4097])
+def test_strided_rows_in_dirty_memory(backend, dtype, classes):
+    torch.use_deterministic_algorithms(True)  # fills what is allocated with NaN
+    try:
+        student, teacher = surround(logits(6, classes, dtype=dtype, seed=25)), surround(logits(6, classes, dtype=dtype, seed=26), 1, 2)
+        check(backend, student, teacher, keep=0.5, labels=torch.arange(6) % classes)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_layouts(backend):
+    base = logits(4 * 6, 30, seed=27).view(4, 6, 30)
+    other = logits(4 * 5, 30, seed=28).view(4, 5, 30)
+    for student, teacher in (
+        (base[:, :-1], other),  # rows at two strides
+        (base[:, 1:], base[:, :-1]),
+        (base.transpose(0, 1), base.transpose(0, 1)),
+        (base[..., ::2], base[..., 1::2]),  # classes apart
+        (base.permute(2, 0, 1), base.permute(2, 0, 1)),  # classes apart
+        (base[:1, :, :].expand(4, 6, 30), base),  # rows that overlap
+        (base[0, 0], base[1, 1]),  # one row without leading dimensions
+        (base.view(2, 2, 3, 2, 30)[:, :, :2], base.view(2, 2, 3, 2, 30)[:, :, 1:]),
+        (base.view(2, 2, 3, 2, 30)[:, :1, :2, :1], base.view(2, 2, 3, 2, 30)[:, 1:, 1:, 1:]),  # three strides: copied
+    ):
+        got = check(backend, student, teacher, keep=0.5)
+        alone = run(backend, student.contiguous(), teacher.contiguous(), keep=0.5)
+        for name in got:
+            assert torch.equal(got[name], alone[name]), name
+
+
+def test_gradient_in_place_of_the_logits(backend):
+    for dtype in DTYPES:
+        student, teacher, labels = logits(21, 300, dtype=dtype, seed=29), logits(21, 300, dtype=dtype, seed=30), torch.arange(21)
+        for options in ({}, {"labels": labels}, {"keep": 0.3}, {"reduction": "none", "keep": 0.5}):
+            apart, inplace = run(backend, student, teacher, **options), run(backend, student, teacher, inplace=True, **options)
+            for name in apart:
+                assert torch.equal(apart[name], inplace[name]), (dtype, options, name)
+
+
+# ---- numbers
+
+
+@pytest.mark.parametrize("offset", [1e4, -1e4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_large_offsets(backend, dtype, offset):
+    student = logits(9, 257, dtype=dtype, seed=31, offset=offset)
+    check(backend, student, logits(9, 257, dtype=dtype, seed=32, offset=-offset), keep=0.5, labels=torch.arange(9))
+    got = check(backend, student, student + logits(9, 257, dtype=dtype, seed=33, scale=1e-3))
+    assert (got["kl"] >= -1e-6).all() and (got["kl"] < 1e-3).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_student_equal_to_the_teacher(backend, dtype):
+    student = logits(5, 1000, dtype=dtype, seed=34, scale=5)
+    got = check(backend, student, student.clone(), labels=torch.arange(5), ce_weight=0.0)
+    assert (got["kl"] == 0).all() and got["loss"] == 0 and got["grad"].abs().max() < 1e-7
+
+
+@pytest.mark.parametrize("scale", [30.0, 300.0, 1e4])
+@pytest.mark.parametrize("classes", [40, 5000])
+def test_extreme_logits(backend, scale, classes):
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        student, teacher = logits(4, classes, dtype=dtype, seed=35, scale=scale), logits(4, classes, dtype=dtype, seed=36, scale=scale)
+        for temperature in (1.0, 4.0, 0.5):
+            check(backend, student, teacher, temperature=temperature, labels=torch.arange(4))
+
+
+def test_teacher_without_mass_adds_nothing(backend):
+    student, teacher = logits(6, 5000, seed=37), logits(6, 5000, seed=38)
+    teacher[0, 3] = teacher[1, 1:] = teacher[2, :4990] = teacher[3, 2100:] = -INF
+    student[0, 3] = student[2, :1000] = -INF  # ruled out by both
+    got = check(backend, student, teacher, labels=torch.arange(6) + 4000)
+    assert got["kl"].isfinite().all() and got["grad"].isfinite().all()
+
+
+def test_padded_vocabulary(backend):
+    student, teacher = logits(8, 300, seed=39), logits(8, 300, seed=40)
+    student[:, 256:] = teacher[:, 256:] = -INF
+    padded = check(backend, student, teacher, keep=0.5)
+    assert torch.allclose(padded["loss"], run(backend, student[:, :256], teacher[:, :256], keep=0.5)["loss"])
+    assert (padded["grad"][:, 256:] == 0).all()
+
+
+@pytest.mark.parametrize("classes", [6, 5000])
+def test_student_without_mass_where_the_teacher_has_some(backend, classes):
+    student, teacher = logits(3, classes, seed=41), logits(3, classes, seed=42)
+    student[1, 2] = -INF
+    got = check(backend, student, teacher)
+    assert got["kl"][1] == INF and got["loss"] == INF and got["grad"].isfinite().all()
+    teacher[1, 2] = -1e6  # p > 0 though it underflows
+    assert check(backend, student, teacher)["kl"][1] == INF
+
+
+@pytest.mark.parametrize("value", ["entropy", "teacher_entropy", "kl", "cross_entropy", "score"])
+@pytest.mark.parametrize("where, bad", [("student", NAN), ("student", INF), ("teacher", NAN), ("teacher", INF)])
+@pytest.mark.parametrize("classes", [6, 5000])
+def test_a_row_that_is_not_a_number_ranks_first(backend, where, bad, value, classes):
+    student, teacher, labels = logits(5, classes, seed=43), logits(5, classes, seed=44), torch.arange(5)
+    (student if where == "student" else teacher)[3, classes // 2] = bad
+    value = torch.arange(5.0).flip(0) if value == "score" else value
+    got = check(backend, student, teacher, value=value, labels=labels, keep=1)
+    assert got["value"][3].isnan() and got["selected"].tolist() == [False, False, False, True, False] and got["loss"].isnan()
+    assert got["grad"][[0, 1, 2, 4]].isfinite().all()
+
+
+def test_rows_of_minus_infinity_alone(backend):
+    student, teacher = logits(4, 9, seed=45), logits(4, 9, seed=46)
+    student[1], teacher[2] = -INF, -INF
+    got = check(backend, student, teacher, keep=2)
+    assert got["selected"].tolist() == [False, True, True, False] and got["loss"].isnan()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_nan_in_rows_that_do_not_count(backend, dtype):
+    student, teacher = logits(8, 20, dtype=dtype, seed=47), logits(8, 20, dtype=dtype, seed=48)
+    labels = torch.arange(8)
+    labels[2] = labels[5] = -100
+    clean = run(backend, student, teacher, labels=labels, keep=0.5)
+    student[2], teacher[2], student[5, 1] = NAN, INF, INF
+    got = check(backend, student, teacher, labels=labels, keep=0.5)
+    for name in got:
+        assert torch.equal(got[name].nan_to_num(9.0), clean[name].nan_to_num(9.0)), name
+    assert (got["grad"][[2, 5]] == 0).all()
+
+
+def test_nothing_to_learn_from(backend):
+    labels = torch.full((4,), -100)
+    for reduction in ("mean", "sum", "none"):
+        got = check(backend, logits(4, 5, seed=49), logits(4, 5, seed=50), labels=labels, reduction=reduction)
+        assert (got["loss"] == 0).all() and (got["grad"] == 0).all() and got["n_selected"] == 0 and not got["selected"].any()
+    got = check(backend, logits(4, 5, seed=49), torch.zeros(2, 5), rows=torch.tensor([-1, -1]))
+    assert got["loss"] == 0 and (got["grad"] == 0).all() and got["n_selected"] == 0
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (3, 0, 5)])
+def test_no_rows(backend, shape):
+    for options in ({}, {"labels": torch.zeros(shape[:-1], dtype=torch.int64)}, {"keep": 3}):
+        got = run(backend, torch.zeros(shape), torch.zeros(shape), **options)
+        assert got["loss"] == 0 and got["grad"].shape == shape and got["n_selected"] == 0
+
+
+def test_one_class(backend):
+    got = check(backend, logits(5, 1, seed=51), logits(5, 1, seed=52), labels=torch.zeros(5, dtype=torch.int64), keep=2)
+    assert got["loss"] == 0 and (got["kl"] == 0).all() and (got["entropy"] == 0).all() and (got["grad"] == 0).all()
+
+
+# ---- a teacher that ran on some rows
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("labelled", [False, True])
+def test_rows(backend, dtype, labelled):
+    student = logits(11, 23, dtype=dtype, seed=53)
+    rows = torch.tensor([7, -1, 0, 10, 3, -1])
+    teacher = logits(6, 23, dtype=dtype, seed=54)
+    teacher[[1, 5]] = NAN  # what a skipped entry holds is not read
+    options = {"rows": rows, "keep": 0.5}
+    if labelled:
+        options["labels"] = torch.arange(11)
+        options["labels"][[0, 4]] = -100
+    got = check(backend, student, teacher, **options)
+    assert not got["selected"][[1, 2, 5, 6, 8, 9]].any()
+    check(backend, student, teacher[:0], rows=rows[:0], labels=options.get("labels"))
+    dense = torch.full((11, 23), NAN, dtype=dtype)
+    dense[[7, 0, 10, 3]] = teacher[[0, 2, 3, 4]]
+    if labelled:  # the same with the other rows ignored by the distillation, not by the cross entropy
+        assert (got["grad"][[1, 2]] != 0).any()
+
+
+def test_rows_of_a_student_with_leading_dimensions(backend):
+    student = logits(12, 6, seed=55).view(3, 4, 6)
+    check(backend, student, logits(3, 6, seed=56), rows=torch.tensor([11, 0, 5]), keep=2)
+
+
+# ---- sameness
+
+
+def test_threads_and_runs_are_bit_identical(backend):
+    threads = torch.get_num_threads()
+    try:
+        for rows, classes, dtype in ((513, 100, torch.float32), (67, 4099, torch.bfloat16), (2, 40_001, torch.float64)):
+            student, teacher = logits(rows, classes, dtype=dtype, seed=57), logits(rows, classes, dtype=dtype, seed=58)
+            runs = []
+            for n in (1, 2, 5, 2):
+                torch.set_num_threads(n)
+                runs.append(run(backend, student, teacher, keep=0.4, labels=torch.arange(rows) % classes))
+            for other in runs[1:]:
+                for name in other:
+                    assert torch.equal(other[name], runs[0][name]), (rows, classes, name)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_any_numbers(data):
+    rows, classes = data.draw(st.integers(1, 6), label="rows"), data.draw(st.integers(1, 70), label="classes")
+    dtype = data.draw(st.sampled_from(DTYPES), label="dtype")
+    finite = st.floats(-60, 60, width=16)
+    special = st.sampled_from([0.0, -0.0, -INF, 1e4, -1e4, 6e-8])
+    cells = st.lists(st.one_of(finite, special), min_size=rows * classes, max_size=rows * classes)
+    student = torch.tensor(data.draw(cells, label="student"), dtype=torch.float64).view(rows, classes).to(dtype)
+    teacher = torch.tensor(data.draw(cells, label="teacher"), dtype=torch.float64).view(rows, classes).to(dtype)
+    options = {
+        "temperature": data.draw(st.sampled_from([1.0, 2.0, 4.0, 0.7, 11.0]), label="temperature"),
+        "keep": data.draw(st.one_of(st.floats(0.01, 1.0), st.integers(1, 9)), label="keep"),
+        "reduction": data.draw(st.sampled_from(["mean", "sum", "none"]), label="reduction"),
+    }
+    if data.draw(st.booleans(), label="labelled"):
+        label = st.one_of(st.just(-100), st.integers(0, classes - 1))
+        options["labels"] = torch.tensor(data.draw(st.lists(label, min_size=rows, max_size=rows), label="labels"))
+    for backend in BACKENDS:
+        check(backend, student, teacher, **options)
