@@ -1,0 +1,357 @@
+"""The condenser: ranks the data by knowledge value and says, stage by stage, what is still worth distilling."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+from ..arguments import check_group
+from .checks import flag, real, whole
+from .mixing import Recipe, build_recipes, mix_strength, pixel_weight
+from .random_keys import MAX_SEED
+from .schedules import SCHEDULES, final_size, stage_size
+from .table import ValueTable, check_tensor
+
+STATE_VERSION = 1
+CONFIG = ("num_samples", "keep", "every", "stages", "schedule", "alpha", "epsilon", "accumulate", "convex", "seed")
+
+
+@dataclass(frozen=True, eq=False)
+class Condensation:
+    """The outcome of one E-step. All tensors are on the CPU; indices are original ones, int64.
+
+    Attributes:
+        kept: (n_keep,) K1, what is distilled from now on, most valuable first.
+        dropped: (|K0|,) K0, the ranks n_keep … n_before - 1, what this stage gives up, most valuable first. Ranks
+            count all samples, so one that was kept before can also lie deeper, and one of these can have been dropped
+            before.
+        mixed: (m,) K1L, the last m of `kept`, m = min(|K0|, n_keep): the samples whose image takes something over.
+        partner: (m,) the dropped sample each of them is blended with: the first m of `dropped`.
+        mix: (m,) float64, e_i = epsilon·i/|K0| (Eq. 15).
+        weight: (m,) float64, e_i in the single precision that pixels are blended with (`mixing.pixel_weight`).
+        convex: whether the image itself is weighted with 1 - e_i (True) or with 1.
+        stage: the number of this E-step; the first is 1.
+        epoch: how many epochs have ended, this one included.
+    """
+
+    kept: Tensor
+    dropped: Tensor
+    mixed: Tensor
+    partner: Tensor
+    mix: Tensor
+    weight: Tensor
+    convex: bool
+    stage: int
+    epoch: int
+
+
+class KnowledgeCondenser:
+    """Online value estimation, ranking, stages and mixing of Knowledge Condensation Distillation.
+
+    Li et al., ECCV 2022 (arXiv 2207.05409), Eq. 12–15, as in the authors' code. Feed every batch's knowledge values to
+    `update` and call `step` at the end of every epoch; a `CondensedSampler` then yields what is kept.
+
+    In a distributed run every rank has a condenser, feeds it what that rank saw, and calls `step` at the same epoch
+    ends.
+
+    Args:
+        num_samples: N, the size of the data set.
+        keep: the fraction of samples that remains in the end, in (0, 1]. 1 ranks and drops nothing: no condensation.
+        every: epochs from one E-step to the next.
+        stages: E-steps over which the data shrinks.
+        schedule: "reference", the authors' equal steps, which reach `keep` only after the last of `stages` stages (so
+            that 240 epochs cost 87.5 %, not 70 %, of full training); "cosine", along half a cosine to `keep` at stage
+            `stages`; "immediate", `keep` from the first stage on. See `schedules.py`.
+        alpha: exponent of the visits in the score V·F^alpha (Eq. 13), >= 0.
+        epsilon: the largest share of a dropped image in a mix (Eq. 15), in [0, 1]. 0 mixes nothing.
+        accumulate: mixes of several stages pile up, as in the authors' code, which overwrites its images; a sample
+            that was mixed, dropped and comes back is still mixed. False: at every E-step all mixes start over from the
+            raw images.
+        convex: blend (1 - e)·own + e·dropped (the authors' code); False: own + e·dropped (the paper's Eq. 14).
+        seed: for rankings that draw random numbers (`RandomCondenser`); ranking by knowledge value draws none.
+        device: where the value table lives. None: where the first values given to `update` are.
+        group: the `torch.distributed` process group that `step` sums over. None: the default group if one is
+            initialised (ranks that silently diverge would be worse than a collective too many); a group of this rank
+            alone keeps a condenser to itself.
+
+    Raises:
+        TypeError, ValueError: an argument is out of range, named with what it got and what it takes.
+
+    **Another ranking** is a subclass that overrides `score` and nothing else (see `RandomCondenser`).
+
+    A sample that was never visited has V = 0 and F = 0, hence score 0: it ranks last, among the samples of no entropy,
+    the lower index first. It is then dropped first, unless every sample is visited before the first E-step, as it
+    should be.
+    """
+
+    def __init__(
+        self,
+        num_samples: int,
+        *,
+        keep: float = 0.7,
+        every: int = 40,
+        stages: int = 6,
+        schedule: str = "reference",
+        alpha: float = 0.03,
+        epsilon: float = 0.3,
+        accumulate: bool = True,
+        convex: bool = True,
+        seed: int = 0,
+        device: torch.device | str | None = None,
+        group: torch.distributed.ProcessGroup | None = None,
+    ):
+        self._num_samples = whole("num_samples", num_samples, 1)
+        self._keep = real("keep", keep, "a number in (0, 1]", 5e-324, 1)
+        self._every = whole("every", every, 1)
+        self._stages = whole("stages", stages, 1)
+        if not isinstance(schedule, str) or schedule not in SCHEDULES:
+            raise ValueError(f"schedule must be one of {', '.join(map(repr, SCHEDULES))}, got {schedule!r}")
+        self._schedule = schedule
+        self._alpha = real("alpha", alpha, "a finite number >= 0", 0)
+        self._epsilon = real("epsilon", epsilon, "a number in [0, 1]", 0, 1)
+        self._accumulate = flag("accumulate", accumulate)
+        self._convex = flag("convex", convex)
+        self._seed = whole("seed", seed, 0, MAX_SEED)
+        check_group(group)
+        self._group = group
+        self._table = ValueTable(self._num_samples, device)
+        self._kept = torch.arange(self._num_samples, dtype=torch.int64, device="cpu")
+        self._log = _no_mixes()
+        self._recipes: dict[int, Recipe] = {}
+        self._epoch = 0
+        self._stage = 0
+        self._warn_if_nothing_is_ever_dropped()
+
+    def update(self, index: Tensor, value: Tensor) -> None:
+        """Records one visit an entry. It only adds on the device: nothing is waited for, nothing is communicated.
+
+        Args:
+            index: (b,) int64 original indices. One that is repeated is visited as often. Entries of -1 are skipped: so
+                the sampler marks the repeats that only fill up a rank.
+            value: (b,) knowledge values of any floating dtype on any device, e.g. the student's entropy (Eq. 7) in
+                nats. A value that is not finite (or beyond ±2^960) is left out and counted in `non_finite`.
+
+        Raises:
+            TypeError, ValueError: shapes or dtypes are not these.
+            IndexError: an index is neither -1 nor in [0, N). This can be seen only while `index` is on the CPU: on a
+                GPU looking would mean waiting, so there such an entry is left out and the next `step` warns of it.
+        """
+        # Whatever mode the caller is in, the table stays made of ordinary tensors that the next call may change.
+        with torch.inference_mode(False), torch.no_grad():
+            self._table.add(index, value)
+
+    def step(self) -> Condensation | None:
+        """Ends an epoch; every `every` epochs this is the E-step. Waits for the device.
+
+        The visits of the epoch are merged into the table, over the group with exactly one all-reduce of one float64
+        tensor, after which every rank ranks the same numbers on its CPU: the same answer on each, bit for bit. If the
+        collective fails (a rank died), nothing has changed and no visit is lost.
+
+        Returns:
+            What the E-step decided, or None between E-steps. At the final size nothing is dropped or mixed any more,
+            but all N samples are ranked anew, so the kept set can still change.
+
+        Warns:
+            RuntimeWarning: once, of values that were not finite; and of out-of-range indices on a GPU.
+        """
+        with torch.inference_mode(False), torch.no_grad():
+            messages = self._table.fold(self._communicator())
+            epoch = self._epoch + 1
+            condensation = self._condense(epoch) if epoch % self._every == 0 else None
+            if condensation is not None:
+                self._adopt(condensation)
+            self._epoch = epoch
+        for message in messages:
+            warnings.warn(message, RuntimeWarning, stacklevel=2)
+        return condensation
+
+    def score(self) -> Tensor:
+        """What samples are ranked by, highest first: V·F^alpha (Eq. 13), (N,) float64 on the CPU.
+
+        This is the seam for other rankings: a subclass overrides it with any (N,) float64 tensor without NaN that is a
+        function of `values`, `counts`, `stage` (E-steps before this one), `epoch` and `config`, so that every rank and
+        every resumed run computes the same. Equal scores rank the lower index first.
+        """
+        return self.values.cpu() * self.counts.cpu().double() ** self._alpha
+
+    @property
+    def kept(self) -> Tensor:
+        """(n,) int64 original indices of what is distilled, most valuable first (at the start: 0 … N - 1)."""
+        return self._kept.clone()
+
+    @property
+    def recipes(self) -> Mapping[int, Recipe]:
+        """Original index -> what the image is made of (see `mixing.py`), for all samples that are mixes."""
+        return MappingProxyType(self._recipes)
+
+    @property
+    def values(self) -> Tensor:
+        """(N,) float64 on the table's device: mean value of every sample, this rank's visits since `step` included."""
+        with torch.inference_mode(False), torch.no_grad():
+            return self._table.values
+
+    @property
+    def counts(self) -> Tensor:
+        """(N,) int64 on the table's device: visits of every sample, this rank's visits since `step` included."""
+        with torch.inference_mode(False), torch.no_grad():
+            return self._table.counts
+
+    @property
+    def non_finite(self) -> int:
+        """How many values have been left out because they were not finite. Waits for the device."""
+        return self._table.non_finite
+
+    @property
+    def epoch(self) -> int:
+        """How many epochs have ended."""
+        return self._epoch
+
+    @property
+    def stage(self) -> int:
+        """How many E-steps there have been."""
+        return self._stage
+
+    @property
+    def num_samples(self) -> int:
+        """N, the size of the data set."""
+        return self._num_samples
+
+    @property
+    def config(self) -> dict[str, int | float | str | bool]:
+        """The arguments this was built with, device and group left out: a resumed run must have the same."""
+        return {name: getattr(self, f"_{name}") for name in CONFIG}
+
+    def state_dict(self) -> dict[str, Tensor | int | float | str | bool]:
+        """Everything a resumed run needs, exactly: tensors on the CPU and plain numbers, booleans and strings.
+
+        It can be stored with `torch.save` and loaded with `weights_only=True`, or as safetensors and JSON. `pending`
+        is what this rank saw since the last `step`: at the end of an epoch it is empty and the state is the same on
+        every rank; in mid-epoch every rank has to store its own, or visits would be counted once for every rank that
+        loads them.
+        """
+        return {
+            "version": STATE_VERSION,
+            "condenser": type(self).__name__,
+            **self.config,
+            "epoch": self._epoch,
+            "stage": self._stage,
+            "kept": self._kept.clone(),
+            **{name: tensor.clone() for name, tensor in self._log.items()},
+            **self._table.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, object]) -> None:
+        """Takes over what `state_dict` returned; the run goes on as if it had never stopped.
+
+        Raises:
+            TypeError, ValueError: `state` is not of a condenser built with the same arguments, or is damaged. Nothing
+                has changed then.
+        """
+        state = dict(state)
+        self._check_state(state)
+        with torch.inference_mode(False), torch.no_grad():
+            self._table.load_state_dict(state)
+            self._kept = state["kept"].detach().cpu().clone()
+            self._set_log({name: state[name].detach().cpu().clone() for name in self._log})
+        self._epoch, self._stage = state["epoch"], state["stage"]
+
+    def __repr__(self) -> str:
+        config = ", ".join(f"{name}={value!r}" for name, value in self.config.items())
+        return f"{type(self).__name__}({config}): {len(self._kept)} kept, epoch {self._epoch}, stage {self._stage}"
+
+    def _condense(self, epoch: int) -> Condensation:
+        stage, before = self._stage + 1, len(self._kept)
+        order = self._ranking()
+        size = stage_size(self._schedule, stage, before, self._num_samples, self._keep, self._stages)
+        kept, dropped = order[:size], order[size:before]
+        # epsilon 0 would blend in nothing at all. A drop to less than half leaves more partners than kept samples.
+        pairs = min(len(dropped), size) if self._epsilon else 0
+        return Condensation(
+            kept=kept.clone(),
+            dropped=dropped.clone(),
+            mixed=kept[size - pairs :].clone(),
+            partner=dropped[:pairs].clone(),
+            mix=mix_strength(pairs, len(dropped), self._epsilon),
+            weight=pixel_weight(pairs, len(dropped), self._epsilon, self._convex),
+            convex=self._convex,
+            stage=stage,
+            epoch=epoch,
+        )
+
+    def _ranking(self) -> Tensor:
+        score = self.score()
+        if not isinstance(score, Tensor) or score.shape != (self._num_samples,) or score.dtype != torch.float64:
+            got = f"{score.dtype} of shape {tuple(score.shape)}" if isinstance(score, Tensor) else type(score).__name__
+            raise ValueError(f"score() must return a float64 tensor of shape ({self._num_samples},), got {got}")
+        if score.isnan().any():
+            raise ValueError(f"score() must not return NaN, got {int(score.isnan().sum())} of them")
+        return torch.argsort(score.cpu(), descending=True, stable=True)
+
+    def _adopt(self, condensation: Condensation) -> None:
+        new = {name: getattr(condensation, name) for name in self._log}
+        old = self._log if self._accumulate else _no_mixes()
+        self._set_log({name: torch.cat((old[name], new[name])) for name in old})
+        self._kept = condensation.kept.clone()
+        self._stage = condensation.stage
+
+    def _set_log(self, log: dict[str, Tensor]) -> None:
+        self._log = log
+        mixes = zip(*(log[name].tolist() for name in ("mixed", "partner", "weight")), strict=True)
+        self._recipes = build_recipes(mixes, self._convex)
+
+    def _communicator(self) -> torch.distributed.ProcessGroup | None:
+        distributed = torch.distributed
+        if self._group is None and not (distributed.is_available() and distributed.is_initialized()):
+            return None
+        group = distributed.group.WORLD if self._group is None else self._group
+        return group if distributed.get_world_size(group) > 1 else None
+
+    def _check_state(self, state: dict[str, object]) -> None:
+        own = self.state_dict()
+        if state.keys() != own.keys():
+            missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys(), key=str)
+            raise ValueError(f"state_dict is none of a condenser: entries missing {missing}, unknown {unknown}")
+        for name in ("version", "condenser", *CONFIG):
+            if state[name] != own[name]:
+                raise ValueError(f"state_dict has {name}={state[name]!r}, this condenser has {name}={own[name]!r}")
+        for name in ("epoch", "stage"):
+            whole(f"state_dict['{name}']", state[name], 0)
+        self._table.check_state(state)
+        check_tensor("kept", state["kept"], torch.int64, (None,))
+        if not 1 <= len(state["kept"]) <= self._num_samples or len(state["kept"].unique()) != len(state["kept"]):
+            raise ValueError(f"state_dict['kept'] must hold 1 to {self._num_samples} different indices")
+        for name, dtype in (("mixed", torch.int64), ("partner", torch.int64), ("weight", torch.float64)):
+            check_tensor(name, state[name], dtype, (None,))
+            if len(state[name]) != len(state["mixed"]):
+                raise ValueError(f"state_dict['{name}'] must be as long as 'mixed', got {len(state[name])} entries")
+        for name in ("kept", "mixed", "partner"):
+            if ((state[name] < 0) | (state[name] >= self._num_samples)).any():
+                raise ValueError(f"state_dict['{name}'] must hold indices in [0, {self._num_samples})")
+        if not ((state["weight"] >= 0) & (state["weight"] <= 1)).all():
+            raise ValueError("state_dict['weight'] must lie in [0, 1]")
+
+    def _warn_if_nothing_is_ever_dropped(self) -> None:
+        first = stage_size(self._schedule, 1, self._num_samples, self._num_samples, self._keep, self._stages)
+        last = stage_size(self._schedule, self._stages, first, self._num_samples, self._keep, self._stages)
+        if last == self._num_samples > final_size(self._num_samples, self._keep):
+            warnings.warn(
+                f"num_samples={self._num_samples}, keep={self._keep}, stages={self._stages}: schedule "
+                f"{self._schedule!r} drops less than one sample a stage, which is none, so nothing is ever condensed; "
+                f"take fewer stages or schedule='cosine'",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+
+
+def _no_mixes() -> dict[str, Tensor]:
+    """The log of mixes, (m,) each, in the order they were made; m = 0."""
+    return {
+        "mixed": torch.empty(0, dtype=torch.int64, device="cpu"),
+        "partner": torch.empty(0, dtype=torch.int64, device="cpu"),
+        "weight": torch.empty(0, dtype=torch.float64, device="cpu"),
+    }

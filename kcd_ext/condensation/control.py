@@ -1,0 +1,45 @@
+"""The control every condensation claim must beat: as many samples at every stage, chosen at random, unmixed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .condenser import KnowledgeCondenser
+from .random_keys import RANKING, random_keys
+
+
+class RandomCondenser(KnowledgeCondenser):
+    """A `KnowledgeCondenser` whose ranking is drawn anew at every stage, a pure function of (seed, stage).
+
+    Stage sizes, value table and state are the same; nothing is mixed. Arguments as for `KnowledgeCondenser`.
+    """
+
+    def __init__(
+        self,
+        num_samples: int,
+        *,
+        keep: float = 0.7,
+        every: int = 40,
+        stages: int = 6,
+        schedule: str = "reference",
+        seed: int = 0,
+        device: torch.device | str | None = None,
+        group: torch.distributed.ProcessGroup | None = None,
+    ):
+        super().__init__(
+            num_samples,
+            keep=keep,
+            every=every,
+            stages=stages,
+            schedule=schedule,
+            epsilon=0.0,
+            seed=seed,
+            device=device,
+            group=group,
+        )
+
+    def score(self) -> Tensor:
+        """(N,) float64 random numbers, different at every stage and the same on every rank."""
+        keys = random_keys(self.num_samples, seed=self.config["seed"], step=self.stage, stream=RANKING)
+        return torch.from_numpy((keys >> 11).astype("float64"))  # 53 bits: exact in float64

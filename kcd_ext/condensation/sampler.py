@@ -1,0 +1,106 @@
+"""The sampler: yields what the condenser keeps, in an order that needs no state to be resumed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from torch.utils.data import Sampler
+
+from .checks import flag, whole
+from .condenser import KnowledgeCondenser
+from .mixing import Recipe
+from .random_keys import MAX_SEED, ORDER, random_keys
+from .table import SKIP
+
+
+class CondensedSampler(Sampler):
+    """Yields (index, recipe) for the samples that `condenser` keeps; `IndexedDataset` takes these pairs.
+
+    The index is the original one, a Python int; the recipe says what the image is made of and is the index itself for
+    a raw image (`mixing.py`). Recipes travel with the indices, so loader workers that live for many epochs never hold
+    an old plan.
+
+    The order is a pure function of (seed, epoch, kept set); call `set_epoch` before every epoch or each has the same
+    order. What an iterator yields is settled when it is made, and any number of them can be in use.
+
+    With `world_size` > 1 rank r takes every `world_size`-th sample from the r-th on. So that all ranks have equally
+    many, the
+    last entries of some ranks are repeats: these carry the index -1, which `KnowledgeCondenser.update` skips, while
+        their
+    recipe names the sample. `padding` says how many this rank has.
+
+    Args:
+        condenser: its kept set and recipes are read whenever an iterator is made or a length asked for.
+        seed: of the order, in [0, 2^64).
+        rank, world_size: the share of this process. Leave them alone where something else shards (Accelerate does).
+        shuffle: False yields the kept samples by ascending index.
+
+    Raises:
+        TypeError, ValueError: an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        condenser: KnowledgeCondenser,
+        *,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        shuffle: bool = True,
+    ):
+        if not isinstance(condenser, KnowledgeCondenser):
+            raise TypeError(f"condenser must be a KnowledgeCondenser, got {type(condenser).__name__}")
+        self._condenser = condenser
+        self._seed = whole("seed", seed, 0, MAX_SEED)
+        self._world_size = whole("world_size", world_size, 1)
+        self._rank = whole("rank", rank, 0, self._world_size - 1)
+        self._shuffle = flag("shuffle", shuffle)
+        self._epoch = 0
+        self._consumed = 0
+
+    def set_epoch(self, epoch: int, consumed: int = 0) -> None:
+        """Chooses the epoch that the next iterator yields, `consumed` of this rank's samples already behind it.
+
+        To resume in mid-epoch, set `consumed` to the number of samples this rank has trained on (not the number a
+        loader has fetched ahead).
+
+        Raises:
+            TypeError, ValueError: not integers, negative, or more consumed than the epoch has. Nothing has changed
+                then.
+        """
+        epoch = whole("epoch", epoch, 0, MAX_SEED)
+        self._consumed = whole("consumed", consumed, 0, self._share())
+        self._epoch = epoch
+
+    @property
+    def padding(self) -> int:
+        """How many of the `len(self)` entries to come are repeats marked with index -1."""
+        return int((self._positions() >= len(self._condenser.kept)).sum())
+
+    def __len__(self) -> int:
+        """Samples the next iterator yields on this rank; the same on all ranks that consumed the same."""
+        return max(0, self._share() - self._consumed)
+
+    def __iter__(self) -> Iterator[tuple[int, Recipe]]:
+        order = self._order()
+        recipes = dict(self._condenser.recipes)
+        positions = self._positions()
+        samples = order[positions % len(order)].tolist()
+        indices = np.where(positions < len(order), samples, SKIP).tolist()
+        return ((index, recipes.get(sample, sample)) for index, sample in zip(indices, samples, strict=True))
+
+    def _share(self) -> int:
+        return -(-len(self._condenser.kept) // self._world_size)
+
+    def _positions(self) -> np.ndarray:
+        """Where this rank's remaining entries stand in the order of all ranks; from its length on they are repeats."""
+        start = self._rank + self._consumed * self._world_size
+        return np.arange(start, self._share() * self._world_size, self._world_size)
+
+    def _order(self) -> np.ndarray:
+        kept = np.sort(self._condenser.kept.numpy())  # the set, whatever the ranking
+        if not self._shuffle:
+            return kept
+        keys = random_keys(len(kept), seed=self._seed, step=self._epoch, stream=ORDER)
+        return kept[np.argsort(keys, kind="stable")]

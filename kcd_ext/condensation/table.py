@@ -1,0 +1,167 @@
+"""The value table: the running mean of every sample's knowledge value, fed on the device without a wait."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Values of larger magnitude count as not finite: then no sum of up to 2^53 visits can overflow to infinity.
+LARGEST_VALUE = 2.0**960
+
+SKIP = -1  # the index of an entry that is not to be counted: a padding repeat of the sampler
+
+STATE = ("values", "counts", "non_finite", "pending")
+
+
+class ValueTable:
+    """Online global value estimation (KCD, Eq. 12): V_F = ((F - 1)/F)·V_{F-1} + V/F, never cleared.
+
+    The visits of an epoch first go into *pending* sums; `fold` merges them into the mean, over all ranks of a group
+    with one all-reduce. Everything is float64 or int64, so counts and indices are exact.
+
+    `num_samples` is N. `device` is where the table lives; None: where the first values are.
+    """
+
+    def __init__(self, num_samples: int, device: torch.device | str | None = None):
+        home = torch.device("cpu" if device is None else device)
+        self.num_samples = num_samples
+        self._placed = device is not None
+        self._values = torch.zeros(num_samples, dtype=torch.float64, device=home)
+        self._counts = torch.zeros(num_samples, dtype=torch.int64, device=home)
+        self._non_finite = torch.zeros(num_samples, dtype=torch.int64, device=home)
+        # A row a sample: sum of values, visits, values left out. One more row takes what belongs to no sample.
+        self._pending = torch.zeros(num_samples + 1, 3, dtype=torch.float64, device=home)
+
+    @property
+    def values(self) -> Tensor:
+        """(N,) float64: mean value of every sample, this rank's pending visits included; 0 where never visited."""
+        return self._merged(self._pending)["values"]
+
+    @property
+    def counts(self) -> Tensor:
+        """(N,) int64: visits of every sample, this rank's pending ones included."""
+        return self._merged(self._pending)["counts"]
+
+    @property
+    def non_finite(self) -> int:
+        """How many values were left out because they were not finite, this rank's pending ones included."""
+        return int(self._merged(self._pending)["non_finite"].sum())
+
+    def add(self, index: Tensor, value: Tensor) -> None:
+        """Adds visits: `index` (b,) int64, `value` (b,) of any float dtype. See `KnowledgeCondenser.update`."""
+        _check_batch(index, value, self.num_samples)
+        if not self._placed:
+            self._move(value.device)
+        device = self._pending.device
+        # To the CPU a copy must be waited for; to an accelerator it need not be.
+        in_stream = device.type != "cpu"
+        index = index.to(device, non_blocking=in_stream)
+        value = value.detach().to(device, torch.float64, non_blocking=in_stream)
+
+        inside = (index >= 0) & (index < self.num_samples)
+        usable = inside & (value.abs() <= LARGEST_VALUE)  # false for NaN and infinities too
+        lost = ~inside & (index != SKIP)
+        row = torch.where(inside, index, self.num_samples)
+        visit = torch.stack((torch.where(usable, value, 0.0), usable | lost, inside & ~usable), dim=1)
+        # Of the ways to add with repeated rows this one sums in a fixed order on the CPU and on CUDA alike.
+        self._pending.index_put_((row,), visit, accumulate=True)
+
+    def fold(self, group: object = None) -> list[str]:
+        """Merges the pending visits, summed over `group` (None: this process alone) by exactly one all-reduce.
+
+        Returns what the user should be warned of. If the collective fails, nothing has changed.
+        """
+        pending = self._pending
+        if group is not None:
+            pending = pending.clone()
+            torch.distributed.all_reduce(pending, group=group)
+        merged = self._merged(pending)
+        warnings = self._warnings(pending, merged["non_finite"])
+        self._values, self._counts, self._non_finite = merged["values"], merged["counts"], merged["non_finite"]
+        self._pending.zero_()
+        return warnings
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The four tensors of the table, on the CPU: values, counts, non_finite (N,) and pending (N + 1, 3)."""
+        return {name: getattr(self, f"_{name}").detach().cpu().clone() for name in STATE}
+
+    def check_state(self, state: dict) -> None:
+        """Raises TypeError or ValueError, naming the entry, unless `load_state_dict` can take `state`."""
+        for name in STATE:
+            check_tensor(name, state[name], getattr(self, f"_{name}").dtype, tuple(getattr(self, f"_{name}").shape))
+            if not torch.isfinite(state[name]).all():
+                raise ValueError(f"state_dict['{name}'] must be finite")
+        for name in ("counts", "non_finite"):
+            if (state[name] < 0).any():
+                raise ValueError(f"state_dict['{name}'] must not be negative, got {int(state[name].min())}")
+
+    def load_state_dict(self, state: dict) -> None:
+        """Takes over a state that `check_state` accepted; the table stays on its device."""
+        device = self._pending.device
+        for name in STATE:
+            setattr(self, f"_{name}", state[name].detach().to(device, copy=True).contiguous())
+
+    def _merged(self, pending: Tensor) -> dict[str, Tensor]:
+        """Eq. 12 for any number of visits: (F_old/F_new)·V_old + sum/F_new; for one visit this is it literally."""
+        sums, visits, left_out = pending[: self.num_samples].unbind(dim=1)
+        visits = visits.long()
+        counts = self._counts + visits
+        divisor = counts.clamp(min=1).double()  # a sample never visited keeps value 0 instead of 0/0
+        return {
+            "values": (self._counts / divisor) * self._values + sums / divisor,
+            "counts": counts,
+            "non_finite": self._non_finite + left_out.long(),
+        }
+
+    def _warnings(self, pending: Tensor, non_finite: Tensor) -> list[str]:
+        before, now, samples, lost = torch.stack(
+            (self._non_finite.sum(), non_finite.sum(), (non_finite > 0).sum(), pending[self.num_samples, 1].long())
+        ).tolist()
+        warnings = []
+        if now and not before:  # the first epoch that has any: warned about once
+            warnings.append(
+                f"{now} knowledge values of {samples} samples were not finite and were left out of the value table "
+                f"(the student's logits hold NaN or infinity); further ones are only counted, in .non_finite"
+            )
+        if lost:
+            warnings.append(
+                f"{lost} indices given to update() lay outside [0, {self.num_samples}) and were left out; "
+                f"are they indices of the original data set?"
+            )
+        return warnings
+
+    def _move(self, device: torch.device) -> None:
+        for name in STATE:
+            setattr(self, f"_{name}", getattr(self, f"_{name}").to(device))
+        self._placed = True
+
+
+def check_tensor(name: str, tensor: object, dtype: torch.dtype, shape: tuple[int | None, ...]) -> None:
+    """Raises TypeError or ValueError unless state entry `name` is a tensor of `dtype` and `shape` (None: any size)."""
+    takes = f"a {dtype} tensor of shape {tuple('any' if size is None else size for size in shape)}"
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"state_dict['{name}'] must be {takes}, got {type(tensor).__name__}")
+    fits = tensor.ndim == len(shape) and all(want in (None, got) for want, got in zip(shape, tensor.shape, strict=True))
+    if tensor.dtype != dtype or not fits:
+        raise ValueError(f"state_dict['{name}'] must be {takes}, got {tensor.dtype} of shape {tuple(tensor.shape)}")
+
+
+def _check_batch(index: object, value: object, num_samples: int) -> None:
+    for name, tensor in (("index", index), ("value", value)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor of shape (b,), got {type(tensor).__name__}")
+    if index.dtype != torch.int64:
+        raise TypeError(f"index must be int64 (original indices of the data set), got {index.dtype}")
+    if not value.dtype.is_floating_point:
+        raise TypeError(f"value must be of a floating-point dtype, got {value.dtype}")
+    if index.ndim != 1:
+        raise ValueError(f"index must have shape (b,), got {tuple(index.shape)}")
+    if value.shape != index.shape:
+        raise ValueError(f"value must have the shape of index, {tuple(index.shape)}, got {tuple(value.shape)}")
+    if index.device.type == "cpu" and index.numel():
+        low, high = (int(bound) for bound in index.aminmax())
+        if low < SKIP or high >= num_samples:
+            raise IndexError(
+                f"index must lie in [0, {num_samples}), or be {SKIP} for an entry to skip; "
+                f"got values from {low} to {high}"
+            )

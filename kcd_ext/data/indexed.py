@@ -1,0 +1,108 @@
+"""Any (x, label) data set, with original indices and with the mixes that condensation asks for."""
+
+from __future__ import annotations
+
+import operator
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from ..condensation.mixing import Recipe, blend
+
+# The PIL modes whose numbers are intensities and which PIL recognises again in an array of them.
+PIL_MODES = ("L", "LA", "RGB", "RGBA", "F")
+
+
+class IndexedDataset(Dataset):
+    """Wraps a map-style data set of (x, label): item (index, recipe) is (x, label, index).
+
+    Raw items are mixed as the recipe says, then transformed; the label is that of the sample itself (of the leftmost
+    index of the recipe). The index is handed on as it came, so a repeat marked -1 stays marked. A plain index is an
+    item without a mix, so the usual samplers work too.
+
+    Mixing needs x to be a tensor, a NumPy array or a PIL image (modes L, LA, RGB, RGBA, F), and gives the same kind
+    back: uint8 cut off as the authors do, floating point in its own dtype. Give random augmentation as `transform`
+        here rather than
+    to `dataset`, or mixes are made of augmented images.
+
+    Args:
+        dataset: anything with `len` and integer items (x, label).
+        transform: called with x after mixing. None: x as it is.
+
+    Raises:
+        TypeError: `dataset` has no length, or `transform` is not callable. On access: an item is no pair, or cannot be
+            mixed.
+        IndexError: on access: a plain index outside [0, len).
+        ValueError: on access: the shapes or dtypes that are to be mixed differ.
+    """
+
+    def __init__(self, dataset: Any, transform: Callable[[Any], Any] | None = None):
+        if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
+            raise TypeError(f"dataset must have a length and integer items, got {type(dataset).__name__}")
+        if transform is not None and not callable(transform):
+            raise TypeError(f"transform must be callable or None, got {type(transform).__name__}")
+        self.dataset = dataset
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, entry: int | tuple[int, Recipe]) -> tuple[Any, Any, int]:
+        index, recipe = entry if isinstance(entry, tuple) else (self._plain(entry),) * 2
+        x, label = self._make(recipe, {})
+        return (x if self.transform is None else self.transform(x)), label, index
+
+    def _plain(self, index: Any) -> int:
+        index = operator.index(index)
+        if not 0 <= index < len(self):
+            raise IndexError(f"index must lie in [0, {len(self)}), got {index}")
+        return index
+
+    def _make(self, recipe: Recipe, made: dict[int, tuple[Any, Any]]) -> tuple[Any, Any]:
+        """The mixed raw item. `made` holds what was made already: a recipe can name a part of itself many times."""
+        if not isinstance(recipe, tuple):
+            return self._item(recipe)
+        if id(recipe) not in made:
+            first, second, *weights = recipe
+            x, label = self._make(first, made)
+            other, _ = self._make(second, made)
+            made[id(recipe)] = _mixed(x, other, *weights), label
+        return made[id(recipe)]
+
+    def _item(self, index: int) -> tuple[Any, Any]:
+        item = self.dataset[index]
+        if not isinstance(item, tuple | list) or len(item) != 2:
+            got = f"{len(item)} entries" if isinstance(item, tuple | list) else type(item).__name__
+            raise TypeError(f"dataset must give pairs (x, label), got {got} at index {index}")
+        return item[0], item[1]
+
+
+def _mixed(first: Any, second: Any, weight: float, own: float | None = None) -> Any:
+    """`blend` for whatever an item can be."""
+    if isinstance(first, Tensor) and isinstance(second, Tensor):
+        return blend(first, second, weight, own)
+    if isinstance(first, np.ndarray) and isinstance(second, np.ndarray):
+        return blend(torch.from_numpy(first.copy()), torch.from_numpy(second.copy()), weight, own).numpy()
+    if _is_pil(first) and _is_pil(second):
+        if first.mode != second.mode or first.mode not in PIL_MODES:
+            raise ValueError(
+                f"PIL images that are mixed must have one mode out of {', '.join(PIL_MODES)}, "
+                f"got {first.mode} and {second.mode}; convert them first"
+            )
+        mixed = blend(torch.from_numpy(np.array(first)), torch.from_numpy(np.array(second)), weight, own)
+        return sys.modules["PIL.Image"].fromarray(mixed.numpy())
+    raise TypeError(
+        f"items that are mixed must both be tensors, NumPy arrays or PIL images, "
+        f"got {type(first).__name__} and {type(second).__name__}"
+    )
+
+
+def _is_pil(item: Any) -> bool:
+    # Without importing PIL: an item can be an image of it only if somebody has.
+    pil = sys.modules.get("PIL.Image")
+    return pil is not None and isinstance(item, pil.Image)

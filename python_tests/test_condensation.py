@@ -1,0 +1,757 @@
+"""The condenser against an independent oracle: the authors' rules in plain Python, images overwritten in place."""
+
+import json
+import math
+import pickle
+import re
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load as load_safetensors
+from safetensors.torch import save as save_safetensors
+from torch.utils.data import DataLoader, Dataset
+
+from kcd_ext.condensation import CondensedSampler, KnowledgeCondenser, RandomCondenser, mix_images
+from kcd_ext.data import IndexedDataset
+
+SIDE = 5
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Small tensors only: on a busy machine, waiting for a second thread costs more than it brings."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+class Authors:
+    """Eq. 12–15 and the authors' code, written down a second time: loops, and arrays that are overwritten."""
+
+    def __init__(self, images, keep, stages, schedule, accumulate, convex):
+        self.raw, self.images = images, images.copy()
+        self.keep, self.stages, self.schedule, self.accumulate, self.convex = keep, stages, schedule, accumulate, convex
+        self.n = len(images)
+        self.value, self.visits = [0.0] * self.n, [0] * self.n
+        self.remain, self.stage = list(range(self.n)), 0
+
+    def visit(self, index, value):
+        self.visits[index] += 1
+        f = self.visits[index]
+        self.value[index] = ((f - 1) / f) * self.value[index] + value / f
+
+    def e_step(self):
+        self.stage += 1
+        score = [v * f**0.03 for v, f in zip(self.value, self.visits, strict=True)]
+        order = sorted(range(self.n), key=lambda i: (-score[i], i))
+        floor = int(self.keep * self.n)
+        size = {
+            "reference": lambda: max(floor, len(self.remain) - int(self.n * (1 - self.keep) / self.stages)),
+            "cosine": lambda: (
+                floor
+                + int((self.n - floor) * 0.5 * (1 + math.cos(math.pi * min(self.stage, self.stages) / self.stages)))
+            ),
+            "immediate": lambda: floor,
+        }[self.schedule]()
+        before, self.remain, lost = self.remain, order[:size], order[size : len(self.remain)]
+        self.returned = set(self.remain) - set(before)
+        pairs = min(len(lost), size)
+        tail = self.remain[size - pairs :]
+        if not self.accumulate:
+            self.images = self.raw.copy()
+        e = []
+        for i in range(pairs):
+            a, b = self.images[tail[i]], self.images[lost[i]]
+            e.append(0.3 * i / len(lost))
+            if self.convex:  # the authors' single precision
+                own = np.float32(0.3) * (np.float32(len(lost) - i) / np.float32(len(lost))) + np.float32(0.7)
+                mixed = a.astype(np.float32) * own + b.astype(np.float32) * (np.float32(1) - own)
+            else:
+                mixed = np.minimum(a.astype(np.float32) + b.astype(np.float32) * np.float32(e[-1]), np.float32(255))
+            assert mixed.dtype == np.float32
+            self.images[tail[i]] = mixed.astype(np.uint8)
+        return lost, tail, lost[:pairs], e
+
+
+class Images(Dataset):
+    """Raw uint8 images; sample i has label 10·i. As arrays, tensors or PIL images."""
+
+    def __init__(self, images, kind="array"):
+        self.images, self.kind = images, kind
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        from PIL import Image
+
+        to_kind = {"array": lambda x: x, "tensor": torch.from_numpy, "pil": Image.fromarray}[self.kind]
+        return to_kind(self.images[index]), 10 * index
+
+
+def random_images(n, seed=0):
+    images = np.random.default_rng(seed).integers(0, 256, (n, SIDE, SIDE, 3), dtype=np.uint8)
+    images[:, 0] = 255  # where all images agree, rounding shows
+    return images
+
+
+def run_epoch(condenser, draw):
+    """One visit to every kept sample, in batches; returns {index: value}."""
+    kept = condenser.kept
+    value = torch.tensor([draw(int(i)) for i in kept], dtype=torch.float64)
+    for part in torch.randperm(len(kept)).split(17):
+        condenser.update(kept[part], value[part])
+    return dict(zip(kept.tolist(), value.tolist(), strict=True))
+
+
+def tied_values(seed):
+    """Entropies with many exact ties, zeros among them."""
+    random = np.random.default_rng(seed)
+    return lambda index: float(random.choice([0.0, 0.25, 0.5, 1.0, 2.0, random.random(), random.random()]))
+
+
+# --- The authors' rules --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("convex", [True, False])
+@pytest.mark.parametrize("accumulate", [True, False])
+@pytest.mark.parametrize(
+    "schedule, keep", [("reference", 0.5), ("cosine", 0.7), ("immediate", 0.6), ("immediate", 0.2)]
+)
+def test_equals_the_authors_rules_stage_by_stage_and_pixel_by_pixel(schedule, keep, accumulate, convex):
+    n, images = 120, random_images(120)
+    condenser = KnowledgeCondenser(
+        n, keep=keep, every=2, stages=6, schedule=schedule, accumulate=accumulate, convex=convex
+    )
+    authors = Authors(images, keep, 6, schedule, accumulate, convex)
+    through_recipes, through_images = IndexedDataset(Images(images)), images
+    returned, draw = 0, tied_values(7)
+    for epoch in range(1, 2 * 9 + 1):  # past the floor, where nothing is dropped
+        for index, value in run_epoch(condenser, draw).items():
+            authors.visit(index, value)
+        condensation = condenser.step()
+        assert (condensation is None) == (epoch % 2 == 1)
+        if condensation is None:
+            continue
+        lost, tail, partner, e = authors.e_step()
+        assert condensation.stage == condenser.stage == authors.stage and condensation.epoch == epoch
+        assert condensation.kept.tolist() == condenser.kept.tolist() == authors.remain
+        assert (condensation.dropped.tolist(), condensation.mixed.tolist()) == (lost, tail)
+        assert condensation.partner.tolist() == partner
+        assert condensation.mix.dtype == torch.float64 and condensation.mix.tolist() == e
+        assert condenser.values.tolist() == authors.value and condenser.counts.tolist() == authors.visits
+
+        untouched = through_images.copy()
+        mixed = mix_images(through_images, condensation)
+        assert np.array_equal(through_images, untouched)
+        through_images = mixed if accumulate else through_images
+        assert mixed.dtype == np.uint8 and np.array_equal(mixed, authors.images)
+        for index in range(n):
+            image, label, seen = through_recipes[index, condenser.recipes.get(index, index)]
+            assert np.array_equal(image, authors.images[index]) and (label, seen) == (10 * index, index)
+        returned += len(authors.returned)
+    assert len(authors.remain) == int(keep * n) and not lost
+    assert returned > 0  # the run had samples that came back
+
+
+def test_mixed_images_do_not_darken_where_both_agree():
+    """What float64 would do: 0.3·k/L + (1 − 0.3·k/L) times 255 is often just below 255, and is cut off."""
+    n = 400
+    condenser = KnowledgeCondenser(n, keep=0.5, every=1, schedule="immediate")
+    condenser.update(torch.arange(n), torch.arange(n) + 1.0)
+    condensation = condenser.step()
+    grey = np.repeat(np.arange(256, dtype=np.uint8)[None], n, axis=0)
+    assert np.array_equal(mix_images(grey, condensation), grey)
+    pairs = np.float32(len(condensation.mix))
+    own = np.float32(0.3) * ((pairs - np.arange(pairs, dtype=np.float32)) / pairs) + np.float32(0.7)
+    assert own.dtype == np.float32 and condensation.weight.tolist() == (1 - own).tolist()
+    e = condensation.mix.numpy()[:, None]
+    assert ((e * grey[: len(e)] + (1 - e) * grey[: len(e)]).astype(np.uint8) != grey[: len(e)]).any()
+
+
+def test_reference_schedule_visits_what_the_paper_does():
+    condenser, visits = KnowledgeCondenser(50_000, keep=0.7, every=40, stages=6), []
+    index, value = torch.arange(50_000), torch.rand(50_000)
+    for _ in range(240):
+        visits.append(len(condenser.kept))
+        condenser.update(index, value)
+        condenser.step()
+    assert visits[::40] == [50_000, 47_500, 45_000, 42_500, 40_000, 37_500]
+    assert sum(visits) == 0.875 * 240 * 50_000
+    assert len(condenser.kept) == 35_000
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    n=st.integers(1, 300),
+    keep=st.floats(0.0001, 1),
+    stages=st.integers(1, 9),
+    schedule=st.sampled_from(["reference", "cosine", "immediate"]),
+    kind=st.sampled_from([KnowledgeCondenser, RandomCondenser]),
+    seed=st.integers(0, 2**64 - 1),
+)
+@example(n=1, keep=0.1, stages=1, schedule="immediate", kind=KnowledgeCondenser, seed=0)
+@example(n=7, keep=1.0, stages=1, schedule="reference", kind=KnowledgeCondenser, seed=0)
+def test_sizes_and_partition_hold_for_any_options(n, keep, stages, schedule, kind, seed):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # sizes at which the reference never drops anything
+        condenser = kind(n, keep=keep, every=1, stages=stages, schedule=schedule, seed=seed)
+    random, final = np.random.default_rng(seed), max(1, int(keep * n))
+    for stage in range(1, stages + 3):
+        before = len(condenser.kept)
+        condenser.update(torch.arange(n), torch.from_numpy(random.random(n)))
+        outcome = condenser.step()
+        kept, dropped = outcome.kept.tolist(), outcome.dropped.tolist()
+        assert final <= len(kept) <= before and len(kept) + len(dropped) == before
+        assert len(set(kept + dropped)) == before and all(0 <= i < n for i in kept + dropped)
+        pairs = min(len(dropped), len(kept)) if kind is KnowledgeCondenser else 0
+        assert outcome.mixed.tolist() == kept[len(kept) - pairs :] and outcome.partner.tolist() == dropped[:pairs]
+        assert len(outcome.mix) == len(outcome.weight) == pairs
+        torch.testing.assert_close(outcome.weight, outcome.mix, atol=1e-7, rtol=0)
+        if schedule == "immediate" or (schedule == "cosine" and stage >= stages):
+            assert len(kept) == final
+
+
+# --- The value table -----------------------------------------------------------------------------------------------
+
+
+@settings(deadline=None, max_examples=50)
+@given(data=st.data())
+def test_table_is_the_running_mean_whatever_the_batches(data):
+    """Repeats in a batch and in an epoch count as visits, skipped entries and values that are not finite as none."""
+    n = data.draw(st.integers(1, 6))
+    entry = st.tuples(st.integers(-1, n - 1), st.floats(width=32))
+    epochs = data.draw(st.lists(st.lists(st.lists(entry, max_size=8), max_size=3), max_size=4))
+    condenser, seen, left_out = KnowledgeCondenser(n, every=100, schedule="immediate"), [[] for _ in range(n)], 0
+    for batches in epochs:
+        for batch in batches:
+            condenser.update(
+                torch.tensor([i for i, _ in batch], dtype=torch.int64), torch.tensor([v for _, v in batch])
+            )
+            for i, value in batch:
+                if i >= 0 and math.isfinite(value):
+                    seen[i].append(value)
+                left_out += i >= 0 and not math.isfinite(value)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)
+            condenser.step()
+    assert condenser.counts.tolist() == [len(values) for values in seen]
+    assert condenser.non_finite == left_out
+    for got, values in zip(condenser.values.tolist(), seen, strict=True):
+        scale = max(map(abs, values), default=0.0)
+        assert got == pytest.approx(math.fsum(values) / max(1, len(values)), abs=1e-14 * scale)
+
+
+def test_pending_visits_show_at_once_and_low_precision_and_gradients_are_taken():
+    condenser = KnowledgeCondenser(4, schedule="immediate")
+    condenser.update(torch.tensor([1, 1]), torch.tensor([1.0, 2.0], dtype=torch.bfloat16))
+    condenser.update(torch.tensor([3]), torch.tensor([0.5], requires_grad=True))
+    assert condenser.values.tolist() == [0, 1.5, 0, 0.5] and condenser.counts.tolist() == [0, 2, 0, 1]
+    assert not condenser.values.requires_grad
+    condenser.values.fill_(9), condenser.kept.fill_(9)  # what is handed out is the caller's own
+    assert condenser.values.max() == 1.5 and condenser.kept.tolist() == [0, 1, 2, 3]
+
+
+def test_non_finite_values_are_warned_of_once_and_never_rank():
+    condenser = KnowledgeCondenser(4, keep=0.5, every=1, schedule="immediate")
+    condenser.update(torch.tensor([0, 0, 1, 2, 3]), torch.tensor([math.nan, math.inf, -math.inf, 1, 2]))
+    with pytest.warns(RuntimeWarning, match="3 knowledge values of 2 samples were not finite"):
+        assert condenser.step().kept.tolist() == [3, 2]
+    condenser.update(torch.tensor([0, 2]), torch.tensor([math.nan, 1.7e308], dtype=torch.float64))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        condenser.step()
+    assert condenser.non_finite == 5  # the last one would overflow a sum
+    assert condenser.values.tolist() == [0, 0, 1, 2]
+
+
+def test_never_visited_ranks_last_and_equal_scores_by_index():
+    condenser = KnowledgeCondenser(50, keep=0.9, every=1, schedule="immediate", alpha=0.0)
+    condenser.update(torch.arange(40, 4, -1), torch.full((36,), 0.1))
+    assert condenser.step().kept.tolist() == [*range(5, 41), 0, 1, 2, 3, 4, 41, 42, 43, 44]
+
+
+@pytest.mark.parametrize("n", [1, 3, 17, 129, 1151])
+def test_equal_histories_tie_wherever_they_stand(n):
+    """A power that rounds differently in the tail of an array than in its vectors would break ties by position."""
+    condenser = KnowledgeCondenser(n, keep=1.0, every=7)
+    for _ in range(7):
+        condenser.update(torch.arange(n), torch.full((n,), 0.7))
+        outcome = condenser.step()
+    assert outcome.kept.tolist() == list(range(n))
+
+
+def test_update_waits_for_nothing():
+    """On the meta device there are no numbers to look at: any wait for one raises."""
+    condenser = KnowledgeCondenser(10, schedule="immediate", device="meta")
+    for _ in range(3):
+        condenser.update(torch.arange(5, device="meta"), torch.rand(5, device="meta"))
+    assert condenser.values.device.type == "meta"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_update_waits_for_nothing_and_repeats_are_exact():
+    condenser, cpu = KnowledgeCondenser(1000), KnowledgeCondenser(1000)
+    index, value = torch.randint(-1, 1000, (4096,)), torch.rand(4096)
+    on_gpu, there = index.cuda(), value.cuda()
+    condenser.update(on_gpu, there)  # warm up: the first call moves the table
+    cpu.update(index, value)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        condenser.update(on_gpu, there)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    cpu.update(index, value)
+    condenser.update(torch.tensor([1000, -7, 2**40]).cuda(), torch.rand(3).cuda())
+    with pytest.warns(RuntimeWarning, match="3 indices"):
+        condenser.step()
+    cpu.step()
+    assert torch.equal(condenser.counts.cpu(), cpu.counts)
+    torch.testing.assert_close(condenser.values.cpu(), cpu.values, rtol=1e-15, atol=0)
+
+
+def test_out_of_range_indices_that_cannot_be_looked_at_spoil_nothing(monkeypatch):
+    """The way of a GPU, where the range is not checked."""
+    monkeypatch.setattr("kcd_ext.condensation.table._check_batch", lambda *_: None)
+    condenser = KnowledgeCondenser(3, schedule="immediate")
+    condenser.update(torch.tensor([3, -2, 2**40, -(2**63), 1, -1]), torch.tensor([9.0, 9, math.nan, 9, 1, 9]))
+    with pytest.warns(RuntimeWarning, match=r"4 indices given to update\(\) lay outside \[0, 3\)"):
+        condenser.step()
+    assert condenser.values.tolist() == [0, 1, 0] and condenser.counts.tolist() == [0, 1, 0]
+    assert condenser.non_finite == 0
+
+
+def test_works_from_inside_inference_mode_and_out_again():
+    condenser = KnowledgeCondenser(3, every=1, schedule="immediate")
+    for mode in (True, False, True, False):
+        with torch.inference_mode(mode):
+            condenser.update(torch.arange(3), torch.arange(3.0))
+            condenser.step()
+            condenser.load_state_dict(condenser.state_dict())
+    assert condenser.values.tolist() == [0, 1, 2] and condenser.counts.tolist() == [4, 4, 4]
+
+    moved = KnowledgeCondenser(3, schedule="immediate")  # to the device of its first values, in inference mode
+    with torch.inference_mode():
+        moved.update(torch.arange(3), torch.rand(3, device="meta"))
+    moved.update(torch.arange(3), torch.rand(3, device="meta"))
+    assert moved.values.device.type == "meta"
+
+
+# --- State ---------------------------------------------------------------------------------------------------------
+
+
+def assert_same_state(got, expected):
+    assert got.keys() == expected.keys()
+    for name, entry in expected.items():
+        assert torch.equal(entry, got[name]) if isinstance(entry, torch.Tensor) else entry == got[name], name
+
+
+def through_torch_save(state, path):
+    torch.save(state, path)
+    return torch.load(path, weights_only=True)
+
+
+def through_safetensors_and_json(state, _):
+    tensors = {name: entry for name, entry in state.items() if isinstance(entry, torch.Tensor)}
+    rest = {name: entry for name, entry in state.items() if name not in tensors}
+    return {**load_safetensors(save_safetensors(tensors)), **json.loads(json.dumps(rest))}
+
+
+@pytest.mark.parametrize("store", [through_torch_save, through_safetensors_and_json])
+@pytest.mark.parametrize("kind", [KnowledgeCondenser, RandomCondenser])
+def test_a_run_resumed_in_mid_epoch_is_the_same_run(store, kind, tmp_path):
+    def train(condenser, epochs, halted=False):
+        for epoch in epochs:
+            kept = condenser.kept
+            value = torch.rand(len(kept), generator=torch.Generator().manual_seed(epoch), dtype=torch.float64)
+            half = len(kept) // 2
+            if not halted:
+                condenser.update(kept[:half], value[:half])
+                if epoch == 5 and len(epochs) == 6:
+                    return
+            halted = False
+            condenser.update(kept[half:], value[half:])
+            condenser.step()
+
+    def new():
+        return kind(60, keep=0.5, every=1, stages=8)
+
+    whole, first, second = new(), new(), new()
+    train(whole, range(12))
+    train(first, range(6))  # stops in the middle of epoch 5
+    second.load_state_dict(store(first.state_dict(), tmp_path / "state"))
+    train(second, range(5, 12), halted=True)
+    assert torch.equal(whole.kept, second.kept) and whole.recipes == second.recipes
+    assert bool(whole.recipes) == (kind is KnowledgeCondenser)
+    assert_same_state(second.state_dict(), whole.state_dict())
+
+
+def broken_states(state):
+    yield "num_samples=61.*num_samples=60", {**state, "num_samples": 61}
+    yield "keep=0.6.*keep=0.5", {**state, "keep": 0.6}
+    yield "RandomCondenser.*KnowledgeCondenser", {**state, "condenser": "RandomCondenser"}
+    yield "version", {**state, "version": 99}
+    yield "missing.*values", {name: entry for name, entry in state.items() if name != "values"}
+    yield "unknown.*more", {**state, "more": 1}
+    yield "epoch", {**state, "epoch": -1}
+    yield "values", {**state, "values": state["values"].float()}
+    yield "values", {**state, "values": state["values"] * math.nan}
+    yield "counts", {**state, "counts": state["counts"] - 1000}
+    yield "pending", {**state, "pending": state["pending"][1:]}
+    yield "kept", {**state, "kept": state["kept"].tolist()}
+    yield "kept", {**state, "kept": state["kept"] + 60}
+    yield "kept", {**state, "kept": torch.zeros_like(state["kept"])}
+    yield "kept", {**state, "kept": state["kept"][:0]}
+    yield "partner", {**state, "partner": -1 - state["partner"]}
+    yield "partner", {**state, "partner": state["partner"][1:]}
+    yield "weight", {**state, "weight": state["weight"] * math.nan}
+
+
+def test_a_bad_state_is_named_and_changes_nothing():
+    condenser = KnowledgeCondenser(60, keep=0.5, every=1, stages=2)
+    for _ in range(2):
+        condenser.update(torch.arange(60), torch.rand(60))
+        condenser.step()
+    condenser.update(torch.arange(9), torch.rand(9))
+    before, recipes = condenser.state_dict(), dict(condenser.recipes)
+    for message, state in broken_states(condenser.state_dict()):
+        with pytest.raises((ValueError, TypeError), match=re.compile(message)):
+            condenser.load_state_dict(state)
+        assert_same_state(condenser.state_dict(), before)
+        assert condenser.recipes == recipes
+
+
+def test_a_ranking_that_fails_loses_no_visit():
+    class Failing(KnowledgeCondenser):
+        def score(self):
+            return torch.full((5,), math.nan, dtype=torch.float64)
+
+    condenser = Failing(5, every=1, schedule="immediate")
+    condenser.update(torch.arange(5), torch.ones(5))
+    with pytest.raises(ValueError, match=r"score\(\) must not return NaN, got 5"):
+        condenser.step()
+    assert (condenser.epoch, condenser.stage, len(condenser.kept)) == (0, 0, 5)
+    assert condenser.counts.tolist() == [1] * 5
+
+
+def test_a_collective_that_fails_half_way_loses_no_visit(monkeypatch):
+    def fails(tensor, group):
+        tensor.fill_(math.nan)
+        raise RuntimeError("connection closed by peer")
+
+    condenser = KnowledgeCondenser(5, every=1, schedule="immediate")
+    condenser.update(torch.arange(5), torch.ones(5))
+    before = condenser.state_dict()
+    with monkeypatch.context() as patch:
+        patch.setattr(KnowledgeCondenser, "_communicator", lambda self: "a group")
+        patch.setattr(torch.distributed, "all_reduce", fails)
+        with pytest.raises(RuntimeError, match="closed by peer"):
+            condenser.step()
+    assert_same_state(condenser.state_dict(), before)
+    condenser.step()
+    assert condenser.counts.tolist() == [1] * 5
+
+
+# --- The control ---------------------------------------------------------------------------------------------------
+
+
+def test_random_control_has_the_same_sizes_and_its_ranking_depends_on_seed_and_stage_alone():
+    def kept(condenser, value):
+        sets = []
+        for _ in range(6):
+            condenser.update(torch.arange(200), value)
+            sets.append(condenser.step().kept.tolist())
+        assert not condenser.recipes
+        return sets
+
+    options = dict(keep=0.5, every=1, stages=6)
+    one = kept(RandomCondenser(200, seed=3, **options), torch.rand(200))
+    assert one == kept(RandomCondenser(200, seed=3, **options), torch.rand(200))
+    assert one != kept(RandomCondenser(200, seed=4, **options), torch.rand(200))
+    valued = KnowledgeCondenser(200, **options)
+    assert [len(s) for s in one] == [len(valued.step().kept) for _ in range(6)]
+    assert len({tuple(sorted(s[:100])) for s in one}) == 6  # drawn anew at every stage
+    # Ten thousand samples, half of them kept: as even over the data set as chance would be (5 standard deviations).
+    large = RandomCondenser(10_000, keep=0.5, every=1, schedule="immediate").step().kept
+    assert abs((large < 5000).sum() - 2500) < 5 * 25
+
+
+# --- The sampler ---------------------------------------------------------------------------------------------------
+
+
+def condensed(n=103, keep=0.6, seed=0):
+    condenser = KnowledgeCondenser(n, keep=keep, every=1, stages=2)
+    for epoch in range(2):
+        generator = torch.Generator().manual_seed(seed + epoch)
+        condenser.update(torch.arange(n), torch.rand(n, generator=generator))
+        condenser.step()
+    return condenser
+
+
+def test_sampler_yields_the_kept_set_in_an_order_of_seed_and_epoch():
+    condenser = condensed()
+    sampler = CondensedSampler(condenser, seed=1)
+    orders = []
+    for epoch in range(5):
+        sampler.set_epoch(epoch)
+        entries = list(sampler)
+        assert entries == list(sampler) and len(entries) == len(sampler) == len(condenser.kept)
+        assert all(type(index) is int for index, _ in entries)
+        assert all(recipe == condenser.recipes.get(index, index) for index, recipe in entries)
+        orders.append([index for index, _ in entries])
+        assert sorted(orders[-1]) == sorted(condenser.kept.tolist())
+    assert len(set(map(tuple, orders))) == 5
+    other = CondensedSampler(condenser, seed=2)
+    assert [index for index, _ in other] != orders[0]
+    # The same kept set in another ranking: the same order.
+    state = condenser.state_dict()
+    condenser.load_state_dict({**state, "kept": state["kept"].flip(0)})
+    sampler.set_epoch(0)
+    assert [index for index, _ in sampler] == orders[0]
+    plain = CondensedSampler(condenser, shuffle=False)
+    assert [index for index, _ in plain] == sorted(condenser.kept.tolist())
+
+
+def test_sampler_order_is_pinned():
+    """A run resumed under another release of NumPy or torch goes on as it was: the keys never change."""
+    sampler = CondensedSampler(KnowledgeCondenser(10, schedule="immediate"), seed=5)
+    sampler.set_epoch(2)
+    assert [index for index, _ in sampler] == [3, 5, 9, 2, 7, 1, 8, 0, 6, 4]
+
+
+@pytest.mark.parametrize("world_size, n", [(2, 103), (4, 103), (3, 4), (4, 1)])
+def test_shards_cover_the_kept_set_once_and_padding_is_marked(world_size, n):
+    condenser = condensed(n) if n > 4 else KnowledgeCondenser(n, schedule="immediate")
+    samplers = [CondensedSampler(condenser, seed=3, rank=r, world_size=world_size) for r in range(world_size)]
+    shares = [list(sampler) for sampler in samplers]
+    assert {len(share) for share in shares} == {-(-len(condenser.kept) // world_size)} == {len(s) for s in samplers}
+    real = [index for share in shares for index, _ in share if index >= 0]
+    assert sorted(real) == sorted(condenser.kept.tolist())
+    marked = [sum(index < 0 for index, _ in share) for share in shares]
+    assert marked == [sampler.padding for sampler in samplers] and max(marked) <= 1
+    known = {condenser.recipes.get(i, i) for i in condenser.kept.tolist()}
+    for share, sampler in zip(shares, samplers, strict=True):
+        assert all(recipe in known for _, recipe in share)
+        condenser.update(torch.tensor([index for index, _ in share]), torch.ones(len(sampler)))
+    visits = condenser.state_dict()["pending"][:n, 1]  # each kept sample once, padding not at all
+    assert visits.sum() == len(condenser.kept) and visits[condenser.kept].eq(1).all()
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_resuming_in_mid_epoch_yields_the_rest(world_size):
+    condenser = condensed()
+    for rank in range(world_size):
+        sampler = CondensedSampler(condenser, rank=rank, world_size=world_size)
+        sampler.set_epoch(4)
+        full, padding = list(sampler), sampler.padding
+        for consumed in (0, 1, 7, len(full) - 1, len(full)):
+            sampler.set_epoch(4, consumed=consumed)
+            assert list(sampler) == full[consumed:] and len(sampler) == len(full) - consumed
+            assert sampler.padding == (padding if consumed < len(full) else 0)
+        with pytest.raises(ValueError, match="consumed must be an integer in"):
+            sampler.set_epoch(5, consumed=len(full) + 1)
+        assert list(sampler) == []  # still the state of the last good call
+        sampler.set_epoch(5)
+        assert len(list(sampler)) == len(full)
+
+
+def test_iterators_are_fresh_and_settled_when_made():
+    condenser = condensed()
+    sampler = CondensedSampler(condenser)
+    expected = list(sampler)
+    one, two = iter(sampler), iter(sampler)
+    next(one)
+    sampler.set_epoch(1)
+    condenser.step()
+    assert list(two) == expected and list(one) == expected[1:]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_persistent_workers_see_every_new_stage(num_workers):
+    n, images = 64, random_images(64, seed=3)
+    condenser = KnowledgeCondenser(n, keep=0.5, every=1, stages=3)
+    authors = Authors(images, 0.5, 3, "reference", True, True)
+    sampler = CondensedSampler(condenser)
+    loader = DataLoader(
+        IndexedDataset(Images(images)),
+        batch_size=10,
+        sampler=sampler,
+        num_workers=num_workers,
+        persistent_workers=num_workers > 0,
+    )
+    draw = tied_values(2)
+    for epoch in range(5):
+        sampler.set_epoch(epoch)
+        seen = []
+        for x, label, index in loader:
+            assert index.dtype == torch.int64
+            assert np.array_equal(x, authors.images[index]) and torch.equal(label, 10 * index)
+            value = torch.tensor([draw(int(i)) for i in index], dtype=torch.float64)
+            condenser.update(index, value)
+            for i, v in zip(index.tolist(), value.tolist(), strict=True):
+                authors.visit(i, v)
+            seen += index.tolist()
+        assert sorted(seen) == sorted(authors.remain)
+        condenser.step()
+        authors.e_step()
+    assert condenser.recipes and len(condenser.kept) == 32
+
+
+# --- The data set --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["array", "tensor", "pil"])
+def test_items_of_every_kind_mix_alike_and_are_transformed_afterwards(kind):
+    images = random_images(6)
+    recipe = ((0, 1, 0.25), (2, (0, 1, 0.25), 0.125), 0.5)
+    dataset = IndexedDataset(Images(images, kind), transform=lambda x: (type(x), np.asarray(x)))
+
+    def mix(a, b, e):
+        return (a * np.float32(1 - e) + b * np.float32(e)).astype(np.uint8)
+
+    inner = mix(images[0], images[1], 0.25)
+    expected = mix(inner, mix(images[2], inner, 0.125), 0.5)
+    (made, pixels), label, index = dataset[-1, recipe]
+    raw = Images(images, kind)[0][0]
+    assert isinstance(raw, made) and np.array_equal(pixels, expected)
+    assert (label, index) == (0, -1)  # the leftmost leaf's label, and the mark of a repeat as it came
+    (_, pixels), label, index = dataset[4]
+    assert np.array_equal(pixels, images[4]) and (label, index) == (40, 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_floating_point_items_keep_their_dtype_and_are_not_cut_off(dtype):
+    x = torch.rand(2, 3, 4, generator=torch.Generator().manual_seed(0)).to(dtype)
+    dataset = IndexedDataset([(x[0], "a"), (x[1], "b")])
+    for recipe, own in (((1, 0, 0.3), 0.7), ((1, 0, 0.3, 1.0), 1.0)):
+        mixed, label, index = dataset[1, recipe]
+        assert (mixed.dtype, label, index) == (dtype, "b", 1)
+        expected = own * x[1].double() + 0.3 * x[0].double()
+        torch.testing.assert_close(mixed.double(), expected, rtol=2 * torch.finfo(dtype).eps, atol=1e-12)
+
+
+def test_a_mix_that_is_not_convex_is_clipped():
+    images = np.array([[0, 100, 200, 255], [255, 255, 255, 255]], dtype=np.uint8)
+    mixed, _, _ = IndexedDataset([(image, 0) for image in images])[0, (0, 1, 0.25, 1.0)]
+    assert mixed.tolist() == [63, 163, 255, 255]
+
+
+def test_a_recipe_that_shares_its_parts_is_made_part_by_part():
+    """Forty levels of sharing are 2^40 leaves if every part is made anew; through a pickle too, as to a worker."""
+    recipe = 0
+    for _ in range(40):
+        recipe = (recipe, recipe, 0.5)
+    images = random_images(1)
+    image, _, _ = IndexedDataset(Images(images))[pickle.loads(pickle.dumps((0, recipe)))]
+    assert np.array_equal(image, images[0])
+
+
+# --- Bad input -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options, error, message",
+    [
+        (dict(num_samples=0), ValueError, "num_samples must be an integer >= 1, got 0"),
+        (dict(num_samples=True), TypeError, "num_samples .* got True of type bool"),
+        (dict(num_samples=9.0), TypeError, "num_samples"),
+        (dict(keep=0), ValueError, r"keep must be a number in \(0, 1\], got 0"),
+        (dict(keep=1.5), ValueError, "keep"),
+        (dict(keep=True), TypeError, "keep"),
+        (dict(keep=math.nan), ValueError, "keep"),
+        (dict(every=0), ValueError, "every must be an integer >= 1, got 0"),
+        (dict(stages=2.5), TypeError, "stages"),
+        (
+            dict(schedule="linear"),
+            ValueError,
+            "schedule must be one of 'reference', 'cosine', 'immediate', got 'linear'",
+        ),
+        (dict(schedule=None), ValueError, "schedule"),
+        (dict(alpha=-1), ValueError, "alpha"),
+        (dict(alpha=math.inf), ValueError, "alpha"),
+        (dict(epsilon=1.01), ValueError, r"epsilon must be a number in \[0, 1\], got 1.01"),
+        (dict(accumulate=1), TypeError, "accumulate must be True or False, got 1"),
+        (dict(convex="yes"), TypeError, "convex"),
+        (dict(seed=-1), ValueError, "seed"),
+        (dict(group="all"), (TypeError, ValueError), "group"),
+    ],
+)
+def test_bad_options_are_named(options, error, message):
+    with pytest.raises(error, match=message):
+        KnowledgeCondenser(**{"num_samples": 100, **options})
+
+
+def test_a_schedule_that_would_never_drop_says_so():
+    with pytest.warns(RuntimeWarning, match="nothing is ever condensed"):
+        KnowledgeCondenser(10, keep=0.7, stages=6)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        KnowledgeCondenser(10, keep=0.7, stages=6, schedule="cosine")
+        KnowledgeCondenser(10, keep=1.0)  # asked for
+
+
+@pytest.mark.parametrize(
+    "index, value, error, message",
+    [
+        ([0], torch.ones(1), TypeError, "index must be a tensor"),
+        (torch.zeros(1, dtype=torch.int32), torch.ones(1), TypeError, "index must be int64"),
+        (torch.zeros(1), torch.ones(1), TypeError, "index must be int64"),
+        (torch.tensor([0]), torch.tensor([1]), TypeError, "value must be of a floating-point dtype"),
+        (torch.tensor([0]), torch.ones(2), ValueError, r"value must have the shape of index, \(1,\), got \(2,\)"),
+        (torch.tensor([[0]]), torch.ones(1, 1), ValueError, r"index must have shape \(b,\), got \(1, 1\)"),
+        (torch.tensor([0, 5]), torch.ones(2), IndexError, r"index must lie in \[0, 5\).* from 0 to 5"),
+        (torch.tensor([0, -2]), torch.ones(2), IndexError, "from -2 to 0"),
+    ],
+)
+def test_bad_updates_are_named_and_record_nothing(index, value, error, message):
+    condenser = KnowledgeCondenser(5, schedule="immediate")
+    with pytest.raises(error, match=message):
+        condenser.update(index, value)
+    assert condenser.counts.sum() == 0
+
+
+@pytest.mark.parametrize(
+    "call, error, message",
+    [
+        (lambda c: CondensedSampler([1, 2]), TypeError, "condenser must be a KnowledgeCondenser, got list"),
+        (
+            lambda c: CondensedSampler(c, rank=2, world_size=2),
+            ValueError,
+            r"rank must be an integer in \[0, 1\], got 2",
+        ),
+        (lambda c: CondensedSampler(c, shuffle=1), TypeError, "shuffle"),
+        (lambda c: CondensedSampler(c).set_epoch(-1), ValueError, "epoch"),
+        (lambda c: CondensedSampler(c).set_epoch(0, 1.0), TypeError, "consumed"),
+        (lambda c: IndexedDataset(iter([])), TypeError, "dataset must have a length"),
+        (lambda c: IndexedDataset([], transform=3), TypeError, "transform must be callable or None, got int"),
+        (lambda c: IndexedDataset([(0, 0)])[1], IndexError, r"index must lie in \[0, 1\), got 1"),
+        (lambda c: IndexedDataset([(0, 0)])[-1], IndexError, "got -1"),
+        (lambda c: IndexedDataset([{"x": 0, "y": 0}])[0], TypeError, "pairs .* got dict at index 0"),
+        (lambda c: IndexedDataset([(0, 0, 0)])[0], TypeError, "got 3 entries"),
+        (lambda c: IndexedDataset([("a", 0)])[0, (0, 0, 0.5)], TypeError, "got str and str"),
+        (lambda c: IndexedDataset([(torch.ones(2, dtype=int), 0)])[0, (0, 0, 0.5)], TypeError, "int64 cannot be mixed"),
+        (
+            lambda c: IndexedDataset([(torch.ones(2), 0), (torch.ones(3), 0)])[0, (0, 1, 0.5)],
+            ValueError,
+            r"shape \(2,\) and .* shape \(3,\)",
+        ),
+        (lambda c: mix_images(np.zeros((9, 2), dtype=np.float32), c.step()), TypeError, "uint8.* ndarray of float32"),
+        (lambda c: mix_images(np.zeros((8, 2), dtype=np.uint8), c.step()), ValueError, r"sample 8, got shape \(8, 2\)"),
+    ],
+)
+def test_bad_calls_are_named(call, error, message):
+    with pytest.raises(error, match=message):
+        call(KnowledgeCondenser(9, every=1, schedule="immediate"))
+
+
+def test_pil_palettes_are_refused():
+    from PIL import Image
+
+    palette = Image.new("P", (2, 2))
+    with pytest.raises(ValueError, match="one mode out of L, LA, RGB, RGBA, F, got P and P; convert"):
+        IndexedDataset([(palette, 0)])[0, (0, 0, 0.5)]

@@ -1,0 +1,159 @@
+"""`KnowledgeCondenser.step` over real processes: one collective, one answer, and nothing lost when a rank dies."""
+
+import os
+import signal
+import tempfile
+from collections import Counter
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from kcd_ext.condensation import CondensedSampler, KnowledgeCondenser
+
+WORLD = 2
+SAMPLES = 101
+EPOCHS = 6
+TIME_LIMIT = 120  # seconds: for a hang, not for speed
+
+pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this torch has no torch.distributed")
+
+
+class CollectiveCounter(TorchDispatchMode):
+    """Counts every collective operator below torch.distributed's Python functions, with the bytes it carries."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "c10d":
+            self.calls[func._opname] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def value_of(index, epoch):
+    """Any function of both; every third epoch without ties, otherwise with many."""
+    raw = torch.sin(index.double() * 12.9898 + epoch * 78.233).abs()
+    return raw if epoch % 3 == 0 else (raw * 4).round() / 4
+
+
+def new_condenser(**options):
+    return KnowledgeCondenser(SAMPLES, keep=0.5, every=2, stages=3, **options)
+
+
+def train(condenser, rank, world_size, count=None):
+    sampler, counted = CondensedSampler(condenser, seed=1, rank=rank, world_size=world_size), []
+    for epoch in range(EPOCHS):
+        sampler.set_epoch(epoch)
+        index = torch.tensor([i for i, _ in sampler])
+        with CollectiveCounter() as during_update:
+            for part in index.split(16):
+                condenser.update(part, value_of(part, epoch))
+        with CollectiveCounter() as during_step:
+            condenser.step()
+        counted.append((dict(during_update.calls), dict(during_step.calls)))
+    return counted
+
+
+def outcome(condenser, counted=None):
+    return {"state": condenser.state_dict(), "counted": counted}
+
+
+def agree(rank, folder):
+    """A default group is found without being named."""
+    condenser = new_condenser()
+    torch.save(outcome(condenser, train(condenser, rank, WORLD)), folder / f"{rank}.pt")
+
+
+def alone(rank, folder):
+    """A group of one rank keeps a condenser to itself, whatever the default group is."""
+    mine = [dist.new_group([r]) for r in range(WORLD)][rank]
+    condenser = new_condenser(group=mine)
+    torch.save(outcome(condenser, train(condenser, 0, 1)), folder / f"{rank}.pt")
+
+
+def lose_a_peer(rank, folder):
+    """Rank 1 is killed with its visits; rank 0 gets an error and keeps its own."""
+    condenser = new_condenser()
+    condenser.update(torch.arange(SAMPLES), torch.rand(SAMPLES))
+    dist.barrier()
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    before = condenser.state_dict()
+    try:
+        condenser.step()
+    except RuntimeError:
+        torch.save({"before": before, "after": condenser.state_dict()}, folder / "0.pt")
+
+
+def _process(job, rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder / 'rendezvous'}",
+        rank=rank,
+        world_size=WORLD,
+        timeout=timedelta(seconds=60),
+    )
+    job(rank, folder)
+    if job is not lose_a_peer:
+        dist.destroy_process_group()
+
+
+def run(job):
+    """Runs `job` in WORLD processes; returns their exit codes and what they saved. One that hangs is killed."""
+    with tempfile.TemporaryDirectory() as folder:
+        context = mp.get_context("spawn")
+        processes = [context.Process(target=_process, args=(job, rank, Path(folder))) for rank in range(WORLD)]
+        for process in processes:
+            process.start()
+        try:
+            for process in processes:
+                process.join(TIME_LIMIT)
+                assert process.exitcode is not None, f"{job.__name__} hung for {TIME_LIMIT} s"
+        finally:
+            for process in processes:
+                if process.is_alive():
+                    process.kill()
+                process.join()
+        saved = {path.stem: torch.load(path, weights_only=True) for path in Path(folder).glob("*.pt")}
+        return [process.exitcode for process in processes], saved
+
+
+def assert_same(one, other):
+    assert one.keys() == other.keys()
+    for name, entry in one.items():
+        same = torch.equal(entry, other[name]) if isinstance(entry, torch.Tensor) else entry == other[name]
+        assert same, name
+
+
+def test_ranks_agree_bit_for_bit_with_each_other_and_with_one_process_by_one_all_reduce_a_step():
+    codes, saved = run(agree)
+    assert codes == [0, 0]
+    single = new_condenser()
+    assert train(single, 0, 1) == [({}, {})] * EPOCHS
+    assert single.stage == 3 and single.recipes
+    for rank in ("0", "1"):
+        assert saved[rank]["counted"] == [({}, {"allreduce_": 1})] * EPOCHS
+        assert_same(saved[rank]["state"], single.state_dict())
+
+
+def test_a_group_of_one_rank_communicates_nothing():
+    codes, saved = run(alone)
+    assert codes == [0, 0]
+    for rank in ("0", "1"):
+        assert saved[rank]["counted"] == [({}, {})] * EPOCHS
+    assert_same(saved["0"]["state"], saved["1"]["state"])
+
+
+def test_a_rank_that_is_killed_costs_the_other_no_visit():
+    codes, saved = run(lose_a_peer)
+    assert codes[1] == -signal.SIGKILL
+    assert "0" in saved, "step() did not raise when its peer was gone"
+    assert_same(saved["0"]["before"], saved["0"]["after"])
+    assert saved["0"]["after"]["pending"][:, 1].sum() == SAMPLES
