@@ -13,7 +13,7 @@ constexpr int64_t size_of(Type type) { return type == Type::float64 ? 8 : type =
 struct Logits {
   const void* data;
   Type type;
-  int64_t inner;      // rows of the inner leading dimension
+  int64_t inner;   // rows of the inner leading dimension
   int64_t outer_stride, inner_stride;
 
   const char* row(int64_t i) const {
@@ -26,7 +26,7 @@ struct Problem {
   bool with_teacher, with_labels;
   int64_t rows, classes;
   double temperature;
-  const int64_t* labels;        // without them every row is valid
+  const int64_t* labels;   // without them every row is valid
   int64_t ignore_index;
   const int64_t* teacher_row;   // the teacher's row of each student's row, -1: none; null: the same row
 
@@ -34,25 +34,33 @@ struct Problem {
   int64_t teacher_row_of(int64_t i) const { return !with_teacher ? -1 : teacher_row ? teacher_row[i] : i; }
 };
 
-// One array a quantity, `rows` long, of the accumulator's type: double where the student is float64, else float.
-// Rows that are not read have NaN in entropy and kl.
-struct RowOutputs {
-  void *entropy, *kl;
-  void* cross_entropy;     // 0 in rows that are not valid; null: not asked for
-  void* teacher_entropy;   // null: not asked for
-  void* saved;             // (5, rows), for the backward pass; null: not asked for
+// What the forward pass keeps of every row: an array of `rows` numbers each, side by side, of the accumulator's type (double where
+// the student is float64, else float).  Rows that are not read have NaN in entropy and kl. Maxima and inverse sums apart, for their
+// log-sum-exp would lose the digits of logits like 1e4.
+enum Stats : int32_t {
+  kEntropy,
+  kKl,
+  kStudentMax,
+  kStudentInverseSum,
+  kTeacherMax,
+  kTeacherInverseSum,
+  kStudentInverseSum1,
+  kStatsRows
 };
 
-// The rows of RowOutputs::saved.  Maxima and inverse sums apart, for their log-sum-exp would lose the digits of logits like 1e4.
-enum Saved : int32_t { kStudentMax, kStudentInverseSum, kTeacherMax, kTeacherInverseSum, kStudentInverseSum1, kSavedRows };
+struct RowOutputs {
+  void* stats;             // (kStatsRows, rows)
+  void* cross_entropy;     // 0 in rows that are not valid; null: not asked for
+  void* teacher_entropy;   // null: not asked for
+};
 
 // d loss / d z_i = ce_i (softmax(z_i) - onehot(label_i)) + kd_i (softmax(z_i / T) - softmax(y_i / T)); a row whose two factors are
 // both absent is not read.
 struct Gradient {
-  const void* saved;             // as written by the forward pass
-  const uint8_t* selected;       // bool, one a row
-  const void* row_weight;        // accumulator's type; null: 1
-  const void* grad_output;       // accumulator's type; one a row where grad_output_stride is 1, one in all where it is 0
+  const void* stats;         // as written by the forward pass
+  const uint8_t* selected;   // bool, one a row
+  const void* row_weight;    // accumulator's type; null: 1
+  const void* grad_output;   // accumulator's type; one a row where grad_output_stride is 1, one in all where it is 0
   int64_t grad_output_stride;
   double kd_factor, ce_factor;   // kd_weight T / |S| and ce_weight / n_valid
   Logits out;                    // the student's type; may be the student's own memory
@@ -74,5 +82,5 @@ const char* const* built_sets();   // names, best first, null at the end
 void select(const float* value, const uint8_t* candidate, int64_t rows, int64_t k, uint8_t* selected);
 void select(const double* value, const uint8_t* candidate, int64_t rows, int64_t k, uint8_t* selected);
 
-}  // namespace cpu
-}  // namespace kcd
+}   // namespace cpu
+}   // namespace kcd

@@ -1,5 +1,5 @@
-// libkcd_ext.so: the same operators for torch.ops.load_library, without Python.  There a library can only register itself while it is
-// loaded, and an exception would end the process: what goes wrong is kept for kcd_load_error().
+// libkcd_ext.so: the same operators for torch.ops.load_library, without Python.  There a library can only register itself while it
+// is loaded, and an exception would end the process: what goes wrong is kept for kcd_load_error().
 #include <string>
 
 #include "torch/ops.h"
@@ -18,7 +18,7 @@ const bool registered = [] {
     return false;
   }
 }();
-}  // namespace
+}   // namespace
 
 extern "C" {
 // Empty where loading went well.

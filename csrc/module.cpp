@@ -1,5 +1,5 @@
-// kcd_ext._C: importing it registers the operators.  Registration happens in here, not in a static initialiser, so that a second copy
-// of the extension ends in an ImportError and not in an abort.
+// kcd_ext._C: importing it registers the operators.  Registration happens in here, not in a static initialiser, so that a second
+// copy of the extension ends in an ImportError and not in an abort.
 #include <pybind11/pybind11.h>
 
 #include "torch/ops.h"

@@ -1,6 +1,7 @@
 """Loads the compiled operators: the Python module `_C`, or a `libkcd_ext.so` built by plain cmake and named by KCD_LIBRARY."""
 
 import ctypes
+import importlib
 import json
 import os
 import pathlib
@@ -35,7 +36,7 @@ def load() -> dict:
     if path := os.environ.get("KCD_LIBRARY"):
         return _load_library(path)
     try:
-        from . import _C
+        module = importlib.import_module(f"{__package__}._C")
     except ModuleNotFoundError as error:
         if error.name != f"{__package__}._C":
             raise
@@ -49,4 +50,4 @@ def load() -> dict:
             f"{here} holds no compiled extension for this Python: the installation is incomplete or was made for another"
             " version of Python; install kcd_ext again with this one's pip"
         ) from None
-    return _C.build_info()
+    return module.build_info()

@@ -1,5 +1,6 @@
 """Checks of the arguments that `condensed_kd_loss`, `select_rows` and the reference share: all of them before any kernel runs."""
 
+import functools
 import math
 import numbers
 from typing import NamedTuple
@@ -48,11 +49,16 @@ def check_logits(name: str, logits: Tensor) -> None:
         raise ValueError(f"{name} must have shape (..., classes) with at least one class, got {tuple(logits.shape)}")
 
 
-def check_teacher(student: Tensor, teacher: Tensor, rows: Tensor | None) -> None:
-    """Teacher logits of the student's shape, or (m, C) beside `rows` (m,)."""
+def check_both_logits(student: Tensor, teacher: Tensor, rows: Tensor | None) -> None:
+    """`check_logits` of both, and teacher logits of the student's shape, or (m, C) beside `rows` (m,)."""
+    check_logits("student_logits", student)
     check_logits("teacher_logits", teacher)
+    if rows is None and teacher.shape == student.shape and teacher.device == student.device:
+        return  # the rest says what is wrong
     if teacher.device != student.device:
-        raise ValueError(f"teacher_logits are on {teacher.device}, student_logits on {student.device}: move one of them")
+        raise ValueError(
+            f"teacher_logits are on {teacher.device}, student_logits on {student.device}: move one of them"
+        )
     if teacher.shape[-1] != student.shape[-1]:
         c = min(teacher.shape[-1], student.shape[-1])
         raise ValueError(
@@ -91,19 +97,15 @@ def _check_per_row(name: str, x: Tensor, student: Tensor) -> None:
         raise ValueError(f"{name} is on {x.device}, student_logits on {student.device}: move one of them")
 
 
-def check_labels(student: Tensor, labels: Tensor | None) -> None:
+def check_labels(student: Tensor, labels: Tensor) -> None:
     """int64 (...), one class index a row."""
-    if labels is None:
-        return
     if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
         raise TypeError(f"labels must be an int64 tensor of class indices, got {_describe(labels)}")
     _check_per_row("labels", labels, student)
 
 
-def check_row_weight(student: Tensor, row_weight: Tensor | None) -> None:
+def check_row_weight(student: Tensor, row_weight: Tensor) -> None:
     """A floating-point or bool tensor (...)."""
-    if row_weight is None:
-        return
     if not isinstance(row_weight, Tensor) or not (row_weight.is_floating_point() or row_weight.dtype == torch.bool):
         raise TypeError(f"row_weight must be a floating-point or bool tensor, got {_describe(row_weight)}")
     _check_per_row("row_weight", row_weight, student)
@@ -128,7 +130,7 @@ def check_number(name: str, x: float) -> float:
     """A finite real number (NumPy's too), bool excepted."""
     if type(x) not in (float, int) and (isinstance(x, bool) or not isinstance(x, numbers.Real)):
         raise TypeError(f"{name} must be a number, got {_describe(x)}")
-    if not math.isfinite(x):
+    if not -math.inf < x < math.inf:  # unlike math.isfinite, torch.compile traces it
         raise ValueError(f"{name} must be finite, got {x}")
     return float(x)
 
@@ -154,11 +156,11 @@ def check_keep(keep: float | int) -> Keep:
     return Keep(float(keep), 0)
 
 
-def check_weights(kd_weight: float | None, ce_weight: float | None, labels: Tensor | None) -> Weights:
+def check_weights(kd_weight: float | None, ce_weight: float | None, with_labels: bool) -> Weights:
     """Finite numbers; None: 1 and 0 without labels, 0.9 and 0.1 with them (KCD's recipe)."""
-    kd = (1.0 if labels is None else 0.9) if kd_weight is None else check_number("kd_weight", kd_weight)
-    ce = (0.0 if labels is None else 0.1) if ce_weight is None else check_number("ce_weight", ce_weight)
-    if ce != 0 and labels is None:
+    kd = (0.9 if with_labels else 1.0) if kd_weight is None else check_number("kd_weight", kd_weight)
+    ce = (0.1 if with_labels else 0.0) if ce_weight is None else check_number("ce_weight", ce_weight)
+    if ce != 0 and not with_labels:
         raise ValueError(f"ce_weight={ce} needs labels, got labels=None")
     return Weights(kd, ce)
 
@@ -186,4 +188,68 @@ def check_group(group: object) -> None:
     if not dist.is_available() or not dist.is_initialized():
         raise ValueError("group needs torch.distributed to be initialised; leave it None on one process")
     if not isinstance(group, dist.ProcessGroup):
-        raise TypeError(f"group must be a torch.distributed process group of this rank, or None, got {_describe(group)}")
+        raise TypeError(
+            f"group must be a torch.distributed process group of this rank, or None, got {_describe(group)}"
+        )
+
+
+class LossOptions(NamedTuple):
+    """The options of a loss that are no tensors, checked, with defaults put in."""
+
+    temperature: float
+    keep: Keep
+    weights: Weights
+    ignore_index: int
+    reduction: str
+
+    def for_operators(self, ranks: int = 1) -> tuple[float, float, float, int, int, float]:
+        """temperature, kd_weight, ce_weight, ignore_index, reduction, ranks: what the raw operators take."""
+        return self.temperature, *self.weights, self.ignore_index, REDUCTIONS.index(self.reduction), float(ranks)
+
+
+def _loss_options(temperature, keep, kd_weight, ce_weight, with_labels, ignore_index, reduction) -> LossOptions:
+    return LossOptions(
+        check_temperature(temperature),
+        check_keep(keep),
+        check_weights(kd_weight, ce_weight, with_labels),
+        check_ignore_index(ignore_index),
+        check_reduction(reduction),
+    )
+
+
+# A pure function of options that are the same at every step of a training: looking them up takes a tenth of checking them, which
+# counts where a batch takes 50 us. Typed, since 1, 1.0 and True are equal as keys.
+_loss_options_seen = functools.lru_cache(maxsize=128, typed=True)(_loss_options)
+
+
+def check_loss(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    temperature: float,
+    keep: float | int,
+    value: str | Tensor,
+    labels: Tensor | None,
+    kd_weight: float | None,
+    ce_weight: float | None,
+    row_weight: Tensor | None,
+    rows: Tensor | None,
+    ignore_index: int,
+    reduction: str,
+    group: object,
+) -> LossOptions:
+    """All arguments of `condensed_kd_loss` that every implementation of it takes."""
+    check_both_logits(student, teacher, rows)
+    if not (isinstance(value, str) and value == "entropy"):
+        check_value(student, value, labels)
+    if labels is not None:
+        check_labels(student, labels)
+    if row_weight is not None:
+        check_row_weight(student, row_weight)
+    if group is not None:
+        check_group(group)
+    options = (temperature, keep, kd_weight, ce_weight, labels is not None, ignore_index, reduction)
+    try:
+        return _loss_options(*options) if torch.compiler.is_compiling() else _loss_options_seen(*options)
+    except TypeError:  # also what an argument that cannot be a key ends in
+        return _loss_options(*options)

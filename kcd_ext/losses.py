@@ -1,31 +1,16 @@
 """The distillation loss that knows what is worth distilling: KL, knowledge value, selection and gradient in one operator."""
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from . import arguments, ops
-from .arguments import Keep, Weights
+from .arguments import LossOptions
 from .knowledge import Knowledge
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-_VALUE = {name: number for number, name in enumerate(arguments.VALUES)}
-_SCORE = len(arguments.VALUES)
-_REDUCTION = {name: number for number, name in enumerate(arguments.REDUCTIONS)}
-
-
-class _Inputs(NamedTuple):
-    """The tensors of a call as the operators take them."""
-
-    student: Tensor
-    teacher: Tensor
-    labels: Tensor
-    score: Tensor
-    row_weight: Tensor
-    rows: Tensor
 
 
 def condensed_kd_loss(
@@ -89,98 +74,90 @@ def condensed_kd_loss(
         IndexError: on the CPU, a label or an entry of rows is out of range (on CUDA that row's cross entropy is NaN).
         RuntimeError: a second derivative is asked for; use `kcd_ext.reference.condensed_kd_loss`.
     """
-    arguments.check_logits("student_logits", student_logits)
-    arguments.check_teacher(student_logits, teacher_logits, rows)
-    _check_device(student_logits)
-    arguments.check_labels(student_logits, labels)
-    arguments.check_value(student_logits, value, labels)
-    arguments.check_row_weight(student_logits, row_weight)
-    temperature = arguments.check_temperature(temperature)
-    kept = arguments.check_keep(keep)
-    weights = arguments.check_weights(kd_weight, ce_weight, labels)
-    arguments.check_reduction(reduction)
-    ignore_index = arguments.check_ignore_index(ignore_index)
-    arguments.check_group(group)
+    options = arguments.check_loss(
+        student_logits,
+        teacher_logits,
+        temperature=temperature,
+        keep=keep,
+        value=value,
+        labels=labels,
+        kd_weight=kd_weight,
+        ce_weight=ce_weight,
+        row_weight=row_weight,
+        rows=rows,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        group=group,
+    )
+    if not student_logits.is_cpu:
+        raise _no_kernels(student_logits)
     with_gradient = student_logits.requires_grad and torch.is_grad_enabled()
     if inplace:
         _check_inplace(student_logits, with_gradient)
 
-    absent = ops.absent(student_logits)
-    inputs = _Inputs(
-        _readable(student_logits),
-        _readable(teacher_logits.detach()),
-        absent if labels is None else labels.contiguous(),
-        _score(value, absent),
-        absent if row_weight is None else row_weight.detach().to(ops.accumulator_of(student_logits)).contiguous(),
-        absent if rows is None else rows.contiguous(),
+    student = _readable(student_logits)
+    inputs = (
+        _readable(teacher_logits.detach() if teacher_logits.requires_grad else teacher_logits),
+        ops.ABSENT if labels is None else labels.contiguous(),
+        _score(value),
+        ops.ABSENT if row_weight is None else row_weight.detach().to(ops.accumulator_of(student)).contiguous(),
+        ops.ABSENT if rows is None else rows.contiguous(),
     )
-    value_kind = _SCORE if isinstance(value, Tensor) else _VALUE[value]
-    options = (temperature, kept, value_kind, weights, ignore_index, _REDUCTION[reduction])
     compute = _over_group if group is not None else _compiled if torch.compiler.is_compiling() else _eager
-    loss, knowledge = compute(inputs, *options, with_gradient, inplace, group)
-    if not return_knowledge:
-        return loss
-    if isinstance(value, Tensor):
-        knowledge = knowledge._replace(value=knowledge.value.to(value.dtype))
-    return loss, knowledge
+    loss, ranked, stats, selected, counts, backward = compute(student, inputs, _value_kind(value), options, group)
+    if with_gradient and backward is not None:
+        teacher, labels, _, row_weight, rows = inputs
+        saved = (teacher, labels, row_weight, rows, selected, stats, counts)
+        loss = ops.GradientOfStudent.apply(student, (loss, saved, backward, inplace))
+    return (loss, _knowledge(ranked, stats, selected, value)) if return_knowledge else loss
 
 
-def _eager(inputs, temperature, keep, value, weights, ignore_index, reduction, with_gradient, inplace, _group):
-    """One process: one operator, then a node of autograd where a gradient is wanted."""
-    loss, ranked, entropy, kl, selected, n_selected, saved, divisors = ops.condensed_kd_forward(
-        *inputs, temperature, *keep, value, *weights, ignore_index, reduction
-    )
-    if with_gradient:
-        options = (temperature, *weights, ignore_index)
-        loss = _attach(inputs, loss, selected, saved, divisors, options, inplace)
-    return loss, Knowledge(ranked, entropy, kl, selected, n_selected)
+# Three ways to compute one loss: (student, (teacher, labels, score, row_weight, rows), value, options, group) -> loss, values,
+# stats, selected, counts of the selected and of the valid rows, and what the backward operator needs beside them (None where the
+# loss carries its derivative).
 
 
-def _compiled(inputs, temperature, keep, value, weights, ignore_index, reduction, _with_gradient, _inplace, _group):
+def _eager(student: Tensor, inputs: tuple[Tensor, ...], value: int, options: LossOptions, _: None):
+    """One process: one operator."""
+    backward = options.for_operators()
+    return *ops.condensed_kd_forward(student.detach(), *inputs, *options.keep, value, *backward), backward
+
+
+def _compiled(student: Tensor, inputs: tuple[Tensor, ...], value: int, options: LossOptions, _: None):
     """Under torch.compile: the operator that carries its derivative, one node of the graph a direction."""
-    loss, ranked, entropy, kl, selected, n_selected, _, _ = ops.condensed_kd(
-        *inputs, temperature, *keep, value, *weights, ignore_index, reduction
-    )
-    return loss, Knowledge(ranked, entropy, kl, selected, n_selected)
+    return *ops.condensed_kd(student, *inputs, *options.keep, value, *options.for_operators()), None
 
 
-def _over_group(inputs, temperature, keep: Keep, value, weights: Weights, ignore_index, reduction, with_gradient, inplace, group):
+def _over_group(student: Tensor, inputs: tuple[Tensor, ...], value: int, options: LossOptions, group: "ProcessGroup"):
     """Several processes: each reads its rows, values are gathered (never logits), every rank selects among all of them."""
-    student, teacher, labels, score, row_weight, rows = inputs
-    detached = student.detach()
-    ranked, entropy, kl, cross_entropy, candidate, saved = ops.row_stats(
-        detached, teacher, labels, score, rows, temperature, value, ignore_index
-    )
-    valid = torch.ones_like(candidate) if labels.dtype == torch.bool else labels != ignore_index
-    selected, divisors = _select_over_group(ranked, candidate, valid, keep, reduction, group)
-    loss = ops.reduce_rows(
-        detached, labels, row_weight, selected, kl, cross_entropy, divisors, temperature, *weights, ignore_index, reduction
-    )
-    if with_gradient:
-        loss = _attach(inputs, loss, selected, saved, divisors, (temperature, *weights, ignore_index), inplace)
-    return loss, Knowledge(ranked, entropy, kl, selected, selected.sum())
-
-
-def _select_over_group(ranked, candidate, valid, keep, reduction, group) -> tuple[Tensor, Tensor]:
-    """This rank's selected rows, and what its sums are divided by: the global counts over the number of ranks."""
     import torch.distributed as dist
 
-    size, rank, n = dist.get_world_size(group), dist.get_rank(group), ranked.numel()
-    local = torch.stack([ranked.reshape(-1), candidate.reshape(-1).to(ranked.dtype), valid.reshape(-1).to(ranked.dtype)])
+    size, rank = dist.get_world_size(group), dist.get_rank(group)
+    student = student.detach()
+    teacher, labels, score, row_weight, rows = inputs
+    ranked, stats, cross_entropy, candidate = ops.row_stats(
+        student, teacher, labels, score, rows, options.temperature, value, options.ignore_index
+    )
+    valid = torch.ones_like(candidate) if labels.dtype == torch.bool else labels != options.ignore_index
+
+    local = torch.stack([x.reshape(-1).to(ranked.dtype) for x in (ranked, candidate, valid)])
     everywhere = [torch.empty_like(local) for _ in range(size)]
     dist.all_gather(everywhere, local, group=group)
-    values, candidates, valids = torch.cat(everywhere, dim=1)  # ties by (rank, row)
-    chosen = ops.select_topk(values.contiguous(), candidates.bool(), *keep)
-    if _REDUCTION["mean"] == reduction:
-        divisors = torch.stack([chosen.sum(), valids.sum()]).to(torch.float64) / size
-    else:
-        divisors = ranked.new_ones(2, dtype=torch.float64)
-    return chosen[rank * n : (rank + 1) * n].view(ranked.shape), divisors
+    values, candidates, valids = torch.cat(everywhere, dim=1)  # in the order (rank, row), which settles ties
+    chosen = ops.select_topk(values.contiguous(), candidates.bool(), *options.keep)
+    counts = torch.stack([chosen.sum(), valids.sum(dtype=torch.int64)])
+
+    n = ranked.numel()
+    selected = chosen[rank * n : (rank + 1) * n].view(ranked.shape)
+    backward = options.for_operators(ranks=size)
+    loss = ops.reduce_rows(student, labels, row_weight, selected, stats, cross_entropy, counts, *backward)
+    return loss, ranked, stats, selected, counts, backward
 
 
-def _attach(inputs: _Inputs, loss, selected, saved, divisors, options, inplace) -> Tensor:
-    tensors = (inputs.teacher, inputs.labels, inputs.row_weight, inputs.rows, selected, saved, divisors)
-    return ops.GradientOfStudent.apply(inputs.student, ops.Forward(loss, tensors, options, inplace))
+def _knowledge(ranked: Tensor, stats: Tensor, selected: Tensor, value: str | Tensor) -> Knowledge:
+    entropy, kl = (stats[i].view(selected.shape) for i in (ops.ENTROPY, ops.KL))
+    ranked = ranked.to(value.dtype) if isinstance(value, Tensor) else ranked
+    return Knowledge(ranked, entropy, kl, selected, selected.sum())
 
 
 def select_rows(
@@ -214,30 +191,29 @@ def select_rows(
         TypeError, ValueError, IndexError: as `condensed_kd_loss`; a value that needs a teacher is a ValueError.
     """
     arguments.check_logits("student_logits", student_logits)
-    _check_device(student_logits)
-    arguments.check_labels(student_logits, labels)
     arguments.check_value(student_logits, value, labels)
+    if labels is not None:
+        arguments.check_labels(student_logits, labels)
+    if not student_logits.is_cpu:
+        raise _no_kernels(student_logits)
     if isinstance(value, str) and value in ("teacher_entropy", "kl"):
-        raise ValueError(f"value={value!r} needs the teacher's logits, which select_rows is there to spare; use condensed_kd_loss")
+        raise ValueError(
+            f"value={value!r} needs the teacher's logits, which select_rows is there to spare; use condensed_kd_loss"
+        )
     kept = arguments.check_keep(keep)
     ignore_index = arguments.check_ignore_index(ignore_index)
 
     student = _readable(student_logits.detach())
-    absent = ops.absent(student)
-    value_kind = _SCORE if isinstance(value, Tensor) else _VALUE[value]
-    labels = absent if labels is None else labels.contiguous()
-    ranked, entropy, kl, _, candidate, _ = ops.row_stats(
-        student, absent, labels, _score(value, absent), absent, 1.0, value_kind, ignore_index
+    labels = ops.ABSENT if labels is None else labels.contiguous()
+    ranked, stats, _, candidate = ops.row_stats(
+        student, ops.ABSENT, labels, _score(value), ops.ABSENT, 1.0, _value_kind(value), ignore_index
     )
     selected = ops.select_topk(ranked, candidate, *kept)
-    n_selected = selected.sum()
-    if isinstance(value, Tensor):
-        ranked = ranked.to(value.dtype)
     # Selected rows first, in order; how many entries there are depends on the number of rows alone.
     order = torch.sort(selected.reshape(-1), descending=True, stable=True).indices[: kept.of(selected.numel())]
     position = torch.arange(order.shape[0], device=order.device)
-    index = torch.where(position < n_selected, order, torch.full_like(order, -1))
-    return index, Knowledge(ranked, entropy, kl, selected, n_selected)
+    knowledge = _knowledge(ranked, stats, selected, value)
+    return torch.where(position < knowledge.n_selected, order, torch.full_like(order, -1)), knowledge
 
 
 class CondensedKDLoss(nn.Module):
@@ -265,7 +241,9 @@ class CondensedKDLoss(nn.Module):
         arguments.check_temperature(temperature)
         arguments.check_keep(keep)
         if value not in arguments.VALUES:
-            raise ValueError(f"value must be one of {', '.join(arguments.VALUES)}, got {value!r}; pass scores to the call")
+            raise ValueError(
+                f"value must be one of {', '.join(arguments.VALUES)}, got {value!r}; pass scores to the call"
+            )
         for name, weight in (("kd_weight", kd_weight), ("ce_weight", ce_weight)):
             if weight is not None:
                 arguments.check_number(name, weight)
@@ -297,17 +275,24 @@ class CondensedKDLoss(nn.Module):
     ) -> Tensor | tuple[Tensor, Knowledge]:
         """As `condensed_kd_loss`; `value` takes the place of the module's where it is given."""
         options = self.options if value is None else {**self.options, "value": value}
-        return condensed_kd_loss(student_logits, teacher_logits, labels=labels, row_weight=row_weight, rows=rows, **options)
+        return condensed_kd_loss(
+            student_logits, teacher_logits, labels=labels, row_weight=row_weight, rows=rows, **options
+        )
 
     def extra_repr(self) -> str:
         """The options that are set."""
         return ", ".join(f"{name}={option!r}" for name, option in self.options.items() if option is not None)
 
 
-def _score(value: str | Tensor, absent: Tensor) -> Tensor:
+def _value_kind(value: str | Tensor) -> int:
+    """The operators' number for what ranks: the place in VALUES, scores after them."""
+    return arguments.VALUES.index(value) if isinstance(value, str) else len(arguments.VALUES)
+
+
+def _score(value: str | Tensor) -> Tensor:
     """Scores as float32 or, without loss, float64: half precision is exact in float32."""
     if isinstance(value, str):
-        return absent
+        return ops.ABSENT
     dtype = torch.float64 if value.dtype == torch.float64 else torch.float32
     return value.detach().to(dtype).contiguous()
 
@@ -334,21 +319,24 @@ def _readable(logits: Tensor) -> Tensor:
     return logits if _lies_in_place(logits) else logits.contiguous()
 
 
-def _check_device(student: Tensor) -> None:
-    if not student.is_cpu:
-        raise ValueError(
-            f"this build of kcd_ext has kernels for the CPU, got logits on {student.device}: use kcd_ext.reference, the same"
-            " functions in plain PyTorch for any device"
-        )
+def _no_kernels(student: Tensor) -> ValueError:
+    return ValueError(
+        f"this build of kcd_ext has kernels for the CPU, got logits on {student.device}: use kcd_ext.reference, the same"
+        " function in plain PyTorch for any device"
+    )
 
 
 def _check_inplace(student: Tensor, with_gradient: bool) -> None:
     if torch.compiler.is_compiling():
-        raise ValueError("inplace=True is not possible under torch.compile, which plans memory by itself: leave it False")
+        raise ValueError(
+            "inplace=True is not possible under torch.compile, which plans memory by itself: leave it False"
+        )
     if not with_gradient:
         return
     if student.is_leaf:
-        raise ValueError("inplace=True would overwrite student_logits, a leaf that requires grad: pass a module's output")
+        raise ValueError(
+            "inplace=True would overwrite student_logits, a leaf that requires grad: pass a module's output"
+        )
     overlapping = any(size > 1 and stride == 0 for size, stride in zip(student.shape, student.stride(), strict=True))
     if overlapping or not _lies_in_place(student):
         raise ValueError(

@@ -3,8 +3,6 @@
 The operators themselves are in csrc/torch/ops.cpp.  They take a tensor that is absent as an empty one of dtype bool.
 """
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
@@ -21,13 +19,11 @@ row_stats = torch.ops.kcd_ext.row_stats.default
 select_topk = torch.ops.kcd_ext.select_topk.default
 reduce_rows = torch.ops.kcd_ext.reduce_rows.default
 
-SAVED_ROWS = 5  # csrc/kernels.h: Saved
+with torch.inference_mode(False):  # a tensor made in that mode could never be saved for a backward pass
+    ABSENT = torch.empty(0, dtype=torch.bool, device="cpu")  # what stands for a tensor that is not there
+
+ENTROPY, KL, STATS = 0, 1, 7  # csrc/kernels.h, enum Stats: two of its rows, and how many there are
 REDUCTION_NONE = 2
-
-
-def absent(like: Tensor) -> Tensor:
-    """What stands for a tensor that is not there."""
-    return like.new_empty(0, dtype=torch.bool)
 
 
 def accumulator_of(student: Tensor) -> torch.dtype:
@@ -35,14 +31,17 @@ def accumulator_of(student: Tensor) -> torch.dtype:
     return torch.float64 if student.dtype == torch.float64 else torch.float32
 
 
+# ---- fake kernels
+
+
 def _per_row(student: Tensor, dtype: torch.dtype) -> Tensor:
     return student.new_empty(student.shape[:-1], dtype=dtype)
 
 
-def _fake_rows(student: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _fake_rows(student: Tensor, score: Tensor) -> tuple[Tensor, Tensor]:
     dtype = accumulator_of(student)
     value = _per_row(student, dtype if score.dtype == torch.bool else score.dtype)
-    return value, _per_row(student, dtype), _per_row(student, dtype), student.new_empty((SAVED_ROWS, value.numel()), dtype=dtype)
+    return value, student.new_empty((STATS, value.numel()), dtype=dtype)
 
 
 def _fake_loss(student: Tensor, reduction: int) -> Tensor:
@@ -53,11 +52,9 @@ def _fake_loss(student: Tensor, reduction: int) -> Tensor:
 @torch.library.register_fake(condensed_kd)
 @torch.library.register_fake(condensed_kd_forward)
 def _fake_forward(student, teacher, labels, score, row_weight, rows, *options):
-    value, entropy, kl, saved = _fake_rows(student, score)
-    n_selected = student.new_empty((), dtype=torch.int64)
-    divisors = student.new_empty(2, dtype=torch.float64)
-    loss = _fake_loss(student, reduction=options[-1])
-    return loss, value, entropy, kl, _per_row(student, torch.bool), n_selected, saved, divisors
+    value, stats = _fake_rows(student, score)
+    loss = _fake_loss(student, reduction=options[-2])
+    return loss, value, stats, _per_row(student, torch.bool), student.new_empty(2, dtype=torch.int64)
 
 
 @torch.library.register_fake(condensed_kd_backward)
@@ -72,34 +69,32 @@ def _fake_gradient_in_place(*_):
 
 
 @torch.library.register_fake(row_stats)
-def _fake_row_stats(student, teacher, labels, score, rows, temperature, value, ignore_index):
-    ranked, entropy, kl, saved = _fake_rows(student, score)
-    with_labels = labels.dtype != torch.bool
-    cross_entropy = torch.empty_like(entropy) if with_labels else student.new_empty(0, dtype=entropy.dtype)
-    return ranked, entropy, kl, cross_entropy, _per_row(student, torch.bool), saved
+def _fake_row_stats(student, teacher, labels, score, *_):
+    value, stats = _fake_rows(student, score)
+    cross_entropy = student.new_empty(0 if labels.dtype == torch.bool else student.shape[:-1], dtype=stats.dtype)
+    return value, stats, cross_entropy, _per_row(student, torch.bool)
 
 
 @torch.library.register_fake(select_topk)
-def _fake_select(value, candidate, keep_fraction, keep_count):
+def _fake_select(value, *_):
     return value.new_empty(value.shape, dtype=torch.bool)
 
 
 @torch.library.register_fake(reduce_rows)
-def _fake_reduce(student, labels, row_weight, selected, kl, cross_entropy, divisors, *options):
-    return _fake_loss(student, reduction=options[-1])
+def _fake_reduce(student, *options):
+    return _fake_loss(student, reduction=options[-2])
 
 
 # ---- derivatives
 
 
 def _save_for_backward(ctx, inputs, output):
-    student, teacher, labels, _, row_weight, rows, temperature, _, _, _, kd_weight, ce_weight, ignore_index, _ = inputs
-    _, *knowledge = output
-    selected, saved, divisors = output[4], output[6], output[7]
-    ctx.save_for_backward(student, teacher, labels, row_weight, rows, selected, saved, divisors)
-    ctx.options = (temperature, kd_weight, ce_weight, ignore_index)
+    student, teacher, labels, _, row_weight, rows, _, _, _, *options = inputs
+    _, value, stats, selected, counts = output
+    ctx.save_for_backward(student, teacher, labels, row_weight, rows, selected, stats, counts)
+    ctx.options = options
     ctx.n_inputs = len(inputs)
-    ctx.mark_non_differentiable(*knowledge)
+    ctx.mark_non_differentiable(value, stats, selected, counts)
     ctx.set_materialize_grads(False)
 
 
@@ -121,28 +116,23 @@ torch.library.register_autograd(condensed_kd, _backward, setup_context=_save_for
 torch.library.register_autograd(condensed_kd_backward, _no_second_derivative)
 
 
-class Forward(NamedTuple):
-    """A loss that is computed, and what its gradient is made from."""
-
-    loss: Tensor
-    saved: tuple[Tensor, ...]  # teacher, labels, row_weight, rows, selected, saved, divisors
-    options: tuple[float, float, float, int]  # temperature, kd_weight, ce_weight, ignore_index
-    inplace: bool
-
-
 class GradientOfStudent(torch.autograd.Function):
     """Ties a loss that is computed to the student's logits.
 
-    The eager path's door to autograd: torch.library's own wrapper costs 60 us a call, half of what small batches take.
+    The eager path's door to autograd: torch.library's own wrapper costs 60 us a call, more than a small batch takes.
     """
 
     @staticmethod
-    def forward(ctx, student: Tensor, forward: Forward) -> Tensor:
-        """The loss."""
-        ctx.save_for_backward(student, *forward.saved)
-        ctx.options, ctx.inplace = forward.options, forward.inplace
+    def forward(ctx, student: Tensor, computed: tuple[Tensor, tuple[Tensor, ...], tuple, bool]) -> Tensor:
+        """The loss.
+
+        computed: the loss; teacher, labels, row_weight, rows, selected, stats, counts; the operators' options; whether
+        the gradient overwrites the student's logits. In a tuple, since autograd handles every tensor it sees.
+        """
+        loss, saved, ctx.options, ctx.inplace = computed
+        ctx.save_for_backward(student, *saved)
         ctx.set_materialize_grads(False)
-        return forward.loss
+        return loss
 
     @staticmethod
     def backward(ctx, grad_output: Tensor | None) -> tuple[Tensor | None, None]:

@@ -22,9 +22,13 @@ def _entropy(log_probabilities: Tensor) -> Tensor:
     return -(log_probabilities.exp() * finite).sum(-1)
 
 
+def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
+    # The maximum goes before the division, which would round logits of a large offset.
+    return F.log_softmax((logits - logits.detach().amax(-1, keepdim=True)) / temperature, -1)
+
+
 def _kl(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    log_q = F.log_softmax(student / temperature, -1)
-    log_p = F.log_softmax(teacher / temperature, -1)
+    log_q, log_p = _log_softmax(student, temperature), _log_softmax(teacher, temperature)
     p = log_p.exp()
     zero = torch.zeros_like(log_p)
     absent = log_p == -torch.inf
@@ -44,7 +48,9 @@ def select(value: Tensor, candidate: Tensor, keep: arguments.Keep) -> Tensor:
     selected = torch.zeros_like(candidate)
     rows = candidate.nonzero().squeeze(1)
     k = keep.of(len(rows))
-    order = torch.sort(_key(value.detach()[rows]), descending=True, stable=True).indices   # torch sorts NaN as the largest
+    order = torch.sort(
+        _key(value.detach()[rows]), descending=True, stable=True
+    ).indices  # torch sorts NaN as the largest
     selected[rows[order[:k]]] = True
     return selected
 
@@ -100,17 +106,21 @@ def condensed_kd_loss(
 
     Any device and any differentiable order.  `inplace=True` raises ValueError: autograd needs the logits it read.
     """
-    arguments.check_logits("student_logits", student_logits)
-    arguments.check_teacher(student_logits, teacher_logits, rows)
-    arguments.check_labels(student_logits, labels)
-    arguments.check_value(student_logits, value, labels)
-    arguments.check_row_weight(student_logits, row_weight)
-    temperature = arguments.check_temperature(temperature)
-    kept = arguments.check_keep(keep)
-    weights = arguments.check_weights(kd_weight, ce_weight, labels)
-    arguments.check_reduction(reduction)
-    arguments.check_ignore_index(ignore_index)
-    arguments.check_group(group)
+    options = arguments.check_loss(
+        student_logits,
+        teacher_logits,
+        temperature=temperature,
+        keep=keep,
+        value=value,
+        labels=labels,
+        kd_weight=kd_weight,
+        ce_weight=ce_weight,
+        row_weight=row_weight,
+        rows=rows,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        group=group,
+    )
     if inplace:
         raise ValueError("inplace=True is not possible in the reference: plain autograd needs the logits it read")
 
@@ -121,7 +131,9 @@ def condensed_kd_loss(
     flat_labels = None if labels is None else labels.reshape(-1)
     _check_indices(flat_labels, rows, classes, n, ignore_index)
 
-    valid = torch.ones(n, dtype=torch.bool, device=student.device) if flat_labels is None else flat_labels != ignore_index
+    valid = (
+        torch.ones(n, dtype=torch.bool, device=student.device) if flat_labels is None else flat_labels != ignore_index
+    )
     candidate = valid
     teacher = teacher_logits.detach().to(accumulator)
     if rows is None:
@@ -141,7 +153,7 @@ def condensed_kd_loss(
         entropy = torch.where(valid, _entropy(log_probabilities), nan)
     kl_student = torch.where(candidate[:, None], student, torch.zeros_like(student))
     kl_teacher = torch.where(candidate[:, None], teacher, torch.zeros_like(student))
-    kl = _kl(kl_student, kl_teacher, temperature)
+    kl = _kl(kl_student, kl_teacher, options.temperature)
     cross_entropy = torch.zeros_like(nan)
     if flat_labels is not None:
         index = torch.where(valid, flat_labels, torch.zeros_like(flat_labels))
@@ -162,15 +174,15 @@ def condensed_kd_loss(
         # A row that is not a number ranks first whatever is asked for, so that it reaches the loss.
         score[~candidate | entropy.isnan() | kl.isnan()] = torch.nan
 
-        selected = select(_gather(score, group), _gather(candidate, group), kept)
+        selected = select(_gather(score, group), _gather(candidate, group), options.keep)
         n_valid, n_selected, world = _gather(valid, group).sum(), selected.sum(), 1 if group is None else group.size()
         if group is not None:
             selected = selected[group.rank() * n : (group.rank() + 1) * n]
 
     weight = torch.ones_like(kl) if row_weight is None else row_weight.detach().reshape(-1).to(accumulator)
     kd = torch.where(selected, kl, torch.zeros_like(kl)) * torch.where(selected, weight, torch.zeros_like(weight))
-    kd = weights.kd * temperature**2 * kd
-    ce = weights.ce * cross_entropy if weights.ce else torch.zeros_like(cross_entropy)
+    kd = options.weights.kd * options.temperature**2 * kd
+    ce = options.weights.ce * cross_entropy if options.weights.ce else torch.zeros_like(cross_entropy)
     if reduction == "none":
         loss = (ce + kd).reshape(shape)
     elif reduction == "sum":

@@ -1,12 +1,16 @@
 """One signature over every implementation of the operator: CPU tensors in, CPU tensors out."""
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 import kcd_ext
 
 
-def _run(device: str, student: Tensor, teacher: Tensor, grad_output: Tensor | None, options: dict) -> dict[str, Tensor]:
+def _run(
+    function, device: str, student: Tensor, teacher: Tensor, grad_output: Tensor | None, options: dict
+) -> dict[str, Tensor]:
     def move(x):
         return x.to(device) if isinstance(x, Tensor) else x
 
@@ -14,20 +18,21 @@ def _run(device: str, student: Tensor, teacher: Tensor, grad_output: Tensor | No
     # The gradient overwrites the logits it is given, which must not be a leaf.
     logits = leaf.clone() if options.get("inplace") else leaf
     options = {name: move(option) for name, option in options.items()}
-    loss, knowledge = kcd_ext.condensed_kd_loss(logits, move(teacher), return_knowledge=True, **options)
+    loss, knowledge = function(logits, move(teacher), return_knowledge=True, **options)
     grad_output = torch.ones_like(loss) if grad_output is None else move(grad_output)
     (grad,) = torch.autograd.grad(loss, leaf, grad_output)
     return {name: x.detach().cpu() for name, x in {"loss": loss, "grad": grad, **knowledge._asdict()}.items()}
 
 
-def _cpu(student, teacher, grad_output, options):
-    return _run("cpu", student, teacher, grad_output, options)
+BACKENDS = {
+    "cpu": partial(_run, kcd_ext.condensed_kd_loss, "cpu"),
+    "reference": partial(_run, kcd_ext.reference.condensed_kd_loss, "cpu"),
+}
 
 
-BACKENDS = {"cpu": _cpu}
-
-
-def run(backend: str, student: Tensor, teacher: Tensor, *, grad_output: Tensor | None = None, **options) -> dict[str, Tensor]:
+def run(
+    backend: str, student: Tensor, teacher: Tensor, *, grad_output: Tensor | None = None, **options
+) -> dict[str, Tensor]:
     """Loss, gradient and knowledge of `condensed_kd_loss(student, teacher, **options)` on one backend.
 
     grad_output: the gradient of the loss, (), or (...) for reduction="none"; ones where it is None.

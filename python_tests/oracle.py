@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 REAL = np.longdouble
-ROOM = 16.0  # how many roundings of the accumulator's type each term may be off
+ROOM = 24.0  # how many units (half a last place) of the accumulator each term may be off
 UNIT = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 SMALLEST = {torch.float64: 5e-324, torch.float32: 1.5e-45, torch.float16: 6e-8, torch.bfloat16: 1e-40}
 NORMAL = {torch.float64: 2.3e-308, torch.float32: 1.2e-38}
@@ -45,16 +45,6 @@ class Softmax:
         return -terms.sum()
 
 
-@dataclass
-class Row:
-    student: Softmax
-    entropy: REAL
-    entropy_error: REAL
-    kd: tuple[Softmax, Softmax] | None = None
-    kl: REAL = REAL("nan")
-    kl_error: REAL = REAL(0)
-
-
 def _kl(z: np.ndarray, y: np.ndarray, temperature: float, unit: float) -> tuple[tuple[Softmax, Softmax], REAL, REAL]:
     q, p = Softmax.of(z, temperature), Softmax.of(y, temperature)
     with np.errstate(invalid="ignore", over="ignore", under="ignore"):
@@ -69,9 +59,24 @@ def _kl(z: np.ndarray, y: np.ndarray, temperature: float, unit: float) -> tuple[
     return (q, p), kl, ROOM * unit * error
 
 
-def expected(student: Tensor, teacher: Tensor, got: dict[str, Tensor], *, grad_output: Tensor | None = None, temperature=4.0, keep=1.0,
-             value="entropy", labels=None, kd_weight=None, ce_weight=None, row_weight=None, rows=None, ignore_index=-100,
-             reduction="mean", inplace=False) -> dict[str, np.ndarray]:
+def expected(
+    student: Tensor,
+    teacher: Tensor,
+    got: dict[str, Tensor],
+    *,
+    grad_output: Tensor | None = None,
+    temperature=4.0,
+    keep=1.0,
+    value="entropy",
+    labels=None,
+    kd_weight=None,
+    ce_weight=None,
+    row_weight=None,
+    rows=None,
+    ignore_index=-100,
+    reduction="mean",
+    inplace=False,
+) -> dict[str, np.ndarray]:
     """What `got` should be: for every quantity of Knowledge, the loss and the gradient, the number and `<name>_error`."""
     classes, dtype = student.shape[-1], student.dtype
     unit = UNIT[torch.float64 if dtype == torch.float64 else torch.float32]
@@ -95,7 +100,9 @@ def expected(student: Tensor, teacher: Tensor, got: dict[str, Tensor], *, grad_o
         softmax[i] = pi = Softmax.of(z[i], 1.0)
         out["entropy"][i] = pi.entropy()
         with np.errstate(invalid="ignore"):
-            error["entropy"][i] = ROOM * unit * (np.nansum(pi.units * np.where(pi.p > 0, -pi.log, 0)) + np.log(classes) + 1)
+            error["entropy"][i] = (
+                ROOM * unit * (np.nansum(pi.units * np.where(pi.p > 0, -pi.log, 0)) + np.log(classes) + 1)
+            )
         if label is not None:
             ce[i] = -pi.log[label[i]]
             ce_error[i] = ROOM * unit * (abs(ce[i]) + np.log(classes) + 1) if np.isfinite(ce[i]) else 0
@@ -110,7 +117,9 @@ def expected(student: Tensor, teacher: Tensor, got: dict[str, Tensor], *, grad_o
         elif value == "teacher_entropy":
             psi = Softmax.of(y[teacher_row[i]], 1.0)
             out["value"][i] = psi.entropy()
-            error["value"][i] = ROOM * unit * ((psi.units * np.where(psi.p > 0, -psi.log, 0)).sum() + np.log(classes) + 1)
+            error["value"][i] = (
+                ROOM * unit * ((psi.units * np.where(psi.p > 0, -psi.log, 0)).sum() + np.log(classes) + 1)
+            )
         elif value == "cross_entropy":
             out["value"][i], error["value"][i] = ce[i], ce_error[i]
         else:
@@ -118,10 +127,18 @@ def expected(student: Tensor, teacher: Tensor, got: dict[str, Tensor], *, grad_o
 
     # ---- selection, from the values that were returned
     n_candidates = sum(candidate)
-    k = 0 if n_candidates == 0 else min(keep, n_candidates) if isinstance(keep, int) else max(1, int(keep * n_candidates))
+    k = (
+        0
+        if n_candidates == 0
+        else min(keep, n_candidates)
+        if isinstance(keep, int)
+        else max(1, int(keep * n_candidates))
+    )
     returned = got["value"].reshape(-1).to(torch.float64).tolist()
-    ranking = sorted((i for i in range(n) if candidate[i]),
-                     key=lambda i: (returned[i] == returned[i], -returned[i] if returned[i] == returned[i] else 0, i))
+    ranking = sorted(
+        (i for i in range(n) if candidate[i]),
+        key=lambda i: (returned[i] == returned[i], -returned[i] if returned[i] == returned[i] else 0, i),
+    )
     selected = set(ranking[:k])
 
     # ---- loss and gradient
@@ -133,12 +150,14 @@ def expected(student: Tensor, teacher: Tensor, got: dict[str, Tensor], *, grad_o
     g = np.ones(n, REAL) if grad_output is None else np.broadcast_to(exact(grad_output).reshape(-1), (n,))
     with np.errstate(invalid="ignore", over="ignore"):
         ce_terms = np.array([ce_weight * ce[i] * over_valid if valid[i] and ce_weight else REAL(0) for i in range(n)])
-        kd_terms = np.array([kd_weight * t2 * weight[i] * out["kl"][i] * over_selected if i in selected else REAL(0)
-                             for i in range(n)])
+        kd_terms = np.array(
+            [kd_weight * t2 * weight[i] * out["kl"][i] * over_selected if i in selected else REAL(0) for i in range(n)]
+        )
         loss = ce_terms + kd_terms
         loss_error = np.abs(ce_weight * over_valid) * ce_error + 4 * unit * np.abs(loss)
-        loss_error = loss_error + np.array([abs(kd_weight * t2 * weight[i] * over_selected) * error["kl"][i] if i in selected else 0
-                                            for i in range(n)])
+        loss_error = loss_error + np.array(
+            [abs(kd_weight * t2 * weight[i] * over_selected) * error["kl"][i] if i in selected else 0 for i in range(n)]
+        )
         grad, grad_error = np.zeros_like(z), np.zeros_like(z)
         for i in range(n):
             a = g[i] * ce_weight * over_valid if valid[i] and label is not None else REAL(0)
@@ -150,7 +169,9 @@ def expected(student: Tensor, teacher: Tensor, got: dict[str, Tensor], *, grad_o
                 q, p = kd[i]
                 b = g[i] * kd_weight * REAL(temperature) * weight[i] * over_selected
                 grad[i] += b * (q.p - p.p)
-                grad_error[i] += abs(b) * (q.units + p.units + NORMAL[torch.float64 if dtype == torch.float64 else torch.float32])
+                grad_error[i] += abs(b) * (
+                    q.units + p.units + NORMAL[torch.float64 if dtype == torch.float64 else torch.float32]
+                )
         # the accumulator's roundings, then one rounding to the gradient's own type
         grad_error = ROOM * unit * grad_error + 1.001 * UNIT[dtype] * np.abs(grad) + SMALLEST[dtype]
         grad_error += NORMAL[torch.float64 if dtype == torch.float64 else torch.float32]
@@ -171,7 +192,9 @@ def expected(student: Tensor, teacher: Tensor, got: dict[str, Tensor], *, grad_o
 def check(got: dict[str, Tensor], want: dict[str, np.ndarray]) -> None:
     """Every number within its error, NaN and infinities in the same places, selection equal."""
     for name in ("selected", "n_selected"):
-        assert np.array_equal(got[name].reshape(want[name].shape).numpy(), want[name]), f"{name}: {got[name]} != {want[name]}"
+        assert np.array_equal(got[name].reshape(want[name].shape).numpy(), want[name]), (
+            f"{name}: {got[name]} != {want[name]}"
+        )
     for name in ("entropy", "kl", "value", "loss", "grad"):
         x, y, error = exact(got[name]).reshape(np.shape(want[name])), want[name], want[f"{name}_error"]
         with np.errstate(invalid="ignore"):

@@ -56,8 +56,13 @@ def step(function, model, x, teacher, **options):
 
 def worker(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS,
-                            timeout=datetime.timedelta(seconds=60))
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/store",
+        rank=rank,
+        world_size=RANKS,
+        timeout=datetime.timedelta(seconds=60),
+    )
     model, x, teacher, labels = data()
     mine = slice(rank * ROWS, (rank + 1) * ROWS)
     wrapped = DistributedDataParallel(copy.deepcopy(model))
@@ -87,7 +92,9 @@ def test_ranks_equal_one_process(results, name):
     loss, knowledge, grad = step(condensed_kd_loss, model, x, teacher, **options)
     ranks = [result[name] for result in results]
     for n in NAMES:
-        assert torch.allclose(torch.cat([r[1][n] for r in ranks]).double(), getattr(knowledge, n).double(), equal_nan=True), n
+        assert torch.allclose(
+            torch.cat([r[1][n] for r in ranks]).double(), getattr(knowledge, n).double(), equal_nan=True
+        ), n
     assert sum(r[2] for r in ranks) == knowledge.n_selected
     reduction = options.get("reduction", "mean")
     if reduction == "none":

@@ -10,21 +10,27 @@ namespace kcd::cpu::KCD_SET {
 namespace {
 
 // What one row's formula needs: d = ce pi + student q - teacher p with every factor folded into the inverse sum beside it.
-template <class Real> struct RowFactors {
+template <class Real>
+struct RowFactors {
   Real student_max, teacher_max;
   Real student, teacher;   // kd / sum e^(dz/T), kd / sum e^(dy/T)
   Real ce;                 // ce / sum e^dz
 };
 
 // The formula for one vector of classes.
-template <Power power, bool with_kd, bool with_ce, class Real> struct Element {
+template <Power power, bool with_kd, bool with_ce, class Real>
+struct Element {
   Scale<Real> scale;
   Vector<Real> m_z, m_y, student, teacher, ce;
   Element(const RowFactors<Real>& f, double temperature)
-      : scale(temperature), m_z(broadcast(f.student_max)), m_y(broadcast(f.teacher_max)), student(broadcast(f.student)),
-        teacher(broadcast(f.teacher)), ce(broadcast(f.ce)) {}
+      : scale(temperature),
+        m_z(broadcast(f.student_max)),
+        m_y(broadcast(f.teacher_max)),
+        student(broadcast(f.student)),
+        teacher(broadcast(f.teacher)),
+        ce(broadcast(f.ce)) {}
 
-  __attribute__((always_inline)) Vector<Real> operator()(Vector<Real> z, Vector<Real> y) const {
+  KCD_MEMBER Vector<Real> operator()(Vector<Real> z, Vector<Real> y) const {
     const Vector<Real> dz = z - m_z;
     if (!with_kd) return ce * exp2(dz * scale.per_logit_1);
     const Vector<Real> e = exp2(dz * scale.per_logit);
@@ -35,18 +41,18 @@ template <Power power, bool with_kd, bool with_ce, class Real> struct Element {
 
 // `out` may be `z`: an element is read before it is written.
 template <Power power, bool with_kd, bool with_ce, class Real>
-KCD_INLINE void gradient_of_piece(const Real* z, const Real* y, int64_t n, const Element<power, with_kd, with_ce, Real>& element, Real* out) {
+KCD_INLINE void gradient_of_piece(const Real* z, const Real* y, int64_t n, const Element<power, with_kd, with_ce, Real>& element,
+                                  Real* out) {
   int64_t j = 0;
   for (; j + kLanes<Real> <= n; j += kLanes<Real>)
     store<Real>(out + j, element(load(z + j), with_kd ? load(y + j) : Vector<Real>{}));
-  if (j < n)
-    store(out + j, n - j, element(load(z + j, n - j, Real(0)), with_kd ? load(y + j, n - j, Real(0)) : Vector<Real>{}));
+  if (j < n) store(out + j, n - j, element(load(z + j, n - j, Real(0)), with_kd ? load(y + j, n - j, Real(0)) : Vector<Real>{}));
 }
 
 // label < 0: none; ce_label is taken off at the label: pi - onehot.
 template <Power power, bool with_kd, bool with_ce, class Real>
-void gradient_of_row(const Problem& problem, const char* student, const char* teacher, const RowFactors<Real>& factors, int64_t label,
-                     Real ce_label, char* row) {
+void gradient_of_row(const Problem& problem, const char* student, const char* teacher, const RowFactors<Real>& factors,
+                     int64_t label, Real ce_label, char* row) {
   alignas(64) Real z_scratch[kPiece], y_scratch[kPiece], scratch[kPiece];
   const Element<power, with_kd, with_ce, Real> element(factors, problem.temperature);
   const Type type = problem.student.type;
@@ -61,8 +67,9 @@ void gradient_of_row(const Problem& problem, const char* student, const char* te
   }
 }
 
-template <class Real, Power power> void backward(const Problem& problem, const Gradient& gradient, int64_t begin, int64_t end) {
-  const Real* saved = static_cast<const Real*>(gradient.saved);
+template <class Real, Power power>
+void backward(const Problem& problem, const Gradient& gradient, int64_t begin, int64_t end) {
+  const Real* stats = static_cast<const Real*>(gradient.stats);
   const Real* row_weight = static_cast<const Real*>(gradient.row_weight);
   const Real* grad_output = static_cast<const Real*>(gradient.grad_output);
   const size_t row_bytes = static_cast<size_t>(problem.classes * size_of(problem.student.type));
@@ -78,18 +85,19 @@ template <class Real, Power power> void backward(const Problem& problem, const G
     const double g = static_cast<double>(grad_output[i * gradient.grad_output_stride]);
     const Real kd = static_cast<Real>(g * gradient.kd_factor * (row_weight ? static_cast<double>(row_weight[i]) : 1.0));
     const Real ce = static_cast<Real>(g * gradient.ce_factor);
-    const RowFactors<Real> factors{saved[kStudentMax * problem.rows + i], saved[kTeacherMax * problem.rows + i],
-                                   kd * saved[kStudentInverseSum * problem.rows + i],
-                                   kd * saved[kTeacherInverseSum * problem.rows + i],
-                                   ce * saved[kStudentInverseSum1 * problem.rows + i]};
+    const RowFactors<Real> factors{stats[kStudentMax * problem.rows + i], stats[kTeacherMax * problem.rows + i],
+                                   kd * stats[kStudentInverseSum * problem.rows + i],
+                                   kd * stats[kTeacherInverseSum * problem.rows + i],
+                                   ce * stats[kStudentInverseSum1 * problem.rows + i]};
     const int64_t label = with_ce ? problem.labels[i] : -1;
-    with_kd && with_ce ? gradient_of_row<power, true, true>(problem, student, teacher, factors, label, ce, row)
-    : with_kd          ? gradient_of_row<power, true, false>(problem, student, teacher, factors, label, ce, row)
-                       : gradient_of_row<Power::other, false, true>(problem, student, teacher, factors, label, ce, row);
+    (with_kd && with_ce) ? gradient_of_row<power, true, true>(problem, student, teacher, factors, label, ce, row)
+    : with_kd            ? gradient_of_row<power, true, false>(problem, student, teacher, factors, label, ce, row)
+                         : gradient_of_row<Power::other, false, true>(problem, student, teacher, factors, label, ce, row);
   }
 }
 
-template <class Real> void backward(const Problem& problem, const Gradient& gradient, int64_t begin, int64_t end) {
+template <class Real>
+void backward(const Problem& problem, const Gradient& gradient, int64_t begin, int64_t end) {
   const double t = problem.temperature;
   t == 1   ? backward<Real, Power::one>(problem, gradient, begin, end)
   : t == 2 ? backward<Real, Power::two>(problem, gradient, begin, end)
@@ -97,11 +105,11 @@ template <class Real> void backward(const Problem& problem, const Gradient& grad
            : backward<Real, Power::other>(problem, gradient, begin, end);
 }
 
-}  // namespace
+}   // namespace
 
 void backward(const Problem& problem, const Gradient& gradient, int64_t begin, int64_t end) {
   problem.student.type == Type::float64 ? backward<double>(problem, gradient, begin, end)
                                         : backward<float>(problem, gradient, begin, end);
 }
 
-}  // namespace kcd::cpu::KCD_SET
+}   // namespace kcd::cpu::KCD_SET

@@ -10,8 +10,12 @@ namespace kcd {
 
 constexpr int64_t kPiece = 2048;   // classes summed at a time: two float64 pieces fit a 32 KiB first-level cache
 
-struct bfloat16 { uint16_t bits; };
-struct float16 { uint16_t bits; };
+struct bfloat16 {
+  uint16_t bits;
+};
+struct float16 {
+  uint16_t bits;
+};
 
 KCD_INLINE float to_float(bfloat16 x) { return bit_cast<float>(static_cast<uint32_t>(x.bits) << 16); }
 
@@ -65,14 +69,19 @@ KCD_INLINE void narrow(const float* in, int64_t n, float16* out) {
 // Logits [first, first + n) of a row as the accumulator's type: where they lie if they are of that type, else in `scratch`.
 KCD_INLINE const float* piece(Type type, const char* row, int64_t first, int64_t n, float* scratch) {
   switch (type) {
-    case Type::float32: return reinterpret_cast<const float*>(row) + first;
+    case Type::float32:
+      return reinterpret_cast<const float*>(row) + first;
     case Type::float64: {
       const double* x = reinterpret_cast<const double*>(row) + first;
       for (int64_t j = 0; j < n; ++j) scratch[j] = static_cast<float>(x[j]);
       break;
     }
-    case Type::float16: widen(reinterpret_cast<const float16*>(row) + first, n, scratch); break;
-    case Type::bfloat16: widen(reinterpret_cast<const bfloat16*>(row) + first, n, scratch); break;
+    case Type::float16:
+      widen(reinterpret_cast<const float16*>(row) + first, n, scratch);
+      break;
+    case Type::bfloat16:
+      widen(reinterpret_cast<const bfloat16*>(row) + first, n, scratch);
+      break;
   }
   return scratch;
 }
@@ -95,4 +104,4 @@ KCD_INLINE void finish_gradient_piece(Type type, char* row, int64_t first, int64
 }
 KCD_INLINE void finish_gradient_piece(Type, char*, int64_t, int64_t, const double*) {}
 
-}  // namespace kcd
+}   // namespace kcd

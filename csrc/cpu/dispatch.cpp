@@ -32,7 +32,7 @@ const Kernels& choose() {
   throw std::invalid_argument("KCD_ISA must be one of " + usable + " on this processor (or unset), got '" + wanted + "'");
 }
 
-}  // namespace
+}   // namespace
 
 const Kernels& kernels() {
   static const Kernels& chosen = choose();
@@ -46,4 +46,4 @@ const char* const* built_sets() {
   return names;
 }
 
-}  // namespace kcd::cpu
+}   // namespace kcd::cpu

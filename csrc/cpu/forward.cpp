@@ -10,14 +10,15 @@ namespace kcd::cpu::KCD_SET {
 namespace {
 
 // The sums of one vector of classes, lane by lane.
-template <class Real> struct LaneSums {
+template <class Real>
+struct LaneSums {
   Vector<Real> student_sum{}, student_sum_1{}, student_dot_1{}, teacher_sum{}, cross{}, teacher_sum_1{}, teacher_dot_1{};
 };
 
 // sum e^x x, to which x = -inf adds 0.
-template <class Real> KCD_INLINE Vector<Real> weighted(Vector<Real> e, Vector<Real> x) {
-  const Vector<Real> least = broadcast(-Limits<Real>::largest());
-  return e * (x < least ? least : x);
+template <class Real>
+KCD_INLINE Vector<Real> weighted(Vector<Real> e, Vector<Real> x) {
+  return e * greater_of(broadcast(-Limits<Real>::largest()), x);
 }
 
 template <Power power, bool with_teacher, bool with_teacher_entropy, class Real>
@@ -34,7 +35,7 @@ KCD_INLINE void accumulate(Vector<Real> dz, Vector<Real> dy, const Scale<Real>& 
   // e^(dy/T) keeps the divergence infinite where the student rules it out and p underflows.
   const Vector<Real> zero = {}, infinity = broadcast(Limits<Real>::infinity()), smallest = broadcast(Limits<Real>::smallest());
   const Vector<Real> difference = dy == -infinity ? zero : dy - dz;
-  sums.cross += (teacher < smallest ? smallest : teacher) * difference;
+  sums.cross += greater_of(smallest, teacher) * difference;
   if (!with_teacher_entropy) return;
   const Vector<Real> teacher_1 = at_temperature_1<power>(teacher, dy, scale);
   sums.teacher_sum_1 += teacher_1;
@@ -42,7 +43,8 @@ KCD_INLINE void accumulate(Vector<Real> dz, Vector<Real> dy, const Scale<Real>& 
 }
 
 // Two chains, since each step waits for the one before.
-template <class Real> KCD_INLINE Real maximum(const Real* x, int64_t n) {
+template <class Real>
+KCD_INLINE Real maximum(const Real* x, int64_t n) {
   const Real least = -Limits<Real>::infinity();
   Vector<Real> even = broadcast(least), odd = even;
   int64_t j = 0;
@@ -50,33 +52,42 @@ template <class Real> KCD_INLINE Real maximum(const Real* x, int64_t n) {
     even = greater_of(load(x + j), even);
     odd = greater_of(load(x + j + kLanes<Real>), odd);
   }
-  for (; j < n; j += kLanes<Real>)
-    even = greater_of(j + kLanes<Real> <= n ? load(x + j) : load(x + j, n - j, least), even);
+  for (; j < n; j += kLanes<Real>) even = greater_of(j + kLanes<Real> <= n ? load(x + j) : load(x + j, n - j, least), even);
   return kcd::maximum(greater_of(odd, even));
+}
+
+// Where the logits lie that are wanted next.  The hardware's own prefetcher stops at every page; asking for the row after this one
+// (or the piece) while this one is summed hides most of the way to memory.
+struct Ahead {
+  const char* address;
+  int64_t bytes_a_lane;
+  KCD_MEMBER void fetch(int64_t j) const { __builtin_prefetch(address + j * bytes_a_lane); }
+};
+
+KCD_INLINE Ahead ahead(const Logits& logits, const char* row, int64_t first) {
+  constexpr int64_t kDistance = 4096;   // bytes; measured: 2048 to 8192 are alike
+  return {row + first * size_of(logits.type) + kDistance, size_of(logits.type)};
 }
 
 // The sums of n classes that lie side by side, relative to their own maxima.  `y` is not read without a teacher.
 template <Power power, bool with_teacher, bool with_teacher_entropy, class Real>
-KCD_INLINE RowSums<Real> sum_piece(const Real* z, const Real* y, int64_t n, const Scale<Real>& scale) {
+KCD_INLINE RowSums<Real> sum_piece(const Real* z, const Real* y, int64_t n, const Scale<Real>& scale, Ahead next_z, Ahead next_y) {
   const Real least = -Limits<Real>::infinity();
   const Real student_max = maximum(z, n), teacher_max = with_teacher ? maximum(y, n) : Real(0);
   const Vector<Real> m_z = broadcast(reference(student_max)), m_y = broadcast(reference(teacher_max));
   LaneSums<Real> sums;
   int64_t j = 0;
-  for (; j + kLanes<Real> <= n; j += kLanes<Real>)
-    accumulate<power, with_teacher, with_teacher_entropy, Real>(load(z + j) - m_z, with_teacher ? load(y + j) - m_y : m_y, scale, sums);
+  for (; j + kLanes<Real> <= n; j += kLanes<Real>) {
+    next_z.fetch(j);
+    if (with_teacher) next_y.fetch(j);
+    accumulate<power, with_teacher, with_teacher_entropy, Real>(load(z + j) - m_z, with_teacher ? load(y + j) - m_y : m_y, scale,
+                                                                sums);
+  }
   if (j < n)   // lanes past the end hold -inf in both and add nothing
     accumulate<power, with_teacher, with_teacher_entropy, Real>(load(z + j, n - j, least) - m_z,
                                                                 with_teacher ? load(y + j, n - j, least) - m_y : m_y, scale, sums);
-  return {student_max,
-          teacher_max,
-          sum(sums.student_sum),
-          sum(sums.student_sum_1),
-          sum(sums.student_dot_1),
-          sum(sums.teacher_sum),
-          sum(sums.cross),
-          sum(sums.teacher_sum_1),
-          sum(sums.teacher_dot_1)};
+  return {student_max,           teacher_max,     sum(sums.student_sum),   sum(sums.student_sum_1), sum(sums.student_dot_1),
+          sum(sums.teacher_sum), sum(sums.cross), sum(sums.teacher_sum_1), sum(sums.teacher_dot_1)};
 }
 
 template <Power power, bool with_teacher, bool with_teacher_entropy, class Real>
@@ -87,26 +98,23 @@ RowSums<Real> sum_row(const Problem& problem, const char* student, const char* t
     const int64_t n = problem.classes - first < kPiece ? problem.classes - first : kPiece;
     const RowSums<Real> next = sum_piece<power, with_teacher, with_teacher_entropy>(
         piece(problem.student.type, student, first, n, z),
-        with_teacher ? piece(problem.teacher.type, teacher, first, n, y) : nullptr, n, scale);
+        with_teacher ? piece(problem.teacher.type, teacher, first, n, y) : nullptr, n, scale,
+        ahead(problem.student, student, first), ahead(problem.teacher, teacher, first));
     row = first ? merge(row, next, scale.inverse_temperature) : next;
   }
   return row;
 }
 
-template <class Real> struct Outputs {
-  Real *entropy, *kl, *cross_entropy, *teacher_entropy, *saved;
-  explicit Outputs(const RowOutputs& o)
-      : entropy(static_cast<Real*>(o.entropy)), kl(static_cast<Real*>(o.kl)), cross_entropy(static_cast<Real*>(o.cross_entropy)),
-        teacher_entropy(static_cast<Real*>(o.teacher_entropy)), saved(static_cast<Real*>(o.saved)) {}
-};
-
-template <class Real> KCD_INLINE Real logit(Type type, const char* row, int64_t c) {
+template <class Real>
+KCD_INLINE Real logit(Type type, const char* row, int64_t c) {
   Real scratch[1];
   return *piece(type, row, c, 1, scratch);
 }
 
-template <class Real, Power power> void forward(const Problem& problem, const RowOutputs& outputs, int64_t begin, int64_t end) {
-  const Outputs<Real> out(outputs);
+template <class Real, Power power>
+void forward(const Problem& problem, const RowOutputs& outputs, int64_t begin, int64_t end) {
+  Real* cross_entropies = static_cast<Real*>(outputs.cross_entropy);
+  Real* teacher_entropies = static_cast<Real*>(outputs.teacher_entropy);
   const Scale<Real> scale(problem.temperature), scale_1(1.0);
   const Real nan = Limits<Real>::nan();
   for (int64_t i = begin; i < end; ++i) {
@@ -116,27 +124,26 @@ template <class Real, Power power> void forward(const Problem& problem, const Ro
     const char* teacher = with_teacher ? problem.teacher.row(teacher_row) : nullptr;
     RowSums<Real> sums{};
     if (with_teacher)
-      sums = out.teacher_entropy ? sum_row<power, true, true>(problem, student, teacher, scale)
-                                 : sum_row<power, true, false>(problem, student, teacher, scale);
+      sums = teacher_entropies ? sum_row<power, true, true>(problem, student, teacher, scale)
+                               : sum_row<power, true, false>(problem, student, teacher, scale);
     else if (valid)
       sums = sum_row<Power::one, false, false>(problem, student, teacher, scale_1);
-    out.entropy[i] = valid ? entropy(sums.student_sum_1, sums.student_dot_1) : nan;
-    out.kl[i] = with_teacher ? kl(sums, scale.inverse_temperature) : nan;
-    if (out.teacher_entropy) out.teacher_entropy[i] = with_teacher ? entropy(sums.teacher_sum_1, sums.teacher_dot_1) : nan;
-    if (out.cross_entropy)
-      out.cross_entropy[i] = valid ? cross_entropy(sums, logit<Real>(problem.student.type, student, problem.labels[i])) : Real(0);
-    if (out.saved) {
-      Real* saved = out.saved + i;
-      saved[kStudentMax * problem.rows] = reference(sums.student_max);
-      saved[kStudentInverseSum * problem.rows] = 1 / sums.student_sum;
-      saved[kTeacherMax * problem.rows] = reference(sums.teacher_max);
-      saved[kTeacherInverseSum * problem.rows] = 1 / sums.teacher_sum;
-      saved[kStudentInverseSum1 * problem.rows] = 1 / sums.student_sum_1;
-    }
+    if (teacher_entropies) teacher_entropies[i] = with_teacher ? entropy(sums.teacher_sum_1, sums.teacher_dot_1) : nan;
+    if (cross_entropies)
+      cross_entropies[i] = valid ? cross_entropy(sums, logit<Real>(problem.student.type, student, problem.labels[i])) : Real(0);
+    Real* stats = static_cast<Real*>(outputs.stats) + i;
+    stats[kEntropy * problem.rows] = valid ? entropy(sums.student_sum_1, sums.student_dot_1) : nan;
+    stats[kKl * problem.rows] = with_teacher ? kl(sums, scale.inverse_temperature) : nan;
+    stats[kStudentMax * problem.rows] = reference(sums.student_max);
+    stats[kStudentInverseSum * problem.rows] = 1 / sums.student_sum;
+    stats[kTeacherMax * problem.rows] = reference(sums.teacher_max);
+    stats[kTeacherInverseSum * problem.rows] = 1 / sums.teacher_sum;
+    stats[kStudentInverseSum1 * problem.rows] = 1 / sums.student_sum_1;
   }
 }
 
-template <class Real> void forward(const Problem& problem, const RowOutputs& outputs, int64_t begin, int64_t end) {
+template <class Real>
+void forward(const Problem& problem, const RowOutputs& outputs, int64_t begin, int64_t end) {
   const double t = problem.temperature;
   t == 1   ? forward<Real, Power::one>(problem, outputs, begin, end)
   : t == 2 ? forward<Real, Power::two>(problem, outputs, begin, end)
@@ -144,11 +151,11 @@ template <class Real> void forward(const Problem& problem, const RowOutputs& out
            : forward<Real, Power::other>(problem, outputs, begin, end);
 }
 
-}  // namespace
+}   // namespace
 
 void forward(const Problem& problem, const RowOutputs& outputs, int64_t begin, int64_t end) {
   problem.student.type == Type::float64 ? forward<double>(problem, outputs, begin, end)
                                         : forward<float>(problem, outputs, begin, end);
 }
 
-}  // namespace kcd::cpu::KCD_SET
+}   // namespace kcd::cpu::KCD_SET

@@ -25,4 +25,4 @@ int64_t number_to_keep(double fraction, int64_t count, int64_t n) {
   return std::max<int64_t>(1, static_cast<int64_t>(fraction * static_cast<double>(n)));
 }
 
-}  // namespace kcd::cpu
+}   // namespace kcd::cpu

@@ -20,7 +20,8 @@ int64_t number_to_keep(double fraction, int64_t count, int64_t n);
 // ranked[i] = value[i] in candidates whose entropy and KL are numbers, else NaN: such a row ranks first, whatever is asked for, so
 // that it reaches the loss.  `with_kl`: there is a teacher.
 template <class Score, class Real>
-void rank(const Score* value, const Real* entropy, const Real* kl, bool with_kl, const uint8_t* candidate, int64_t rows, Score* ranked) {
+void rank(const Score* value, const Real* entropy, const Real* kl, bool with_kl, const uint8_t* candidate, int64_t rows,
+          Score* ranked) {
   for (int64_t i = 0; i < rows; ++i) {
     const bool number = candidate[i] && entropy[i] == entropy[i] && !(with_kl && kl[i] != kl[i]);
     ranked[i] = number ? value[i] : static_cast<Score>(__builtin_nan(""));
@@ -28,8 +29,8 @@ void rank(const Score* value, const Real* entropy, const Real* kl, bool with_kl,
 }
 
 struct LossFactors {
-  double kd, ce;                // kd_weight T^2, ce_weight
-  double selected, valid;       // what the two sums are divided by
+  double kd, ce;            // kd_weight T^2, ce_weight
+  double selected, valid;   // what the two sums are divided by
   Reduction reduction;
 };
 
@@ -50,4 +51,4 @@ void loss(const Problem& problem, const Real* kl, const Real* cross_entropy, con
   *loss = static_cast<Real>(share(factors.ce, ce_sum, factors.valid) + share(factors.kd, kd_sum, factors.selected));
 }
 
-}  // namespace kcd::cpu
+}   // namespace kcd::cpu

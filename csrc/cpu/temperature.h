@@ -8,22 +8,25 @@ namespace {
 // How e^x follows from e^(x/T): the T-th power by squaring where T is 1, 2 or 4, else another exponential.
 enum class Power { one, two, four, other };
 
-template <class Real> struct Scale {
+template <class Real>
+struct Scale {
   Real inverse_temperature;
   Vector<Real> per_logit;     // log2(e) / T: e^(x/T) = 2^(x * per_logit)
   Vector<Real> per_logit_1;   // log2(e)
   explicit Scale(double temperature)
-      : inverse_temperature(static_cast<Real>(1 / temperature)), per_logit(broadcast(static_cast<Real>(kLog2E / temperature))),
+      : inverse_temperature(static_cast<Real>(1 / temperature)),
+        per_logit(broadcast(static_cast<Real>(kLog2E / temperature))),
         per_logit_1(broadcast(static_cast<Real>(kLog2E))) {}
 };
 
 // e^x, given e = e^(x/T)
-template <Power power, class Real> KCD_INLINE Vector<Real> at_temperature_1(Vector<Real> e, Vector<Real> x, const Scale<Real>& scale) {
+template <Power power, class Real>
+KCD_INLINE Vector<Real> at_temperature_1(Vector<Real> e, Vector<Real> x, const Scale<Real>& scale) {
   if (power == Power::one) return e;
   if (power == Power::two) return e * e;
   if (power == Power::four) return (e * e) * (e * e);
   return exp2(x * scale.per_logit_1);
 }
 
-}  // namespace
-}  // namespace kcd
+}   // namespace
+}   // namespace kcd

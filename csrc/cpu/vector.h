@@ -18,21 +18,31 @@
 namespace kcd {
 namespace {   // these types differ from one instruction set to the next: none may be visible outside its object file
 
-template <class Real> struct VectorOf;
-template <> struct VectorOf<float> {
+template <class Real>
+struct VectorOf;
+template <>
+struct VectorOf<float> {
   typedef float Vector __attribute__((vector_size(KCD_VECTOR_BYTES)));
   typedef int32_t Bits __attribute__((vector_size(KCD_VECTOR_BYTES)));
 };
-template <> struct VectorOf<double> {
+template <>
+struct VectorOf<double> {
   typedef double Vector __attribute__((vector_size(KCD_VECTOR_BYTES)));
   typedef int64_t Bits __attribute__((vector_size(KCD_VECTOR_BYTES)));
 };
-template <class Real> using Vector = typename VectorOf<Real>::Vector;
-template <class Real> using Bits = typename VectorOf<Real>::Bits;
-template <class Real> constexpr int64_t kLanes = KCD_VECTOR_BYTES / static_cast<int64_t>(sizeof(Real));
+template <class Real>
+using Vector = typename VectorOf<Real>::Vector;
+template <class Real>
+using Bits = typename VectorOf<Real>::Bits;
+template <class Real>
+constexpr int64_t kLanes = KCD_VECTOR_BYTES / static_cast<int64_t>(sizeof(Real));
 
-template <class Real> KCD_INLINE Vector<Real> broadcast(Real x) { return Vector<Real>{} + x; }
-template <class Real> KCD_INLINE Vector<Real> load(const Real* p) {
+template <class Real>
+KCD_INLINE Vector<Real> broadcast(Real x) {
+  return Vector<Real>{} + x;
+}
+template <class Real>
+KCD_INLINE Vector<Real> load(const Real* p) {
   Vector<Real> v;
   __builtin_memcpy(&v, p, sizeof v);
   return v;
@@ -46,35 +56,53 @@ KCD_INLINE Vector<double> load(const double* p, int64_t n, double otherwise) {
   return (Vector<double>)_mm512_mask_loadu_pd(_mm512_set1_pd(otherwise), static_cast<__mmask8>((1u << n) - 1), p);
 }
 #else
-template <class Real> KCD_INLINE Vector<Real> load(const Real* p, int64_t n, Real otherwise) {
+template <class Real>
+KCD_INLINE Vector<Real> load(const Real* p, int64_t n, Real otherwise) {
   Vector<Real> lanes = broadcast(otherwise);
   __builtin_memcpy(&lanes, p, static_cast<size_t>(n) * sizeof(Real));
   return lanes;
 }
 #endif
-template <class Real> KCD_INLINE void store(Real* p, Vector<Real> v) { __builtin_memcpy(p, &v, sizeof v); }
+template <class Real>
+KCD_INLINE void store(Real* p, Vector<Real> v) {
+  __builtin_memcpy(p, &v, sizeof v);
+}
 #if defined(__AVX512F__)
-KCD_INLINE void store(float* p, int64_t n, Vector<float> v) { _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1), (__m512)v); }
-KCD_INLINE void store(double* p, int64_t n, Vector<double> v) { _mm512_mask_storeu_pd(p, static_cast<__mmask8>((1u << n) - 1), (__m512d)v); }
+KCD_INLINE void store(float* p, int64_t n, Vector<float> v) {
+  _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1), (__m512)v);
+}
+KCD_INLINE void store(double* p, int64_t n, Vector<double> v) {
+  _mm512_mask_storeu_pd(p, static_cast<__mmask8>((1u << n) - 1), (__m512d)v);
+}
 #else
-template <class Real> KCD_INLINE void store(Real* p, int64_t n, Vector<Real> v) {
+template <class Real>
+KCD_INLINE void store(Real* p, int64_t n, Vector<Real> v) {
   __builtin_memcpy(p, &v, static_cast<size_t>(n) * sizeof(Real));
 }
 #endif
 
-// a > b ? a : b, lane by lane: b where either is NaN.  The instruction of that meaning has a third of the latency of a comparison and
-// a blend, which counts where maxima form a chain.
+// a > b ? a : b, lane by lane: b where either is NaN.  The instruction of that meaning has a third of the latency of a comparison
+// and a blend, which counts where maxima form a chain.
 #if defined(__AVX512F__)
 KCD_INLINE Vector<float> greater_of(Vector<float> a, Vector<float> b) { return (Vector<float>)_mm512_max_ps((__m512)a, (__m512)b); }
-KCD_INLINE Vector<double> greater_of(Vector<double> a, Vector<double> b) { return (Vector<double>)_mm512_max_pd((__m512d)a, (__m512d)b); }
+KCD_INLINE Vector<double> greater_of(Vector<double> a, Vector<double> b) {
+  return (Vector<double>)_mm512_max_pd((__m512d)a, (__m512d)b);
+}
 #elif defined(__AVX2__)
 KCD_INLINE Vector<float> greater_of(Vector<float> a, Vector<float> b) { return (Vector<float>)_mm256_max_ps((__m256)a, (__m256)b); }
-KCD_INLINE Vector<double> greater_of(Vector<double> a, Vector<double> b) { return (Vector<double>)_mm256_max_pd((__m256d)a, (__m256d)b); }
+KCD_INLINE Vector<double> greater_of(Vector<double> a, Vector<double> b) {
+  return (Vector<double>)_mm256_max_pd((__m256d)a, (__m256d)b);
+}
 #elif defined(__SSE2__)
 KCD_INLINE Vector<float> greater_of(Vector<float> a, Vector<float> b) { return (Vector<float>)_mm_max_ps((__m128)a, (__m128)b); }
-KCD_INLINE Vector<double> greater_of(Vector<double> a, Vector<double> b) { return (Vector<double>)_mm_max_pd((__m128d)a, (__m128d)b); }
+KCD_INLINE Vector<double> greater_of(Vector<double> a, Vector<double> b) {
+  return (Vector<double>)_mm_max_pd((__m128d)a, (__m128d)b);
+}
 #else
-template <class V> KCD_INLINE V greater_of(V a, V b) { return a > b ? a : b; }
+template <class V>
+KCD_INLINE V greater_of(V a, V b) {
+  return a > b ? a : b;
+}
 #endif
 
 // Over the lanes, in a fixed order.
@@ -84,12 +112,14 @@ KCD_INLINE double sum(Vector<double> v) { return _mm512_reduce_add_pd((__m512d)v
 KCD_INLINE float maximum(Vector<float> v) { return _mm512_reduce_max_ps((__m512)v); }
 KCD_INLINE double maximum(Vector<double> v) { return _mm512_reduce_max_pd((__m512d)v); }
 #else
-template <class V> KCD_INLINE auto sum(V v) {
+template <class V>
+KCD_INLINE auto sum(V v) {
   auto total = v[0];
   for (size_t j = 1; j < sizeof v / sizeof v[0]; ++j) total += v[j];
   return total;
 }
-template <class V> KCD_INLINE auto maximum(V v) {
+template <class V>
+KCD_INLINE auto maximum(V v) {
   auto greatest = v[0];
   for (size_t j = 1; j < sizeof v / sizeof v[0]; ++j) greatest = v[j] > greatest ? v[j] : greatest;
   return greatest;
@@ -101,8 +131,8 @@ template <class V> KCD_INLINE auto maximum(V v) {
 // x = n + r, n the nearest integer, |r| <= 1/2 and exact; 2^n goes into the exponent's bits.  Adding 1.5 * 2^23 (2^52) rounds to an
 // integer and leaves n in the low bits.
 #if defined(__AVX512F__)
-// 2^x = 2^floor(x) * 2^(i/32) * 2^r, i = floor(32 x) mod 32, 0 <= r < 1/32: the middle factor from a table in two registers, the last
-// from a quadratic 1 + r (c1 + c2 r) whose error is 3e-9; relative error 1.8e-7 in all.
+// 2^x = 2^floor(x) * 2^(i/32) * 2^r, i = floor(32 x) mod 32, 0 <= r < 1/32: the middle factor from a table in two registers, the
+// last from a quadratic 1 + r (c1 + c2 r) whose error is 3e-9; relative error 1.8e-7 in all.
 alignas(64) static const float kPowersOfTwo[32] = {
     0x1.000000p+0f, 0x1.059b0ep+0f, 0x1.0b5586p+0f, 0x1.11301ep+0f, 0x1.172b84p+0f, 0x1.1d4874p+0f, 0x1.2387a6p+0f, 0x1.29e9e0p+0f,
     0x1.306fe0p+0f, 0x1.371a74p+0f, 0x1.3dea64p+0f, 0x1.44e086p+0f, 0x1.4bfdaep+0f, 0x1.5342b6p+0f, 0x1.5ab07ep+0f, 0x1.6247ecp+0f,
@@ -114,8 +144,8 @@ KCD_INLINE Vector<float> exp2(Vector<float> x) {
   // 1.5 * 2^18 has a spacing of 1/32: the sum's low five bits are floor(32 x) mod 32.
   const __m512 rounded = _mm512_add_round_ps(v, _mm512_set1_ps(393216.0f), _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
   const __m512 r = _mm512_reduce_ps(v, 0x50 | _MM_FROUND_TO_NEG_INF);   // x - floor(32 x) / 32
-  const __m512 power = _mm512_permutex2var_ps(_mm512_load_ps(kPowersOfTwo), _mm512_castps_si512(rounded),
-                                              _mm512_load_ps(kPowersOfTwo + 16));
+  const __m512 power =
+      _mm512_permutex2var_ps(_mm512_load_ps(kPowersOfTwo), _mm512_castps_si512(rounded), _mm512_load_ps(kPowersOfTwo + 16));
   const __m512 slope = _mm512_fmadd_ps(_mm512_set1_ps(0.2426526925f), r, _mm512_set1_ps(0.6931237316f));
   return (Vector<float>)_mm512_scalef_ps(_mm512_fmadd_ps(_mm512_mul_ps(power, r), slope, power), v);
 }
@@ -164,5 +194,5 @@ KCD_INLINE Vector<double> exp2(Vector<double> x) {
 
 constexpr double kLog2E = 1.44269504088896340736;
 
-}  // namespace
-}  // namespace kcd
+}   // namespace
+}   // namespace kcd

@@ -19,4 +19,4 @@ KCD_INLINE uint64_t order_key(double x) {
   return bits >> 63 ? ~bits : bits | uint64_t{1} << 63;
 }
 
-}  // namespace kcd
+}   // namespace kcd

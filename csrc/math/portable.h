@@ -7,28 +7,34 @@
 #include <cstdint>
 
 #ifdef __CUDACC__
-#define KCD_INLINE static __host__ __device__ __forceinline__
+#define KCD_INLINE static KCD_MEMBER
+#define KCD_MEMBER __host__ __device__ __forceinline__
 #else
-#define KCD_INLINE static inline __attribute__((always_inline))
+#define KCD_INLINE static KCD_MEMBER
+#define KCD_MEMBER inline __attribute__((always_inline))
 #endif
 
 namespace kcd {
 
-template <class To, class From> KCD_INLINE To bit_cast(const From& from) {
+template <class To, class From>
+KCD_INLINE To bit_cast(const From& from) {
   static_assert(sizeof(To) == sizeof(From), "a bit cast keeps the size");
   To to;
   __builtin_memcpy(&to, &from, sizeof to);
   return to;
 }
 
-template <class T> struct Limits;
-template <> struct Limits<float> {
+template <class T>
+struct Limits;
+template <>
+struct Limits<float> {
   KCD_INLINE float infinity() { return __builtin_huge_valf(); }
   KCD_INLINE float nan() { return __builtin_nanf(""); }
   KCD_INLINE float smallest() { return 1.17549435e-38f; }   // normal
   KCD_INLINE float largest() { return 3.40282347e+38f; }
 };
-template <> struct Limits<double> {
+template <>
+struct Limits<double> {
   KCD_INLINE double infinity() { return __builtin_huge_val(); }
   KCD_INLINE double nan() { return __builtin_nan(""); }
   KCD_INLINE double smallest() { return 2.2250738585072014e-308; }
@@ -40,4 +46,4 @@ KCD_INLINE double exponential(double x) { return __builtin_exp(x); }
 KCD_INLINE float logarithm(float x) { return __builtin_logf(x); }
 KCD_INLINE double logarithm(double x) { return __builtin_log(x); }
 
-}  // namespace kcd
+}   // namespace kcd

@@ -12,7 +12,8 @@
 
 namespace kcd {
 
-template <class Real> struct RowSums {
+template <class Real>
+struct RowSums {
   Real student_max, teacher_max;   // -inf over a piece without any finite logit
   Real student_sum;                // sum e^(dz/T)
   Real student_sum_1;              // sum e^dz
@@ -25,17 +26,20 @@ template <class Real> struct RowSums {
 
 // The number subtracted from every logit of a piece: its maximum, or 0 where all its logits are -inf (e^-inf is 0 either way, while
 // -inf - -inf would not be).
-template <class Real> KCD_INLINE Real reference(Real maximum) {
+template <class Real>
+KCD_INLINE Real reference(Real maximum) {
   return maximum == -Limits<Real>::infinity() ? Real(0) : maximum;
 }
 
 // By how much a piece's relative logits fall when it moves to the maximum of the whole; 0 for a piece that has none.
-template <class Real> KCD_INLINE Real shift(Real own, Real whole) {
+template <class Real>
+KCD_INLINE Real shift(Real own, Real whole) {
   return own == -Limits<Real>::infinity() ? Real(0) : own - whole;
 }
 
 // Moves sums to greater maxima: with dz' = dz + d, sum e^dz' dz' = e^d (sum e^dz dz + d sum e^dz), and likewise for the others.
-template <class Real> KCD_INLINE RowSums<Real> rebase(RowSums<Real> s, Real student_max, Real teacher_max, Real inverse_temperature) {
+template <class Real>
+KCD_INLINE RowSums<Real> rebase(RowSums<Real> s, Real student_max, Real teacher_max, Real inverse_temperature) {
   const Real dz = shift(s.student_max, student_max), dy = shift(s.teacher_max, teacher_max);
   if (dz != 0) {
     const Real at_1 = exponential(dz);
@@ -56,7 +60,8 @@ template <class Real> KCD_INLINE RowSums<Real> rebase(RowSums<Real> s, Real stud
   return s;
 }
 
-template <class Real> KCD_INLINE RowSums<Real> merge(const RowSums<Real>& first, const RowSums<Real>& second, Real inverse_temperature) {
+template <class Real>
+KCD_INLINE RowSums<Real> merge(const RowSums<Real>& first, const RowSums<Real>& second, Real inverse_temperature) {
   const Real student_max = second.student_max > first.student_max ? second.student_max : first.student_max;
   const Real teacher_max = second.teacher_max > first.teacher_max ? second.teacher_max : first.teacher_max;
   RowSums<Real> a = rebase(first, student_max, teacher_max, inverse_temperature);
@@ -71,15 +76,20 @@ template <class Real> KCD_INLINE RowSums<Real> merge(const RowSums<Real>& first,
   return a;
 }
 
-template <class Real> KCD_INLINE Real entropy(Real sum_1, Real dot_1) { return logarithm(sum_1) - dot_1 / sum_1; }
+template <class Real>
+KCD_INLINE Real entropy(Real sum_1, Real dot_1) {
+  return logarithm(sum_1) - dot_1 / sum_1;
+}
 
-template <class Real> KCD_INLINE Real kl(const RowSums<Real>& s, Real inverse_temperature) {
+template <class Real>
+KCD_INLINE Real kl(const RowSums<Real>& s, Real inverse_temperature) {
   return inverse_temperature * (s.cross / s.teacher_sum) + logarithm(s.student_sum / s.teacher_sum);
 }
 
 // -log pi[label]
-template <class Real> KCD_INLINE Real cross_entropy(const RowSums<Real>& s, Real label_logit) {
+template <class Real>
+KCD_INLINE Real cross_entropy(const RowSums<Real>& s, Real label_logit) {
   return logarithm(s.student_sum_1) - (label_logit - reference(s.student_max));
 }
 
-}  // namespace kcd
+}   // namespace kcd

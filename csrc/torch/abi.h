@@ -24,31 +24,30 @@ using TorchLibraryHandle = TorchLibraryOpaque*;
 using StableIValue = uint64_t;
 
 // One list for two readers: here it declares, in stub.cpp it defines the link-time stand-in.
-#define KCD_TORCH_ABI(X)                                                                                                          \
-  X(aoti_torch_library_init_def, (const char* ns, const char* file, uint32_t line, TorchLibraryHandle* library))                  \
+#define KCD_TORCH_ABI(X)                                                                                                           \
+  X(aoti_torch_library_init_def, (const char* ns, const char* file, uint32_t line, TorchLibraryHandle* library))                   \
   X(aoti_torch_library_init_impl, (const char* ns, const char* key, const char* file, uint32_t line, TorchLibraryHandle* library)) \
-  X(aoti_torch_library_def, (TorchLibraryHandle library, const char* schema))                                                     \
-  X(torch_library_impl,                                                                                                           \
-    (TorchLibraryHandle library, const char* name, void (*kernel)(StableIValue*, uint64_t, uint64_t), uint64_t version))          \
-  X(aoti_torch_delete_library_object, (TorchLibraryHandle library))                                                               \
-  X(aoti_torch_delete_tensor_object, (AtenTensorHandle tensor))                                                                   \
-  X(aoti_torch_empty_strided, (int64_t dim, const int64_t* sizes, const int64_t* strides, int32_t dtype, int32_t device_type,     \
-                               int32_t device_index, AtenTensorHandle* tensor))                                                   \
-  X(torch_get_const_data_ptr, (AtenTensorHandle tensor, const void** data))                                                       \
-  X(torch_get_mutable_data_ptr, (AtenTensorHandle tensor, void** data))                                                           \
-  X(aoti_torch_get_dim, (AtenTensorHandle tensor, int64_t* dim))                                                                  \
-  X(aoti_torch_get_numel, (AtenTensorHandle tensor, int64_t* numel))                                                              \
-  X(aoti_torch_get_sizes, (AtenTensorHandle tensor, int64_t** sizes))                                                             \
-  X(aoti_torch_get_strides, (AtenTensorHandle tensor, int64_t** strides))                                                         \
-  X(aoti_torch_get_dtype, (AtenTensorHandle tensor, int32_t* dtype))                                                              \
-  X(aoti_torch_get_device_type, (AtenTensorHandle tensor, int32_t* device_type))                                                  \
-  X(aoti_torch_get_device_index, (AtenTensorHandle tensor, int32_t* device_index))                                                \
-  X(aoti_torch_dtype_float32, ())                                                                                                 \
-  X(aoti_torch_dtype_float64, ())                                                                                                 \
-  X(aoti_torch_dtype_float16, ())                                                                                                 \
-  X(aoti_torch_dtype_bfloat16, ())                                                                                                \
-  X(aoti_torch_dtype_int64, ())                                                                                                   \
-  X(aoti_torch_dtype_bool, ())                                                                                                    \
+  X(aoti_torch_library_def, (TorchLibraryHandle library, const char* schema))                                                      \
+  X(torch_library_impl,                                                                                                            \
+    (TorchLibraryHandle library, const char* name, void (*kernel)(StableIValue*, uint64_t, uint64_t), uint64_t version))           \
+  X(aoti_torch_delete_tensor_object, (AtenTensorHandle tensor))                                                                    \
+  X(aoti_torch_empty_strided, (int64_t dim, const int64_t* sizes, const int64_t* strides, int32_t dtype, int32_t device_type,      \
+                               int32_t device_index, AtenTensorHandle* tensor))                                                    \
+  X(torch_get_const_data_ptr, (AtenTensorHandle tensor, const void** data))                                                        \
+  X(torch_get_mutable_data_ptr, (AtenTensorHandle tensor, void** data))                                                            \
+  X(aoti_torch_get_dim, (AtenTensorHandle tensor, int64_t* dim))                                                                   \
+  X(aoti_torch_get_numel, (AtenTensorHandle tensor, int64_t* numel))                                                               \
+  X(aoti_torch_get_sizes, (AtenTensorHandle tensor, int64_t** sizes))                                                              \
+  X(aoti_torch_get_strides, (AtenTensorHandle tensor, int64_t** strides))                                                          \
+  X(aoti_torch_get_dtype, (AtenTensorHandle tensor, int32_t* dtype))                                                               \
+  X(aoti_torch_get_device_type, (AtenTensorHandle tensor, int32_t* device_type))                                                   \
+  X(aoti_torch_get_device_index, (AtenTensorHandle tensor, int32_t* device_index))                                                 \
+  X(aoti_torch_dtype_float32, ())                                                                                                  \
+  X(aoti_torch_dtype_float64, ())                                                                                                  \
+  X(aoti_torch_dtype_float16, ())                                                                                                  \
+  X(aoti_torch_dtype_bfloat16, ())                                                                                                 \
+  X(aoti_torch_dtype_int64, ())                                                                                                    \
+  X(aoti_torch_dtype_bool, ())                                                                                                     \
   X(torch_parallel_for, (int64_t begin, int64_t end, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context))
 
 #define X(name, args) int32_t name args;
@@ -85,7 +84,8 @@ class Tensor {
       step *= sizes[i] > 0 ? sizes[i] : 1;
     }
     AtenTensorHandle handle;
-    KCD_CALL(aoti_torch_empty_strided, dim, sizes, strides, dtype, like.device_type(), like.get(aoti_torch_get_device_index), &handle);
+    KCD_CALL(aoti_torch_empty_strided, dim, sizes, strides, dtype, like.device_type(), like.get(aoti_torch_get_device_index),
+             &handle);
     return Tensor(reinterpret_cast<StableIValue>(handle));
   }
   static Tensor empty(std::initializer_list<int64_t> sizes, int32_t dtype, const Tensor& like) {
@@ -94,12 +94,14 @@ class Tensor {
 
   StableIValue release() { return reinterpret_cast<StableIValue>(std::exchange(handle_, nullptr)); }
 
-  template <class T> const T* data() const {
+  template <class T>
+  const T* data() const {
     const void* p;
     KCD_CALL(torch_get_const_data_ptr, handle_, &p);
     return static_cast<const T*>(p);
   }
-  template <class T> T* mutable_data() const {
+  template <class T>
+  T* mutable_data() const {
     void* p;
     KCD_CALL(torch_get_mutable_data_ptr, handle_, &p);
     return static_cast<T*>(p);
@@ -112,7 +114,8 @@ class Tensor {
   int32_t device_type() const { return get(aoti_torch_get_device_type); }
 
  private:
-  template <class T> T get(int32_t (*getter)(AtenTensorHandle, T*)) const {
+  template <class T>
+  T get(int32_t (*getter)(AtenTensorHandle, T*)) const {
     T value;
     check_torch(getter(handle_, &value), "a query of a tensor");
     return value;
@@ -129,7 +132,8 @@ class Arguments {
   int64_t integer() { return scalar<int64_t>(); }
 
  private:
-  template <class T> T scalar() {
+  template <class T>
+  T scalar() {
     T value;
     std::memcpy(&value, next_++, sizeof value);
     return value;
@@ -138,15 +142,18 @@ class Arguments {
 };
 
 // Replaces a boxed call's arguments by its results.
-template <class... Tensors> void give_back(StableIValue* stack, Tensors&... results) {
+template <class... Tensors>
+void give_back(StableIValue* stack, Tensors&... results) {
   ((*stack++ = results.release()), ...);
 }
 
 // Rows on torch's own threads.
-template <class Body> void parallel_for(int64_t n, int64_t grain, const Body& body) {
-  KCD_CALL(torch_parallel_for, 0, n, grain,
-           [](int64_t begin, int64_t end, void* context) { (*static_cast<const Body*>(context))(begin, end); },
-           const_cast<Body*>(&body));
+template <class Body>
+void parallel_for(int64_t n, int64_t grain, const Body& body) {
+  KCD_CALL(
+      torch_parallel_for, 0, n, grain,
+      [](int64_t begin, int64_t end, void* context) { (*static_cast<const Body*>(context))(begin, end); },
+      const_cast<Body*>(&body));
 }
 
-}  // namespace kcd
+}   // namespace kcd

@@ -1,5 +1,5 @@
-// The operators torch.ops.kcd_ext.*, registered with torch's dispatcher.  Boxed kernels: arguments come as owned handles on a stack,
-// results replace them.  A tensor that is absent is an empty one of dtype bool.
+// The operators torch.ops.kcd_ext.*, registered with torch's dispatcher.  Boxed kernels: arguments come as owned handles on a
+// stack, results replace them.  A tensor that is absent is an empty one of dtype bool.
 #include "torch/ops.h"
 
 #include <algorithm>
@@ -41,7 +41,8 @@ void require(bool condition, const char* message) {
   if (!condition) throw std::invalid_argument(std::string("kcd_ext: ") + message);
 }
 
-// ---- shapes ----------------------------------------------------------------------------------------------------------------------
+// ---- shapes
+// ----------------------------------------------------------------------------------------------------------------------
 
 // (..., classes) as rows of contiguous classes at two strides.
 Logits logits_of(const Tensor& x, const void* data) {
@@ -75,7 +76,8 @@ class Call {
  public:
   Call(const Tensor& student, const Tensor* teacher, const Tensor& labels, const Tensor* rows, double temperature,
        int64_t ignore_index)
-      : leading_dim_(student.dim() - 1), sizes_(student.sizes()),
+      : leading_dim_(student.dim() - 1),
+        sizes_(student.sizes()),
         accumulator_(student.dtype() == dtypes().float64 ? dtypes().float64 : dtypes().float32) {
     problem.student = logits_of(student, student.data<void>());
     problem.rows = count_rows(student);
@@ -101,7 +103,8 @@ class Call {
     if (absent(*rows)) {
       require(count_rows(*teacher) == problem.rows, "student and teacher must have the same number of rows");
     } else {
-      require(rows->dtype() == dtypes().int64 && rows->numel() == count_rows(*teacher), "rows must be int64, one for each teacher row");
+      require(rows->dtype() == dtypes().int64 && rows->numel() == count_rows(*teacher),
+              "rows must be int64, one for each teacher row");
       map_teacher_rows(rows->data<int64_t>(), rows->numel());
     }
   }
@@ -114,7 +117,8 @@ class Call {
   Tensor like_student(const Tensor& student) const { return Tensor::empty(sizes_, leading_dim_ + 1, student.dtype(), student); }
 
   // Runs a kernel over the rows on torch's threads; a piece of work is worth about 10 us.
-  template <class Body> void over_rows(const Body& body) const {
+  template <class Body>
+  void over_rows(const Body& body) const {
     constexpr int64_t kLogitsAPiece = 32768;
     const int64_t grain = std::max<int64_t>(1, kLogitsAPiece / problem.classes);
     problem.rows <= grain ? body(int64_t{0}, problem.rows) : parallel_for(problem.rows, grain, body);
@@ -142,7 +146,7 @@ class Call {
       if (teacher_row_[i] >= 0) throw std::invalid_argument("rows names row " + std::to_string(i) + " more than once");
       teacher_row_[i] = j;
     }
-    problem.teacher_row = teacher_row_.data();
+    problem.teacher_row = teacher_row_.data();   // not moved when the Call is
   }
 
   int64_t leading_dim_;
@@ -151,70 +155,91 @@ class Call {
   std::vector<int64_t> teacher_row_;
 };
 
-// ---- rows: what one read of the logits gives ---------------------------------------------------------------------------------------
+// ---- rows: what one read of the logits gives
+// ---------------------------------------------------------------------------------------
+
+// Room for one number a row, of either type, that no operator returns.
+using Scratch = std::vector<double>;
 
 struct Rows {
-  Tensor value, entropy, kl, cross_entropy, candidate, saved;
-  int64_t candidates;
+  Tensor value, stats;   // what rows are ranked by, (...); (kStatsRows, rows)
+  const void* cross_entropy;
 };
 
-template <class Score> void rank(const Call& call, const Score* value, const Rows& rows) {
+template <class Score>
+void rank(const Call& call, const Score* value, const Rows& rows, const uint8_t* candidate) {
   const Problem& p = call.problem;
-  const bool with_kl = p.with_teacher;
   Score* ranked = rows.value.mutable_data<Score>();
-  const uint8_t* candidate = rows.candidate.data<uint8_t>();
-  call.is_double()
-      ? cpu::rank(value, rows.entropy.data<double>(), rows.kl.data<double>(), with_kl, candidate, p.rows, ranked)
-      : cpu::rank(value, rows.entropy.data<float>(), rows.kl.data<float>(), with_kl, candidate, p.rows, ranked);
+  if (call.is_double()) {
+    const double* stats = rows.stats.data<double>();
+    cpu::rank(value, stats + kEntropy * p.rows, stats + kKl * p.rows, p.with_teacher, candidate, p.rows, ranked);
+  } else {
+    const float* stats = rows.stats.data<float>();
+    cpu::rank(value, stats + kEntropy * p.rows, stats + kKl * p.rows, p.with_teacher, candidate, p.rows, ranked);
+  }
 }
 
-Rows read_rows(const Call& call, const Tensor& student, const Tensor& score, Value value) {
+// cross_entropy: where to write it; not null where there are labels.
+Rows read_rows(const Call& call, const Tensor& student, const Tensor& score, Value value, void* cross_entropy,
+               const uint8_t* candidate) {
   const Problem& p = call.problem;
   const int32_t accumulator = call.accumulator();
   require(value >= Value::entropy && value <= Value::score, "value must be 0 to 4");
   require((value == Value::score) == !absent(score), "a score goes with value 4");
   require(value != Value::cross_entropy || p.with_labels, "the cross entropy needs labels");
+  require(p.with_teacher || (value != Value::kl && value != Value::teacher_entropy), "this value needs a teacher");
   if (value == Value::score)
     require((score.dtype() == dtypes().float32 || score.dtype() == dtypes().float64) && score.numel() == p.rows,
             "score must be float32 or float64, one a row");
 
   Rows rows{call.per_row(value == Value::score ? score.dtype() : accumulator, student),
-            call.per_row(accumulator, student),
-            call.per_row(accumulator, student),
-            p.with_labels ? call.per_row(accumulator, student) : Tensor::empty({0}, accumulator, student),
-            call.per_row(dtypes().boolean, student),
-            Tensor::empty({kSavedRows, p.rows}, accumulator, student),
-            0};
-  // A quantity that only ranks is written where the ranking is read from.
+            Tensor::empty({kStatsRows, p.rows}, accumulator, student), cross_entropy};
+  // The teacher's entropy only ranks: it is written where the ranking is read from.
   const bool by_teacher_entropy = value == Value::teacher_entropy;
-  const RowOutputs outputs{rows.entropy.mutable_data<void>(), rows.kl.mutable_data<void>(),
-                           p.with_labels ? rows.cross_entropy.mutable_data<void>() : nullptr,
-                           by_teacher_entropy ? rows.value.mutable_data<void>() : nullptr, rows.saved.mutable_data<void>()};
+  const RowOutputs outputs{rows.stats.mutable_data<void>(), cross_entropy,
+                           by_teacher_entropy ? rows.value.mutable_data<void>() : nullptr};
   call.over_rows([&](int64_t begin, int64_t end) { cpu::kernels().forward(p, outputs, begin, end); });
 
-  rows.candidates = cpu::mark_candidates(p, rows.candidate.mutable_data<uint8_t>());
-  const Tensor& source = value == Value::score           ? score
-                         : value == Value::kl            ? rows.kl
-                         : value == Value::cross_entropy ? rows.cross_entropy
-                         : by_teacher_entropy            ? rows.value
-                                                         : rows.entropy;
-  source.dtype() == dtypes().float64 ? rank(call, source.data<double>(), rows) : rank(call, source.data<float>(), rows);
+  const char* stats = rows.stats.data<char>();
+  const int64_t stats_row = p.rows * (call.is_double() ? 8 : 4);
+  const void* source = value == Value::score           ? score.data<void>()
+                       : value == Value::kl            ? stats + kKl * stats_row
+                       : value == Value::cross_entropy ? cross_entropy
+                       : by_teacher_entropy            ? rows.value.data<void>()
+                                                       : stats + kEntropy * stats_row;
+  rows.value.dtype() == dtypes().float64 ? rank(call, static_cast<const double*>(source), rows, candidate)
+                                         : rank(call, static_cast<const float*>(source), rows, candidate);
   return rows;
 }
 
-Tensor select(const Tensor& value, const Tensor& candidate, Tensor selected, int64_t k) {
-  const uint8_t* candidates = candidate.data<uint8_t>();
+void select(const Tensor& value, const uint8_t* candidate, int64_t k, const Tensor& selected) {
   uint8_t* out = selected.mutable_data<uint8_t>();
-  value.dtype() == dtypes().float64 ? cpu::select(value.data<double>(), candidates, value.numel(), k, out)
-                                    : cpu::select(value.data<float>(), candidates, value.numel(), k, out);
-  return selected;
+  value.dtype() == dtypes().float64 ? cpu::select(value.data<double>(), candidate, value.numel(), k, out)
+                                    : cpu::select(value.data<float>(), candidate, value.numel(), k, out);
 }
 
-// ---- loss --------------------------------------------------------------------------------------------------------------------------
+// ---- loss
+// --------------------------------------------------------------------------------------------------------------------------
 
+// What the loss is made of beside the logits; the same for both directions.
 struct LossOptions {
   double temperature, kd_weight, ce_weight;
+  int64_t ignore_index;
   Reduction reduction;
+  double ranks;   // processes whose rows `counts` counts
+
+  explicit LossOptions(Arguments& args)
+      : temperature(args.real()),
+        kd_weight(args.real()),
+        ce_weight(args.real()),
+        ignore_index(args.integer()),
+        reduction(static_cast<Reduction>(args.integer())),
+        ranks(args.real()) {
+    require(reduction >= Reduction::mean && reduction <= Reduction::none, "reduction must be 0 to 2");
+  }
+
+  // What a sum over `count` rows is divided by; 0 for no rows, whose sum then counts 0.
+  double divisor(int64_t count) const { return reduction == Reduction::mean ? static_cast<double>(count) / ranks : 1.0; }
 };
 
 const void* row_weight_of(const Call& call, const Tensor& row_weight) {
@@ -224,53 +249,60 @@ const void* row_weight_of(const Call& call, const Tensor& row_weight) {
   return row_weight.data<void>();
 }
 
-Tensor reduce(const Call& call, const Tensor& student, const Tensor& row_weight, const Tensor& selected, const Tensor& kl,
-              const Tensor& cross_entropy, const double* divisors, const LossOptions& options) {
-  require(options.reduction >= Reduction::mean && options.reduction <= Reduction::none, "reduction must be 0 to 2");
+// counts: how many rows are selected, how many are valid.
+template <class Real>
+void reduce(const Call& call, const LossOptions& options, const Tensor& row_weight, const Tensor& selected, const Tensor& stats,
+            const void* cross_entropy, const int64_t* counts, const Tensor& loss) {
+  const cpu::LossFactors factors{options.kd_weight * options.temperature * options.temperature, options.ce_weight,
+                                 options.divisor(counts[0]), options.divisor(counts[1]), options.reduction};
+  cpu::loss(call.problem, stats.data<Real>() + kKl * call.problem.rows, static_cast<const Real*>(cross_entropy),
+            static_cast<const Real*>(row_weight_of(call, row_weight)), selected.data<uint8_t>(), factors,
+            loss.mutable_data<Real>());
+}
+
+Tensor reduce(const Call& call, const LossOptions& options, const Tensor& student, const Tensor& row_weight, const Tensor& selected,
+              const Tensor& stats, const void* cross_entropy, const int64_t* counts) {
   require(options.ce_weight == 0 || call.problem.with_labels, "ce_weight needs labels");
   Tensor loss = options.reduction == Reduction::none ? call.per_row(call.accumulator(), student)
                                                      : Tensor::empty({}, call.accumulator(), student);
-  const cpu::LossFactors factors{options.kd_weight * options.temperature * options.temperature, options.ce_weight, divisors[0],
-                                 divisors[1], options.reduction};
-  const void* weight = row_weight_of(call, row_weight);
-  const uint8_t* chosen = selected.data<uint8_t>();
-  if (call.is_double())
-    cpu::loss(call.problem, kl.data<double>(), cross_entropy.data<double>(), static_cast<const double*>(weight), chosen, factors,
-              loss.mutable_data<double>());
-  else
-    cpu::loss(call.problem, kl.data<float>(), cross_entropy.data<float>(), static_cast<const float*>(weight), chosen, factors,
-              loss.mutable_data<float>());
+  call.is_double() ? reduce<double>(call, options, row_weight, selected, stats, cross_entropy, counts, loss)
+                   : reduce<float>(call, options, row_weight, selected, stats, cross_entropy, counts, loss);
   return loss;
 }
 
-// ---- the operators -----------------------------------------------------------------------------------------------------------------
+void check_rows_of(const Call& call, const Tensor& selected, const Tensor& stats, const Tensor& counts) {
+  require(selected.dtype() == dtypes().boolean && selected.numel() == call.problem.rows && stats.dtype() == call.accumulator() &&
+              stats.numel() == kStatsRows * call.problem.rows && counts.dtype() == dtypes().int64 && counts.numel() == 2,
+          "selected, stats and counts must come from the forward pass on the same logits");
+}
+
+// ---- the operators
+// -----------------------------------------------------------------------------------------------------------------
 
 void condensed_kd(StableIValue* stack, uint64_t, uint64_t) {
   Arguments args(stack);
   const Tensor student = args.tensor(), teacher = args.tensor(), labels = args.tensor(), score = args.tensor(),
                row_weight = args.tensor(), teacher_rows = args.tensor();
-  const double temperature = args.real(), keep_fraction = args.real();
+  const double keep_fraction = args.real();
   const int64_t keep_count = args.integer();
   const auto value = static_cast<Value>(args.integer());
-  const double kd_weight = args.real(), ce_weight = args.real();
-  const int64_t ignore_index = args.integer();
-  const auto reduction = static_cast<Reduction>(args.integer());
+  const LossOptions options(args);
 
-  const Call call(student, &teacher, labels, &teacher_rows, temperature, ignore_index);
-  require(call.problem.with_teacher, "teacher logits are missing");
-  Rows rows = read_rows(call, student, score, value);
-  const int64_t k = cpu::number_to_keep(keep_fraction, keep_count, rows.candidates);
-  Tensor selected = select(rows.value, rows.candidate, call.per_row(dtypes().boolean, student), k);
+  const Call call(student, &teacher, labels, &teacher_rows, options.temperature, options.ignore_index);
+  const Problem& p = call.problem;
+  require(p.with_teacher, "teacher logits are missing");
+  std::vector<uint8_t> candidate(static_cast<size_t>(p.rows));
+  Tensor counts = Tensor::empty({2}, dtypes().int64, student);
+  int64_t* count = counts.mutable_data<int64_t>();
+  count[0] = cpu::number_to_keep(keep_fraction, keep_count, cpu::mark_candidates(p, candidate.data()));
+  count[1] = cpu::count_valid(p);
 
-  Tensor n_selected = Tensor::empty({}, dtypes().int64, student), divisors = Tensor::empty({2}, dtypes().float64, student);
-  *n_selected.mutable_data<int64_t>() = k;
-  double* divisor = divisors.mutable_data<double>();
-  const bool mean = reduction == Reduction::mean;
-  divisor[0] = mean ? static_cast<double>(k) : 1.0;
-  divisor[1] = mean ? static_cast<double>(cpu::count_valid(call.problem)) : 1.0;
-  Tensor loss = reduce(call, student, row_weight, selected, rows.kl, rows.cross_entropy, divisor,
-                       {temperature, kd_weight, ce_weight, reduction});
-  give_back(stack, loss, rows.value, rows.entropy, rows.kl, selected, n_selected, rows.saved, divisors);
+  Scratch cross_entropy(p.with_labels ? static_cast<size_t>(p.rows) : 0);
+  Rows rows = read_rows(call, student, score, value, p.with_labels ? cross_entropy.data() : nullptr, candidate.data());
+  Tensor selected = call.per_row(dtypes().boolean, student);
+  select(rows.value, candidate.data(), count[0], selected);
+  Tensor loss = reduce(call, options, student, row_weight, selected, rows.stats, rows.cross_entropy, count);
+  give_back(stack, loss, rows.value, rows.stats, selected, counts);
 }
 
 void row_stats(StableIValue* stack, uint64_t, uint64_t) {
@@ -282,10 +314,13 @@ void row_stats(StableIValue* stack, uint64_t, uint64_t) {
   const int64_t ignore_index = args.integer();
 
   const Call call(student, &teacher, labels, &teacher_rows, temperature, ignore_index);
-  require(call.problem.with_teacher || value == Value::entropy || value == Value::cross_entropy || value == Value::score,
-          "this value needs a teacher");
-  Rows rows = read_rows(call, student, score, value);
-  give_back(stack, rows.value, rows.entropy, rows.kl, rows.cross_entropy, rows.candidate, rows.saved);
+  const bool with_labels = call.problem.with_labels;
+  Tensor candidate = call.per_row(dtypes().boolean, student);
+  cpu::mark_candidates(call.problem, candidate.mutable_data<uint8_t>());
+  Tensor cross_entropy = with_labels ? call.per_row(call.accumulator(), student) : Tensor::empty({0}, call.accumulator(), student);
+  Rows rows =
+      read_rows(call, student, score, value, with_labels ? cross_entropy.mutable_data<void>() : nullptr, candidate.data<uint8_t>());
+  give_back(stack, rows.value, rows.stats, cross_entropy, candidate);
 }
 
 void select_topk(StableIValue* stack, uint64_t, uint64_t) {
@@ -297,53 +332,63 @@ void select_topk(StableIValue* stack, uint64_t, uint64_t) {
   require(candidate.dtype() == dtypes().boolean && candidate.numel() == value.numel(), "candidate must be bool, one a value");
   const uint8_t* candidates = candidate.data<uint8_t>();
   const int64_t n = std::count(candidates, candidates + value.numel(), uint8_t{1});
-  Tensor selected = select(value, candidate, Tensor::empty(value.sizes(), value.dim(), dtypes().boolean, value),
-                           cpu::number_to_keep(keep_fraction, keep_count, n));
+  Tensor selected = Tensor::empty(value.sizes(), value.dim(), dtypes().boolean, value);
+  select(value, candidates, cpu::number_to_keep(keep_fraction, keep_count, n), selected);
   give_back(stack, selected);
 }
 
 void reduce_rows(StableIValue* stack, uint64_t, uint64_t) {
   Arguments args(stack);
   const Tensor student = args.tensor(), labels = args.tensor(), row_weight = args.tensor(), selected = args.tensor(),
-               kl = args.tensor(), cross_entropy = args.tensor(), divisors = args.tensor();
-  const double temperature = args.real(), kd_weight = args.real(), ce_weight = args.real();
-  const int64_t ignore_index = args.integer();
-  const auto reduction = static_cast<Reduction>(args.integer());
-  const Call call(student, nullptr, labels, nullptr, temperature, ignore_index);
-  require(selected.numel() == call.problem.rows && kl.numel() == call.problem.rows && divisors.numel() == 2,
-          "selected and kl must hold one entry a row, divisors two");
-  Tensor loss = reduce(call, student, row_weight, selected, kl, cross_entropy, divisors.data<double>(),
-                       {temperature, kd_weight, ce_weight, reduction});
+               stats = args.tensor(), cross_entropy = args.tensor(), counts = args.tensor();
+  const LossOptions options(args);
+  const Call call(student, nullptr, labels, nullptr, options.temperature, options.ignore_index);
+  check_rows_of(call, selected, stats, counts);
+  require(!call.problem.with_labels || (cross_entropy.dtype() == call.accumulator() && cross_entropy.numel() == call.problem.rows),
+          "cross_entropy must come from row_stats");
+  Tensor loss = reduce(call, options, student, row_weight, selected, stats, cross_entropy.data<void>(), counts.data<int64_t>());
   give_back(stack, loss);
 }
 
 struct BackwardArguments {
-  Tensor grad_output, student, teacher, labels, row_weight, teacher_rows, selected, saved, divisors;
-  double temperature, kd_weight, ce_weight;
-  int64_t ignore_index;
+  Tensor grad_output, student, teacher, labels, row_weight, teacher_rows, selected, stats, counts;
+  LossOptions options;
   explicit BackwardArguments(Arguments args)
-      : grad_output(args.tensor()), student(args.tensor()), teacher(args.tensor()), labels(args.tensor()), row_weight(args.tensor()),
-        teacher_rows(args.tensor()), selected(args.tensor()), saved(args.tensor()), divisors(args.tensor()), temperature(args.real()),
-        kd_weight(args.real()), ce_weight(args.real()), ignore_index(args.integer()) {}
+      : grad_output(args.tensor()),
+        student(args.tensor()),
+        teacher(args.tensor()),
+        labels(args.tensor()),
+        row_weight(args.tensor()),
+        teacher_rows(args.tensor()),
+        selected(args.tensor()),
+        stats(args.tensor()),
+        counts(args.tensor()),
+        options(args) {}
+
+  Call call() const { return Call(student, &teacher, labels, &teacher_rows, options.temperature, options.ignore_index); }
 };
 
 void write_gradient(const Call& call, const BackwardArguments& a, const Logits& out) {
   const Problem& p = call.problem;
-  require(a.selected.numel() == p.rows && a.saved.numel() == kSavedRows * p.rows && a.divisors.numel() == 2,
-          "selected, saved and divisors must come from the forward pass on the same logits");
+  check_rows_of(call, a.selected, a.stats, a.counts);
   require(a.grad_output.dtype() == call.accumulator() && (a.grad_output.dim() == 0 || a.grad_output.numel() == p.rows),
           "grad_output must be of the accumulator's dtype, a scalar or one a row");
-  const double* divisor = a.divisors.data<double>();
-  const auto share = [](double factor, double n) { return n > 0 ? factor / n : 0.0; };
-  const Gradient gradient{a.saved.data<void>(), a.selected.data<uint8_t>(), row_weight_of(call, a.row_weight),
-                          a.grad_output.data<void>(), a.grad_output.dim() == 0 ? 0 : 1,
-                          share(a.kd_weight * a.temperature, divisor[0]), share(a.ce_weight, divisor[1]), out};
+  const int64_t* counts = a.counts.data<int64_t>();
+  const auto share = [](double factor, double divisor) { return divisor > 0 ? factor / divisor : 0.0; };
+  const Gradient gradient{a.stats.data<void>(),
+                          a.selected.data<uint8_t>(),
+                          row_weight_of(call, a.row_weight),
+                          a.grad_output.data<void>(),
+                          a.grad_output.dim() == 0 ? 0 : 1,
+                          share(a.options.kd_weight * a.options.temperature, a.options.divisor(counts[0])),
+                          share(a.options.ce_weight, a.options.divisor(counts[1])),
+                          out};
   call.over_rows([&](int64_t begin, int64_t end) { cpu::kernels().backward(p, gradient, begin, end); });
 }
 
 void condensed_kd_backward(StableIValue* stack, uint64_t, uint64_t) {
   const BackwardArguments a{Arguments(stack)};
-  const Call call(a.student, &a.teacher, a.labels, &a.teacher_rows, a.temperature, a.ignore_index);
+  const Call call = a.call();
   Tensor out = call.like_student(a.student);
   write_gradient(call, a, logits_of(out, out.mutable_data<void>()));
   give_back(stack, out);
@@ -351,37 +396,36 @@ void condensed_kd_backward(StableIValue* stack, uint64_t, uint64_t) {
 
 void condensed_kd_gradient_(StableIValue* stack, uint64_t, uint64_t) {
   const BackwardArguments a{Arguments(stack)};
-  const Call call(a.student, &a.teacher, a.labels, &a.teacher_rows, a.temperature, a.ignore_index);
-  write_gradient(call, a, logits_of(a.student, a.student.mutable_data<void>()));
+  write_gradient(a.call(), a, logits_of(a.student, a.student.mutable_data<void>()));
 }
 
-#define KCD_FORWARD_SCHEMA                                                                                                  \
-  "(Tensor student, Tensor teacher, Tensor labels, Tensor score, Tensor row_weight, Tensor rows, float temperature, "        \
-  "float keep_fraction, int keep_count, int value, float kd_weight, float ce_weight, int ignore_index, int reduction) -> "   \
-  "(Tensor loss, Tensor value, Tensor entropy, Tensor kl, Tensor selected, Tensor n_selected, Tensor saved, Tensor divisors)"
-#define KCD_BACKWARD_SCHEMA(student, result)                                                                                 \
-  "(Tensor grad_output, " student " student, Tensor teacher, Tensor labels, Tensor row_weight, Tensor rows, "                \
-  "Tensor selected, Tensor saved, Tensor divisors, float temperature, float kd_weight, float ce_weight, int ignore_index) -> " result
+#define KCD_LOSS_OPTIONS "float temperature, float kd_weight, float ce_weight, int ignore_index, int reduction, float ranks"
+#define KCD_FORWARD_SCHEMA                                                                                              \
+  "(Tensor student, Tensor teacher, Tensor labels, Tensor score, Tensor row_weight, Tensor rows, float keep_fraction, " \
+  "int keep_count, int value, " KCD_LOSS_OPTIONS ") -> (Tensor loss, Tensor value, Tensor stats, Tensor selected, Tensor counts)"
+#define KCD_BACKWARD_SCHEMA(student, result)                                                   \
+  "(Tensor grad_output, " student                                                              \
+  " student, Tensor teacher, Tensor labels, Tensor row_weight, Tensor rows, Tensor selected, " \
+  "Tensor stats, Tensor counts, " KCD_LOSS_OPTIONS ") -> " result
 
 // name, kernel, schema.  Each direction has two names: condensed_kd and condensed_kd_backward carry the derivatives that
 // kcd_ext/ops.py registers, for torch.compile and for whoever calls torch.ops.kcd_ext himself; condensed_kd_forward and
 // condensed_kd_gradient carry none, and spare the eager path the Python in which torch.library wraps a derivative.
-#define KCD_OPERATORS(X)                                                                                                     \
-  X(condensed_kd, condensed_kd, KCD_FORWARD_SCHEMA)                                                                          \
-  X(condensed_kd_forward, condensed_kd, KCD_FORWARD_SCHEMA)                                                                  \
-  X(condensed_kd_backward, condensed_kd_backward, KCD_BACKWARD_SCHEMA("Tensor", "Tensor gradient"))                          \
-  X(condensed_kd_gradient, condensed_kd_backward, KCD_BACKWARD_SCHEMA("Tensor", "Tensor gradient"))                          \
-  X(condensed_kd_gradient_, condensed_kd_gradient_, KCD_BACKWARD_SCHEMA("Tensor(a!)", "()"))                                 \
-  X(row_stats, row_stats,                                                                                                    \
-    "(Tensor student, Tensor teacher, Tensor labels, Tensor score, Tensor rows, float temperature, int value, "              \
-    "int ignore_index) -> (Tensor value, Tensor entropy, Tensor kl, Tensor cross_entropy, Tensor candidate, Tensor saved)")  \
-  X(select_topk, select_topk,                                                                                                \
-    "(Tensor value, Tensor candidate, float keep_fraction, int keep_count) -> Tensor selected")                              \
-  X(reduce_rows, reduce_rows,                                                                                                \
-    "(Tensor student, Tensor labels, Tensor row_weight, Tensor selected, Tensor kl, Tensor cross_entropy, Tensor divisors, " \
-    "float temperature, float kd_weight, float ce_weight, int ignore_index, int reduction) -> Tensor loss")
+#define KCD_OPERATORS(X)                                                                                                  \
+  X(condensed_kd, condensed_kd, KCD_FORWARD_SCHEMA)                                                                       \
+  X(condensed_kd_forward, condensed_kd, KCD_FORWARD_SCHEMA)                                                               \
+  X(condensed_kd_backward, condensed_kd_backward, KCD_BACKWARD_SCHEMA("Tensor", "Tensor gradient"))                       \
+  X(condensed_kd_gradient, condensed_kd_backward, KCD_BACKWARD_SCHEMA("Tensor", "Tensor gradient"))                       \
+  X(condensed_kd_gradient_, condensed_kd_gradient_, KCD_BACKWARD_SCHEMA("Tensor(a!)", "()"))                              \
+  X(row_stats, row_stats,                                                                                                 \
+    "(Tensor student, Tensor teacher, Tensor labels, Tensor score, Tensor rows, float temperature, int value, "           \
+    "int ignore_index) -> (Tensor value, Tensor stats, Tensor cross_entropy, Tensor candidate)")                          \
+  X(select_topk, select_topk, "(Tensor value, Tensor candidate, float keep_fraction, int keep_count) -> Tensor selected") \
+  X(reduce_rows, reduce_rows,                                                                                             \
+    "(Tensor student, Tensor labels, Tensor row_weight, Tensor selected, Tensor stats, Tensor cross_entropy, "            \
+    "Tensor counts, " KCD_LOSS_OPTIONS ") -> Tensor loss")
 
-}  // namespace
+}   // namespace
 
 void register_operators() {
   cpu::kernels();   // a wrong KCD_ISA is reported now
@@ -401,11 +445,12 @@ void register_operators() {
 const std::string& build_info_json() {
   static const std::string info = [] {
     std::string sets;
-    for (const char* const* name = cpu::built_sets(); *name; ++name) sets += (sets.empty() ? "\"" : ", \"") + std::string(*name) + "\"";
-    return std::string("{\"version\": \"") + KCD_VERSION + "\", \"compiler\": \"" + KCD_COMPILER + "\", \"instruction_sets\": [" + sets +
-           "], \"instruction_set_in_use\": \"" + cpu::kernels().name + "\", \"cuda_architectures\": []}";
+    for (const char* const* name = cpu::built_sets(); *name; ++name)
+      sets += (sets.empty() ? "\"" : ", \"") + std::string(*name) + "\"";
+    return std::string("{\"version\": \"") + KCD_VERSION + "\", \"compiler\": \"" + KCD_COMPILER + "\", \"instruction_sets\": [" +
+           sets + "], \"instruction_set_in_use\": \"" + cpu::kernels().name + "\", \"cuda_architectures\": []}";
   }();
   return info;
 }
 
-}  // namespace kcd
+}   // namespace kcd

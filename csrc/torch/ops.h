@@ -9,4 +9,4 @@ void register_operators();
 // Version, compiler, instruction sets built and in use, CUDA architectures built; as JSON.
 const std::string& build_info_json();
 
-}  // namespace kcd
+}   // namespace kcd

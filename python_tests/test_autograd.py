@@ -1,0 +1,325 @@
+"""Derivatives as PyTorch's users rely on them: numeric checks, kept graphs, gradients in place, memory, torch.compile."""
+
+import gc
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from torch import nn
+
+import kcd_ext
+from kcd_ext import condensed_kd_loss, reference, select_rows
+
+
+def logits(rows, classes, seed, **kwargs):
+    return torch.randn(
+        rows, classes, generator=torch.Generator().manual_seed(seed), **{"dtype": torch.float64, **kwargs}
+    )
+
+
+LABELS = torch.tensor([0, 4, -100, 1, 2])
+OPTIONS = [
+    {},
+    {"temperature": 1.0, "keep": 0.5},
+    {"temperature": 3.0, "keep": 3, "labels": LABELS},
+    {"labels": LABELS, "ce_weight": 0.7, "kd_weight": 0.3, "reduction": "sum", "value": "kl"},
+    {"labels": LABELS, "reduction": "none", "row_weight": torch.linspace(0, 2, 5, dtype=torch.float64)},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_gradcheck(options):
+    # A step of 1e-6 must not change who is selected: fixed scores.
+    options = {"value": torch.arange(5.0).roll(2), **options}
+    student, teacher = logits(5, 6, 0).requires_grad_(), logits(5, 6, 1)
+    assert torch.autograd.gradcheck(lambda z: condensed_kd_loss(z, teacher, **options), (student,))
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_the_reference_is_twice_differentiable(options):
+    options = {"value": torch.arange(5.0).roll(2), **options}
+    student, teacher = logits(5, 6, 0).requires_grad_(), logits(5, 6, 1)
+    assert torch.autograd.gradgradcheck(lambda z: reference.condensed_kd_loss(z, teacher, **options), (student,))
+    got, want = (f(student, teacher, **options) for f in (condensed_kd_loss, reference.condensed_kd_loss))
+    assert torch.allclose(got, want, rtol=1e-13)
+
+
+def test_a_second_derivative_raises_and_names_the_reference():
+    student, teacher = logits(5, 6, 0).requires_grad_(), logits(5, 6, 1)
+    (gradient,) = torch.autograd.grad(condensed_kd_loss(student, teacher), student, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"kcd_ext\.reference"):
+        gradient.square().sum().backward()
+
+
+@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph")
+def test_create_graph_alone_is_no_error():
+    student, other = logits(5, 6, 0).requires_grad_(), logits(5, 6, 2).requires_grad_()
+    (condensed_kd_loss(student, logits(5, 6, 1)) + other.square().sum()).backward(create_graph=True)
+    other.grad.sum().backward()
+    assert student.grad is not None
+
+
+def test_a_kept_graph_and_accumulation():
+    student, teacher = logits(5, 6, 0).requires_grad_(), logits(5, 6, 1)
+    loss = condensed_kd_loss(student, teacher, keep=0.5)
+    loss.backward(retain_graph=True)
+    first = student.grad.clone()
+    (3 * loss).backward()
+    assert torch.allclose(student.grad, 4 * first, rtol=1e-14, atol=0)
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        loss.backward()
+
+
+def test_the_teacher_is_a_constant():
+    student, teacher = logits(5, 6, 0).requires_grad_(), logits(5, 6, 1).requires_grad_()
+    condensed_kd_loss(student, teacher).backward()
+    assert teacher.grad is None and student.grad is not None
+    weight = torch.ones(5, requires_grad=True)
+    condensed_kd_loss(student, teacher, row_weight=weight).backward()
+    assert weight.grad is None
+    assert not condensed_kd_loss(student.detach(), teacher).requires_grad
+
+
+def test_knowledge_carries_no_gradient():
+    _, knowledge = condensed_kd_loss(logits(5, 6, 0).requires_grad_(), logits(5, 6, 1), return_knowledge=True)
+    assert not any(x.requires_grad for x in knowledge)
+
+
+def test_inplace_overwrites_the_logits_once():
+    weight, x, teacher = logits(6, 3, 2).requires_grad_(), logits(5, 3, 0), logits(5, 6, 1)
+    expected = torch.autograd.grad(condensed_kd_loss(x @ weight.T, teacher, keep=0.5), weight)[0]
+    z = x @ weight.T
+    loss = condensed_kd_loss(z, teacher, keep=0.5, inplace=True)
+    version, before = z._version, z.detach().clone()
+    assert torch.equal(z, before)  # untouched until the backward pass
+    loss.backward(retain_graph=True)
+    assert torch.allclose(weight.grad, expected)
+    assert z._version > version and not torch.equal(z, before)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_inplace_is_refused_where_it_cannot_be():
+    teacher = logits(5, 6, 1)
+    leaf = logits(5, 6, 0).requires_grad_()
+    with pytest.raises(ValueError, match="a leaf that requires grad"):
+        condensed_kd_loss(leaf, teacher, inplace=True)
+    for z in ((leaf * 1)[:1].expand(5, 6), (logits(6, 5, 0).requires_grad_() * 1).t()):
+        with pytest.raises(ValueError, match="rows lie apart"):
+            condensed_kd_loss(z, teacher, inplace=True)
+    with pytest.raises(Exception, match=r"inplace=True is not possible under torch\.compile"):
+        torch.compile(lambda z: condensed_kd_loss(z * 2, teacher, inplace=True), fullgraph=True)(leaf)
+    with torch.no_grad():  # no gradient, nothing to overwrite
+        assert torch.equal(condensed_kd_loss(leaf, teacher, inplace=True), condensed_kd_loss(leaf, teacher))
+
+
+def test_autocast_takes_what_the_model_gives():
+    model, x, teacher = nn.Linear(8, 30), torch.randn(5, 8), torch.randn(5, 30)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        z = model(x)
+        loss = condensed_kd_loss(z, teacher, keep=0.5)
+    assert z.dtype == torch.bfloat16 and loss.dtype == torch.float32
+    loss.backward()
+    assert model.weight.grad.dtype == torch.float32
+    assert torch.equal(loss, condensed_kd_loss(z, teacher, keep=0.5))
+
+
+def peak_rise(code: str) -> int:
+    """How many bytes the peak resident size of a fresh process rises by while `code` runs."""
+    script = rf"""
+import re, torch, kcd_ext
+torch.set_num_threads(1)
+def peak():  # of this process alone: getrusage's is inherited from the parent
+    return int(re.search(r"VmHWM:\s+(\d+) kB", open("/proc/self/status").read())[1]) * 1024
+rows, classes = 512, 32000
+base = torch.randn(rows, classes)
+teacher = torch.randn(rows, classes)
+weight = torch.ones((), requires_grad=True)
+small = torch.randn(8, 10, requires_grad=True)
+kcd_ext.condensed_kd_loss(small, torch.randn(8, 10)).backward()
+before = peak()
+{textwrap.dedent(code)}
+print(peak() - before)
+"""
+    return int(
+        subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd="/").stdout
+    )
+
+
+def test_memory():
+    """Without grad nothing of the logits' size; with it one gradient, in place none."""
+    size = 512 * 32000 * 4
+    assert peak_rise("kcd_ext.condensed_kd_loss(base, teacher, keep=0.5)") < size / 16
+    assert peak_rise("kcd_ext.condensed_kd_loss(base.requires_grad_(), teacher, keep=0.5).backward()") < size * 17 / 16
+    # base * weight makes one tensor, its own backward pass another
+    chain = "z = base * weight; kcd_ext.condensed_kd_loss(z, teacher, keep=0.5, inplace=INPLACE).backward()"
+    apart, inplace = (peak_rise(chain.replace("INPLACE", str(flag))) for flag in (False, True))
+    assert apart - inplace > size * 15 / 16
+
+
+def test_ten_thousand_calls_leak_nothing():
+    student, teacher = torch.randn(8, 10, requires_grad=True), torch.randn(8, 10)
+    labels, score = torch.arange(8), torch.rand(8)
+
+    def call():
+        loss, _ = condensed_kd_loss(
+            student, teacher, labels=labels, keep=0.5, value=score, row_weight=score, return_knowledge=True
+        )
+        loss.backward()
+        student.grad = None
+        with pytest.raises(IndexError):
+            condensed_kd_loss(student, teacher, labels=labels + 5)
+
+    def resident():
+        gc.collect()
+        with open("/proc/self/statm") as f:
+            return int(f.read().split()[1]) * 4096
+
+    for _ in range(1000):
+        call()
+    before = resident()
+    for _ in range(10_000):
+        call()
+    assert resident() - before < 4_000_000  # 10 000 leaked tensors would be over 10 MB
+
+
+# ---- torch.compile, torch.library
+
+
+ABSENT = torch.empty(0, dtype=torch.bool)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_opcheck(grad):
+    student, teacher = torch.randn(3, 4, 17, requires_grad=grad), torch.randn(3, 4, 17)
+    labels, score, rows = torch.randint(17, (3, 4)), torch.rand(3, 4), torch.randperm(12)
+    ops = torch.ops.kcd_ext
+    plain = (student, teacher, ABSENT, ABSENT, ABSENT, ABSENT, 0.5, 0, 0, 4.0, 0.9, 0.0, -100, 0, 1.0)
+    full = (student, teacher.view(12, 17), labels, score, score.clone(), rows, 1.0, 5, 4, 2.0, 0.9, 0.1, -100, 2, 1.0)
+    torch.library.opcheck(ops.condensed_kd.default, plain)
+    torch.library.opcheck(ops.condensed_kd.default, full)
+
+    # The others are not meant to be differentiated.
+    plain, full = (student.detach(), *plain[1:]), (student.detach(), *full[1:])
+    torch.library.opcheck(ops.condensed_kd_forward.default, full)
+    _, _, stats, selected, counts = ops.condensed_kd_forward(*plain)
+    options = (4.0, 0.9, 0.1, -100, 0, 2.0)
+    backward = (torch.ones(()), plain[0], teacher, labels, ABSENT, ABSENT, selected, stats, counts, *options)
+    torch.library.opcheck(ops.condensed_kd_backward.default, backward)
+    torch.library.opcheck(ops.condensed_kd_gradient.default, backward)
+    torch.library.opcheck(ops.condensed_kd_gradient_.default, (backward[0], plain[0].clone(), *backward[2:]))
+    torch.library.opcheck(ops.row_stats.default, (plain[0], teacher, labels, ABSENT, ABSENT, 4.0, 3, -100))
+    torch.library.opcheck(ops.select_topk.default, (score, score > 0.3, 0.5, 0))
+    torch.library.opcheck(
+        ops.reduce_rows.default, (plain[0], labels, ABSENT, selected, stats, torch.rand(3, 4), counts, *options)
+    )
+    # Without a teacher every KL is NaN, which opcheck's last comparison takes for a difference.
+    without_teacher = (plain[0], ABSENT, ABSENT, score, ABSENT, 4.0, 4, -100)
+    torch.library.opcheck(
+        ops.row_stats.default,
+        without_teacher,
+        test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
+    )
+
+
+def test_compile_is_one_graph_of_one_node_a_direction():
+    graphs = []
+
+    def count(gm, _):
+        graphs.append(
+            [
+                str(node.target)
+                for node in gm.graph.nodes
+                if node.op == "call_function" and "kcd_ext" in str(node.target)
+            ]
+        )
+        return make_boxed_func(gm.forward)
+
+    from functorch.compile import make_boxed_func
+    from torch._dynamo.backends.common import aot_autograd
+
+    backend = aot_autograd(fw_compiler=count, bw_compiler=count)
+
+    def step(z, y, labels):
+        return condensed_kd_loss(z, y, labels=labels, keep=0.5, return_knowledge=True)
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend=backend)
+    for rows, classes in ((8, 10), (13, 17), (9, 33)):
+        student, teacher = torch.randn(rows, classes, requires_grad=True), torch.randn(rows, classes)
+        labels = torch.arange(rows) % classes
+        (loss, knowledge), (want, want_knowledge) = compiled(student, teacher, labels), step(student, teacher, labels)
+        assert torch.equal(loss, want) and all(map(torch.equal, knowledge, want_knowledge))
+        got, want = torch.autograd.grad(loss, student)[0], torch.autograd.grad(want, student)[0]
+        assert torch.equal(got, want)
+    assert graphs == [
+        ["kcd_ext.condensed_kd.default"],
+        ["kcd_ext.condensed_kd_backward.default"],
+    ]  # dynamic: compiled once
+
+
+def test_compile_with_inductor_inside_a_model():
+    model, teacher = nn.Linear(12, 40), nn.Linear(12, 40)
+    criterion = kcd_ext.CondensedKDLoss(keep=0.5, temperature=2.0)
+
+    def step(x, labels):
+        return criterion(model(x), teacher(x), labels=labels)
+
+    compiled = torch.compile(step, fullgraph=True)
+    x, labels = torch.randn(16, 12), torch.arange(16)
+    want = torch.autograd.grad(step(x, labels), model.weight)[0]
+    got = torch.autograd.grad(compiled(x, labels), model.weight)[0]
+    assert torch.allclose(got, want, atol=1e-6)
+
+
+# ---- the entropy-first half
+
+
+def test_select_rows_feeds_rows():
+    student, teacher = logits(40, 9, 0).requires_grad_(), logits(40, 9, 1)
+    index, knowledge = select_rows(student, keep=0.3)
+    assert index.shape == (12,) and (index >= 0).all() and torch.equal(index, index.sort().values)
+    assert torch.equal(knowledge.selected.nonzero()[:, 0], index) and knowledge.kl.isnan().all()
+    first = condensed_kd_loss(student, teacher[index], rows=index)
+    whole, seen = condensed_kd_loss(student, teacher, keep=0.3, return_knowledge=True)
+    assert torch.equal(first, whole) and torch.allclose(seen.entropy, knowledge.entropy, rtol=1e-14)
+    for a, b in zip(torch.autograd.grad(first, student), torch.autograd.grad(whole, student), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_select_rows_pads_where_rows_are_ignored():
+    student = logits(6, 9, 0).view(2, 3, 9)
+    labels = torch.tensor([[-100, 1, -100], [-100, -100, 3]])
+    index, knowledge = select_rows(student, keep=0.7, labels=labels)
+    assert index.tolist() == [1, -1, -1, -1] or index.tolist() == [5, -1, -1, -1]
+    assert knowledge.n_selected == 1 and knowledge.entropy[labels == -100].isnan().all()
+    loss = condensed_kd_loss(student, torch.zeros(4, 9, dtype=torch.float64), rows=index, labels=labels)
+    assert loss.isfinite()
+    index, knowledge = select_rows(student, keep=50, value="cross_entropy", labels=labels)
+    assert index.tolist() == [1, 5, -1, -1, -1, -1] and knowledge.n_selected == 2
+    score = torch.tensor([[0, 5, 1], [9, 2, 3.0]])
+    index, _ = select_rows(student, keep=2, value=score)
+    assert index.tolist() == [1, 3]
+
+
+def test_the_module_is_the_function():
+    student, teacher, labels = logits(9, 5, 0), logits(9, 5, 1), torch.arange(9) % 5
+    criterion = kcd_ext.CondensedKDLoss(
+        temperature=2.0, keep=0.5, ce_weight=0.3, reduction="sum", return_knowledge=True
+    )
+    score = torch.rand(9)
+    got, knowledge = criterion(student, teacher, labels=labels, value=score, row_weight=score)
+    want = condensed_kd_loss(
+        student,
+        teacher,
+        labels=labels,
+        value=score,
+        row_weight=score,
+        temperature=2.0,
+        keep=0.5,
+        ce_weight=0.3,
+        reduction="sum",
+    )
+    assert torch.equal(got, want) and knowledge.n_selected == 4
+    assert "temperature=2.0" in repr(criterion) and "keep=0.5" in repr(criterion)

@@ -1,0 +1,316 @@
+"""The compiled extension: its ABI, its instruction sets, what importing it does to a process, and the builds without Python."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import kcd_ext
+from kcd_ext import ops
+
+ROOT = Path(__file__).parents[1]
+SOURCES = ROOT / "csrc"
+TESTS = Path(__file__).parent
+
+
+def python(code: str, **env: str) -> subprocess.CompletedProcess:
+    """A fresh interpreter in a folder that holds no source."""
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd="/", env={**os.environ, **env}
+    )
+
+
+def test_build_info():
+    info = ops.build_info
+    assert info["version"] == kcd_ext.__version__ and info["compiler"] and info["cuda_architectures"] == []
+    assert info["instruction_set_in_use"] in info["instruction_sets"] and info["instruction_sets"][-1] == "baseline"
+    assert sys.modules["kcd_ext._C"].build_info() == info
+
+
+def usable_sets() -> list[str]:
+    return [
+        name for name in ops.build_info["instruction_sets"] if python("import kcd_ext", KCD_ISA=name).returncode == 0
+    ]
+
+
+def test_the_environment_chooses_the_instruction_set():
+    sets = usable_sets()
+    assert "baseline" in sets
+    for name in sets:
+        done = python("import kcd_ext.ops as o; print(o.build_info['instruction_set_in_use'])", KCD_ISA=name)
+        assert done.stdout.strip() == name
+    done = python("import kcd_ext", KCD_ISA="sse9")
+    assert done.returncode != 0 and re.search(r"KCD_ISA must be one of .*baseline.* got 'sse9'", done.stderr)
+
+
+@pytest.mark.skipif("KCD_CONFORMANCE_RUN" in os.environ, reason="this is that run")
+@pytest.mark.parametrize(
+    "name", [n for n in ops.build_info["instruction_sets"] if n != ops.build_info["instruction_set_in_use"]]
+)
+def test_conformance_on_every_instruction_set(name):
+    if name not in usable_sets():
+        pytest.skip(f"this processor has no {name}")
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "test_conformance.py",
+            "-k",
+            "cpu or any_numbers",
+        ],
+        capture_output=True,
+        text=True,
+        cwd=TESTS,
+        env={**os.environ, "KCD_ISA": name, "KCD_CONFORMANCE_RUN": "1"},
+    )
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert int(re.search(r"(\d+) passed", done.stdout).group(1)) > 200
+
+
+STATE = """
+import ctypes, json, warnings, torch
+def state():
+    libc = ctypes.CDLL(None)
+    tiny = torch.tensor([1e-40]) * torch.tensor([1.0])   # flush-to-zero would make it 0
+    scalar = ctypes.c_float(1e-40).value * 1.0
+    return [torch.get_num_threads(), torch.get_num_interop_threads(), libc.fegetround(), tiny.item(), scalar,
+            [str(f) for f in warnings.filters], torch.get_default_dtype().__str__(), str(torch.get_default_device()),
+            torch.are_deterministic_algorithms_enabled(), torch.is_grad_enabled(), torch.backends.mkldnn.enabled,
+            torch.get_float32_matmul_precision(), torch.random.get_rng_state().sum().item(), torch.get_flush_denormal()
+            if hasattr(torch, "get_flush_denormal") else None]
+torch.manual_seed(0)
+before = state()
+import kcd_ext
+imported = state()
+z = torch.randn(64, 1000, generator=torch.Generator().manual_seed(1), requires_grad=True)
+kcd_ext.condensed_kd_loss(z, z.detach().flip(0), keep=0.5).backward()
+used = state()
+assert before == imported, (before, imported)
+assert before == used, (before, used)
+print("same")
+"""
+
+
+def test_importing_changes_nothing_else():
+    done = python(STATE)
+    assert done.stdout.strip() == "same", done.stderr
+
+
+def test_importing_needs_torch_and_numpy_alone():
+    done = python(
+        "import sys; before = set(sys.modules); import torch, numpy; base = set(sys.modules); import kcd_ext;"
+        "print(sorted({m.split('.')[0] for m in set(sys.modules) - base} - set(sys.stdlib_module_names)))"
+    )
+    assert done.stdout.strip() == "['kcd_ext']", done.stdout + done.stderr
+
+
+def test_a_second_copy_is_an_error_and_no_abort(tmp_path):
+    installed = Path(sys.modules["kcd_ext._C"].__file__)
+    copy = tmp_path / installed.name
+    shutil.copy(installed, copy)
+    done = python(f"""
+import importlib.util, kcd_ext
+try:
+    spec = importlib.util.spec_from_file_location("_C", {str(copy)!r})
+    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+except ImportError as error:
+    print("ImportError:", error)
+import torch
+print(kcd_ext.condensed_kd_loss(torch.zeros(2, 3), torch.zeros(2, 3)).item())
+""")
+    assert done.returncode == 0 and "another copy of kcd_ext" in done.stdout and done.stdout.endswith("0.0\n"), (
+        done.stdout + done.stderr
+    )
+
+
+def test_the_source_folder_says_how_to_install(tmp_path):
+    shutil.copytree(ROOT / "kcd_ext", tmp_path / "kcd_ext", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    (tmp_path / "csrc").mkdir()
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-S",
+            "-c",
+            f"""
+import sys, site
+sys.path[:0] = [{str(tmp_path)!r}] + [{str(Path(torch.__file__).parents[1])!r}]
+import kcd_ext
+""",
+        ],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert done.returncode != 0 and "pip install -e ." in done.stderr.splitlines()[-1]
+
+
+def test_a_torch_that_is_too_old_is_named(tmp_path):
+    done = python("import torch; torch.__version__ = '2.9.1+cu130'; import kcd_ext")
+    assert done.stderr.splitlines()[-1].startswith(
+        "ImportError: kcd_ext needs PyTorch 2.10 or newer, found 2.9.1+cu130"
+    )
+
+
+# ---- torch's ABI
+
+
+TORCH_INCLUDE = Path(torch.__file__).parent / "include"
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
+def test_the_declared_abi_is_torchs_own():
+    """A conflicting declaration does not compile; a function torch does not declare would be new to the compiler."""
+    source = (
+        "#define USE_CUDA 1\n#include <torch/csrc/inductor/aoti_torch/c/shim.h>\n#include <torch/csrc/stable/c/shim.h>\n"
+        "#define KCD_TORCH_HEADERS\n#include <torch/abi.h>\n"
+    )
+    compile_ = ["g++", "-std=c++20", "-fsyntax-only", "-x", "c++", "-", f"-isystem{TORCH_INCLUDE}", f"-I{SOURCES}"]
+    done = subprocess.run(compile_, input=source, text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    # The same check finds a wrong declaration: it can fail.
+    wrong = source + 'extern "C" int32_t aoti_torch_get_dim(AtenTensorHandle, int32_t*);\n'
+    assert subprocess.run(compile_, input=wrong, text=True, capture_output=True).returncode != 0
+
+
+def declared_functions() -> set[str]:
+    text = (SOURCES / "torch" / "abi.h").read_text()
+    body = text[text.index("#define KCD_TORCH_ABI(X)") : text.index("#define X(name, args)")]
+    return set(re.findall(r"X\((\w+),", body))
+
+
+def test_every_declared_function_is_torchs_and_documented():
+    headers = "".join(
+        (TORCH_INCLUDE / "torch" / "csrc" / path).read_text()
+        for path in ("inductor/aoti_torch/c/shim.h", "stable/c/shim.h")
+    )
+    document = (ROOT / "docs" / "abi.md").read_text()
+    functions = declared_functions()
+    assert len(functions) > 15
+    for function in functions:
+        assert re.search(rf"\b{function}\b", headers) or function.startswith("aoti_torch_dtype_"), (
+            f"{function} is not in torch's headers"
+        )
+        assert f"`{function}`" in document, f"docs/abi.md does not list {function}"
+    assert set(re.findall(r"^\| `(\w+)`", document, re.M)) == functions, "docs/abi.md lists functions that are not used"
+
+
+# ---- builds without Python
+
+
+@pytest.fixture(scope="session")
+def plain_library(tmp_path_factory) -> Path:
+    """libkcd_ext.so by cmake and ninja alone."""
+    if not (shutil.which("cmake") and shutil.which("ninja")):
+        pytest.skip("needs cmake and ninja")
+    build = tmp_path_factory.mktemp("plain")
+    no_network = {
+        **os.environ,
+        "PIP_NO_INDEX": "1",
+        "http_proxy": "http://127.0.0.1:9",
+        "https_proxy": "http://127.0.0.1:9",
+    }
+    for command in (
+        ["cmake", "-G", "Ninja", "-S", str(ROOT), "-B", str(build), "-DCMAKE_CXX_FLAGS=-Werror"],
+        ["ninja", "-C", str(build)],
+    ):
+        done = subprocess.run(command, capture_output=True, text=True, env=no_network)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return build / "libkcd_ext.so"
+
+
+def test_the_plain_library_serves_the_package(plain_library):
+    code = """
+import kcd_ext, sys, torch
+assert "kcd_ext._C" not in sys.modules
+z = torch.arange(12.0).view(3, 4).requires_grad_()
+loss = kcd_ext.condensed_kd_loss(z, z.detach().flip(1), keep=2)
+loss.backward()
+print(repr(loss.item()), kcd_ext.ops.build_info["instruction_sets"])
+"""
+    plain, module = (
+        python(code, KCD_LIBRARY=str(plain_library)),
+        python(code.replace('assert "kcd_ext._C" not in', 'assert "kcd_ext._C" in')),
+    )
+    assert plain.returncode == 0, plain.stderr
+    assert plain.stdout == module.stdout
+
+
+def test_a_second_plain_library_is_an_error_and_no_abort(plain_library):
+    done = python(f"""
+import ctypes, kcd_ext, torch
+torch.ops.load_library({str(plain_library)!r})
+library = ctypes.CDLL({str(plain_library)!r})
+library.kcd_load_error.restype = ctypes.c_char_p
+print(library.kcd_load_error().decode())
+print(kcd_ext.condensed_kd_loss(torch.zeros(2, 3), torch.zeros(2, 3)).item())
+""")
+    assert done.returncode == 0 and "another copy of kcd_ext" in done.stdout and done.stdout.endswith("0.0\n"), (
+        done.stdout + done.stderr
+    )
+
+
+def test_no_code_for_one_processor_can_reach_another(plain_library):
+    """Objects compiled for an instruction set share nothing: a weak symbol could be linked in place of the baseline's."""
+    for name in ops.build_info["instruction_sets"]:
+        objects = list(plain_library.parent.glob(f"CMakeFiles/kernels_{name}.dir/**/*.o"))
+        assert len(objects) == 2
+        for path in objects:
+            symbols = subprocess.run(["nm", "-C", path], capture_output=True, text=True, check=True).stdout
+            assert not re.search(r"^[0-9a-f]* [WVu] ", symbols, re.M), f"{path}:\n{symbols}"
+            assert len(re.findall(r"^[0-9a-f]+ T ", symbols, re.M)) == 1
+
+
+def test_other_platforms_stop_with_one_line(tmp_path):
+    if not shutil.which("cmake"):
+        pytest.skip("needs cmake")
+    for system, processor in (("Windows", "AMD64"), ("Darwin", "arm64"), ("Linux", "riscv64")):
+        toolchain = tmp_path / "toolchain.cmake"
+        toolchain.write_text(
+            f"set(CMAKE_SYSTEM_NAME {system})\nset(CMAKE_SYSTEM_PROCESSOR {processor})\n"
+            "set(CMAKE_TRY_COMPILE_TARGET_TYPE STATIC_LIBRARY)\nset(CMAKE_CXX_COMPILER_WORKS 1)\n"
+        )
+        done = subprocess.run(
+            [
+                "cmake",
+                "-S",
+                str(ROOT),
+                "-B",
+                str(tmp_path / f"{system}-{processor}"),
+                f"-DCMAKE_TOOLCHAIN_FILE={toolchain}",
+            ],
+            capture_output=True,
+            text=True,
+        )
+        assert (
+            done.returncode != 0
+            and f"kcd_ext builds on Linux x86-64 and aarch64; this is {system} {processor}"
+            in " ".join(done.stderr.split())
+        )
+
+
+def test_the_build_against_torchs_own_headers(tmp_path):
+    if not (shutil.which("cmake") and shutil.which("ninja")):
+        pytest.skip("needs cmake and ninja")
+    configure = [
+        "cmake",
+        "-G",
+        "Ninja",
+        "-S",
+        str(ROOT),
+        "-B",
+        str(tmp_path),
+        "-DKCD_TORCH_HEADERS=ON",
+        f"-DPython3_EXECUTABLE={sys.executable}",
+    ]
+    for command in (configure, ["ninja", "-C", str(tmp_path), "CMakeFiles/extension.dir/csrc/torch/ops.cpp.o"]):
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
