@@ -1,0 +1,86 @@
+"""What runs here: the facts that a bug report and a run's configuration need. Only torch and NumPy are imported."""
+
+import ctypes
+import os
+import platform
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import numpy
+import torch
+
+from .ops import build_info
+
+
+def versions() -> dict[str, str]:
+    """Versions of this package and of what decides its numbers."""
+    return {
+        "kcd_ext": build_info["version"],
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": numpy.__version__,
+        "accelerate": _version("accelerate"),
+    }
+
+
+def describe() -> dict[str, str]:
+    """Everything `kcd info` prints, in its order: what it is -> what was found."""
+    build = {name.replace("_", " ").replace("cuda", "CUDA"): _plain(fact) for name, fact in build_info.items()}
+    return {
+        **versions(),
+        **{name: fact for name, fact in build.items() if name != "version"},
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "threads": f"{torch.get_num_threads()} of {os.cpu_count()} processors, {len(_usable_processors())} usable",
+        "torch CUDA": torch.version.cuda or "none, a build for the CPU",
+        "CUDA driver": _cuda_driver(),
+        "CUDA devices": _cuda_devices(),
+        "executable": sys.executable,
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _plain(value: object) -> str:
+    return " ".join(map(str, value)) or "none" if isinstance(value, list | tuple) else str(value)
+
+
+def _usable_processors() -> set[int]:
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+
+
+def _processor() -> str:
+    """The model's name where Linux tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    for line in lines:
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _cuda_driver() -> str:
+    """Asked itself, because a torch for the CPU does not know."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return "no driver"
+    version = ctypes.c_int()
+    if driver.cuDriverGetVersion(ctypes.byref(version)) != 0:
+        return "found, does not answer"
+    return f"for CUDA {version.value // 1000}.{version.value % 1000 // 10}"
+
+
+def _cuda_devices() -> str:
+    if not torch.cuda.is_available():
+        return "none that this torch can use"
+    names = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    return "; ".join(f"{p.name}, compute capability {p.major}.{p.minor}" for p in names)

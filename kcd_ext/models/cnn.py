@@ -1,0 +1,28 @@
+"""Two plain convolutional networks for images of 8 to 32 pixels a side: the teacher and the student of the demo."""
+
+from torch import nn
+
+
+def _convolution(in_channels: int, out_channels: int, stride: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=False),
+        nn.BatchNorm2d(out_channels),
+        nn.ReLU(),
+    )
+
+
+def cnn(in_channels: int, num_classes: int, widths: tuple[int, ...], strides: tuple[int, ...]) -> nn.Sequential:
+    """3x3 convolutions, the mean over the image and one linear layer: (b, c, h, w) -> logits (b, classes)."""
+    channels = (in_channels, *widths)
+    features = [_convolution(a, b, s) for a, b, s in zip(channels, widths, strides, strict=False)]
+    return nn.Sequential(*features, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels[-1], num_classes))
+
+
+def cnn_large(*, in_channels: int, num_classes: int) -> nn.Sequential:
+    """Five convolutions, 35674 parameters for one channel and ten classes: the teacher of the demo."""
+    return cnn(in_channels, num_classes, widths=(16, 16, 32, 32, 64), strides=(2, 1, 2, 1, 1))
+
+
+def cnn_small(*, in_channels: int, num_classes: int) -> nn.Sequential:
+    """Three convolutions, 1702 parameters for one channel and ten classes: the student of the demo."""
+    return cnn(in_channels, num_classes, widths=(4, 8, 16), strides=(2, 2, 1))

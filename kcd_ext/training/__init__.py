@@ -1,0 +1,14 @@
+"""Training a student: recipes, the loop, checkpoints, reports. Needs the extra `train`."""
+
+try:
+    import accelerate as _accelerate  # noqa: F401
+    import safetensors as _safetensors  # noqa: F401
+except ImportError as error:
+    message = f'kcd_ext.training needs the package {error.name}: pip install "kcd-ext[train]"'
+    raise ImportError(message, name=error.name) from error
+
+from .recipe import Condense, Recipe
+from .summary import Summary
+from .trainer import distill
+
+__all__ = ["Condense", "Recipe", "Summary", "distill"]

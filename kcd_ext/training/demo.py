@@ -1,0 +1,202 @@
+"""`kcd demo`: a teacher, and its student trained alone, distilled, and distilled from ever fewer samples."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from torch import nn
+from tqdm import tqdm
+
+from .. import models
+from ..condensation.checks import whole
+from ..data import IndexedDataset
+from ..data.images import ImageData, load
+from ..environment import versions
+from . import report, storage
+from .checks import check_network
+from .device import accelerator_on, threads
+from .randomness import seeded
+from .recipe import Condense, Recipe
+from .summary import Summary, as_text, results, tabulate
+from .trainer import distill
+
+COMMAND = "kcd demo"
+TEACHER = "teacher"
+CONDENSED = "kc-kd"
+ENTRIES = (
+    "config.json",
+    "metrics.jsonl",
+    "checkpoint",
+    "student.safetensors",
+    "report.html",
+    "report.png",
+    "summary.json",
+)
+
+
+@dataclass(frozen=True)
+class Demo:
+    """Distils real images in about a minute and writes a report.
+
+    Trains a convolutional teacher, then a smaller student five ways from the same weights and in the same order of
+    samples: alone, with KD, with KD on randomly chosen samples, and with KC-KD, which chooses them by their knowledge
+    value.
+    """
+
+    data: str = "mnist5k"
+    """The images: mnist5k (28x28), digits (8x8, a few seconds) or module:function."""
+    seeds: tuple[int, ...] = (0,)
+    """Everything is run once for each; the table shows mean and standard deviation."""
+    output: Path = Path("runs/demo")
+    """The folder for the results. An earlier demo there is replaced when this one has finished, not before."""
+    epochs: int = 24
+    """Epochs of every run; samples are dropped after every sixth part of them."""
+    keep: float = 0.7
+    """The fraction of the samples that is left in the end, in (0, 1]."""
+    schedule: str = "reference"
+    """How fast samples are dropped: reference (the authors'), cosine or immediate."""
+    batch_size: int = 64
+    """Samples of a training step."""
+    lr: float = 0.05
+    """The learning rate at the start."""
+    teacher: str = "cnn_large"
+    """A network by name, or module:function."""
+    student: str = "cnn_small"
+    """A network by name, or module:function."""
+    device: str = "auto"
+    """auto (CUDA where there is one), cpu or cuda."""
+    threads: int = 1
+    """Threads of torch on the CPU. Networks this small gain little from more, and lose much on a busy machine."""
+    resume: bool = False
+    """Goes on with a demo that was interrupted, given the same options."""
+
+    def recipes(self, seed: int) -> dict[str, Recipe]:
+        """What is run for a seed, in this order: label -> recipe. Only what the labels say differs."""
+        stages = max(1, min(6, self.epochs))
+        size = {"keep": self.keep, "schedule": self.schedule, "every": max(1, self.epochs // stages), "stages": stages}
+        kinds = {
+            TEACHER: {"method": "ce"},
+            "student": {"method": "ce"},
+            "kd": {"method": "kd"},
+            "random": {"method": "kd", "condense": Condense(selection="random", **size)},
+            CONDENSED: {"method": "kd", "condense": Condense(**size)},
+        }
+        common = {name: getattr(self, name) for name in ("epochs", "batch_size", "lr", "device")}
+        return {label: Recipe(name=label, seed=seed, **kind, **common) for label, kind in kinds.items()}
+
+    def run(self) -> None:
+        """Checks everything, trains, writes the report and prints the table.
+
+        Results are collected in `<output>.partial` and moved to `output` when all of them are there.
+
+        Raises:
+            TypeError, ValueError, ImportError: an option does not fit; nothing has been written then.
+            OSError: a file cannot be written; an earlier demo in `output` is as it was.
+            KeyboardInterrupt: with a message that says where the finished runs are.
+        """
+        plan = self._plan()
+        data = load(self.data)
+        self._check_networks(data)
+        output = self.output.absolute()
+        partial = output.with_name(f"{output.name}.partial")
+        _check_ours(output, ENTRIES)
+        _check_ours(partial)
+        if not self.resume:
+            storage.remove(partial)
+        partial.mkdir(parents=True, exist_ok=True)
+        config = {"command": COMMAND, "options": {**asdict(self), "output": str(self.output)}, "versions": versions()}
+        storage.write_json(partial / "config.json", config)
+
+        try:
+            with threads(self.threads):
+                summaries = list(self._summaries(plan, data, partial))
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"finished runs are in {partial}; --resume goes on with them") from None
+        first = next(s for s in summaries if s.method == CONDENSED)
+        student = partial / "checkpoint" / f"seed-{first.seed}" / CONDENSED / "student.safetensors"
+        storage.write_bytes(partial / "student.safetensors", student.read_bytes())
+        report.write(
+            partial,
+            title=f"Knowledge condensation on {data.name}",
+            summaries=summaries,
+            reference=TEACHER,
+            ranking=report.rank_images(first, data.train.images, data.train.labels),
+            config=config,
+        )
+        _publish(partial, output)
+        print(as_text(tabulate(summaries)))
+        print(f"\nreport: {self.output / 'report.html'}")
+
+    def _plan(self) -> list[dict[str, Recipe]]:
+        for seed in self.seeds:
+            whole("seeds", seed, 0)
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds must be one or more different integers, got {list(self.seeds)}")
+        whole("epochs", self.epochs, 2)
+        whole("threads", self.threads, 1)
+        return [self.recipes(seed) for seed in self.seeds]
+
+    def _build(self, model: str, data: ImageData, seed: int) -> nn.Module:
+        with seeded(seed):
+            return models.build(model, in_channels=data.in_channels, num_classes=data.num_classes)
+
+    def _check_networks(self, data: ImageData) -> None:
+        train = IndexedDataset(data.train, data.transform)
+        with accelerator_on(self.device) as accelerator, seeded(0, device=accelerator.device):
+            for name in ("teacher", "student"):
+                check_network(name, self._build(getattr(self, name), data, 0), train, accelerator.device)
+
+    def _summaries(self, plan: list[dict[str, Recipe]], data: ImageData, folder: Path) -> Iterator[Summary]:
+        """One after the other; what is finished is on disk before the next one starts."""
+        train, test = IndexedDataset(data.train, data.transform), IndexedDataset(data.test, data.transform)
+        summaries: list[Summary] = []
+        # No bar where nobody watches: a log file would be filled with it.
+        with tqdm(total=sum(len(recipes) for recipes in plan) * self.epochs, unit="epoch", disable=None) as bar:
+            for recipes in plan:
+                teacher: nn.Module | None = None
+                for label, recipe in recipes.items():
+                    bar.set_description(f"seed {recipe.seed}, {label}")
+                    network = self._build(self.teacher if label == TEACHER else self.student, data, recipe.seed)
+                    summary = distill(
+                        network,
+                        teacher,
+                        train,
+                        test,
+                        recipe,
+                        output=folder / "checkpoint" / f"seed-{recipe.seed}" / label,
+                        resume=True,  # of a folder that is new unless the user asked to go on with it
+                        progress=lambda line: bar.set_postfix_str(f"{line['accuracy']:.1f} %") or bar.update(),
+                    )
+                    teacher = teacher or network
+                    summaries.append(summary)
+                    bar.update(len(summaries) * self.epochs - bar.n)  # epochs that were found on disk
+                    _write_results(folder, data.name, self.seeds, summaries)
+                    yield summary
+
+
+def _write_results(folder: Path, dataset: str, seeds: tuple[int, ...], summaries: list[Summary]) -> None:
+    lines = [{"method": s.method, "seed": s.seed, **line} for s in summaries for line in s.history]
+    storage.write_lines(folder / "metrics.jsonl", lines)
+    storage.write_json(folder / "summary.json", results(dataset, seeds, summaries))
+
+
+def _check_ours(folder: Path, names: Sequence[str] = ()) -> None:
+    """Raises FileExistsError if replacing these entries (none named: all) would destroy what no demo has written."""
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"output {folder} is a file: choose another --output")
+    config = folder / "config.json"
+    taken = [path.name for path in folder.glob("*") if not names or path.name in names]
+    if taken and not (config.is_file() and f'"command": "{COMMAND}"' in config.read_text(errors="replace")):
+        raise FileExistsError(f"output {folder} holds a {taken[0]} that is not of a demo: choose another --output")
+
+
+def _publish(partial: Path, output: Path) -> None:
+    """Moves the results into place; whatever else is in `output` stays. Nothing old is deleted before all is moved."""
+    output.mkdir(parents=True, exist_ok=True)
+    replaced = partial / "replaced"
+    replaced.mkdir(exist_ok=True)
+    for name in ENTRIES:
+        if (output / name).exists():
+            (output / name).rename(replaced / name)
+        (partial / name).rename(output / name)
+    storage.remove(partial)

@@ -1,0 +1,330 @@
+"""The command as a user runs it: real processes, really interrupted, really out of space."""
+
+import html.parser
+import json
+import os
+import re
+import resource
+import signal
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from kcd_ext import cli
+
+ENTRIES = {
+    "config.json",
+    "metrics.jsonl",
+    "summary.json",
+    "checkpoint",
+    "student.safetensors",
+    "report.html",
+    "report.png",
+}
+METHODS = ["teacher", "student", "kd", "random", "kc-kd"]
+SMALL = ["demo", "--data", "digits", "--epochs", "6", "--device", "cpu"]
+TIMEOUT = 180
+
+
+def kcd(*arguments, cwd, **options):
+    command = [sys.executable, "-m", "kcd_ext.cli", *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=TIMEOUT, **options)
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in sorted(Path(folder).rglob("*")) if path.is_file()}
+
+
+def without_seconds(folder):
+    """All that a demo found out, times left out."""
+    summary = json.loads((folder / "summary.json").read_text())
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for entry in (*summary["results"], *lines):
+        del entry["seconds"]
+    return summary, lines
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """A finished demo of two seeds; tests that change something work on a copy."""
+    folder = tmp_path_factory.mktemp("demo")
+    done = kcd(*SMALL, "--seeds", 3, 1, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return folder / "runs" / "demo", done
+
+
+# --- kcd demo ---------------------------------------------------------------------------------------------------------
+
+
+def test_what_the_demo_leaves(demo):
+    folder, done = demo
+    assert {path.name for path in folder.iterdir()} == ENTRIES
+    assert [path.name for path in folder.parent.iterdir()] == ["demo"]
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary.keys() == {"dataset", "seeds", "results"}
+    assert (summary["dataset"], summary["seeds"]) == ("digits", [3, 1])
+    assert [(r["seed"], r["method"]) for r in summary["results"]] == [(s, m) for s in (3, 1) for m in METHODS]
+    fields = ["method", "seed", "accuracy_last", "accuracy_best", "sample_visits", "teacher_visits", "seconds"]
+    assert all(list(r) == fields for r in summary["results"])
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [(r["seed"], r["method"], r["epoch"]) for r in lines] == [
+        (s, m, e) for s in (3, 1) for m in METHODS for e in range(1, 7)
+    ]
+    config = json.loads((folder / "config.json").read_text())
+    assert config["options"]["data"] == "digits" and config["options"]["seeds"] == [3, 1]
+
+    from safetensors.torch import load_file
+
+    saved = load_file(folder / "checkpoint" / "seed-3" / "kc-kd" / "student.safetensors")
+    assert {k: v.tolist() for k, v in load_file(folder / "student.safetensors").items()} == {
+        k: v.tolist() for k, v in saved.items()
+    }
+    for method in METHODS:
+        assert re.search(rf"^{method} +\d+\.\d\d ± \d+\.\d\d ", done.stdout, re.MULTILINE)
+    assert done.stderr == ""
+
+
+def test_what_the_demo_compares(demo):
+    folder, _ = demo
+    summary, lines = without_seconds(folder)
+    n, each = 1083, int(1083 * (1 - 0.7) / 6)
+    condensed = sum(n - stage * each for stage in range(6))
+    expected = {
+        "teacher": (6 * n, 0),
+        "student": (6 * n, 0),
+        "kd": (6 * n, 6 * n),
+        "random": (condensed, condensed),
+        "kc-kd": (condensed, condensed),
+    }
+    assert condensed < 0.9 * 6 * n
+    for result in summary["results"]:
+        assert (result["sample_visits"], result["teacher_visits"]) == expected[result["method"]]
+        history = [x for x in lines if (x["method"], x["seed"]) == (result["method"], result["seed"])]
+        assert result["accuracy_last"] == history[-1]["accuracy"]
+        assert result["accuracy_best"] == max(line["accuracy"] for line in history) > 60
+        # Same weights, same order: until the first samples are dropped the three are one run.
+        first = next(x for x in lines if x["method"] == "kd" and x["seed"] == result["seed"])
+        if result["method"] in ("random", "kc-kd"):
+            assert (history[0]["loss"], history[0]["accuracy"]) == (first["loss"], first["accuracy"])
+    accuracy = {r["method"]: r["accuracy_best"] for r in summary["results"]}
+    assert accuracy["teacher"] > accuracy["student"]
+
+
+class Page(html.parser.HTMLParser):
+    """Tags that are open, and everything the page refers to."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.references, self.images, self.drawings, self.text = [], [], 0, 0, []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        self.references += [attributes[a] for a in ("src", "href", "xlink:href") if a in attributes]
+        self.images += tag == "img"
+        self.drawings += tag == "svg"
+        if tag not in ("meta", "img", "br"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.references += [x for name, x in attributes if name in ("src", "href", "xlink:href")]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def test_the_report_stands_alone_and_shows_the_results(demo):
+    folder, _ = demo
+    source = (folder / "report.html").read_text()
+    page = Page(source)
+    assert page.open == [] and page.drawings == 3 and page.images == 32
+    assert all(reference.startswith(("data:image/png;base64,", "#")) for reference in page.references)
+    assert "<script" not in source and "@import" not in source and 'name="viewport"' in source
+    text = " ".join(" ".join(page.text).split())
+    for method in METHODS:
+        assert f" {method} " in text
+    assert "Knowledge condensation on digits" in text and torch.__version__ in text
+    picture = (folder / "report.png").read_bytes()
+    assert picture[:8] == b"\x89PNG\r\n\x1a\n" and struct.unpack(">2I", picture[16:24])[0] > 1000
+
+
+@pytest.fixture
+def running(tmp_path):
+    """Starts a demo with the same options as `demo`, and ends it by a signal once a file has appeared."""
+
+    def run(until, number, *more):
+        command = [sys.executable, "-m", "kcd_ext.cli", *SMALL, "--seeds", "3", "1", *more]
+        process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        try:
+            give_up = time.monotonic() + TIMEOUT
+            while not (tmp_path / until).exists():
+                assert process.poll() is None and time.monotonic() < give_up
+                time.sleep(0.005)
+            process.send_signal(number)
+            out, error = process.communicate(timeout=TIMEOUT)
+        finally:
+            process.kill()
+        return process.returncode, out, error
+
+    return run
+
+
+def test_interrupted_demos_lose_nothing_and_go_on(demo, running, tmp_path):
+    earlier = tmp_path / "runs" / "demo"
+    earlier.mkdir(parents=True)
+    (earlier / "config.json").write_text('{"command": "kcd demo"}')
+    (earlier / "summary.json").write_text("the earlier one")
+    (earlier / "notes.txt").write_text("the user's")
+    before = contents(earlier)
+
+    runs = "runs/demo.partial/checkpoint"
+    code, out, _ = running(f"{runs}/seed-3/teacher/metrics.jsonl", signal.SIGKILL)
+    assert (code, out) == (-signal.SIGKILL, "") and contents(earlier) == before
+    code, out, error = running(f"{runs}/seed-3/random/metrics.jsonl", signal.SIGINT, "--resume")
+    assert (code, out, error.count("\n")) == (130, "", 1)
+    assert error.startswith("kcd: interrupted: finished runs are in ") and "--resume" in error
+    assert contents(earlier) == before
+    finished = json.loads((tmp_path / "runs/demo.partial/summary.json").read_text())["results"]
+    assert [r["method"] for r in finished] == METHODS[:3]
+
+    done = kcd(*SMALL, "--seeds", 3, 1, "--resume", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert without_seconds(earlier) == without_seconds(demo[0])
+    assert {path.name for path in earlier.iterdir()} == ENTRIES | {"notes.txt"}
+    assert (earlier / "notes.txt").read_text() == "the user's"
+    assert not (tmp_path / "runs" / "demo.partial").exists()
+
+
+def limit_files_to(size):
+    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+def test_no_more_room(tmp_path):
+    """A limit on the size of files stands for a full disk where nothing may be mounted."""
+    earlier = tmp_path / "runs" / "demo"
+    earlier.mkdir(parents=True)
+    (earlier / "config.json").write_text('{"command": "kcd demo"}')
+    before = contents(earlier)
+    done = kcd(*SMALL, cwd=tmp_path, preexec_fn=limit_files_to(50_000))
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert done.stderr.startswith("kcd: File too large: ")
+    assert contents(earlier) == before
+
+
+def test_a_full_disk(tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=160k", "tmpfs", str(disk)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("nothing may be mounted here")
+    try:
+        done = kcd(*SMALL, "--output", disk / "demo", cwd=tmp_path)
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert done.stderr.startswith("kcd: No space left on device: ")
+
+
+# --- bad input --------------------------------------------------------------------------------------------------------
+
+
+def three_channels(*, in_channels, num_classes):
+    """A network that does not take grey images."""
+    return torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Flatten(), torch.nn.LazyLinear(num_classes))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data", "imagenet"], "unknown data set 'imagenet': take digits, mnist5k, or write module:attribute"),
+        (["--keep", "0"], r"keep must be a number in \(0, 1\], got 0.0"),
+        (["--keep", "1.5"], r"keep must be a number in \(0, 1\], got 1.5"),
+        (["--keep", "most"], "--keep"),
+        (["--schedule", "linear"], "schedule must be one of 'reference', 'cosine', 'immediate', got 'linear'"),
+        (["--epochs", "1"], "epochs must be an integer >= 2, got 1"),
+        (["--epochs", "2.5"], "--epochs"),
+        (["--seeds"], "seeds must be one or more different integers"),
+        (["--seeds", "1", "1"], "seeds must be one or more different integers"),
+        (["--seeds", "-1"], "seeds must be an integer >= 0, got -1"),
+        (["--threads", "0"], "threads must be an integer >= 1, got 0"),
+        (["--lr", "inf"], "lr must be a finite number"),
+        (["--student", "resnet"], "unknown model 'resnet': take cnn_large, cnn_small"),
+        (["--student", f"{__name__}:three_channels"], r"student does not take x of torch.float32 \(1, 1, 8, 8\)"),
+        (["--teacher", f"{__name__}:ENTRIES"], "'set' object is not callable"),
+        (["--sedes", "1"], "--sedes"),
+        (["--output", "file"], "is a file: choose another --output"),
+        (["--output", "file/demo"], "Not a directory"),
+        (["--output", "project"], "holds a config.json that is not of a demo"),
+        (["--output", "kept"], "kept.partial holds a notes.txt that is not of a demo"),
+        (["--output", "/proc/kcd/demo"], "No such file or directory: /proc/kcd"),
+    ],
+)
+def test_bad_input_is_one_line_and_changes_nothing(arguments, message, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("precious")
+    (tmp_path / "project").mkdir()
+    (tmp_path / "project" / "config.json").write_text("{}")
+    (tmp_path / "kept.partial").mkdir()
+    (tmp_path / "kept.partial" / "notes.txt").write_text("the user's")
+    before = contents(tmp_path)
+    assert cli.main(["demo", "--data", "digits", *arguments]) == 2
+    out, error = capfd.readouterr()
+    assert (out, error.count("\n"), error[:5]) == ("", 1, "kcd: ")
+    assert re.search(message, error)
+    assert contents(tmp_path) == before and {p.name for p in tmp_path.iterdir()} == {"file", "project", "kept.partial"}
+
+
+def test_a_real_process_says_it_in_one_line(tmp_path):
+    done = kcd("demo", "--data", "imagenet", cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert done.stderr.startswith("kcd: unknown data set 'imagenet'")
+    shown = kcd("demo", "--data", "imagenet", cwd=tmp_path, env={**os.environ, "KCD_TRACEBACK": "1"})
+    assert "Traceback" in shown.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- kcd info ---------------------------------------------------------------------------------------------------------
+
+BARE = (
+    "import sys; sys.modules['tyro'] = sys.modules['accelerate'] = None; from kcd_ext.cli import main; sys.exit(main())"
+)
+
+
+def bare(*arguments, cwd):
+    """The command where the extras are not installed."""
+    return subprocess.run(
+        [sys.executable, "-c", BARE, *arguments], cwd=cwd, capture_output=True, text=True, timeout=TIMEOUT
+    )
+
+
+def test_info(tmp_path):
+    full, plain = kcd("info", cwd=tmp_path), bare("info", cwd=tmp_path)
+    assert (full.returncode, plain.returncode) == (0, 0), full.stderr + plain.stderr
+    assert full.stdout == plain.stdout
+    facts = dict(re.split(r"  +", line, maxsplit=1) for line in full.stdout.splitlines())
+    assert facts["torch"] == torch.__version__
+    assert facts["python"] == ".".join(map(str, sys.version_info[:3]))
+    assert {"kcd_ext", "platform", "processor", "threads", "torch CUDA", "CUDA driver", "CUDA devices"} <= facts.keys()
+    for name in ("compiler", "instruction sets", "instruction set in use", "CUDA architectures"):
+        assert facts[name]
+
+
+def test_without_the_extras(tmp_path):
+    done = bare("demo", cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert 'pip install "kcd-ext[train]"' in done.stderr
+
+
+def test_help(tmp_path):
+    done = kcd("demo", "--help", cwd=tmp_path)
+    assert done.returncode == 0 and "--keep" in done.stdout and done.stderr == ""
+    nothing = kcd(cwd=tmp_path)
+    assert (nothing.returncode, nothing.stderr.count("\n")) == (2, 1) and "demo" in nothing.stderr

