@@ -98,11 +98,7 @@ void backward(const Problem& problem, const Gradient& gradient, int64_t begin, i
 
 template <class Real>
 void backward(const Problem& problem, const Gradient& gradient, int64_t begin, int64_t end) {
-  const double t = problem.temperature;
-  t == 1   ? backward<Real, Power::one>(problem, gradient, begin, end)
-  : t == 2 ? backward<Real, Power::two>(problem, gradient, begin, end)
-  : t == 4 ? backward<Real, Power::four>(problem, gradient, begin, end)
-           : backward<Real, Power::other>(problem, gradient, begin, end);
+  with_power(problem.temperature, [&](auto power) { backward<Real, power.value>(problem, gradient, begin, end); });
 }
 
 }   // namespace

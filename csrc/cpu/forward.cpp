@@ -144,11 +144,7 @@ void forward(const Problem& problem, const RowOutputs& outputs, int64_t begin, i
 
 template <class Real>
 void forward(const Problem& problem, const RowOutputs& outputs, int64_t begin, int64_t end) {
-  const double t = problem.temperature;
-  t == 1   ? forward<Real, Power::one>(problem, outputs, begin, end)
-  : t == 2 ? forward<Real, Power::two>(problem, outputs, begin, end)
-  : t == 4 ? forward<Real, Power::four>(problem, outputs, begin, end)
-           : forward<Real, Power::other>(problem, outputs, begin, end);
+  with_power(problem.temperature, [&](auto power) { forward<Real, power.value>(problem, outputs, begin, end); });
 }
 
 }   // namespace

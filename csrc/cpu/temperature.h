@@ -1,5 +1,7 @@
 // From temperature T to temperature 1 without a second exponential, where T allows it.
 #pragma once
+#include <type_traits>
+
 #include "cpu/vector.h"
 
 namespace kcd {
@@ -7,6 +9,15 @@ namespace {
 
 // How e^x follows from e^(x/T): the T-th power by squaring where T is 1, 2 or 4, else another exponential.
 enum class Power { one, two, four, other };
+
+// run(a constant whose value is the Power for this temperature)
+template <class Run>
+KCD_INLINE void with_power(double temperature, const Run& run) {
+  if (temperature == 1) return run(std::integral_constant<Power, Power::one>{});
+  if (temperature == 2) return run(std::integral_constant<Power, Power::two>{});
+  if (temperature == 4) return run(std::integral_constant<Power, Power::four>{});
+  run(std::integral_constant<Power, Power::other>{});
+}
 
 template <class Real>
 struct Scale {

@@ -1,6 +1,7 @@
 """What is worth distilling: the value table, the stages, the mix plan, and the sampler that follows them."""
 
-from .condenser import Condensation, KnowledgeCondenser
+from .condensation import Condensation
+from .condenser import KnowledgeCondenser
 from .control import RandomCondenser
 from .mixing import mix_images
 from .sampler import CondensedSampler

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
 from types import MappingProxyType
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from ..arguments import check_group
 from .checks import flag, real, whole
+from .condensation import Condensation
 from .mixing import Recipe, build_recipes, mix_strength, pixel_weight
 from .random_keys import MAX_SEED
 from .schedules import SCHEDULES, final_size, stage_size
@@ -19,35 +19,6 @@ from .table import ValueTable, check_tensor
 
 STATE_VERSION = 1
 CONFIG = ("num_samples", "keep", "every", "stages", "schedule", "alpha", "epsilon", "accumulate", "convex", "seed")
-
-
-@dataclass(frozen=True, eq=False)
-class Condensation:
-    """The outcome of one E-step. All tensors are on the CPU; indices are original ones, int64.
-
-    Attributes:
-        kept: (n_keep,) K1, what is distilled from now on, most valuable first.
-        dropped: (|K0|,) K0, the ranks n_keep … n_before - 1, what this stage gives up, most valuable first. Ranks
-            count all samples, so one that was kept before can also lie deeper, and one of these can have been dropped
-            before.
-        mixed: (m,) K1L, the last m of `kept`, m = min(|K0|, n_keep): the samples whose image takes something over.
-        partner: (m,) the dropped sample each of them is blended with: the first m of `dropped`.
-        mix: (m,) float64, e_i = epsilon·i/|K0| (Eq. 15).
-        weight: (m,) float64, e_i in the single precision that pixels are blended with (`mixing.pixel_weight`).
-        convex: whether the image itself is weighted with 1 - e_i (True) or with 1.
-        stage: the number of this E-step; the first is 1.
-        epoch: how many epochs have ended, this one included.
-    """
-
-    kept: Tensor
-    dropped: Tensor
-    mixed: Tensor
-    partner: Tensor
-    mix: Tensor
-    weight: Tensor
-    convex: bool
-    stage: int
-    epoch: int
 
 
 class KnowledgeCondenser:

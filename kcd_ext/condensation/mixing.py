@@ -14,14 +14,13 @@ they are.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from .condenser import Condensation
+from .condensation import Condensation
 
 Recipe: TypeAlias = "int | tuple[Recipe, Recipe, float] | tuple[Recipe, Recipe, float, float]"
 
