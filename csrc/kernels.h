@@ -2,11 +2,13 @@
 #pragma once
 #include <cstdint>
 
+#include "math/portable.h"
+
 namespace kcd {
 
 enum class Type : int32_t { float32, float64, float16, bfloat16 };
 
-constexpr int64_t size_of(Type type) { return type == Type::float64 ? 8 : type == Type::float32 ? 4 : 2; }
+constexpr KCD_MEMBER int64_t size_of(Type type) { return type == Type::float64 ? 8 : type == Type::float32 ? 4 : 2; }
 
 // Logits of `rows` rows, classes contiguous.  Two strides, so that a slice such as logits[:, :-1] of a (sequences, tokens, classes)
 // tensor is read where it lies.
@@ -16,7 +18,7 @@ struct Logits {
   int64_t inner;   // rows of the inner leading dimension
   int64_t outer_stride, inner_stride;
 
-  const char* row(int64_t i) const {
+  KCD_MEMBER const char* row(int64_t i) const {
     return static_cast<const char*>(data) + (i / inner * outer_stride + i % inner * inner_stride) * size_of(type);
   }
 };
@@ -30,8 +32,8 @@ struct Problem {
   int64_t ignore_index;
   const int64_t* teacher_row;   // the teacher's row of each student's row, -1: none; null: the same row
 
-  bool valid(int64_t i) const { return !with_labels || labels[i] != ignore_index; }
-  int64_t teacher_row_of(int64_t i) const { return !with_teacher ? -1 : teacher_row ? teacher_row[i] : i; }
+  KCD_MEMBER bool valid(int64_t i) const { return !with_labels || labels[i] != ignore_index; }
+  KCD_MEMBER int64_t teacher_row_of(int64_t i) const { return !with_teacher ? -1 : teacher_row ? teacher_row[i] : i; }
 };
 
 // What the forward pass keeps of every row: an array of `rows` numbers each, side by side, of the accumulator's type (double where

@@ -11,6 +11,7 @@ from torch import Tensor
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 VALUES = ("entropy", "teacher_entropy", "kl", "cross_entropy")
 REDUCTIONS = ("mean", "sum", "none")
+INT64_MAX = 2**63 - 1
 
 
 class Keep(NamedTuple):
@@ -150,7 +151,7 @@ def check_keep(keep: float | int) -> Keep:
     if isinstance(keep, int) or isinstance(keep, numbers.Integral):
         if keep < 1:
             raise ValueError(f"keep as a number of rows must be >= 1, got {keep}")
-        return Keep(1.0, int(keep))
+        return Keep(1.0, min(int(keep), INT64_MAX))
     if not 0 < keep <= 1:
         raise ValueError(f"keep as a fraction must lie in (0, 1], got {keep} (a number of rows is an int)")
     return Keep(float(keep), 0)
@@ -173,10 +174,12 @@ def check_reduction(reduction: str) -> str:
 
 
 def check_ignore_index(ignore_index: int) -> int:
-    """An int."""
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+    """An int that a label can be (NumPy's too), bool excepted."""
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, (int, numbers.Integral)):
         raise TypeError(f"ignore_index must be an int, got {_describe(ignore_index)}")
-    return ignore_index
+    if not -INT64_MAX - 1 <= ignore_index <= INT64_MAX:
+        raise ValueError(f"ignore_index must fit an int64 label, got {ignore_index}")
+    return int(ignore_index)
 
 
 def check_group(group: object) -> None:

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from . import arguments, ops
 from .arguments import LossOptions
@@ -50,10 +51,12 @@ def condensed_kd_loss(
             are the valid rows, with `rows` those among them. Ties go to the lower row.
         value: what rows are ranked by, highest first: "entropy" of softmax(z), "teacher_entropy" of softmax(y), "kl",
             "cross_entropy", or a floating-point tensor (...) of scores. A row that is not a number (NaN in either's logits,
-            +inf, all -inf) has value NaN and ranks first, so that it reaches the loss.
+            +inf, all -inf) has value NaN and ranks first, so that it reaches the loss. A class whose teacher probability
+            is 0 even in float64, by -inf or by a mask of large negative logits, adds nothing, whatever the student says.
         labels: int64 (...): adds the cross entropy of softmax(z), and makes rows labelled `ignore_index` invalid.
         kd_weight, ce_weight: 1 and 0 without labels, 0.9 and 0.1 with them, as in KCD's recipe.
-        row_weight: floating-point or bool (...), multiplies KL_i; a constant.
+        row_weight: floating-point or bool (...), multiplies KL_i; a constant. Where it (or kd_weight) is 0 an infinite
+            KL counts 0, one that is not a number stays.
         rows: int64 (m,), unique: the rows of the flattened student that `teacher_logits` holds, as `select_rows` gives them;
             entries of -1 are skipped.
         ignore_index: the label of rows that count for nothing; they are not read.
@@ -72,7 +75,11 @@ def condensed_kd_loss(
     Raises:
         TypeError, ValueError: an argument is of the wrong type, shape, device or range; nothing has been computed.
         IndexError: on the CPU, a label or an entry of rows is out of range (on CUDA that row's cross entropy is NaN).
-        RuntimeError: a second derivative is asked for; use `kcd_ext.reference.condensed_kd_loss`.
+        RuntimeError: a second or a forward derivative is asked for, or one inside a torch.func transform; use
+            `kcd_ext.reference.condensed_kd_loss`.
+
+    Under torch.compile an option that changes from call to call (an annealed temperature) compiles anew each time, as any
+    Python number does; a weight that changes is better multiplied outside.
     """
     options = arguments.check_loss(
         student_logits,
@@ -93,17 +100,20 @@ def condensed_kd_loss(
         raise _no_kernels(student_logits)
     with_gradient = student_logits.requires_grad and torch.is_grad_enabled()
     if inplace:
-        _check_inplace(student_logits, with_gradient)
+        _check_inplace(student_logits, teacher_logits, with_gradient)
 
-    student = _readable(student_logits)
+    student, absent = _readable(student_logits), ops.absent(student_logits)
     inputs = (
         _readable(teacher_logits.detach() if teacher_logits.requires_grad else teacher_logits),
-        ops.ABSENT if labels is None else labels.contiguous(),
-        _score(value),
-        ops.ABSENT if row_weight is None else row_weight.detach().to(ops.accumulator_of(student)).contiguous(),
-        ops.ABSENT if rows is None else rows.contiguous(),
+        absent if labels is None else labels.contiguous(),
+        _score(value, absent),
+        absent if row_weight is None else row_weight.detach().to(ops.accumulator_of(student)).contiguous(),
+        absent if rows is None else rows.contiguous(),
     )
-    compute = _over_group if group is not None else _compiled if torch.compiler.is_compiling() else _eager
+    compiling = torch.compiler.is_compiling()
+    if not compiling:
+        _refuse_transforms(student)
+    compute = _over_group if group is not None else _compiled if compiling else _eager
     loss, ranked, stats, selected, counts, backward = compute(student, inputs, _value_kind(value), options, group)
     if with_gradient and backward is not None:
         teacher, labels, _, row_weight, rows = inputs
@@ -155,9 +165,10 @@ def _over_group(student: Tensor, inputs: tuple[Tensor, ...], value: int, options
 
 
 def _knowledge(ranked: Tensor, stats: Tensor, selected: Tensor, value: str | Tensor) -> Knowledge:
-    entropy, kl = (stats[i].view(selected.shape) for i in (ops.ENTROPY, ops.KL))
+    """Copies, so that the caller may change them, or keep them without the rest."""
+    entropy, kl = (stats[i].clone().view(selected.shape) for i in (ops.ENTROPY, ops.KL))
     ranked = ranked.to(value.dtype) if isinstance(value, Tensor) else ranked
-    return Knowledge(ranked, entropy, kl, selected, selected.sum())
+    return Knowledge(ranked, entropy, kl, selected.clone(), selected.sum())
 
 
 def select_rows(
@@ -203,10 +214,10 @@ def select_rows(
     kept = arguments.check_keep(keep)
     ignore_index = arguments.check_ignore_index(ignore_index)
 
-    student = _readable(student_logits.detach())
-    labels = ops.ABSENT if labels is None else labels.contiguous()
+    student, absent = _readable(student_logits.detach()), ops.absent(student_logits)
+    labels = absent if labels is None else labels.contiguous()
     ranked, stats, _, candidate = ops.row_stats(
-        student, ops.ABSENT, labels, _score(value), ops.ABSENT, 1.0, _value_kind(value), ignore_index
+        student, absent, labels, _score(value, absent), absent, 1.0, _value_kind(value), ignore_index
     )
     selected = ops.select_topk(ranked, candidate, *kept)
     # Selected rows first, in order; how many entries there are depends on the number of rows alone.
@@ -289,10 +300,10 @@ def _value_kind(value: str | Tensor) -> int:
     return arguments.VALUES.index(value) if isinstance(value, str) else len(arguments.VALUES)
 
 
-def _score(value: str | Tensor) -> Tensor:
+def _score(value: str | Tensor, absent: Tensor) -> Tensor:
     """Scores as float32 or, without loss, float64: half precision is exact in float32."""
     if isinstance(value, str):
-        return ops.ABSENT
+        return absent
     dtype = torch.float64 if value.dtype == torch.float64 else torch.float32
     return value.detach().to(dtype).contiguous()
 
@@ -326,20 +337,40 @@ def _no_kernels(student: Tensor) -> ValueError:
     )
 
 
-def _check_inplace(student: Tensor, with_gradient: bool) -> None:
+def _check_inplace(student: Tensor, teacher: Tensor, with_gradient: bool) -> None:
     if torch.compiler.is_compiling():
         raise ValueError(
             "inplace=True is not possible under torch.compile, which plans memory by itself: leave it False"
         )
     if not with_gradient:
         return
-    if student.is_leaf:
-        raise ValueError(
-            "inplace=True would overwrite student_logits, a leaf that requires grad: pass a module's output"
-        )
-    overlapping = any(size > 1 and stride == 0 for size, stride in zip(student.shape, student.stride(), strict=True))
-    if overlapping or not _lies_in_place(student):
+    base = student if student._base is None else student._base
+    if base.is_leaf and base.requires_grad:
+        raise ValueError("inplace=True would overwrite student_logits, a leaf that requires grad (or a view of one)")
+    if not _lies_in_place(student) or _overlaps_itself(student):
         raise ValueError(
             f"inplace=True needs student_logits whose rows lie apart and whose classes lie side by side, got shape"
             f" {tuple(student.shape)} with strides {student.stride()}"
+        )
+    if student.untyped_storage().data_ptr() == teacher.untyped_storage().data_ptr():
+        raise ValueError("inplace=True would overwrite teacher_logits, which share the memory of student_logits")
+
+
+def _overlaps_itself(logits: Tensor) -> bool:
+    """Whether two elements may be one: a dimension's stride is less than the extent of those inside it."""
+    extent = 1
+    for stride, size in sorted((s, n) for s, n in zip(logits.stride(), logits.shape, strict=True) if n > 1):
+        if stride < extent:
+            return True
+        extent = stride * (size - 1) + extent
+    return False
+
+
+def _refuse_transforms(student: Tensor) -> None:
+    """The operator has one derivative, the reverse one: another would silently come out as 0."""
+    in_transform = torch._C._are_functorch_transforms_active()
+    if in_transform or (forward_ad._current_level >= 0 and forward_ad.unpack_dual(student).tangent is not None):
+        raise RuntimeError(
+            "condensed_kd_loss has no forward derivative and no rule for torch.func's transforms: for those use"
+            " kcd_ext.reference.condensed_kd_loss, the same function in plain PyTorch"
         )

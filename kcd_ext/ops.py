@@ -20,10 +20,15 @@ select_topk = torch.ops.kcd_ext.select_topk.default
 reduce_rows = torch.ops.kcd_ext.reduce_rows.default
 
 with torch.inference_mode(False):  # a tensor made in that mode could never be saved for a backward pass
-    ABSENT = torch.empty(0, dtype=torch.bool, device="cpu")  # what stands for a tensor that is not there
+    _ABSENT = torch.empty(0, dtype=torch.bool, device="cpu")
 
 ENTROPY, KL, STATS = 0, 1, 7  # csrc/kernels.h, enum Stats: two of its rows, and how many there are
 REDUCTION_NONE = 2
+
+
+def absent(like: Tensor) -> Tensor:
+    """What stands for a tensor that is not there: one for all plain tensors, since making it takes 3 us."""
+    return _ABSENT if type(like) in (Tensor, torch.nn.Parameter) else like.new_empty(0, dtype=torch.bool)
 
 
 def accumulator_of(student: Tensor) -> torch.dtype:
@@ -130,7 +135,9 @@ class GradientOfStudent(torch.autograd.Function):
         the gradient overwrites the student's logits. In a tuple, since autograd handles every tensor it sees.
         """
         loss, saved, ctx.options, ctx.inplace = computed
-        ctx.save_for_backward(student, *saved)
+        # Tensors made in inference mode cannot be saved; they cannot be changed either, so that nothing needs watching.
+        ctx.constants = tuple(x if x.is_inference() else None for x in saved)
+        ctx.save_for_backward(student, *(None if x.is_inference() else x for x in saved))
         ctx.set_materialize_grads(False)
         return loss
 
@@ -139,12 +146,15 @@ class GradientOfStudent(torch.autograd.Function):
         """The gradient with respect to the student's logits, (..., C) in their dtype."""
         if grad_output is None:
             return None, None
-        student, *rest = ctx.saved_tensors  # raises where an earlier backward pass overwrote the logits
+        student, *saved = ctx.saved_tensors  # raises where an earlier backward pass overwrote the logits
+        saved = [constant if x is None else x for x, constant in zip(saved, ctx.constants, strict=True)]
         grad_output = grad_output.contiguous()
         if ctx.inplace:
+            if torch.is_grad_enabled():
+                _no_second_derivative(ctx)
             student = student.detach()
-            condensed_kd_gradient_(grad_output, student, *rest, *ctx.options)
+            condensed_kd_gradient_(grad_output, student, *saved, *ctx.options)
             torch.autograd.graph.increment_version(student)
             return student, None
         gradient = condensed_kd_backward if torch.is_grad_enabled() else condensed_kd_gradient
-        return gradient(grad_output, student, *rest, *ctx.options), None
+        return gradient(grad_output, student, *saved, *ctx.options), None

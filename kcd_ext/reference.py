@@ -3,6 +3,7 @@
 It reads the logits several times and keeps every intermediate, as any eager formula does.
 """
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,10 +17,17 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
-def _entropy(log_probabilities: Tensor) -> Tensor:
-    # p log p is 0 where p is: log 0 is taken out before the product, so that neither it nor its gradient is NaN.
-    finite = torch.where(log_probabilities == -torch.inf, torch.zeros_like(log_probabilities), log_probabilities)
-    return -(log_probabilities.exp() * finite).sum(-1)
+# The logarithm of the smallest number that float64 tells from 0: below it a class has no probability in any type.
+_VANISHING = -1075 * math.log(2)
+
+
+def _entropy(logits: Tensor) -> Tensor:
+    """log Z - sum e^x x / Z over x = logits - max, Z = sum e^x: in a confident row log1p keeps the digits of its small tail."""
+    x = logits - logits.amax(-1, keepdim=True)
+    zero, e, at_maximum = torch.zeros_like(x), x.exp(), x == 0
+    ones, tail = at_maximum.sum(-1), torch.where(at_maximum, zero, e).sum(-1)
+    log_sum = torch.where(ones == 1, tail.log1p(), (ones + tail).log())
+    return log_sum - torch.where(x == -torch.inf, zero, e * x).sum(-1) / (ones + tail)
 
 
 def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
@@ -31,7 +39,7 @@ def _kl(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     log_q, log_p = _log_softmax(student, temperature), _log_softmax(teacher, temperature)
     p = log_p.exp()
     zero = torch.zeros_like(log_p)
-    absent = log_p == -torch.inf
+    absent = log_p < _VANISHING
     # Where the student has no mass and the teacher has, the divergence is infinite, even where p itself underflows to 0.
     underflow = (log_q == -torch.inf) & (p == 0) & ~absent
     infinite = torch.where(underflow, torch.full_like(log_p, torch.inf), zero).sum(-1)
@@ -150,10 +158,11 @@ def condensed_kd_loss(
     safe_student = torch.where(valid[:, None], student, torch.zeros_like(student))
     log_probabilities = F.log_softmax(safe_student, -1)
     with torch.no_grad():
-        entropy = torch.where(valid, _entropy(log_probabilities), nan)
-    kl_student = torch.where(candidate[:, None], student, torch.zeros_like(student))
-    kl_teacher = torch.where(candidate[:, None], teacher, torch.zeros_like(student))
-    kl = _kl(kl_student, kl_teacher, options.temperature)
+        entropy = torch.where(valid, _entropy(safe_student), nan)
+    zeros = torch.zeros_like(student)
+    with torch.no_grad():
+        seen_teacher = torch.where(candidate[:, None], teacher, zeros)
+        kl = _kl(torch.where(candidate[:, None], student, zeros), seen_teacher, options.temperature)
     cross_entropy = torch.zeros_like(nan)
     if flat_labels is not None:
         index = torch.where(valid, flat_labels, torch.zeros_like(flat_labels))
@@ -166,8 +175,8 @@ def condensed_kd_loss(
         else:
             formulas = {
                 "entropy": lambda: entropy,
-                "teacher_entropy": lambda: _entropy(F.log_softmax(kl_teacher, -1)),
-                "kl": lambda: kl.detach(),
+                "teacher_entropy": lambda: _entropy(seen_teacher),
+                "kl": lambda: kl,
                 "cross_entropy": lambda: cross_entropy.detach(),
             }
             score = formulas[value]().clone()
@@ -179,9 +188,14 @@ def condensed_kd_loss(
         if group is not None:
             selected = selected[group.rank() * n : (group.rank() + 1) * n]
 
+    # Only selected rows take part in the differentiable formula.
+    chosen = selected[:, None]
+    divergence = _kl(torch.where(chosen, student, zeros), torch.where(chosen, teacher, zeros), options.temperature)
     weight = torch.ones_like(kl) if row_weight is None else row_weight.detach().reshape(-1).to(accumulator)
-    kd = torch.where(selected, kl, torch.zeros_like(kl)) * torch.where(selected, weight, torch.zeros_like(weight))
-    kd = options.weights.kd * options.temperature**2 * kd
+    weight = options.weights.kd * torch.where(selected, weight, torch.zeros_like(weight))
+    # A weight of 0 takes a row out, unless its divergence is not a number: NaN is never hidden.
+    divergence = torch.where((weight == 0) & ~divergence.isnan(), torch.zeros_like(kl), divergence)
+    kd = options.temperature**2 * weight * divergence
     ce = options.weights.ce * cross_entropy if options.weights.ce else torch.zeros_like(cross_entropy)
     if reduction == "none":
         loss = (ce + kd).reshape(shape)
@@ -191,7 +205,7 @@ def condensed_kd_loss(
         loss = ce.sum() * world / n_valid.clamp(min=1) + kd.sum() * world / n_selected.clamp(min=1)
     if not return_knowledge:
         return loss
-    kl = torch.where(candidate, kl.detach(), nan)
+    kl = torch.where(candidate, kl, nan)
     return loss, Knowledge(
         score.reshape(shape), entropy.reshape(shape), kl.reshape(shape), selected.reshape(shape), selected.sum()
     )

@@ -34,21 +34,27 @@ class Softmax:
     def of(cls, logits: np.ndarray, temperature: float) -> "Softmax":
         with np.errstate(invalid="ignore", over="ignore", under="ignore"):
             x = (logits - logits.max()) / REAL(temperature)
-            log = x - np.log(np.exp(x).sum())
+            others = np.where(np.arange(len(x)) == np.argmax(x), 0, np.exp(x))  # the most likely class adds e^0 = 1
+            log = x - np.log1p(others.sum()) if np.isfinite(x.max()) else np.full_like(x, np.nan)
             p = np.exp(log)
             units = np.where(p > 0, p * (1 + np.abs(x)), 0)
         return cls(log, p, units)
 
-    def entropy(self) -> REAL:
+    def entropy(self, dtype: torch.dtype) -> tuple[REAL, REAL]:
+        """In nats, and its error: relative to what the classes beside the most likely one add, so that it is small where the
+        entropy is."""
         with np.errstate(invalid="ignore"):
-            terms = np.where(self.p == 0, 0, self.p * self.log)
-        return -terms.sum()
+            terms = np.where(self.p == 0, 0, -self.p * self.log)
+            beside = np.where(self.log == self.log.max(), 1 - self.p, self.units)
+            error = ROOM * UNIT[dtype] * (terms.sum() + (beside * np.where(self.p == 0, 0, 1 - self.log)).sum())
+            error += 1000 * NORMAL[dtype] * len(self.p)  # -p log p where p underflows
+        return terms.sum(), np.nan_to_num(error)
 
 
 def _kl(z: np.ndarray, y: np.ndarray, temperature: float, unit: float) -> tuple[tuple[Softmax, Softmax], REAL, REAL]:
     q, p = Softmax.of(z, temperature), Softmax.of(y, temperature)
     with np.errstate(invalid="ignore", over="ignore", under="ignore"):
-        present = ~np.isneginf(y)  # p > 0, however small
+        present = (y - y.max()) / REAL(temperature) > -1075 * np.log(REAL(2))  # what float64 tells from 0
         if np.isnan(p.p).any() or np.isnan(q.p).any():
             return (q, p), REAL("nan"), REAL(0)
         if (present & np.isneginf(z)).any():
@@ -79,7 +85,8 @@ def expected(
 ) -> dict[str, np.ndarray]:
     """What `got` should be: for every quantity of Knowledge, the loss and the gradient, the number and `<name>_error`."""
     classes, dtype = student.shape[-1], student.dtype
-    unit = UNIT[torch.float64 if dtype == torch.float64 else torch.float32]
+    accumulator = torch.float64 if dtype == torch.float64 else torch.float32
+    unit = UNIT[accumulator]
     z, y = exact(student).reshape(-1, classes), exact(teacher).reshape(-1, classes)
     n = len(z)
     kd_weight = (1.0 if labels is None else 0.9) if kd_weight is None else kd_weight
@@ -98,11 +105,7 @@ def expected(
         if not valid[i]:
             continue
         softmax[i] = pi = Softmax.of(z[i], 1.0)
-        out["entropy"][i] = pi.entropy()
-        with np.errstate(invalid="ignore"):
-            error["entropy"][i] = (
-                ROOM * unit * (np.nansum(pi.units * np.where(pi.p > 0, -pi.log, 0)) + np.log(classes) + 1)
-            )
+        out["entropy"][i], error["entropy"][i] = pi.entropy(accumulator)
         if label is not None:
             ce[i] = -pi.log[label[i]]
             ce_error[i] = ROOM * unit * (abs(ce[i]) + np.log(classes) + 1) if np.isfinite(ce[i]) else 0
@@ -115,11 +118,7 @@ def expected(
         if isinstance(value, Tensor):
             out["value"][i] = exact(value).reshape(-1)[i]
         elif value == "teacher_entropy":
-            psi = Softmax.of(y[teacher_row[i]], 1.0)
-            out["value"][i] = psi.entropy()
-            error["value"][i] = (
-                ROOM * unit * ((psi.units * np.where(psi.p > 0, -psi.log, 0)).sum() + np.log(classes) + 1)
-            )
+            out["value"][i], error["value"][i] = Softmax.of(y[teacher_row[i]], 1.0).entropy(accumulator)
         elif value == "cross_entropy":
             out["value"][i], error["value"][i] = ce[i], ce_error[i]
         else:
@@ -150,14 +149,13 @@ def expected(
     g = np.ones(n, REAL) if grad_output is None else np.broadcast_to(exact(grad_output).reshape(-1), (n,))
     with np.errstate(invalid="ignore", over="ignore"):
         ce_terms = np.array([ce_weight * ce[i] * over_valid if valid[i] and ce_weight else REAL(0) for i in range(n)])
-        kd_terms = np.array(
-            [kd_weight * t2 * weight[i] * out["kl"][i] * over_selected if i in selected else REAL(0) for i in range(n)]
-        )
+        # a weight of 0 takes a row out, unless its divergence is not a number
+        factor = kd_weight * t2 * weight * over_selected
+        counted = [i in selected and (factor[i] != 0 or bool(np.isnan(out["kl"][i]))) for i in range(n)]
+        kd_terms = np.array([factor[i] * out["kl"][i] if counted[i] else REAL(0) for i in range(n)])
         loss = ce_terms + kd_terms
         loss_error = np.abs(ce_weight * over_valid) * ce_error + 4 * unit * np.abs(loss)
-        loss_error = loss_error + np.array(
-            [abs(kd_weight * t2 * weight[i] * over_selected) * error["kl"][i] if i in selected else 0 for i in range(n)]
-        )
+        loss_error = loss_error + np.array([abs(factor[i]) * error["kl"][i] if counted[i] else 0 for i in range(n)])
         grad, grad_error = np.zeros_like(z), np.zeros_like(z)
         for i in range(n):
             a = g[i] * ce_weight * over_valid if valid[i] and label is not None else REAL(0)
@@ -169,12 +167,10 @@ def expected(
                 q, p = kd[i]
                 b = g[i] * kd_weight * REAL(temperature) * weight[i] * over_selected
                 grad[i] += b * (q.p - p.p)
-                grad_error[i] += abs(b) * (
-                    q.units + p.units + NORMAL[torch.float64 if dtype == torch.float64 else torch.float32]
-                )
+                grad_error[i] += abs(b) * (q.units + p.units + NORMAL[accumulator])
         # the accumulator's roundings, then one rounding to the gradient's own type
         grad_error = ROOM * unit * grad_error + 1.001 * UNIT[dtype] * np.abs(grad) + SMALLEST[dtype]
-        grad_error += NORMAL[torch.float64 if dtype == torch.float64 else torch.float32]
+        grad_error += NORMAL[accumulator]
         if reduction != "none":
             loss, loss_error = loss.sum(), loss_error.sum() + 4 * unit * np.abs(loss).sum()
     return {

@@ -67,6 +67,7 @@ CASES = [
     (dict(rows=[0, 1, 2, 3]), TypeError, r"rows must be an int64 tensor \(m,\), got list"),
     (dict(reduction="avg"), ValueError, "reduction must be one of mean, sum, none, got 'avg'"),
     (dict(ignore_index=1.0), TypeError, "ignore_index must be an int, got float 1.0"),
+    (dict(ignore_index=2**70), ValueError, "ignore_index must fit an int64 label, got 1180591620717411303424"),
     (dict(group="world"), (ValueError, TypeError), "group"),
     (
         dict(labels=torch.tensor([0, 6, 1, 2])),
@@ -148,48 +149,84 @@ def test_the_module_checks_its_options_when_it_is_made():
             kcd_ext.CondensedKDLoss(**options)
 
 
+def refused(operator, good: dict, cases: list[tuple[dict, str]]) -> None:
+    operator(*good.values())
+    for changes, message in cases:
+        with pytest.raises(ValueError, match=message):
+            operator(*{**good, **changes}.values())
+
+
+ABSENT = torch.empty(0, dtype=torch.bool)
+
+
 def test_the_raw_operators_refuse_what_would_read_out_of_bounds():
     ops = torch.ops.kcd_ext
-    absent = torch.empty(0, dtype=torch.bool)
-    good = (Z, Y, absent, absent, absent, absent, 1.0, 0, 0, 4.0, 1.0, 0.0, -100, 0, 1.0)
+    options = dict(temperature=4.0, kd=1.0, ce=0.0, ignore=-100, reduction=0, ranks=1.0)
+    inputs = dict(student=Z, teacher=Y, labels=ABSENT, score=ABSENT, row_weight=ABSENT, rows=ABSENT)
+    one = torch.tensor(3.0)
+    refused(
+        ops.condensed_kd,
+        {**inputs, **dict(fraction=1.0, count=0, value=0), **options},
+        [
+            (dict(teacher=Y[:3]), "same number of rows"),
+            (dict(teacher=Y[:, :5]), "same number of classes"),
+            (dict(teacher=ABSENT), "teacher logits are missing"),
+            (dict(student=Z.t()), "side by side"),
+            (dict(student=Z.int()), "float32, float64"),
+            (dict(labels=LABELS[:2]), "labels must be int64"),
+            (dict(labels=LABELS.int()), "labels must be int64"),
+            (dict(labels=torch.tensor(3).expand(4)), "labels must be int64"),
+            (dict(value=9), "value must be"),
+            (dict(reduction=7), "reduction must be"),
+            (dict(score=torch.ones(4)), "a score goes with value 4"),
+            (dict(value=4, score=torch.ones(3)), "score must be float32"),
+            (dict(value=4, score=one.expand(4)), "score must be float32"),
+            (dict(row_weight=torch.ones(3)), "row_weight must be"),
+            (dict(row_weight=one.expand(4)), "row_weight must be"),
+            (dict(rows=torch.arange(3)), "rows must be int64"),
+            (dict(rows=torch.arange(8)[::2]), "rows must be int64"),
+            (dict(temperature=0.0), "temperature must be > 0"),
+            (dict(temperature=float("inf")), "temperature must be > 0 and finite"),
+            (dict(ce=1.0), "ce_weight needs labels"),
+            (dict(fraction=2.0), "keep_fraction must lie in"),
+            (dict(fraction=float("nan")), "keep_fraction must lie in"),
+            (dict(count=-1), "keep_fraction must lie in"),
+        ],
+    )
+    score = torch.arange(10.0)
+    refused(
+        ops.select_topk,
+        dict(value=score, candidate=score > 2, fraction=0.5, count=0),
+        [
+            (dict(value=torch.arange(20.0)[::2]), "value must be contiguous"),
+            (dict(value=score.half()), "value must be contiguous"),
+            (dict(candidate=(score > 2)[:4]), "candidate must be"),
+            (dict(fraction=2.0), "keep_fraction"),
+        ],
+    )
+    _, _, stats, selected, counts = ops.condensed_kd_forward(*inputs.values(), 0.5, 0, 0, *options.values())
+    row = selected.nonzero()[:1, 0]
+    backward = dict(
+        grad=torch.tensor(1.0), student=Z, teacher=Y, labels=ABSENT, row_weight=ABSENT, rows=ABSENT, selected=selected,
+        stats=stats, counts=counts,
+    )  # fmt: skip
+    refused(
+        ops.condensed_kd_gradient,
+        {**backward, **options},
+        [
+            (dict(teacher=ABSENT), "selected names a row that the teacher does not hold"),
+            (dict(teacher=Y[:1], rows=(row + 1) % 4), "selected names a row that the teacher does not hold"),
+            (dict(grad=torch.ones(3)), "grad_output must be"),
+            (dict(grad=one.expand(4)), "grad_output must be"),
+            (dict(stats=stats[:5]), "must come from the forward pass"),
+            (dict(stats=stats.t()), "must come from the forward pass"),
+            (dict(counts=counts[:1]), "must come from the forward pass"),
+            (dict(selected=selected[:2]), "must come from the forward pass"),
+        ],
+    )
 
-    def call(**changes):
-        names = (
-            "student",
-            "teacher",
-            "labels",
-            "score",
-            "row_weight",
-            "rows",
-            "fraction",
-            "count",
-            "value",
-            "temperature",
-            "kd",
-            "ce",
-            "ignore",
-            "reduction",
-            "ranks",
-        )
-        return ops.condensed_kd(*{**dict(zip(names, good, strict=True)), **changes}.values())
 
-    call()
-    for changes, message in (
-        (dict(teacher=Y[:3]), "same number of rows"),
-        (dict(teacher=Y[:, :5]), "same number of classes"),
-        (dict(teacher=absent), "teacher logits are missing"),
-        (dict(student=Z.t()), "side by side"),
-        (dict(student=Z.int()), "float32, float64"),
-        (dict(labels=LABELS[:2]), "labels must be int64"),
-        (dict(labels=LABELS.int()), "labels must be int64"),
-        (dict(value=9), "value must be"),
-        (dict(reduction=7), "reduction must be"),
-        (dict(score=torch.ones(4)), "a score goes with value 4"),
-        (dict(value=4, score=torch.ones(3)), "score must be float32"),
-        (dict(row_weight=torch.ones(3)), "row_weight must be"),
-        (dict(rows=torch.arange(3)), "rows must be int64"),
-        (dict(temperature=0.0), "temperature must be > 0"),
-        (dict(ce=1.0), "ce_weight needs labels"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            call(**changes)
+def test_the_keep_and_the_ignored_label_of_numpy():
+    labels = torch.tensor([0, 1, 2, 3])
+    got = condensed_kd_loss(Z, Y, labels=labels, keep=np.int64(2), ignore_index=np.int64(3))
+    assert got.equal(condensed_kd_loss(Z, Y, labels=labels, keep=2, ignore_index=3))

@@ -104,15 +104,86 @@ def test_inplace_overwrites_the_logits_once():
 def test_inplace_is_refused_where_it_cannot_be():
     teacher = logits(5, 6, 1)
     leaf = logits(5, 6, 0).requires_grad_()
-    with pytest.raises(ValueError, match="a leaf that requires grad"):
-        condensed_kd_loss(leaf, teacher, inplace=True)
-    for z in ((leaf * 1)[:1].expand(5, 6), (logits(6, 5, 0).requires_grad_() * 1).t()):
+    for parameter in (leaf, leaf.view(5, 6), leaf[:, :]):
+        with pytest.raises(ValueError, match="a leaf that requires grad"):
+            condensed_kd_loss(parameter, teacher, inplace=True)
+    flat = logits(1, 40, 0).requires_grad_()[0] * 1
+    for z in (
+        (leaf * 1)[:1].expand(5, 6),
+        (logits(6, 5, 0).requires_grad_() * 1).t(),
+        flat.unfold(0, 6, 1)[:5],
+        flat.as_strided((5, 6), (5, 1)),
+    ):
         with pytest.raises(ValueError, match="rows lie apart"):
             condensed_kd_loss(z, teacher, inplace=True)
+    z = logits(6, 6, 0).requires_grad_() * 1
+    with pytest.raises(ValueError, match="share the memory"):
+        condensed_kd_loss(z[1:], z.detach()[:-1], inplace=True)
     with pytest.raises(Exception, match=r"inplace=True is not possible under torch\.compile"):
         torch.compile(lambda z: condensed_kd_loss(z * 2, teacher, inplace=True), fullgraph=True)(leaf)
     with torch.no_grad():  # no gradient, nothing to overwrite
         assert torch.equal(condensed_kd_loss(leaf, teacher, inplace=True), condensed_kd_loss(leaf, teacher))
+
+
+def test_inplace_has_no_second_derivative_either():
+    w = logits(4, 6, 0).requires_grad_()
+    with pytest.raises(RuntimeError, match=r"kcd_ext\.reference"):
+        torch.autograd.grad(condensed_kd_loss(w * w, logits(4, 6, 1), inplace=True), w, create_graph=True)
+
+
+def test_inplace_on_a_slice_of_what_the_model_gave():
+    x, teacher = logits(6, 4, 0), logits(6, 5, 1).view(2, 3, 5)
+    model = nn.Linear(4, 5, dtype=torch.float64)
+    sliced = [condensed_kd_loss(model(x).view(2, 3, 5)[:, :-1], teacher[:, 1:], inplace=flag) for flag in (False, True)]
+    want, got = (torch.autograd.grad(loss, model.weight)[0] for loss in sliced)
+    assert torch.allclose(got, want, rtol=1e-12)
+
+
+def test_forward_derivatives_and_transforms_are_refused():
+    z, y = logits(3, 4, 0), logits(3, 4, 1)
+    with pytest.raises(RuntimeError, match=r"kcd_ext\.reference"):
+        torch.func.jvp(lambda q: condensed_kd_loss(q, y), (z,), (z,))
+    with pytest.raises(RuntimeError, match=r"kcd_ext\.reference"):
+        torch.func.grad(lambda q: condensed_kd_loss(q, y))(z)
+    with torch.autograd.forward_ad.dual_level():
+        with pytest.raises(RuntimeError, match=r"kcd_ext\.reference"):
+            condensed_kd_loss(torch.autograd.forward_ad.make_dual(z, y), y)
+        assert condensed_kd_loss(z, y).isfinite()  # no tangent, no matter
+    _, tangent = torch.func.jvp(lambda q: reference.condensed_kd_loss(q, y), (z,), (z,))
+    assert tangent != 0
+
+
+def test_a_teacher_run_in_inference_mode():
+    student, labels = logits(6, 5, 0).requires_grad_(), torch.arange(6) % 5
+    with torch.inference_mode():
+        teacher, same_labels, rows = logits(6, 5, 1), labels + 0, torch.arange(6)
+        loss = condensed_kd_loss(student, teacher)
+    assert not loss.requires_grad
+    want = torch.autograd.grad(condensed_kd_loss(student, logits(6, 5, 1), labels=labels, keep=0.5), student)[0]
+    for inplace in (False, True):
+        loss = condensed_kd_loss(student * 1, teacher, labels=same_labels, rows=rows, keep=0.5, inplace=inplace)
+        assert torch.allclose(torch.autograd.grad(loss, student)[0], want, rtol=1e-12)
+
+
+def test_knowledge_is_the_callers():
+    student = logits(6, 5, 0).requires_grad_()
+    loss, knowledge = condensed_kd_loss(student, logits(6, 5, 1), keep=0.5, return_knowledge=True)
+    want = torch.autograd.grad(loss, student, retain_graph=True)[0]
+    for x in knowledge:
+        x.zero_()
+        assert x.untyped_storage().nbytes() == x.numel() * x.element_size()
+    assert torch.equal(torch.autograd.grad(loss, student)[0], want)
+
+
+def test_fake_tensors():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        student, teacher = torch.empty(3, 4, 20, requires_grad=True), torch.empty(3, 4, 20)
+        loss, knowledge = condensed_kd_loss(student, teacher, return_knowledge=True)
+        assert loss.shape == () and knowledge.selected.shape == (3, 4)
+        index, _ = select_rows(student, keep=0.5)
+        assert index.shape == (6,)
 
 
 def test_autocast_takes_what_the_model_gives():
@@ -126,7 +197,7 @@ def test_autocast_takes_what_the_model_gives():
     assert torch.equal(loss, condensed_kd_loss(z, teacher, keep=0.5))
 
 
-def peak_rise(code: str) -> int:
+def peak_rise(code: str, dtype: str = "float32") -> int:
     """How many bytes the peak resident size of a fresh process rises by while `code` runs."""
     script = rf"""
 import re, torch, kcd_ext
@@ -134,8 +205,8 @@ torch.set_num_threads(1)
 def peak():  # of this process alone: getrusage's is inherited from the parent
     return int(re.search(r"VmHWM:\s+(\d+) kB", open("/proc/self/status").read())[1]) * 1024
 rows, classes = 512, 32000
-base = torch.randn(rows, classes)
-teacher = torch.randn(rows, classes)
+base = torch.randn(rows, classes, dtype=torch.{dtype})
+teacher = torch.randn(rows, classes, dtype=torch.{dtype})
 weight = torch.ones((), requires_grad=True)
 small = torch.randn(8, 10, requires_grad=True)
 kcd_ext.condensed_kd_loss(small, torch.randn(8, 10)).backward()
@@ -149,10 +220,12 @@ print(peak() - before)
 
 
 def test_memory():
-    """Without grad nothing of the logits' size; with it one gradient, in place none."""
+    """Without grad nothing of the logits' size; with it one gradient, in place none; half precision is not widened."""
     size = 512 * 32000 * 4
     assert peak_rise("kcd_ext.condensed_kd_loss(base, teacher, keep=0.5)") < size / 16
-    assert peak_rise("kcd_ext.condensed_kd_loss(base.requires_grad_(), teacher, keep=0.5).backward()") < size * 17 / 16
+    both = "kcd_ext.condensed_kd_loss(base.requires_grad_(), teacher, keep=0.5).backward()"
+    assert peak_rise(both) < size * 17 / 16
+    assert peak_rise(both, "bfloat16") < size / 2 * 17 / 16
     # base * weight makes one tensor, its own backward pass another
     chain = "z = base * weight; kcd_ext.condensed_kd_loss(z, teacher, keep=0.5, inplace=INPLACE).backward()"
     apart, inplace = (peak_rise(chain.replace("INPLACE", str(flag))) for flag in (False, True))

@@ -1,5 +1,6 @@
 // Pieces of a row to and from the accumulator's type.  The loops vectorise by themselves.
 #pragma once
+#include "cpu/vector.h"
 #include "kernels.h"
 #include "math/portable.h"
 #if defined(__F16C__)
@@ -7,8 +8,6 @@
 #endif
 
 namespace kcd {
-
-constexpr int64_t kPiece = 2048;   // classes summed at a time: two float64 pieces fit a 32 KiB first-level cache
 
 struct bfloat16 {
   uint16_t bits;

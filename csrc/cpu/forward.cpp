@@ -9,37 +9,39 @@
 namespace kcd::cpu::KCD_SET {
 namespace {
 
-// The sums of one vector of classes, lane by lane.
+// ClassSums lane by lane.
 template <class Real>
-struct LaneSums {
-  Vector<Real> student_sum{}, student_sum_1{}, student_dot_1{}, teacher_sum{}, cross{}, teacher_sum_1{}, teacher_dot_1{};
+struct ClassLanes {
+  Vector<Real> ones{}, tail{}, tail_1{}, dot_1{};
+
+  // dx <= 0, e = e^(dx/T): a class at the maximum is counted, any other goes into the tails.
+  template <Power power, bool at_1>
+  KCD_MEMBER void add(Vector<Real> dx, Vector<Real> e, const Scale<Real>& scale) {
+    const Vector<Real> zero = {};
+    ones += dx == zero ? broadcast(Real(1)) : zero;
+    tail += dx == zero ? zero : e;
+    if (!at_1) return;
+    const Vector<Real> e_1 = at_temperature_1<power>(e, dx, scale);
+    tail_1 += dx == zero ? zero : e_1;
+    dot_1 += e_1 * greater_of(broadcast(-Limits<Real>::largest()), dx);   // -inf adds 0
+  }
+  KCD_MEMBER ClassSums<Real> total(Real max) const { return {max, sum(ones), sum(tail), sum(tail_1), sum(dot_1)}; }
 };
 
-// sum e^x x, to which x = -inf adds 0.
 template <class Real>
-KCD_INLINE Vector<Real> weighted(Vector<Real> e, Vector<Real> x) {
-  return e * greater_of(broadcast(-Limits<Real>::largest()), x);
-}
+struct LaneSums {
+  ClassLanes<Real> student, teacher;
+  Vector<Real> cross{};
+};
 
 template <Power power, bool with_teacher, bool with_teacher_entropy, class Real>
 KCD_INLINE void accumulate(Vector<Real> dz, Vector<Real> dy, const Scale<Real>& scale, LaneSums<Real>& sums) {
-  const Vector<Real> student = exp2(dz * scale.per_logit);
-  const Vector<Real> student_1 = at_temperature_1<power>(student, dz, scale);
-  sums.student_sum_1 += student_1;
-  sums.student_dot_1 += weighted<Real>(student_1, dz);
+  sums.student.template add<power, true>(dz, exp2(dz * scale.per_logit), scale);
   if (!with_teacher) return;
-  const Vector<Real> teacher = exp2(dy * scale.per_logit);
-  sums.student_sum += student;
-  sums.teacher_sum += teacher;
-  // A class that the teacher rules out (-inf) adds 0, also where the student does too.  Any other has p > 0: the floor under
-  // e^(dy/T) keeps the divergence infinite where the student rules it out and p underflows.
-  const Vector<Real> zero = {}, infinity = broadcast(Limits<Real>::infinity()), smallest = broadcast(Limits<Real>::smallest());
-  const Vector<Real> difference = dy == -infinity ? zero : dy - dz;
-  sums.cross += greater_of(smallest, teacher) * difference;
-  if (!with_teacher_entropy) return;
-  const Vector<Real> teacher_1 = at_temperature_1<power>(teacher, dy, scale);
-  sums.teacher_sum_1 += teacher_1;
-  sums.teacher_dot_1 += weighted<Real>(teacher_1, dy);
+  const Vector<Real> log_teacher = dy * scale.per_logit, teacher = exp2(log_teacher);
+  sums.teacher.template add<power, with_teacher_entropy>(dy, teacher, scale);
+  // A class without mass for the teacher adds 0, also where the student rules it out.
+  sums.cross += teacher * (log_teacher < static_cast<Real>(kVanishing) ? Vector<Real>{} : dy - dz);
 }
 
 // Two chains, since each step waits for the one before.
@@ -86,8 +88,12 @@ KCD_INLINE RowSums<Real> sum_piece(const Real* z, const Real* y, int64_t n, cons
   if (j < n)   // lanes past the end hold -inf in both and add nothing
     accumulate<power, with_teacher, with_teacher_entropy, Real>(load(z + j, n - j, least) - m_z,
                                                                 with_teacher ? load(y + j, n - j, least) - m_y : m_y, scale, sums);
-  return {student_max,           teacher_max,     sum(sums.student_sum),   sum(sums.student_sum_1), sum(sums.student_dot_1),
-          sum(sums.teacher_sum), sum(sums.cross), sum(sums.teacher_sum_1), sum(sums.teacher_dot_1)};
+  const ClassSums<Real> student = sums.student.total(student_max), teacher = sums.teacher.total(teacher_max);
+  const Real cross = sum(sums.cross);
+  // 0 * inf: the student rules out a class whose p underflows; the divergence is infinite.  What is not a number is so in a tail
+  // too.
+  const bool infinite = cross != cross && student.tail == student.tail && teacher.tail == teacher.tail;
+  return {student, teacher, infinite ? Limits<Real>::infinity() : cross};
 }
 
 template <Power power, bool with_teacher, bool with_teacher_entropy, class Real>
@@ -128,17 +134,18 @@ void forward(const Problem& problem, const RowOutputs& outputs, int64_t begin, i
                                : sum_row<power, true, false>(problem, student, teacher, scale);
     else if (valid)
       sums = sum_row<Power::one, false, false>(problem, student, teacher, scale_1);
-    if (teacher_entropies) teacher_entropies[i] = with_teacher ? entropy(sums.teacher_sum_1, sums.teacher_dot_1) : nan;
+    if (teacher_entropies) teacher_entropies[i] = with_teacher ? entropy(sums.teacher) : nan;
     if (cross_entropies)
-      cross_entropies[i] = valid ? cross_entropy(sums, logit<Real>(problem.student.type, student, problem.labels[i])) : Real(0);
+      cross_entropies[i] =
+          valid ? cross_entropy(sums.student, logit<Real>(problem.student.type, student, problem.labels[i])) : Real(0);
     Real* stats = static_cast<Real*>(outputs.stats) + i;
-    stats[kEntropy * problem.rows] = valid ? entropy(sums.student_sum_1, sums.student_dot_1) : nan;
+    stats[kEntropy * problem.rows] = valid ? entropy(sums.student) : nan;
     stats[kKl * problem.rows] = with_teacher ? kl(sums, scale.inverse_temperature) : nan;
-    stats[kStudentMax * problem.rows] = reference(sums.student_max);
-    stats[kStudentInverseSum * problem.rows] = 1 / sums.student_sum;
-    stats[kTeacherMax * problem.rows] = reference(sums.teacher_max);
-    stats[kTeacherInverseSum * problem.rows] = 1 / sums.teacher_sum;
-    stats[kStudentInverseSum1 * problem.rows] = 1 / sums.student_sum_1;
+    stats[kStudentMax * problem.rows] = reference(sums.student.max);
+    stats[kStudentInverseSum * problem.rows] = 1 / sums.student.sum();
+    stats[kTeacherMax * problem.rows] = reference(sums.teacher.max);
+    stats[kTeacherInverseSum * problem.rows] = 1 / sums.teacher.sum();
+    stats[kStudentInverseSum1 * problem.rows] = 1 / sums.student.sum_1();
   }
 }
 

@@ -1,7 +1,5 @@
 #include "cpu/reduce.h"
 
-#include <algorithm>
-
 namespace kcd::cpu {
 
 int64_t mark_candidates(const Problem& problem, uint8_t* candidate) {
@@ -17,12 +15,6 @@ int64_t count_valid(const Problem& problem) {
   int64_t n = 0;
   for (int64_t i = 0; i < problem.rows; ++i) n += problem.valid(i);
   return n;
-}
-
-int64_t number_to_keep(double fraction, int64_t count, int64_t n) {
-  if (n == 0) return 0;
-  if (count > 0) return std::min(count, n);
-  return std::max<int64_t>(1, static_cast<int64_t>(fraction * static_cast<double>(n)));
 }
 
 }   // namespace kcd::cpu

@@ -14,9 +14,6 @@ int64_t mark_candidates(const Problem& problem, uint8_t* candidate);
 
 int64_t count_valid(const Problem& problem);
 
-// max(1, int(fraction * n)), or min(count, n) where count > 0; 0 of none.
-int64_t number_to_keep(double fraction, int64_t count, int64_t n);
-
 // ranked[i] = value[i] in candidates whose entropy and KL are numbers, else NaN: such a row ranks first, whatever is asked for, so
 // that it reaches the loss.  `with_kl`: there is a teacher.
 template <class Score, class Real>
@@ -27,6 +24,9 @@ void rank(const Score* value, const Real* entropy, const Real* kl, bool with_kl,
     ranked[i] = number ? value[i] : static_cast<Score>(__builtin_nan(""));
   }
 }
+
+// A weight of 0 takes a row out, whatever its divergence, unless that is not a number: NaN is never hidden.
+inline double weighted(double kl, double weight) { return weight == 0 && kl == kl ? 0.0 : kl * weight; }
 
 struct LossFactors {
   double kd, ce;            // kd_weight T^2, ce_weight
@@ -40,14 +40,15 @@ void loss(const Problem& problem, const Real* kl, const Real* cross_entropy, con
           const LossFactors& factors, Real* loss) {
   double kd_sum = 0, ce_sum = 0;
   for (int64_t i = 0; i < problem.rows; ++i) {
-    const double kd = selected[i] ? static_cast<double>(kl[i]) * (row_weight ? static_cast<double>(row_weight[i]) : 1.0) : 0.0;
+    const double kd =
+        selected[i] ? weighted(static_cast<double>(kl[i]), row_weight ? static_cast<double>(row_weight[i]) : 1.0) : 0.0;
     const double ce = factors.ce != 0 && problem.valid(i) ? static_cast<double>(cross_entropy[i]) : 0.0;
-    if (factors.reduction == Reduction::none) loss[i] = static_cast<Real>(factors.ce * ce + factors.kd * kd);
+    if (factors.reduction == Reduction::none) loss[i] = static_cast<Real>(factors.ce * ce + weighted(kd, factors.kd));
     kd_sum += kd;
     ce_sum += ce;
   }
   if (factors.reduction == Reduction::none) return;
-  const auto share = [](double factor, double sum, double n) { return n > 0 ? factor * sum / n : 0.0; };
+  const auto share = [](double factor, double sum, double n) { return n > 0 ? weighted(sum / n, factor) : 0.0; };
   *loss = static_cast<Real>(share(factors.ce, ce_sum, factors.valid) + share(factors.kd, kd_sum, factors.selected));
 }
 

@@ -7,8 +7,8 @@
 #define KCD_SETS(X)                                                                                                  \
   X(avx512, "avx512",                                                                                                \
     __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") && \
-        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma"))                                         \
-  X(avx2, "avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))                                   \
+        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))       \
+  X(avx2, "avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) \
   X(baseline, "baseline", true)
 #else
 #define KCD_SETS(X) X(baseline, "baseline", true)

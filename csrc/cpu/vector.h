@@ -37,6 +37,10 @@ using Bits = typename VectorOf<Real>::Bits;
 template <class Real>
 constexpr int64_t kLanes = KCD_VECTOR_BYTES / static_cast<int64_t>(sizeof(Real));
 
+// Classes summed at a time: few enough additions a lane that their roundings stay small, enough to make merging cheap; two float64
+// pieces fit a 32 KiB first-level cache.
+constexpr int64_t kPiece = 128 * kLanes<float>;
+
 template <class Real>
 KCD_INLINE Vector<Real> broadcast(Real x) {
   return Vector<Real>{} + x;
@@ -147,7 +151,8 @@ KCD_INLINE Vector<float> exp2(Vector<float> x) {
   const __m512 power =
       _mm512_permutex2var_ps(_mm512_load_ps(kPowersOfTwo), _mm512_castps_si512(rounded), _mm512_load_ps(kPowersOfTwo + 16));
   const __m512 slope = _mm512_fmadd_ps(_mm512_set1_ps(0.2426526925f), r, _mm512_set1_ps(0.6931237316f));
-  return (Vector<float>)_mm512_scalef_ps(_mm512_fmadd_ps(_mm512_mul_ps(power, r), slope, power), v);
+  const __mmask16 kept = _mm512_cmp_ps_mask(v, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
+  return (Vector<float>)_mm512_maskz_scalef_ps(kept, _mm512_fmadd_ps(_mm512_mul_ps(power, r), slope, power), v);
 }
 #else
 KCD_INLINE Vector<float> exp2(Vector<float> x) {
@@ -191,8 +196,6 @@ KCD_INLINE Vector<double> exp2(Vector<double> x) {
   const Bits<double> power = ((Bits<double>)shifted << 52) + (int64_t{1023} << 52);
   return x < floor ? broadcast(0.0) : p * (Vector<double>)power;
 }
-
-constexpr double kLog2E = 1.44269504088896340736;
 
 }   // namespace
 }   // namespace kcd

@@ -5,24 +5,39 @@
 // and logits of any offset keep all their digits:
 //
 //   KL(p||q)  = sum p (log p - log q),  log p = dy/T - log(sum e^(dy/T)),  log q = dz/T - log(sum e^(dz/T))
-//             = cross / (T * teacher_sum) + log(student_sum / teacher_sum)
-//   H(pi)     = log(student_sum_1) - student_dot_1 / student_sum_1
+//             = cross / (T * teacher sum) + log(student sum / teacher sum)
+//   H(pi)     = log(Z) - dot / Z,  Z = sum e^dz,  dot = sum e^dz dz
+//
+// Every sum of exponentials is kept as two numbers: how often the maximum itself occurs (each time it adds 1), and the tail of all
+// other classes.  Where one class dominates, the others are far below the last digit of 1: added to it one by one they would be
+// lost, and with them the digits of the entropy of confident rows, which log1p(tail) keeps.
 #pragma once
 #include "math/portable.h"
 
 namespace kcd {
 
+// One network's classes.
+template <class Real>
+struct ClassSums {
+  Real max;      // -inf over a piece without any finite logit
+  Real ones;     // classes at the maximum
+  Real tail;     // sum e^(dx/T) over the others
+  Real tail_1;   // sum e^dx over the others
+  Real dot_1;    // sum e^dx dx
+
+  KCD_MEMBER Real sum() const { return ones + tail; }
+  KCD_MEMBER Real sum_1() const { return ones + tail_1; }
+};
+
 template <class Real>
 struct RowSums {
-  Real student_max, teacher_max;   // -inf over a piece without any finite logit
-  Real student_sum;                // sum e^(dz/T)
-  Real student_sum_1;              // sum e^dz
-  Real student_dot_1;              // sum e^dz dz
-  Real teacher_sum;                // sum e^(dy/T)
-  Real cross;                      // sum e^(dy/T) (dy - dz)
-  Real teacher_sum_1;              // sum e^dy
-  Real teacher_dot_1;              // sum e^dy dy
+  ClassSums<Real> student, teacher;
+  Real cross;   // sum e^(dy/T) (dy - dz)
 };
+
+// log2 of the smallest number that float64 tells from 0.  A class below it has no probability in any type: it adds nothing, whether
+// it was ruled out by -inf or by a mask of large negative logits.
+constexpr double kVanishing = -1075.0;
 
 // The number subtracted from every logit of a piece: its maximum, or 0 where all its logits are -inf (e^-inf is 0 either way, while
 // -inf - -inf would not be).
@@ -37,59 +52,65 @@ KCD_INLINE Real shift(Real own, Real whole) {
   return own == -Limits<Real>::infinity() ? Real(0) : own - whole;
 }
 
-// Moves sums to greater maxima: with dz' = dz + d, sum e^dz' dz' = e^d (sum e^dz dz + d sum e^dz), and likewise for the others.
+// Moves sums to a greater maximum: with dx' = dx + d, sum e^dx' dx' = e^d (sum e^dx dx + d sum e^dx), and likewise for the others.
 template <class Real>
-KCD_INLINE RowSums<Real> rebase(RowSums<Real> s, Real student_max, Real teacher_max, Real inverse_temperature) {
-  const Real dz = shift(s.student_max, student_max), dy = shift(s.teacher_max, teacher_max);
-  if (dz != 0) {
-    const Real at_1 = exponential(dz);
-    s.student_sum *= exponential(dz * inverse_temperature);
-    s.student_dot_1 = at_1 == 0 ? Real(0) : at_1 * (s.student_dot_1 + dz * s.student_sum_1);
-    s.student_sum_1 *= at_1;
-  }
-  if (dy != 0 || dz != 0) {
-    const Real at_t = exponential(dy * inverse_temperature), at_1 = exponential(dy);
-    // A piece without mass in the whole adds nothing, but an infinite divergence stays infinite.
-    s.cross = at_t == 0 ? s.cross * Limits<Real>::smallest() : at_t * (s.cross + (dy - dz) * s.teacher_sum);
-    s.teacher_sum *= at_t;
-    s.teacher_dot_1 = at_1 == 0 ? Real(0) : at_1 * (s.teacher_dot_1 + dy * s.teacher_sum_1);
-    s.teacher_sum_1 *= at_1;
-  }
-  s.student_max = student_max;
-  s.teacher_max = teacher_max;
-  return s;
+KCD_INLINE ClassSums<Real> rebase(const ClassSums<Real>& s, Real max, Real inverse_temperature) {
+  const Real d = shift(s.max, max);
+  if (d == 0) return {max, s.ones, s.tail, s.tail_1, s.dot_1};
+  const Real scale_1 = exponential(d);
+  return {max, Real(0), exponential(d * inverse_temperature) * s.sum(), scale_1 * s.sum_1(),
+          scale_1 == 0 ? Real(0) : scale_1 * (s.dot_1 + d * s.sum_1())};
 }
 
+template <class Real>
+KCD_INLINE RowSums<Real> rebase(const RowSums<Real>& s, Real student_max, Real teacher_max, Real inverse_temperature) {
+  const Real dz = shift(s.student.max, student_max), dy = shift(s.teacher.max, teacher_max);
+  const Real scale = exponential(dy * inverse_temperature);
+  Real cross;
+  if (dy * inverse_temperature < static_cast<Real>(kVanishing * kLn2))
+    cross = 0;
+  else if (scale == 0)   // in float32 alone: what is finite vanishes, an infinite divergence stays
+    cross = s.cross * Limits<Real>::smallest();
+  else
+    cross = scale * (s.cross + (dy - dz) * s.teacher.sum());
+  return {rebase(s.student, student_max, inverse_temperature), rebase(s.teacher, teacher_max, inverse_temperature), cross};
+}
+
+template <class Real>
+KCD_INLINE ClassSums<Real> add(const ClassSums<Real>& a, const ClassSums<Real>& b) {
+  return {a.max, a.ones + b.ones, a.tail + b.tail, a.tail_1 + b.tail_1, a.dot_1 + b.dot_1};
+}
+
+// The sums of two pieces of a row.
 template <class Real>
 KCD_INLINE RowSums<Real> merge(const RowSums<Real>& first, const RowSums<Real>& second, Real inverse_temperature) {
-  const Real student_max = second.student_max > first.student_max ? second.student_max : first.student_max;
-  const Real teacher_max = second.teacher_max > first.teacher_max ? second.teacher_max : first.teacher_max;
-  RowSums<Real> a = rebase(first, student_max, teacher_max, inverse_temperature);
+  const Real student_max = second.student.max > first.student.max ? second.student.max : first.student.max;
+  const Real teacher_max = second.teacher.max > first.teacher.max ? second.teacher.max : first.teacher.max;
+  const RowSums<Real> a = rebase(first, student_max, teacher_max, inverse_temperature);
   const RowSums<Real> b = rebase(second, student_max, teacher_max, inverse_temperature);
-  a.student_sum += b.student_sum;
-  a.student_sum_1 += b.student_sum_1;
-  a.student_dot_1 += b.student_dot_1;
-  a.teacher_sum += b.teacher_sum;
-  a.cross += b.cross;
-  a.teacher_sum_1 += b.teacher_sum_1;
-  a.teacher_dot_1 += b.teacher_dot_1;
-  return a;
+  return {add(a.student, b.student), add(a.teacher, b.teacher), a.cross + b.cross};
+}
+
+// log Z; log1p where it matters: it takes three times as long as a logarithm.
+template <class Real>
+KCD_INLINE Real log_sum_1(const ClassSums<Real>& s) {
+  return s.ones == 1 && s.tail_1 < Real(0.5) ? log_of_1_plus(s.tail_1) : logarithm(s.sum_1());
 }
 
 template <class Real>
-KCD_INLINE Real entropy(Real sum_1, Real dot_1) {
-  return logarithm(sum_1) - dot_1 / sum_1;
+KCD_INLINE Real entropy(const ClassSums<Real>& s) {
+  return log_sum_1(s) - s.dot_1 / s.sum_1();
 }
 
 template <class Real>
 KCD_INLINE Real kl(const RowSums<Real>& s, Real inverse_temperature) {
-  return inverse_temperature * (s.cross / s.teacher_sum) + logarithm(s.student_sum / s.teacher_sum);
+  return inverse_temperature * (s.cross / s.teacher.sum()) + logarithm(s.student.sum() / s.teacher.sum());
 }
 
 // -log pi[label]
 template <class Real>
-KCD_INLINE Real cross_entropy(const RowSums<Real>& s, Real label_logit) {
-  return logarithm(s.student_sum_1) - (label_logit - reference(s.student_max));
+KCD_INLINE Real cross_entropy(const ClassSums<Real>& student, Real label_logit) {
+  return log_sum_1(student) - (label_logit - reference(student.max));
 }
 
 }   // namespace kcd

@@ -1,7 +1,7 @@
 // The slice of libtorch's stable C ABI (torch/csrc/stable/c/shim.h, PyTorch >= 2.10) that kcd_ext uses, and thin wrappers of it.
 //
-// Declared here, so that building needs no torch; python_tests/test_abi.py compiles this file after torch's own headers, where any
-// disagreement is a compile error.  docs/abi.md lists the functions and what PyTorch promises about them.
+// Declared here, so that building needs no torch; python_tests/test_extension.py compiles this file after torch's own headers,
+// where any disagreement is a compile error.  docs/abi.md lists the functions and what PyTorch promises about them.
 #pragma once
 #include <cstddef>
 #include <cstdint>

@@ -3,7 +3,7 @@
 #include "torch/ops.h"
 
 #include <algorithm>
-#include <cstdio>
+#include <cmath>
 #include <stdexcept>
 #include <vector>
 
@@ -41,6 +41,21 @@ void require(bool condition, const char* message) {
   if (!condition) throw std::invalid_argument(std::string("kcd_ext: ") + message);
 }
 
+bool contiguous(const Tensor& x) {
+  int64_t step = 1;
+  for (int64_t i = x.dim() - 1; i >= 0; --i) {
+    if (x.sizes()[i] != 1 && x.strides()[i] != step) return false;
+    step *= x.sizes()[i];
+  }
+  return true;
+}
+
+// The numbers of a tensor that must hold n of them, side by side.
+const void* dense(const Tensor& x, int32_t dtype, int64_t n, const char* message) {
+  require(x.dtype() == dtype && x.numel() == n && (n == 0 || contiguous(x)), message);
+  return x.data<void>();
+}
+
 // ---- shapes
 // ----------------------------------------------------------------------------------------------------------------------
 
@@ -48,6 +63,7 @@ void require(bool condition, const char* message) {
 Logits logits_of(const Tensor& x, const void* data) {
   const int64_t dim = x.dim(), *sizes = x.sizes(), *strides = x.strides();
   require(dim >= 1, "logits must have shape (..., classes)");
+  if (x.numel() == 0) return {data, type_of(x), 1, 0, 0};
   require(sizes[dim - 1] <= 1 || strides[dim - 1] == 1, "the classes of a row must lie side by side");
   // Leading dimensions, from the inside out, as at most two runs in which each stride is the size times the stride before it.
   int64_t size[2] = {1, 1}, stride[2] = {0, 0};
@@ -83,7 +99,7 @@ class Call {
     problem.rows = count_rows(student);
     problem.classes = sizes_[leading_dim_];
     require(problem.classes > 0, "there must be at least one class");
-    require(temperature > 0, "temperature must be > 0");
+    require(temperature > 0 && std::isfinite(temperature), "temperature must be > 0 and finite");
     problem.temperature = temperature;
     problem.ignore_index = ignore_index;
     problem.with_labels = !absent(labels);
@@ -92,8 +108,7 @@ class Call {
     problem.teacher = {};
     problem.with_teacher = false;
     if (problem.with_labels) {
-      require(labels.dtype() == dtypes().int64 && labels.numel() == problem.rows, "labels must be int64, one a row");
-      problem.labels = labels.data<int64_t>();
+      problem.labels = static_cast<const int64_t*>(dense(labels, dtypes().int64, problem.rows, "labels must be int64, one a row"));
       check_labels();
     }
     if (!teacher || absent(*teacher)) return;
@@ -103,9 +118,9 @@ class Call {
     if (absent(*rows)) {
       require(count_rows(*teacher) == problem.rows, "student and teacher must have the same number of rows");
     } else {
-      require(rows->dtype() == dtypes().int64 && rows->numel() == count_rows(*teacher),
-              "rows must be int64, one for each teacher row");
-      map_teacher_rows(rows->data<int64_t>(), rows->numel());
+      const int64_t n = count_rows(*teacher);
+      map_teacher_rows(static_cast<const int64_t*>(dense(*rows, dtypes().int64, n, "rows must be int64, one for each teacher row")),
+                       n);
     }
   }
 
@@ -188,9 +203,9 @@ Rows read_rows(const Call& call, const Tensor& student, const Tensor& score, Val
   require((value == Value::score) == !absent(score), "a score goes with value 4");
   require(value != Value::cross_entropy || p.with_labels, "the cross entropy needs labels");
   require(p.with_teacher || (value != Value::kl && value != Value::teacher_entropy), "this value needs a teacher");
+  const bool score_is_double = score.dtype() == dtypes().float64;
   if (value == Value::score)
-    require((score.dtype() == dtypes().float32 || score.dtype() == dtypes().float64) && score.numel() == p.rows,
-            "score must be float32 or float64, one a row");
+    dense(score, score_is_double ? dtypes().float64 : dtypes().float32, p.rows, "score must be float32 or float64, one a row");
 
   Rows rows{call.per_row(value == Value::score ? score.dtype() : accumulator, student),
             Tensor::empty({kStatsRows, p.rows}, accumulator, student), cross_entropy};
@@ -244,9 +259,7 @@ struct LossOptions {
 
 const void* row_weight_of(const Call& call, const Tensor& row_weight) {
   if (absent(row_weight)) return nullptr;
-  require(row_weight.dtype() == call.accumulator() && row_weight.numel() == call.problem.rows,
-          "row_weight must be of the accumulator's dtype, one a row");
-  return row_weight.data<void>();
+  return dense(row_weight, call.accumulator(), call.problem.rows, "row_weight must be of the accumulator's dtype, one a row");
 }
 
 // counts: how many rows are selected, how many are valid.
@@ -271,9 +284,18 @@ Tensor reduce(const Call& call, const LossOptions& options, const Tensor& studen
 }
 
 void check_rows_of(const Call& call, const Tensor& selected, const Tensor& stats, const Tensor& counts) {
-  require(selected.dtype() == dtypes().boolean && selected.numel() == call.problem.rows && stats.dtype() == call.accumulator() &&
-              stats.numel() == kStatsRows * call.problem.rows && counts.dtype() == dtypes().int64 && counts.numel() == 2,
-          "selected, stats and counts must come from the forward pass on the same logits");
+  constexpr const char* message = "selected, stats and counts must come from the forward pass on the same logits";
+  dense(selected, dtypes().boolean, call.problem.rows, message);
+  dense(stats, call.accumulator(), kStatsRows * call.problem.rows, message);
+  dense(counts, dtypes().int64, 2, message);
+}
+
+// max(1, int(fraction * n)), or min(count, n) where count > 0; 0 of none.
+int64_t number_to_keep(double fraction, int64_t count, int64_t n) {
+  require(fraction > 0 && fraction <= 1 && count >= 0, "keep_fraction must lie in (0, 1], keep_count be 0 or more");
+  if (n == 0) return 0;
+  if (count > 0) return std::min(count, n);
+  return std::max<int64_t>(1, static_cast<int64_t>(fraction * static_cast<double>(n)));
 }
 
 // ---- the operators
@@ -294,7 +316,7 @@ void condensed_kd(StableIValue* stack, uint64_t, uint64_t) {
   std::vector<uint8_t> candidate(static_cast<size_t>(p.rows));
   Tensor counts = Tensor::empty({2}, dtypes().int64, student);
   int64_t* count = counts.mutable_data<int64_t>();
-  count[0] = cpu::number_to_keep(keep_fraction, keep_count, cpu::mark_candidates(p, candidate.data()));
+  count[0] = number_to_keep(keep_fraction, keep_count, cpu::mark_candidates(p, candidate.data()));
   count[1] = cpu::count_valid(p);
 
   Scratch cross_entropy(p.with_labels ? static_cast<size_t>(p.rows) : 0);
@@ -328,12 +350,13 @@ void select_topk(StableIValue* stack, uint64_t, uint64_t) {
   const Tensor value = args.tensor(), candidate = args.tensor();
   const double keep_fraction = args.real();
   const int64_t keep_count = args.integer();
-  require(value.dtype() == dtypes().float32 || value.dtype() == dtypes().float64, "value must be float32 or float64");
-  require(candidate.dtype() == dtypes().boolean && candidate.numel() == value.numel(), "candidate must be bool, one a value");
-  const uint8_t* candidates = candidate.data<uint8_t>();
+  const int32_t dtype = value.dtype() == dtypes().float64 ? dtypes().float64 : dtypes().float32;
+  dense(value, dtype, value.numel(), "value must be contiguous float32 or float64");
+  const auto* candidates = static_cast<const uint8_t*>(
+      dense(candidate, dtypes().boolean, value.numel(), "candidate must be contiguous bool, one a value"));
   const int64_t n = std::count(candidates, candidates + value.numel(), uint8_t{1});
   Tensor selected = Tensor::empty(value.sizes(), value.dim(), dtypes().boolean, value);
-  select(value, candidates, cpu::number_to_keep(keep_fraction, keep_count, n), selected);
+  select(value, candidates, number_to_keep(keep_fraction, keep_count, n), selected);
   give_back(stack, selected);
 }
 
@@ -344,8 +367,8 @@ void reduce_rows(StableIValue* stack, uint64_t, uint64_t) {
   const LossOptions options(args);
   const Call call(student, nullptr, labels, nullptr, options.temperature, options.ignore_index);
   check_rows_of(call, selected, stats, counts);
-  require(!call.problem.with_labels || (cross_entropy.dtype() == call.accumulator() && cross_entropy.numel() == call.problem.rows),
-          "cross_entropy must come from row_stats");
+  if (call.problem.with_labels)
+    dense(cross_entropy, call.accumulator(), call.problem.rows, "cross_entropy must come from row_stats");
   Tensor loss = reduce(call, options, student, row_weight, selected, stats, cross_entropy.data<void>(), counts.data<int64_t>());
   give_back(stack, loss);
 }
@@ -371,15 +394,19 @@ struct BackwardArguments {
 void write_gradient(const Call& call, const BackwardArguments& a, const Logits& out) {
   const Problem& p = call.problem;
   check_rows_of(call, a.selected, a.stats, a.counts);
-  require(a.grad_output.dtype() == call.accumulator() && (a.grad_output.dim() == 0 || a.grad_output.numel() == p.rows),
-          "grad_output must be of the accumulator's dtype, a scalar or one a row");
+  const bool one_for_all = a.grad_output.dim() == 0;
+  dense(a.grad_output, call.accumulator(), one_for_all ? 1 : p.rows,
+        "grad_output must be of the accumulator's dtype, a scalar or one a row");
+  const auto* selected = a.selected.data<uint8_t>();
+  for (int64_t i = 0; i < p.rows; ++i)
+    require(!selected[i] || p.teacher_row_of(i) >= 0, "selected names a row that the teacher does not hold");
   const int64_t* counts = a.counts.data<int64_t>();
   const auto share = [](double factor, double divisor) { return divisor > 0 ? factor / divisor : 0.0; };
   const Gradient gradient{a.stats.data<void>(),
-                          a.selected.data<uint8_t>(),
+                          selected,
                           row_weight_of(call, a.row_weight),
                           a.grad_output.data<void>(),
-                          a.grad_output.dim() == 0 ? 0 : 1,
+                          one_for_all ? 0 : 1,
                           share(a.options.kd_weight * a.options.temperature, a.options.divisor(counts[0])),
                           share(a.options.ce_weight, a.options.divisor(counts[1])),
                           out};
