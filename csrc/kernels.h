@@ -66,6 +66,7 @@ struct Gradient {
   int64_t grad_output_stride;
   double kd_factor, ce_factor;   // kd_weight T / |S| and ce_weight / n_valid
   Logits out;                    // the student's type; may be the student's own memory
+  bool streaming;                // whether it is written past the caches
 };
 
 namespace cpu {

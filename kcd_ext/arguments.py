@@ -204,20 +204,16 @@ class LossOptions(NamedTuple):
     weights: Weights
     ignore_index: int
     reduction: str
-
-    def for_operators(self, ranks: int = 1) -> tuple[float, float, float, int, int, float]:
-        """temperature, kd_weight, ce_weight, ignore_index, reduction, ranks: what the raw operators take."""
-        return self.temperature, *self.weights, self.ignore_index, REDUCTIONS.index(self.reduction), float(ranks)
+    operators: tuple[float, float, float, int, int, float]
+    """What the raw operators take: temperature, kd_weight, ce_weight, ignore_index, reduction's number, processes."""
 
 
 def _loss_options(temperature, keep, kd_weight, ce_weight, with_labels, ignore_index, reduction) -> LossOptions:
-    return LossOptions(
-        check_temperature(temperature),
-        check_keep(keep),
-        check_weights(kd_weight, ce_weight, with_labels),
-        check_ignore_index(ignore_index),
-        check_reduction(reduction),
-    )
+    temperature, keep = check_temperature(temperature), check_keep(keep)
+    weights = check_weights(kd_weight, ce_weight, with_labels)
+    ignore_index, reduction = check_ignore_index(ignore_index), check_reduction(reduction)
+    operators = (temperature, *weights, ignore_index, REDUCTIONS.index(reduction), 1.0)
+    return LossOptions(temperature, keep, weights, ignore_index, reduction, operators)
 
 
 # A pure function of options that are the same at every step of a training: looking them up takes a tenth of checking them, which
@@ -252,7 +248,9 @@ def check_loss(
     if group is not None:
         check_group(group)
     options = (temperature, keep, kd_weight, ce_weight, labels is not None, ignore_index, reduction)
+    if torch.compiler.is_compiling():
+        return _loss_options(*options)
     try:
-        return _loss_options(*options) if torch.compiler.is_compiling() else _loss_options_seen(*options)
+        return _loss_options_seen(*options)
     except TypeError:  # also what an argument that cannot be a key ends in
         return _loss_options(*options)

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
+_SCORES = len(arguments.VALUES)  # the operators' number for scores; a name's is its place in VALUES
+
+
 def condensed_kd_loss(
     student_logits: Tensor,
     teacher_logits: Tensor,
@@ -102,19 +105,23 @@ def condensed_kd_loss(
     if inplace:
         _check_inplace(student_logits, teacher_logits, with_gradient)
 
-    student, absent = _readable(student_logits), ops.absent(student_logits)
+    absent = ops.absent(student_logits)
+    student = student_logits if student_logits.is_contiguous() else _readable(student_logits)
+    teacher = teacher_logits.detach() if teacher_logits.requires_grad else teacher_logits
     inputs = (
-        _readable(teacher_logits.detach() if teacher_logits.requires_grad else teacher_logits),
+        teacher if teacher.is_contiguous() else _readable(teacher),
         absent if labels is None else labels.contiguous(),
-        _score(value, absent),
+        absent if isinstance(value, str) else _score(value),
         absent if row_weight is None else row_weight.detach().to(ops.accumulator_of(student)).contiguous(),
         absent if rows is None else rows.contiguous(),
     )
-    compiling = torch.compiler.is_compiling()
-    if not compiling:
+    value_kind = arguments.VALUES.index(value) if isinstance(value, str) else _SCORES
+    if torch.compiler.is_compiling() and group is None:
+        compute = _compiled
+    else:
         _refuse_transforms(student)
-    compute = _over_group if group is not None else _compiled if compiling else _eager
-    loss, ranked, stats, selected, counts, backward = compute(student, inputs, _value_kind(value), options, group)
+        compute = _eager if group is None else _over_group
+    loss, ranked, stats, selected, counts, backward = compute(student, inputs, value_kind, options, group)
     if with_gradient and backward is not None:
         teacher, labels, _, row_weight, rows = inputs
         saved = (teacher, labels, row_weight, rows, selected, stats, counts)
@@ -129,13 +136,13 @@ def condensed_kd_loss(
 
 def _eager(student: Tensor, inputs: tuple[Tensor, ...], value: int, options: LossOptions, _: None):
     """One process: one operator."""
-    backward = options.for_operators()
-    return *ops.condensed_kd_forward(student.detach(), *inputs, *options.keep, value, *backward), backward
+    out = ops.condensed_kd_forward(student.detach(), *inputs, *options.keep, value, *options.operators)
+    return *out, options.operators
 
 
 def _compiled(student: Tensor, inputs: tuple[Tensor, ...], value: int, options: LossOptions, _: None):
     """Under torch.compile: the operator that carries its derivative, one node of the graph a direction."""
-    return *ops.condensed_kd(student, *inputs, *options.keep, value, *options.for_operators()), None
+    return *ops.condensed_kd(student, *inputs, *options.keep, value, *options.operators), None
 
 
 def _over_group(student: Tensor, inputs: tuple[Tensor, ...], value: int, options: LossOptions, group: "ProcessGroup"):
@@ -159,7 +166,7 @@ def _over_group(student: Tensor, inputs: tuple[Tensor, ...], value: int, options
 
     n = ranked.numel()
     selected = chosen[rank * n : (rank + 1) * n].view(ranked.shape)
-    backward = options.for_operators(ranks=size)
+    backward = (*options.operators[:-1], float(size))
     loss = ops.reduce_rows(student, labels, row_weight, selected, stats, cross_entropy, counts, *backward)
     return loss, ranked, stats, selected, counts, backward
 
@@ -216,9 +223,8 @@ def select_rows(
 
     student, absent = _readable(student_logits.detach()), ops.absent(student_logits)
     labels = absent if labels is None else labels.contiguous()
-    ranked, stats, _, candidate = ops.row_stats(
-        student, absent, labels, _score(value, absent), absent, 1.0, _value_kind(value), ignore_index
-    )
+    score, value_kind = (absent, arguments.VALUES.index(value)) if isinstance(value, str) else (_score(value), _SCORES)
+    ranked, stats, _, candidate = ops.row_stats(student, absent, labels, score, absent, 1.0, value_kind, ignore_index)
     selected = ops.select_topk(ranked, candidate, *kept)
     # Selected rows first, in order; how many entries there are depends on the number of rows alone.
     order = torch.sort(selected.reshape(-1), descending=True, stable=True).indices[: kept.of(selected.numel())]
@@ -295,15 +301,8 @@ class CondensedKDLoss(nn.Module):
         return ", ".join(f"{name}={option!r}" for name, option in self.options.items() if option is not None)
 
 
-def _value_kind(value: str | Tensor) -> int:
-    """The operators' number for what ranks: the place in VALUES, scores after them."""
-    return arguments.VALUES.index(value) if isinstance(value, str) else len(arguments.VALUES)
-
-
-def _score(value: str | Tensor, absent: Tensor) -> Tensor:
+def _score(value: Tensor) -> Tensor:
     """Scores as float32 or, without loss, float64: half precision is exact in float32."""
-    if isinstance(value, str):
-        return absent
     dtype = torch.float64 if value.dtype == torch.float64 else torch.float32
     return value.detach().to(dtype).contiguous()
 

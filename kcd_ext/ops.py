@@ -135,9 +135,9 @@ class GradientOfStudent(torch.autograd.Function):
         the gradient overwrites the student's logits. In a tuple, since autograd handles every tensor it sees.
         """
         loss, saved, ctx.options, ctx.inplace = computed
-        # Tensors made in inference mode cannot be saved; they cannot be changed either, so that nothing needs watching.
-        ctx.constants = tuple(x if x.is_inference() else None for x in saved)
-        ctx.save_for_backward(student, *(None if x.is_inference() else x for x in saved))
+        # What is absent needs no saving. Tensors made in inference mode cannot be saved; nor can they be changed.
+        ctx.constants = [x if x is _ABSENT or x.is_inference() else None for x in saved]
+        ctx.save_for_backward(student, *[x if y is None else None for x, y in zip(saved, ctx.constants, strict=True)])
         ctx.set_materialize_grads(False)
         return loss
 

@@ -112,6 +112,29 @@ def test_the_product_of_keep_is_taken_in_float64(backend):
     assert check(backend, logits(100, 3, seed=12), logits(100, 3, seed=13), keep=0.29)["n_selected"] == 28
 
 
+@pytest.mark.parametrize(
+    "dtype, classes", [(torch.float32, 1003), (torch.float64, 517), (torch.float16, 1003)], ids=str
+)
+def test_gradients_larger_than_the_caches(backend, dtype, classes):
+    """Written past the caches, in pieces that begin and end anywhere."""
+    rows = 9_000_000 // (classes * dtype.itemsize) + 1
+    student, teacher = logits(rows, classes, dtype=dtype, seed=66), logits(rows, classes, dtype=dtype, seed=67)
+    options = {"keep": 0.5, "labels": torch.arange(rows) % classes, "reduction": "sum"}
+    options["labels"][::3] = -100
+    whole = run(backend, student, teacher, value=torch.arange(float(rows)), **options)
+    # the same rows in a batch that the caches hold
+    some = slice(rows - 40, rows)
+    part = run(backend, student[some], teacher[some], labels=options["labels"][some], reduction="sum")
+    assert torch.equal(whole["grad"][some], part["grad"])
+    assert whole["selected"][some][options["labels"][some] >= 0].all()
+    unselected = ~whole["selected"] & (options["labels"] < 0)
+    assert unselected.any() and (whole["grad"][unselected] == 0).all() and whole["grad"].isfinite().all()
+    if backend == "cpu":
+        oracle.check(
+            part, oracle.expected(student[some], teacher[some], part, labels=options["labels"][some], reduction="sum")
+        )
+
+
 def test_many_rows(backend):
     check(backend, logits(70_001, 3, seed=14), logits(70_001, 3, seed=15), keep=0.3)
 

@@ -40,19 +40,31 @@ struct Element {
 };
 
 // `out` may be `z`: an element is read before it is written.
-template <Power power, bool with_kd, bool with_ce, class Real>
+template <bool streaming, Power power, bool with_kd, bool with_ce, class Real>
 KCD_INLINE void gradient_of_piece(const Real* z, const Real* y, int64_t n, const Element<power, with_kd, with_ce, Real>& element,
-                                  Real* out) {
+                                  Real* out, Ahead next_z, Ahead next_y) {
+  const auto some = [&](int64_t j, int64_t m) {   // m < kLanes elements
+    store(out + j, m, element(load(z + j, m, Real(0)), with_kd ? load(y + j, m, Real(0)) : Vector<Real>{}));
+  };
   int64_t j = 0;
-  for (; j + kLanes<Real> <= n; j += kLanes<Real>)
-    store<Real>(out + j, element(load(z + j), with_kd ? load(y + j) : Vector<Real>{}));
-  if (j < n) store(out + j, n - j, element(load(z + j, n - j, Real(0)), with_kd ? load(y + j, n - j, Real(0)) : Vector<Real>{}));
+  if (streaming) {
+    const int64_t head = elements_to_alignment(out);
+    j = head < n ? head : n;
+    if (j > 0) some(0, j);
+  }
+  for (; j + kLanes<Real> <= n; j += kLanes<Real>) {
+    next_z.fetch(j);
+    if (with_kd) next_y.fetch(j);
+    const Vector<Real> d = element(load(z + j), with_kd ? load(y + j) : Vector<Real>{});
+    streaming ? stream(out + j, d) : store<Real>(out + j, d);
+  }
+  if (j < n) some(j, n - j);
 }
 
-// label < 0: none; ce_label is taken off at the label: pi - onehot.
+// label < 0: none; at the label ce_label is taken off: pi - onehot.
 template <Power power, bool with_kd, bool with_ce, class Real>
 void gradient_of_row(const Problem& problem, const char* student, const char* teacher, const RowFactors<Real>& factors,
-                     int64_t label, Real ce_label, char* row) {
+                     int64_t label, Real ce_label, bool streaming, char* row) {
   alignas(64) Real z_scratch[kPiece], y_scratch[kPiece], scratch[kPiece];
   const Element<power, with_kd, with_ce, Real> element(factors, problem.temperature);
   const Type type = problem.student.type;
@@ -61,10 +73,28 @@ void gradient_of_row(const Problem& problem, const char* student, const char* te
     const Real* z = piece(type, student, first, n, z_scratch);
     const Real* y = with_kd ? piece(problem.teacher.type, teacher, first, n, y_scratch) : nullptr;
     Real* out = gradient_piece(type, row, first, scratch);
-    gradient_of_piece(z, y, n, element, out);
-    if (with_ce && label >= first && label < first + n) out[label - first] -= ce_label;
+    const Ahead next_z = ahead(problem.student, student, first), next_y = ahead(problem.teacher, teacher, first);
+    const int64_t at = with_ce && label >= first && label < first + n ? label - first : -1;
+    const Real label_z = at < 0 ? Real(0) : z[at];   // read before it is written over
+    (streaming && out != scratch) ? gradient_of_piece<true>(z, y, n, element, out, next_z, next_y)
+                                  : gradient_of_piece<false>(z, y, n, element, out, next_z, next_y);
+    if (at >= 0) {
+      const Real label_y = with_kd ? y[at] : Real(0);
+      out[at] = element(broadcast(label_z), broadcast(label_y))[0] - ce_label;
+    }
     finish_gradient_piece(type, row, first, n, out);
   }
+}
+
+void zero(char* row, int64_t bytes, bool streaming) {
+  int64_t j = 0;
+  if (streaming) {
+    const int64_t head = elements_to_alignment(row);
+    j = head < bytes ? head : bytes;
+    __builtin_memset(row, 0, static_cast<size_t>(j));
+    for (; j + KCD_VECTOR_BYTES <= bytes; j += KCD_VECTOR_BYTES) stream(reinterpret_cast<float*>(row + j), Vector<float>{});
+  }
+  __builtin_memset(row + j, 0, static_cast<size_t>(bytes - j));
 }
 
 template <class Real, Power power>
@@ -72,12 +102,12 @@ void backward(const Problem& problem, const Gradient& gradient, int64_t begin, i
   const Real* stats = static_cast<const Real*>(gradient.stats);
   const Real* row_weight = static_cast<const Real*>(gradient.row_weight);
   const Real* grad_output = static_cast<const Real*>(gradient.grad_output);
-  const size_t row_bytes = static_cast<size_t>(problem.classes * size_of(problem.student.type));
+  const int64_t row_bytes = problem.classes * size_of(problem.student.type);
   for (int64_t i = begin; i < end; ++i) {
     char* row = const_cast<char*>(gradient.out.row(i));
     const bool with_ce = problem.with_labels && gradient.ce_factor != 0 && problem.valid(i), with_kd = gradient.selected[i];
     if (!with_ce && !with_kd) {
-      __builtin_memset(row, 0, row_bytes);
+      zero(row, row_bytes, gradient.streaming);
       continue;
     }
     const char* student = problem.student.row(i);
@@ -90,10 +120,12 @@ void backward(const Problem& problem, const Gradient& gradient, int64_t begin, i
                                    kd * stats[kTeacherInverseSum * problem.rows + i],
                                    ce * stats[kStudentInverseSum1 * problem.rows + i]};
     const int64_t label = with_ce ? problem.labels[i] : -1;
-    (with_kd && with_ce) ? gradient_of_row<power, true, true>(problem, student, teacher, factors, label, ce, row)
-    : with_kd            ? gradient_of_row<power, true, false>(problem, student, teacher, factors, label, ce, row)
-                         : gradient_of_row<Power::other, false, true>(problem, student, teacher, factors, label, ce, row);
+    const bool streaming = gradient.streaming;
+    (with_kd && with_ce) ? gradient_of_row<power, true, true>(problem, student, teacher, factors, label, ce, streaming, row)
+    : with_kd ? gradient_of_row<power, true, false>(problem, student, teacher, factors, label, ce, streaming, row)
+              : gradient_of_row<Power::other, false, true>(problem, student, teacher, factors, label, ce, streaming, row);
   }
+  if (gradient.streaming) stream_fence();
 }
 
 template <class Real>

@@ -58,19 +58,6 @@ KCD_INLINE Real maximum(const Real* x, int64_t n) {
   return kcd::maximum(greater_of(odd, even));
 }
 
-// Where the logits lie that are wanted next.  The hardware's own prefetcher stops at every page; asking for the row after this one
-// (or the piece) while this one is summed hides most of the way to memory.
-struct Ahead {
-  const char* address;
-  int64_t bytes_a_lane;
-  KCD_MEMBER void fetch(int64_t j) const { __builtin_prefetch(address + j * bytes_a_lane); }
-};
-
-KCD_INLINE Ahead ahead(const Logits& logits, const char* row, int64_t first) {
-  constexpr int64_t kDistance = 4096;   // bytes; measured: 2048 to 8192 are alike
-  return {row + first * size_of(logits.type) + kDistance, size_of(logits.type)};
-}
-
 // The sums of n classes that lie side by side, relative to their own maxima.  `y` is not read without a teacher.
 template <Power power, bool with_teacher, bool with_teacher_entropy, class Real>
 KCD_INLINE RowSums<Real> sum_piece(const Real* z, const Real* y, int64_t n, const Scale<Real>& scale, Ahead next_z, Ahead next_y) {

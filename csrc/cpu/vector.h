@@ -85,6 +85,36 @@ KCD_INLINE void store(Real* p, int64_t n, Vector<Real> v) {
 }
 #endif
 
+// A store past the caches, to an address that is a multiple of the vector's size; what is written is not read soon.
+// stream_fence() makes such stores visible in order before the thread goes on.
+#if defined(__AVX512F__)
+KCD_INLINE void stream(float* p, Vector<float> v) { _mm512_stream_ps(p, (__m512)v); }
+KCD_INLINE void stream(double* p, Vector<double> v) { _mm512_stream_pd(p, (__m512d)v); }
+#elif defined(__AVX2__)
+KCD_INLINE void stream(float* p, Vector<float> v) { _mm256_stream_ps(p, (__m256)v); }
+KCD_INLINE void stream(double* p, Vector<double> v) { _mm256_stream_pd(p, (__m256d)v); }
+#elif defined(__SSE2__)
+KCD_INLINE void stream(float* p, Vector<float> v) { _mm_stream_ps(p, (__m128)v); }
+KCD_INLINE void stream(double* p, Vector<double> v) { _mm_stream_pd(p, (__m128d)v); }
+#else
+template <class Real>
+KCD_INLINE void stream(Real* p, Vector<Real> v) {
+  store(p, v);
+}
+#endif
+KCD_INLINE void stream_fence() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
+// How many elements lie before the next address that is a multiple of the vector's size.
+template <class Real>
+KCD_INLINE int64_t elements_to_alignment(const Real* p) {
+  const uint64_t past = reinterpret_cast<uint64_t>(p) % KCD_VECTOR_BYTES;
+  return past ? static_cast<int64_t>((KCD_VECTOR_BYTES - past) / sizeof(Real)) : 0;
+}
+
 // a > b ? a : b, lane by lane: b where either is NaN.  The instruction of that meaning has a third of the latency of a comparison
 // and a blend, which counts where maxima form a chain.
 #if defined(__AVX512F__)

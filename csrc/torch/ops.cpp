@@ -400,6 +400,9 @@ void write_gradient(const Call& call, const BackwardArguments& a, const Logits& 
   const auto* selected = a.selected.data<uint8_t>();
   for (int64_t i = 0; i < p.rows; ++i)
     require(!selected[i] || p.teacher_row_of(i) >= 0, "selected names a row that the teacher does not hold");
+  // A gradient that no cache holds is written past them: the lines it would push out are not fetched first, and stay.
+  constexpr int64_t kStreamingBytes = int64_t{8} << 20;
+  const bool streaming = out.data != p.student.data && p.rows * p.classes * size_of(p.student.type) >= kStreamingBytes;
   const int64_t* counts = a.counts.data<int64_t>();
   const auto share = [](double factor, double divisor) { return divisor > 0 ? factor / divisor : 0.0; };
   const Gradient gradient{a.stats.data<void>(),
@@ -409,7 +412,8 @@ void write_gradient(const Call& call, const BackwardArguments& a, const Logits& 
                           one_for_all ? 0 : 1,
                           share(a.options.kd_weight * a.options.temperature, a.options.divisor(counts[0])),
                           share(a.options.ce_weight, a.options.divisor(counts[1])),
-                          out};
+                          out,
+                          streaming};
   call.over_rows([&](int64_t begin, int64_t end) { cpu::kernels().backward(p, gradient, begin, end); });
 }
 
