@@ -77,16 +77,13 @@ def test_conformance_on_every_instruction_set(name):
 
 
 STATE = """
-import ctypes, json, warnings, torch
+import ctypes, warnings, torch
 def state():
-    libc = ctypes.CDLL(None)
-    tiny = torch.tensor([1e-40]) * torch.tensor([1.0])   # flush-to-zero would make it 0
-    scalar = ctypes.c_float(1e-40).value * 1.0
-    return [torch.get_num_threads(), torch.get_num_interop_threads(), libc.fegetround(), tiny.item(), scalar,
-            [str(f) for f in warnings.filters], torch.get_default_dtype().__str__(), str(torch.get_default_device()),
+    tiny = torch.full((200_000,), 1e-40) * torch.tensor([1.0])   # flush-to-zero, on any of torch's threads, would make it 0
+    return [torch.get_num_threads(), torch.get_num_interop_threads(), ctypes.CDLL(None).fegetround(), tiny.min().item(),
+            1e-310 * 1.0, [str(f) for f in warnings.filters], str(torch.get_default_dtype()), str(torch.get_default_device()),
             torch.are_deterministic_algorithms_enabled(), torch.is_grad_enabled(), torch.backends.mkldnn.enabled,
-            torch.get_float32_matmul_precision(), torch.random.get_rng_state().sum().item(), torch.get_flush_denormal()
-            if hasattr(torch, "get_flush_denormal") else None]
+            torch.get_float32_matmul_precision(), torch.random.get_rng_state().sum().item()]
 torch.manual_seed(0)
 before = state()
 import kcd_ext
