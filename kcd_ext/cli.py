@@ -4,12 +4,13 @@ import io
 import itertools
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr
 from dataclasses import dataclass
 from typing import Annotated
 
-from . import environment
+from . import __version__, environment
 
 DESCRIPTION = "Knowledge Condensation Distillation: distil only what the student has still to learn."
 BAD_INPUT, INTERRUPTED = 2, 130
@@ -31,8 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; `arguments` default to those of the process.
 
     Returns:
-        0; 2 for bad input or a file that cannot be written, with one line on stderr; 130 after Ctrl-C. The environment
-        variable KCD_TRACEBACK=1 shows where such an error comes from.
+        0, with a line on stderr for every warning; 2 for bad input or a file that cannot be written, with one line on
+        stderr; 130 after Ctrl-C. The environment variable KCD_TRACEBACK=1 shows where such an error comes from.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -40,7 +41,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not {"", os.getcwd()} & set(sys.path):
         sys.path.append(os.getcwd())  # module:function finds the user's file, as with `python -m`
     try:
-        _parse(sys.argv[1:] if arguments is None else list(arguments))()
+        with warnings.catch_warnings(record=True) as caught:
+            _parse(sys.argv[1:] if arguments is None else list(arguments))()
+        sys.stdout.flush()
+    except BrokenPipeError:  # nobody reads what is printed, which comes last: all the work is done
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt as interrupt:
         return _fail("interrupted", str(interrupt), code=INTERRUPTED)
     except OSError as error:
@@ -51,11 +56,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if os.environ.get("KCD_TRACEBACK"):
             raise
         return _fail(str(error), code=BAD_INPUT)
+    for text in dict.fromkeys(str(warning.message) for warning in caught):
+        _say("warning", text)
     return 0
 
 
 def _parse(arguments: list[str]) -> Callable[[], None]:
     """What the arguments ask for, ready to be called."""
+    if arguments == ["--version"]:
+        return lambda: print(f"kcd {__version__}")
     try:
         import tyro
 
@@ -83,8 +92,12 @@ def _unboxed(text: str) -> str:
 
 
 def _fail(*parts: str, code: int) -> int:
-    print("kcd: " + ": ".join(" ".join(part.split()) for part in parts if part), file=sys.stderr)
+    _say(*parts)
     return code
+
+
+def _say(*parts: str) -> None:
+    print("kcd: " + ": ".join(" ".join(part.split()) for part in parts if part), file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ def resolve(kind: str, name: str, registry: Mapping[str, str]) -> object:
 
     Raises:
         TypeError: `name` is no string.
-        ValueError: `name` is unknown, or its module or attribute does not exist.
+        ValueError: `name` is unknown, or its module or attribute does not exist, or its module fails when imported.
         ImportError: the module exists and needs another one that is not installed.
     """
     if not isinstance(name, str):
@@ -28,8 +28,37 @@ def resolve(kind: str, name: str, registry: Mapping[str, str]) -> object:
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
             raise  # the module is there, something that it imports is not
         raise ValueError(f"{kind} {name!r}: there is no module {error.name!r}") from error
+    except ImportError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise ValueError(f"{kind} {name!r}: import of {module_name} raised {_told(error)}") from error
     for part in attribute.split("."):
         if not hasattr(found, part):
             raise ValueError(f"{kind} {name!r}: {module_name!r} has no {attribute!r}")
         found = getattr(found, part)
     return found
+
+
+def call(kind: str, name: str, registry: Mapping[str, str], /, **arguments: object) -> object:
+    """What the callable that `name` stands for returns for these arguments.
+
+    Raises:
+        TypeError, ValueError, ImportError, OSError: as `resolve`, or as the callable does.
+        ValueError: the callable, which can be anybody's, raised anything else; says what.
+    """
+    function = resolve(kind, name, registry)
+    try:
+        return function(**arguments)
+    except (TypeError, ValueError, ImportError, OSError):
+        raise
+    except (Exception, SystemExit) as error:
+        raise ValueError(f"{kind} {name!r} raised {_told(error)}") from error
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of its message; torch adds a call stack to some."""
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def _told(error: BaseException) -> str:
+    return f"{type(error).__name__}: {one_line(error)}"

@@ -10,12 +10,17 @@ import struct
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
+from statistics import mean, stdev
 
+import numpy as np
 import pytest
 import torch
 
-from kcd_ext import cli
+from kcd_ext import __version__, cli
+from kcd_ext.data.images import ArrayDataset, ImageData, ToTensor, load
+from kcd_ext.training import checkpoint
 
 ENTRIES = {
     "config.json",
@@ -29,6 +34,7 @@ ENTRIES = {
 METHODS = ["teacher", "student", "kd", "random", "kc-kd"]
 SMALL = ["demo", "--data", "digits", "--epochs", "6", "--device", "cpu"]
 TIMEOUT = 180
+WITH_TESTS = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
 
 
 def kcd(*arguments, cwd, **options):
@@ -152,6 +158,17 @@ def test_the_report_stands_alone_and_shows_the_results(demo):
     for method in METHODS:
         assert f" {method} " in text
     assert "Knowledge condensation on digits" in text and torch.__version__ in text
+    results = json.loads((folder / "summary.json").read_text())["results"]
+    assert all(round(r[name], 4) == r[name] for r in results for name in ("accuracy_last", "accuracy_best"))
+    for method in METHODS:
+        last, best = ([r[f"accuracy_{name}"] for r in results if r["method"] == method] for name in ("last", "best"))
+        cells = " ".join(f"{mean(numbers):.2f} ± {stdev(numbers):.2f}" for numbers in (last, best))
+        assert f" {method} {cells} " in text
+    state = checkpoint.load(folder / "checkpoint" / "seed-3" / "kc-kd" / "checkpoint").training["condenser"]
+    order = sorted(range(len(state["values"])), key=lambda i: (-state["values"][i].item(), i))
+    labels = load("digits").train.labels
+    shown = [(str(labels[i]), f"{state['values'][i].item():.2f}") for i in order[:16] + order[-16:]]
+    assert re.findall(r"class (\d+)<br>([\d.]+)<", source) == shown
     picture = (folder / "report.png").read_bytes()
     assert picture[:8] == b"\x89PNG\r\n\x1a\n" and struct.unpack(">2I", picture[16:24])[0] > 1000
 
@@ -160,7 +177,7 @@ def test_the_report_stands_alone_and_shows_the_results(demo):
 def running(tmp_path):
     """Starts a demo with the same options as `demo`, and ends it by a signal once a file has appeared."""
 
-    def run(until, number, *more):
+    def run(until, number, *more, meanwhile=None):
         command = [sys.executable, "-m", "kcd_ext.cli", *SMALL, "--seeds", "3", "1", *more]
         process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         try:
@@ -168,6 +185,10 @@ def running(tmp_path):
             while not (tmp_path / until).exists():
                 assert process.poll() is None and time.monotonic() < give_up
                 time.sleep(0.005)
+            if meanwhile:
+                process.send_signal(signal.SIGSTOP)
+                meanwhile()
+                process.send_signal(signal.SIGCONT)
             process.send_signal(number)
             out, error = process.communicate(timeout=TIMEOUT)
         finally:
@@ -192,6 +213,15 @@ def test_interrupted_demos_lose_nothing_and_go_on(demo, running, tmp_path):
     assert (code, out, error.count("\n")) == (130, "", 1)
     assert error.startswith("kcd: interrupted: finished runs are in ") and "--resume" in error
     assert contents(earlier) == before
+    everything = contents(tmp_path)
+    for options, message in (
+        ([], r"kcd: an interrupted demo is in .*demo.partial: --resume goes on with it, or remove it"),
+        (["--resume", "--keep", "0.5"], "was started with --keep 0.7, got 0.5"),
+        (["--resume", "--data", f"{__name__}:constant"], "was started with --data digits, got test_cli:constant"),
+    ):
+        refused = kcd(*SMALL, "--seeds", 3, 1, *options, cwd=tmp_path, env=WITH_TESTS)
+        assert (refused.returncode, refused.stderr.count("\n")) == (2, 1) and re.search(message, refused.stderr)
+        assert contents(tmp_path) == everything
     finished = json.loads((tmp_path / "runs/demo.partial/summary.json").read_text())["results"]
     assert [r["method"] for r in finished] == METHODS[:3]
 
@@ -201,6 +231,19 @@ def test_interrupted_demos_lose_nothing_and_go_on(demo, running, tmp_path):
     assert {path.name for path in earlier.iterdir()} == ENTRIES | {"notes.txt"}
     assert (earlier / "notes.txt").read_text() == "the user's"
     assert not (tmp_path / "runs" / "demo.partial").exists()
+
+
+def test_a_second_demo_on_one_output_is_refused(running, tmp_path):
+    def second():
+        for resume in ([], ["--resume"]):
+            done = kcd(*SMALL, "--seeds", 3, 1, *resume, cwd=tmp_path)
+            assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+            assert done.stderr.startswith("kcd: another demo is running in ")
+
+    code, _, error = running(
+        "runs/demo.partial/checkpoint/seed-3/teacher/metrics.jsonl", signal.SIGINT, meanwhile=second
+    )
+    assert code == 130 and "--resume" in error
 
 
 def limit_files_to(size):
@@ -236,6 +279,28 @@ def test_a_full_disk(tmp_path):
 # --- bad input --------------------------------------------------------------------------------------------------------
 
 
+def constant():
+    images = np.zeros((60, 8, 8, 1), np.uint8)
+    held = ArrayDataset(images, np.arange(60) % 4)
+    return ImageData("constant", held, held, ToTensor.of(images), 4)
+
+
+def key_error():
+    raise KeyError("no such file")
+
+
+def runtime_error():
+    raise RuntimeError("boom\nand more")
+
+
+def leaves():
+    raise SystemExit(3)
+
+
+def of_lists():
+    return ImageData("lists", [1], [2], None, 2)
+
+
 def three_channels(*, in_channels, num_classes):
     """A network that does not take grey images."""
     return torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Flatten(), torch.nn.LazyLinear(num_classes))
@@ -246,6 +311,15 @@ def three_channels(*, in_channels, num_classes):
     [
         (["--data", "imagenet"], "unknown data set 'imagenet': take digits, mnist5k, or write module:attribute"),
         (["--keep", "0"], r"keep must be a number in \(0, 1\], got 0.0"),
+        (["--keep", "1"], "keep=1.0 drops none of 1083 samples in 24 epochs: take less"),
+        (["--keep", "0.995"], "keep=0.995 drops none of 1083 samples in 24 epochs"),
+        (["--data", f"{__name__}:key_error"], r"data set 'test_cli:key_error' raised KeyError: 'no such file'"),
+        (["--data", f"{__name__}:runtime_error"], "raised RuntimeError: boom\n"),
+        (["--data", f"{__name__}:leaves"], "raised SystemExit: 3"),
+        (["--data", f"{__name__}:of_lists"], "data set 'lists': transform must be callable"),
+        (["--data", "unreadable:load"], "data set 'unreadable:load': import of unreadable raised SyntaxError: "),
+        (["--output", "/"], "output must be a folder that can be replaced, got /"),
+        (["--seeds", str(10**22)], r"seeds must be an integer in \[0, 18446744073709551615\]"),
         (["--keep", "1.5"], r"keep must be a number in \(0, 1\], got 1.5"),
         (["--keep", "most"], "--keep"),
         (["--schedule", "linear"], "schedule must be one of 'reference', 'cosine', 'immediate', got 'linear'"),
@@ -253,7 +327,7 @@ def three_channels(*, in_channels, num_classes):
         (["--epochs", "2.5"], "--epochs"),
         (["--seeds"], "seeds must be one or more different integers"),
         (["--seeds", "1", "1"], "seeds must be one or more different integers"),
-        (["--seeds", "-1"], "seeds must be an integer >= 0, got -1"),
+        (["--seeds", "-1"], r"seeds must be an integer in \[0, 18446744073709551615\], got -1"),
         (["--threads", "0"], "threads must be an integer >= 1, got 0"),
         (["--lr", "inf"], "lr must be a finite number"),
         (["--student", "resnet"], "unknown model 'resnet': take cnn_large, cnn_small"),
@@ -269,6 +343,9 @@ def three_channels(*, in_channels, num_classes):
 )
 def test_bad_input_is_one_line_and_changes_nothing(arguments, message, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path / "modules")
+    (tmp_path / "modules").mkdir()
+    (tmp_path / "modules" / "unreadable.py").write_text("def")
     (tmp_path / "file").write_text("precious")
     (tmp_path / "project").mkdir()
     (tmp_path / "project" / "config.json").write_text("{}")
@@ -279,7 +356,8 @@ def test_bad_input_is_one_line_and_changes_nothing(arguments, message, tmp_path,
     out, error = capfd.readouterr()
     assert (out, error.count("\n"), error[:5]) == ("", 1, "kcd: ")
     assert re.search(message, error)
-    assert contents(tmp_path) == before and {p.name for p in tmp_path.iterdir()} == {"file", "project", "kept.partial"}
+    assert contents(tmp_path) == before
+    assert {p.name for p in tmp_path.iterdir()} == {"file", "project", "kept.partial", "modules"}
 
 
 def test_a_real_process_says_it_in_one_line(tmp_path):
@@ -289,6 +367,36 @@ def test_a_real_process_says_it_in_one_line(tmp_path):
     shown = kcd("demo", "--data", "imagenet", cwd=tmp_path, env={**os.environ, "KCD_TRACEBACK": "1"})
     assert "Traceback" in shown.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_more_processes_are_refused(tmp_path):
+    done = kcd(*SMALL, cwd=tmp_path, env={**os.environ, "WORLD_SIZE": "2"})
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1) and "runs in one process" in done.stderr
+
+
+def test_a_failure_is_one_line_whatever_was_warned_of(tmp_path):
+    done = kcd(*SMALL, "--lr", "1e30", cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert re.match(r"kcd: (the loss|weights).* not finite after epoch 1", done.stderr)
+
+
+def test_warnings_are_lines_of_their_own(monkeypatch, capfd):
+    def warn():
+        for _ in range(2):
+            warnings.warn("something\n  is odd", RuntimeWarning, stacklevel=1)
+        print("done")
+
+    monkeypatch.setattr(cli, "_parse", lambda arguments: warn)
+    assert cli.main([]) == 0
+    assert capfd.readouterr() == ("done\n", "kcd: warning: something is odd\n")
+
+
+def test_a_reader_that_has_left_is_no_failure(tmp_path):
+    command = [sys.executable, "-m", "kcd_ext.cli", "info"]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()
+    assert (process.wait(timeout=TIMEOUT), process.stderr.read()) == (0, "")
+    process.stderr.close()
 
 
 # --- kcd info ---------------------------------------------------------------------------------------------------------
@@ -315,12 +423,18 @@ def test_info(tmp_path):
     assert {"kcd_ext", "platform", "processor", "threads", "torch CUDA", "CUDA driver", "CUDA devices"} <= facts.keys()
     for name in ("compiler", "instruction sets", "instruction set in use", "CUDA architectures"):
         assert facts[name]
+    assert facts["CUDA architectures"].startswith("none: no CUDA kernels yet")
 
 
 def test_without_the_extras(tmp_path):
     done = bare("demo", cwd=tmp_path)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert 'pip install "kcd-ext[train]"' in done.stderr
+
+
+def test_version(tmp_path):
+    done = bare("--version", cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"kcd {__version__}\n", "")
 
 
 def test_help(tmp_path):

@@ -270,6 +270,19 @@ def test_non_finite_values_are_warned_of_once_and_never_rank():
     assert condenser.values.tolist() == [0, 0, 1, 2]
 
 
+def test_samples_without_a_value_are_warned_of_at_the_first_stage_only():
+    condenser = KnowledgeCondenser(9, every=1, schedule="immediate")
+    condenser.update(torch.arange(7), torch.tensor([1.0] * 6 + [math.nan]))  # the seventh was visited, in vain
+    with pytest.warns(RuntimeWarning) as caught:
+        condenser.step()
+    told = [str(warning.message) for warning in caught]
+    assert len(told) == 2 and told[1].startswith("2 of 9 samples were never visited before the first E-step")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        condenser.step()
+        RandomCondenser(90, every=1).step()
+
+
 def test_never_visited_ranks_last_and_equal_scores_by_index():
     condenser = KnowledgeCondenser(50, keep=0.9, every=1, schedule="immediate", alpha=0.0)
     condenser.update(torch.arange(40, 4, -1), torch.full((36,), 0.1))

@@ -74,3 +74,10 @@ def test_the_commands_are_the_ones_that_are_tested():
     commands = re.findall(r"^python3 -m venv .*$", README, re.M)
     assert [c.split("&& ")[-1] for c in commands] == [".venv/bin/kcd demo", ".venv/bin/pytest"]
     assert all("-c constraints.txt" in c for c in commands)
+
+
+def test_nothing_is_missing():
+    """Every file that is linked or shown exists, and no table waits to be filled in."""
+    for name in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
+        assert (Path(__file__).parents[1] / name).is_file(), name
+    assert not re.search(r"\b[A-Z]+_[A-Z]+\b", re.sub(r"KCD_\w+|`[^`]*`", "", README))

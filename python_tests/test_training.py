@@ -1,6 +1,7 @@
 """The trainer against a loop written out by hand, killed processes, and everything a run promises to leave alone."""
 
 import json
+import math
 import os
 import random
 import signal
@@ -13,16 +14,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
 from torch import nn
 from torch.nn import functional
 
-from kcd_ext import CondensedSampler, IndexedDataset, KnowledgeCondenser, methods, models
+from kcd_ext import CondensedSampler, IndexedDataset, KnowledgeCondenser, methods, models, reference
 from kcd_ext.data.images import REGISTRY as DATASETS
-from kcd_ext.data.images import ArrayDataset, ToTensor, load, stratified_split
-from kcd_ext.methods import Batch, Method, Outcome
-from kcd_ext.registry import resolve
+from kcd_ext.data.images import ArrayDataset, ImageData, ToTensor, load, stratified_split
+from kcd_ext.methods import Batch, Method, Outcome, kd
+from kcd_ext.registry import call, resolve
 from kcd_ext.training import Condense, Recipe, Summary, checkpoint, distill, storage
+from kcd_ext.training.batches import NoBatchOfOne
+from kcd_ext.training.demo import Demo
+from kcd_ext.training.folder import ENTRIES
+from kcd_ext.training.identity import digest_of_samples
 from kcd_ext.training.summary import tabulate
 
 CLASSES, FEATURES = 4, 6
@@ -140,7 +146,13 @@ def test_random_selection_visits_as_many_and_mixes_nothing():
     assert sizes[0] == sizes[1] == [60, 50, 40, 30]
     described = {name: run.history[0]["condensation"] for name, run in runs.items()}
     assert (described["value"]["mixed"], described["random"]["mixed"]) == (10, 0)
-    assert sum(described["value"]["values"]["counts"]) == 60
+    for line in runs["value"].history[:4]:
+        shown = line["condensation"]["values"]
+        assert (shown["low"], shown["high"]) == (0.0, pytest.approx(math.log(CLASSES))) and sum(shown["counts"]) == 60
+    by_hand = [0] * 40
+    for value in runs["value"].condenser.values.tolist():  # the last stage ends where the run does
+        by_hand[min(39, int(value / math.log(CLASSES) * 40))] += 1
+    assert shown["counts"] == by_hand
     assert runs["random"].condenser.kept.tolist() != runs["value"].condenser.kept.tolist()
     assert [runs[name].method for name in runs] == ["kc-kd", "random"]
 
@@ -193,8 +205,11 @@ def test_a_method_of_ones_own_trains_its_parts_and_is_resumed(tmp_path):
     assert again == summary
 
 
-@pytest.mark.parametrize("name", ["ce", "kd"])
-def test_methods_against_float64(name):
+@pytest.mark.parametrize(("name", "kernels"), [("ce", True), ("kd", True), ("kd", False)])
+def test_methods_against_float64(name, kernels, monkeypatch):
+    if not kernels:
+        assert kd._loss_for(torch.empty(0, device="meta")) is reference.condensed_kd_loss
+        monkeypatch.setattr(kd, "_loss_for", lambda logits: reference.condensed_kd_loss)
     generator = torch.Generator().manual_seed(0)
     z, y = (10 * torch.randn(32, 7, generator=generator, dtype=torch.float64) for _ in range(2))
     z[0, 0], label = 500.0, torch.arange(32) % 7
@@ -215,10 +230,90 @@ def test_methods_against_float64(name):
         torch.testing.assert_close(outcome.terms["kl"].double(), kl, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_it_learns_as_on_the_cpu():
+    accuracy = {}
+    for device in ("cpu", "cuda"):
+        teacher = network(2, hidden=16)
+        distill(teacher, None, Blobs(200), Blobs(100, 1), recipe(method="ce", epochs=6, device=device))
+        options = {"epochs": 6, "device": device, "condense": Condense(keep=0.5, every=1, stages=3)}
+        run = distill(network(1), teacher, Blobs(200), Blobs(100, 1), recipe(**options))
+        accuracy[device] = run.accuracy_last
+    assert accuracy["cuda"] > 85 and abs(accuracy["cuda"] - accuracy["cpu"]) < 3
+
+
+def normalised(seed=0):
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return nn.Sequential(nn.Linear(FEATURES, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, CLASSES))
+
+
+def test_a_student_that_needs_two_samples_gets_them_at_every_stage():
+    """41 samples, then 36, 25 and 20 in batches of 8: the remainders are 1, 4, 1 and 4."""
+    r = recipe(epochs=8, condense=Condense(keep=0.5, every=2, stages=3, schedule="cosine"))
+    summary = distill(normalised().eval(), network(2), Blobs(41), Blobs(20), r)
+    sizes = [line["samples"] for line in summary.history]
+    assert sizes[0] == 41 and sizes[-1] == 20 and {size % 8 for size in sizes} > {1}
+    assert summary.sample_visits == summary.condenser.counts.sum() == sum(sizes)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 8])
+@pytest.mark.parametrize("size", [1, 2, 7, 8, 9, 16, 17, 40])
+def test_batches_cover_everything_in_order_and_are_none_of_one(size, batch_size):
+    batches = list(NoBatchOfOne(range(size), batch_size))
+    assert len(batches) == len(NoBatchOfOne(range(size), batch_size))
+    assert [entry for batch in batches for entry in batch] == list(range(size))
+    if batch_size > 1 and size > 1:
+        assert min(map(len, batches)) > 1 and max(map(len, batches)) <= batch_size + 1
+        assert all(len(batch) == batch_size for batch in batches[:-1])
+
+
+class Keeper(Method):
+    """Makes the teacher a part of itself, as one that trains on the teacher's classifier would."""
+
+    def prepare(self, student, teacher, loader):
+        self.teacher = teacher
+
+    def forward(self, student, teacher, batch):
+        assert student.training and not teacher.training
+        logits = student(batch.x)
+        loss = functional.mse_loss(logits, self.teacher(batch.x))
+        return Outcome(loss, logits.detach(), methods.entropy(logits))
+
+
+def test_a_method_that_keeps_the_teacher_does_not_train_it():
+    teacher = normalised(2)
+    before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
+    distill(normalised(), teacher, Blobs(40), Blobs(20), recipe(method=f"{__name__}:Keeper"))
+    assert all(torch.equal(before[name], tensor) for name, tensor in teacher.state_dict().items())
+
+
+class Anything(KnowledgeCondenser):
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+
+
+def test_a_selection_of_ones_own_gets_all_options():
+    condense = Condense(selection=f"{__name__}:Anything", alpha=0.5, keep=0.4)
+    config = condense.build(10, seed=1, device="cpu").config
+    assert (config["alpha"], config["keep"], config["seed"]) == (0.5, 0.4, 1)
+
+
 # --- what it leaves alone ---------------------------------------------------------------------------------------------
 
 
-def test_the_callers_process_is_as_it_was():
+@pytest.fixture
+def accumulating(request, monkeypatch):
+    """What the caller, or the environment, wants to accumulate; plays no part in `distill`."""
+    if request.param == "environment":
+        monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    yield Accelerator(cpu=True, gradient_accumulation_steps=4) if request.param == "caller" else None
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+@pytest.mark.parametrize("accumulating", ["nobody", "caller", "environment"], indirect=True)
+def test_the_callers_process_is_as_it_was(accumulating):
     def state():
         return (
             torch.get_rng_state().tolist(),
@@ -231,6 +326,7 @@ def test_the_callers_process_is_as_it_was():
             torch.backends.mkldnn.enabled,
             dict(os.environ),
             dict(AcceleratorState._shared_state),
+            {name: list(x) if isinstance(x, list) else x for name, x in GradientState._shared_state.items()},
         )
 
     misfit = nn.Linear(1, 1)
@@ -239,6 +335,16 @@ def test_the_callers_process_is_as_it_was():
     with pytest.raises(ValueError):
         distill(network(), misfit, Blobs(20), Blobs(20), recipe())
     assert state() == before
+    assert accumulating is None or accumulating.gradient_accumulation_steps == 4
+
+
+@pytest.mark.parametrize("accumulating", ["caller", "environment"], indirect=True)
+def test_every_batch_is_a_whole_step(accumulating):
+    student, twin = network(1), network(1)
+    distill(student, network(2), Blobs(24), Blobs(20), recipe(epochs=2))
+    by_hand(twin, network(2), Blobs(24), recipe(epochs=2), {"keep": 1.0, "every": 99})
+    for name, parameter in student.named_parameters():
+        torch.testing.assert_close(parameter.double(), twin.get_parameter(name), rtol=2e-4, atol=2e-5)
 
 
 def test_the_result_depends_on_the_seed_alone():
@@ -353,6 +459,66 @@ def test_a_folder_with_a_run_is_not_overwritten(tmp_path):
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.parametrize("name", ENTRIES)
+def test_what_it_did_not_write_is_not_overwritten(tmp_path, name, resume):
+    (tmp_path / name).write_text("precious")
+    with (
+        pytest.raises(FileExistsError, match=name) if name != "config.json" or not resume else pytest.raises(ValueError)
+    ):
+        distill(network(), network(2), Blobs(20), Blobs(20), recipe(), output=tmp_path, resume=resume)
+    assert [path.name for path in tmp_path.iterdir()] == [name] and (tmp_path / name).read_text() == "precious"
+
+
+def test_a_run_killed_in_its_first_epoch_goes_on_and_no_other_does(tmp_path):
+    arguments = (network(2), Blobs(20), Blobs(20))
+    distill(network(), *arguments, recipe(), output=tmp_path)
+    for path in (tmp_path / "checkpoint").iterdir():
+        storage.remove(path)
+    with pytest.raises(FileExistsError, match="no checkpoint to resume from"):  # it holds results
+        distill(network(), *arguments, recipe(), output=tmp_path, resume=True)
+    (tmp_path / "summary.json").unlink(), (tmp_path / "student.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"lr=0.05, got lr=0.1"):
+        distill(network(), *arguments, recipe(lr=0.1), output=tmp_path, resume=True)
+    assert len(distill(network(), *arguments, recipe(), output=tmp_path, resume=True).history) == 4
+
+
+def relabelled(size, seed=0):
+    data = Blobs(size, seed)
+    data.y = data.y.flip(0)
+    return data
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"teacher": network(5)}, "with teacher='"),
+        ({"train": Blobs(20, seed=5)}, "with train_samples='"),
+        ({"train": relabelled(20)}, "with train_samples='"),
+        ({"test": Blobs(20, seed=5)}, "with test_samples='"),
+        ({"precision": "bf16"}, "with precision='no', got precision='bf16'"),
+    ],
+)
+def test_a_run_goes_on_with_the_teacher_data_and_precision_it_began_with(tmp_path, changes, message, monkeypatch):
+    def jitter(x):  # random, and yet the same samples the next time
+        return x + torch.rand(())
+
+    arguments = {"teacher": network(2), "train": IndexedDataset(Blobs(20), jitter), "test": Blobs(20)}
+    assert digest_of_samples(arguments["train"]) == digest_of_samples(arguments["train"])
+    distill(network(), **arguments, recipe=recipe(), output=tmp_path)
+    torch.manual_seed(77)
+    distill(network(), **arguments, recipe=recipe(), output=tmp_path, resume=True)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    if "precision" in changes:
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", changes["precision"])
+    changes = {name: x for name, x in changes.items() if name != "precision"}
+    if "train" in changes:
+        changes["train"] = IndexedDataset(changes["train"], jitter)
+    with pytest.raises(ValueError, match=message):
+        distill(network(), **{**arguments, **changes}, recipe=recipe(), output=tmp_path, resume=True)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
 def test_a_failed_write_leaves_the_last_checkpoint(tmp_path, monkeypatch):
     state = checkpoint.Checkpoint(1, {"student.w": torch.ones(3)}, {"optimizer": {}}, {"history": [1]})
     checkpoint.save(tmp_path, state)
@@ -391,8 +557,36 @@ def test_a_damaged_checkpoint_says_so(tmp_path):
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     with pytest.raises(FloatingPointError, match="smaller lr"), pytest.warns(RuntimeWarning, match="not finite"):
         distill(network(), network(2), Blobs(20), Blobs(20), recipe(lr=1e30), output=tmp_path)
-    for line in (tmp_path / "metrics.jsonl").read_text().splitlines() if (tmp_path / "metrics.jsonl").exists() else []:
-        json.loads(line, parse_constant=pytest.fail)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_weights_that_are_not_finite_stop_the_run(tmp_path):
+    """One batch: its loss is that of sound weights, and only the step spoils them."""
+    with pytest.raises(FloatingPointError, match="weights are not finite after epoch 1: a smaller lr"):
+        distill(
+            network(),
+            network(2),
+            Blobs(8),
+            Blobs(8),
+            recipe(epochs=1, lr=2e38, options={"kd_weight": 1e5}),
+            output=tmp_path,
+        )
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+class Boundless(Method):
+    def forward(self, student, teacher, batch):
+        logits = student(batch.x)
+        term = torch.tensor(math.inf)
+        return Outcome(
+            functional.cross_entropy(logits, batch.label), logits.detach(), methods.entropy(logits), {"t": term}
+        )
+
+
+def test_the_metrics_are_json_whatever_a_term_is(tmp_path):
+    distill(network(), network(2), Blobs(8), Blobs(8), recipe(method=f"{__name__}:Boundless"), output=tmp_path)
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line, parse_constant=pytest.fail)["terms"] for line in lines] == [{"t": None}] * 4
 
 
 def test_tied_weights_are_saved(tmp_path):
@@ -426,7 +620,8 @@ RANKS = f"""
     assert torch.distributed.get_world_size() == 2
     torch.save({{
         "weights": student.state_dict(), "counts": summary.condenser.counts, "kept": summary.condenser.kept,
-        "values": summary.condenser.values, "history": [line["accuracy"] for line in summary.history],
+        "teacher_visits": summary.teacher_visits, "values": summary.condenser.values,
+        "history": [line["accuracy"] for line in summary.history],
     }}, sys.argv[1] + f"/rank{{rank}}.pt")
     torch.distributed.destroy_process_group()
 """
@@ -450,7 +645,8 @@ def test_two_processes_visit_every_sample_once_and_agree(tmp_path):
     in_third = torch.zeros(42, dtype=torch.int64)
     in_third[first["kept"]] = 1
     assert torch.equal(first["counts"], 2 + in_third)
-    assert [line["samples"] for line in storage.read_lines(output / "metrics.jsonl")] == [48, 48, 32]
+    assert [line["samples"] for line in storage.read_lines(output / "metrics.jsonl")] == [42, 42, 32]
+    assert first["teacher_visits"] == 48 + 48 + 32  # the teacher is asked about repeats too
 
 
 # --- what it refuses --------------------------------------------------------------------------------------------------
@@ -462,9 +658,13 @@ def test_two_processes_visit_every_sample_once_and_agree(tmp_path):
         ({"epochs": 0}, ValueError, "epochs must be an integer >= 1, got 0"),
         ({"epochs": 2.0}, TypeError, "epochs must be an integer"),
         ({"batch_size": True}, TypeError, "batch_size must be an integer"),
+        ({"lr": 1e39}, ValueError, "lr must be a finite number"),
         ({"lr": float("nan")}, ValueError, "lr must be a finite number >= 0, got nan"),
         ({"milestones": (0.5, 150)}, ValueError, "milestones must be fractions"),
-        ({"seed": -1}, ValueError, "seed must be an integer >= 0"),
+        ({"seed": -1}, ValueError, r"seed must be an integer in \[0, "),
+        ({"seed": 10**22}, ValueError, r"seed must be an integer in \[0, "),
+        ({"milestones": 5}, TypeError, "milestones must be fractions of the epochs in .*, got 5"),
+        ({"name": 5}, TypeError, "name must be a string, got int 5"),
         ({"device": "tpu"}, ValueError, "device must be auto, cpu or cuda, got 'tpu'"),
         ({"condense": {"keep": 0.5}}, TypeError, "condense must be a Condense or None"),
         ({"epochs": 40, "condense": Condense()}, ValueError, "nothing would be condensed"),
@@ -497,14 +697,38 @@ def test_milestones_are_those_of_the_paper():
     assert rates == pytest.approx(expected)
 
 
+SHARED = nn.Linear(FEATURES, CLASSES)
+
+
+class Broken(nn.Linear):
+    def __init__(self):
+        super().__init__(FEATURES, CLASSES)
+
+    def forward(self, x):
+        return self.nothing(x)
+
+
 @pytest.mark.parametrize(
     ("arguments", "changes", "error", "message"),
     [
         ({"teacher": None}, {}, ValueError, "method 'kd' asks one"),
         ({"student": nn.Linear(3, 4)}, {}, ValueError, r"student does not take x of torch.float32 \(1, 6\)"),
         ({"teacher": nn.Linear(3, 4)}, {}, ValueError, "teacher does not take x"),
-        ({"student": nn.Identity()}, {}, ValueError, "student has no parameters to train"),
+        ({"student": nn.Linear(6, 4).requires_grad_(False)}, {}, ValueError, "student has no parameters to train"),
         ({"student": nn.Linear(6, 3)}, {}, ValueError, "teacher_logits have 4 classes, student_logits 3"),
+        ({"student": SHARED, "teacher": SHARED}, {}, ValueError, "student and teacher share parameters"),
+        ({"student": nn.Sequential(SHARED), "teacher": SHARED}, {}, ValueError, "share parameters"),
+        (
+            {"student": Broken()},
+            {},
+            ValueError,
+            "student does not take x .*: 'Broken' object has no attribute 'nothing'",
+        ),
+        ({"test": [(torch.zeros(3), 0)]}, {}, ValueError, r"does not take x of torch.float32 \(1, 3\) from test"),
+        ({"test": [(torch.zeros(6), torch.tensor([1]))]}, {}, ValueError, r"test must give labels .* \(1, 1\)"),
+        ({"train": [(torch.zeros(6), np.int32(1))]}, {}, ValueError, r"train must give labels .* torch.int32 \(1,\)"),
+        ({"train": [(torch.zeros(6), 4)]}, {}, ValueError, r"train must give labels in \[0, 4\), got 4"),
+        ({"train": IndexedDataset(Blobs(9), {}.__getitem__)}, {}, ValueError, r"train\[0\] cannot be loaded: "),
         ({"student": nn.Unflatten(1, (2, 3))}, {}, ValueError, r"student must give logits \(b, classes\)"),
         ({"student": "resnet"}, {}, TypeError, "student must be a torch.nn.Module, got str"),
         ({"train": 5}, {}, TypeError, "train: dataset must have a length"),
@@ -518,7 +742,13 @@ def test_distill_checks_before_it_writes(tmp_path, arguments, changes, error, me
     sound = {"student": network(), "teacher": network(2), "train": Blobs(20), "test": Blobs(20)}
     with pytest.raises(error, match=message):
         distill(**{**sound, **arguments}, recipe=recipe(**changes), output=tmp_path / "run")
-    assert not (tmp_path / "run" / "checkpoint").exists()
+    assert not (tmp_path / "run").exists()
+
+
+def test_labels_of_another_shape_further_on_are_no_accuracy():
+    test = [(torch.zeros(FEATURES), torch.tensor(0))] * 8 + [(torch.zeros(FEATURES), torch.tensor([0]))] * 8
+    with pytest.raises(ValueError, match=r"labels must have shape \(8,\), got \(8, 1\)"):
+        distill(network(), network(2), Blobs(20), test, recipe())
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
@@ -569,6 +799,22 @@ def test_arrays_of_the_wrong_kind():
             ArrayDataset(bad, labels)
 
 
+def test_images_that_are_no_data_set_are_named():
+    images, labels = np.zeros((4, 2, 2, 1), dtype=np.uint8), np.arange(4)
+    whole = ArrayDataset(images, labels)
+    sound = {"name": "x", "train": whole, "test": whole, "transform": ToTensor.of(images), "num_classes": 4}
+    assert torch.equal(ImageData(**sound).transform(images[0]), torch.zeros(1, 2, 2))  # all alike: no division by 0
+    for changes, error, message in (
+        ({"train": [1]}, TypeError, "train must be an ArrayDataset, got list"),
+        ({"test": ArrayDataset(images[:0], labels[:0])}, ValueError, "test must hold at least one image"),
+        ({"num_classes": 3}, ValueError, r"labels of train must lie in \[0, 3\), got 0 to 3"),
+        ({"test": ArrayDataset(images, labels - 1)}, ValueError, r"labels of test must lie in \[0, 4\), got -1 to 2"),
+        ({"transform": None}, TypeError, "transform must be callable, got NoneType"),
+    ):
+        with pytest.raises(error, match=f"data set 'x': {message}"):
+            ImageData(**{**sound, **changes})
+
+
 @pytest.mark.parametrize("name", sorted(models.REGISTRY))
 @pytest.mark.parametrize("size", [8, 28, 32])
 def test_models(name, size):
@@ -592,8 +838,18 @@ def test_names():
             resolve("thing", name, {"short": "os:getcwd"})
     with pytest.raises(TypeError, match="thing must be a name"):
         resolve("thing", 3, {})
+    assert call("thing", "short", {"short": "builtins:dict"}, name=3, kind=4) == {"name": 3, "kind": 4}
     for registry in (DATASETS, methods.REGISTRY, models.REGISTRY):
         assert all(callable(resolve("entry", name, registry)) for name in registry)
+
+
+@pytest.mark.parametrize("epochs", range(2, 50))
+def test_the_demo_drops_samples_in_equal_parts_of_its_epochs(epochs):
+    condense = Demo(epochs=epochs).recipes(0)["kc-kd"].condense
+    assert condense.every == math.ceil(epochs / 6) and condense.stages == math.ceil(epochs / condense.every) <= 6
+    if epochs % 6 == 0:  # the authors' rule: six equal parts, of which the first is whole
+        sizes = [1 - 0.3 / 6 * (epoch // condense.every) for epoch in range(epochs)]
+        assert condense.stages == 6 and sum(sizes) / epochs == pytest.approx(0.875)
 
 
 def test_the_table_by_hand():

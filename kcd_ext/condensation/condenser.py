@@ -60,6 +60,8 @@ class KnowledgeCondenser:
     should be.
     """
 
+    ranks_by_value = True  # False in a subclass whose `score` needs no values: samples without one are then no surprise
+
     def __init__(
         self,
         num_samples: int,
@@ -128,13 +130,15 @@ class KnowledgeCondenser:
             but all N samples are ranked anew, so the kept set can still change.
 
         Warns:
-            RuntimeWarning: once, of values that were not finite; and of out-of-range indices on a GPU.
+            RuntimeWarning: once, of values that were not finite; at the first E-step, of samples never visited; and of
+                out-of-range indices on a GPU.
         """
         with torch.inference_mode(False), torch.no_grad():
             messages = self._table.fold(self._communicator())
             epoch = self._epoch + 1
             condensation = self._condense(epoch) if epoch % self._every == 0 else None
             if condensation is not None:
+                messages += self._of_never_visited(condensation)
                 self._adopt(condensation)
             self._epoch = epoch
         for message in messages:
@@ -262,6 +266,16 @@ class KnowledgeCondenser:
         if score.isnan().any():
             raise ValueError(f"score() must not return NaN, got {int(score.isnan().sum())} of them")
         return torch.argsort(score.cpu(), descending=True, stable=True)
+
+    def _of_never_visited(self, condensation: Condensation) -> list[str]:
+        """What the first E-step warns of; later ones have no other samples to warn of."""
+        unknown = self._table.never_visited if self.ranks_by_value and condensation.stage == 1 else 0
+        if not unknown:
+            return []
+        return [
+            f"{unknown} of {self._num_samples} samples were never visited before the first E-step and rank last, without"
+            f" a value; give update() the values of every sample, or take a larger `every`"
+        ]
 
     def _adopt(self, condensation: Condensation) -> None:
         new = {name: getattr(condensation, name) for name in self._log}

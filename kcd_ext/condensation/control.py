@@ -15,6 +15,8 @@ class RandomCondenser(KnowledgeCondenser):
     Stage sizes, value table and state are the same; nothing is mixed. Arguments as for `KnowledgeCondenser`.
     """
 
+    ranks_by_value = False
+
     def __init__(
         self,
         num_samples: int,

@@ -12,8 +12,7 @@ def random_keys(count: int, *, seed: int, step: int, stream: int) -> np.ndarray:
     """(count,) uint64 keys, a pure function of (seed, step, stream).
 
     Philox is a counter-based generator, and NumPy promises the raw stream of a bit generator for good (NEP 19), which
-    it
-    does not for shuffles and permutations: sorting by these keys gives the same order in every release.
+    it does not for shuffles and permutations: sorting by these keys gives the same order in every release.
     """
     key = np.array([seed, step], dtype=np.uint64)
     counter = np.array([0, 0, 0, stream], dtype=np.uint64)

@@ -25,10 +25,8 @@ class CondensedSampler(Sampler):
     order. What an iterator yields is settled when it is made, and any number of them can be in use.
 
     With `world_size` > 1 rank r takes every `world_size`-th sample from the r-th on. So that all ranks have equally
-    many, the
-    last entries of some ranks are repeats: these carry the index -1, which `KnowledgeCondenser.update` skips, while
-        their
-    recipe names the sample. `padding` says how many this rank has.
+    many, the last entries of some ranks are repeats: these carry the index -1, which `KnowledgeCondenser.update` skips,
+    while their recipe names the sample. `padding` says how many this rank has.
 
     Args:
         condenser: its kept set and recipes are read whenever an iterator is made or a length asked for.

@@ -47,6 +47,12 @@ class ValueTable:
         """How many values were left out because they were not finite, this rank's pending ones included."""
         return int(self._merged(self._pending)["non_finite"].sum())
 
+    @property
+    def never_visited(self) -> int:
+        """How many samples have been given no value at all, not even one that was left out."""
+        merged = self._merged(self._pending)
+        return int(((merged["counts"] == 0) & (merged["non_finite"] == 0)).sum())
+
     def add(self, index: Tensor, value: Tensor) -> None:
         """Adds visits: `index` (b,) int64, `value` (b,) of any float dtype. See `KnowledgeCondenser.update`."""
         _check_batch(index, value, self.num_samples)

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..registry import resolve
+from ..condensation.checks import whole
+from ..registry import call
 
 REGISTRY = {
     "digits": "kcd_ext.data.digits:load",
@@ -51,8 +52,8 @@ class ToTensor:
 
     @classmethod
     def of(cls, images: np.ndarray) -> "ToTensor":
-        """With the mean and the standard deviation of these images, the training set."""
-        return cls(float(images.mean() / 255), float(images.std() / 255))
+        """With the mean and the standard deviation of these images, the training set; of images all alike, std is 1."""
+        return cls(float(images.mean() / 255), float(images.std() / 255) or 1.0)
 
     def __call__(self, image: np.ndarray) -> Tensor:
         scaled = (image.transpose(2, 0, 1).astype(np.float32) / 255 - self.mean) / self.std
@@ -61,13 +62,33 @@ class ToTensor:
 
 @dataclass(frozen=True)
 class ImageData:
-    """A data set ready for `distill`: raw training and test images, and the transform that both take."""
+    """A data set ready for `distill`: raw training and test images, and the transform that both take.
+
+    Raises:
+        TypeError, ValueError: a part is of another kind or empty, or a label lies outside [0, num_classes).
+    """
 
     name: str
     train: ArrayDataset
     test: ArrayDataset
     transform: Callable[[np.ndarray], Tensor]
     num_classes: int
+
+    def __post_init__(self) -> None:
+        whole(f"data set {self.name!r}: num_classes", self.num_classes, 1)
+        if not callable(self.transform):
+            raise TypeError(f"data set {self.name!r}: transform must be callable, got {type(self.transform).__name__}")
+        for part in ("train", "test"):
+            held = getattr(self, part)
+            if not isinstance(held, ArrayDataset):
+                raise TypeError(f"data set {self.name!r}: {part} must be an ArrayDataset, got {type(held).__name__}")
+            if not len(held):
+                raise ValueError(f"data set {self.name!r}: {part} must hold at least one image, got none")
+            low, high = held.labels.min(), held.labels.max()
+            if low < 0 or high >= self.num_classes:
+                raise ValueError(
+                    f"data set {self.name!r}: labels of {part} must lie in [0, {self.num_classes}), got {low} to {high}"
+                )
 
     @property
     def in_channels(self) -> int:
@@ -101,11 +122,11 @@ def load(name: str) -> ImageData:
     """The data set called `name`: a key of REGISTRY, or `module:function`, a function that gives an `ImageData`.
 
     Raises:
-        ValueError: the name is unknown.
+        ValueError: the name is unknown, or the function fails.
         ImportError: the package that holds the images is not installed; says which extra installs it.
         TypeError: the function gives something else.
     """
-    data = resolve("data set", name, REGISTRY)()
+    data = call("data set", name, REGISTRY)
     if not isinstance(data, ImageData):
         raise TypeError(f"data set {name!r} must give a kcd_ext.data.images.ImageData, got {type(data).__name__}")
     return data

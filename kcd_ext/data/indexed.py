@@ -27,8 +27,7 @@ class IndexedDataset(Dataset):
 
     Mixing needs x to be a tensor, a NumPy array or a PIL image (modes L, LA, RGB, RGBA, F), and gives the same kind
     back: uint8 cut off as the authors do, floating point in its own dtype. Give random augmentation as `transform`
-        here rather than
-    to `dataset`, or mixes are made of augmented images.
+    here rather than to `dataset`, or mixes are made of augmented images.
 
     Args:
         dataset: anything with `len` and integer items (x, label).

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from ..registry import resolve
+from ..registry import call
 from .protocol import Batch, Method, Outcome, entropy
 
 REGISTRY = {
@@ -18,7 +18,7 @@ def build(name: str, options: Mapping[str, object] | None = None) -> Method:
         ValueError: the name is unknown, or an option's value is out of range.
         TypeError: an option is unknown or of the wrong type, or what was built is no `Method`.
     """
-    method = resolve("method", name, REGISTRY)(**(options or {}))
+    method = call("method", name, REGISTRY, **(options or {}))
     if not isinstance(method, Method):
         raise TypeError(f"method {name!r} must give a kcd_ext.methods.Method, got {type(method).__name__}")
     return method

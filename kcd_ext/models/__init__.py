@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from ..registry import resolve
+from ..registry import call
 
 REGISTRY = {
     "cnn_large": "kcd_ext.models.cnn:cnn_large",
@@ -16,10 +16,10 @@ def build(name: str, *, in_channels: int, num_classes: int) -> nn.Module:
     A `module:function` is called with the same two keyword arguments.
 
     Raises:
-        ValueError: the name is unknown.
+        ValueError: the name is unknown, or the function fails.
         TypeError: the function does not take these arguments, or gives no `torch.nn.Module`.
     """
-    model = resolve("model", name, REGISTRY)(in_channels=in_channels, num_classes=num_classes)
+    model = call("model", name, REGISTRY, in_channels=in_channels, num_classes=num_classes)
     if not isinstance(model, nn.Module):
         raise TypeError(f"model {name!r} must give a torch.nn.Module, got {type(model).__name__}")
     return model

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, default_collate
 
 from ..data import IndexedDataset
+from ..registry import one_line
 
 
 def indexed(name: str, dataset: Dataset) -> IndexedDataset:
@@ -18,25 +19,54 @@ def indexed(name: str, dataset: Dataset) -> IndexedDataset:
     return wrapped
 
 
-def check_network(name: str, network: nn.Module | None, train: IndexedDataset, device: torch.device) -> None:
-    """One sample, in evaluation mode, before anything is trained: shapes that do not fit cost nothing."""
-    if network is None and name == "teacher":
-        return
-    if not isinstance(network, nn.Module):
-        raise TypeError(f"{name} must be a torch.nn.Module, got {type(network).__name__}")
-    x, *_ = default_collate([train[0]])
+def check_networks(
+    student: nn.Module, teacher: nn.Module | None, train: IndexedDataset, test: IndexedDataset, device: torch.device
+) -> int:
+    """One sample of each set through each network, in evaluation mode: what does not fit costs nothing yet.
+
+    Returns the number of classes. Raises TypeError or ValueError.
+    """
+    networks = {"student": student} if teacher is None else {"student": student, "teacher": teacher}
+    for name, network in networks.items():
+        if not isinstance(network, nn.Module):
+            raise TypeError(f"{name} must be a torch.nn.Module, got {type(network).__name__}")
+    if teacher is not None and not {*map(id, student.parameters())}.isdisjoint(map(id, teacher.parameters())):
+        raise ValueError("student and teacher share parameters, so the teacher would be trained too: copy.deepcopy one")
+    for part, dataset in (("train", train), ("test", test)):
+        x, label = _sample(part, dataset)
+        classes = {name: _classes(name, network, x.to(device), part) for name, network in networks.items()}
+        if classes.get("teacher", classes["student"]) != classes["student"]:
+            raise ValueError(f"teacher_logits have {classes['teacher']} classes, student_logits {classes['student']}")
+        if not 0 <= label.item() < classes["student"]:
+            raise ValueError(f"{part} must give labels in [0, {classes['student']}), got {label.item()}")
+    if not any(parameter.requires_grad for parameter in student.parameters()):
+        raise ValueError("student has no parameters to train: all of them have requires_grad=False, or there are none")
+    return classes["student"]
+
+
+def _sample(part: str, dataset: IndexedDataset) -> tuple[Tensor, Tensor]:
+    """The first sample as a batch of one: x and label."""
+    try:
+        x, label, _ = default_collate([dataset[0]])
+    except Exception as error:  # the data set and its transform are the user's: they raise what they like
+        raise ValueError(f"{part}[0] cannot be loaded: {type(error).__name__}: {one_line(error)}") from error
     if not isinstance(x, Tensor):
-        raise TypeError(f"train must give items that collate to one tensor, got {type(x).__name__}")
+        raise TypeError(f"{part} must give items that collate to one tensor, got {type(x).__name__}")
+    if not isinstance(label, Tensor) or label.dtype != torch.int64 or label.shape != (1,):
+        got = f"{label.dtype} {tuple(label.shape)}" if isinstance(label, Tensor) else type(label).__name__
+        raise ValueError(f"{part} must give labels that collate to int64 (b,), got {got} for b = 1")
+    return x, label
+
+
+def _classes(name: str, network: nn.Module, x: Tensor, part: str) -> int:
     try:
         with torch.no_grad():
-            logits = network.to(device).eval()(x.to(device))
-    except RuntimeError as error:
-        raise ValueError(f"{name} does not take x of {x.dtype} {tuple(x.shape)}: {one_line(error)}") from error
+            logits = network.to(x.device).eval()(x)
+    except Exception as error:  # so are the networks
+        raise ValueError(
+            f"{name} does not take x of {x.dtype} {tuple(x.shape)} from {part}: {one_line(error)}"
+        ) from error
     if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != 1:
         got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise ValueError(f"{name} must give logits (b, classes), got {got} for b = 1")
-
-
-def one_line(error: Exception) -> str:
-    """The first line of its message; torch adds a call stack to some."""
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return logits.shape[1]

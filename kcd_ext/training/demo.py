@@ -1,6 +1,8 @@
 """`kcd demo`: a teacher, and its student trained alone, distilled, and distilled from ever fewer samples."""
 
-from collections.abc import Iterator, Sequence
+import json
+import os
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -9,14 +11,17 @@ from tqdm import tqdm
 
 from .. import models
 from ..condensation.checks import whole
+from ..condensation.random_keys import MAX_SEED
+from ..condensation.schedules import stage_size
 from ..data import IndexedDataset
 from ..data.images import ImageData, load
 from ..environment import versions
 from . import report, storage
-from .checks import check_network
+from .checks import check_networks
 from .device import accelerator_on, threads
 from .randomness import seeded
 from .recipe import Condense, Recipe
+from .staging import CONFIG, Staging
 from .summary import Summary, as_text, results, tabulate
 from .trainer import distill
 
@@ -32,15 +37,17 @@ ENTRIES = (
     "report.png",
     "summary.json",
 )
+STAGES = 6
+FREE = ("output", "device", "threads", "resume")  # options that may change when a demo goes on
 
 
 @dataclass(frozen=True)
 class Demo:
     """Distils real images in about a minute and writes a report.
 
-    Trains a convolutional teacher, then a smaller student five ways from the same weights and in the same order of
-    samples: alone, with KD, with KD on randomly chosen samples, and with KC-KD, which chooses them by their knowledge
-    value.
+    Trains a convolutional teacher, then a smaller student four ways, from the same weights and in the same order
+    of samples: alone, with KD, with KD on randomly chosen samples, and with KC-KD, which chooses them by their
+    knowledge value.
     """
 
     data: str = "mnist5k"
@@ -50,9 +57,9 @@ class Demo:
     output: Path = Path("runs/demo")
     """The folder for the results. An earlier demo there is replaced when this one has finished, not before."""
     epochs: int = 24
-    """Epochs of every run; samples are dropped after every sixth part of them."""
+    """Epochs of every run. Samples are dropped after every sixth of them, rounded up to whole epochs."""
     keep: float = 0.7
-    """The fraction of the samples that is left in the end, in (0, 1]."""
+    """The fraction of the samples that is left in the end, in (0, 1)."""
     schedule: str = "reference"
     """How fast samples are dropped: reference (the authors'), cosine or immediate."""
     batch_size: int = 64
@@ -72,8 +79,9 @@ class Demo:
 
     def recipes(self, seed: int) -> dict[str, Recipe]:
         """What is run for a seed, in this order: label -> recipe. Only what the labels say differs."""
-        stages = max(1, min(6, self.epochs))
-        size = {"keep": self.keep, "schedule": self.schedule, "every": max(1, self.epochs // stages), "stages": stages}
+        every = -(-self.epochs // STAGES)
+        stages = -(-self.epochs // every)  # equal parts, the last one may be shorter
+        size = {"keep": self.keep, "schedule": self.schedule, "every": every, "stages": stages}
         kinds = {
             TEACHER: {"method": "ce"},
             "student": {"method": "ce"},
@@ -94,57 +102,66 @@ class Demo:
             OSError: a file cannot be written; an earlier demo in `output` is as it was.
             KeyboardInterrupt: with a message that says where the finished runs are.
         """
+        if os.environ.get("WORLD_SIZE", "1") != "1":
+            raise ValueError("kcd demo runs in one process: start it without torchrun and accelerate launch")
         plan = self._plan()
         data = load(self.data)
+        self._check_something_is_dropped(plan[0][CONDENSED], len(data.train))
         self._check_networks(data)
-        output = self.output.absolute()
-        partial = output.with_name(f"{output.name}.partial")
-        _check_ours(output, ENTRIES)
-        _check_ours(partial)
-        if not self.resume:
-            storage.remove(partial)
-        partial.mkdir(parents=True, exist_ok=True)
+        staging = Staging(self.output, COMMAND, ENTRIES)
         config = {"command": COMMAND, "options": {**asdict(self), "output": str(self.output)}, "versions": versions()}
-        storage.write_json(partial / "config.json", config)
-
-        try:
-            with threads(self.threads):
-                summaries = list(self._summaries(plan, data, partial))
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(f"finished runs are in {partial}; --resume goes on with them") from None
-        first = next(s for s in summaries if s.method == CONDENSED)
-        student = partial / "checkpoint" / f"seed-{first.seed}" / CONDENSED / "student.safetensors"
-        storage.write_bytes(partial / "student.safetensors", student.read_bytes())
-        report.write(
-            partial,
-            title=f"Knowledge condensation on {data.name}",
-            summaries=summaries,
-            reference=TEACHER,
-            ranking=report.rank_images(first, data.train.images, data.train.labels),
-            config=config,
-        )
-        _publish(partial, output)
+        with staging.opened(self.resume):
+            self._check_same_options(staging.partial / CONFIG, config)
+            storage.write_json(staging.partial / CONFIG, config)
+            try:
+                with threads(self.threads):
+                    summaries = list(self._summaries(plan, data, staging.partial))
+            except KeyboardInterrupt:
+                message = f"finished runs are in {staging.partial}; --resume goes on with them"
+                raise KeyboardInterrupt(message) from None
+            self._report(staging.partial, summaries, data, config)
+            staging.publish()
         print(as_text(tabulate(summaries)))
         print(f"\nreport: {self.output / 'report.html'}")
 
     def _plan(self) -> list[dict[str, Recipe]]:
         for seed in self.seeds:
-            whole("seeds", seed, 0)
+            whole("seeds", seed, 0, MAX_SEED)
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds must be one or more different integers, got {list(self.seeds)}")
         whole("epochs", self.epochs, 2)
         whole("threads", self.threads, 1)
         return [self.recipes(seed) for seed in self.seeds]
 
+    def _check_something_is_dropped(self, recipe: Recipe, samples: int) -> None:
+        """There is nothing to compare, and nothing to draw, unless a stage shrinks the set before the last epoch."""
+        condense, size = recipe.condense, samples
+        for stage in range(1, (self.epochs - 1) // condense.every + 1):
+            size = stage_size(condense.schedule, stage, size, samples, condense.keep, condense.stages)
+        if size == samples:
+            raise ValueError(f"keep={self.keep} drops none of {samples} samples in {self.epochs} epochs: take less")
+
+    def _check_same_options(self, path: Path, config: dict) -> None:
+        """A demo goes on only with the options it was started with."""
+        if not path.exists():
+            return
+        saved = json.loads(path.read_text())["options"]
+        for name, value in json.loads(json.dumps(config["options"])).items():
+            if name not in FREE and saved.get(name) != value:
+                raise ValueError(
+                    f"the demo in {path.parent} was started with --{name.replace('_', '-')} {saved.get(name)}, "
+                    f"got {value}: give the same options, or remove it"
+                )
+
     def _build(self, model: str, data: ImageData, seed: int) -> nn.Module:
         with seeded(seed):
             return models.build(model, in_channels=data.in_channels, num_classes=data.num_classes)
 
     def _check_networks(self, data: ImageData) -> None:
-        train = IndexedDataset(data.train, data.transform)
+        train, test = IndexedDataset(data.train, data.transform), IndexedDataset(data.test, data.transform)
         with accelerator_on(self.device) as accelerator, seeded(0, device=accelerator.device):
-            for name in ("teacher", "student"):
-                check_network(name, self._build(getattr(self, name), data, 0), train, accelerator.device)
+            teacher, student = (self._build(name, data, 0) for name in (self.teacher, self.student))
+            check_networks(student, teacher, train, test, accelerator.device)
 
     def _summaries(self, plan: list[dict[str, Recipe]], data: ImageData, folder: Path) -> Iterator[Summary]:
         """One after the other; what is finished is on disk before the next one starts."""
@@ -173,30 +190,21 @@ class Demo:
                     _write_results(folder, data.name, self.seeds, summaries)
                     yield summary
 
+    def _report(self, folder: Path, summaries: list[Summary], data: ImageData, config: dict) -> None:
+        first = next(s for s in summaries if s.method == CONDENSED)
+        student = folder / "checkpoint" / f"seed-{first.seed}" / CONDENSED / "student.safetensors"
+        storage.write_bytes(folder / "student.safetensors", student.read_bytes())
+        report.write(
+            folder,
+            title=f"Knowledge condensation on {data.name}",
+            summaries=summaries,
+            reference=TEACHER,
+            ranking=report.rank_images(first, data.train.images, data.train.labels),
+            config=config,
+        )
+
 
 def _write_results(folder: Path, dataset: str, seeds: tuple[int, ...], summaries: list[Summary]) -> None:
     lines = [{"method": s.method, "seed": s.seed, **line} for s in summaries for line in s.history]
     storage.write_lines(folder / "metrics.jsonl", lines)
     storage.write_json(folder / "summary.json", results(dataset, seeds, summaries))
-
-
-def _check_ours(folder: Path, names: Sequence[str] = ()) -> None:
-    """Raises FileExistsError if replacing these entries (none named: all) would destroy what no demo has written."""
-    if folder.exists() and not folder.is_dir():
-        raise FileExistsError(f"output {folder} is a file: choose another --output")
-    config = folder / "config.json"
-    taken = [path.name for path in folder.glob("*") if not names or path.name in names]
-    if taken and not (config.is_file() and f'"command": "{COMMAND}"' in config.read_text(errors="replace")):
-        raise FileExistsError(f"output {folder} holds a {taken[0]} that is not of a demo: choose another --output")
-
-
-def _publish(partial: Path, output: Path) -> None:
-    """Moves the results into place; whatever else is in `output` stays. Nothing old is deleted before all is moved."""
-    output.mkdir(parents=True, exist_ok=True)
-    replaced = partial / "replaced"
-    replaced.mkdir(exist_ok=True)
-    for name in ENTRIES:
-        if (output / name).exists():
-            (output / name).rename(replaced / name)
-        (partial / name).rename(output / name)
-    storage.remove(partial)

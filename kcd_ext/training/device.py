@@ -2,28 +2,35 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import copy
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils import GradientAccumulationPlugin
 
 
 @contextmanager
 def accelerator_on(device: str) -> Iterator[Accelerator]:
-    """An Accelerator on this device (auto, cpu or cuda). A process that had none before has none afterwards."""
+    """An Accelerator on this device (auto, cpu or cuda) that steps with every batch, whatever the environment says.
+
+    A process that had none before has none afterwards; one that the caller has accumulates gradients as before.
+    """
     wanted = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     if wanted == "cuda" and not torch.cuda.is_available():
         raise ValueError("device 'cuda' is not available: this torch has no CUDA or finds no driver")
     ours = not AcceleratorState._shared_state
-    accelerator = Accelerator(cpu=wanted == "cpu")
-    if accelerator.device.type != wanted:
-        raise ValueError(f"device {wanted!r}: this process has an Accelerator on {accelerator.device} already")
+    gradients = {name: copy(value) for name, value in GradientState._shared_state.items()}  # all Accelerators share it
+    accelerator = Accelerator(cpu=wanted == "cpu", gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1))
     try:
+        if accelerator.device.type != wanted:
+            raise ValueError(f"device {wanted!r}: this process has an Accelerator on {accelerator.device} already")
         yield accelerator
     finally:
         if ours and accelerator.num_processes == 1:
             AcceleratorState._reset_state(reset_partial_state=True)
-            GradientState._reset_state()
+        GradientState._shared_state.clear()
+        GradientState._shared_state.update(gradients)
 
 
 @contextmanager

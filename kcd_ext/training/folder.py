@@ -8,20 +8,33 @@ from torch import nn
 
 from ..environment import versions
 from . import checkpoint, storage
+from .identity import check_same
 from .summary import Summary, results
+
+ENTRIES = ("config.json", "metrics.jsonl", "checkpoint", "student.safetensors", "summary.json")
 
 
 class RunFolder:
-    """Where a run is written. `found` is the checkpoint that it goes on from, if any."""
+    """Where a run is written. `found` is the checkpoint that it goes on from, if any.
+
+    Raises:
+        FileExistsError: one of ENTRIES is there already, and is not of this run or not to be resumed.
+        ValueError: it is of another run, or damaged.
+    """
 
     def __init__(self, path: Path, identity: dict, resume: bool):
         self.path = path
         self.identity = json.loads(json.dumps(identity))
-        if not resume and any((path / name).exists() for name in ("config.json", "checkpoint", "summary.json")):
-            raise FileExistsError(f"output {path} holds a run already: resume it, or choose another folder")
+        taken = [name for name in ENTRIES if (path / name).exists()]
+        if taken and not resume:
+            raise FileExistsError(
+                f"output {path} holds a run already ({taken[0]}): resume it, or choose another folder"
+            )
         self.found = checkpoint.load(path / "checkpoint") if resume else None
         if self.found is not None:
-            _check_same(self.found.run, self.identity, path)
+            check_same(self.found.run, self.identity, path)
+        elif taken:
+            self._check_only_begun(taken)
 
     def begin(self) -> None:
         """Before the first epoch, so that a folder that cannot be written costs nothing."""
@@ -40,12 +53,15 @@ class RunFolder:
         storage.write_bytes(self.path / "student.safetensors", weights)
         storage.write_json(self.path / "summary.json", results(dataset, [summary.seed], [summary]))
 
-
-def _check_same(saved: dict, mine: dict, path: Path) -> None:
-    """A run goes on only as it began; where it runs and what it is called may change."""
-    free = ("device", "num_workers", "name")
-    pairs = [("train", saved["train"], mine["train"]), ("test", saved["test"], mine["test"])]
-    pairs += [(key, saved["recipe"].get(key), value) for key, value in mine["recipe"].items() if key not in free]
-    for key, old, new in pairs:
-        if old != new:
-            raise ValueError(f"{path} was run with {key}={old!r}, got {key}={new!r}: a run resumes only as it began")
+    def _check_only_begun(self, taken: Sequence[str]) -> None:
+        """Without a checkpoint, what is there must be of this run, killed in its first epoch."""
+        begun = {"config.json"} <= set(taken) <= {"config.json", "metrics.jsonl", "checkpoint"}
+        try:
+            config = json.loads((self.path / "config.json").read_text()) if begun else None
+        except ValueError as error:
+            raise ValueError(f"{self.path / 'config.json'} is damaged ({error}): choose another folder") from error
+        if not isinstance(config, dict) or not isinstance(config.get("recipe"), dict):
+            raise FileExistsError(
+                f"output {self.path} holds a {taken[0]} and no checkpoint to resume from: choose another folder"
+            )
+        check_same(config, self.identity, self.path)

@@ -1,11 +1,12 @@
 """What a run is: every number that decides its result, checked when it is written down."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 
 from ..condensation import KnowledgeCondenser
 from ..condensation.checks import real, whole
+from ..condensation.random_keys import MAX_SEED
 from ..registry import resolve
 
 SELECTIONS = {
@@ -43,13 +44,16 @@ class Condense:
     def build(self, num_samples: int, *, seed: int, device: object) -> KnowledgeCondenser:
         """The condenser of a training set of this many samples."""
         condenser = resolve("selection", self.selection, SELECTIONS)
-        takes = inspect.signature(condenser).parameters
+        parameters = inspect.signature(condenser).parameters
+        takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
         options = {}
         for option in fields(self):
             value = getattr(self, option.name)
-            if option.name in takes:
+            if option.name == "selection":
+                continue
+            if takes_all or option.name in parameters:
                 options[option.name] = value
-            elif option.name != "selection" and value != option.default:
+            elif value != option.default:
                 raise ValueError(f"{option.name}={value!r} has no effect with selection {self.selection!r}")
         return condenser(num_samples, seed=seed, device=device, **options)
 
@@ -57,6 +61,8 @@ class Condense:
 @dataclass(frozen=True)
 class Recipe:
     """How a student is trained. The defaults are those of KCD on CIFAR-100 (Li et al., ECCV 2022).
+
+    Equal by its fields, and not hashable: `options` is a mapping.
 
     Raises:
         TypeError, ValueError: a field has the wrong type or is out of range; names the field, what it got and takes.
@@ -87,13 +93,18 @@ class Recipe:
     """What tables and files call the run; empty: the method, with kc- before it where samples are condensed."""
 
     def __post_init__(self) -> None:
-        for name, least in (("epochs", 1), ("batch_size", 1), ("seed", 0), ("num_workers", 0)):
+        for name, least in (("epochs", 1), ("batch_size", 1), ("num_workers", 0)):
             whole(name, getattr(self, name), least)
+        whole("seed", self.seed, 0, MAX_SEED)
+        if not isinstance(self.name, str):
+            raise TypeError(f"name must be a string, got {type(self.name).__name__} {self.name!r}")
         for name in ("lr", "momentum", "weight_decay", "gamma"):
-            real(name, getattr(self, name), "a finite number >= 0", 0.0)
+            real(name, getattr(self, name), "a finite number >= 0", 0.0, 3e38)  # in single precision
+        if isinstance(self.milestones, str) or not isinstance(self.milestones, Iterable):
+            raise TypeError(f"milestones must be fractions of the epochs in [0, 1], got {self.milestones!r}")
+        object.__setattr__(self, "milestones", tuple(self.milestones))
         for milestone in self.milestones:
             real("milestones", milestone, "fractions of the epochs in [0, 1]", 0.0, 1.0)
-        object.__setattr__(self, "milestones", tuple(self.milestones))
         if self.device not in ("auto", "cpu", "cuda"):
             raise ValueError(f"device must be auto, cpu or cuda, got {self.device!r}")
         if self.condense is not None and not isinstance(self.condense, Condense):

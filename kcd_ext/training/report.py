@@ -29,6 +29,7 @@ h1 { font-size: 1.6rem; line-height: 1.25; margin: .5rem 0 } h2 { font-size: 1.1
 section { background: #fff; border: 1px solid #e1e4e8; border-radius: 10px; padding: 1rem; margin: 1rem 0 }
 .pair { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)) }
 .pair section { margin: 0 } .wide { overflow-x: auto } svg { width: 100%; height: auto; display: block }
+.values svg { max-width: 40rem; margin: 0 auto }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; white-space: nowrap }
 th, td { padding: .4rem .7rem; border-bottom: 1px solid #e8eaed; text-align: right; font-weight: 400 }
 th { color: #57606a; font-size: .85rem } th:first-child, td:first-child { text-align: left }
@@ -36,6 +37,10 @@ th { color: #57606a; font-size: .85rem } th:first-child, td:first-child { text-a
 figure { margin: 0; text-align: center } figcaption { font-size: .72rem; line-height: 1.3; color: #57606a }
 figure img { width: 100%; image-rendering: pixelated; border-radius: 4px; display: block }
 p.note { color: #57606a; font-size: .88rem; margin: .5rem 0 0 } pre { overflow-x: auto; font-size: .8rem }
+@media (max-width: 40rem) {
+main { padding: .5rem } section { padding: .6rem } table { font-size: .7rem; white-space: normal }
+th { font-size: .66rem } th, td { padding: .3rem .15rem }
+}
 """.strip()
 
 
@@ -108,19 +113,14 @@ class _Runs:
 
 
 def _draw_accuracy(axes: Axes, runs: _Runs, against: str, label: str) -> None:
-    """Accuracy of every method after every epoch, against a running sum."""
-    levels = []
+    """Accuracy of every method after every epoch, against a running sum: whole curves, from the first epoch on."""
     for method in runs.drawn:
-        accuracy = runs.curve(method, "accuracy")
-        axes.plot(runs.curve(method, against), accuracy, color=runs.colours[method], label=method, linewidth=1.8)
-        levels += [accuracy[-1], max(accuracy)]
+        x, y = runs.curve(method, against), runs.curve(method, "accuracy")
+        axes.plot(x, y, color=runs.colours[method], label=method, linewidth=1.6)
     if runs.reference:
-        levels.append(mean(run.accuracy_last for run in runs.reference))
-        axes.axhline(levels[-1], color="#333333", linestyle="--", linewidth=1, label=runs.reference[0].method)
-    # What differs in the end fills a third of the height; how a run begins is cut off below.
-    spread = max(levels) - min(levels) + 0.5
-    bottom, top = min(levels) - 2 * spread, max(levels) + 0.2 * spread
-    axes.set(xlabel=label, ylabel="test accuracy, %", ylim=(max(bottom, 0.0), min(top, 100.0)))
+        level = mean(run.accuracy_last for run in runs.reference)
+        axes.axhline(level, color="#333333", linestyle="--", linewidth=1, label=runs.reference[0].method)
+    axes.set(xlabel=label, ylabel="test accuracy, %")
     axes.xaxis.set_major_formatter(lambda x, _position: f"{x / 1000:g}k" if x >= 1000 else f"{x:g}")
     axes.legend(loc="lower right", frameon=False)
 
@@ -165,9 +165,10 @@ def _picture(runs: _Runs, ranking: Sequence[RankedImage]) -> bytes:
     _draw_accuracy(visits, runs, "sample_visits", "sample visits")
     _draw_values(values, runs)
     for axes, chosen, title in ((best, ranking[:SHOWN], "most"), (worst, ranking[-SHOWN:], "least")):
-        axes.imshow(_tiles([ranked.image for ranked in chosen], columns=8), cmap="gray", vmin=0, vmax=255)
-        axes.set_title(f"{title} valuable for the student", fontsize=10)
         axes.set_axis_off()
+        if chosen:
+            axes.imshow(_tiles([ranked.image for ranked in chosen], columns=8), cmap="gray", vmin=0, vmax=255)
+            axes.set_title(f"{title} valuable for the student", fontsize=10)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=150)
     return buffer.getvalue()
@@ -179,16 +180,17 @@ def _tiles(images: Sequence[np.ndarray], columns: int) -> np.ndarray:
     images = [*images, *[blank] * (-len(images) % columns)]
     framed = [np.pad(image, ((1, 1), (1, 1), (0, 0)), constant_values=255) for image in images]
     rows = [np.concatenate(framed[i : i + columns], axis=1) for i in range(0, len(framed), columns)]
-    return _without_grey_axis(np.concatenate(rows))
+    return _drawable(np.concatenate(rows))
 
 
-def _without_grey_axis(image: np.ndarray) -> np.ndarray:
-    return image[..., 0] if image.shape[-1] == 1 else image
+def _drawable(image: np.ndarray) -> np.ndarray:
+    """RGB and RGBA as they are; of any other number of channels the first one, as grey."""
+    return image if image.shape[-1] in (3, 4) else image[..., 0]
 
 
 def _thumbnail(item: RankedImage) -> str:
     buffer = io.BytesIO()
-    imsave(buffer, _without_grey_axis(item.image), format="png", cmap="gray", vmin=0, vmax=255)
+    imsave(buffer, _drawable(item.image), format="png", cmap="gray", vmin=0, vmax=255)
     data = base64.b64encode(buffer.getvalue()).decode()
     alt = f"an image of class {item.label}"
     caption = f"class {item.label}<br>{item.value:.2f}"
@@ -210,10 +212,18 @@ def _page(title: str, runs: _Runs, ranking: Sequence[RankedImage], config: Mappi
         figure, (axes,) = _figure(5.6, 3.8)
         _draw_accuracy(axes, runs, against, label)
         figures[against] = _svg(figure)
-    figure, (axes,) = _figure(9, 3.6)
+    figure, (axes,) = _figure(5.6, 3.8)
     _draw_values(axes, runs)
     seeds = list(dict.fromkeys(run.seed for run in runs.summaries))
+    values = f"""
+<section class="values"><h2>Knowledge values, stage by stage</h2>{_svg(figure)}
+<p class="note">How the values of all samples visited so far are spread when a stage ends. A value is the student's
+ mean entropy over its visits to the sample (seed {seeds[0]}).</p></section>"""
     most, least = ("".join(map(_thumbnail, chosen)) for chosen in (ranking[:SHOWN], ranking[-SHOWN:]))
+    images = f"""
+<section><h2>Most valuable training images</h2><div class="images">{most}</div></section>
+<section><h2>Least valuable training images</h2><div class="images">{least}</div>
+<p class="note">Below each image its class and its value at the end, in nats (seed {seeds[0]}).</p></section>"""
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -232,13 +242,7 @@ def _page(title: str, runs: _Runs, ranking: Sequence[RankedImage], config: Mappi
 <div class="pair">
 <section><h2>Accuracy against sample visits</h2>{figures["sample_visits"]}</section>
 <section><h2>Accuracy against seconds</h2>{figures["seconds"]}</section>
-</div>
-<section><h2>Knowledge values, stage by stage</h2>{_svg(figure)}
-<p class="note">How the values of all samples visited so far are spread when a stage ends. A value is the student's
- mean entropy over its visits to the sample (seed {seeds[0]}).</p></section>
-<section><h2>Most valuable training images</h2><div class="images">{most}</div></section>
-<section><h2>Least valuable training images</h2><div class="images">{least}</div>
-<p class="note">Below each image its class and its value at the end, in nats (seed {seeds[0]}).</p></section>
+</div>{values if any(runs.stages()) else ""}{images if ranking else ""}
 <section><h2>Configuration</h2><pre>{html.escape(json.dumps(config, indent=2))}</pre></section>
 </main></body>
 </html>

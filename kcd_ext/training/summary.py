@@ -19,9 +19,9 @@ class Summary:
     accuracy_best: float
     """Highest test accuracy of any epoch, percent."""
     sample_visits: int
-    """Samples the student was trained on, summed over epochs and processes."""
+    """Samples the student was trained on, summed over epochs and processes; repeats that fill up a batch left out."""
     teacher_visits: int
-    """Samples the teacher was asked about."""
+    """Rows that the teacher was asked about, in all; with several processes repeats are among them."""
     seconds: float
     """Wall time of training and condensation; validation and writing are not in it."""
     history: Sequence[dict] = field(repr=False, default=())

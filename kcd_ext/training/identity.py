@@ -1,0 +1,60 @@
+"""What makes two runs the same run: all that decides the result, small enough to be kept in a checkpoint."""
+
+import hashlib
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.utils.data import default_collate
+
+from ..data import IndexedDataset
+from .randomness import seeded
+from .recipe import Recipe
+
+PROBED = 5  # samples of a data set that are looked at, the first and the last among them
+FREE = ("device", "num_workers", "name")  # of a recipe: where a run computes and what it is called may change
+
+
+def identity_of(
+    recipe: Recipe, teacher: nn.Module | None, train: IndexedDataset, test: IndexedDataset, accelerator: Accelerator
+) -> dict[str, object]:
+    """As JSON. The student is not in it: a run that goes on takes its weights from the checkpoint."""
+    return {
+        "recipe": recipe.as_json(),
+        "train": len(train),
+        "test": len(test),
+        "train_samples": digest_of_samples(train),
+        "test_samples": digest_of_samples(test),
+        "teacher": None if teacher is None else digest(teacher.state_dict()),
+        "precision": accelerator.mixed_precision,
+        "processes": accelerator.num_processes,
+    }
+
+
+def check_same(saved: Mapping, mine: Mapping, path: object) -> None:
+    """Raises ValueError, naming the first difference, unless the run in `path` may go on as this one."""
+    pairs = [(key, saved.get(key), value) for key, value in mine.items() if key != "recipe"]
+    pairs += [(key, saved["recipe"].get(key), value) for key, value in mine["recipe"].items() if key not in FREE]
+    for key, old, new in pairs:
+        if old != new:
+            raise ValueError(f"{path} was run with {key}={old!r}, got {key}={new!r}: a run resumes only as it began")
+
+
+def digest(tensors: Mapping[str, object]) -> str:
+    """16 hexadecimal digits of the names, dtypes, shapes and bytes of the tensors among these."""
+    sha = hashlib.sha256()
+    for name, tensor in tensors.items():
+        if isinstance(tensor, Tensor):
+            sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            sha.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return sha.hexdigest()[:16]
+
+
+def digest_of_samples(dataset: IndexedDataset) -> str:
+    """`digest` of a few samples and their labels, whatever the state of the generators that transforms draw from."""
+    chosen = np.unique(np.linspace(0, len(dataset) - 1, PROBED).astype(int)).tolist()
+    with seeded(0):
+        samples = {index: default_collate([dataset[index]]) for index in chosen}
+    return digest({f"{index} {part}": samples[index][place] for index in chosen for place, part in enumerate("xy")})

@@ -1,0 +1,125 @@
+"""Results that are collected beside their place and put there all at once."""
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from . import storage
+
+CONFIG = "config.json"
+LOCK = ".demo-lock"
+REPLACED = ".replaced"  # in the folder of the new results: the old folder, until all of the user's is out of it
+
+
+class Staging:
+    """`partial`, the folder `<output>.partial` in which a command fills `entries`, and `output`, where they end up.
+
+    Args:
+        output: the folder for the results; links are followed.
+        command: what writes `"command": command` into the config.json of both folders.
+        entries: the names that are the command's own in `output`. All others are the user's and stay.
+
+    Raises:
+        ValueError: `output` can have no folder beside it.
+        OSError: `output` or `partial` is a file, or holds what the command has not written. Nothing has changed.
+    """
+
+    def __init__(self, output: Path, command: str, entries: Sequence[str]):
+        self.output = Path(os.path.realpath(output))
+        self.entries = entries
+        if not self.output.name:
+            raise ValueError(f"output must be a folder that can be replaced, got {output}")
+        self.partial = self.output.with_name(f"{self.output.name}.partial")
+        _check_is_of(command, self.output, entries)
+        _check_is_of(command, self.partial)
+
+    @contextmanager
+    def opened(self, resume: bool) -> Iterator[None]:
+        """Inside, `partial` is there and this process alone writes into it and replaces `output`.
+
+        Raises:
+            FileExistsError: `partial` holds an interrupted command and `resume` is False, or another process works there.
+            OSError: it cannot be written, or `output` cannot be replaced. Nothing has changed.
+        """
+        self.partial.mkdir(parents=True, exist_ok=True)
+        lock = self.partial / LOCK
+        try:
+            with open(lock, "ab") as held:
+                _lock(held.fileno(), lock)
+                try:
+                    self._settle()
+                    if not resume and any(path.name != LOCK for path in self.partial.iterdir()):
+                        raise FileExistsError(
+                            f"an interrupted demo is in {self.partial}: --resume goes on with it, or remove it"
+                        )
+                    self._try_to_replace()
+                    yield
+                finally:
+                    for folder in (self.partial, self.output):
+                        if _is_at(folder / LOCK, held.fileno()):
+                            (folder / LOCK).unlink(missing_ok=True)
+        finally:
+            with suppress(OSError):
+                self.partial.rmdir()  # only if nothing has come into it
+
+    def publish(self) -> None:
+        """`partial` becomes `output`, by renaming whole folders; what is the user's in the old one is carried over.
+
+        Killed at any moment, `opened` puts it right the next time.
+        """
+        if self.output.exists():
+            self.output.rename(self.partial / REPLACED)
+        self.partial.rename(self.output)
+        self._settle()
+
+    def _settle(self) -> None:
+        """Takes a half-done `publish` back, or to its end."""
+        aside = self.partial / REPLACED
+        if aside.exists() and not self.output.exists():
+            aside.rename(self.output)
+        (self.output / LOCK).unlink(missing_ok=True)  # that of a process killed after its last rename
+        old = self.output / REPLACED
+        if not old.exists():
+            return
+        for path in list(old.iterdir()):
+            if path.name in self.entries:
+                storage.remove(path)
+            elif not os.path.lexists(self.output / path.name):
+                path.rename(self.output / path.name)
+        with suppress(OSError):  # not empty: the user has files of one name in both folders
+            old.rmdir()
+
+    def _try_to_replace(self) -> None:
+        """Finds out now, not after all the work, that the folder is the root of a disk or another user's."""
+        if self.output.exists():
+            self.output.rename(self.partial / REPLACED)
+            self._settle()
+
+
+def _check_is_of(command: str, folder: Path, names: Sequence[str] = ()) -> None:
+    """Raises FileExistsError if replacing these entries (none named: all) would destroy what is not the command's."""
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"output {folder} is a file: choose another --output")
+    config = folder / CONFIG
+    present = {path.name for path in folder.glob("*")} - {LOCK, REPLACED}
+    taken = sorted(present & set(names) if names else present)
+    if taken and not (config.is_file() and f'"command": {json.dumps(command)}' in config.read_text(errors="replace")):
+        raise FileExistsError(f"output {folder} holds a {taken[0]} that is not of a demo: choose another --output")
+
+
+def _lock(descriptor: int, path: Path) -> None:
+    """Raises FileExistsError where another process has it, or had it and has moved it away by now."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise FileExistsError(f"another demo is running in {path.parent}: wait, or choose another --output") from None
+    if not _is_at(path, descriptor):
+        raise FileExistsError(f"another demo has just ended in {path.parent}: start again")
+
+
+def _is_at(path: Path, descriptor: int) -> bool:
+    """Whether the path still leads to the open file."""
+    return path.exists() and os.path.samestat(os.stat(path), os.fstat(descriptor))

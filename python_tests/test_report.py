@@ -1,0 +1,181 @@
+"""The report shows what it says: every curve, bar, picture and number is compared with what it was made from."""
+
+import base64
+import html.parser
+import io
+import re
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.image import imread
+
+from kcd_ext.training import Summary, report
+
+LEVELS = {"teacher": 90.0, "kd": 70.0, "kc-kd": 80.0}
+
+
+def summaries(stages=True):
+    """Three methods, two seeds, four epochs; no two quantities are alike."""
+    values = {"low": 0.0, "high": 2.0, "counts": [1, 0, 4, 3]}
+    made = []
+    for seed in (3, 1):
+        for method, level in LEVELS.items():
+            history = [
+                {
+                    "epoch": epoch,
+                    "accuracy": level + epoch + seed,
+                    "train_accuracy": 5.0 + epoch,
+                    "loss": 1 / epoch,
+                    "sample_visits": (900 if method == "kc-kd" else 1000) * epoch,
+                    "teacher_visits": 7 * epoch,
+                    "seconds": (2.0 if method == "kc-kd" else 3.0) * epoch + seed,
+                    "condensation": {"stage": epoch, "kept": 8 - epoch, "mixed": 1, "values": values}
+                    if stages and method == "kc-kd" and epoch < 3
+                    else None,
+                }
+                for epoch in range(1, 5)
+            ]
+            last = history[-1]
+            accuracy = last["accuracy"], last["accuracy"] + 1
+            visits = last["sample_visits"], last["teacher_visits"], last["seconds"]
+            made.append(Summary(method, seed, *accuracy, *visits, history))
+    return made
+
+
+def ranking(channels=1, count=40):
+    """The i-th image is worth 4 - i/10 and its pixels are 4i."""
+    images = np.zeros((count, 4, 4, channels), np.uint8) + 4 * np.arange(count, dtype=np.uint8)[:, None, None, None]
+    return [report.RankedImage(image, i % 7, 4 - i / 10) for i, image in enumerate(images)]
+
+
+class Page(html.parser.HTMLParser):
+    """The cells of the table by row, and the pictures in their order as (section, class, caption, pixels)."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.rows, self.pictures, self.headings, self.stack = [], [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.stack.append(tag)
+        if tag == "tr":
+            self.rows.append([])
+        if tag == "h2":
+            self.headings.append("")
+        if tag == "img":
+            attributes = dict(attributes)
+            png = base64.b64decode(attributes["src"].partition(",")[2])
+            self.pictures.append([self.headings[-1], attributes["alt"], "", imread(io.BytesIO(png))])
+
+    def handle_data(self, data):
+        if self.stack and self.stack[-1] in ("td", "th"):
+            self.rows[-1].append(data)
+        if self.stack and self.stack[-1] == "h2":
+            self.headings[-1] += data
+        if "figcaption" in self.stack[-2:]:
+            self.pictures[-1][2] += f" {data}"
+
+    def handle_endtag(self, tag):
+        while self.stack.pop() != tag:
+            pass
+
+
+@pytest.fixture
+def written(tmp_path, monkeypatch):
+    """Writes a report; the page, and every axes that was drawn for it or for the picture."""
+
+    def write(runs, ranked):
+        drawn, real = [], report._figure
+
+        def kept(*arguments, **options):
+            figure, axes = real(*arguments, **options)
+            drawn.extend(axes)
+            return figure, axes
+
+        monkeypatch.setattr(report, "_figure", kept)
+        report.write(tmp_path, title="t", summaries=runs, reference="teacher", ranking=ranked, config={})
+        return Page((tmp_path / "report.html").read_text()), drawn
+
+    return write
+
+
+def test_curves(written):
+    _, drawn = written(summaries(), ranking())
+    by_label = {}
+    for axes in drawn:
+        if axes.get_ylabel() == "test accuracy, %":
+            by_label.setdefault(axes.get_xlabel(), []).append(axes)
+    assert {label: len(found) for label, found in by_label.items()} == {"sample visits": 2, "seconds of training": 1}
+    epochs = np.arange(1, 5)
+    x = {
+        "sample visits": {"kd": 1000 * epochs, "kc-kd": 900 * epochs},
+        "seconds of training": {"kd": 3 * epochs + 2, "kc-kd": 2 * epochs + 2},  # seeds 3 and 1: 2 on the mean
+    }
+    for label, found in by_label.items():
+        for axes in found:
+            lines = {line.get_label(): line for line in axes.lines}
+            assert lines.keys() == LEVELS.keys()
+            for method in ("kd", "kc-kd"):
+                points = np.stack([x[label][method], LEVELS[method] + epochs + 2], axis=1)
+                assert lines[method].get_xydata().tolist() == points.tolist()
+                assert points[:, 1].min() > axes.get_ylim()[0] and points[:, 1].max() < axes.get_ylim()[1]
+            assert set(lines["teacher"].get_ydata()) == {LEVELS["teacher"] + 4 + 2}
+            assert [text.get_text() for text in axes.get_legend().get_texts()] == ["kd", "kc-kd", "teacher"]
+
+
+def test_histograms(written):
+    _, drawn = written(summaries(), ranking())
+    found = [axes for axes in drawn if axes.get_ylabel() == "samples, %"]
+    assert len(found) == 2
+    for axes in found:
+        assert [patch.get_label() for patch in axes.patches] == ["stage 1: 7 kept", "stage 2: 6 kept"]
+        for patch in axes.patches:
+            heights, edges, _ = patch.get_data()
+            assert heights.tolist() == [12.5, 0.0, 50.0, 37.5] and edges.tolist() == [0.0, 0.5, 1.0, 1.5, 2.0]
+
+
+def test_table(written):
+    page, _ = written(summaries(), ranking())
+    assert page.rows == [
+        ["method", "accuracy last, %", "accuracy best, %", "sample visits", "teacher visits", "seconds"],
+        ["teacher", "96.00 ± 1.41", "97.00 ± 1.41", "4,000 (100.0 %)", "28 (100.0 %)", "14.0 ± 1.4"],
+        ["kd", "76.00 ± 1.41", "77.00 ± 1.41", "4,000 (100.0 %)", "28 (100.0 %)", "14.0 ± 1.4"],
+        ["kc-kd", "86.00 ± 1.41", "87.00 ± 1.41", "3,600 (90.0 %)", "28 (100.0 %)", "10.0 ± 1.4"],
+    ]
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4, 5])
+def test_images(written, channels):
+    ranked = ranking(channels)
+    page, drawn = written(summaries(), ranked)
+    shown = [("Most valuable training images", i) for i in range(16)]
+    shown += [("Least valuable training images", i) for i in range(24, 40)]
+    assert len(page.pictures) == 32
+    for (heading, alt, caption, pixels), (section, i) in zip(page.pictures, shown, strict=True):
+        assert (heading, alt) == (section, f"an image of class {i % 7}")
+        assert re.fullmatch(rf"class {i % 7} +{4 - i / 10:.2f}", caption.strip())
+        assert abs(255 * pixels[0, 0, 0] - 4 * i) <= 1.1  # the colour map may round down
+    tiled = {axes.get_title(): axes.images[0].get_array() for axes in drawn if axes.images}
+    for title, first in (("most valuable for the student", 0), ("least valuable for the student", 24)):
+        corner = np.atleast_1d(tiled[title][1, 1])[0], np.atleast_1d(tiled[title][1, 7])[0]
+        assert corner == (4 * first, 4 * (first + 1))
+
+
+def test_what_there_is_none_of_is_left_out(written):
+    page, _ = written(summaries(stages=False), [])
+    assert [h for h in page.headings if "aluable" in h or "alues" in h] == [] and not page.pictures
+
+
+def test_ranking_by_hand():
+    class Held:
+        values, counts = torch.tensor([0.5, 9.0, 0.1, 2.0]), torch.tensor([3, 0, 1, 2])
+
+    summary = Summary("kc-kd", 0, 1.0, 1.0, 1, 1, 1.0, condenser=Held())
+    images = np.arange(4, dtype=np.uint8)[:, None, None, None]
+    ranked = report.rank_images(summary, images, np.array([5, 6, 7, 8]))
+    assert [(int(r.image.item()), r.label, round(r.value, 6)) for r in ranked] == [
+        (3, 8, 2.0),
+        (0, 5, 0.5),
+        (2, 7, 0.1),
+    ]
