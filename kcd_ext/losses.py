@@ -101,9 +101,9 @@ def condensed_kd_loss(
     )
     if not student_logits.is_cpu:
         raise _no_kernels(student_logits)
-    with_gradient = student_logits.requires_grad and torch.is_grad_enabled()
+    differentiable = student_logits.requires_grad and torch.is_grad_enabled()
     if inplace:
-        _check_inplace(student_logits, teacher_logits, with_gradient)
+        _check_inplace(student_logits, teacher_logits, differentiable)
 
     absent = ops.absent(student_logits)
     student = student_logits if student_logits.is_contiguous() else _readable(student_logits)
@@ -122,10 +122,10 @@ def condensed_kd_loss(
         _refuse_transforms(student)
         compute = _eager if group is None else _over_group
     loss, ranked, stats, selected, counts, backward = compute(student, inputs, value_kind, options, group)
-    if with_gradient and backward is not None:
+    if differentiable and backward is not None:
         teacher, labels, _, row_weight, rows = inputs
         saved = (teacher, labels, row_weight, rows, selected, stats, counts)
-        loss = ops.GradientOfStudent.apply(student, (loss, saved, backward, inplace))
+        loss = ops.with_gradient(loss, student, saved, backward, inplace)
     return (loss, _knowledge(ranked, stats, selected, value)) if return_knowledge else loss
 
 
@@ -336,12 +336,12 @@ def _no_kernels(student: Tensor) -> ValueError:
     )
 
 
-def _check_inplace(student: Tensor, teacher: Tensor, with_gradient: bool) -> None:
+def _check_inplace(student: Tensor, teacher: Tensor, differentiable: bool) -> None:
     if torch.compiler.is_compiling():
         raise ValueError(
             "inplace=True is not possible under torch.compile, which plans memory by itself: leave it False"
         )
-    if not with_gradient:
+    if not differentiable:
         return
     base = student if student._base is None else student._base
     if base.is_leaf and base.requires_grad:

@@ -122,22 +122,16 @@ torch.library.register_autograd(condensed_kd_backward, _no_second_derivative)
 
 
 class GradientOfStudent(torch.autograd.Function):
-    """Ties a loss that is computed to the student's logits.
+    """Ties a loss that is computed to the student's logits; `with_gradient` applies it.
 
     The eager path's door to autograd: torch.library's own wrapper costs 60 us a call, more than a small batch takes.
     """
 
     @staticmethod
-    def forward(ctx, student: Tensor, computed: tuple[Tensor, tuple[Tensor, ...], tuple, bool]) -> Tensor:
-        """The loss.
-
-        computed: the loss; teacher, labels, row_weight, rows, selected, stats, counts; the operators' options; whether
-        the gradient overwrites the student's logits. In a tuple, since autograd handles every tensor it sees.
-        """
-        loss, saved, ctx.options, ctx.inplace = computed
-        # What is absent needs no saving. Tensors made in inference mode cannot be saved; nor can they be changed.
-        ctx.constants = [x if x is _ABSENT or x.is_inference() else None for x in saved]
-        ctx.save_for_backward(student, *[x if y is None else None for x, y in zip(saved, ctx.constants, strict=True)])
+    def forward(ctx, student: Tensor, computed: tuple) -> Tensor:
+        """The loss, out of what `with_gradient` puts together: in a tuple, since autograd handles every tensor it sees."""
+        loss, saved, ctx.constants, ctx.options, ctx.inplace = computed
+        ctx.save_for_backward(student, *saved)
         ctx.set_materialize_grads(False)
         return loss
 
@@ -147,7 +141,8 @@ class GradientOfStudent(torch.autograd.Function):
         if grad_output is None:
             return None, None
         student, *saved = ctx.saved_tensors  # raises where an earlier backward pass overwrote the logits
-        saved = [constant if x is None else x for x, constant in zip(saved, ctx.constants, strict=True)]
+        if ctx.constants:
+            saved = [constant if x is None else x for x, constant in zip(saved, ctx.constants, strict=True)]
         grad_output = grad_output.contiguous()
         if ctx.inplace:
             if torch.is_grad_enabled():
@@ -158,3 +153,26 @@ class GradientOfStudent(torch.autograd.Function):
             return student, None
         gradient = condensed_kd_backward if torch.is_grad_enabled() else condensed_kd_gradient
         return gradient(grad_output, student, *saved, *ctx.options), None
+
+
+# Function.apply handles torch.func's transforms first, which are refused before this is reached.
+_apply_without_transforms = super(torch.autograd.Function, GradientOfStudent).apply
+
+
+def with_gradient(loss: Tensor, student: Tensor, saved: tuple[Tensor, ...], options: tuple, inplace: bool) -> Tensor:
+    """The loss, differentiable with respect to the student's logits.
+
+    Args:
+        loss: computed without autograd.
+        student: the logits it is a function of.
+        saved: teacher, labels, row_weight, rows, selected, stats, counts, as the operators take them.
+        options: the operators' temperature, kd_weight, ce_weight, ignore_index, reduction and number of processes.
+        inplace: whether the gradient overwrites the logits.
+    """
+    constants = None
+    if any(map(Tensor.is_inference, saved)):
+        # Tensors made in inference mode cannot be saved for a backward pass; nor can they be changed before it.
+        constants = [x if x.is_inference() else None for x in saved]
+        saved = [None if x.is_inference() else x for x in saved]
+    apply = GradientOfStudent.apply if torch.compiler.is_compiling() else _apply_without_transforms
+    return apply(student, (loss, saved, constants, options, inplace))

@@ -102,6 +102,7 @@ def _process(job, rank, folder):
     )
     job(rank, folder)
     if job is not lose_a_peer:
+        dist.barrier()  # gloo aborts a process whose peer hangs up while it is still busy
         dist.destroy_process_group()
 
 

@@ -89,6 +89,7 @@ def worker(rank: int, folder: str) -> None:
         assert torch.allclose(grad, other_grad, atol=1e-6, equal_nan=True), name
         out[name] = (loss, {n: getattr(knowledge, n) for n in NAMES}, knowledge.n_selected, grad)
     torch.save(out, f"{folder}/{rank}.pt")
+    dist.barrier()  # gloo aborts a process whose peer hangs up while it is still busy
     dist.destroy_process_group()
 
 
