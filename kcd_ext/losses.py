@@ -344,7 +344,7 @@ def _check_inplace(student: Tensor, teacher: Tensor, differentiable: bool) -> No
     if not differentiable:
         return
     base = student if student._base is None else student._base
-    if base.is_leaf and base.requires_grad:
+    if student.is_leaf or (base.is_leaf and base.requires_grad):
         raise ValueError("inplace=True would overwrite student_logits, a leaf that requires grad (or a view of one)")
     if not _lies_in_place(student) or _overlaps_itself(student):
         raise ValueError(

@@ -104,7 +104,7 @@ def test_inplace_overwrites_the_logits_once():
 def test_inplace_is_refused_where_it_cannot_be():
     teacher = logits(5, 6, 1)
     leaf = logits(5, 6, 0).requires_grad_()
-    for parameter in (leaf, leaf.view(5, 6), leaf[:, :]):
+    for parameter in (leaf, leaf.view(5, 6), leaf[:, :], logits(9, 6, 2)[:5].requires_grad_()):
         with pytest.raises(ValueError, match="a leaf that requires grad"):
             condensed_kd_loss(parameter, teacher, inplace=True)
     flat = logits(1, 40, 0).requires_grad_()[0] * 1

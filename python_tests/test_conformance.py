@@ -303,6 +303,29 @@ def test_masks_of_large_negative_logits(backend, dtype, temperature, mask):
     assert got["kl"].isfinite().all() and (got["kl"] > 0).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "classes, low, masked, temperature",
+    [
+        (4096, -200.0, 1, 1.0),
+        (4096, -200.0, 2, 1.0),
+        (4096, -1000.0, 1, 4.0),
+        (4096, -1000.0, 64, 4.0),
+        (2000, -1000.0, 64, 4.0),
+        (1024, -1000.0, 64, 4.0),
+        (4096, -100.0, 64, 1.0),
+        (4096, -3000.0, 900, 4.0),
+    ],
+)
+def test_a_masked_student_where_the_teacher_has_next_to_nothing(backend, dtype, classes, low, masked, temperature):
+    """Sums over a part of the classes leave float32's range, those over the whole row do not."""
+    student, teacher = logits(3, classes, dtype=dtype, seed=68), logits(3, classes, dtype=dtype, seed=69)
+    teacher[:, 0] += 20
+    teacher[:, classes // 2 :] = low
+    student[:, classes - masked :] = torch.finfo(dtype).min
+    assert check(backend, student, teacher, temperature=temperature, value="kl", keep=2)["kl"].isfinite().all()
+
+
 @pytest.mark.parametrize("classes", [6, 5000])
 def test_student_without_mass_where_the_teacher_has_some(backend, classes):
     student, teacher = logits(3, classes, seed=41), logits(3, classes, seed=42)

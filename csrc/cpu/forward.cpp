@@ -41,7 +41,8 @@ KCD_INLINE void accumulate(Vector<Real> dz, Vector<Real> dy, const Scale<Real>& 
   const Vector<Real> log_teacher = dy * scale.per_logit, teacher = exp2(log_teacher);
   sums.teacher.template add<power, with_teacher_entropy>(dy, teacher, scale);
   // A class without mass for the teacher adds 0, also where the student rules it out.
-  sums.cross += teacher * (log_teacher < static_cast<Real>(kVanishing) ? Vector<Real>{} : dy - dz);
+  const Vector<Real> difference = (dy - dz) * Limits<Real>::difference_scale();
+  sums.cross += teacher * (log_teacher < static_cast<Real>(kVanishing) ? Vector<Real>{} : difference);
 }
 
 // Two chains, since each step waits for the one before.
@@ -83,19 +84,39 @@ KCD_INLINE RowSums<Real> sum_piece(const Real* z, const Real* y, int64_t n, cons
   return {student, teacher, infinite ? Limits<Real>::infinity() : cross};
 }
 
+// in_range: whether float32 held all sums (RowSums::cross); if not, they count for nothing.
 template <Power power, bool with_teacher, bool with_teacher_entropy, class Real>
-RowSums<Real> sum_row(const Problem& problem, const char* student, const char* teacher, const Scale<Real>& scale) {
+RowSums<Real> sum_row(const Problem& problem, const char* student, const char* teacher, const Scale<Real>& scale, bool& in_range) {
   alignas(64) Real z[kPiece], y[kPiece];
   RowSums<Real> row;
+  in_range = true;
   for (int64_t first = 0; first < problem.classes; first += kPiece) {
     const int64_t n = problem.classes - first < kPiece ? problem.classes - first : kPiece;
     const RowSums<Real> next = sum_piece<power, with_teacher, with_teacher_entropy>(
         piece(problem.student.type, student, first, n, z),
         with_teacher ? piece(problem.teacher.type, teacher, first, n, y) : nullptr, n, scale,
         ahead(problem.student, student, first), ahead(problem.teacher, teacher, first));
+    in_range &= next.cross < Real(1e30) && next.cross > Real(-1e30);
     row = first ? merge(row, next, scale.inverse_temperature) : next;
   }
   return row;
+}
+
+template <class To>
+KCD_INLINE ClassSums<To> convert(const ClassSums<double>& s) {
+  return {static_cast<To>(s.max), static_cast<To>(s.ones), static_cast<To>(s.tail), static_cast<To>(s.tail_1),
+          static_cast<To>(s.dot_1)};
+}
+
+template <Power power, bool with_teacher, bool with_teacher_entropy, class Real>
+RowSums<Real> sum_row(const Problem& problem, const char* student, const char* teacher, const Scale<Real>& scale) {
+  bool in_range;
+  const RowSums<Real> row = sum_row<power, with_teacher, with_teacher_entropy>(problem, student, teacher, scale, in_range);
+  if (in_range || sizeof(Real) == sizeof(double)) return row;
+  const RowSums<double> wide =
+      sum_row<power, with_teacher, with_teacher_entropy>(problem, student, teacher, Scale<double>(problem.temperature), in_range);
+  return {convert<Real>(wide.student), convert<Real>(wide.teacher),
+          static_cast<Real>(wide.cross / Limits<double>::difference_scale())};
 }
 
 template <class Real>

@@ -31,6 +31,7 @@ struct Limits<float> {
   KCD_INLINE float infinity() { return __builtin_huge_valf(); }
   KCD_INLINE float nan() { return __builtin_nanf(""); }
   KCD_INLINE float smallest() { return 1.17549435e-38f; }   // normal
+  KCD_INLINE float difference_scale() { return 1.0f; }      // row_stats.h: RowSums::cross
   KCD_INLINE float root_of_smallest() { return 0x1p-63f; }
   KCD_INLINE float fourth_root_of_smallest() { return 0x1.6a09e8p-32f; }
   KCD_INLINE float largest() { return 3.40282347e+38f; }
@@ -40,6 +41,7 @@ struct Limits<double> {
   KCD_INLINE double infinity() { return __builtin_huge_val(); }
   KCD_INLINE double nan() { return __builtin_nan(""); }
   KCD_INLINE double smallest() { return 2.2250738585072014e-308; }
+  KCD_INLINE double difference_scale() { return 0x1p-64; }
   KCD_INLINE double root_of_smallest() { return 0x1p-511; }
   KCD_INLINE double fourth_root_of_smallest() { return 0x1.6a09e667f3bcdp-256; }
   KCD_INLINE double largest() { return 1.7976931348623157e+308; }

@@ -32,7 +32,10 @@ struct ClassSums {
 template <class Real>
 struct RowSums {
   ClassSums<Real> student, teacher;
-  Real cross;   // sum e^(dy/T) (dy - dz)
+  // sum e^(dy/T) (dy - dz), times difference_scale: a student's mask of the most negative finite number makes differences near the
+  // end of the type's range, whose sums over a piece must not leave it where the whole row's do not.  In float64 a power of two
+  // sees to that; float32 has no such room, so that its kernels sum such rows again in float64.
+  Real cross;
 };
 
 // log2 of the smallest number that float64 tells from 0.  A class below it has no probability in any type: it adds nothing, whether
@@ -70,9 +73,9 @@ KCD_INLINE RowSums<Real> rebase(const RowSums<Real>& s, Real student_max, Real t
   if (dy * inverse_temperature < static_cast<Real>(kVanishing * kLn2))
     cross = 0;
   else if (scale == 0)   // in float32 alone: what is finite vanishes, an infinite divergence stays
-    cross = s.cross * Limits<Real>::smallest();
+    cross = s.cross - s.cross == 0 ? Real(0) : s.cross;
   else
-    cross = scale * (s.cross + (dy - dz) * s.teacher.sum());
+    cross = scale * (s.cross + (dy - dz) * Limits<Real>::difference_scale() * s.teacher.sum());
   return {rebase(s.student, student_max, inverse_temperature), rebase(s.teacher, teacher_max, inverse_temperature), cross};
 }
 
@@ -104,7 +107,8 @@ KCD_INLINE Real entropy(const ClassSums<Real>& s) {
 
 template <class Real>
 KCD_INLINE Real kl(const RowSums<Real>& s, Real inverse_temperature) {
-  return inverse_temperature * (s.cross / s.teacher.sum()) + logarithm(s.student.sum() / s.teacher.sum());
+  return inverse_temperature * (s.cross / s.teacher.sum()) / Limits<Real>::difference_scale() +
+         logarithm(s.student.sum() / s.teacher.sum());
 }
 
 // -log pi[label]
