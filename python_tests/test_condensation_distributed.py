@@ -102,8 +102,9 @@ def _process(job, rank, folder):
     )
     job(rank, folder)
     if job is not lose_a_peer:
-        dist.barrier()  # gloo aborts a process whose peer hangs up while it is still busy
-        dist.destroy_process_group()
+        dist.barrier()
+    # Without taking gloo's threads down, which now and then ends in std::terminate: all that is tested is saved.
+    os._exit(0)
 
 
 def run(job):

@@ -1,6 +1,7 @@
 """`group=`: k and the means over all ranks, equal to one process on the concatenated batch, through DistributedDataParallel."""
 
 import datetime
+import os
 
 import pytest
 import torch
@@ -89,8 +90,9 @@ def worker(rank: int, folder: str) -> None:
         assert torch.allclose(grad, other_grad, atol=1e-6, equal_nan=True), name
         out[name] = (loss, {n: getattr(knowledge, n) for n in NAMES}, knowledge.n_selected, grad)
     torch.save(out, f"{folder}/{rank}.pt")
-    dist.barrier()  # gloo aborts a process whose peer hangs up while it is still busy
-    dist.destroy_process_group()
+    dist.barrier()
+    # Without taking gloo's threads down, which now and then ends in std::terminate: all that is tested is saved.
+    os._exit(0)
 
 
 @pytest.fixture(scope="module")

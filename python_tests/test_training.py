@@ -607,7 +607,7 @@ def test_tied_weights_are_saved(tmp_path):
 # --- several processes ------------------------------------------------------------------------------------------------
 
 RANKS = f"""
-    import sys, torch
+    import os, sys, torch
     sys.path.insert(0, {str(Path(__file__).parent)!r})
     torch.set_num_threads(1)
     from test_training import Blobs, Condense, distill, network, recipe
@@ -623,7 +623,9 @@ RANKS = f"""
         "teacher_visits": summary.teacher_visits, "values": summary.condenser.values,
         "history": [line["accuracy"] for line in summary.history],
     }}, sys.argv[1] + f"/rank{{rank}}.pt")
-    torch.distributed.destroy_process_group()
+    torch.distributed.barrier()
+    # Without taking gloo's threads down, which now and then ends in std::terminate: all that is tested is saved.
+    os._exit(0)
 """
 
 
