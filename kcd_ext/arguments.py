@@ -203,7 +203,6 @@ class LossOptions(NamedTuple):
     keep: Keep
     weights: Weights
     ignore_index: int
-    reduction: str
     operators: tuple[float, float, float, int, int, float]
     """What the raw operators take: temperature, kd_weight, ce_weight, ignore_index, reduction's number, processes."""
 
@@ -213,7 +212,7 @@ def _loss_options(temperature, keep, kd_weight, ce_weight, with_labels, ignore_i
     weights = check_weights(kd_weight, ce_weight, with_labels)
     ignore_index, reduction = check_ignore_index(ignore_index), check_reduction(reduction)
     operators = (temperature, *weights, ignore_index, REDUCTIONS.index(reduction), 1.0)
-    return LossOptions(temperature, keep, weights, ignore_index, reduction, operators)
+    return LossOptions(temperature, keep, weights, ignore_index, operators)
 
 
 # A pure function of options that are the same at every step of a training: looking them up takes a tenth of checking them, which

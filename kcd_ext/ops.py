@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from . import _extension
+from .arguments import REDUCTIONS
 
 build_info = _extension.load()
 
@@ -23,7 +24,7 @@ with torch.inference_mode(False):  # a tensor made in that mode could never be s
     _ABSENT = torch.empty(0, dtype=torch.bool, device="cpu")
 
 ENTROPY, KL, STATS = 0, 1, 7  # csrc/kernels.h, enum Stats: two of its rows, and how many there are
-REDUCTION_NONE = 2
+REDUCTION_NONE = REDUCTIONS.index("none")
 
 
 def absent(like: Tensor) -> Tensor:
