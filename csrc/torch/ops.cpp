@@ -57,7 +57,6 @@ const void* dense(const Tensor& x, int32_t dtype, int64_t n, const char* message
 }
 
 // ---- shapes
-// ----------------------------------------------------------------------------------------------------------------------
 
 // (..., classes) as rows of contiguous classes at two strides.
 Logits logits_of(const Tensor& x, const void* data) {
@@ -171,7 +170,6 @@ class Call {
 };
 
 // ---- rows: what one read of the logits gives
-// ---------------------------------------------------------------------------------------
 
 // Room for one number a row, of either type, that no operator returns.
 using Scratch = std::vector<double>;
@@ -234,7 +232,6 @@ void select(const Tensor& value, const uint8_t* candidate, int64_t k, const Tens
 }
 
 // ---- loss
-// --------------------------------------------------------------------------------------------------------------------------
 
 // What the loss is made of beside the logits; the same for both directions.
 struct LossOptions {
@@ -299,7 +296,6 @@ int64_t number_to_keep(double fraction, int64_t count, int64_t n) {
 }
 
 // ---- the operators
-// -----------------------------------------------------------------------------------------------------------------
 
 void condensed_kd(StableIValue* stack, uint64_t, uint64_t) {
   Arguments args(stack);
