@@ -10,6 +10,11 @@ enum class Type : int32_t { float32, float64, float16, bfloat16 };
 
 constexpr KCD_MEMBER int64_t size_of(Type type) { return type == Type::float64 ? 8 : type == Type::float32 ? 4 : 2; }
 
+// What rows are ranked by; `score`: numbers the caller brings.
+enum class Value : int64_t { entropy, teacher_entropy, kl, cross_entropy, score };
+
+enum class Reduction : int64_t { mean, sum, none };
+
 // Logits of `rows` rows, classes contiguous.  Two strides, so that a slice such as logits[:, :-1] of a (sequences, tokens, classes)
 // tensor is read where it lies.
 struct Logits {
@@ -19,7 +24,8 @@ struct Logits {
   int64_t outer_stride, inner_stride;
 
   KCD_MEMBER const char* row(int64_t i) const {
-    return static_cast<const char*>(data) + (i / inner * outer_stride + i % inner * inner_stride) * size_of(type);
+    const int64_t element = i < inner ? i * inner_stride : i / inner * outer_stride + i % inner * inner_stride;
+    return static_cast<const char*>(data) + element * size_of(type);
   }
 };
 

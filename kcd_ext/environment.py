@@ -28,7 +28,7 @@ def describe() -> dict[str, str]:
     """Everything `kcd info` prints, in its order: what it is -> what was found."""
     build = {name.replace("_", " ").replace("cuda", "CUDA"): _plain(fact) for name, fact in build_info.items()}
     if not build_info["cuda_architectures"]:
-        build["CUDA architectures"] = "none: no CUDA kernels yet, on a GPU kcd_ext.reference takes their place"
+        build["CUDA compiler"] = "none: built without nvcc, on a GPU kcd_ext.reference takes the kernels' place"
     return {
         **versions(),
         **{name: fact for name, fact in build.items() if name != "version"},

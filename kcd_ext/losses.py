@@ -99,8 +99,7 @@ def condensed_kd_loss(
         reduction=reduction,
         group=group,
     )
-    if not student_logits.is_cpu:
-        raise _no_kernels(student_logits)
+    _check_kernels(student_logits)
     differentiable = student_logits.requires_grad and torch.is_grad_enabled()
     if inplace:
         _check_inplace(student_logits, teacher_logits, differentiable)
@@ -212,8 +211,7 @@ def select_rows(
     arguments.check_value(student_logits, value, labels)
     if labels is not None:
         arguments.check_labels(student_logits, labels)
-    if not student_logits.is_cpu:
-        raise _no_kernels(student_logits)
+    _check_kernels(student_logits)
     if isinstance(value, str) and value in ("teacher_entropy", "kl"):
         raise ValueError(
             f"value={value!r} needs the teacher's logits, which select_rows is there to spare; use condensed_kd_loss"
@@ -329,11 +327,13 @@ def _readable(logits: Tensor) -> Tensor:
     return logits if _lies_in_place(logits) else logits.contiguous()
 
 
-def _no_kernels(student: Tensor) -> ValueError:
-    return ValueError(
-        f"this build of kcd_ext has kernels for the CPU, got logits on {student.device}: use kcd_ext.reference, the same"
-        " function in plain PyTorch for any device"
-    )
+def _check_kernels(student: Tensor) -> None:
+    if not ops.has_kernels_for(student):
+        kernels = " ".join(ops.build_info["cuda_architectures"]) or "none, for it was built without nvcc"
+        raise ValueError(
+            f"kcd_ext has kernels for the CPU and CUDA (this build: {kernels}), got logits on {student.device}: use"
+            " kcd_ext.reference, the same function in plain PyTorch for any device"
+        )
 
 
 def _check_inplace(student: Tensor, teacher: Tensor, differentiable: bool) -> None:

@@ -10,6 +10,7 @@ from . import _extension
 from .arguments import REDUCTIONS
 
 build_info = _extension.load()
+_WITH_CUDA = bool(build_info["cuda_architectures"]) and torch.version.hip is None  # ROCm's devices call themselves cuda
 
 condensed_kd = torch.ops.kcd_ext.condensed_kd.default
 condensed_kd_forward = torch.ops.kcd_ext.condensed_kd_forward.default
@@ -30,6 +31,11 @@ REDUCTION_NONE = REDUCTIONS.index("none")
 def absent(like: Tensor) -> Tensor:
     """What stands for a tensor that is not there: one for all plain tensors, since making it takes 3 us."""
     return _ABSENT if type(like) in (Tensor, torch.nn.Parameter) else like.new_empty(0, dtype=torch.bool)
+
+
+def has_kernels_for(logits: Tensor) -> bool:
+    """Whether this build has kernels for the device the logits are on."""
+    return logits.is_cpu or (_WITH_CUDA and logits.is_cuda)
 
 
 def accumulator_of(student: Tensor) -> torch.dtype:

@@ -214,7 +214,7 @@ def test_the_raw_operators_refuse_what_would_read_out_of_bounds():
         ops.condensed_kd_gradient,
         {**backward, **options},
         [
-            (dict(teacher=ABSENT), "selected names a row that the teacher does not hold"),
+            (dict(teacher=ABSENT), "teacher logits are missing"),
             (dict(teacher=Y[:1], rows=(row + 1) % 4), "selected names a row that the teacher does not hold"),
             (dict(grad=torch.ones(3)), "grad_output must be"),
             (dict(grad=one.expand(4)), "grad_output must be"),

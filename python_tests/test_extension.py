@@ -27,7 +27,9 @@ def python(code: str, **env: str) -> subprocess.CompletedProcess:
 
 def test_build_info():
     info = ops.build_info
-    assert info["version"] == kcd_ext.__version__ and info["compiler"] and info["cuda_architectures"] == []
+    assert info["version"] == kcd_ext.__version__ and info["compiler"]
+    assert all(re.fullmatch(r"sm_\d+", name) for name in info["cuda_architectures"])
+    assert bool(info["cuda_architectures"]) == info["cuda_compiler"].startswith("nvcc ")
     assert info["instruction_set_in_use"] in info["instruction_sets"] and info["instruction_sets"][-1] == "baseline"
     assert sys.modules["kcd_ext._C"].build_info() == info
 

@@ -4,7 +4,7 @@
 #include "cpu/sets.h"
 #include "cpu/temperature.h"
 #include "cpu/vector.h"
-#include "math/row_stats.h"
+#include "math/row_outputs.h"
 
 namespace kcd::cpu::KCD_SET {
 namespace {
@@ -41,7 +41,7 @@ KCD_INLINE void accumulate(Vector<Real> dz, Vector<Real> dy, const Scale<Real>& 
   const Vector<Real> log_teacher = dy * scale.per_logit, teacher = exp2(log_teacher);
   sums.teacher.template add<power, with_teacher_entropy>(dy, teacher, scale);
   // A class without mass for the teacher adds 0, also where the student rules it out.
-  const Vector<Real> difference = (dy - dz) * Limits<Real>::difference_scale();
+  const Vector<Real> difference = (dy - dz) * scale.units.difference_scale;
   sums.cross += teacher * (log_teacher < static_cast<Real>(kVanishing) ? Vector<Real>{} : difference);
 }
 
@@ -84,7 +84,7 @@ KCD_INLINE RowSums<Real> sum_piece(const Real* z, const Real* y, int64_t n, cons
   return {student, teacher, infinite ? Limits<Real>::infinity() : cross};
 }
 
-// in_range: whether float32 held all sums (RowSums::cross); if not, they count for nothing.
+// in_range: whether float32 held all sums (Units::difference_scale); if not, they count for nothing.
 template <Power power, bool with_teacher, bool with_teacher_entropy, class Real>
 RowSums<Real> sum_row(const Problem& problem, const char* student, const char* teacher, const Scale<Real>& scale, bool& in_range) {
   alignas(64) Real z[kPiece], y[kPiece];
@@ -97,7 +97,7 @@ RowSums<Real> sum_row(const Problem& problem, const char* student, const char* t
         with_teacher ? piece(problem.teacher.type, teacher, first, n, y) : nullptr, n, scale,
         ahead(problem.student, student, first), ahead(problem.teacher, teacher, first));
     in_range &= next.cross < Real(1e30) && next.cross > Real(-1e30);
-    row = first ? merge(row, next, scale.inverse_temperature) : next;
+    row = first ? merge(row, next, scale.units) : next;
   }
   return row;
 }
@@ -113,10 +113,10 @@ RowSums<Real> sum_row(const Problem& problem, const char* student, const char* t
   bool in_range;
   const RowSums<Real> row = sum_row<power, with_teacher, with_teacher_entropy>(problem, student, teacher, scale, in_range);
   if (in_range || sizeof(Real) == sizeof(double)) return row;
-  const RowSums<double> wide =
-      sum_row<power, with_teacher, with_teacher_entropy>(problem, student, teacher, Scale<double>(problem.temperature), in_range);
+  const Scale<double> wide_scale(problem.temperature);
+  const RowSums<double> wide = sum_row<power, with_teacher, with_teacher_entropy>(problem, student, teacher, wide_scale, in_range);
   return {convert<Real>(wide.student), convert<Real>(wide.teacher),
-          static_cast<Real>(wide.cross / Limits<double>::difference_scale())};
+          static_cast<Real>(wide.cross / wide_scale.units.difference_scale * scale.units.difference_scale)};
 }
 
 template <class Real>
@@ -127,10 +127,7 @@ KCD_INLINE Real logit(Type type, const char* row, int64_t c) {
 
 template <class Real, Power power>
 void forward(const Problem& problem, const RowOutputs& outputs, int64_t begin, int64_t end) {
-  Real* cross_entropies = static_cast<Real*>(outputs.cross_entropy);
-  Real* teacher_entropies = static_cast<Real*>(outputs.teacher_entropy);
   const Scale<Real> scale(problem.temperature), scale_1(1.0);
-  const Real nan = Limits<Real>::nan();
   for (int64_t i = begin; i < end; ++i) {
     const char* student = problem.student.row(i);
     const int64_t teacher_row = problem.teacher_row_of(i);
@@ -138,22 +135,13 @@ void forward(const Problem& problem, const RowOutputs& outputs, int64_t begin, i
     const char* teacher = with_teacher ? problem.teacher.row(teacher_row) : nullptr;
     RowSums<Real> sums{};
     if (with_teacher)
-      sums = teacher_entropies ? sum_row<power, true, true>(problem, student, teacher, scale)
-                               : sum_row<power, true, false>(problem, student, teacher, scale);
+      sums = outputs.teacher_entropy ? sum_row<power, true, true>(problem, student, teacher, scale)
+                                     : sum_row<power, true, false>(problem, student, teacher, scale);
     else if (valid)
       sums = sum_row<Power::one, false, false>(problem, student, teacher, scale_1);
-    if (teacher_entropies) teacher_entropies[i] = with_teacher ? entropy(sums.teacher) : nan;
-    if (cross_entropies)
-      cross_entropies[i] =
-          valid ? cross_entropy(sums.student, logit<Real>(problem.student.type, student, problem.labels[i])) : Real(0);
-    Real* stats = static_cast<Real*>(outputs.stats) + i;
-    stats[kEntropy * problem.rows] = valid ? entropy(sums.student) : nan;
-    stats[kKl * problem.rows] = with_teacher ? kl(sums, scale.inverse_temperature) : nan;
-    stats[kStudentMax * problem.rows] = reference(sums.student.max);
-    stats[kStudentInverseSum * problem.rows] = 1 / sums.student.sum();
-    stats[kTeacherMax * problem.rows] = reference(sums.teacher.max);
-    stats[kTeacherInverseSum * problem.rows] = 1 / sums.teacher.sum();
-    stats[kStudentInverseSum1 * problem.rows] = 1 / sums.student.sum_1();
+    const Real label_logit =
+        valid && problem.with_labels ? logit<Real>(problem.student.type, student, problem.labels[i]) : Limits<Real>::nan();
+    write_row(problem, outputs, i, with_teacher, sums, label_logit, scale.units);
   }
 }
 

@@ -3,29 +3,36 @@
 #include <type_traits>
 
 #include "cpu/vector.h"
+#include "math/row_stats.h"
+#include "math/temperature.h"
 
 namespace kcd {
 namespace {
 
-// How e^x follows from e^(x/T): the T-th power by squaring where T is 1, 2 or 4, else another exponential.
-enum class Power { one, two, four, other };
-
 // run(a constant whose value is the Power for this temperature)
 template <class Run>
 KCD_INLINE void with_power(double temperature, const Run& run) {
-  if (temperature == 1) return run(std::integral_constant<Power, Power::one>{});
-  if (temperature == 2) return run(std::integral_constant<Power, Power::two>{});
-  if (temperature == 4) return run(std::integral_constant<Power, Power::four>{});
-  run(std::integral_constant<Power, Power::other>{});
+  switch (power_of(temperature)) {
+    case Power::one:
+      return run(std::integral_constant<Power, Power::one>{});
+    case Power::two:
+      return run(std::integral_constant<Power, Power::two>{});
+    case Power::four:
+      return run(std::integral_constant<Power, Power::four>{});
+    case Power::other:
+      return run(std::integral_constant<Power, Power::other>{});
+  }
 }
 
 template <class Real>
 struct Scale {
-  Real inverse_temperature;
+  // In float32 the scaled differences of ordinary rows would be subnormal numbers, on which a CPU is many times slower; its kernels
+  // sum a row that leaves the range again in float64.
+  Units<Real> units;
   Vector<Real> per_logit;     // log2(e) / T: e^(x/T) = 2^(x * per_logit)
   Vector<Real> per_logit_1;   // log2(e)
   explicit Scale(double temperature)
-      : inverse_temperature(static_cast<Real>(1 / temperature)),
+      : units{static_cast<Real>(1 / temperature), static_cast<Real>(sizeof(Real) == sizeof(double) ? kDifferenceScale : 1.0)},
         per_logit(broadcast(static_cast<Real>(kLog2E / temperature))),
         per_logit_1(broadcast(static_cast<Real>(kLog2E))) {}
 };

@@ -31,7 +31,6 @@ struct Limits<float> {
   KCD_INLINE float infinity() { return __builtin_huge_valf(); }
   KCD_INLINE float nan() { return __builtin_nanf(""); }
   KCD_INLINE float smallest() { return 1.17549435e-38f; }   // normal
-  KCD_INLINE float difference_scale() { return 1.0f; }      // row_stats.h: RowSums::cross
   KCD_INLINE float root_of_smallest() { return 0x1p-63f; }
   KCD_INLINE float fourth_root_of_smallest() { return 0x1.6a09e8p-32f; }
   KCD_INLINE float largest() { return 3.40282347e+38f; }
@@ -41,19 +40,23 @@ struct Limits<double> {
   KCD_INLINE double infinity() { return __builtin_huge_val(); }
   KCD_INLINE double nan() { return __builtin_nan(""); }
   KCD_INLINE double smallest() { return 2.2250738585072014e-308; }
-  KCD_INLINE double difference_scale() { return 0x1p-64; }
   KCD_INLINE double root_of_smallest() { return 0x1p-511; }
   KCD_INLINE double fourth_root_of_smallest() { return 0x1.6a09e667f3bcdp-256; }
   KCD_INLINE double largest() { return 1.7976931348623157e+308; }
 };
 
-KCD_INLINE float exponential(float x) { return __builtin_expf(x); }
-KCD_INLINE double exponential(double x) { return __builtin_exp(x); }
-KCD_INLINE float logarithm(float x) { return __builtin_logf(x); }
-KCD_INLINE double logarithm(double x) { return __builtin_log(x); }
-
-KCD_INLINE float log_of_1_plus(float x) { return __builtin_log1pf(x); }
-KCD_INLINE double log_of_1_plus(double x) { return __builtin_log1p(x); }
+#ifdef __CUDACC__
+#define KCD_MATH(name) ::name
+#else
+#define KCD_MATH(name) __builtin_##name
+#endif
+KCD_INLINE float exponential(float x) { return KCD_MATH(expf)(x); }
+KCD_INLINE double exponential(double x) { return KCD_MATH(exp)(x); }
+KCD_INLINE float logarithm(float x) { return KCD_MATH(logf)(x); }
+KCD_INLINE double logarithm(double x) { return KCD_MATH(log)(x); }
+KCD_INLINE float log_of_1_plus(float x) { return KCD_MATH(log1pf)(x); }
+KCD_INLINE double log_of_1_plus(double x) { return KCD_MATH(log1p)(x); }
+#undef KCD_MATH
 
 constexpr double kLn2 = 0.69314718055994530942, kLog2E = 1.44269504088896340736;
 

@@ -32,11 +32,18 @@ struct ClassSums {
 template <class Real>
 struct RowSums {
   ClassSums<Real> student, teacher;
-  // sum e^(dy/T) (dy - dz), times difference_scale: a student's mask of the most negative finite number makes differences near the
-  // end of the type's range, whose sums over a piece must not leave it where the whole row's do not.  In float64 a power of two
-  // sees to that; float32 has no such room, so that its kernels sum such rows again in float64.
-  Real cross;
+  Real cross;   // sum e^(dy/T) (dy - dz), times Units::difference_scale
 };
+
+// What a row's sums are measured in.
+template <class Real>
+struct Units {
+  Real inverse_temperature;
+  // A student's mask of the most negative finite number makes differences near the end of the type's range, whose sums over a piece
+  // must not leave it where the whole row's do not.  A power of two sees to that; 1: the kernel has another way.
+  Real difference_scale;
+};
+constexpr double kDifferenceScale = 1.0 / 18446744073709551616.0;   // 2^-64
 
 // log2 of the smallest number that float64 tells from 0.  A class below it has no probability in any type: it adds nothing, whether
 // it was ruled out by -inf or by a mask of large negative logits.
@@ -66,7 +73,8 @@ KCD_INLINE ClassSums<Real> rebase(const ClassSums<Real>& s, Real max, Real inver
 }
 
 template <class Real>
-KCD_INLINE RowSums<Real> rebase(const RowSums<Real>& s, Real student_max, Real teacher_max, Real inverse_temperature) {
+KCD_INLINE RowSums<Real> rebase(const RowSums<Real>& s, Real student_max, Real teacher_max, const Units<Real>& units) {
+  const Real inverse_temperature = units.inverse_temperature;
   const Real dz = shift(s.student.max, student_max), dy = shift(s.teacher.max, teacher_max);
   const Real scale = exponential(dy * inverse_temperature);
   Real cross;
@@ -75,7 +83,7 @@ KCD_INLINE RowSums<Real> rebase(const RowSums<Real>& s, Real student_max, Real t
   else if (scale == 0)   // in float32 alone: what is finite vanishes, an infinite divergence stays
     cross = s.cross - s.cross == 0 ? Real(0) : s.cross;
   else
-    cross = scale * (s.cross + (dy - dz) * Limits<Real>::difference_scale() * s.teacher.sum());
+    cross = scale * (s.cross + (dy - dz) * units.difference_scale * s.teacher.sum());
   return {rebase(s.student, student_max, inverse_temperature), rebase(s.teacher, teacher_max, inverse_temperature), cross};
 }
 
@@ -86,11 +94,11 @@ KCD_INLINE ClassSums<Real> add(const ClassSums<Real>& a, const ClassSums<Real>& 
 
 // The sums of two pieces of a row.
 template <class Real>
-KCD_INLINE RowSums<Real> merge(const RowSums<Real>& first, const RowSums<Real>& second, Real inverse_temperature) {
+KCD_INLINE RowSums<Real> merge(const RowSums<Real>& first, const RowSums<Real>& second, const Units<Real>& units) {
   const Real student_max = second.student.max > first.student.max ? second.student.max : first.student.max;
   const Real teacher_max = second.teacher.max > first.teacher.max ? second.teacher.max : first.teacher.max;
-  const RowSums<Real> a = rebase(first, student_max, teacher_max, inverse_temperature);
-  const RowSums<Real> b = rebase(second, student_max, teacher_max, inverse_temperature);
+  const RowSums<Real> a = rebase(first, student_max, teacher_max, units);
+  const RowSums<Real> b = rebase(second, student_max, teacher_max, units);
   return {add(a.student, b.student), add(a.teacher, b.teacher), a.cross + b.cross};
 }
 
@@ -106,8 +114,8 @@ KCD_INLINE Real entropy(const ClassSums<Real>& s) {
 }
 
 template <class Real>
-KCD_INLINE Real kl(const RowSums<Real>& s, Real inverse_temperature) {
-  return inverse_temperature * (s.cross / s.teacher.sum()) / Limits<Real>::difference_scale() +
+KCD_INLINE Real kl(const RowSums<Real>& s, const Units<Real>& units) {
+  return units.inverse_temperature * (s.cross / s.teacher.sum()) / units.difference_scale +
          logarithm(s.student.sum() / s.teacher.sum());
 }
 

@@ -19,8 +19,10 @@
 extern "C" {
 struct AtenTensorOpaque;
 struct TorchLibraryOpaque;
+struct CUDAGuardOpaque;
 using AtenTensorHandle = AtenTensorOpaque*;
 using TorchLibraryHandle = TorchLibraryOpaque*;
+using CUDAGuardHandle = CUDAGuardOpaque*;
 using StableIValue = uint64_t;
 
 // One list for two readers: here it declares, in stub.cpp it defines the link-time stand-in.
@@ -50,8 +52,17 @@ using StableIValue = uint64_t;
   X(aoti_torch_dtype_bool, ())                                                                                                     \
   X(torch_parallel_for, (int64_t begin, int64_t end, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context))
 
+// What a torch without CUDA lacks: null then.
+#define KCD_TORCH_CUDA_ABI(X)                                                     \
+  X(aoti_torch_get_current_cuda_stream, (int32_t device_index, void** stream))    \
+  X(aoti_torch_create_cuda_guard, (int32_t device_index, CUDAGuardHandle* guard)) \
+  X(aoti_torch_delete_cuda_guard, (CUDAGuardHandle guard))
+
 #define X(name, args) int32_t name args;
 KCD_TORCH_ABI(X)
+#undef X
+#define X(name, args) __attribute__((weak)) int32_t name args;
+KCD_TORCH_CUDA_ABI(X)
 #undef X
 }
 
@@ -84,8 +95,7 @@ class Tensor {
       step *= sizes[i] > 0 ? sizes[i] : 1;
     }
     AtenTensorHandle handle;
-    KCD_CALL(aoti_torch_empty_strided, dim, sizes, strides, dtype, like.device_type(), like.get(aoti_torch_get_device_index),
-             &handle);
+    KCD_CALL(aoti_torch_empty_strided, dim, sizes, strides, dtype, like.device_type(), like.device_index(), &handle);
     return Tensor(reinterpret_cast<StableIValue>(handle));
   }
   static Tensor empty(std::initializer_list<int64_t> sizes, int32_t dtype, const Tensor& like) {
@@ -112,6 +122,7 @@ class Tensor {
   const int64_t* strides() const { return get(aoti_torch_get_strides); }
   int32_t dtype() const { return get(aoti_torch_get_dtype); }
   int32_t device_type() const { return get(aoti_torch_get_device_type); }
+  int32_t device_index() const { return get(aoti_torch_get_device_index); }
 
  private:
   template <class T>

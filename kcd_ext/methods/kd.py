@@ -9,6 +9,7 @@ from .. import reference
 from ..arguments import check_number, check_temperature
 from ..knowledge import Knowledge
 from ..losses import condensed_kd_loss
+from ..ops import has_kernels_for
 from .protocol import Batch, Method, Outcome
 
 
@@ -44,5 +45,5 @@ class KnowledgeDistillation(Method):
 
 
 def _loss_for(logits: Tensor) -> Callable[..., tuple[Tensor, Knowledge]]:
-    """The fused operator where it has kernels, which is the CPU; elsewhere the reference gives the same numbers."""
-    return condensed_kd_loss if logits.is_cpu else reference.condensed_kd_loss
+    """The fused operator where it has kernels; elsewhere the reference gives the same numbers."""
+    return condensed_kd_loss if has_kernels_for(logits) else reference.condensed_kd_loss

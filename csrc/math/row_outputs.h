@@ -1,0 +1,40 @@
+// What the forward pass says of a row in the end.
+#pragma once
+#include "kernels.h"
+#include "math/row_stats.h"
+
+namespace kcd {
+
+template <class Real>
+struct RowResults {
+  Real entropy, kl, cross_entropy, teacher_entropy;   // NaN where the row was not read, the cross entropy 0
+};
+
+// with_teacher: the teacher's row was read.  label_logit: the student's logit of the label; NaN where there is no such class.
+template <class Real>
+KCD_INLINE RowResults<Real> write_row(const Problem& problem, const RowOutputs& outputs, int64_t i, bool with_teacher,
+                                      const RowSums<Real>& sums, Real label_logit, const Units<Real>& units) {
+  const bool valid = problem.valid(i);
+  RowResults<Real> row{Limits<Real>::nan(), Limits<Real>::nan(), 0, Limits<Real>::nan()};
+  if (valid) row.entropy = entropy(sums.student);
+  if (with_teacher) row.kl = kl(sums, units);
+  if (outputs.cross_entropy) {
+    if (valid) row.cross_entropy = cross_entropy(sums.student, label_logit);
+    static_cast<Real*>(outputs.cross_entropy)[i] = row.cross_entropy;
+  }
+  if (outputs.teacher_entropy) {
+    if (with_teacher) row.teacher_entropy = entropy(sums.teacher);
+    static_cast<Real*>(outputs.teacher_entropy)[i] = row.teacher_entropy;
+  }
+  Real* stats = static_cast<Real*>(outputs.stats) + i;
+  stats[kEntropy * problem.rows] = row.entropy;
+  stats[kKl * problem.rows] = row.kl;
+  stats[kStudentMax * problem.rows] = reference(sums.student.max);
+  stats[kStudentInverseSum * problem.rows] = 1 / sums.student.sum();
+  stats[kTeacherMax * problem.rows] = reference(sums.teacher.max);
+  stats[kTeacherInverseSum * problem.rows] = 1 / sums.teacher.sum();
+  stats[kStudentInverseSum1 * problem.rows] = 1 / sums.student.sum_1();
+  return row;
+}
+
+}   // namespace kcd

@@ -1,0 +1,13 @@
+// How e^x follows from e^(x/T): the T-th power by squaring where T is 1, 2 or 4, else another exponential.
+#pragma once
+#include "math/portable.h"
+
+namespace kcd {
+
+enum class Power : int32_t { one, two, four, other };
+
+KCD_INLINE Power power_of(double temperature) {
+  return temperature == 1 ? Power::one : temperature == 2 ? Power::two : temperature == 4 ? Power::four : Power::other;
+}
+
+}   // namespace kcd
