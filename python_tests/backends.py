@@ -3,6 +3,7 @@
 from functools import partial
 
 import torch
+from simt import operators
 from torch import Tensor
 
 import kcd_ext
@@ -24,10 +25,19 @@ def _run(
     return {name: x.detach().cpu() for name, x in {"loss": loss, "grad": grad, **knowledge._asdict()}.items()}
 
 
+def _run_simt(student: Tensor, teacher: Tensor, grad_output: Tensor | None, options: dict) -> dict[str, Tensor]:
+    with operators.in_place():
+        return _run(kcd_ext.condensed_kd_loss, "cpu", student, teacher, grad_output, options)
+
+
+# cpu: the kernels of csrc/cpu. reference: plain PyTorch. simt: the kernels of csrc/cuda, executed on the CPU. cuda: on a GPU.
 BACKENDS = {
     "cpu": partial(_run, kcd_ext.condensed_kd_loss, "cpu"),
     "reference": partial(_run, kcd_ext.reference.condensed_kd_loss, "cpu"),
+    "simt": _run_simt,
 }
+if torch.cuda.is_available() and kcd_ext.ops.build_info["cuda_architectures"]:
+    BACKENDS["cuda"] = partial(_run, kcd_ext.condensed_kd_loss, "cuda")
 
 
 def run(

@@ -38,6 +38,17 @@ def check(backend, student, teacher, **options):
     return got
 
 
+def assert_same(backend, got, want, name=""):
+    """Bit for bit; on CUDA, where how a row is cut depends on the batch and on where it lies, to rounding."""
+    if backend in ("simt", "cuda"):
+        rtol = {torch.float16: 2e-3, torch.bfloat16: 1.6e-2}.get(
+            got.dtype, 1e-5
+        )  # two units in the last place of the halves
+        torch.testing.assert_close(got, want, rtol=rtol, atol=1e-6, equal_nan=True, msg=name or None)
+    else:
+        assert torch.equal(got, want), name
+
+
 # ---- shapes, dtypes, options
 
 
@@ -125,7 +136,7 @@ def test_gradients_larger_than_the_caches(backend, dtype, classes):
     # the same rows in a batch that the caches hold
     some = slice(rows - 40, rows)
     part = run(backend, student[some], teacher[some], labels=options["labels"][some], reduction="sum")
-    assert torch.equal(whole["grad"][some], part["grad"])
+    assert_same(backend, whole["grad"][some], part["grad"])
     assert whole["selected"][some][options["labels"][some] >= 0].all()
     unselected = ~whole["selected"] & (options["labels"] < 0)
     assert unselected.any() and (whole["grad"][unselected] == 0).all() and whole["grad"].isfinite().all()
@@ -220,7 +231,7 @@ def test_layouts(backend):
         got = check(backend, student, teacher, keep=0.5)
         alone = run(backend, student.contiguous(), teacher.contiguous(), keep=0.5)
         for name in got:
-            assert torch.equal(got[name], alone[name]), name
+            assert_same(backend, got[name], alone[name], name)
 
 
 def test_gradient_in_place_of_the_logits(backend):
