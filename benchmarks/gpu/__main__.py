@@ -1,0 +1,133 @@
+"""Runs the sections and writes the results: see benchmarks/gpu_check.sh."""
+
+import argparse
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+from . import machine, report
+from .process import Deadline, write_json
+from .sections import NOT_REACHED, PASSED, SECTIONS, Outcome, execute, limit
+
+NAMES = [section.name for section in SECTIONS]
+BUILD = SECTIONS[0]
+
+
+def main() -> int:
+    """Exit status: 0, 1 where a section failed, 2 where nothing could run."""
+    options = _arguments()
+    if lacks := machine.missing():
+        print(f"gpu_check: missing here: {'; '.join(lacks)}", file=sys.stderr)
+        return 2
+    # A shell that starts this in the background has interrupts ignored, which sections would inherit.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    deadline = Deadline(options.minutes * 60)
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="gpu_check-") as name:
+        folder = Path(name)
+        wheels = install_wheels(options.wheels, folder / "wheels")
+        results = {
+            "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "minutes": options.minutes,
+            "machine": machine.facts(),
+            "wheels": wheels,
+            "not_asked_for": [name for name in NAMES if name not in options.only],
+            "sections": [],
+        }
+        options.out.mkdir(parents=True, exist_ok=True)
+        base = options.out / report.slug(results["machine"]["gpu"])
+        outcomes = []
+        with base.with_suffix(".log").open("w") as log:
+            for outcome in _run(options.only, deadline, folder, log):
+                outcomes.append(outcome)
+                print(
+                    f"{outcome.name:13} {outcome.status:13} {outcome.seconds:6.1f} s  {outcome.summary}",
+                    flush=True,
+                )
+                # Written after each: what stops this process leaves the sections before.
+                results["sections"] = [dataclasses.asdict(outcome) for outcome in outcomes]
+                results["seconds"] = round(time.monotonic() - started, 1)
+                write_json(base.with_suffix(".json"), results)
+                base.with_suffix(".md").write_text(report.markdown(results))
+    print(f"written: {base}.json, {base}.md, {base}.log")
+    return 0 if all(outcome.good for outcome in outcomes) else 1
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="gpu_check.sh", description="Builds, checks and measures the CUDA kernels.")
+    parser.add_argument("--wheels", type=Path, metavar="FOLDER", help="wheels of what this machine's Python lacks")
+    default = Path(os.environ.get("OUT") or machine.CHECKOUT / "benchmarks" / "results")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", default=default, help="for the results (%(default)s)")
+    parser.add_argument(
+        "--only", metavar="SECTION,...", default=",".join(NAMES), help="of %(default)s; build always runs"
+    )
+    parser.add_argument("--minutes", type=float, default=9.0, help="for all of it (%(default)s)")
+    options = parser.parse_args()
+    options.only = options.only.split(",")
+    if unknown := [name for name in options.only if name not in NAMES]:
+        parser.error(f"--only: no section is called {', '.join(unknown)}; there are {', '.join(NAMES)}")
+    if options.wheels is not None and not options.wheels.is_dir():
+        parser.error(f"--wheels: {options.wheels} is no folder")
+    if not options.minutes > 0:
+        parser.error(f"--minutes must be > 0, got {options.minutes}")
+    options.out = options.out.absolute()
+    return options
+
+
+def install_wheels(source: Path | None, target: Path) -> dict[str, list[str]]:
+    """Installs every wheel of a folder for this run alone: which could be installed, and which could not."""
+    wheels = [] if source is None else sorted(source.glob("*.whl"))
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--no-compile", "--no-cache-dir"]
+    pip += ["--disable-pip-version-check", "--upgrade", "--target", str(target)]
+
+    def install(some: list[Path]) -> bool:
+        return subprocess.run([*pip, *map(str, some)], capture_output=True).returncode == 0
+
+    installed = wheels if not wheels or install(wheels) else [wheel for wheel in wheels if install([wheel])]
+    if installed:
+        sys.path.append(str(target))  # for the look whether a section's modules are there
+        os.environ["PYTHONPATH"] = os.pathsep.join([os.environ.get("PYTHONPATH", ""), str(target)]).strip(os.pathsep)
+    refused = [wheel for wheel in wheels if wheel not in installed]
+    if refused:
+        print(f"wheels that cannot be installed here: {', '.join(wheel.name for wheel in refused)}", flush=True)
+    return {"installed": [wheel.name for wheel in installed], "refused": [wheel.name for wheel in refused]}
+
+
+def _run(only: list[str], deadline: Deadline, folder: Path, log: IO[str]) -> Iterator[Outcome]:
+    """The outcomes, one after another: the build's first, without which nothing else runs."""
+    library = os.environ.get("KCD_LIBRARY")
+    build = folder if library else _build_folder(folder)
+    chosen = [section for section in SECTIONS if section.name in only and section is not BUILD]
+    if library:
+        yield Outcome(BUILD.name, PASSED, f"not built: KCD_LIBRARY names {library}")
+    else:
+        outcome = execute(BUILD, limit(BUILD, chosen, deadline.left()), folder, build, log)
+        yield outcome
+        if not outcome.good:
+            yield from (Outcome(section.name, NOT_REACHED, "the build failed") for section in chosen)
+            return
+        os.environ["KCD_LIBRARY"] = str(build / "libkcd_ext.so")
+    while chosen:
+        section = chosen.pop(0)
+        yield execute(section, limit(section, chosen, deadline.left()), folder, build, log)
+
+
+def _build_folder(folder: Path) -> Path:
+    """In the checkout, where ninja finds the last build, if that can be written."""
+    build = machine.CHECKOUT / "build" / "gpu_check"
+    try:
+        build.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return folder / "build"
+    return build if os.access(build, os.W_OK) else folder / "build"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

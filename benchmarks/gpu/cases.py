@@ -1,0 +1,161 @@
+"""Calls of the operator that between them reach every path of the kernels: the sanitizers and the graphs run them."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+import kcd_ext
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+VALUES = ("entropy", "kl", "teacher_entropy", "cross_entropy", "scores")
+KEEPS = (0.7, 1.0, 3)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call, forward and backward."""
+
+    rows: int
+    classes: int
+    dtype: torch.dtype = torch.float32
+    keep: float | int = 1.0
+    value: str = "entropy"
+    labelled: bool = False
+    """With labels, of which every fourth is ignored."""
+    named: bool = False
+    """The teacher holds every second row only, named by rows=, and one that is skipped."""
+    inplace: bool = False
+    shift: int = 0
+    """Elements before each row's first in the student's memory, and one more after its last: odd alignment and stride."""
+    reduction: str = "mean"
+
+    def __str__(self) -> str:
+        flags = [name for name in ("labelled", "named", "inplace") if getattr(self, name)]
+        flags += [f"shift {self.shift}"] * (self.shift > 0) + [self.reduction] * (self.reduction != "mean")
+        kind = str(self.dtype).removeprefix("torch.")
+        return (
+            f"{self.rows} × {self.classes} {kind}, keep {self.keep} by {self.value}{''.join(f', {x}' for x in flags)}"
+        )
+
+
+@dataclass
+class Inputs:
+    """What a case's call takes."""
+
+    memory: Tensor
+    """(rows, shift + classes + 1) where shifted, else (rows, classes): the student's logits lie in it."""
+    teacher: Tensor
+    tensors: dict[str, Tensor]
+    """The options that are tensors."""
+
+    def to(self, device: str) -> "Inputs":
+        """Copied there, the memory around the logits with them."""
+        tensors = {name: x.to(device) for name, x in self.tensors.items()}
+        return Inputs(self.memory.to(device), self.teacher.to(device), tensors)
+
+    def copy_(self, other: "Inputs") -> None:
+        """Takes the other's numbers, in place and in the current stream."""
+        self.memory.copy_(other.memory)
+        self.teacher.copy_(other.teacher)
+        for name, x in self.tensors.items():
+            x.copy_(other.tensors[name])
+
+
+def inputs(case: Case, seed: int) -> Inputs:
+    """Random inputs of a case, on the CPU, where every element is written."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(rows: int, columns: int) -> Tensor:
+        return (torch.randn(rows, columns, generator=generator) * 2).to(case.dtype)
+
+    memory = normal(case.rows, case.shift + case.classes + 1 if case.shift else case.classes)
+    teacher_rows, tensors = case.rows, {}
+    if case.named:
+        named = torch.arange(0, case.rows, 2)
+        tensors["rows"] = torch.cat([named, torch.tensor([-1])])
+        teacher_rows = len(tensors["rows"])
+    if case.labelled or case.value == "cross_entropy":
+        labels = torch.randint(case.classes, (case.rows,), generator=generator)
+        labels[3::4] = -100
+        tensors["labels"] = labels
+    if case.value == "scores":
+        tensors["value"] = torch.randn(case.rows, generator=generator)
+    return Inputs(memory, normal(teacher_rows, case.classes), tensors)
+
+
+def call(case: Case, given: Inputs) -> dict[str, Tensor]:
+    """Loss, gradient and knowledge of one call, on the device where the inputs are."""
+    memory = given.memory.detach().requires_grad_()
+    if case.inplace:  # the gradient overwrites what is no leaf, nor part of one
+        memory = memory.clone()
+    logits = memory[:, case.shift : case.shift + case.classes]
+    options = dict(given.tensors)
+    options.setdefault("value", case.value)
+    loss, knowledge = kcd_ext.condensed_kd_loss(
+        logits,
+        given.teacher,
+        keep=case.keep,
+        reduction=case.reduction,
+        inplace=case.inplace,
+        return_knowledge=True,
+        **options,
+    )
+    (gradient,) = torch.autograd.grad(loss, logits, torch.ones_like(loss))
+    return {"loss": loss.detach(), "gradient": gradient, **knowledge._asdict()}
+
+
+class Produced(torch.autograd.Function):
+    """`Produced.apply(anchor, logits)`: the logits as if a model had made them, not copied.
+
+    They are no leaf, so that the gradient may take their place.  The anchor is any tensor that requires grad.
+    """
+
+    @staticmethod
+    def forward(ctx, anchor: Tensor, logits: Tensor) -> Tensor:
+        """Another tensor over the same memory."""
+        return logits.detach()
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[None, None]:
+        """Ends here."""
+        return None, None
+
+
+def every_path() -> list[Case]:
+    """Small cases, ordered so that the first ones already reach most of the code: a sanitizer may get no further."""
+    first = [
+        Case(13, 1000, torch.float32, keep=0.7, labelled=True),
+        Case(13, 4097, torch.bfloat16, keep=0.7, shift=3),
+        Case(2, 200_003, torch.bfloat16, keep=1.0),  # a row is split over blocks
+        Case(70_001, 3, torch.float32, keep=0.7),  # selection by several blocks
+        Case(20_001, 10, torch.float32, keep=0.7, labelled=True),  # by the last one, among many rows
+        Case(13, 100, torch.float16, keep=5, inplace=True, labelled=True),
+        Case(13, 1000, torch.float32, keep=0.7, named=True),
+        Case(13, 7, torch.float64, keep=1.0, shift=1, reduction="none", labelled=True),
+        Case(5, 32_003, torch.float16, keep=0.7, value="kl"),
+    ]
+    grid = [
+        Case(
+            rows=13 if classes < 10_000 else 5,
+            classes=classes,
+            dtype=dtype,
+            keep=KEEPS[(i + j) % len(KEEPS)],
+            value=VALUES[(i + j) % len(VALUES)],
+            labelled=(i + j) % 2 == 0,
+            shift=(0, 1, 3, 0)[(i + 2 * j) % 4],
+        )
+        for i, classes in enumerate((7, 100, 1000, 4097, 32_003))
+        for j, dtype in enumerate(DTYPES)
+    ]
+    rest = [replace(case, inplace=True, value="entropy") for case in grid[4:8]]
+    rest += [
+        Case(1, 1_000_003, torch.float32, keep=1.0, labelled=True),
+        Case(2, 200_003, torch.float32, keep=1, labelled=True, shift=1, inplace=True),
+        Case(70_001, 3, torch.bfloat16, keep=12_345, labelled=True),
+        Case(70_001, 3, torch.float64, keep=1.0, value="scores"),
+        Case(20_001, 10, torch.bfloat16, keep=1234, inplace=True, shift=1),
+        Case(13, 4097, torch.float32, keep=2, named=True, labelled=True),
+        Case(1, 1, torch.float32),
+    ]
+    return first + grid + rest

@@ -1,0 +1,143 @@
+"""Section graphs: CUDA graphs of forward and backward, two at once on two streams, and that no call waits for the device."""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .cases import Case, Inputs, call, inputs
+from .process import Deadline, write_json
+
+SETS = 3  # different inputs, which the replays take in turn
+REPLAYS = 60
+HEAD_START = 100_000_000  # clock cycles, about 50 ms: both streams' replays are queued before the first of them runs
+
+SMALL = Case(64, 1000, torch.float32, keep=0.7, labelled=True)
+PAIRS = (
+    (SMALL, SMALL),  # twice the same kernels: what they share between calls would show
+    (
+        Case(2, 200_003, torch.bfloat16),
+        Case(70_001, 3, torch.float32, keep=0.3),
+    ),  # split rows; selection by several blocks
+    (Case(33, 4097, torch.bfloat16, keep=0.5, inplace=True, labelled=True), Case(64, 1000, keep=9, reduction="none")),
+)
+UNSYNCHRONISED = (
+    SMALL,
+    Case(33, 4097, torch.bfloat16, keep=0.5, shift=3, inplace=True),
+    Case(64, 1000, torch.float16, keep=10, named=True),
+    Case(70_001, 3, torch.float32, keep=0.3, value="scores"),
+    Case(2, 200_003, torch.float32, keep=1, reduction="none"),
+)
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors hold the same bits, NaN and -0 included."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    return torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
+
+
+def differences(replays: list[dict[str, Tensor]], eager: list[dict[str, Tensor]]) -> list[str]:
+    """Which results of the replays, on inputs in turn, are not bit for bit those of the eager calls."""
+    return [
+        f"{name} of replay {i}"
+        for i, results in enumerate(replays)
+        for name, x in results.items()
+        if not same_bits(x, eager[i % len(eager)][name])
+    ]
+
+
+class Captured:
+    """A case's forward and backward pass as a graph with a stream of its own."""
+
+    def __init__(self, case: Case, seed: int) -> None:
+        self.case = case
+        self.sets = [inputs(case, seed + i).to("cuda") for i in range(SETS)]
+        self.eager = [call(case, given) for given in self.sets]
+        self.stream = torch.cuda.Stream()
+        self.given: Inputs = inputs(case, seed).to("cuda")
+        torch.cuda.synchronize()
+        with torch.cuda.stream(self.stream):
+            for _ in range(2):  # loads the kernels, which cannot be done while capturing
+                call(case, self.given)
+        torch.cuda.synchronize()
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, stream=self.stream):
+            self.results = call(case, self.given)
+        self.replays: list[dict[str, Tensor]] = []
+
+    def replay(self) -> None:
+        """Queues one replay on the next inputs, and a copy of its results."""
+        with torch.cuda.stream(self.stream):
+            self.given.copy_(self.sets[len(self.replays) % SETS])
+            self.graph.replay()
+            self.replays.append({name: x.clone() for name, x in self.results.items()})
+
+
+def replay_together(pair: tuple[Case, Case], deadline: Deadline) -> list[str]:
+    """What is wrong with two graphs that replay at once on two streams."""
+    graphs = [Captured(case, seed=100 * i) for i, case in enumerate(pair)]
+    for _ in range(5):
+        torch.cuda._sleep(HEAD_START)
+        started = torch.cuda.current_stream().record_event()
+        for graph in graphs:
+            graph.replays.clear()
+            graph.stream.wait_event(started)
+        for _ in range(REPLAYS):
+            for graph in graphs:
+                graph.replay()
+        torch.cuda.synchronize()
+        faults = [f"{graph.case}: {fault}" for graph in graphs for fault in differences(graph.replays, graph.eager)]
+        if faults or deadline.left() == 0:
+            return faults
+    return []
+
+
+def waits_for_device(case: Case) -> str | None:
+    """Whether a call waits: torch's own watch over synchronising calls, and a device that is kept busy meanwhile."""
+    given = inputs(case, seed=7).to("cuda")
+    for _ in range(2):
+        call(case, given)  # loads the kernels and fills torch's allocator
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        call(case, given)
+    except RuntimeError as error:
+        return f"{case}: {str(error).splitlines()[0]}"
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.synchronize()
+    torch.cuda._sleep(10 * HEAD_START)  # half a second: a call takes less by far
+    busy = torch.cuda.current_stream().record_event()
+    call(case, given)
+    waited = busy.query()
+    torch.cuda.synchronize()
+    return f"{case}: a call came back only when the device had finished the work before it" if waited else None
+
+
+def main() -> int:
+    """Prints one line: how many replays were bit for bit the eager calls."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seconds", type=float, required=True)
+    parser.add_argument("--data", type=Path, required=True, help="a JSON file for what is wrong")
+    options = parser.parse_args()
+    deadline = Deadline(options.seconds)
+    faults = [fault for case in UNSYNCHRONISED if (fault := waits_for_device(case))]
+    for pair in PAIRS:
+        faults += replay_together(pair, deadline)
+    write_json(options.data, faults)
+    for fault in faults:
+        print(fault)
+    if faults:
+        print(f"{len(faults)} faults, the first: {faults[0]}")
+        return 1
+    print(
+        f"{len(PAIRS)} pairs of graphs on two streams bit for bit as eager calls; {len(UNSYNCHRONISED)} calls wait for nothing"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

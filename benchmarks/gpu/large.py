@@ -1,0 +1,109 @@
+"""Section large: logits whose elements lie more than 2³¹ apart, some rows of which must give what they give alone."""
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import kcd_ext
+
+from .cases import Produced
+from .process import UNAVAILABLE, write_json
+
+LIMIT = 2**31
+ROOM = 1.1  # of the memory counted, for statistics and what torch holds
+
+
+def logits(rows: int, classes: int, dtype: torch.dtype, device: str, *, stride: int | None = None) -> Tensor:
+    """Random numbers (rows, classes); with a stride in elements between rows nothing is written between them."""
+    if stride is None:
+        return torch.empty(rows, classes, dtype=dtype, device=device).normal_()
+    memory = torch.empty((rows - 1) * stride + classes, dtype=dtype, device=device)
+    return memory.as_strided((rows, classes), (stride, 1)).normal_()
+
+
+def faults(student: Tensor, teacher: Tensor, rows: list[int], *, inplace: bool) -> list[str]:
+    """What differs between rows of a large call and the same rows in a call of their own.
+
+    The upper half of the rows is selected, by scores, so that gradients of rows that are not selected are looked at too.
+
+    Args:
+        student, teacher: (rows, classes); inplace overwrites the student's.
+        rows: which rows are compared.
+    """
+    n = student.shape[0]
+    score = torch.arange(float(n), device=student.device)
+    some = torch.tensor(rows, device=student.device)
+    few_student, few_teacher = student[some].requires_grad_(), teacher[some]  # copies
+    leaf = student.detach().requires_grad_()
+    given = Produced.apply(torch.ones((), requires_grad=True), student) if inplace else leaf
+    loss, knowledge = kcd_ext.condensed_kd_loss(
+        given, teacher, keep=(n + 1) // 2, value=score, reduction="sum", inplace=inplace, return_knowledge=True
+    )
+    (gradient,) = torch.autograd.grad(loss, given)
+    alone, few = kcd_ext.condensed_kd_loss(few_student, few_teacher, reduction="sum", return_knowledge=True)
+    (few_gradient,) = torch.autograd.grad(alone, few_student)
+    selected = some >= n - (n + 1) // 2
+    few_gradient[~selected] = 0
+    # A row's sums may be taken in another order than alone; the gradient is rounded once to its dtype.
+    relative = max(2 * torch.finfo(student.dtype).eps, 1e-4)
+    absolute = 1e-6 * few_gradient.abs().max().item()
+    compared = {
+        "selected": torch.equal(knowledge.selected[some], selected),
+        "kl": torch.allclose(knowledge.kl[some], few.kl, rtol=1e-4, atol=1e-6),
+        "entropy": torch.allclose(knowledge.entropy[some], few.entropy, rtol=1e-4),
+        "gradient": torch.allclose(gradient[some], few_gradient, rtol=relative, atol=absolute),
+        "loss": torch.allclose(loss, 16 * knowledge.kl[knowledge.selected].sum(), rtol=1e-3),
+    }
+    return [name for name, equal in compared.items() if not equal]
+
+
+def contiguous(device: str = "cuda", rows: int = 32_769, classes: int = 65_537) -> list[str]:
+    """More elements than 2³¹, among the rows compared the one that holds the 2³¹th."""
+    student, teacher = (logits(rows, classes, torch.bfloat16, device) for _ in range(2))
+    crossing = min(LIMIT // classes, rows - 1)
+    return faults(
+        student, teacher, sorted({0, rows // 2 - 1, rows // 2, crossing - 1, crossing, rows - 1}), inplace=False
+    )
+
+
+def strided(device: str = "cuda", stride: int = LIMIT + 64, classes: int = 1000) -> list[str]:
+    """Three rows more than 2³¹ elements apart, their gradient in place of the student's."""
+    student, teacher = (logits(3, classes, torch.float32, device, stride=stride) for _ in range(2))
+    return faults(student, teacher, [0, 1, 2], inplace=True)
+
+
+# What is checked -> its function, and the bytes it takes.
+CHECKS: dict[str, tuple[Callable[[], list[str]], int]] = {
+    "bfloat16 32769 × 65537": (contiguous, 3 * 32_769 * 65_537 * 2),
+    "float32, rows 2³¹ + 64 apart, in place": (strided, 2 * 2 * (LIMIT + 64) * 4),
+}
+
+
+def main() -> int:
+    """Prints one line: what was compared, what did not fit."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, required=True, help="a JSON file for the findings")
+    options = parser.parse_args()
+    findings, wrong, checked = {}, False, False
+    for name, (check, size) in CHECKS.items():
+        free = torch.cuda.mem_get_info()[0]
+        if ROOM * size > free:
+            findings[name] = f"needs {ROOM * size / 2**30:.0f} GiB, {free / 2**30:.0f} GiB are free"
+            continue
+        found = check()
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        checked, wrong = True, wrong or bool(found)
+        findings[name] = f"other {', '.join(found)} than the rows alone" if found else "as the rows alone"
+        write_json(options.data, findings)
+    write_json(options.data, findings)
+    print("; ".join(f"{name}: {finding}" for name, finding in findings.items()))
+    return 1 if wrong else 0 if checked else UNAVAILABLE
+
+
+if __name__ == "__main__":
+    sys.exit(main())

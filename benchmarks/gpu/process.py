@@ -1,0 +1,81 @@
+"""What a section and the run of all of them agree on: time limits, exit statuses, files."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import IO
+
+UNAVAILABLE = 77  # the exit status of a section that cannot run on this machine, as automake has it
+
+
+class Deadline:
+    """A point in time, so many seconds from now."""
+
+    def __init__(self, seconds: float) -> None:
+        self._end = time.monotonic() + seconds
+
+    def left(self) -> float:
+        """Seconds until then; 0 afterwards."""
+        return max(0.0, self._end - time.monotonic())
+
+
+def run_within(
+    seconds: float,
+    command: Sequence[str],
+    output: IO,
+    *,
+    environment: Mapping[str, str] | None = None,
+    folder: Path | None = None,
+) -> int | None:
+    """Runs a command with its output going to a file; None if it was stopped because the seconds were over.
+
+    It is asked to stop as by Ctrl-C, so that pytest still says how far it came, and killed 10 s later, with everything it
+    started in its session.
+    """
+    process = subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=subprocess.STDOUT,
+        env=environment,
+        cwd=folder,
+        start_new_session=True,
+    )
+    patience = 0.0
+    try:
+        return process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        patience = 10.0
+        return None
+    finally:
+        _end_session(process, patience)
+
+
+def _end_session(process: subprocess.Popen, patience: float) -> None:
+    """Interrupts a process that still runs, and after so many seconds kills it and whatever it left behind."""
+    if process.poll() is None and patience:
+        os.killpg(process.pid, signal.SIGINT)
+        _wait(process, patience)
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return
+    _wait(process, 5)
+
+
+def _wait(process: subprocess.Popen, seconds: float) -> None:
+    try:
+        process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        pass  # a process that the driver holds on to may outlive even SIGKILL: go on without it
+
+
+def write_json(path: Path, content: object) -> None:
+    """Whole or not at all: what reads it may come at any moment."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(content, indent=1) + "\n")
+    part.replace(path)

@@ -1,0 +1,113 @@
+"""Section sanitizers: compute-sanitizer's four tools, each over the program of `sanitized`."""
+
+import argparse
+import os
+import re
+import shutil
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from .process import UNAVAILABLE, Deadline, run_within, write_json
+from .sanitized import READY
+from .sections import FAILED, NOT_AVAILABLE, PASSED, TIMED_OUT
+
+# API errors: torch itself asks for what may not be there.  Padding: an overrun must not land in the next allocation.
+TOOLS = {
+    "memcheck": ("--report-api-errors", "no", "--padding", "512"),
+    "racecheck": (),
+    "initcheck": (),
+    "synccheck": (),
+}
+ERRORS = 86  # the exit status that compute-sanitizer is told to give when it finds errors
+MARGIN_SECONDS = 8  # for the tool's summary after the last case
+
+
+@dataclass
+class Verdict:
+    """What one tool said."""
+
+    tool: str
+    status: str
+    summary: str
+
+
+def judge(tool: str, status: int | None, output: str) -> Verdict:
+    """What a tool's exit status (None: stopped, the time was over) and output mean."""
+    said = [line.removeprefix("=========").strip() for line in output.splitlines() if line.startswith("=========")]
+    said = [line for line in said if line not in ("", "COMPUTE-SANITIZER")]
+    if READY not in output:  # not even torch's own first kernel ran
+        if status is None:
+            return Verdict(tool, NOT_AVAILABLE, "the device did not answer in the time")
+        telling = [line for line in said if re.search("not supported|unable|unsupported", line, re.IGNORECASE)]
+        return Verdict(tool, NOT_AVAILABLE, (telling or said or [f"exit status {status}"])[0])
+    summaries = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: (.*)", output)
+    counted = re.findall(r"^(\d+ of \d+ cases).*$", output, re.MULTILINE)
+    found, cases = (summaries or ["no summary"])[-1], (counted or ["no case to the end"])[-1]
+    if status is None:
+        return Verdict(tool, TIMED_OUT, f"stopped, {cases}")
+    clean = status == 0 and bool(summaries) and bool(counted) and found.startswith("0 ")
+    return Verdict(tool, PASSED if clean else FAILED, f"{found}, {cases}")
+
+
+def overall(verdicts: list[Verdict]) -> str:
+    """The section's status: not available only where no tool works."""
+    statuses = {verdict.status for verdict in verdicts}
+    for status in (FAILED, TIMED_OUT, PASSED):
+        if status in statuses:
+            return status
+    return NOT_AVAILABLE
+
+
+def find() -> str | None:
+    """compute-sanitizer: on PATH, or in its own folder of the toolkit."""
+    nvcc = shutil.which("nvcc")
+    toolkit = Path(os.path.realpath(nvcc)).parents[1] if nvcc else Path("/usr/local/cuda")
+    return shutil.which("compute-sanitizer") or shutil.which(
+        "compute-sanitizer", path=str(toolkit / "compute-sanitizer")
+    )
+
+
+def check(sanitizer: str, tool: str, seconds: float) -> Verdict:
+    """Runs one tool within so many seconds; its output goes to standard output."""
+    until = time.time() + seconds - MARGIN_SECONDS
+    command = [sanitizer, "--tool", tool, *TOOLS[tool], "--error-exitcode", str(ERRORS), "--print-limit", "20"]
+    # Importing torch takes longer than the 10 s that the tool waits for a program's first CUDA call.
+    command += ["--target-processes", "application-only", "--launch-timeout", "120"]
+    command += [sys.executable, "-m", "gpu.sanitized", "--until", str(until)]
+    # torch's caching allocator makes one allocation of many tensors, where no overrun is seen.
+    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    with tempfile.TemporaryFile("w+", errors="replace") as file:
+        status = run_within(seconds, command, file, environment=environment)
+        file.seek(0)
+        output = file.read()
+    print(f"---- {tool}\n{output}", flush=True)
+    return judge(tool, status, output)
+
+
+def main() -> int:
+    """Prints one line with the verdict of every tool."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seconds", type=float, required=True, help="for all tools together")
+    parser.add_argument("--data", type=Path, required=True, help="a JSON file for the verdicts")
+    options = parser.parse_args()
+    sanitizer = find()
+    if sanitizer is None:
+        print("compute-sanitizer is not installed: it comes with the CUDA toolkit")
+        return UNAVAILABLE
+    deadline, verdicts = Deadline(options.seconds), []
+    for i, tool in enumerate(TOOLS):
+        verdicts.append(check(sanitizer, tool, deadline.left() / (len(TOOLS) - i)))
+        write_json(options.data, [asdict(verdict) for verdict in verdicts])
+    status = overall(verdicts)
+    if status == NOT_AVAILABLE:
+        print(f"not available: {verdicts[0].summary}")
+        return UNAVAILABLE
+    print("; ".join(f"{verdict.tool} {verdict.status}: {verdict.summary}" for verdict in verdicts))
+    return 0 if status == PASSED else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
