@@ -26,7 +26,9 @@ def _run(
 
 
 def _run_simt(student: Tensor, teacher: Tensor, grad_output: Tensor | None, options: dict) -> dict[str, Tensor]:
-    with operators.in_place():
+    """options: also `machine` and `schedule`, see `operators.in_place`."""
+    where = {name: options.pop(name) for name in ("machine", "schedule") if name in options}
+    with operators.in_place(**where):
         return _run(kcd_ext.condensed_kd_loss, "cpu", student, teacher, grad_output, options)
 
 

@@ -65,7 +65,7 @@ struct GradientOfRow {
   }
 
   template <int kStudentSize, int kTeacherSize>
-  KCD_DEVICE_MEMBER void octet(const Octet& z, const Octet& y, int first, int second) const {
+  KCD_DEVICE_MEMBER void octet(const Octet& z, const Octet& y, int one, int other, int end) const {
     Octet gradient{};
     if (with_kd || with_ce) {
 #pragma unroll
@@ -73,12 +73,12 @@ struct GradientOfRow {
         float z_quad[kQuad], y_quad[kQuad], d[kQuad];
         unpack<kStudentSize>(z, student.type, quad, z_quad);
         unpack<kTeacherSize>(y, teacher.type, quad, y_quad);
-        compute(z_quad, y_quad, quad ? second : first, d);
+        compute(z_quad, y_quad, quad ? other : one, d);
         pack<kStudentSize>(d, out.type, quad, gradient);
       }
     }
-    store_aligned(const_cast<char*>(out.at(first)), gradient.word[0]);
-    if (kStudentSize == 4) store_aligned(const_cast<char*>(out.at(second)), gradient.word[1]);
+    if (one < end) store_aligned(const_cast<char*>(out.at(one)), gradient.word[0]);
+    if (kStudentSize == 4 && other < end) store_aligned(const_cast<char*>(out.at(other)), gradient.word[1]);
   }
 
   KCD_DEVICE_MEMBER void quad(int c, int n) const {

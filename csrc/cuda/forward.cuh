@@ -118,7 +118,7 @@ struct Summation {
   }
 
   template <int kStudentSize, int kTeacherSize>
-  KCD_DEVICE_MEMBER void octet(const Octet& z, const Octet& y, int, int) const {
+  KCD_DEVICE_MEMBER void octet(const Octet& z, const Octet& y, int, int, int) const {
     const float none = -Limits<float>::infinity();
     const float z_max = greatest<kStudentSize>(z, student.type),
                 y_max = teacher.begin ? greatest<kTeacherSize>(y, teacher.type) : none;

@@ -1,7 +1,5 @@
 // The way of one row's threads over its classes, the same in both directions.
 #pragma once
-#include <type_traits>
-
 #include "cuda/words.cuh"
 
 namespace kcd::cuda {
@@ -22,39 +20,33 @@ KCD_DEVICE Part part_of(const Row& leading, int classes, int part, int parts) {
   return {part == 0 ? 0 : first < classes ? first : classes, first < classes ? first : classes, end < classes ? end : classes};
 }
 
-// Whole octets of float32 and 16-bit rows.  Calls visit.octet<sizes>(student's, teacher's, first, second): the octets' classes are
-// first to first + 3 and second to second + 3.  Returns the class it came to; what is left is less than what the threads read at a
-// time, as often in every thread.  A row that is not there is not read.
+// Whole octets of float32 and 16-bit rows, from class first to class end.  Calls visit.octet<sizes>(student's, teacher's, one,
+// other, end), as often in every thread: the octets' classes are one to one + 3 and other to other + 3, of which those from `end`
+// on do not exist and hold -inf.  A row that is not there is not read.
 //
 // Each thread reads two words of each tensor at a time.  They lie `threads` words apart, so that a warp always reads neighbouring
 // words: one octet of float32, or two of 16-bit logits.  Where the tensors' words hold different numbers of classes each thread
 // reads the neighbouring words of one octet.
 template <int kStudentSize, int kTeacherSize, class Visit>
-KCD_DEVICE int walk_octets(const char* student, const char* teacher, int first, int end, int thread, int threads,
-                           const Visit& visit) {
+KCD_DEVICE void walk_octets(const Row& student, const Row& teacher, int first, int end, int thread, int threads,
+                            const Visit& visit) {
   constexpr bool kApart = kStudentSize == kTeacherSize, kTwo = kApart && kStudentSize == 2;
   constexpr int kClasses = kApart ? kWordBytes / kStudentSize : kOctet;   // a thread's neighbouring ones
   const int distance = kApart ? threads * kClasses : kQuad, step = threads * (kTwo ? 2 * kOctet : kOctet);
-  for (; end - first >= step; first += step) {
+  for (; first < end; first += step) {
     int one = first + thread * kClasses;
     Octet z{}, y{};
-    if (student) {
-      z.word[0] = load_word(student + int64_t{one} * kStudentSize);
-      if (kApart || kStudentSize == 4) z.word[1] = load_word(student + int64_t{one + distance} * kStudentSize);
-    }
-    if (teacher) {
-      y.word[0] = load_word(teacher + int64_t{one} * kTeacherSize);
-      if (kApart || kTeacherSize == 4) y.word[1] = load_word(teacher + int64_t{one + distance} * kTeacherSize);
-    }
+    const bool whole = end - first >= step;
+    if (student.begin) z = load_octet<kStudentSize, kApart>(student, one, one + distance, end, whole);
+    if (teacher.begin) y = load_octet<kTeacherSize, kApart>(teacher, one, one + distance, end, whole);
 #pragma unroll 1
     for (int half = 0; half < (kTwo ? 2 : 1); ++half) {
-      visit.template octet<kStudentSize, kTeacherSize>(z, y, one, kTwo ? one + kQuad : one + distance);
+      visit.template octet<kStudentSize, kTeacherSize>(z, y, one, kTwo ? one + kQuad : one + distance, end);
       one += distance;
       z.word[0] = z.word[1];
       y.word[0] = y.word[1];
     }
   }
-  return first;
 }
 
 // Classes begin to first and last to end, four at a time: visit.quad(class, how many of the four there are), as often in every
@@ -75,23 +67,19 @@ KCD_DEVICE void walk(const Row& leading, const Row& student, const Row& teacher,
                      const Visit& visit) {
   int first = part.first, last = part.first;
   if constexpr (sizeof(Real) == 4) {
-    int end = part.end;
-    if ((student.begin && offset_of(student.at(first))) ||
-        (teacher.begin &&
-         offset_of(teacher.at(first)))) {   // what is read around a word that is not aligned must lie in the row too
-      first = last = first + kOctet < end ? first + kOctet : end;
-      end -= kOctet;
-    }
-    const auto over = [&](auto student_size, auto teacher_size) {
-      last = walk_octets<student_size.value, teacher_size.value>(student.begin, teacher.begin, first, end, thread, threads, visit);
-    };
-    using Two = std::integral_constant<int, 2>;
-    using Four = std::integral_constant<int, 4>;
+    const bool aligned =
+        (!student.begin || offset_of(student.at(first)) == 0) && (!teacher.begin || offset_of(teacher.at(first)) == 0);
+    // Around a word that is not aligned more is read: that must lie in the row too.
+    const int margin = aligned ? 0 : kOctet, octets = (part.end - first - 2 * margin) / kOctet;
     const int teacher_size = teacher.begin ? teacher.size : leading.size;
-    if (leading.size == 2 && teacher_size == 2) over(Two{}, Two{});
-    if (leading.size == 4 && teacher_size == 4) over(Four{}, Four{});
-    if (leading.size == 2 && teacher_size == 4) over(Two{}, Four{});
-    if (leading.size == 4 && teacher_size == 2) over(Four{}, Two{});
+    if (octets > 0 && leading.size <= 4 && teacher_size <= 4) {
+      first += margin;
+      last = first + octets * kOctet;
+      if (leading.size == 2 && teacher_size == 2) walk_octets<2, 2>(student, teacher, first, last, thread, threads, visit);
+      if (leading.size == 4 && teacher_size == 4) walk_octets<4, 4>(student, teacher, first, last, thread, threads, visit);
+      if (leading.size == 2 && teacher_size == 4) walk_octets<2, 4>(student, teacher, first, last, thread, threads, visit);
+      if (leading.size == 4 && teacher_size == 2) walk_octets<4, 2>(student, teacher, first, last, thread, threads, visit);
+    }
   }
   walk_quads(part.begin, first, last, part.end, thread, threads, visit);
 }

@@ -113,6 +113,28 @@ struct Octet {
   Word word[2];
 };
 
+// -inf in every place.
+KCD_DEVICE Word no_word(Type type) {
+  const uint32_t part = type == Type::float32 ? 0xff800000u : type == Type::float16 ? 0xfc00fc00u : 0xff80ff80u;
+  return {{part, part, part, part}};
+}
+
+// The words from classes `one` and `other` on; -inf where they begin at `end` or after it, which is never so if `whole`.  Two words
+// of a 16-bit type are two octets, so that the second one is read only where that is wanted.
+template <int kSize, bool kTwoOfAnyType>
+KCD_DEVICE Octet load_octet(const Row& row, int one, int other, int end, bool whole) {
+  constexpr bool kTwo = kTwoOfAnyType || kSize == 4;
+  Octet octet{};
+  if (whole) {
+    octet.word[0] = load_word(row.begin + int64_t{one} * kSize);
+    if (kTwo) octet.word[1] = load_word(row.begin + int64_t{other} * kSize);
+  } else {
+    octet.word[0] = one < end ? load_word(row.begin + int64_t{one} * kSize) : no_word(row.type);
+    if (kTwo) octet.word[1] = other < end ? load_word(row.begin + int64_t{other} * kSize) : no_word(row.type);
+  }
+  return octet;
+}
+
 template <int kSize>
 KCD_DEVICE void unpack(const Octet& octet, Type type, int quad, float (&x)[kQuad]) {
   if constexpr (kSize == 4) {

@@ -10,8 +10,8 @@ namespace {
 struct CudaCall : Call {
   CudaCall(Call call, const Tensor& student, const cuda::Machine& machine)
       : Call(call), teacher_row_(Tensor::empty({rows_are_named ? problem.rows : 0}, dtypes().int64, student)) {
-    constexpr int64_t kMost = (int64_t{1} << 31) - 1;
-    require(problem.rows <= kMost && problem.classes <= kMost, "CUDA kernels take up to 2^31 - 1 rows and classes");
+    constexpr int64_t kMost = int64_t{1} << 30;
+    require(problem.rows <= kMost && problem.classes <= kMost, "the CUDA kernels take up to 2^30 rows and classes");
     if (!rows_are_named) return;
     int64_t* teacher_row = teacher_row_.mutable_data<int64_t>();
     cuda::map_teacher_rows(named_rows, teacher_rows, teacher_row, problem.rows, machine);

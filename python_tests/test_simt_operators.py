@@ -1,0 +1,128 @@
+"""What is CUDA's own in the operators, on the CUDA kernels executed on the CPU: shapes of launches, what is not checked there, and
+the operators between which processes meet."""
+
+import math
+
+import oracle
+import pytest
+import torch
+from backends import run
+from simt import operators
+from test_conformance import logits
+
+import kcd_ext
+from kcd_ext import ops
+
+ABSENT = torch.empty(0, dtype=torch.bool)
+NAN = math.nan
+
+
+@pytest.mark.parametrize("threads", [64, 256])
+@pytest.mark.parametrize("processors", [1, 3, 132])
+def test_simt_on_machines_of_any_size(processors, threads):
+    """How rows lie over threads, blocks and several blocks depends on the machine; the numbers do not."""
+    for rows, classes, dtype, teacher_dtype in (
+        (2, 20_011, torch.float32, torch.float32),
+        (1, 70_001, torch.bfloat16, torch.bfloat16),
+        (3, 9_001, torch.float16, torch.float32),
+        (2, 5_003, torch.float64, torch.bfloat16),
+        (61, 130, torch.float32, torch.bfloat16),
+        (17, 1_000, torch.bfloat16, torch.float64),
+        (300, 3, torch.float32, torch.float32),
+    ):
+        student = logits(rows, classes, dtype=dtype, seed=1, scale=3)
+        teacher = logits(rows, classes, dtype=teacher_dtype, seed=2, scale=3)
+        options = {"keep": 0.6, "labels": torch.arange(rows) % classes, "value": "teacher_entropy"}
+        options["labels"][rows // 2] = -100
+        got = run("simt", student, teacher, machine=(processors, threads), **options)
+        oracle.check(got, oracle.expected(student, teacher, got, **options))
+
+
+def test_simt_rows_that_begin_anywhere():
+    """Each tensor at its own distance from a 16-byte boundary, so that words are put together from two."""
+    for dtype, teacher_dtype in ((torch.bfloat16,) * 2, (torch.float32,) * 2, (torch.float16, torch.float32)):
+        student, teacher = logits(4, 997, dtype=dtype, seed=3), logits(4, 997, dtype=teacher_dtype, seed=4)
+        for shift in range(8):
+            parts = student[:, shift : shift + 900], teacher[:, 7 - shift : 907 - shift]
+            for options in ({}, {"inplace": True}):
+                got = run("simt", *parts, keep=0.5, labels=torch.arange(4), **options)
+                oracle.check(got, oracle.expected(*parts, got, keep=0.5, labels=torch.arange(4)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("classes", [10, 3000])
+def test_simt_labels_and_rows_that_do_not_exist(dtype, classes):
+    """They cannot be refused without waiting for the device: what depends on them is not a number, the rest as it should be."""
+    student, teacher = logits(6, classes, dtype=dtype, seed=5), logits(6, classes, dtype=dtype, seed=6)
+    labels = torch.arange(6)
+    labels[1], labels[4] = classes, -7
+    good = torch.tensor([0, 2, 3, 5])
+    for value in ("entropy", "cross_entropy"):
+        got = run("simt", student, teacher, labels=labels, value=value, keep=1, reduction="none")
+        want = run("simt", student, teacher, labels=torch.arange(6), value=value, keep=1.0, reduction="none")
+        assert got["loss"][[1, 4]].isnan().all() and got["loss"][good].isfinite().all()
+        assert got["grad"][[1, 4]].isnan().all() and got["grad"][good].isfinite().all()
+        assert torch.equal(got["entropy"], want["entropy"]) and torch.equal(got["kl"], want["kl"])
+        if value == "cross_entropy":
+            assert got["value"][[1, 4]].isnan().all() and got["selected"][1]
+
+    rows = torch.tensor([2, 99, 5, 2, -1, -50])  # 2 is named twice, 99 and -50 are no rows
+    got = run("simt", student, teacher, rows=rows, keep=1)
+    assert got["selected"].tolist() == [False, False, True, False, False, False]
+    assert got["loss"].isnan() and got["kl"][2].isnan() and got["grad"][2].isnan().all()
+    assert (got["grad"][[0, 1, 3, 4, 5]] == 0).all()
+    assert got["value"][5].isfinite() and got["value"][[0, 1, 3, 4]].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("reduction", [0, 1, 2])
+def test_simt_operators_between_which_processes_meet(dtype, reduction):
+    """row_stats, select_topk and reduce_rows against the CPU's, and the gradient from counts of all processes."""
+    student, teacher = logits(5000, 11, dtype=dtype, seed=7), logits(5000, 11, dtype=dtype, seed=8)
+    labels = torch.arange(5000) % 11
+    labels[::7] = -100
+    weight = torch.rand(5000, dtype=dtype, generator=torch.Generator().manual_seed(9))
+    counts, options = torch.tensor([4000, 9000]), (3.0, 0.7, 0.4, -100, reduction, 2.0)
+
+    def results():
+        value, stats, cross_entropy, candidate = ops.row_stats(
+            student, teacher, labels, ABSENT, ABSENT, options[0], 2, -100
+        )
+        selected = ops.select_topk(value, candidate, 0.3, 0)
+        loss = ops.reduce_rows(student, labels, weight, selected, stats, cross_entropy, counts, *options)
+        grad = ops.condensed_kd_gradient(
+            torch.ones_like(loss), student, teacher, labels, weight, ABSENT, selected, stats, counts, *options
+        )
+        return {
+            "value": value,
+            "stats": stats,
+            "cross_entropy": cross_entropy,
+            "candidate": candidate,
+            "selected": selected,
+            "loss": loss,
+            "grad": grad,
+        }
+
+    want = results()
+    with operators.in_place():
+        got = results()
+    for name in want:
+        torch.testing.assert_close(got[name], want[name], rtol=2e-5, atol=1e-6, equal_nan=True, msg=name)
+    for name in ("candidate", "selected"):
+        assert torch.equal(got[name], want[name])
+
+
+def test_simt_rows_worth_asking_the_teacher_about():
+    student, labels = logits(40, 100, seed=10), torch.arange(40)
+    labels[:30:3] = -100
+    want_index, want = kcd_ext.select_rows(student, keep=0.5, labels=labels)
+    with operators.in_place():
+        index, knowledge = kcd_ext.select_rows(student, keep=0.5, labels=labels)
+    assert torch.equal(index, want_index) and torch.equal(knowledge.selected, want.selected)
+    torch.testing.assert_close(knowledge.entropy, want.entropy, equal_nan=True)
+
+
+def test_simt_refuses_wrong_calls_before_anything_runs():
+    student = logits(4, 6, seed=11)
+    with operators.in_place(), pytest.raises(ValueError, match="same number of rows"):
+        ops.condensed_kd_forward(student, student[:2], *(ABSENT,) * 4, 0.5, 0, 0, 4.0, 1.0, 0.0, -100, 0, 1.0)
