@@ -77,7 +77,9 @@ def condensed_kd_loss(
 
     Raises:
         TypeError, ValueError: an argument is of the wrong type, shape, device or range; nothing has been computed.
-        IndexError: on the CPU, a label or an entry of rows is out of range (on CUDA that row's cross entropy is NaN).
+        IndexError: on the CPU, a label or an entry of rows is out of range. On CUDA, where checking would wait for the device,
+            such a label makes that row's cross entropy and gradient NaN, such an entry of rows is skipped, and a row named
+            twice has a KL of NaN; nothing is read out of bounds.
         RuntimeError: a second or a forward derivative is asked for, or one inside a torch.func transform; use
             `kcd_ext.reference.condensed_kd_loss`.
 
@@ -328,12 +330,13 @@ def _readable(logits: Tensor) -> Tensor:
 
 
 def _check_kernels(student: Tensor) -> None:
-    if not ops.has_kernels_for(student):
-        kernels = " ".join(ops.build_info["cuda_architectures"]) or "none, for it was built without nvcc"
-        raise ValueError(
-            f"kcd_ext has kernels for the CPU and CUDA (this build: {kernels}), got logits on {student.device}: use"
-            " kcd_ext.reference, the same function in plain PyTorch for any device"
-        )
+    if ops.has_kernels_for(student):
+        return
+    built = "and CUDA" if ops.build_info["cuda_architectures"] else "alone in this build, which was made without nvcc"
+    raise ValueError(
+        f"kcd_ext has kernels for the CPU {built}, got logits on {student.device}: use kcd_ext.reference, the same function"
+        " in plain PyTorch for any device"
+    )
 
 
 def _check_inplace(student: Tensor, teacher: Tensor, differentiable: bool) -> None:

@@ -216,6 +216,7 @@ def plain_library(tmp_path_factory) -> Path:
         "PIP_NO_INDEX": "1",
         "http_proxy": "http://127.0.0.1:9",
         "https_proxy": "http://127.0.0.1:9",
+        "CUDAARCHS": "90-real",  # of all the architectures one
     }
     for command in (
         ["cmake", "-G", "Ninja", "-S", str(ROOT), "-B", str(build), "-DCMAKE_CXX_FLAGS=-Werror"],
@@ -241,6 +242,10 @@ print(repr(loss.item()), kcd_ext.ops.build_info["instruction_sets"])
     )
     assert plain.returncode == 0, plain.stderr
     assert plain.stdout == module.stdout
+    built_for = python(
+        "import kcd_ext.ops as o; print(o.build_info['cuda_architectures'])", KCD_LIBRARY=str(plain_library)
+    )
+    assert built_for.stdout == ("['sm_90']\n" if shutil.which("nvcc") else "[]\n")
 
 
 def test_a_second_plain_library_is_an_error_and_no_abort(plain_library):
@@ -310,6 +315,8 @@ def test_the_build_against_torchs_own_headers(tmp_path):
         "-DKCD_TORCH_HEADERS=ON",
         f"-DPython3_EXECUTABLE={sys.executable}",
     ]
-    for command in (configure, ["ninja", "-C", str(tmp_path), "CMakeFiles/extension.dir/csrc/torch/ops.cpp.o"]):
+    objects = ["ops.cpp.o", "cpu_ops.cpp.o"] + (["cuda_ops.cpp.o", "device.cpp.o"] if shutil.which("nvcc") else [])
+    compile_ = ["ninja", "-C", str(tmp_path), *(f"CMakeFiles/extension.dir/csrc/torch/{name}" for name in objects)]
+    for command in (configure, compile_):
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

@@ -28,7 +28,7 @@ KCD_DEVICE Part part_of(const Row& leading, int classes, int part, int parts) {
 // words: one octet of float32, or two of 16-bit logits.  Where the tensors' words hold different numbers of classes each thread
 // reads the neighbouring words of one octet.
 template <int kStudentSize, int kTeacherSize, class Visit>
-KCD_DEVICE void walk_octets(const Row& student, const Row& teacher, int first, int end, int thread, int threads,
+KCD_DEVICE void walk_octets(const Row& student, const Row& teacher, int first, int end, bool aligned, int thread, int threads,
                             const Visit& visit) {
   constexpr bool kApart = kStudentSize == kTeacherSize, kTwo = kApart && kStudentSize == 2;
   constexpr int kClasses = kApart ? kWordBytes / kStudentSize : kOctet;   // a thread's neighbouring ones
@@ -36,9 +36,13 @@ KCD_DEVICE void walk_octets(const Row& student, const Row& teacher, int first, i
   for (; first < end; first += step) {
     int one = first + thread * kClasses;
     Octet z{}, y{};
-    const bool whole = end - first >= step;
-    if (student.begin) z = load_octet<kStudentSize, kApart>(student, one, one + distance, end, whole);
-    if (teacher.begin) y = load_octet<kTeacherSize, kApart>(teacher, one, one + distance, end, whole);
+    if (aligned && end - first >= step) {
+      if (student.begin) z = load_aligned_octet<kStudentSize, kApart>(student, one, one + distance);
+      if (teacher.begin) y = load_aligned_octet<kTeacherSize, kApart>(teacher, one, one + distance);
+    } else {
+      if (student.begin) z = load_octet<kStudentSize, kApart>(student, one, one + distance, end);
+      if (teacher.begin) y = load_octet<kTeacherSize, kApart>(teacher, one, one + distance, end);
+    }
 #pragma unroll 1
     for (int half = 0; half < (kTwo ? 2 : 1); ++half) {
       visit.template octet<kStudentSize, kTeacherSize>(z, y, one, kTwo ? one + kQuad : one + distance, end);
@@ -75,10 +79,10 @@ KCD_DEVICE void walk(const Row& leading, const Row& student, const Row& teacher,
     if (octets > 0 && leading.size <= 4 && teacher_size <= 4) {
       first += margin;
       last = first + octets * kOctet;
-      if (leading.size == 2 && teacher_size == 2) walk_octets<2, 2>(student, teacher, first, last, thread, threads, visit);
-      if (leading.size == 4 && teacher_size == 4) walk_octets<4, 4>(student, teacher, first, last, thread, threads, visit);
-      if (leading.size == 2 && teacher_size == 4) walk_octets<2, 4>(student, teacher, first, last, thread, threads, visit);
-      if (leading.size == 4 && teacher_size == 2) walk_octets<4, 2>(student, teacher, first, last, thread, threads, visit);
+      if (leading.size == 2 && teacher_size == 2) walk_octets<2, 2>(student, teacher, first, last, aligned, thread, threads, visit);
+      if (leading.size == 4 && teacher_size == 4) walk_octets<4, 4>(student, teacher, first, last, aligned, thread, threads, visit);
+      if (leading.size == 2 && teacher_size == 4) walk_octets<2, 4>(student, teacher, first, last, aligned, thread, threads, visit);
+      if (leading.size == 4 && teacher_size == 2) walk_octets<4, 2>(student, teacher, first, last, aligned, thread, threads, visit);
     }
   }
   walk_quads(part.begin, first, last, part.end, thread, threads, visit);

@@ -80,14 +80,15 @@ KCD_DEVICE Two two_of(uint32_t bits, Type type) {
 
 // Rounded to nearest, ties to even.
 KCD_DEVICE uint32_t bits_of(float low, float high, Type type) {
-  if (type == Type::bfloat16) return to_bfloat16(low).bits | static_cast<uint32_t>(to_bfloat16(high).bits) << 16;
-#ifdef __CUDA_ARCH__
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
   uint32_t bits;
-  asm("{ .reg .b16 low, high; cvt.rn.f16.f32 low, %1; cvt.rn.f16.f32 high, %2; mov.b32 %0, {low, high}; }"
-      : "=r"(bits)
-      : "f"(low), "f"(high));
+  if (type == Type::bfloat16)
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
+  else
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
   return bits;
 #else
+  if (type == Type::bfloat16) return to_bfloat16(low).bits | static_cast<uint32_t>(to_bfloat16(high).bits) << 16;
   return to_float16(low).bits | static_cast<uint32_t>(to_float16(high).bits) << 16;
 #endif
 }
@@ -119,19 +120,22 @@ KCD_DEVICE Word no_word(Type type) {
   return {{part, part, part, part}};
 }
 
-// The words from classes `one` and `other` on; -inf where they begin at `end` or after it, which is never so if `whole`.  Two words
-// of a 16-bit type are two octets, so that the second one is read only where that is wanted.
+// The words from classes `one` and `other` on; two words of a 16-bit type are two octets, so that the second one is read only where
+// that is wanted.
 template <int kSize, bool kTwoOfAnyType>
-KCD_DEVICE Octet load_octet(const Row& row, int one, int other, int end, bool whole) {
-  constexpr bool kTwo = kTwoOfAnyType || kSize == 4;
+KCD_DEVICE Octet load_aligned_octet(const Row& row, int one, int other) {
   Octet octet{};
-  if (whole) {
-    octet.word[0] = load_word(row.begin + int64_t{one} * kSize);
-    if (kTwo) octet.word[1] = load_word(row.begin + int64_t{other} * kSize);
-  } else {
-    octet.word[0] = one < end ? load_word(row.begin + int64_t{one} * kSize) : no_word(row.type);
-    if (kTwo) octet.word[1] = other < end ? load_word(row.begin + int64_t{other} * kSize) : no_word(row.type);
-  }
+  octet.word[0] = load_aligned(row.begin + int64_t{one} * kSize);
+  if (kTwoOfAnyType || kSize == 4) octet.word[1] = load_aligned(row.begin + int64_t{other} * kSize);
+  return octet;
+}
+
+// The same wherever the words lie; -inf where they begin at `end` or after it.
+template <int kSize, bool kTwoOfAnyType>
+KCD_DEVICE Octet load_octet(const Row& row, int one, int other, int end) {
+  Octet octet{};
+  octet.word[0] = one < end ? load_word(row.begin + int64_t{one} * kSize) : no_word(row.type);
+  if (kTwoOfAnyType || kSize == 4) octet.word[1] = other < end ? load_word(row.begin + int64_t{other} * kSize) : no_word(row.type);
   return octet;
 }
 
