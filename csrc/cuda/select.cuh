@@ -79,7 +79,8 @@ KCD_DEVICE void count_digit(const Ranking& ranking, int64_t begin, int64_t end, 
   __syncthreads();
 }
 
-// Goes on by one digit, for all threads of the block: `left` keys are wanted among those counted.
+// Goes on by one digit, for all threads of the block: `left` keys are wanted among those counted.  Counting the next digit parts
+// this pick from the next one.
 KCD_DEVICE void pick_digit(const unsigned* count, int digit, Threshold& threshold) {
   SHARED(unsigned, picked, 3);
   const int lane = static_cast<int>(threadIdx.x);
@@ -107,7 +108,6 @@ KCD_DEVICE void pick_digit(const unsigned* count, int digit, Threshold& threshol
   threshold.key |= uint64_t{picked[0]} << shift_of(digit);
   threshold.left = picked[1];
   threshold.all_fit = picked[1] == picked[2];
-  __syncthreads();   // before the next digit is picked
 }
 
 // The number of candidates, for all threads, from their counts by the first digit.

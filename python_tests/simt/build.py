@@ -6,12 +6,13 @@ KCD_TEST_CACHE or a folder of the user's in the system's temporary one.
 
 import functools
 import hashlib
+import itertools
 import os
 import shutil
 import subprocess
 import sysconfig
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,6 +112,14 @@ def compile(
     )
 
 
+def write_sources(files: Mapping[str, str]) -> Path:
+    """A folder in the cache with these texts, by path inside it: always the same one, so that what is compiled is cached too."""
+    folder = f"sources-{_key(*itertools.chain(*sorted(files.items())))}"
+    for name, text in files.items():
+        _cached(f"{folder}/{name}", lambda output, text=text: Path(output).write_text(text))
+    return _cache_folder() / folder
+
+
 def _build(compiler, kind, sources, include_dirs, defines, output_kind, libraries=()) -> Path:
     compile_flags, link_flags = OUTPUTS[output_kind]
     preprocess = [f"-I{folder}" for folder in (HERE, *include_dirs)] + [f"-D{name}" for name in defines]
@@ -134,8 +143,9 @@ def _cached(name: str, make) -> Path:
     """The file of this name in the cache; `make(path)` makes it. Renamed into place: two processes may do so at once."""
     path = _cache_folder() / name
     if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            unfinished = os.path.join(folder, name)
+            unfinished = os.path.join(folder, path.name)
             make(unfinished)
             os.replace(unfinished, path)
     return path

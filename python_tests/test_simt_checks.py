@@ -1,0 +1,744 @@
+"""The CUDA kernels, executed on the CPU: any order of threads gives the same bits; no access is out of bounds, misaligned or a
+race. Faults planted in the kernels show that each of these checks finds what it is for."""
+
+import mmap
+import subprocess
+from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from simt import build, faults, operators
+from simt.faults import Fault
+
+DRIVER = build.HERE / "driver.cpp"
+SCHEDULES = ("forward", "reverse", "random:1:1", "random:2:2", "random:3:3")
+
+# ---- cases: words for the driver
+
+CASES = {
+    # dtypes and numbers of classes, where rows begin and end, every option
+    "one_class": "rows=5 classes=1 labels=strange all_outputs=yes",
+    "seven": "rows=37 classes=7 student=float16 teacher=float32 labels=strange reduction=none weights=yes",
+    "odd_rows": "rows=40 classes=33 labels=usual mapping=strange weights=yes gap=7 student_offset=4 teacher_offset=12",
+    "half": "rows=25 classes=100 student=float16 teacher=float16 student_offset=10 teacher_offset=2 value=kl reduction=sum",
+    "half_aligned": "rows=9 classes=1000 student=bfloat16 teacher=bfloat16 labels=usual mapping=usual temperature=4",
+    "half_in_place": "rows=9 classes=1001 student=bfloat16 teacher=bfloat16 labels=usual in_place=yes gap=9 student_offset=14",
+    "mixed_half": "rows=7 classes=601 student=float16 teacher=bfloat16 labels=usual value=cross_entropy temperature=1",
+    "narrow_student": "rows=40 classes=264 student=float16 teacher=float32 mapping=usual student_offset=6 teacher_offset=8",
+    "narrow_teacher": "rows=40 classes=264 student=float32 teacher=bfloat16 labels=usual student_offset=12 teacher_offset=10",
+    "double": "rows=12 classes=333 student=float64 teacher=float64 labels=usual all_outputs=yes teacher_offset=8 in_place=yes",
+    "double_student": "rows=6 classes=100 student=float64 teacher=float16 labels=strange value=teacher_entropy",
+    "double_teacher": "rows=6 classes=100 student=float32 teacher=float64 labels=usual temperature=2 in_place=yes",
+    "sequences": "rows=22 classes=50 student=float16 teacher=float32 inner=4 gap=5 labels=usual weights=yes reduction=none",
+    "teacher_entropy": "rows=33 classes=90 value=teacher_entropy mapping=usual labels=usual in_place=yes",
+    "scores": "rows=300 classes=5 value=score labels=usual mapping=strange count=40",
+    "double_scores": "rows=300 classes=5 value=score score=float64 labels=usual count=70",
+    "no_teacher": "rows=30 classes=40 with_teacher=no labels=usual all_outputs=yes",
+    "no_rows": "rows=0 classes=40 labels=usual",
+    # numbers that are none, and rows that tie
+    "masks": "rows=24 classes=700 content=masked labels=usual all_outputs=yes reduction=none",
+    "half_masks": "rows=24 classes=520 student=float16 teacher=bfloat16 content=masked labels=usual value=kl",
+    "double_masks": "rows=24 classes=50 student=float64 teacher=float64 content=masked value=teacher_entropy",
+    "ties": "rows=700 classes=6 content=equal labels=usual count=333",
+    # rows that several blocks share
+    "parts": "rows=2 classes=4097 threads=64 processors=3 labels=usual weights=yes",
+    "half_parts": "rows=3 classes=9000 threads=64 student=bfloat16 teacher=float16 labels=usual in_place=yes student_offset=2",
+    "double_parts": "rows=1 classes=4097 threads=32 student=float64 teacher=float64 content=masked",
+    # selection, and loss by a launch of their own
+    "apart": "run=apart rows=50 classes=100 labels=usual mapping=strange value=kl weights=yes",
+    "apart_ties": "run=apart rows=700 classes=6 content=equal labels=usual count=333 reduction=none",
+    "apart_parts": "run=apart rows=2 classes=4097 threads=64 labels=strange all_outputs=yes reduction=sum",
+    "select": "run=select rows=1001",
+    "select_double": "run=select rows=1001 score=float64 count=13",
+    "reduce": "run=reduce rows=9001 labels=usual weights=yes",
+    "reduce_double": "run=reduce rows=5000 student=float64 reduction=none",
+    # blocks of many rows, and the selection from many by many blocks
+    "many": "rows=9001 classes=3 labels=usual mapping=usual student=float16 teacher=float16",
+    "very_many": "rows=70001 classes=2 labels=usual content=equal threads=64",
+    "select_very_many": "run=select rows=70001 count=30000",
+    "select_very_many_double": "run=select rows=65537 score=float64 fraction=0.9",
+}
+SLOW_UNDER_ASAN = {"very_many"}
+
+# Launches of up to 250 CUDA threads, beyond which ThreadSanitizer may miss a race.
+RACE_CASES = {
+    "rows_in_a_warp": "processors=1 threads=64 rows=12 classes=100 labels=strange mapping=strange weights=yes all_outputs=yes",
+    "rows_in_a_block": "processors=1 threads=64 rows=3 classes=1000 labels=usual value=kl reduction=none",
+    "doubles": "processors=1 threads=64 rows=3 classes=333 student=float64 teacher=float64 labels=usual",
+    "halves_in_place": "processors=1 threads=64 rows=3 classes=777 student=float16 teacher=bfloat16 in_place=yes teacher_offset=6",
+    "small_blocks": "processors=2 threads=32 rows=7 classes=300 student=bfloat16 teacher=float32 labels=usual mapping=strange",
+    "tied_rows": "processors=1 threads=64 rows=47 classes=7 content=equal labels=usual count=19",
+    "more_rows_than_threads": "processors=1 threads=32 rows=55 classes=7 content=equal labels=usual count=19",
+    "shared_rows": "processors=2 threads=32 rows=2 classes=4097 labels=usual",
+    "one_shared_row": "processors=1 threads=64 rows=1 classes=6200 student=float16 teacher=float16 in_place=yes",
+    "launches_apart": "processors=1 threads=64 run=apart rows=12 classes=100 labels=usual mapping=usual weights=yes",
+    "select_by_blocks": "processors=1 threads=32 run=select rows=65537 count=30000",
+    "select_by_blocks_double": "processors=1 threads=32 run=select rows=65537 score=float64",
+    "reduce_by_blocks": "processors=2 threads=64 run=reduce rows=8192 labels=usual weights=yes",
+    "reduce_by_blocks_double": "processors=2 threads=64 run=reduce rows=8192 student=float64 reduction=none",
+}
+
+# Rows 2^32 elements apart, and more: only the pages that are touched take memory.
+HUGE = "rows=5 classes=40 inner=2 gap=4294967296"
+HUGE_CASES = {
+    "huge_strides": f"{HUGE} labels=usual student=float16 teacher=float32",
+    "huge_strides_in_place": f"{HUGE} labels=usual student=bfloat16 teacher=float16 mapping=usual in_place=yes",
+    "huge_strides_of_doubles": f"{HUGE} student=float64 teacher=float64 in_place=yes",
+}
+ALL_CASES = CASES | RACE_CASES | HUGE_CASES
+
+# ---- faults
+
+SYNCTHREADS = "if (!FAULT) __syncthreads();"
+FENCE = "if (!FAULT) __threadfence();"
+FAULTS = (
+    # reading and writing logits
+    Fault(
+        "a misaligned word is loaded as it lies",
+        "cuda/words.cuh",
+        "if (offset == 0) return load_aligned(p);",
+        "if (offset == 0 || FAULT) return load_aligned(p);",
+        "ubsan",
+        "odd_rows",
+    ),
+    Fault(
+        "the second of two words is one too far",
+        "cuda/words.cuh",
+        "load_aligned(p - offset + kWordBytes)",
+        "load_aligned(p - offset + (FAULT ? 2 : 1) * kWordBytes)",
+        "wrong",
+        "odd_rows",
+    ),
+    Fault(
+        "words around the first classes reach out of the row",
+        "cuda/walk.cuh",
+        "first += margin;",
+        "first += FAULT ? 0 : margin;",
+        "asan",
+        "narrow_teacher",
+    ),
+    Fault(
+        "words around the last classes reach out of the row",
+        "cuda/walk.cuh",
+        "(part.end - first - 2 * margin)",
+        "(part.end - first - (FAULT ? 1 : 2) * margin)",
+        "asan",
+        "narrow_teacher",
+    ),
+    Fault(
+        "the last octets are read as if every thread had one",
+        "cuda/walk.cuh",
+        "if (aligned && end - first >= step) {",
+        "if (aligned && (end - first >= step || FAULT)) {",
+        "asan",
+        "half_aligned",
+    ),
+    Fault(
+        "octets past the end are written",
+        "cuda/backward.cuh",
+        "if (one < end) store_aligned",
+        "if (one < end || FAULT) store_aligned",
+        "asan",
+        "half_aligned",
+    ),
+    Fault(
+        "a class past the end is read",
+        "cuda/walk.cuh",
+        "const int left = quad < before ? first - c : end - c;",
+        "const int left = quad < before ? first - c : end - c + FAULT;",
+        "asan",
+        "one_class",
+    ),
+    Fault(
+        "the last classes are left out",
+        "cuda/walk.cuh",
+        "(end - last + kQuad - 1) / kQuad",
+        "(end - last + (FAULT ? 0 : kQuad - 1)) / kQuad",
+        "wrong",
+        "odd_rows",
+    ),
+    Fault(
+        "a class past the end is written",
+        "cuda/words.cuh",
+        "if (j >= n) continue;",
+        "if (j >= n && !FAULT) continue;",
+        "asan",
+        "seven",
+    ),
+    Fault(
+        "an offset of 32 bits",
+        "kernels.h",
+        "static_cast<const char*>(data) + element * size_of(type)",
+        "static_cast<const char*>(data) + (FAULT ? static_cast<uint32_t>(element) : element) * size_of(type)",
+        "wrong",
+        "huge_strides",
+    ),
+    # which rows
+    Fault(
+        "forward: rows beyond the last one are read",
+        "cuda/forward.cuh",
+        "const bool has_row = i < p.rows;",
+        "const bool has_row = i < p.rows || FAULT;",
+        "asan",
+        "seven",
+    ),
+    Fault(
+        "backward: rows beyond the last one are read",
+        "cuda/backward.cuh",
+        "if (i < 0) return;",
+        "if (i < 0 && !FAULT) return;",
+        "asan",
+        "seven",
+    ),
+    Fault(
+        "selection: rows beyond the last one are read",
+        "cuda/select.cuh",
+        "first + j * stride < end ? ranking.key",
+        "first + j * stride < end || FAULT ? ranking.key",
+        "asan",
+        "select",
+    ),
+    Fault(
+        "an ignored row is read",
+        "cuda/forward.cuh",
+        "if (has_row && p.valid(i)) {",
+        "if (has_row && (p.valid(i) || FAULT)) {",
+        "wrong",
+        "odd_rows",
+    ),
+    Fault(
+        "forward: a label that does not exist is read",
+        "cuda/forward.cuh",
+        "p.labels[i] >= 0 && p.labels[i] < p.classes)",
+        "(FAULT || (p.labels[i] >= 0 && p.labels[i] < p.classes)))",
+        "asan",
+        "one_class",
+    ),
+    Fault(
+        "backward: a label that does not exist is a class without a gradient",
+        "cuda/backward.cuh",
+        "const bool exists = p.labels[i] >= 0 && p.labels[i] < p.classes;",
+        "const bool exists = FAULT || (p.labels[i] >= 0 && p.labels[i] < p.classes);",
+        "wrong",
+        "seven",
+    ),
+    Fault(
+        "entries beyond the teacher's last row are read",
+        "cuda/rows.cuh",
+        "if (j >= n ||",
+        "if ((j >= n && !FAULT) ||",
+        "asan",
+        "odd_rows",
+    ),
+    Fault(
+        "a row that the student does not have is written",
+        "cuda/rows.cuh",
+        "rows[j] >= student_rows)",
+        "(rows[j] >= student_rows && !FAULT))",
+        "asan",
+        "odd_rows",
+    ),
+    Fault(
+        "two rows of the teacher name one of the student without an atomic",
+        "cuda/rows.cuh",
+        "atomicCAS(entry, none, static_cast<unsigned long long>(j))",
+        "(FAULT ? (*entry == none ? (*entry = static_cast<unsigned long long>(j), none) : *entry)"
+        " : atomicCAS(entry, none, static_cast<unsigned long long>(j)))",
+        "tsan",
+        "rows_in_a_warp",
+    ),
+    # threads of a row
+    Fault(
+        "threads without a row leave before a barrier",
+        "cuda/forward.cuh",
+        "const Group group = group_of(thread, a.row_threads < kWarp ? a.row_threads : kWarp);",
+        "const Group group = group_of(thread, a.row_threads < kWarp ? a.row_threads : kWarp); if (FAULT && !has_row) return;",
+        "shim",
+        "seven",
+    ),
+    Fault(
+        "the mask of another row's lanes",
+        "cuda/group.cuh",
+        "return {whole << (thread % kWarp / lanes * lanes), lanes};",
+        "return {whole << (FAULT ? 0 : thread % kWarp / lanes * lanes), lanes};",
+        "shim",
+        "seven",
+    ),
+    Fault(
+        "half of the lanes are added up",
+        "cuda/group.cuh",
+        "for (int distance = lanes / 2; distance > 0; distance /= 2) x += ",
+        "for (int distance = lanes / (FAULT ? 4 : 2); distance > 0; distance /= 2) x += ",
+        "wrong",
+        "seven",
+    ),
+    Fault(
+        "the warps' sums are read before they are written",
+        "cuda/forward.cuh",
+        "if (lane == 0) of_warp[warp] = sums;\n  __syncthreads();",
+        f"if (lane == 0) of_warp[warp] = sums;\n  {SYNCTHREADS}",
+        "tsan",
+        "rows_in_a_block",
+    ),
+    Fault(
+        "every lane writes the row's results",
+        "cuda/forward.cuh",
+        "if (has_row && thread % a.row_threads == 0) finish_row",
+        "if (has_row && (thread % a.row_threads == 0 || FAULT)) finish_row",
+        "tsan",
+        "rows_in_a_warp",
+    ),
+    # blocks of a row
+    Fault(
+        "no fence between a part and its arrival",
+        "cuda/forward.cuh",
+        "__threadfence();   // the piece",
+        f"{FENCE}   // the piece",
+        "tsan",
+        "shared_rows",
+    ),
+    Fault(
+        "no fence between the arrivals and the parts",
+        "cuda/forward.cuh",
+        "__threadfence();   // the others'",
+        f"{FENCE}   // the others'",
+        "tsan",
+        "shared_rows",
+    ),
+    Fault(
+        "the last part but one counts as the last",
+        "cuda/forward.cuh",
+        "static_cast<unsigned>(a.parts) - 1;",
+        "static_cast<unsigned>(a.parts) - (FAULT ? 2 : 1);",
+        "wrong",
+        "shared_rows",
+    ),
+    Fault(
+        "whether a part is the last is read before it is known",
+        "cuda/forward.cuh",
+        "__syncthreads();\n  if (!last[0]) return false;",
+        f"{SYNCTHREADS}\n  if (!last[0]) return false;",
+        "tsan",
+        "one_shared_row",
+    ),
+    # the whole block, and the last one
+    Fault(
+        "a sum over the block overwrites the one before it",
+        "cuda/group.cuh",
+        "__syncthreads();   // a sum before",
+        f"{SYNCTHREADS}   // a sum before",
+        "tsan",
+        "rows_in_a_warp",
+    ),
+    Fault(
+        "a sum over the block is read before it is written",
+        "cuda/group.cuh",
+        "of_warp[thread / kWarp] = x;\n  __syncthreads();",
+        f"of_warp[thread / kWarp] = x;\n  {SYNCTHREADS}",
+        "tsan",
+        "rows_in_a_warp",
+    ),
+    Fault(
+        "a block arrives before all of its threads have written",
+        "cuda/group.cuh",
+        "__syncthreads();   // the whole block",
+        f"{SYNCTHREADS}   // the whole block",
+        "tsan",
+        "rows_in_a_warp",
+    ),
+    Fault(
+        "no fence between what a block writes and its arrival",
+        "cuda/group.cuh",
+        "__threadfence();   // what was written",
+        f"{FENCE}   // what was written",
+        "tsan",
+        "rows_in_a_warp",
+    ),
+    Fault(
+        "no fence between the arrivals and what blocks have written",
+        "cuda/group.cuh",
+        "__threadfence();   // what others wrote",
+        f"{FENCE}   // what others wrote",
+        "tsan",
+        "rows_in_a_warp",
+    ),
+    Fault(
+        "whether a block is the last is read before it is known",
+        "cuda/group.cuh",
+        "__syncthreads();\n  return last[0];",
+        f"{SYNCTHREADS}\n  return last[0];",
+        "tsan",
+        "rows_in_a_warp",
+    ),
+    Fault(
+        "the last block but one counts as the last",
+        "cuda/group.cuh",
+        "atomicAdd(arrived, 1u) == blocks - 1;",
+        "atomicAdd(arrived, 1u) == blocks - (FAULT ? 2 : 1);",
+        "wrong",
+        "rows_in_a_block",
+    ),
+    Fault(
+        "every thread writes the loss",
+        "cuda/reduce.cuh",
+        "problem.rows);\n  if (threadIdx.x == 0) write_loss",
+        "problem.rows);\n  if (threadIdx.x == 0 || FAULT) write_loss",
+        "tsan",
+        "rows_in_a_warp",
+    ),
+    Fault(
+        "every thread writes the block's sums",
+        "cuda/reduce.cuh",
+        "if (threadIdx.x == 0) block_sums",
+        "if (threadIdx.x == 0 || FAULT) block_sums",
+        "tsan",
+        "reduce_by_blocks",
+    ),
+    # selection
+    Fault(
+        "NaN ranks last",
+        "math/order_key.h",
+        "if (x != x) return 0xffffffffu;",
+        "if (x != x) return FAULT ? 1u : 0xffffffffu;",
+        "wrong",
+        "select",
+    ),
+    Fault(
+        "the histogram does not start as zeros",
+        "cuda/select.cuh",
+        "count[d] = 0;",
+        "if (!FAULT) count[d] = 0;",
+        "wrong",
+        "select",
+    ),
+    Fault(
+        "the histogram is written past its end",
+        "cuda/select.cuh",
+        "for (int d = static_cast<int>(threadIdx.x); d < kDigits;",
+        "for (int d = static_cast<int>(threadIdx.x); d < kDigits + FAULT;",
+        "asan",
+        "select",
+    ),
+    Fault(
+        "counted before the histogram is zeros",
+        "cuda/select.cuh",
+        "__syncthreads();\n  const uint64_t known",
+        f"{SYNCTHREADS}\n  const uint64_t known",
+        "tsan",
+        "rows_in_a_warp",
+    ),
+    Fault(
+        "the histogram is read before all is counted",
+        "cuda/select.cuh",
+        "\n  });\n  __syncthreads();",
+        f"\n  }});\n  {SYNCTHREADS}",
+        "tsan",
+        "rows_in_a_warp",
+    ),
+    Fault(
+        "counting without an atomic",
+        "cuda/select.cuh",
+        "atomicAdd(&count[key >> shift_of(digit) & (kDigits - 1)], 1u);",
+        "FAULT ? count[key >> shift_of(digit) & (kDigits - 1)]++"
+        " : atomicAdd(&count[key >> shift_of(digit) & (kDigits - 1)], 1u);",
+        "tsan",
+        "rows_in_a_warp",
+    ),
+    Fault(
+        "half a warp picks a digit",
+        "cuda/select.cuh",
+        "if (lane < kWarp) {",
+        "if (lane < (FAULT ? kWarp / 2 : kWarp)) {",
+        "shim",
+        "select",
+    ),
+    Fault(
+        "the digit is read before it is picked",
+        "cuda/select.cuh",
+        "__syncthreads();\n  threshold.key |=",
+        f"{SYNCTHREADS}\n  threshold.key |=",
+        "tsan",
+        "rows_in_a_warp",
+    ),
+    Fault(
+        "ties go to the higher row",
+        "cuda/select.cuh",
+        "for (int64_t i = first; i < last; ++i) {\n    const uint64_t key",
+        "for (int64_t n = first; n < last; ++n) {\n    const int64_t i = FAULT ? first + last - 1 - n : n;\n    const uint64_t key",
+        "wrong",
+        "ties",
+    ),
+    Fault(
+        "a warp's ties are read before they are counted",
+        "cuda/select.cuh",
+        "of_warp[warp] = before;\n  __syncthreads();",
+        f"of_warp[warp] = before;\n  {SYNCTHREADS}",
+        "tsan",
+        "tied_rows",
+    ),
+    Fault(
+        "the loss is summed before the mask is complete",
+        "cuda/select.cuh",
+        "__syncthreads();   // the mask is complete",
+        f"{SYNCTHREADS}   // the mask is complete",
+        "tsan",
+        "more_rows_than_threads",
+    ),
+    Fault(
+        "the number of candidates is read before it is written",
+        "cuda/select.cuh",
+        "candidates[0] = all;\n  __syncthreads();",
+        f"candidates[0] = all;\n  {SYNCTHREADS}",
+        "tsan",
+        "rows_in_a_warp",
+    ),
+    Fault(
+        "the ties of the blocks before are read before they are summed",
+        "cuda/select.cuh",
+        "before[0] = all;\n    __syncthreads();",
+        f"before[0] = all;\n    {SYNCTHREADS}",
+        "tsan",
+        "select_by_blocks",
+    ),
+    Fault(
+        "blocks add up their counts without an atomic",
+        "cuda/select.cuh",
+        "atomicAdd(&state.count[digit][d], count[d]);",
+        "FAULT ? state.count[digit][d] += count[d] : atomicAdd(&state.count[digit][d], count[d]);",
+        "tsan",
+        "select_by_blocks",
+    ),
+    Fault(
+        "the sum of the blocks' counts is read before it is written",
+        "cuda/select.cuh",
+        "count[d] = state.count[digit][d];\n  __syncthreads();",
+        f"count[d] = state.count[digit][d];\n  {SYNCTHREADS}",
+        "tsan",
+        "select_by_blocks",
+    ),
+    Fault(
+        "ties of the blocks before are not counted",
+        "cuda/select.cuh",
+        "threshold.left -= before[0];",
+        "threshold.left -= FAULT ? 0 : before[0];",
+        "wrong",
+        "select_by_blocks",
+    ),
+    # the host's side
+    Fault(
+        "the workspace is not zeroed",
+        "cuda/launch.cu",
+        "if (planned.zeroed > 0) check(gpu::fill(workspace",
+        "if (planned.zeroed > 0 && !FAULT) check(gpu::fill(workspace",
+        "wrong",
+        "rows_in_a_block",
+    ),
+    Fault(
+        "the workspace lacks a block's sums",
+        "cuda/launch.cu",
+        "plan.block_sums = workspace.take<LossSums>(blocks_over(rows, machine));",
+        "plan.block_sums = workspace.take<LossSums>(blocks_over(rows, machine) - FAULT);",
+        "asan",
+        "reduce",
+    ),
+    Fault(
+        "a row without a teacher's has no mark",
+        "cuda/launch.cu",
+        "check(gpu::fill(teacher_row, 0xff,",
+        "if (!FAULT) check(gpu::fill(teacher_row, 0xff,",
+        "wrong",
+        "teacher_entropy",
+    ),
+)
+
+# ---- programs
+
+
+def build_driver(kernels):
+    """The driver, or the reason for there being none, by kind; built side by side."""
+
+    def make(kind):
+        available = build.available(kind)
+        return (
+            build.compile(kind, [DRIVER, kernels / "cuda" / "launch.cu"], [kernels]) if available else available.reason
+        )
+
+    with ThreadPoolExecutor() as pool:
+        return dict(zip(build.KINDS, pool.map(make, build.KINDS), strict=True))
+
+
+def run_driver(program, cases, schedules, fault=0):
+    """The finished process."""
+    if isinstance(program, str):
+        pytest.skip(program)
+    environment = build.environment() | {faults.VARIABLE: str(fault)}
+    environment["TSAN_OPTIONS"] += " halt_on_error=1"
+    command = [program, " ".join(schedules), *cases]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="session")
+def execute():
+    """Runs the kernels: (kind, cases, schedules) -> the finished process."""
+    programs = build_driver(operators.SOURCES)
+    return lambda kind, cases, schedules: run_driver(programs[kind], cases, schedules)
+
+
+@pytest.fixture(scope="session")
+def execute_faulty():
+    """Runs the kernels with a fault: (kind, cases, schedules, its number or 0 for none) -> the finished process."""
+    programs = build_driver(faults.plant(operators.SOURCES, FAULTS))
+    return lambda kind, cases, schedules, fault: run_driver(programs[kind], cases, schedules, fault)
+
+
+def digests(done):
+    """By the case's place, array and schedule, of a run in which nothing was found."""
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    result = defaultdict(dict)
+    for line in done.stdout.splitlines():
+        case, schedule, name, digest = line.split()
+        result[int(case), name][schedule] = digest
+    assert result
+    return result
+
+
+# ---- checks
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_schedule_gives_the_same_bits(execute, case):
+    written = digests(execute("plain", [CASES[case]], SCHEDULES))
+    for (_, name), by_schedule in written.items():
+        assert set(by_schedule) == set(SCHEDULES) and len(set(by_schedule.values())) == 1, name
+
+
+def test_selection_by_launches_of_its_own_gives_the_same_bits(execute):
+    cases = [case.removeprefix("run=apart ") for case in CASES.values() if case.startswith("run=apart ")]
+    together = digests(execute("plain", cases, ["forward"]))
+    apart = digests(execute("plain", [f"run=apart {case}" for case in cases], ["forward"]))
+    assert len(cases) > 1
+    for key in ((place, name) for place in range(len(cases)) for name in ("stats", "ranked", "selected", "counts")):
+        assert together[key] == apart[key], key
+
+
+def test_in_place_gives_the_same_bits(execute):
+    in_place = [case for case in CASES.values() if "in_place=yes" in case]
+    beside = [case.replace("in_place=yes", "in_place=no") for case in in_place]
+    assert digests(execute("plain", in_place, ["forward"])) == digests(execute("plain", beside, ["forward"]))
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case not in SLOW_UNDER_ASAN])
+def test_no_access_is_out_of_bounds_or_misaligned(execute, case):
+    digests(execute("asan", [CASES[case]], ["forward", "random:4:2"]))
+
+
+@pytest.mark.parametrize("case", RACE_CASES)
+def test_no_access_is_a_race(execute, case):
+    digests(execute("tsan", [RACE_CASES[case]], SCHEDULES))
+
+
+@pytest.mark.parametrize("case", HUGE_CASES)
+def test_offsets_have_64_bits(execute, case):
+    far_apart, side_by_side = HUGE_CASES[case], HUGE_CASES[case].replace("gap=4294967296", "gap=0")
+    assert far_apart != side_by_side
+    assert digests(execute("plain", [far_apart], ["forward"])) == digests(execute("plain", [side_by_side], ["forward"]))
+
+
+@pytest.fixture
+def simt_operators():
+    """The CUDA operators, executed on the CPU."""
+    plain = build.available("plain")
+    if not plain:
+        pytest.skip(plain.reason)
+    with operators.in_place():
+        yield torch.ops.kcd_ext_simt
+
+
+def test_operators_take_huge_strides(simt_operators):
+    """The same through the operators: sequences of tokens whose rows lie more than 2^32 elements apart, in place."""
+    shape, options = (
+        (2, 3, 40),
+        (2.0, 0.5, 0.25, -100, 0, 1.0),
+    )  # temperature, kd_weight, ce_weight, ignore_index, mean, ranks
+    generator = torch.Generator().manual_seed(1)
+    labels, absent = torch.randint(40, (2, 3), generator=generator), torch.empty(0, dtype=torch.bool)
+
+    def run(student, teacher):
+        inputs = student, teacher, labels, absent, absent, absent
+        loss, value, stats, selected, counts = simt_operators.condensed_kd(*inputs, 0.5, 0, 0, *options)
+        saved = student, teacher, labels, absent, absent, selected, stats, counts
+        simt_operators.condensed_kd_gradient_(torch.tensor(1.5), *saved, *options)
+        return loss, value, stats, selected, counts, student
+
+    def spread(logits):
+        stride = (5 << 32, (1 << 32) + 8, 1)  # rows as far from a word's boundary as in a dense tensor
+        elements = sum((size - 1) * step for size, step in zip(shape, stride, strict=True)) + 1
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000)
+        memory = mmap.mmap(-1, elements * logits.element_size(), flags=flags)
+        return torch.frombuffer(memory, dtype=logits.dtype).as_strided(shape, stride).copy_(logits)
+
+    for dtype, teacher_dtype in ((torch.float16, torch.float32), (torch.float32, torch.bfloat16)):
+        student = torch.randn(shape, generator=generator).to(dtype)
+        teacher = torch.randn(shape, generator=generator).to(teacher_dtype)
+        far_apart = run(spread(student), spread(teacher))
+        for got, expected in zip(far_apart, run(student, teacher), strict=True):
+            torch.testing.assert_close(got, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_select_topk_of_a_million(simt_operators, dtype):
+    """Against sorting: NaN first, then by value, ties to the lower row."""
+    n = 1_000_003
+    generator = np.random.default_rng(2)
+    levels = generator.integers(-30, 30, n) * 0.7
+    for special in (np.nan, np.inf, -np.inf, -0.0):
+        levels[generator.random(n) < 0.01] = special
+    digits = np.ldexp(generator.integers(1 << 22, 1 << 23, n), -20)
+    digits += generator.integers(0, 8, n) * np.finfo(np.float64).eps  # beyond the last one of float32
+    candidate = generator.random(n) < 0.95
+    for numbers in (levels, digits):
+        value = torch.from_numpy(numbers).to(dtype)
+        keys = value.numpy()
+        order = np.lexsort((np.arange(n), -keys, ~np.isnan(keys)))
+        order = order[candidate[order]]
+        for fraction, count in ((0.3, 0), (1.0, 1), (1.0, len(order) - 1), (1.0, n)):
+            expected = np.zeros(n, dtype=bool)
+            expected[order[: count or int(fraction * len(order))]] = True
+            got = simt_operators.select_topk(value, torch.from_numpy(candidate), fraction, count)
+            assert np.array_equal(got.numpy(), expected), (fraction, count)
+
+
+# ---- checks of the checks
+
+# What a planted fault is found by: the kind of build, and what stands on stderr; None: nothing, but a digest is another one.
+FOUND_BY = {
+    "wrong": ("plain", None),
+    "shim": ("plain", "kcd_ext: CUDA kernel"),
+    "asan": ("asan", "ERROR: AddressSanitizer"),
+    "ubsan": ("asan", "runtime error: "),
+    "tsan": ("tsan", "WARNING: ThreadSanitizer: data race"),
+}
+
+
+@pytest.mark.parametrize("number", range(1, len(FAULTS) + 1), ids=[fault.name for fault in FAULTS])
+def test_planted_fault_is_found(execute, execute_faulty, number):
+    fault = FAULTS[number - 1]
+    kind, message = FOUND_BY[fault.found_by]
+    done = execute_faulty(kind, [ALL_CASES[fault.case]], SCHEDULES, number)
+    if message:
+        assert done.returncode != 0 and message in done.stderr, done.stderr
+    else:
+        assert digests(done) != digests(execute(kind, [ALL_CASES[fault.case]], SCHEDULES))
+
+
+@pytest.mark.parametrize("kind", sorted({kind for kind, _ in FOUND_BY.values()}))
+def test_without_a_fault_nothing_is_found(execute, execute_faulty, kind):
+    cases = sorted({ALL_CASES[fault.case] for fault in FAULTS if FOUND_BY[fault.found_by][0] == kind})
+    assert digests(execute_faulty(kind, cases, SCHEDULES[:3], 0)) == digests(execute(kind, cases, SCHEDULES[:3]))
+
+
+def test_faults_follow_the_kernels():
+    with pytest.raises(faults.KernelChangedError, match="rows beyond"):
+        faults.plant(operators.SOURCES, [Fault("rows beyond", "cuda/rows.cuh", "j > n", "FAULT", "asan", "seven")])
