@@ -64,75 +64,92 @@ struct GradientOfRow {
     }
   }
 
-  template <int kStudentSize, int kTeacherSize>
-  KCD_DEVICE_MEMBER void octet(const Octet& z, const Octet& y, int one, int other, int end) const {
+  template <Type kStudent, Type kTeacher>
+  KCD_DEVICE_MEMBER void octets(const Octet& z, const Octet& y, int one, int other, int end) const {
+    using How = Reading<kStudent, kTeacher>;
     Octet gradient{};
-    if (with_kd || with_ce) {
 #pragma unroll
-      for (int quad = 0; quad < kOctet / kQuad; ++quad) {
-        float z_quad[kQuad], y_quad[kQuad], d[kQuad];
-        unpack<kStudentSize>(z, student.type, quad, z_quad);
-        unpack<kTeacherSize>(y, teacher.type, quad, y_quad);
-        compute(z_quad, y_quad, quad ? other : one, d);
-        pack<kStudentSize>(d, out.type, quad, gradient);
-      }
+    for (int quad = 0; quad < How::kQuads; ++quad) {
+      float z_quad[kQuad], y_quad[kQuad], d[kQuad];
+      unpack<kStudent>(z, quad, z_quad);
+      unpack<kTeacher>(y, quad, y_quad);
+      compute(z_quad, y_quad, How::quad(quad, one, other), d);
+      pack<kStudent>(d, quad, gradient);
     }
     if (one < end) store_aligned(const_cast<char*>(out.at(one)), gradient.word[0]);
-    if (kStudentSize == 4 && other < end) store_aligned(const_cast<char*>(out.at(other)), gradient.word[1]);
+    if ((How::kApart || kStudent == Type::float32) && other < end)
+      store_aligned(const_cast<char*>(out.at(other)), gradient.word[1]);
   }
 
   KCD_DEVICE_MEMBER void quad(int c, int n) const {
-    Real z[kQuad], y[kQuad], d[kQuad] = {};
-    if (with_kd || with_ce) {
-      load_quad(student, c, n, z);
-      load_quad(teacher, c, teacher.begin ? n : 0, y);
-      compute(z, y, c, d);
-    }
+    Real z[kQuad], y[kQuad], d[kQuad];
+    load_quad(student, c, n, z);
+    load_quad(teacher, c, n, y);
+    compute(z, y, c, d);
     store_quad(d, out, c, n);
   }
 };
 
+// Writes zeros, which are zero bytes in every type.
+KCD_DEVICE void zero(const Row& out, const Part& part, int threads) {
+  const int thread = thread_of_row(threads);
+  const int words = (part.end - part.first) / kOctet * (kOctet * out.size / kWordBytes);
+  char* first = const_cast<char*>(out.at(part.first));
+  for (int word = thread; word < words; word += threads) store_aligned(first + int64_t{word} * kWordBytes, {});
+  const int last = part.first + (part.end - part.first) / kOctet * kOctet;
+  const auto one_by_one = [&](int begin, int end) {
+    for (int64_t byte = thread; byte < int64_t{end - begin} * out.size; byte += threads) const_cast<char*>(out.at(begin))[byte] = 0;
+  };
+  one_by_one(part.begin, part.first);
+  one_by_one(last, part.end);
+}
+
 template <class Real>
-__global__ void __launch_bounds__(kThreads, sizeof(Real) == 8 ? 1 : 3) backward_rows(const BackwardArguments<Real> a) {
+KCD_DEVICE RowFactors<Real> factors_of(const BackwardArguments<Real>& a, int64_t i, bool with_kd, bool with_ce,
+                                       int64_t teacher_row) {
+  const Problem& p = a.problem;
+  const auto share = [&](Real factor, int64_t count) {
+    const Real divisor = a.mean ? static_cast<Real>(count) / a.ranks : Real(1);
+    return divisor > 0 ? factor / divisor : Real(0);
+  };
+  const Real g = a.grad_output[i * a.grad_output_stride];
+  RowFactors<Real> f{};
+  f.student_max = a.stats[kStudentMax * p.rows + i];
+  f.label = -1;
+  if (with_kd) {
+    // No row is selected that the teacher does not hold, but one that was named twice (rows.cuh): its gradient is not a number.
+    const Real kd = g * share(a.kd_factor, a.counts[0]) * (a.row_weight ? a.row_weight[i] : Real(1));
+    const Real factor = teacher_row < 0 ? Limits<Real>::nan() : kd;
+    f.teacher_max = a.stats[kTeacherMax * p.rows + i];
+    f.student = factor * a.stats[kStudentInverseSum * p.rows + i];
+    f.teacher = factor * a.stats[kTeacherInverseSum * p.rows + i];
+  }
+  if (with_ce) {
+    const bool exists = p.labels[i] >= 0 && p.labels[i] < p.classes;
+    if (exists) f.label = static_cast<int>(p.labels[i]);
+    f.ce_label = exists ? g * share(a.ce_weight, a.counts[1]) : Limits<Real>::nan();
+    f.ce = f.ce_label * a.stats[kStudentInverseSum1 * p.rows + i];
+  }
+  return f;
+}
+
+template <class Real>
+__global__ void __launch_bounds__(kThreads, sizeof(Real) == 8 ? 1 : 4) backward_rows(const BackwardArguments<Real> a) {
   const Problem& p = a.problem;
   const int thread = static_cast<int>(threadIdx.x), block_rows = static_cast<int>(blockDim.x) / a.row_threads;
   // From the last row to the first: what the forward pass read last is still in the cache.
   const int64_t i = p.rows - 1 - (static_cast<int64_t>(blockIdx.x) * block_rows + thread / a.row_threads);
   if (i < 0) return;
-  const int part = a.parts - 1 - static_cast<int>(blockIdx.y);
   const bool with_ce = p.with_labels && a.ce_weight != 0 && p.valid(i), with_kd = a.selected[i] != 0;
-  const int64_t teacher_row = with_kd ? p.teacher_row_of(i) : -1;
-
   const Row out = row_of(a.out, i);
-  Row student{}, teacher{};
-  RowFactors<Real> f{};
-  if (with_ce || with_kd) {
-    student = row_of(p.student, i);
-    const auto share = [&](Real factor, int64_t count) {
-      const Real divisor = a.mean ? static_cast<Real>(count) / a.ranks : Real(1);
-      return divisor > 0 ? factor / divisor : Real(0);
-    };
-    const Real g = a.grad_output[i * a.grad_output_stride];
-    f.student_max = a.stats[kStudentMax * p.rows + i];
-    if (with_kd) {
-      // A row that the teacher does not hold cannot be selected, but named twice (cuda/rows.cuh): its gradient is not a number.
-      if (teacher_row >= 0) teacher = row_of(p.teacher, teacher_row);
-      const Real kd =
-          teacher_row < 0 ? Limits<Real>::nan() : g * share(a.kd_factor, a.counts[0]) * (a.row_weight ? a.row_weight[i] : Real(1));
-      f.teacher_max = a.stats[kTeacherMax * p.rows + i];
-      f.student = kd * a.stats[kStudentInverseSum * p.rows + i];
-      f.teacher = kd * a.stats[kTeacherInverseSum * p.rows + i];
-    }
-    if (with_ce) {
-      const bool exists = p.labels[i] >= 0 && p.labels[i] < p.classes;
-      f.label = exists ? static_cast<int>(p.labels[i]) : -1;
-      f.ce_label = exists ? g * share(a.ce_weight, a.counts[1]) : Limits<Real>::nan();
-      f.ce = f.ce_label * a.stats[kStudentInverseSum1 * p.rows + i];
-    }
-  }
-  const GradientOfRow<Real> gradient{a.scale, student, teacher, out, with_kd, with_ce, f};
-  walk<Real>(out, student, teacher, part_of(out, static_cast<int>(p.classes), part, a.parts), thread % a.row_threads, a.row_threads,
-             gradient);
+  const Part part = part_of(out, static_cast<int>(p.classes), a.parts - 1 - static_cast<int>(blockIdx.y), a.parts);
+  if (!with_ce && !with_kd) return zero(out, part, a.row_threads);
+
+  const int64_t teacher_row = with_kd ? p.teacher_row_of(i) : -1;
+  const Row student = row_of(p.student, i), teacher = teacher_row >= 0 ? row_of(p.teacher, teacher_row) : student;
+  const RowFactors<Real> factors = factors_of(a, i, with_kd, with_ce, teacher_row);
+  const GradientOfRow<Real> gradient{a.scale, student, teacher, out, with_kd, with_ce, factors};
+  walk<Real>(student, teacher, part, a.row_threads, gradient);
 }
 
 }   // namespace kcd::cuda

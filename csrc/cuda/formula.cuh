@@ -32,19 +32,19 @@ KCD_DEVICE void exponentials(const Real (&dx)[kQuad], const Scale<Real>& scale, 
 // e^dx, given e = e^(dx/T)
 template <class Real>
 KCD_DEVICE void exponentials_1(const Real (&dx)[kQuad], const Real (&e)[kQuad], const Scale<Real>& scale, Real (&e_1)[kQuad]) {
-  if (scale.power == Power::other) {
+  if (scale.power == Power::four) {
+#pragma unroll
+    for (int j = 0; j < kQuad; ++j) e_1[j] = (e[j] * e[j]) * (e[j] * e[j]);
+  } else if (scale.power == Power::two) {
+#pragma unroll
+    for (int j = 0; j < kQuad; ++j) e_1[j] = e[j] * e[j];
+  } else if (scale.power == Power::one) {
+#pragma unroll
+    for (int j = 0; j < kQuad; ++j) e_1[j] = e[j];
+  } else {
 #pragma unroll
     for (int j = 0; j < kQuad; ++j) e_1[j] = exp2(dx[j] * scale.per_logit_1);
-    return;
   }
-#pragma unroll
-  for (int j = 0; j < kQuad; ++j) e_1[j] = e[j];
-  if (scale.power == Power::one) return;
-#pragma unroll
-  for (int j = 0; j < kQuad; ++j) e_1[j] *= e_1[j];
-  if (scale.power == Power::two) return;
-#pragma unroll
-  for (int j = 0; j < kQuad; ++j) e_1[j] *= e_1[j];
 }
 
 template <class Real>

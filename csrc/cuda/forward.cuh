@@ -22,45 +22,26 @@ KCD_DEVICE bool reaches(Real x, Real max) {
   return !(x < max) && x != -Limits<Real>::infinity();
 }
 
-// Adds classes of one network: e = e^(dx/T) with dx <= 0.  Classes at the maximum are counted, the others go into the tails; where
-// none can be at it, at_maximum is false and nothing needs to tell them apart.
-template <bool at_maximum, class Real>
-KCD_DEVICE void add(const Real (&dx)[kQuad], const Real (&e)[kQuad], bool at_1, const Scale<Real>& scale, ClassSums<Real>& sums) {
-  Real beside[kQuad];
+// What an octet's classes add to the products of a row's sums.
+template <class Real>
+struct Products {
+  Real dot, cross;   // the student's sum e^dz dz, and the cross sum in units of the difference scale
+};
+
+// sum e_1 dx, in which a class that is ruled out, -inf, adds 0.
+template <class Real>
+KCD_DEVICE Real careful_dot(const Real (&e_1)[kQuad], const Real (&dx)[kQuad]) {
+  Real dot = 0;
 #pragma unroll
-  for (int j = 0; j < kQuad; ++j) {
-    const bool is_maximum = at_maximum && dx[j] == 0;
-    if (is_maximum) sums.ones += 1;
-    beside[j] = is_maximum ? Real(0) : e[j];
-  }
-  sums.tail += sum(beside);
-  if (!at_1) return;
-  Real e_1[kQuad], dot = 0;
-  exponentials_1(dx, e, scale, e_1);
-#pragma unroll
-  for (int j = 0; j < kQuad; ++j) dot += e_1[j] * dx[j];
-  if (dot != dot) {   // 0 * -inf, which adds 0; or what is not a number in the tail too
-    dot = 0;
-#pragma unroll
-    for (int j = 0; j < kQuad; ++j) dot += e_1[j] * greater_of(dx[j], -Limits<Real>::largest());
-  }
-  sums.dot_1 += dot;
-#pragma unroll
-  for (int j = 0; j < kQuad; ++j) beside[j] = at_maximum && dx[j] == 0 ? Real(0) : e_1[j];
-  sums.tail_1 += sum(beside);
+  for (int j = 0; j < kQuad; ++j) dot += e_1[j] * greater_of(dx[j], -Limits<Real>::largest());
+  return dot;
 }
 
-// sum e^(dy/T) (dy - dz) in units of the difference scale.  e = e^(dy/T).
+// sum e^(dy/T) (dy - dz): a class without mass for the teacher adds 0, whatever the student says; one that the student alone rules
+// out makes the divergence infinite, also where the teacher's exponential e underflows; finite masks do not leave the range.
 template <class Real>
-KCD_DEVICE Real cross_of(const Real (&dz)[kQuad], const Real (&dy)[kQuad], const Real (&e)[kQuad], const Scale<Real>& scale) {
+KCD_DEVICE Real careful_cross(const Real (&dz)[kQuad], const Real (&dy)[kQuad], const Real (&e)[kQuad], const Scale<Real>& scale) {
   Real cross = 0;
-#pragma unroll
-  for (int j = 0; j < kQuad; ++j) cross += e[j] * (dy[j] - dz[j]);
-  const Real ordinary = sizeof(Real) == 8 ? Real(1e290) : Real(1e30);
-  if (cross < ordinary && cross > -ordinary) return cross * scale.units.difference_scale;
-  // Masks: a class without mass for the teacher adds 0, whatever the student says; one that the student alone rules out makes the
-  // divergence infinite, also where the teacher's exponential underflows; finite masks may leave the range without the scale.
-  cross = 0;
 #pragma unroll
   for (int j = 0; j < kQuad; ++j) {
     const Real difference = (dy[j] - dz[j]) * scale.units.difference_scale;
@@ -70,6 +51,22 @@ KCD_DEVICE Real cross_of(const Real (&dz)[kQuad], const Real (&dy)[kQuad], const
   return cross;
 }
 
+// Adds one network's classes to its tails: e = e^(dx/T), e_1 = e^dx, dx <= 0.  Classes at the maximum are counted instead; where
+// none can be at it, at_maximum is false and nothing needs to tell them apart.
+template <bool at_maximum, class Real>
+KCD_DEVICE void add_tail(const Real (&dx)[kQuad], const Real (&e)[kQuad], Real& tail) {
+  Real beside[kQuad];
+#pragma unroll
+  for (int j = 0; j < kQuad; ++j) beside[j] = at_maximum && dx[j] == 0 ? Real(0) : e[j];
+  tail += sum(beside);
+}
+template <bool at_maximum, class Real>
+KCD_DEVICE void count_maxima(const Real (&dx)[kQuad], Real& ones) {
+#pragma unroll
+  for (int j = 0; j < kQuad; ++j)
+    if (at_maximum && dx[j] == 0) ones += 1;
+}
+
 // One thread's sums, relative to maxima that its group shares: after the first classes a new maximum is rare, and between two of
 // them the sums are plain.
 template <class Real>
@@ -77,25 +74,9 @@ struct Summation {
   const Scale<Real>& scale;
   const Row &student, &teacher;
   const Group& group;
-  bool with_teacher_entropy;
+  bool with_teacher;                     // if not, the teacher's row is the student's
+  const int32_t& with_teacher_entropy;   // bool, where the kernel's arguments lie: a copy would take a register
   RowSums<Real>& sums;
-
-  // One quad; logits that do not exist are -inf and add nothing.
-  template <bool at_maximum>
-  KCD_DEVICE_MEMBER void add_quad(const Real (&z)[kQuad], const Real (&y)[kQuad]) const {
-    Real dz[kQuad], dy[kQuad], e[kQuad];
-    const Real m_z = reference(sums.student.max), m_y = reference(sums.teacher.max);
-#pragma unroll
-    for (int j = 0; j < kQuad; ++j) dz[j] = z[j] - m_z;
-    exponentials(dz, scale, e);
-    add<at_maximum>(dz, e, true, scale, sums.student);
-    if (!teacher.begin) return;
-#pragma unroll
-    for (int j = 0; j < kQuad; ++j) dy[j] = y[j] - m_y;
-    exponentials(dy, scale, e);
-    add<at_maximum>(dy, e, with_teacher_entropy, scale, sums.teacher);
-    sums.cross += cross_of(dz, dy, e, scale);
-  }
 
   // Whether some logit of the group's classes at hand is at a maximum, to which the sums are moved then.
   KCD_DEVICE_MEMBER bool reach(Real z_max, Real y_max) const {
@@ -106,30 +87,102 @@ struct Summation {
     return true;
   }
 
-  template <bool at_maximum, int kStudentSize, int kTeacherSize>
-  KCD_DEVICE_MEMBER void add_octet(const Octet& z, const Octet& y) const {
+  // Makes of four logits each what is left of them above the maxima.  Logits that do not exist are -inf and add nothing.
+  KCD_DEVICE_MEMBER void subtract_maxima(Real (&z)[kQuad], Real (&y)[kQuad]) const {
+    const Real m_z = reference(sums.student.max), m_y = reference(sums.teacher.max);
 #pragma unroll
-    for (int quad = 0; quad < kOctet / kQuad; ++quad) {
-      float z_quad[kQuad], y_quad[kQuad];
-      unpack<kStudentSize>(z, student.type, quad, z_quad);
-      unpack<kTeacherSize>(y, teacher.type, quad, y_quad);
-      add_quad<at_maximum>(z_quad, y_quad);
+    for (int j = 0; j < kQuad; ++j) {
+      z[j] -= m_z;
+      y[j] -= m_y;
     }
   }
 
-  template <int kStudentSize, int kTeacherSize>
-  KCD_DEVICE_MEMBER void octet(const Octet& z, const Octet& y, int, int, int) const {
-    const float none = -Limits<float>::infinity();
-    const float z_max = greatest<kStudentSize>(z, student.type),
-                y_max = teacher.begin ? greatest<kTeacherSize>(y, teacher.type) : none;
-    reach(z_max, y_max) ? add_octet<true, kStudentSize, kTeacherSize>(z, y) : add_octet<false, kStudentSize, kTeacherSize>(z, y);
+  // Adds four classes to the tails, and what they add to the products to `products`.
+  template <bool at_maximum>
+  KCD_DEVICE_MEMBER void add(const Real (&dz)[kQuad], const Real (&dy)[kQuad], Products<Real>& products) const {
+    Real e[kQuad], e_1[kQuad];
+    exponentials(dz, scale, e);
+    exponentials_1(dz, e, scale, e_1);
+    count_maxima<at_maximum>(dz, sums.student.ones);
+    add_tail<at_maximum>(dz, e, sums.student.tail);
+    add_tail<at_maximum>(dz, e_1, sums.student.tail_1);
+#pragma unroll
+    for (int j = 0; j < kQuad; ++j) products.dot += e_1[j] * dz[j];
+    if (!with_teacher) return;
+    exponentials(dy, scale, e);
+    count_maxima<at_maximum>(dy, sums.teacher.ones);
+    add_tail<at_maximum>(dy, e, sums.teacher.tail);
+    Real cross = 0;
+#pragma unroll
+    for (int j = 0; j < kQuad; ++j) cross += e[j] * (dy[j] - dz[j]);
+    products.cross += cross;
+    if (!with_teacher_entropy) return;
+    exponentials_1(dy, e, scale, e_1);
+    add_tail<at_maximum>(dy, e_1, sums.teacher.tail_1);
+    Real dot = 0;
+#pragma unroll
+    for (int j = 0; j < kQuad; ++j) dot += e_1[j] * dy[j];
+    sums.teacher.dot_1 += dot == dot ? dot : careful_dot(e_1, dy);
+  }
+
+  // The products once more, with care for masks.
+  KCD_DEVICE_MEMBER void add_carefully(const Real (&dz)[kQuad], const Real (&dy)[kQuad], Products<Real>& products) const {
+    Real e[kQuad], e_1[kQuad];
+    exponentials(dz, scale, e);
+    exponentials_1(dz, e, scale, e_1);
+    products.dot += careful_dot(e_1, dz);
+    if (!with_teacher) return;
+    exponentials(dy, scale, e);
+    products.cross += careful_cross(dz, dy, e, scale);
+  }
+
+  // Adds what load(quad, z, y) gives for each of kQuads quads.
+  template <int kQuads, class Load>
+  KCD_DEVICE_MEMBER void add_all(Real z_max, Real y_max, const Load& load) const {
+    const auto each = [&](const auto& add) {
+      Products<Real> products{};
+#pragma unroll
+      for (int quad = 0; quad < kQuads; ++quad) {
+        Real z[kQuad], y[kQuad];
+        load(quad, z, y);
+        subtract_maxima(z, y);
+        add(z, y, products);
+      }
+      return products;
+    };
+    Products<Real> products =
+        reach(z_max, with_teacher ? y_max : -Limits<Real>::infinity())
+            ? each([&](const Real(&dz)[kQuad], const Real(&dy)[kQuad], Products<Real>& sum) { add<true>(dz, dy, sum); })
+            : each([&](const Real(&dz)[kQuad], const Real(&dy)[kQuad], Products<Real>& sum) { add<false>(dz, dy, sum); });
+    // Masks are looked for after the fact: 0 * -inf is not a number, and finite masks may leave the range without the scale.
+    const Real ordinary = sizeof(Real) == 8 ? Real(1e290) : Real(1e30);
+    const Real all = products.dot + products.cross;
+    if (all < ordinary && all > -ordinary)
+      products.cross *= scale.units.difference_scale;
+    else
+      products = each([&](const Real(&dz)[kQuad], const Real(&dy)[kQuad], Products<Real>& sum) { add_carefully(dz, dy, sum); });
+    sums.student.dot_1 += products.dot;
+    sums.cross += products.cross;
+  }
+
+  template <Type kStudent, Type kTeacher>
+  KCD_DEVICE_MEMBER void octets(const Octet& z, const Octet& y, int, int, int) const {
+    using How = Reading<kStudent, kTeacher>;
+    add_all<How::kQuads>(greatest<kStudent, How::kWords>(z), greatest<kTeacher, How::kWords>(y),
+                         [&](int quad, Real(&z_quad)[kQuad], Real(&y_quad)[kQuad]) {
+                           unpack<kStudent>(z, quad, z_quad);
+                           unpack<kTeacher>(y, quad, y_quad);
+                         });
   }
 
   KCD_DEVICE_MEMBER void quad(int c, int n) const {
     Real z[kQuad], y[kQuad];
     load_quad(student, c, n, z);
-    load_quad(teacher, c, teacher.begin ? n : 0, y);
-    reach(greatest(z), greatest(y)) ? add_quad<true>(z, y) : add_quad<false>(z, y);
+    load_quad(teacher, c, n, y);
+    add_all<1>(greatest(z), greatest(y), [&](int, Real(&z_quad)[kQuad], Real(&y_quad)[kQuad]) {
+#pragma unroll
+      for (int j = 0; j < kQuad; ++j) z_quad[j] = z[j], y_quad[j] = y[j];
+    });
   }
 };
 
@@ -141,6 +194,7 @@ struct ForwardArguments {
   RowOutputs outputs;
   Scale<Real> scale;
   int row_threads, parts;
+  int32_t with_teacher_entropy;   // bool
 
   Value value;          // what rows are ranked by
   void* ranked;         // where that is written
@@ -184,7 +238,7 @@ KCD_DEVICE bool merge_parts(const ForwardArguments<Real>& a, int64_t row, int pa
   __syncthreads();
   if (!last[0]) return false;
   const int lane = static_cast<int>(threadIdx.x);
-  if (lane < kWarp) sums = Group{0xffffffffu, kWarp}.merge(lane < a.parts ? pieces[lane] : no_sums<Real>(), a.scale.units);
+  if (lane < kWarp) sums = Group{kWholeWarp}.merge(lane < a.parts ? pieces[lane] : no_sums<Real>(), a.scale.units);
   return true;
 }
 
@@ -215,29 +269,45 @@ KCD_DEVICE void finish_row(const ForwardArguments<Real>& a, int64_t i, const Row
   static_cast<Real*>(a.ranked)[i] = ranked(candidate, value, row.entropy, row.kl, p.with_teacher);
 }
 
+// Where a thread stands.
+struct Place {
+  int row;       // may be past the last one
+  Group group;   // of the row's threads those in this warp
+};
+
+KCD_DEVICE Place place_of(int row_threads) {
+  const int thread = thread_index(), block_rows = static_cast<int>(blockDim.x) / row_threads;
+  return {static_cast<int>(blockIdx.x) * block_rows + thread / row_threads,
+          group_of(thread, row_threads < kWarp ? row_threads : kWarp)};
+}
+
+// The sums of the calling thread's share of a row, relative to maxima that the group shares.
+template <class Real>
+KCD_DEVICE RowSums<Real> sum_share(const ForwardArguments<Real>& a) {
+  const Problem& p = a.problem;
+  const Place place = place_of(a.row_threads);
+  RowSums<Real> sums = no_sums<Real>();
+  if (place.row >= p.rows || !p.valid(place.row)) return sums;
+  const int64_t teacher_row = p.teacher_row_of(place.row);
+  const Row student = row_of(p.student, place.row), teacher = teacher_row >= 0 ? row_of(p.teacher, teacher_row) : student;
+  const Summation<Real> summation{a.scale, student, teacher, place.group, teacher_row >= 0, a.with_teacher_entropy, sums};
+  const Part part = part_of(student, static_cast<int>(p.classes), static_cast<int>(blockIdx.y), a.parts);
+  walk<Real>(student, teacher, part, a.row_threads, summation);
+  return sums;
+}
+
 template <class Real>
 __global__ void __launch_bounds__(sizeof(Real) == 8 ? kThreads : kManyThreads, 1) forward_rows(const ForwardArguments<Real> a) {
-  const Problem& p = a.problem;
-  const int thread = static_cast<int>(threadIdx.x), block_rows = static_cast<int>(blockDim.x) / a.row_threads;
-  const int i = static_cast<int>(blockIdx.x) * block_rows + thread / a.row_threads, part = static_cast<int>(blockIdx.y);
-  const bool has_row = i < p.rows;
-  const Group group = group_of(thread, a.row_threads < kWarp ? a.row_threads : kWarp);
-
-  RowSums<Real> sums = no_sums<Real>();
-  if (has_row && p.valid(i)) {
-    const int64_t teacher_row = p.teacher_row_of(i);
-    const Row student = row_of(p.student, i), teacher = teacher_row >= 0 ? row_of(p.teacher, teacher_row) : Row{};
-    const Summation<Real> summation{a.scale, student, teacher, group, a.outputs.teacher_entropy != nullptr, sums};
-    walk<Real>(student, student, teacher, part_of(student, static_cast<int>(p.classes), part, a.parts), thread % a.row_threads,
-               a.row_threads, summation);
-  }
-  sums = merge_threads(sums, group, a.row_threads, has_row, a.scale.units);
-  if (a.parts > 1 && !merge_parts(a, i, part, sums)) return;
-  if (has_row && thread % a.row_threads == 0) finish_row(a, i, sums);
+  RowSums<Real> sums = sum_share(a);
+  const Place place = place_of(a.row_threads);
+  const bool has_row = place.row < a.problem.rows;
+  sums = merge_threads(sums, place.group, a.row_threads, has_row, a.scale.units);
+  if (a.parts > 1 && !merge_parts(a, place.row, static_cast<int>(blockIdx.y), sums)) return;
+  if (has_row && thread_of_row(a.row_threads) == 0) finish_row(a, place.row, sums);
 
   if (!a.with_loss || !is_last_block(a.blocks_arrived, gridDim.x)) return;
   select_in_block(a.ranking, a.selection);
-  reduce_in_block<Real>(p, a.loss);
+  reduce_in_block<Real>(a.problem, a.loss);
 }
 
 }   // namespace kcd::cuda

@@ -146,6 +146,7 @@ ForwardPlan<Real> plan(const Forward& call, const Machine& machine, Workspace& w
   a.scale = scale_of<Real>(p.temperature);
   a.row_threads = plan.shape.row_threads;
   a.parts = plan.shape.parts;
+  a.with_teacher_entropy = call.outputs.teacher_entropy != nullptr;
   a.value = call.value;
   a.score = call.score;
   a.ranked = call.ranked;

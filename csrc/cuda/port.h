@@ -35,6 +35,17 @@ namespace kcd::cuda {
 
 constexpr int kWarp = 32;
 
+// threadIdx.x, read anew at each call: what a kernel derives from it need not be kept in registers over a long loop.
+KCD_DEVICE int thread_index() {
+#ifdef __CUDA_ARCH__
+  int thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread;
+#else
+  return static_cast<int>(threadIdx.x);
+#endif
+}
+
 // 2^x, one instruction of the special function unit (two units in the last place); what would be subnormal is 0.
 KCD_DEVICE float exp2(float x) {
 #ifdef __CUDA_ARCH__

@@ -91,7 +91,7 @@ KCD_DEVICE void pick_digit(const unsigned* count, int digit, Threshold& threshol
     for (int j = 0; j < kShare; ++j) own += count[greatest - j];
     unsigned above = own;   // keys of this lane's digits and of greater ones
     for (int distance = 1; distance < kWarp; distance *= 2) {
-      const unsigned other = __shfl_up_sync(0xffffffffu, above, distance);
+      const unsigned other = __shfl_up_sync(kWholeWarp, above, distance);
       if (lane >= distance) above += other;
     }
     above -= own;
@@ -138,7 +138,7 @@ KCD_DEVICE void mark(const Ranking& ranking, int64_t begin, int64_t end, const T
   for (int64_t i = first; i < last; ++i) own += ranking.key(i) == threshold.key;
   unsigned before = own;
   for (int distance = 1; distance < kWarp; distance *= 2) {
-    const unsigned other = __shfl_up_sync(0xffffffffu, before, distance);
+    const unsigned other = __shfl_up_sync(kWholeWarp, before, distance);
     if (lane >= distance) before += other;
   }
   if (lane == kWarp - 1) of_warp[warp] = before;

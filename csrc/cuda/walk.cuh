@@ -6,6 +6,9 @@ namespace kcd::cuda {
 
 constexpr int kOctet = 8;
 
+// The calling thread's number among the `threads`, a power of two, that share a row.
+KCD_DEVICE int thread_of_row(int threads) { return thread_index() & (threads - 1); }
+
 // The part of a row that the threads of one block walk: classes begin to end, in octets from `first` on, where a word of the
 // leading tensor begins (the student's when it is read, the gradient's when it is written).
 struct Part {
@@ -20,72 +23,87 @@ KCD_DEVICE Part part_of(const Row& leading, int classes, int part, int parts) {
   return {part == 0 ? 0 : first < classes ? first : classes, first < classes ? first : classes, end < classes ? end : classes};
 }
 
-// Whole octets of float32 and 16-bit rows, from class first to class end.  Calls visit.octet<sizes>(student's, teacher's, one,
-// other, end), as often in every thread: the octets' classes are one to one + 3 and other to other + 3, of which those from `end`
-// on do not exist and hold -inf.  A row that is not there is not read.
-//
-// Each thread reads two words of each tensor at a time.  They lie `threads` words apart, so that a warp always reads neighbouring
-// words: one octet of float32, or two of 16-bit logits.  Where the tensors' words hold different numbers of classes each thread
-// reads the neighbouring words of one octet.
-template <int kStudentSize, int kTeacherSize, class Visit>
-KCD_DEVICE void walk_octets(const Row& student, const Row& teacher, int first, int end, bool aligned, int thread, int threads,
+// Which classes a thread reads at a time in whole octets of rows of float32 and 16-bit types: two words of each tensor, which lie
+// `threads` words apart, so that a warp always reads neighbouring words.  That is one octet of float32, or two of 16-bit logits.
+// Where the tensors' words hold different numbers of classes it is the neighbouring words of one octet.
+template <Type kStudent, Type kTeacher>
+struct Reading {
+  static constexpr bool kApart = size_of(kStudent) == size_of(kTeacher);
+  static constexpr int kWords = kApart ? 2 : 1;   // read of a 16-bit type
+  static constexpr int kTogether = kApart ? kWordBytes / static_cast<int>(size_of(kStudent)) : kOctet;
+  static constexpr int kQuads = kApart && size_of(kStudent) == 2 ? 4 : 2;
+
+  // The class where a quad begins, given where the thread's first and second words begin.
+  KCD_DEVICE_MEMBER static int quad(int i, int one, int other) {
+    return kQuads == 2 ? i ? other : one : (i < 2 ? one : other) + i % 2 * kQuad;
+  }
+};
+
+// Whole octets from class first to class end.  Calls visit.octets<types>(student's, teacher's, one, other, end), as often in every
+// thread: the words' classes begin at `one` and `other`, words from `end` on do not exist and hold -inf.  `aligned`: every word of
+// both rows is.
+template <Type kStudent, Type kTeacher, class Visit>
+KCD_DEVICE void walk_octets(const Row& student, const Row& teacher, int first, int end, bool aligned, int threads,
                             const Visit& visit) {
-  constexpr bool kApart = kStudentSize == kTeacherSize, kTwo = kApart && kStudentSize == 2;
-  constexpr int kClasses = kApart ? kWordBytes / kStudentSize : kOctet;   // a thread's neighbouring ones
-  const int distance = kApart ? threads * kClasses : kQuad, step = threads * (kTwo ? 2 * kOctet : kOctet);
+  using How = Reading<kStudent, kTeacher>;
+  const int distance = How::kApart ? threads * How::kTogether : kQuad, step = threads * How::kQuads * kQuad;
   for (; first < end; first += step) {
-    int one = first + thread * kClasses;
-    Octet z{}, y{};
+    const int one = first + thread_of_row(threads) * How::kTogether, other = one + distance;
+    Octet z, y;
     if (aligned && end - first >= step) {
-      if (student.begin) z = load_aligned_octet<kStudentSize, kApart>(student, one, one + distance);
-      if (teacher.begin) y = load_aligned_octet<kTeacherSize, kApart>(teacher, one, one + distance);
+      z = load_aligned_octet<kStudent, How::kApart>(student, one, other);
+      y = load_aligned_octet<kTeacher, How::kApart>(teacher, one, other);
     } else {
-      if (student.begin) z = load_octet<kStudentSize, kApart>(student, one, one + distance, end);
-      if (teacher.begin) y = load_octet<kTeacherSize, kApart>(teacher, one, one + distance, end);
+      z = load_octet<kStudent, How::kApart>(student, one, other, end);
+      y = load_octet<kTeacher, How::kApart>(teacher, one, other, end);
     }
-#pragma unroll 1
-    for (int half = 0; half < (kTwo ? 2 : 1); ++half) {
-      visit.template octet<kStudentSize, kTeacherSize>(z, y, one, kTwo ? one + kQuad : one + distance, end);
-      one += distance;
-      z.word[0] = z.word[1];
-      y.word[0] = y.word[1];
-    }
+    visit.template octets<kStudent, kTeacher>(z, y, one, other, end);
   }
 }
 
 // Classes begin to first and last to end, four at a time: visit.quad(class, how many of the four there are), as often in every
 // thread.
 template <class Visit>
-KCD_DEVICE void walk_quads(int begin, int first, int last, int end, int thread, int threads, const Visit& visit) {
+KCD_DEVICE void walk_quads(int begin, int first, int last, int end, int threads, const Visit& visit) {
   const int before = (first - begin + kQuad - 1) / kQuad, quads = before + (end - last + kQuad - 1) / kQuad;
   for (int done = 0; done < quads; done += threads) {
-    const int quad = done + thread;
+    const int quad = done + thread_of_row(threads);
     const int c = quad < before ? begin + quad * kQuad : last + (quad - before) * kQuad;
     const int left = quad < before ? first - c : end - c;
     visit.quad(c, left < 0 ? 0 : left < kQuad ? left : kQuad);
   }
 }
 
+template <Type kType>
+struct OfType {
+  static constexpr Type value = kType;
+};
+
+// visit(the type as a constant); nothing for float64.
+template <class Visit>
+KCD_DEVICE void with_type(Type type, const Visit& visit) {
+  if (type == Type::float32) visit(OfType<Type::float32>{});
+  if (type == Type::float16) visit(OfType<Type::float16>{});
+  if (type == Type::bfloat16) visit(OfType<Type::bfloat16>{});
+}
+
+// Without a teacher its place is taken by the student's row.  What is in no octet comes first, so that the way over the octets has
+// less to remember.
 template <class Real, class Visit>
-KCD_DEVICE void walk(const Row& leading, const Row& student, const Row& teacher, const Part& part, int thread, int threads,
-                     const Visit& visit) {
-  int first = part.first, last = part.first;
+KCD_DEVICE void walk(const Row& student, const Row& teacher, const Part& part, int threads, const Visit& visit) {
+  const bool aligned = offset_of(student.at(part.first)) == 0 && offset_of(teacher.at(part.first)) == 0;
+  // Around a word that is not aligned more is read: that must lie in the row too.
+  const int margin = aligned ? 0 : kOctet;
+  const int octets = sizeof(Real) == 4 && teacher.type != Type::float64 ? (part.end - part.first - 2 * margin) / kOctet : 0;
+  const int first = octets > 0 ? part.first + margin : part.end, last = octets > 0 ? first + octets * kOctet : part.end;
+  walk_quads(part.begin, first, last, part.end, threads, visit);
   if constexpr (sizeof(Real) == 4) {
-    const bool aligned =
-        (!student.begin || offset_of(student.at(first)) == 0) && (!teacher.begin || offset_of(teacher.at(first)) == 0);
-    // Around a word that is not aligned more is read: that must lie in the row too.
-    const int margin = aligned ? 0 : kOctet, octets = (part.end - first - 2 * margin) / kOctet;
-    const int teacher_size = teacher.begin ? teacher.size : leading.size;
-    if (octets > 0 && leading.size <= 4 && teacher_size <= 4) {
-      first += margin;
-      last = first + octets * kOctet;
-      if (leading.size == 2 && teacher_size == 2) walk_octets<2, 2>(student, teacher, first, last, aligned, thread, threads, visit);
-      if (leading.size == 4 && teacher_size == 4) walk_octets<4, 4>(student, teacher, first, last, aligned, thread, threads, visit);
-      if (leading.size == 2 && teacher_size == 4) walk_octets<2, 4>(student, teacher, first, last, aligned, thread, threads, visit);
-      if (leading.size == 4 && teacher_size == 2) walk_octets<4, 2>(student, teacher, first, last, aligned, thread, threads, visit);
-    }
+    with_type(student.type, [&](auto student_type) {
+      with_type(teacher.type, [&](auto teacher_type) {
+        walk_octets<student_type.value, teacher_type.value>(student, teacher, first, last, aligned, threads, visit);
+      });
+    });
   }
-  walk_quads(part.begin, first, last, part.end, thread, threads, visit);
 }
 
 }   // namespace kcd::cuda

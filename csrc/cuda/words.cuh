@@ -108,22 +108,25 @@ KCD_DEVICE uint32_t greater_two(uint32_t a, uint32_t b, Type type) {
 #endif
 }
 
-// ---- octets: eight classes of float32 in two words, or of a 16-bit type in the first
+// ---- octets: eight classes of float32 in two words; of a 16-bit type in the first one, and eight more in the second where that is
+// read
 
 struct Octet {
   Word word[2];
 };
 
 // -inf in every place.
-KCD_DEVICE Word no_word(Type type) {
-  const uint32_t part = type == Type::float32 ? 0xff800000u : type == Type::float16 ? 0xfc00fc00u : 0xff80ff80u;
+template <Type kType>
+KCD_DEVICE Word no_word() {
+  constexpr uint32_t part = kType == Type::float32 ? 0xff800000u : kType == Type::float16 ? 0xfc00fc00u : 0xff80ff80u;
   return {{part, part, part, part}};
 }
 
 // The words from classes `one` and `other` on; two words of a 16-bit type are two octets, so that the second one is read only where
 // that is wanted.
-template <int kSize, bool kTwoOfAnyType>
+template <Type kType, bool kTwoOfAnyType>
 KCD_DEVICE Octet load_aligned_octet(const Row& row, int one, int other) {
+  constexpr int kSize = static_cast<int>(size_of(kType));
   Octet octet{};
   octet.word[0] = load_aligned(row.begin + int64_t{one} * kSize);
   if (kTwoOfAnyType || kSize == 4) octet.word[1] = load_aligned(row.begin + int64_t{other} * kSize);
@@ -131,23 +134,24 @@ KCD_DEVICE Octet load_aligned_octet(const Row& row, int one, int other) {
 }
 
 // The same wherever the words lie; -inf where they begin at `end` or after it.
-template <int kSize, bool kTwoOfAnyType>
+template <Type kType, bool kTwoOfAnyType>
 KCD_DEVICE Octet load_octet(const Row& row, int one, int other, int end) {
+  constexpr int kSize = static_cast<int>(size_of(kType));
   Octet octet{};
-  octet.word[0] = one < end ? load_word(row.begin + int64_t{one} * kSize) : no_word(row.type);
-  if (kTwoOfAnyType || kSize == 4) octet.word[1] = other < end ? load_word(row.begin + int64_t{other} * kSize) : no_word(row.type);
+  octet.word[0] = one < end ? load_word(row.begin + int64_t{one} * kSize) : no_word<kType>();
+  if (kTwoOfAnyType || kSize == 4) octet.word[1] = other < end ? load_word(row.begin + int64_t{other} * kSize) : no_word<kType>();
   return octet;
 }
 
-template <int kSize>
-KCD_DEVICE void unpack(const Octet& octet, Type type, int quad, float (&x)[kQuad]) {
-  if constexpr (kSize == 4) {
+template <Type kType>
+KCD_DEVICE void unpack(const Octet& octet, int quad, float (&x)[kQuad]) {
+  if constexpr (kType == Type::float32) {
 #pragma unroll
     for (int j = 0; j < kQuad; ++j) x[j] = bit_cast<float>(octet.word[quad].part[j]);
   } else {
 #pragma unroll
     for (int j = 0; j < kQuad; j += 2) {
-      const Two two = two_of(octet.word[0].part[2 * quad + j / 2], type);
+      const Two two = two_of(octet.word[quad / 2].part[quad % 2 * 2 + j / 2], kType);
       x[j] = two.low;
       x[j + 1] = two.high;
     }
@@ -155,14 +159,14 @@ KCD_DEVICE void unpack(const Octet& octet, Type type, int quad, float (&x)[kQuad
 }
 
 // Puts four numbers where unpack finds them.
-template <int kSize>
-KCD_DEVICE void pack(const float (&x)[kQuad], Type type, int quad, Octet& octet) {
-  if constexpr (kSize == 4) {
+template <Type kType>
+KCD_DEVICE void pack(const float (&x)[kQuad], int quad, Octet& octet) {
+  if constexpr (kType == Type::float32) {
 #pragma unroll
     for (int j = 0; j < kQuad; ++j) octet.word[quad].part[j] = bit_cast<uint32_t>(x[j]);
   } else {
 #pragma unroll
-    for (int j = 0; j < kQuad; j += 2) octet.word[0].part[2 * quad + j / 2] = bits_of(x[j], x[j + 1], type);
+    for (int j = 0; j < kQuad; j += 2) octet.word[quad / 2].part[quad % 2 * 2 + j / 2] = bits_of(x[j], x[j + 1], kType);
   }
 }
 
@@ -171,17 +175,20 @@ KCD_DEVICE Real greatest(const Real (&x)[kQuad]) {
   return greater_of(greater_of(x[0], x[1]), greater_of(x[2], x[3]));
 }
 
-template <int kSize>
-KCD_DEVICE float greatest(const Octet& octet, Type type) {
-  if constexpr (kSize == 2) {
-    const uint32_t (&part)[4] = octet.word[0].part;
-    const Two two = two_of(greater_two(greater_two(part[0], part[1], type), greater_two(part[2], part[3], type), type), type);
-    return greater_of(two.low, two.high);
-  } else {
+// Of all classes in the words that were read.
+template <Type kType, int kWords>
+KCD_DEVICE float greatest(const Octet& octet) {
+  if constexpr (kType == Type::float32) {
     float x[kQuad], y[kQuad];
-    unpack<kSize>(octet, type, 0, x);
-    unpack<kSize>(octet, type, 1, y);
+    unpack<kType>(octet, 0, x);
+    unpack<kType>(octet, 1, y);
     return greater_of(greatest(x), greatest(y));
+  } else {
+    uint32_t greater = octet.word[0].part[0];
+#pragma unroll
+    for (int i = 1; i < 4 * kWords; ++i) greater = greater_two(greater, octet.word[i / 4].part[i % 4], kType);
+    const Two two = two_of(greater, kType);
+    return greater_of(two.low, two.high);
   }
 }
 
