@@ -130,10 +130,18 @@ FAULTS = (
     Fault(
         "the last octets are read as if every thread had one",
         "cuda/walk.cuh",
-        "if (aligned && end - first >= step) {",
-        "if (aligned && (end - first >= step || FAULT)) {",
+        "if (aligned && same && end - first >= step) {",
+        "if (aligned && same && (end - first >= step || FAULT)) {",
         "asan",
         "half_aligned",
+    ),
+    Fault(
+        "octets past the end are written as a narrower type",
+        "cuda/backward.cuh",
+        "if (one < end) store_narrow",
+        "if (one < end || FAULT) store_narrow",
+        "asan",
+        "half_parts",
     ),
     Fault(
         "octets past the end are written",

@@ -64,21 +64,24 @@ struct GradientOfRow {
     }
   }
 
-  template <Type kStudent, Type kTeacher>
+  template <Type kType>
   KCD_DEVICE_MEMBER void octets(const Octet& z, const Octet& y, int one, int other, int end) const {
-    using How = Reading<kStudent, kTeacher>;
-    Octet gradient{};
+    Octet gradient;
 #pragma unroll
-    for (int quad = 0; quad < How::kQuads; ++quad) {
+    for (int quad = 0; quad < kQuads<kType>; ++quad) {
       float z_quad[kQuad], y_quad[kQuad], d[kQuad];
-      unpack<kStudent>(z, quad, z_quad);
-      unpack<kTeacher>(y, quad, y_quad);
-      compute(z_quad, y_quad, How::quad(quad, one, other), d);
-      pack<kStudent>(d, quad, gradient);
+      unpack<kType>(z, quad, z_quad);
+      unpack<kType>(y, quad, y_quad);
+      compute(z_quad, y_quad, class_of<kType>(quad, one, other), d);
+      pack<kType>(d, quad, gradient);
     }
-    if (one < end) store_aligned(const_cast<char*>(out.at(one)), gradient.word[0]);
-    if ((How::kApart || kStudent == Type::float32) && other < end)
-      store_aligned(const_cast<char*>(out.at(other)), gradient.word[1]);
+    char* first = const_cast<char*>(out.at(one));
+    if (kType == Type::float32 && out.size == 2) {   // student and teacher of different types
+      if (one < end) store_narrow(gradient, out.type, first);
+      return;
+    }
+    if (one < end) store_aligned(first, gradient.word[0]);
+    if (other < end) store_aligned(const_cast<char*>(out.at(other)), gradient.word[1]);
   }
 
   KCD_DEVICE_MEMBER void quad(int c, int n) const {

@@ -136,13 +136,13 @@ struct Summation {
     products.cross += careful_cross(dz, dy, e, scale);
   }
 
-  // Adds what load(quad, z, y) gives for each of kQuads quads.
-  template <int kQuads, class Load>
+  // Adds what load(quad, z, y) gives for each of kCount quads.
+  template <int kCount, class Load>
   KCD_DEVICE_MEMBER void add_all(Real z_max, Real y_max, const Load& load) const {
     const auto each = [&](const auto& add) {
       Products<Real> products{};
 #pragma unroll
-      for (int quad = 0; quad < kQuads; ++quad) {
+      for (int quad = 0; quad < kCount; ++quad) {
         Real z[kQuad], y[kQuad];
         load(quad, z, y);
         subtract_maxima(z, y);
@@ -165,14 +165,12 @@ struct Summation {
     sums.cross += products.cross;
   }
 
-  template <Type kStudent, Type kTeacher>
+  template <Type kType>
   KCD_DEVICE_MEMBER void octets(const Octet& z, const Octet& y, int, int, int) const {
-    using How = Reading<kStudent, kTeacher>;
-    add_all<How::kQuads>(greatest<kStudent, How::kWords>(z), greatest<kTeacher, How::kWords>(y),
-                         [&](int quad, Real(&z_quad)[kQuad], Real(&y_quad)[kQuad]) {
-                           unpack<kStudent>(z, quad, z_quad);
-                           unpack<kTeacher>(y, quad, y_quad);
-                         });
+    add_all<kQuads<kType>>(greatest<kType>(z), greatest<kType>(y), [&](int quad, Real(&z_quad)[kQuad], Real(&y_quad)[kQuad]) {
+      unpack<kType>(z, quad, z_quad);
+      unpack<kType>(y, quad, y_quad);
+    });
   }
 
   KCD_DEVICE_MEMBER void quad(int c, int n) const {

@@ -23,41 +23,42 @@ KCD_DEVICE Part part_of(const Row& leading, int classes, int part, int parts) {
   return {part == 0 ? 0 : first < classes ? first : classes, first < classes ? first : classes, end < classes ? end : classes};
 }
 
-// Which classes a thread reads at a time in whole octets of rows of float32 and 16-bit types: two words of each tensor, which lie
-// `threads` words apart, so that a warp always reads neighbouring words.  That is one octet of float32, or two of 16-bit logits.
-// Where the tensors' words hold different numbers of classes it is the neighbouring words of one octet.
-template <Type kStudent, Type kTeacher>
-struct Reading {
-  static constexpr bool kApart = size_of(kStudent) == size_of(kTeacher);
-  static constexpr int kWords = kApart ? 2 : 1;   // read of a 16-bit type
-  static constexpr int kTogether = kApart ? kWordBytes / static_cast<int>(size_of(kStudent)) : kOctet;
-  static constexpr int kQuads = kApart && size_of(kStudent) == 2 ? 4 : 2;
+// What a thread reads at a time in whole octets: two words of each tensor, which lie `threads` words apart, so that a warp always
+// reads neighbouring words.  That is one octet of float32, or two of a 16-bit type that both tensors have.  Of tensors of different
+// types, but float64, it is one octet, whose words are neighbours, brought to float32.
+template <Type kType>
+constexpr int kQuads = kType == Type::float32 ? 2 : 4;
 
-  // The class where a quad begins, given where the thread's first and second words begin.
-  KCD_DEVICE_MEMBER static int quad(int i, int one, int other) {
-    return kQuads == 2 ? i ? other : one : (i < 2 ? one : other) + i % 2 * kQuad;
-  }
-};
+// The class where a quad begins, given where the thread's first and second words begin.
+template <Type kType>
+KCD_DEVICE int class_of(int quad, int one, int other) {
+  return kType == Type::float32 ? quad ? other : one : (quad < 2 ? one : other) + quad % 2 * kQuad;
+}
 
-// Whole octets from class first to class end.  Calls visit.octets<types>(student's, teacher's, one, other, end), as often in every
+// Whole octets from class first to class end.  Calls visit.octets<type>(student's, teacher's, one, other, end), as often in every
 // thread: the words' classes begin at `one` and `other`, words from `end` on do not exist and hold -inf.  `aligned`: every word of
 // both rows is.
-template <Type kStudent, Type kTeacher, class Visit>
+template <Type kType, class Visit>
 KCD_DEVICE void walk_octets(const Row& student, const Row& teacher, int first, int end, bool aligned, int threads,
                             const Visit& visit) {
-  using How = Reading<kStudent, kTeacher>;
-  const int distance = How::kApart ? threads * How::kTogether : kQuad, step = threads * How::kQuads * kQuad;
+  constexpr int kClasses = kWordBytes / static_cast<int>(size_of(kType));   // in a word
+  const bool same = kType != Type::float32 || student.type == teacher.type;
+  const int step = threads * kQuads<kType> * kQuad;
   for (; first < end; first += step) {
-    const int one = first + thread_of_row(threads) * How::kTogether, other = one + distance;
+    const int thread = thread_of_row(threads);
+    const int one = first + thread * (same ? kClasses : kOctet), other = one + (same ? threads * kClasses : kQuad);
     Octet z, y;
-    if (aligned && end - first >= step) {
-      z = load_aligned_octet<kStudent, How::kApart>(student, one, other);
-      y = load_aligned_octet<kTeacher, How::kApart>(teacher, one, other);
+    if (aligned && same && end - first >= step) {
+      z = load_aligned_octet(student, one, other);
+      y = load_aligned_octet(teacher, one, other);
+    } else if (same) {
+      z = load_octet<kType>(student, one, other, end);
+      y = load_octet<kType>(teacher, one, other, end);
     } else {
-      z = load_octet<kStudent, How::kApart>(student, one, other, end);
-      y = load_octet<kTeacher, How::kApart>(teacher, one, other, end);
+      z = load_octet_as_float32(student, one, end);
+      y = load_octet_as_float32(teacher, one, end);
     }
-    visit.template octets<kStudent, kTeacher>(z, y, one, other, end);
+    visit.template octets<kType>(z, y, one, other, end);
   }
 }
 
@@ -74,19 +75,6 @@ KCD_DEVICE void walk_quads(int begin, int first, int last, int end, int threads,
   }
 }
 
-template <Type kType>
-struct OfType {
-  static constexpr Type value = kType;
-};
-
-// visit(the type as a constant); nothing for float64.
-template <class Visit>
-KCD_DEVICE void with_type(Type type, const Visit& visit) {
-  if (type == Type::float32) visit(OfType<Type::float32>{});
-  if (type == Type::float16) visit(OfType<Type::float16>{});
-  if (type == Type::bfloat16) visit(OfType<Type::bfloat16>{});
-}
-
 // Without a teacher its place is taken by the student's row.  What is in no octet comes first, so that the way over the octets has
 // less to remember.
 template <class Real, class Visit>
@@ -98,11 +86,12 @@ KCD_DEVICE void walk(const Row& student, const Row& teacher, const Part& part, i
   const int first = octets > 0 ? part.first + margin : part.end, last = octets > 0 ? first + octets * kOctet : part.end;
   walk_quads(part.begin, first, last, part.end, threads, visit);
   if constexpr (sizeof(Real) == 4) {
-    with_type(student.type, [&](auto student_type) {
-      with_type(teacher.type, [&](auto teacher_type) {
-        walk_octets<student_type.value, teacher_type.value>(student, teacher, first, last, aligned, threads, visit);
-      });
-    });
+    if (student.type == Type::bfloat16 && teacher.type == Type::bfloat16)
+      walk_octets<Type::bfloat16>(student, teacher, first, last, aligned, threads, visit);
+    else if (student.type == Type::float16 && teacher.type == Type::float16)
+      walk_octets<Type::float16>(student, teacher, first, last, aligned, threads, visit);
+    else
+      walk_octets<Type::float32>(student, teacher, first, last, aligned, threads, visit);
   }
 }
 

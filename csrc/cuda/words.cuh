@@ -108,8 +108,7 @@ KCD_DEVICE uint32_t greater_two(uint32_t a, uint32_t b, Type type) {
 #endif
 }
 
-// ---- octets: eight classes of float32 in two words; of a 16-bit type in the first one, and eight more in the second where that is
-// read
+// ---- octets: eight classes of float32 in two words; of a 16-bit type sixteen, eight in each
 
 struct Octet {
   Word word[2];
@@ -122,24 +121,29 @@ KCD_DEVICE Word no_word() {
   return {{part, part, part, part}};
 }
 
-// The words from classes `one` and `other` on; two words of a 16-bit type are two octets, so that the second one is read only where
-// that is wanted.
-template <Type kType, bool kTwoOfAnyType>
+// The words from classes `one` and `other` on, which are aligned.
 KCD_DEVICE Octet load_aligned_octet(const Row& row, int one, int other) {
-  constexpr int kSize = static_cast<int>(size_of(kType));
-  Octet octet{};
-  octet.word[0] = load_aligned(row.begin + int64_t{one} * kSize);
-  if (kTwoOfAnyType || kSize == 4) octet.word[1] = load_aligned(row.begin + int64_t{other} * kSize);
-  return octet;
+  return {{load_aligned(row.at(one)), load_aligned(row.at(other))}};
 }
 
-// The same wherever the words lie; -inf where they begin at `end` or after it.
-template <Type kType, bool kTwoOfAnyType>
+// The same wherever they lie; -inf where they begin at `end` or after it.
+template <Type kType>
 KCD_DEVICE Octet load_octet(const Row& row, int one, int other, int end) {
-  constexpr int kSize = static_cast<int>(size_of(kType));
-  Octet octet{};
-  octet.word[0] = one < end ? load_word(row.begin + int64_t{one} * kSize) : no_word<kType>();
-  if (kTwoOfAnyType || kSize == 4) octet.word[1] = other < end ? load_word(row.begin + int64_t{other} * kSize) : no_word<kType>();
+  return {{one < end ? load_word(row.at(one)) : no_word<kType>(), other < end ? load_word(row.at(other)) : no_word<kType>()}};
+}
+
+// Eight neighbouring classes from class `one` on, of any type but float64, as float32.
+KCD_DEVICE Octet load_octet_as_float32(const Row& row, int one, int end) {
+  if (row.size == 4) return load_octet<Type::float32>(row, one, one + kQuad, end);
+  Octet octet{{no_word<Type::float32>(), no_word<Type::float32>()}};
+  if (one >= end) return octet;
+  const Word word = load_word(row.at(one));
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const Two two = two_of(word.part[i], row.type);
+    octet.word[i / 2].part[i % 2 * 2] = bit_cast<uint32_t>(two.low);
+    octet.word[i / 2].part[i % 2 * 2 + 1] = bit_cast<uint32_t>(two.high);
+  }
   return octet;
 }
 
@@ -175,8 +179,7 @@ KCD_DEVICE Real greatest(const Real (&x)[kQuad]) {
   return greater_of(greater_of(x[0], x[1]), greater_of(x[2], x[3]));
 }
 
-// Of all classes in the words that were read.
-template <Type kType, int kWords>
+template <Type kType>
 KCD_DEVICE float greatest(const Octet& octet) {
   if constexpr (kType == Type::float32) {
     float x[kQuad], y[kQuad];
@@ -186,10 +189,21 @@ KCD_DEVICE float greatest(const Octet& octet) {
   } else {
     uint32_t greater = octet.word[0].part[0];
 #pragma unroll
-    for (int i = 1; i < 4 * kWords; ++i) greater = greater_two(greater, octet.word[i / 4].part[i % 4], kType);
+    for (int i = 1; i < 8; ++i) greater = greater_two(greater, octet.word[i / 4].part[i % 4], kType);
     const Two two = two_of(greater, kType);
     return greater_of(two.low, two.high);
   }
+}
+
+// Eight numbers of float32, stored as a 16-bit type.
+KCD_DEVICE void store_narrow(const Octet& octet, Type type, char* p) {
+  Word word;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t (&part)[4] = octet.word[i / 2].part;
+    word.part[i] = bits_of(bit_cast<float>(part[i % 2 * 2]), bit_cast<float>(part[i % 2 * 2 + 1]), type);
+  }
+  store_aligned(p, word);
 }
 
 // ---- quads: four classes of any type, of which the first n exist
