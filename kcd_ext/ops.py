@@ -29,8 +29,12 @@ REDUCTION_NONE = REDUCTIONS.index("none")
 
 
 def absent(like: Tensor) -> Tensor:
-    """What stands for a tensor that is not there: one for all plain tensors, since making it takes 3 us."""
-    return _ABSENT if type(like) in (Tensor, torch.nn.Parameter) else like.new_empty(0, dtype=torch.bool)
+    """What stands for a tensor that is not there: one for all plain tensors, since making it takes 3 us.
+
+    A compiled graph on a GPU gets one of its own there: with a tensor on the CPU among its inputs it may not become a CUDA graph.
+    """
+    plain = type(like) in (Tensor, torch.nn.Parameter) and (like.is_cpu or not torch.compiler.is_compiling())
+    return _ABSENT if plain else like.new_empty(0, dtype=torch.bool)
 
 
 def has_kernels_for(logits: Tensor) -> bool:

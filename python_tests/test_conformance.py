@@ -349,6 +349,18 @@ def test_student_without_mass_where_the_teacher_has_some(backend, classes):
     assert check(backend, student, teacher)["kl"][1].isfinite()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("classes", [14, 1000, 5000])
+def test_what_is_infinite_on_the_way_may_vanish_in_the_end(backend, dtype, classes):
+    """A class that the student rules out has mass beside the first logits, and none beside the greatest, which comes late."""
+    student, teacher = torch.zeros(3, classes, dtype=dtype), torch.full((3, classes), -6000.0, dtype=dtype)
+    teacher[:, 0], student[:, 0], teacher[:, 1] = -5000, -INF, -2500
+    teacher[0, classes - 3] = teacher[1, classes // 2] = 0.0
+    teacher[2, 2] = -2600.0
+    got = check(backend, student, teacher, value="kl", keep=2)
+    assert got["kl"][:2].isfinite().all() and got["kl"][2] == INF
+
+
 def test_weights_of_zero_take_infinite_rows_out(backend):
     student, teacher, labels = logits(4, 6, seed=41), logits(4, 6, seed=42), torch.arange(4)
     student[1, 2], student[2, 3] = -INF, NAN

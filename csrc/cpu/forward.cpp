@@ -108,15 +108,40 @@ KCD_INLINE ClassSums<To> convert(const ClassSums<double>& s) {
           static_cast<To>(s.dot_1)};
 }
 
+// The cross sum once more, against the row's maxima: what was infinite against those of a piece may vanish against the greatest.
+double cross_of_row(const Problem& problem, const char* student, const char* teacher, double student_max, double teacher_max) {
+  double z_scratch[kPiece], y_scratch[kPiece], cross = 0;
+  for (int64_t first = 0; first < problem.classes; first += kPiece) {
+    const int64_t n = problem.classes - first < kPiece ? problem.classes - first : kPiece;
+    const double* z = piece(problem.student.type, student, first, n, z_scratch);
+    const double* y = piece(problem.teacher.type, teacher, first, n, y_scratch);
+    for (int64_t j = 0; j < n; ++j) {
+      const double log_teacher = (y[j] - reference(teacher_max)) / problem.temperature;
+      if (log_teacher < kVanishing * kLn2) continue;
+      const double difference = (y[j] - reference(teacher_max)) - (z[j] - reference(student_max));
+      if (difference == Limits<double>::infinity()) return difference;
+      cross += exponential(log_teacher) * difference;
+    }
+  }
+  return cross;
+}
+
 template <Power power, bool with_teacher, bool with_teacher_entropy, class Real>
 RowSums<Real> sum_row(const Problem& problem, const char* student, const char* teacher, const Scale<Real>& scale) {
   bool in_range;
-  const RowSums<Real> row = sum_row<power, with_teacher, with_teacher_entropy>(problem, student, teacher, scale, in_range);
-  if (in_range || sizeof(Real) == sizeof(double)) return row;
-  const Scale<double> wide_scale(problem.temperature);
-  const RowSums<double> wide = sum_row<power, with_teacher, with_teacher_entropy>(problem, student, teacher, wide_scale, in_range);
-  return {convert<Real>(wide.student), convert<Real>(wide.teacher),
-          static_cast<Real>(wide.cross / wide_scale.units.difference_scale * scale.units.difference_scale)};
+  RowSums<Real> row = sum_row<power, with_teacher, with_teacher_entropy>(problem, student, teacher, scale, in_range);
+  if (!in_range && sizeof(Real) < sizeof(double)) {
+    const Scale<double> wide_scale(problem.temperature);
+    const RowSums<double> wide =
+        sum_row<power, with_teacher, with_teacher_entropy>(problem, student, teacher, wide_scale, in_range);
+    row = {convert<Real>(wide.student), convert<Real>(wide.teacher),
+           static_cast<Real>(wide.cross / wide_scale.units.difference_scale * scale.units.difference_scale)};
+  }
+  if (with_teacher && row.cross == Limits<Real>::infinity())
+    row.cross = static_cast<Real>(cross_of_row(problem, student, teacher, static_cast<double>(row.student.max),
+                                               static_cast<double>(row.teacher.max))) *
+                scale.units.difference_scale;
+  return row;
 }
 
 template <class Real>

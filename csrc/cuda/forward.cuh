@@ -240,6 +240,29 @@ KCD_DEVICE bool merge_parts(const ForwardArguments<Real>& a, int64_t row, int pa
   return true;
 }
 
+// The cross sum once more, against the row's maxima, by a group of the row's threads: what was infinite against a maximum of the
+// way there may vanish against the greatest.
+template <class Real>
+KCD_DEVICE Real cross_of_row(const ForwardArguments<Real>& a, int64_t i, const Group& group, const RowSums<Real>& sums) {
+  const Problem& p = a.problem;
+  const Row student = row_of(p.student, i), teacher = row_of(p.teacher, p.teacher_row_of(i));
+  const int classes = static_cast<int>(p.classes), lanes = group.lanes();
+  Real cross = 0;
+  for (int c = thread_of_row(lanes) * kQuad; c < classes; c += lanes * kQuad) {
+    Real z[kQuad], y[kQuad], e[kQuad];
+    load_quad(student, c, classes - c, z);
+    load_quad(teacher, c, classes - c, y);
+#pragma unroll
+    for (int j = 0; j < kQuad; ++j) {
+      z[j] -= reference(sums.student.max);
+      y[j] -= reference(sums.teacher.max);
+    }
+    exponentials(y, a.scale, e);
+    cross += careful_cross(z, y, e, a.scale);
+  }
+  return group.sum(cross);
+}
+
 // What one row says in the end, by one thread.
 template <class Real>
 KCD_DEVICE void finish_row(const ForwardArguments<Real>& a, int64_t i, const RowSums<Real>& sums) {
@@ -301,6 +324,9 @@ __global__ void __launch_bounds__(sizeof(Real) == 8 ? kThreads : kManyThreads, 1
   const bool has_row = place.row < a.problem.rows;
   sums = merge_threads(sums, place.group, a.row_threads, has_row, a.scale.units);
   if (a.parts > 1 && !merge_parts(a, place.row, static_cast<int>(blockIdx.y), sums)) return;
+  // The row's first group, all of whose threads hold the sums.
+  if (has_row && thread_of_row(a.row_threads) < kWarp && sums.cross == Limits<Real>::infinity())
+    sums.cross = cross_of_row(a, place.row, place.group, sums);
   if (has_row && thread_of_row(a.row_threads) == 0) finish_row(a, place.row, sums);
 
   if (!a.with_loss || !is_last_block(a.blocks_arrived, gridDim.x)) return;

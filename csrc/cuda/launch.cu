@@ -39,7 +39,8 @@ cudaStream_t stream_of(const Machine& machine) { return static_cast<cudaStream_t
 void check(cudaError_t error, const char* what, int64_t rows, int64_t classes) {
   if (error == cudaSuccess) return;
   const std::string shape = std::to_string(rows) + " rows" + (classes ? " of " + std::to_string(classes) + " classes" : "");
-  throw std::runtime_error(std::string("kcd_ext: CUDA kernel ") + what + " for " + shape + ": " + cudaGetErrorString(error));
+  throw std::runtime_error(std::string("kcd_ext: ") + what + " for " + shape + ": " + cudaGetErrorString(error) + " (built for " +
+                           architectures() + ")");
 }
 
 dim3 grid_of(int64_t x, int y = 1) { return dim3(static_cast<unsigned>(x), static_cast<unsigned>(y)); }
@@ -75,11 +76,12 @@ void select(const Ranking& ranking, const Selection& selection, const Machine& m
   const int64_t rows = ranking.rows;
   const dim3 block(static_cast<unsigned>(threads_over(rows, machine)));
   if (rows <= kRowsOfOneBlock)
-    return check(gpu::launch(select_by_one_block, dim3(1), block, 0, stream, ranking, selection), "select_by_one_block", rows, 0);
+    return check(gpu::launch(select_by_one_block, dim3(1), block, 0, stream, ranking, selection), "CUDA kernel select_by_one_block",
+                 rows, 0);
   const dim3 grid = grid_of(blocks_over(rows, machine));
   for (int digit = 0; digit < ranking.digits(); ++digit)
-    check(gpu::launch(select_digit, grid, block, 0, stream, ranking, selection, digit), "select_digit", rows, 0);
-  check(gpu::launch(select_mark, grid, block, 0, stream, ranking, selection), "select_mark", rows, 0);
+    check(gpu::launch(select_digit, grid, block, 0, stream, ranking, selection, digit), "CUDA kernel select_digit", rows, 0);
+  check(gpu::launch(select_mark, grid, block, 0, stream, ranking, selection), "CUDA kernel select_mark", rows, 0);
 }
 
 struct SelectPlan {
@@ -120,7 +122,7 @@ void reduce(const Problem& problem, const LossArguments& loss, const ReducePlan&
   const int64_t rows = problem.rows;
   const dim3 grid = grid_of(blocks_over(rows, machine)), block(static_cast<unsigned>(threads_over(rows, machine)));
   check(gpu::launch(reduce_rows<Real>, grid, block, 0, stream_of(machine), problem, loss, plan.block_sums, plan.arrived),
-        "reduce_rows", rows, 0);
+        "CUDA kernel reduce_rows", rows, 0);
 }
 
 // ---- forward
@@ -184,11 +186,11 @@ void forward(const Forward& call, const Machine& machine, Workspace workspace) {
   const ForwardArguments<Real>& a = planned.arguments;
   const Problem& p = call.problem;
   const cudaStream_t stream = stream_of(machine);
-  if (planned.zeroed > 0) check(gpu::fill(workspace.base(), 0, planned.zeroed, stream), "memset", p.rows, p.classes);
+  if (planned.zeroed > 0) check(gpu::fill(workspace.base(), 0, planned.zeroed, stream), "zeroing the workspace", p.rows, p.classes);
   if (p.rows > 0)
     check(gpu::launch(forward_rows<Real>, grid_of(planned.shape.row_blocks, a.parts),
                       dim3(static_cast<unsigned>(planned.shape.threads)), 0, stream, a),
-          "forward_rows", p.rows, p.classes);
+          "CUDA kernel forward_rows", p.rows, p.classes);
   if (!planned.apart) return;
   if (p.rows > 0) select(a.ranking, a.selection, machine);
   reduce<Real>(p, a.loss, planned.reduction, machine);
@@ -219,7 +221,7 @@ void backward(const Backward& call, const Machine& machine) {
                                   call.out};
   check(gpu::launch(backward_rows<Real>, grid_of((p.rows + block_rows - 1) / block_rows, shape.parts),
                     dim3(static_cast<unsigned>(threads)), 0, stream_of(machine), a),
-        "backward_rows", p.rows, p.classes);
+        "CUDA kernel backward_rows", p.rows, p.classes);
 }
 
 bool is_double(const Problem& p) { return p.student.type == Type::float64; }
@@ -229,7 +231,9 @@ bool is_double(const Problem& p) { return p.student.type == Type::float64; }
 #ifdef __CUDACC__
 Machine machine_of(int device, void* stream) {
   int processors = 0;
-  check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device), "(asking for the device)", 0, 0);
+  const cudaError_t error = gpu::returned(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
+  if (error != cudaSuccess)
+    throw std::runtime_error("kcd_ext: CUDA device " + std::to_string(device) + " does not answer: " + cudaGetErrorString(error));
   return {processors, stream, kThreads};
 }
 
@@ -243,6 +247,9 @@ std::string architectures() {
   for (int architecture : {__CUDA_ARCH_LIST__}) names += (names.empty() ? "sm_" : " sm_") + std::to_string(architecture / 10);
   return names;
 }
+#else
+std::string compiler() { return "none"; }
+std::string architectures() { return "none"; }
 #endif
 
 size_t workspace_of(const Forward& call, const Machine& machine) {
@@ -276,14 +283,14 @@ void select(const Select& call, const Machine& machine, void* memory) {
   if (call.rows == 0) return;
   Workspace workspace(memory);
   const SelectPlan planned = plan(call, machine, workspace);
-  if (planned.zeroed > 0) check(gpu::fill(memory, 0, planned.zeroed, stream_of(machine)), "memset", call.rows, 0);
+  if (planned.zeroed > 0) check(gpu::fill(memory, 0, planned.zeroed, stream_of(machine)), "zeroing the workspace", call.rows, 0);
   select(planned.ranking, planned.selection, machine);
 }
 
 void reduce(const Reduce& call, const Machine& machine, void* memory) {
   Workspace workspace(memory);
   const ReducePlan planned = take_reduction(call.problem.rows, machine, workspace);
-  check(gpu::fill(memory, 0, planned.zeroed, stream_of(machine)), "memset", call.problem.rows, 0);
+  check(gpu::fill(memory, 0, planned.zeroed, stream_of(machine)), "zeroing the workspace", call.problem.rows, 0);
   LossArguments loss = loss_of(call.sum, call.kl, call.cross_entropy, call.selected, call.loss);
   loss.counts = call.counts;
   is_double(call.problem) ? reduce<double>(call.problem, loss, planned, machine)
@@ -293,11 +300,12 @@ void reduce(const Reduce& call, const Machine& machine, void* memory) {
 void map_teacher_rows(const int64_t* rows, int64_t n, int64_t* teacher_row, int64_t student_rows, const Machine& machine) {
   const cudaStream_t stream = stream_of(machine);
   if (student_rows == 0) return;
-  check(gpu::fill(teacher_row, 0xff, static_cast<size_t>(student_rows) * sizeof(int64_t), stream), "memset", student_rows, 0);
+  check(gpu::fill(teacher_row, 0xff, static_cast<size_t>(student_rows) * sizeof(int64_t), stream), "marking rows as not named",
+        student_rows, 0);
   if (n == 0) return;
   const unsigned threads = static_cast<unsigned>(machine.threads);
   check(gpu::launch(map_rows, grid_of((n + threads - 1) / threads), dim3(threads), 0, stream, rows, n, teacher_row, student_rows),
-        "map_rows", student_rows, 0);
+        "CUDA kernel map_rows", student_rows, 0);
 }
 
 }   // namespace kcd::cuda

@@ -12,15 +12,23 @@
 
 namespace gpu {
 
+// What goes wrong is returned, and not left behind for whoever asks the runtime for its last error next.
+inline cudaError_t returned(cudaError_t error) {
+  if (error != cudaSuccess) cudaGetLastError();
+  return error;
+}
+
 template <class... Parameters, class... Given>
 cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
                    const Given&... given) {
-  kernel<<<grid, block, shared_bytes, stream>>>(static_cast<Parameters>(given)...);
-  return cudaGetLastError();
+  return [&](Parameters... parameters) {
+    void* pointers[] = {const_cast<void*>(static_cast<const void*>(&parameters))...};
+    return returned(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), grid, block, pointers, shared_bytes, stream));
+  }(static_cast<Parameters>(given)...);
 }
 
 inline cudaError_t fill(void* data, int byte, size_t bytes, cudaStream_t stream) {
-  return cudaMemsetAsync(data, byte, bytes, stream);
+  return returned(cudaMemsetAsync(data, byte, bytes, stream));
 }
 
 }   // namespace gpu

@@ -21,26 +21,36 @@ struct Shape {
   int block_rows() const { return threads / row_threads; }
 };
 
+// How many blocks should share a row whose threads are a whole block: all blocks take turns on the machine's places, and a part
+// costs what its octets and its beginning and end do.  Of the layouts that take next to the least time the one of fewest parts.
+inline int parts_of(int64_t rows, int64_t octets, int64_t places, int block_threads) {
+  constexpr double kEnds = 2;   // a block's beginning and end, in octets a thread
+  const int64_t useful = octets / block_threads, most = useful < kMostParts ? useful : kMostParts;
+  const auto time = [&](int64_t parts) {
+    const int64_t turns = (rows * parts + places - 1) / places;
+    return static_cast<double>(turns) * (static_cast<double>(octets) / static_cast<double>(parts * block_threads) + kEnds);
+  };
+  double least = time(1);
+  for (int64_t parts = 2; parts <= most; ++parts) least = time(parts) < least ? time(parts) : least;
+  int parts = 1;
+  while (time(parts) > 1.05 * least) ++parts;
+  return parts;
+}
+
 // block_threads: kThreads but in tests.
 inline Shape shape_of(int64_t rows, int64_t classes, int processors, int block_threads, bool wide_accumulator) {
-  const int64_t octets = classes / 8 + 1;
-  const int64_t enough = int64_t{processors} * 3 * block_threads;   // threads that keep a machine busy
+  const int64_t octets = classes / 8 + 1, places = int64_t{processors} * 3;   // blocks that run at a time
   int row_threads = kFewestLanes;
   // A row gets more threads while it has work for them, or while threads would be idle otherwise.
   while (row_threads < block_threads && row_threads < octets &&
-         (row_threads * kOctetsAThread < octets || rows * row_threads < enough))
+         (row_threads * kOctetsAThread < octets || rows * row_threads < places * block_threads))
     row_threads *= 2;
   // The last block's share, the selection, grows with the rows; where blocks hold several rows they may as well hold more.
   const bool many = rows > kManyRows && row_threads < block_threads && !wide_accumulator;
   const int threads = many ? 3 * block_threads : block_threads;
-  int64_t parts = 1;
-  if (row_threads == threads && rows > 0) {
-    const int64_t wanted = (int64_t{processors} * 3 + rows - 1) / rows, useful = octets / (block_threads * kOctetsAThread);
-    parts = wanted < useful ? wanted : useful;
-    parts = parts < 1 ? 1 : parts > kMostParts ? kMostParts : parts;
-  }
+  const int parts = row_threads == threads ? parts_of(rows, octets, places, block_threads) : 1;
   const int block_rows = threads / row_threads;
-  return {threads, row_threads, static_cast<int>(parts), (rows + block_rows - 1) / block_rows};
+  return {threads, row_threads, parts, (rows + block_rows - 1) / block_rows};
 }
 
 }   // namespace kcd::cuda

@@ -80,11 +80,16 @@ inline int64_t count_rows(const Tensor& logits) {
   return n;
 }
 
-// Tensors that are there must lie where the student does.
-inline void on_one_device(const Tensor& student, std::initializer_list<const Tensor*> others) {
-  for (const Tensor* x : others)
-    require(absent(*x) || (x->device_type() == student.device_type() && x->device_index() == student.device_index()),
-            "all tensors must be on the student's device");
+// Tensors must lie where the first one does: `given` all of them, `options` if they are not absent.
+inline void on_one_device(const Tensor& first, std::initializer_list<const Tensor*> given,
+                          std::initializer_list<const Tensor*> options) {
+  const auto check = [&](const Tensor& x) {
+    require(x.device_type() == first.device_type() && x.device_index() == first.device_index(),
+            "all tensors must be on one device");
+  };
+  for (const Tensor* x : given) check(*x);
+  for (const Tensor* x : options)
+    if (!absent(*x)) check(*x);
 }
 
 // The logits of a call and the shapes that follow from them.  `problem` lacks teacher_row, which is in the device's own hands.
@@ -209,7 +214,7 @@ struct ForwardCall {
         options(args) {}
 
   Call call() const {
-    on_one_device(student, {&teacher, &labels, &score, &row_weight, &rows});
+    on_one_device(student, {}, {&teacher, &labels, &score, &row_weight, &rows});
     const Call call(student, &teacher, labels, &rows, options.temperature, options.ignore_index);
     require(call.problem.with_teacher, "teacher logits are missing");
     require(options.ce_weight == 0 || call.problem.with_labels, "ce_weight needs labels");
@@ -235,7 +240,7 @@ struct RowStatsCall {
         ignore_index(args.integer()) {}
 
   Call call() const {
-    on_one_device(student, {&teacher, &labels, &score, &rows});
+    on_one_device(student, {}, {&teacher, &labels, &score, &rows});
     const Call call(student, &teacher, labels, &rows, temperature, ignore_index);
     check_value(call, score, value);
     return call;
@@ -246,6 +251,7 @@ struct SelectCall {
   Tensor value, candidate;
   KeepOptions keep;
   explicit SelectCall(Arguments args) : value(args.tensor()), candidate(args.tensor()), keep(args) {
+    on_one_device(value, {&candidate}, {});
     dense(value, is_double() ? dtypes().float64 : dtypes().float32, value.numel(), "value must be contiguous float32 or float64");
     dense(candidate, dtypes().boolean, value.numel(), "candidate must be contiguous bool, one a value");
   }
@@ -266,7 +272,7 @@ struct ReduceCall {
         options(args) {}
 
   Call call() const {
-    on_one_device(student, {&labels, &row_weight, &stats, &cross_entropy, &counts});
+    on_one_device(student, {&selected, &stats, &counts}, {&labels, &row_weight, &cross_entropy});
     const Call call(student, nullptr, labels, nullptr, options.temperature, options.ignore_index);
     check_rows_of(call, selected, stats, counts);
     if (call.problem.with_labels)
@@ -295,7 +301,7 @@ struct BackwardCall {
   bool one_for_all() const { return grad_output.dim() == 0; }
 
   Call call() const {
-    on_one_device(student, {&grad_output, &teacher, &labels, &row_weight, &rows, &stats, &counts});
+    on_one_device(student, {&grad_output, &selected, &stats, &counts}, {&teacher, &labels, &row_weight, &rows});
     const Call call(student, &teacher, labels, &rows, options.temperature, options.ignore_index);
     require(call.problem.with_teacher, "teacher logits are missing");
     check_rows_of(call, selected, stats, counts);

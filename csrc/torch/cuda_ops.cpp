@@ -1,4 +1,6 @@
 // The operators on CUDA devices: memory from torch's allocator, work on torch's stream, nothing waits for the device.
+#include <optional>
+
 #include "cuda/launch.h"
 #include "torch/call.h"
 #include "torch/device.h"
@@ -7,19 +9,20 @@ namespace kcd {
 namespace {
 
 // A call whose teacher rows are known on the device.
-struct CudaCall : Call {
-  CudaCall(Call call, const Tensor& student, const cuda::Machine& machine)
-      : Call(call), teacher_row_(Tensor::empty({rows_are_named ? problem.rows : 0}, dtypes().int64, student)) {
+class CudaCall : public Call {
+ public:
+  CudaCall(Call call, const Tensor& student, const cuda::Machine& machine) : Call(call) {
     constexpr int64_t kMost = int64_t{1} << 30;
     require(problem.rows <= kMost && problem.classes <= kMost, "the CUDA kernels take up to 2^30 rows and classes");
     if (!rows_are_named) return;
-    int64_t* teacher_row = teacher_row_.mutable_data<int64_t>();
+    teacher_row_.emplace(Tensor::empty({problem.rows}, dtypes().int64, student));
+    int64_t* teacher_row = teacher_row_->mutable_data<int64_t>();
     cuda::map_teacher_rows(named_rows, teacher_rows, teacher_row, problem.rows, machine);
     problem.teacher_row = teacher_row;
   }
 
  private:
-  Tensor teacher_row_;
+  std::optional<Tensor> teacher_row_;
 };
 
 // Bytes from torch's allocator, which gives them to nobody else before this stream is done with them.
@@ -52,8 +55,9 @@ void run(const cuda::Forward& forward, const Tensor& like, const cuda::Machine& 
 
 void condensed_kd(StableIValue* stack, uint64_t, uint64_t) {
   const ForwardCall a{Arguments(stack)};
+  const Call checked = a.call();
   const OnDevice device(a.student);
-  const CudaCall call(a.call(), a.student, device.machine());
+  const CudaCall call(checked, a.student, device.machine());
   Tensor value = ranked_like(call, a.score, a.student), stats = stats_like(call, a.student);
   Tensor selected = call.per_row(dtypes().boolean, a.student), counts = Tensor::empty({2}, dtypes().int64, a.student);
   Tensor loss = loss_like(call, a.options, a.student);
@@ -67,8 +71,9 @@ void condensed_kd(StableIValue* stack, uint64_t, uint64_t) {
 
 void row_stats(StableIValue* stack, uint64_t, uint64_t) {
   const RowStatsCall a{Arguments(stack)};
+  const Call checked = a.call();
   const OnDevice device(a.student);
-  const CudaCall call(a.call(), a.student, device.machine());
+  const CudaCall call(checked, a.student, device.machine());
   Tensor value = ranked_like(call, a.score, a.student), stats = stats_like(call, a.student);
   Tensor cross_entropy = cross_entropy_like(call, a.student), candidate = call.per_row(dtypes().boolean, a.student);
   cuda::Forward forward = forward_of(call, a.score, a.value, stats, value);
@@ -91,8 +96,8 @@ void select_topk(StableIValue* stack, uint64_t, uint64_t) {
 
 void reduce_rows(StableIValue* stack, uint64_t, uint64_t) {
   const ReduceCall a{Arguments(stack)};
-  const OnDevice device(a.student);
   const Call call = a.call();
+  const OnDevice device(a.student);
   Tensor loss = loss_like(call, a.options, a.student);
   const cuda::Reduce reduce{call.problem,
                             a.stats.data<char>() + kKl * call.problem.rows * call.accumulator_bytes(),
@@ -124,8 +129,9 @@ void write_gradient(const BackwardCall& a, const CudaCall& call, const Logits& o
 
 void condensed_kd_backward(StableIValue* stack, uint64_t, uint64_t) {
   const BackwardCall a{Arguments(stack)};
+  const Call checked = a.call();
   const OnDevice device(a.student);
-  const CudaCall call(a.call(), a.student, device.machine());
+  const CudaCall call(checked, a.student, device.machine());
   Tensor out = call.like_student(a.student);
   write_gradient(a, call, logits_of(out, out.mutable_data<void>()), device.machine());
   give_back(stack, out);
@@ -133,8 +139,9 @@ void condensed_kd_backward(StableIValue* stack, uint64_t, uint64_t) {
 
 void condensed_kd_gradient_(StableIValue* stack, uint64_t, uint64_t) {
   const BackwardCall a{Arguments(stack)};
+  const Call checked = a.call();
   const OnDevice device(a.student);
-  const CudaCall call(a.call(), a.student, device.machine());
+  const CudaCall call(checked, a.student, device.machine());
   write_gradient(a, call, logits_of(a.student, a.student.mutable_data<void>()), device.machine());
 }
 
