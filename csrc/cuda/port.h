@@ -54,11 +54,12 @@ KCD_DEVICE int thread_index() {
 #endif
 }
 
-// 2^x, one instruction of the special function unit (two units in the last place); what would be subnormal is 0.
+// 2^x, one instruction of the special function unit (two units in the last place); what would be subnormal is 0.  Volatile, for
+// else the compiler computes some before a branch and again behind it.
 KCD_DEVICE float exp2(float x) {
 #ifdef __CUDA_ARCH__
   float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  asm volatile("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 #else
   const float y = __builtin_exp2f(x);
