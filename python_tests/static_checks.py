@@ -2,7 +2,6 @@
 
 import functools
 import heapq
-import linecache
 import operator
 import os
 import re
@@ -90,7 +89,7 @@ class Build:
 def compile(architecture: str, folder: Path) -> Build:
     """Compiles the kernels into `folder`, optimized. Raises MissingToolError; RuntimeError with nvcc's errors."""
     binary = folder / f"sm_{architecture}.cubin"
-    command = [compiler(), "-std=c++17", f"-arch=sm_{architecture}", "-lineinfo", "-I", INCLUDE]
+    command = [compiler(), "-std=c++17", f"-arch=sm_{architecture}", "-I", INCLUDE]
     log = _run(*command, "-Xptxas", "-v,-warn-spills,-warn-lmem-usage", "-cubin", KERNELS, "-o", binary).stderr
     warnings = tuple(line for line in log.splitlines() if re.search(r"\bwarning\b", line))
     return Build(binary, warnings, _resources(log))
@@ -133,22 +132,17 @@ def kernel_name(symbol: str) -> str:
 
 @dataclass(frozen=True)
 class Instruction:
-    """One instruction; `target` is the index of the one it may jump to, `source` the lines that it comes from, innermost first."""
+    """One instruction; `target` is the index of the one it may jump to."""
 
     predicate: str
     opcode: str
     operands: str
     target: int | None
-    source: tuple[str, ...]
 
     def is_a(self, *names: str) -> bool:
         """Whether the opcode begins with the parts of one of these names: LDG.E.128 is an LDG.E and an LDG.128."""
         parts = self.opcode.split(".")
         return any(parts[0] == name.split(".")[0] and set(name.split(".")) <= set(parts) for name in names)
-
-    def comes_from(self, text: str) -> bool:
-        """Whether one of its lines, or of those that they were inlined at, holds this text."""
-        return any(text in line for line in self.source)
 
 
 @dataclass(frozen=True)
@@ -164,12 +158,11 @@ Blocks = dict[int, Block]  # by the index of the first instruction
 
 def disassemble(build: Build) -> dict[str, list[Instruction]]:
     """Every kernel's instructions, by its name. Raises MissingToolError; RuntimeError with nvdisasm's errors."""
-    done = _run(disassembler(), "-c", "-gi", build.binary)
+    done = _run(disassembler(), "-c", build.binary)
     sections = re.split(r"^//-+ \.text\.(\S+) +-+$", done.stdout, flags=re.MULTILINE)
     return {kernel_name(name): _instructions(text) for name, text in zip(sections[1::2], sections[2::2], strict=True)}
 
 
-_LINE = re.compile(r'\s*//## File "(?P<file>[^"]+)", line (?P<line>\d+)')
 _LABEL = re.compile(r"(?P<label>\.L_x_\d+):")
 _INSTRUCTION = re.compile(
     r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@(?P<predicate>!?U?P\w+)\s+)?(?P<opcode>[A-Z][\w.]*)\s*(?P<operands>.*?)\s*;"
@@ -177,23 +170,13 @@ _INSTRUCTION = re.compile(
 
 
 def _instructions(text: str) -> list[Instruction]:
-    found, labels, source, complete = [], {}, [], True
+    found, labels = [], {}
     for line in text.splitlines():
-        if place := _LINE.match(line):
-            if complete:  # the lines of the next instructions begin
-                source, complete = [], False
-            source.append(linecache.getline(place["file"], int(place["line"])).strip())
-        elif label := _LABEL.match(line):
+        if label := _LABEL.match(line):
             labels[label["label"]] = len(found)
         elif instruction := _INSTRUCTION.match(line):
-            complete = True
-            found.append(
-                (instruction["predicate"] or "", instruction["opcode"], instruction["operands"], tuple(source))
-            )
-    return [
-        Instruction(predicate, opcode, operands, _target(operands, labels), source)
-        for predicate, opcode, operands, source in found
-    ]
+            found.append((instruction["predicate"] or "", instruction["opcode"], instruction["operands"]))
+    return [Instruction(*parts, _target(parts[-1], labels)) for parts in found]
 
 
 def _target(operands: str, labels: Mapping[str, int]) -> int | None:
