@@ -423,7 +423,9 @@ def test_info(tmp_path):
     assert {"kcd_ext", "platform", "processor", "threads", "torch CUDA", "CUDA driver", "CUDA devices"} <= facts.keys()
     for name in ("compiler", "instruction sets", "instruction set in use", "CUDA architectures"):
         assert facts[name]
-    assert facts["CUDA architectures"].startswith("none: no CUDA kernels yet")
+    built = facts["CUDA compiler"].startswith("nvcc ")
+    assert re.fullmatch(r"sm_\d+( sm_\d+)*" if built else "none", facts["CUDA architectures"])
+    assert built or "kcd_ext.reference takes the kernels' place" in facts["CUDA compiler"]
 
 
 def test_without_the_extras(tmp_path):
