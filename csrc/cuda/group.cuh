@@ -67,6 +67,15 @@ KCD_DEVICE Number sum_over_block(Number x) {
   return thread < kWarp ? warp.sum(thread < warps ? of_warp[thread] : Number(0)) : Number(0);
 }
 
+// The rows of one block of many.
+struct Slice {
+  int64_t begin, end;
+};
+KCD_DEVICE Slice slice_of(int64_t rows) {
+  const int64_t share = (rows + gridDim.x - 1) / gridDim.x, begin = share * blockIdx.x;
+  return {begin < rows ? begin : rows, begin + share < rows ? begin + share : rows};
+}
+
 // Whether this block is the last of `blocks` to come here, for all its threads; then it sees what all the others wrote before.
 KCD_DEVICE bool is_last_block(unsigned* arrived, unsigned blocks) {
   SHARED(bool, last, 1);

@@ -14,7 +14,7 @@
 namespace kcd::cuda {
 namespace {
 
-// `zeroed` bytes first, then the others.  With a null base it only adds up what is asked for.
+// What a call needs beside its arguments, taken piece by piece: first what starts as zeros.  Without a base it only adds up.
 class Workspace {
  public:
   explicit Workspace(void* base) : base_(static_cast<char*>(base)) {}

@@ -23,6 +23,10 @@ struct LossSums {
   unsigned selected, valid;
 };
 
+KCD_DEVICE LossSums sum_over_block(const LossSums& x) {
+  return {sum_over_block(x.kd), sum_over_block(x.ce), sum_over_block(x.selected), sum_over_block(x.valid)};
+}
+
 // The sums over rows [begin, end), in the block's first thread.
 template <class Real>
 KCD_DEVICE LossSums loss_sums(const Problem& problem, const LossArguments& a, int64_t begin, int64_t end) {
@@ -40,7 +44,7 @@ KCD_DEVICE LossSums loss_sums(const Problem& problem, const LossArguments& a, in
     sums.selected += selected;
     sums.valid += valid;
   }
-  return {sum_over_block(sums.kd), sum_over_block(sums.ce), sum_over_block(sums.selected), sum_over_block(sums.valid)};
+  return sum_over_block(sums);
 }
 
 template <class Real>
@@ -70,8 +74,8 @@ KCD_DEVICE void reduce_in_block(const Problem& problem, const LossArguments& a) 
 template <class Real>
 __global__ void __launch_bounds__(kManyThreads)
     reduce_rows(const Problem problem, const LossArguments a, LossSums* block_sums, unsigned* arrived) {
-  const int64_t share = (problem.rows + gridDim.x - 1) / gridDim.x, begin = share * blockIdx.x;
-  const LossSums own = loss_sums<Real>(problem, a, begin, begin + share < problem.rows ? begin + share : problem.rows);
+  const Slice slice = slice_of(problem.rows);
+  const LossSums own = loss_sums<Real>(problem, a, slice.begin, slice.end);
   if (threadIdx.x == 0) block_sums[blockIdx.x] = own;
   if (!is_last_block(arrived, gridDim.x)) return;
   LossSums sums{};
@@ -81,7 +85,7 @@ __global__ void __launch_bounds__(kManyThreads)
     sums.selected += block_sums[b].selected;
     sums.valid += block_sums[b].valid;
   }
-  sums = {sum_over_block(sums.kd), sum_over_block(sums.ce), sum_over_block(sums.selected), sum_over_block(sums.valid)};
+  sums = sum_over_block(sums);
   if (threadIdx.x == 0) write_loss<Real>(a, sums);
 }
 

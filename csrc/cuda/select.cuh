@@ -180,15 +180,6 @@ __global__ void __launch_bounds__(kManyThreads) select_by_one_block(const Rankin
   select_in_block(ranking, selection);
 }
 
-// The rows of one block of many.
-struct Slice {
-  int64_t begin, end;
-};
-KCD_DEVICE Slice slice_of(int64_t rows) {
-  const int64_t share = (rows + gridDim.x - 1) / gridDim.x, begin = share * blockIdx.x;
-  return {begin < rows ? begin : rows, begin + share < rows ? begin + share : rows};
-}
-
 __global__ void __launch_bounds__(kManyThreads) select_digit(const Ranking ranking, const Selection selection, int digit) {
   SHARED(unsigned, count, kDigits);
   SelectionState& state = *selection.state;

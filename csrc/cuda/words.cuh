@@ -15,7 +15,7 @@ struct Word {
 
 // One row of a tensor.
 struct Row {
-  const char* begin;   // null: there is none
+  const char* begin;
   Type type;
   int size;   // bytes of a logit
 

@@ -8,20 +8,23 @@
 namespace kcd {
 namespace {
 
-// A call whose teacher rows are known on the device.
+// A call that has been checked, on its device, where the teacher's rows are known.
 class CudaCall : public Call {
  public:
-  CudaCall(Call call, const Tensor& student, const cuda::Machine& machine) : Call(call) {
+  CudaCall(const Call& call, const Tensor& student) : Call(call), device_(student) {
     constexpr int64_t kMost = int64_t{1} << 30;
     require(problem.rows <= kMost && problem.classes <= kMost, "the CUDA kernels take up to 2^30 rows and classes");
     if (!rows_are_named) return;
     teacher_row_.emplace(Tensor::empty({problem.rows}, dtypes().int64, student));
     int64_t* teacher_row = teacher_row_->mutable_data<int64_t>();
-    cuda::map_teacher_rows(named_rows, teacher_rows, teacher_row, problem.rows, machine);
+    cuda::map_teacher_rows(named_rows, teacher_rows, teacher_row, problem.rows, machine());
     problem.teacher_row = teacher_row;
   }
 
+  const cuda::Machine& machine() const { return device_.machine(); }
+
  private:
+  OnDevice device_;
   std::optional<Tensor> teacher_row_;
 };
 
@@ -55,9 +58,7 @@ void run(const cuda::Forward& forward, const Tensor& like, const cuda::Machine& 
 
 void condensed_kd(StableIValue* stack, uint64_t, uint64_t) {
   const ForwardCall a{Arguments(stack)};
-  const Call checked = a.call();
-  const OnDevice device(a.student);
-  const CudaCall call(checked, a.student, device.machine());
+  const CudaCall call(a.call(), a.student);
   Tensor value = ranked_like(call, a.score, a.student), stats = stats_like(call, a.student);
   Tensor selected = call.per_row(dtypes().boolean, a.student), counts = Tensor::empty({2}, dtypes().int64, a.student);
   Tensor loss = loss_like(call, a.options, a.student);
@@ -65,21 +66,19 @@ void condensed_kd(StableIValue* stack, uint64_t, uint64_t) {
                            loss.mutable_data<void>(), counts.mutable_data<int64_t>()};
   cuda::Forward forward = forward_of(call, a.score, a.value, stats, value);
   forward.loss = &outputs;
-  run(forward, a.student, device.machine());
+  run(forward, a.student, call.machine());
   give_back(stack, loss, value, stats, selected, counts);
 }
 
 void row_stats(StableIValue* stack, uint64_t, uint64_t) {
   const RowStatsCall a{Arguments(stack)};
-  const Call checked = a.call();
-  const OnDevice device(a.student);
-  const CudaCall call(checked, a.student, device.machine());
+  const CudaCall call(a.call(), a.student);
   Tensor value = ranked_like(call, a.score, a.student), stats = stats_like(call, a.student);
   Tensor cross_entropy = cross_entropy_like(call, a.student), candidate = call.per_row(dtypes().boolean, a.student);
   cuda::Forward forward = forward_of(call, a.score, a.value, stats, value);
   if (call.problem.with_labels) forward.outputs.cross_entropy = cross_entropy.mutable_data<void>();
   forward.candidate = candidate.mutable_data<uint8_t>();
-  run(forward, a.student, device.machine());
+  run(forward, a.student, call.machine());
   give_back(stack, value, stats, cross_entropy, candidate);
 }
 
@@ -96,8 +95,7 @@ void select_topk(StableIValue* stack, uint64_t, uint64_t) {
 
 void reduce_rows(StableIValue* stack, uint64_t, uint64_t) {
   const ReduceCall a{Arguments(stack)};
-  const Call call = a.call();
-  const OnDevice device(a.student);
+  const CudaCall call(a.call(), a.student);
   Tensor loss = loss_like(call, a.options, a.student);
   const cuda::Reduce reduce{call.problem,
                             a.stats.data<char>() + kKl * call.problem.rows * call.accumulator_bytes(),
@@ -106,12 +104,12 @@ void reduce_rows(StableIValue* stack, uint64_t, uint64_t) {
                             a.counts.data<int64_t>(),
                             sum_of(call, a.options, a.row_weight),
                             loss.mutable_data<void>()};
-  const Tensor workspace = bytes_like(cuda::workspace_of(reduce, device.machine()), a.student);
-  cuda::reduce(reduce, device.machine(), workspace.mutable_data<void>());
+  const Tensor workspace = bytes_like(cuda::workspace_of(reduce, call.machine()), a.student);
+  cuda::reduce(reduce, call.machine(), workspace.mutable_data<void>());
   give_back(stack, loss);
 }
 
-void write_gradient(const BackwardCall& a, const CudaCall& call, const Logits& out, const cuda::Machine& machine) {
+void write_gradient(const BackwardCall& a, const CudaCall& call, const Logits& out) {
   const cuda::Backward backward{call.problem,
                                 a.stats.data<void>(),
                                 a.selected.data<uint8_t>(),
@@ -124,25 +122,20 @@ void write_gradient(const BackwardCall& a, const CudaCall& call, const Logits& o
                                 a.options.reduction,
                                 a.options.ranks,
                                 out};
-  cuda::backward(backward, machine);
+  cuda::backward(backward, call.machine());
 }
 
 void condensed_kd_backward(StableIValue* stack, uint64_t, uint64_t) {
   const BackwardCall a{Arguments(stack)};
-  const Call checked = a.call();
-  const OnDevice device(a.student);
-  const CudaCall call(checked, a.student, device.machine());
+  const CudaCall call(a.call(), a.student);
   Tensor out = call.like_student(a.student);
-  write_gradient(a, call, logits_of(out, out.mutable_data<void>()), device.machine());
+  write_gradient(a, call, logits_of(out, out.mutable_data<void>()));
   give_back(stack, out);
 }
 
 void condensed_kd_gradient_(StableIValue* stack, uint64_t, uint64_t) {
   const BackwardCall a{Arguments(stack)};
-  const Call checked = a.call();
-  const OnDevice device(a.student);
-  const CudaCall call(checked, a.student, device.machine());
-  write_gradient(a, call, logits_of(a.student, a.student.mutable_data<void>()), device.machine());
+  write_gradient(a, CudaCall(a.call(), a.student), logits_of(a.student, a.student.mutable_data<void>()));
 }
 
 }   // namespace
