@@ -15,7 +15,7 @@ from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch.utils.data import DataLoader, Dataset
 
-from kcd_ext.condensation import CondensedSampler, KnowledgeCondenser, RandomCondenser, mix_images
+from kcd_ext.condensation import CondensedSampler, KnowledgeCondenser, RandomCondenser, make_images, mix_images
 from kcd_ext.data import IndexedDataset
 
 SIDE = 5
@@ -115,6 +115,15 @@ def tied_values(seed):
     return lambda index: float(random.choice([0.0, 0.25, 0.5, 1.0, 2.0, random.random(), random.random()]))
 
 
+def assert_made_at_once(condenser, images, authors):
+    """`make_images` gives every mix as the authors' array has it; no other sample is mixed."""
+    raw = torch.from_numpy(images)
+    samples, made = make_images(raw, condenser.recipes)
+    assert samples.dtype == torch.int64 and made.dtype == torch.uint8
+    assert samples.tolist() == sorted(condenser.recipes)
+    assert np.array_equal(raw.index_copy(0, samples, made), authors.images)
+
+
 # --- The authors' rules --------------------------------------------------------------------------------------------
 
 
@@ -154,6 +163,7 @@ def test_equals_the_authors_rules_stage_by_stage_and_pixel_by_pixel(schedule, ke
         for index in range(n):
             image, label, seen = through_recipes[index, condenser.recipes.get(index, index)]
             assert np.array_equal(image, authors.images[index]) and (label, seen) == (10 * index, index)
+        assert_made_at_once(condenser, images, authors)
         returned += len(authors.returned)
     assert len(authors.remain) == int(keep * n) and not lost
     assert returned > 0  # the run had samples that came back
@@ -174,12 +184,67 @@ def test_mixed_images_do_not_darken_where_both_agree():
     assert ((e * grey[: len(e)] + (1 - e) * grey[: len(e)]).astype(np.uint8) != grey[: len(e)]).any()
 
 
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize(
+    "n, sizes, left",
+    [(2000, [2000, 1900, 1800, 1700, 1600, 1500], 1400), (1999, [1999, 1900, 1801, 1702, 1603, 1504], 1405)],
+)
+def test_the_reference_run_is_the_authors_from_the_first_visit_to_the_last(n, sizes, left, world_size):
+    """All six stages of the paper's run, two epochs each instead of 40, visited by what the samplers yield."""
+    images, every, draw = random_images(n, seed=5), 2, tied_values(11)
+    condenser = KnowledgeCondenser(n, keep=0.7, every=every, stages=6)
+    authors, dataset = Authors(images, 0.7, 6, "reference", True, True), IndexedDataset(Images(images))
+    samplers = [CondensedSampler(condenser, seed=3, rank=rank, world_size=world_size) for rank in range(world_size)]
+    counted, nested = [], 0
+    for epoch in range(6 * every):
+        visited, shares = [], []
+        for sampler in samplers:
+            sampler.set_epoch(epoch)
+            shares.append(list(sampler))
+            for entry in shares[-1]:
+                if epoch % every == 0:  # a repeat shows the same image as the entry that it repeats
+                    image, label, index = dataset[entry]
+                    assert index == entry[0] in (-1, label // 10)
+                    assert np.array_equal(image, authors.images[label // 10])
+                nested += isinstance(entry[1], tuple) and any(isinstance(part, tuple) for part in entry[1])
+            index = torch.tensor([index for index, _ in shares[-1]])
+            value = torch.tensor([draw(i) for i in index.tolist()], dtype=torch.float64)
+            for part in torch.arange(len(index)).split(64):
+                condenser.update(index[part], value[part])
+            for i, v in zip(index.tolist(), value.tolist(), strict=True):
+                if i != -1:
+                    visited.append(i)
+                    authors.visit(i, v)
+        assert sorted(visited) == sorted(authors.remain)  # every kept sample once, over all ranks
+        padding = [sum(index == -1 for index, _ in share) for share in shares]
+        assert padding == [0] * (world_size - 1) + [-len(visited) % world_size] == [s.padding for s in samplers]
+        assert len({len(share) for share in shares}) == 1
+        counted.append(len(visited))
+
+        condensation = condenser.step()
+        assert (condensation is None) == ((epoch + 1) % every > 0)
+        if condensation is None:
+            continue
+        lost, tail, partner, e = authors.e_step()
+        assert condensation.kept.tolist() == authors.remain and condensation.dropped.tolist() == lost
+        assert (condensation.mixed.tolist(), condensation.partner.tolist()) == (tail, partner)
+        assert condensation.mix.tolist() == e and len(e) == len(lost)
+        assert condenser.values.tolist() == authors.value and condenser.counts.tolist() == authors.visits
+        assert_made_at_once(condenser, images, authors)
+    assert counted == [size for size in sizes for _ in range(every)]
+    assert len(condenser.kept) == left and condenser.stage == 6 and nested > 0
+    if n == 2000:
+        assert sum(counted) == 0.875 * n * 6 * every
+
+
 def test_reference_schedule_visits_what_the_paper_does():
     condenser, visits = KnowledgeCondenser(50_000, keep=0.7, every=40, stages=6), []
-    index, value = torch.arange(50_000), torch.rand(50_000)
-    for _ in range(240):
-        visits.append(len(condenser.kept))
-        condenser.update(index, value)
+    sampler, value = CondensedSampler(condenser), torch.rand(50_000)
+    for epoch in range(240):
+        sampler.set_epoch(epoch)
+        index = torch.from_numpy(sampler.order()[0])
+        visits.append(int((index >= 0).sum()))
+        condenser.update(index, value[index])
         condenser.step()
     assert visits[::40] == [50_000, 47_500, 45_000, 42_500, 40_000, 37_500]
     assert sum(visits) == 0.875 * 240 * 50_000
@@ -550,6 +615,10 @@ def test_shards_cover_the_kept_set_once_and_padding_is_marked(world_size, n):
     known = {condenser.recipes.get(i, i) for i in condenser.kept.tolist()}
     for share, sampler in zip(shares, samplers, strict=True):
         assert all(recipe in known for _, recipe in share)
+        index, sample = sampler.order()
+        assert index.dtype == sample.dtype == np.int64
+        arrays = zip(index.tolist(), sample.tolist(), strict=True)
+        assert [(i, condenser.recipes.get(s, s)) for i, s in arrays] == share
         condenser.update(torch.tensor([index for index, _ in share]), torch.ones(len(sampler)))
     visits = condenser.state_dict()["pending"][:n, 1]  # each kept sample once, padding not at all
     assert visits.sum() == len(condenser.kept) and visits[condenser.kept].eq(1).all()
@@ -566,6 +635,7 @@ def test_resuming_in_mid_epoch_yields_the_rest(world_size):
             sampler.set_epoch(4, consumed=consumed)
             assert list(sampler) == full[consumed:] and len(sampler) == len(full) - consumed
             assert sampler.padding == (padding if consumed < len(full) else 0)
+            assert sampler.order()[0].tolist() == [index for index, _ in full[consumed:]]
         with pytest.raises(ValueError, match="consumed must be an integer in"):
             sampler.set_epoch(5, consumed=len(full) + 1)
         assert list(sampler) == []  # still the state of the last good call
@@ -664,6 +734,55 @@ def test_a_recipe_that_shares_its_parts_is_made_part_by_part():
     assert np.array_equal(image, images[0])
 
 
+@pytest.mark.parametrize("shape", [(7, 6, 3), (300_000,), (5,), ()])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_mixes_made_at_once_are_those_made_one_by_one(dtype, shape):
+    """Any recipes: of any weights, of shared parts and parts of equal look, as deep as they come, and raw ones."""
+    random, count = np.random.default_rng(1), 150 if shape != (300_000,) else 6
+    pixels = random.integers(0, 256, (20, *shape))
+    images = (
+        torch.from_numpy(pixels).to(torch.uint8) if dtype == torch.uint8 else torch.from_numpy(pixels / 255).to(dtype)
+    )
+    images = images.repeat_interleave(2, dim=0)[::2]  # not contiguous
+    recipes = {}
+    for sample in random.permutation(1000)[:count].tolist():
+        chosen = [*range(20), *recipes.values()]
+        first, second = (chosen[int(random.integers(len(chosen)))] for _ in range(2))
+        own = [float(random.random() * 2)] if random.random() < 0.3 else []
+        recipes[sample] = (first, second, float(random.random()), *own) if random.random() < 0.9 else first
+    before = images.clone()
+    samples, made = make_images(images, recipes)
+    assert torch.equal(images, before) and samples.tolist() == sorted(recipes)
+    assert made.dtype == dtype and made.shape == (count, *shape)
+    dataset = IndexedDataset([(image, 0) for image in images])
+    for sample, image in zip(samples.tolist(), made, strict=True):
+        assert torch.equal(image, dataset[sample, recipes[sample]][0])
+
+
+def test_mixes_made_at_once_may_be_nested_without_end():
+    """Two to the power of 5000 leaves, and deeper than Python's recursion goes; then none at all."""
+    images, recipe, expected = torch.tensor([[200, 7], [0, 255]], dtype=torch.uint8), 0, np.float32([200, 7])
+    for level in range(5000):
+        recipe = (recipe, recipe, 0.5, 0.5) if level % 7 else (recipe, 1, 0.25)
+        parts = (0.5, expected, 0.5) if level % 7 else (0.75, np.float32([0, 255]), 0.25)
+        expected = np.floor(np.float32(parts[0]) * expected + np.float32(parts[2]) * parts[1])
+    samples, made = make_images(images, {9: recipe, 3: 1})
+    assert (samples.tolist(), made.tolist()) == ([3, 9], [[0, 255], expected.tolist()])
+    samples, made = make_images(images, {})
+    assert (samples.shape, made.shape, made.dtype) == ((0,), (0, 2), torch.uint8)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_mixes_made_on_a_gpu_are_those_of_the_cpu(dtype):
+    condenser = condensed(n=500)
+    images = (torch.rand(500, 9, 9, 3) * (255 if dtype == torch.uint8 else 1)).to(dtype)
+    samples, made = make_images(images, condenser.recipes)
+    on_gpu, made_there = make_images(images.cuda(), condenser.recipes)
+    assert on_gpu.is_cuda and torch.equal(on_gpu.cpu(), samples)
+    assert made_there.is_cuda and torch.equal(made_there.cpu(), made)
+
+
 # --- Bad input -----------------------------------------------------------------------------------------------------
 
 
@@ -753,6 +872,15 @@ def test_bad_updates_are_named_and_record_nothing(index, value, error, message):
             ValueError,
             r"shape \(2,\) and .* shape \(3,\)",
         ),
+        (
+            lambda c: make_images(np.zeros((9, 2)), {}),
+            TypeError,
+            r"images must be a tensor of shape \(N, ...\), got ndarray",
+        ),
+        (lambda c: make_images(torch.zeros(()), {}), TypeError, r"got shape \(\)"),
+        (lambda c: make_images(torch.ones(9, dtype=int), {1: (0, 1, 0.5)}), TypeError, "int64 cannot be mixed"),
+        (lambda c: make_images(torch.ones(9), {1: (0, 9, 0.5)}), IndexError, r"images in \[0, 9\), got 0 to 9"),
+        (lambda c: make_images(torch.ones(9), {1: -1}), IndexError, "got -1 to -1"),
         (lambda c: mix_images(np.zeros((9, 2), dtype=np.float32), c.step()), TypeError, "uint8.* ndarray of float32"),
         (lambda c: mix_images(np.zeros((8, 2), dtype=np.uint8), c.step()), ValueError, r"sample 8, got shape \(8, 2\)"),
     ],

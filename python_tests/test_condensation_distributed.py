@@ -13,7 +13,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kcd_ext.condensation import CondensedSampler, KnowledgeCondenser
+from kcd_ext.condensation import CondensedSampler, InfoBatch, KnowledgeCondenser
 
 WORLD = 2
 SAMPLES = 101
@@ -46,7 +46,11 @@ def new_condenser(**options):
     return KnowledgeCondenser(SAMPLES, keep=0.5, every=2, stages=3, **options)
 
 
-def train(condenser, rank, world_size, count=None):
+def new_infobatch():
+    return InfoBatch(SAMPLES, epochs=EPOCHS)
+
+
+def train(condenser, rank, world_size):
     sampler, counted = CondensedSampler(condenser, seed=1, rank=rank, world_size=world_size), []
     for epoch in range(EPOCHS):
         sampler.set_epoch(epoch)
@@ -68,6 +72,27 @@ def agree(rank, folder):
     """A default group is found without being named."""
     condenser = new_condenser()
     torch.save(outcome(condenser, train(condenser, rank, WORLD)), folder / f"{rank}.pt")
+
+
+def agree_on_losses(rank, folder):
+    """A selection that is made anew every epoch, and the weights that go with it."""
+    condenser = new_infobatch()
+    counted, chosen = [], []
+    sampler = CondensedSampler(condenser, seed=1, rank=rank, world_size=WORLD)
+    for epoch in range(EPOCHS):
+        chosen.append(epoch_of_losses(condenser, sampler, epoch))
+        with CollectiveCounter() as during_step:
+            condenser.step()
+        counted.append(dict(during_step.calls))
+    torch.save({**outcome(condenser, counted), "chosen": chosen}, folder / f"{rank}.pt")
+
+
+def epoch_of_losses(condenser, sampler, epoch):
+    """Trains on a sampler's share; gives what it visited, what is kept and the weights of all."""
+    sampler.set_epoch(epoch)
+    index = torch.from_numpy(sampler.order()[0])
+    condenser.update(index, value_of(index, epoch))
+    return {"visited": index, "kept": condenser.kept, "weight": condenser.sample_weight}
 
 
 def alone(rank, folder):
@@ -142,6 +167,27 @@ def test_ranks_agree_bit_for_bit_with_each_other_and_with_one_process_by_one_all
     assert single.stage == 3 and single.recipes
     for rank in ("0", "1"):
         assert saved[rank]["counted"] == [({}, {"allreduce_": 1})] * EPOCHS
+        assert_same(saved[rank]["state"], single.state_dict())
+
+
+def test_ranks_choose_the_same_samples_and_weights_every_epoch_by_one_all_reduce():
+    codes, saved = run(agree_on_losses)
+    assert codes == [0, 0]
+    single = new_infobatch()
+    sampler = CondensedSampler(single, seed=1)
+    sizes = []
+    for epoch in range(EPOCHS):
+        expected = epoch_of_losses(single, sampler, epoch)
+        of_rank = [saved[rank]["chosen"][epoch] for rank in ("0", "1")]
+        visited = torch.cat([chosen.pop("visited") for chosen in of_rank])
+        assert sorted(visited[visited >= 0].tolist()) == sorted(expected.pop("visited").tolist())
+        for chosen in of_rank:
+            assert_same(chosen, expected)
+        sizes.append(len(expected["kept"]))
+        single.step()
+    assert sizes[0] == sizes[5] == SAMPLES and max(sizes[1:5]) < SAMPLES  # floor(0.875 * 6) = 5
+    for rank in ("0", "1"):
+        assert saved[rank]["counted"] == [{"allreduce_": 1}] * EPOCHS
         assert_same(saved[rank]["state"], single.state_dict())
 
 

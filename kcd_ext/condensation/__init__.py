@@ -3,7 +3,16 @@
 from .condensation import Condensation
 from .condenser import KnowledgeCondenser
 from .control import RandomCondenser
-from .mixing import mix_images
+from .infobatch import InfoBatch
+from .mixing import make_images, mix_images
 from .sampler import CondensedSampler
 
-__all__ = ["Condensation", "CondensedSampler", "KnowledgeCondenser", "RandomCondenser", "mix_images"]
+__all__ = [
+    "Condensation",
+    "CondensedSampler",
+    "InfoBatch",
+    "KnowledgeCondenser",
+    "RandomCondenser",
+    "make_images",
+    "mix_images",
+]

@@ -9,6 +9,8 @@ from torch import Tensor
 class Condensation:
     """The outcome of one E-step. All tensors are on the CPU; indices are original ones, int64.
 
+    This is what it means for condensers that rank; `InfoBatch` says what `kept` and `dropped` are for it.
+
     Attributes:
         kept: (n_keep,) K1, what is distilled from now on, most valuable first.
         dropped: (|K0|,) K0, the ranks n_keep … n_before - 1, what this stage gives up, most valuable first. Ranks

@@ -53,14 +53,28 @@ class KnowledgeCondenser:
     Raises:
         TypeError, ValueError: an argument is out of range, named with what it got and what it takes.
 
-    **Another ranking** is a subclass that overrides `score` and nothing else (see `RandomCondenser`).
+    **Another ranking** at the same sizes is a subclass that overrides `score` and nothing else (see `RandomCondenser`).
+
+    **Another selection**, as one that is made anew every epoch, overrides `select` and the two things that a training
+    loop asks of every condenser (see `InfoBatch`): `measure`, what `update` is to be fed with, and `sample_weight`,
+    what the loss of every sample is multiplied by.
 
     A sample that was never visited has V = 0 and F = 0, hence score 0: it ranks last, among the samples of no entropy,
     the lower index first. It is then dropped first, unless every sample is visited before the first E-step, as it
     should be.
     """
 
-    ranks_by_value = True  # False in a subclass whose `score` needs no values: samples without one are then no surprise
+    measure = "value"
+    """The field of a `kcd_ext.methods.Outcome` that `update` is to be fed with: "value", the knowledge value of every
+    sample, or "losses", every sample's own loss before its weight."""
+
+    ranks_by_value = True
+    """False in a subclass whose `score` needs no values: samples without one are then no surprise."""
+
+    _arguments: tuple[str, ...] = CONFIG  # what `config` holds
+    _table_type = ValueTable
+    # What becomes of samples never visited before the first E-step, and what to do.
+    _unvisited = "rank last, without a value; give update() the values of every sample, or take a larger `every`"
 
     def __init__(
         self,
@@ -92,7 +106,7 @@ class KnowledgeCondenser:
         self._seed = whole("seed", seed, 0, MAX_SEED)
         check_group(group)
         self._group = group
-        self._table = ValueTable(self._num_samples, device)
+        self._table = self._table_type(self._num_samples, device)
         self._kept = torch.arange(self._num_samples, dtype=torch.int64, device="cpu")
         self._log = _no_mixes()
         self._recipes: dict[int, Recipe] = {}
@@ -107,7 +121,8 @@ class KnowledgeCondenser:
             index: (b,) int64 original indices. One that is repeated is visited as often. Entries of -1 are skipped: so
                 the sampler marks the repeats that only fill up a rank.
             value: (b,) knowledge values of any floating dtype on any device, e.g. the student's entropy (Eq. 7) in
-                nats. A value that is not finite (or beyond ±2^960) is left out and counted in `non_finite`.
+                nats; in a subclass, what its `measure` names. A value that is not finite (or beyond ±2^960) is left out
+                and counted in `non_finite`.
 
         Raises:
             TypeError, ValueError: shapes or dtypes are not these.
@@ -126,8 +141,9 @@ class KnowledgeCondenser:
         collective fails (a rank died), nothing has changed and no visit is lost.
 
         Returns:
-            What the E-step decided, or None between E-steps. At the final size nothing is dropped or mixed any more,
-            but all N samples are ranked anew, so the kept set can still change.
+            What the E-step decided, or None between E-steps (and where `select` leaves all as it is). At the final
+            size nothing is dropped or mixed any more, but all N samples are ranked anew, so the kept set can still
+            change.
 
         Warns:
             RuntimeWarning: once, of values that were not finite; at the first E-step, of samples never visited; and of
@@ -135,12 +151,14 @@ class KnowledgeCondenser:
         """
         with torch.inference_mode(False), torch.no_grad():
             messages = self._table.fold(self._communicator())
-            epoch = self._epoch + 1
-            condensation = self._condense(epoch) if epoch % self._every == 0 else None
-            if condensation is not None:
-                messages += self._of_never_visited(condensation)
-                self._adopt(condensation)
-            self._epoch = epoch
+            epoch, stage, condensation = self._epoch + 1, self._stage, None
+            if epoch % self._every == 0:
+                stage, selection = stage + 1, self.select()
+                if selection is not None:
+                    condensation = self._condensation(*selection, stage, epoch)
+                    self._adopt(condensation)
+                messages += self._of_never_visited(stage)
+            self._epoch, self._stage = epoch, stage
         for message in messages:
             warnings.warn(message, RuntimeWarning, stacklevel=2)
         return condensation
@@ -149,10 +167,42 @@ class KnowledgeCondenser:
         """What samples are ranked by, highest first: V·F^alpha (Eq. 13), (N,) float64 on the CPU.
 
         This is the seam for other rankings: a subclass overrides it with any (N,) float64 tensor without NaN that is a
-        function of `values`, `counts`, `stage` (E-steps before this one), `epoch` and `config`, so that every rank and
-        every resumed run computes the same. Equal scores rank the lower index first.
+        function of `values`, `counts`, `stage` (E-steps before this one), `epoch` (epochs before the one that ends) and
+        `config`, so that every rank and every resumed run computes the same. Equal scores rank the lower index first.
         """
         return self.values.cpu() * self.counts.cpu().double() ** self._alpha
+
+    def select(self) -> tuple[Tensor, Tensor] | None:
+        """What an E-step keeps and what it gives up: the ranking, cut where the schedule says.
+
+        This is the seam for other selections: a subclass overrides it with a function of what `score` is a function of,
+        and of `ranking` and `kept` (before this E-step). It may keep any number of samples, more than before too.
+
+        Returns:
+            `Condensation.kept`, at least one sample, and `Condensation.dropped`: int64 original indices on the CPU,
+            most valuable first, none in both. None: what is kept stays as it is.
+        """
+        order, before = self.ranking(), len(self._kept)
+        size = stage_size(self._schedule, self._stage + 1, before, self._num_samples, self._keep, self._stages)
+        return order[:size], order[size:before]
+
+    def ranking(self) -> Tensor:
+        """All N samples by `score`, highest first, of equal ones the lower index: (N,) int64 on the CPU."""
+        score = self.score()
+        if not isinstance(score, Tensor) or score.shape != (self._num_samples,) or score.dtype != torch.float64:
+            got = f"{score.dtype} of shape {tuple(score.shape)}" if isinstance(score, Tensor) else type(score).__name__
+            raise ValueError(f"score() must return a float64 tensor of shape ({self._num_samples},), got {got}")
+        if score.isnan().any():
+            raise ValueError(f"score() must not return NaN, got {int(score.isnan().sum())} of them")
+        return torch.argsort(score.cpu(), descending=True, stable=True)
+
+    @property
+    def sample_weight(self) -> Tensor | None:
+        """What each sample's loss is multiplied by in the epoch to come: (N,) float32 on the table's device.
+
+        None: 1 for all. It changes at `step` alone, is a function of the state, and is the same on every rank.
+        """
+        return None
 
     @property
     def kept(self) -> Tensor:
@@ -199,7 +249,7 @@ class KnowledgeCondenser:
     @property
     def config(self) -> dict[str, int | float | str | bool]:
         """The arguments this was built with, device and group left out: a resumed run must have the same."""
-        return {name: getattr(self, f"_{name}") for name in CONFIG}
+        return {name: getattr(self, f"_{name}") for name in self._arguments}
 
     def state_dict(self) -> dict[str, Tensor | int | float | str | bool]:
         """Everything a resumed run needs, exactly: tensors on the CPU and plain numbers, booleans and strings.
@@ -239,17 +289,13 @@ class KnowledgeCondenser:
         config = ", ".join(f"{name}={value!r}" for name, value in self.config.items())
         return f"{type(self).__name__}({config}): {len(self._kept)} kept, epoch {self._epoch}, stage {self._stage}"
 
-    def _condense(self, epoch: int) -> Condensation:
-        stage, before = self._stage + 1, len(self._kept)
-        order = self._ranking()
-        size = stage_size(self._schedule, stage, before, self._num_samples, self._keep, self._stages)
-        kept, dropped = order[:size], order[size:before]
+    def _condensation(self, kept: Tensor, dropped: Tensor, stage: int, epoch: int) -> Condensation:
         # epsilon 0 would blend in nothing at all. A drop to less than half leaves more partners than kept samples.
-        pairs = min(len(dropped), size) if self._epsilon else 0
+        pairs = min(len(dropped), len(kept)) if self._epsilon else 0
         return Condensation(
             kept=kept.clone(),
             dropped=dropped.clone(),
-            mixed=kept[size - pairs :].clone(),
+            mixed=kept[len(kept) - pairs :].clone(),
             partner=dropped[:pairs].clone(),
             mix=mix_strength(pairs, len(dropped), self._epsilon),
             weight=pixel_weight(pairs, len(dropped), self._epsilon, self._convex),
@@ -258,23 +304,13 @@ class KnowledgeCondenser:
             epoch=epoch,
         )
 
-    def _ranking(self) -> Tensor:
-        score = self.score()
-        if not isinstance(score, Tensor) or score.shape != (self._num_samples,) or score.dtype != torch.float64:
-            got = f"{score.dtype} of shape {tuple(score.shape)}" if isinstance(score, Tensor) else type(score).__name__
-            raise ValueError(f"score() must return a float64 tensor of shape ({self._num_samples},), got {got}")
-        if score.isnan().any():
-            raise ValueError(f"score() must not return NaN, got {int(score.isnan().sum())} of them")
-        return torch.argsort(score.cpu(), descending=True, stable=True)
-
-    def _of_never_visited(self, condensation: Condensation) -> list[str]:
+    def _of_never_visited(self, stage: int) -> list[str]:
         """What the first E-step warns of; later ones have no other samples to warn of."""
-        unknown = self._table.never_visited if self.ranks_by_value and condensation.stage == 1 else 0
+        unknown = self._table.never_visited if self.ranks_by_value and stage == 1 else 0
         if not unknown:
             return []
         return [
-            f"{unknown} of {self._num_samples} samples were never visited before the first E-step and rank last, without"
-            f" a value; give update() the values of every sample, or take a larger `every`"
+            f"{unknown} of {self._num_samples} samples were never visited before the first E-step and {self._unvisited}"
         ]
 
     def _adopt(self, condensation: Condensation) -> None:
@@ -282,7 +318,6 @@ class KnowledgeCondenser:
         old = self._log if self._accumulate else _no_mixes()
         self._set_log({name: torch.cat((old[name], new[name])) for name in old})
         self._kept = condensation.kept.clone()
-        self._stage = condensation.stage
 
     def _set_log(self, log: dict[str, Tensor]) -> None:
         self._log = log
@@ -301,7 +336,7 @@ class KnowledgeCondenser:
         if state.keys() != own.keys():
             missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys(), key=str)
             raise ValueError(f"state_dict is none of a condenser: entries missing {missing}, unknown {unknown}")
-        for name in ("version", "condenser", *CONFIG):
+        for name in ("version", "condenser", *self._arguments):
             if state[name] != own[name]:
                 raise ValueError(f"state_dict has {name}={state[name]!r}, this condenser has {name}={own[name]!r}")
         for name in ("epoch", "stage"):

@@ -13,7 +13,7 @@ they are.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TypeAlias
 
 import numpy as np
@@ -23,6 +23,8 @@ from torch import Tensor
 from .condensation import Condensation
 
 Recipe: TypeAlias = "int | tuple[Recipe, Recipe, float] | tuple[Recipe, Recipe, float, float]"
+
+BLOCK = 2**17  # numbers that many images are blended at a time
 
 # The dtypes that are blended, and the one the arithmetic is done in.
 _ARITHMETIC = {
@@ -66,11 +68,12 @@ def build_recipes(log: Iterable[tuple[int, int, float]], convex: bool) -> dict[i
     return recipes
 
 
-def blend(first: Tensor, second: Tensor, weight: float, own: float | None = None) -> Tensor:
+def blend(first: Tensor, second: Tensor, weight: float | Tensor, own: float | Tensor | None = None) -> Tensor:
     """own·first + weight·second in a new tensor of their shape and dtype; `own` None: 1 - weight.
 
     uint8 is computed in float32, clipped to [0, 255] (only a mix that is not convex reaches 255) and cut off; float16
-    and bfloat16 are computed in float32; float32 and float64 as they are.
+    and bfloat16 are computed in float32; float32 and float64 as they are. Weights are numbers, or float64 tensors that
+    broadcast against the items; both are rounded to what is computed in.
 
     Raises ValueError if shapes or dtypes differ, TypeError for other dtypes.
     """
@@ -86,6 +89,7 @@ def blend(first: Tensor, second: Tensor, weight: float, own: float | None = None
         )
     own = 1.0 - weight if own is None else own
     wide = _ARITHMETIC[first.dtype]
+    own, weight = (part.to(first.device, wide) if isinstance(part, Tensor) else part for part in (own, weight))
     mixed = first.to(wide) * own + second.to(wide) * weight
     if first.dtype == torch.uint8:
         mixed = mixed.clamp(0, 255)
@@ -108,11 +112,102 @@ def mix_images(images: np.ndarray | Tensor, condensation: Condensation) -> np.nd
     if images.ndim < 1 or len(images) <= int(named.max()):
         raise ValueError(f"images must hold sample {int(named.max())}, got shape {tuple(images.shape)}")
     result = torch.from_numpy(images.copy()) if isinstance(images, np.ndarray) else images.clone()
-    own = None if condensation.convex else 1.0
-    # No sample is both mixed and a partner, so what is read below has not been written yet.
-    pairs = zip(
-        *(part.tolist() for part in (condensation.mixed, condensation.partner, condensation.weight)), strict=True
-    )
-    for sample, partner, weight in pairs:
-        result[sample] = blend(result[sample], result[partner], weight, own)
+    own = 1 - condensation.weight if condensation.convex else torch.ones_like(condensation.weight)
+    # No sample is both mixed and a partner, so what is read has not been written yet.
+    _blend_rows(result, condensation.mixed, condensation.mixed, condensation.partner, condensation.weight, own)
     return result.numpy() if isinstance(images, np.ndarray) else result
+
+
+def make_images(images: Tensor, recipes: Mapping[int, Recipe]) -> tuple[Tensor, Tensor]:
+    """The images of many recipes at once, bit for bit what `IndexedDataset` makes of them one by one.
+
+    A part that recipes share (the same tuple, as in `KnowledgeCondenser.recipes`) is made once, and all mixes of one
+    depth are made together. In between it holds the raw images that are asked for and every part.
+
+    Args:
+        images: (N, ...) raw images, uint8 or floating point, on any device. They are not changed.
+        recipes: sample -> what its image is made of, as `KnowledgeCondenser.recipes`.
+
+    Returns:
+        samples: (m,) int64 on the device of `images`, the keys of `recipes`, ascending.
+        made: (m, ...) their images, of the dtype and on the device of `images`.
+
+    Raises:
+        TypeError: `images` is no tensor, or of a dtype that cannot be mixed.
+        IndexError: a recipe names an image that is not in [0, N).
+    """
+    if not isinstance(images, Tensor) or images.ndim < 1:
+        got = f"shape {tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
+        raise TypeError(f"images must be a tensor of shape (N, ...), got {got}")
+    samples = sorted(recipes)
+    levels = _levels(recipes.values())
+    parts = [part for level in levels for mix in level for part in mix[:2]]
+    needed = sorted({part for part in (*parts, *recipes.values()) if not isinstance(part, tuple)})
+    if needed and not 0 <= needed[0] <= needed[-1] < len(images):
+        raise IndexError(f"recipes must name images in [0, {len(images)}), got {needed[0]} to {needed[-1]}")
+    # The raw images that are needed and behind them the mixes, level by level: a level reads only what is before it.
+    pool = images.new_empty((len(needed) + sum(map(len, levels)), *images.shape[1:]))
+    pool[: len(needed)] = images.index_select(0, _rows(needed).to(images.device))
+    place_of_raw = {index: row for row, index in enumerate(needed)}
+    place_of_mix: dict[int, int] = {}
+
+    def place(recipe: Recipe) -> int:
+        return place_of_mix[id(recipe)] if isinstance(recipe, tuple) else place_of_raw[recipe]
+
+    end = len(needed)
+    for level in levels:
+        first, second, weight, own = zip(*((*mix, 1.0 - mix[2])[:4] for mix in level), strict=True)
+        target = range(end, end + len(level))
+        weights = (torch.tensor(part, dtype=torch.float64, device="cpu") for part in (weight, own))
+        _blend_rows(pool, _rows(target), _rows(map(place, first)), _rows(map(place, second)), *weights)
+        place_of_mix.update(zip(map(id, level), target, strict=True))
+        end = target.stop
+    made = pool.index_select(0, _rows(place(recipes[sample]) for sample in samples).to(images.device))
+    return _rows(samples).to(images.device), made
+
+
+def _rows(numbers: Iterable[int]) -> Tensor:
+    return torch.tensor(list(numbers), dtype=torch.int64, device="cpu")
+
+
+def _levels(recipes: Iterable[Recipe]) -> list[list[tuple]]:
+    """The different mixes in `recipes`, each once, by depth: what a mix is made of is in the levels before its own.
+
+    Mixes are told apart by identity. Without recursion, so that they can be nested as deep as one likes.
+    """
+    depth: dict[int, int] = {}
+    levels: list[list[tuple]] = []
+    waiting = _mixes(recipes)
+    while waiting:
+        parts = _mixes(waiting[-1][:2])
+        missing = [part for part in parts if id(part) not in depth]
+        if missing:
+            waiting += missing
+            continue
+        mix = waiting.pop()
+        if id(mix) in depth:
+            continue  # it waited twice
+        level = max((depth[id(part)] + 1 for part in parts), default=0)
+        depth[id(mix)] = level
+        if level == len(levels):
+            levels.append([])
+        levels[level].append(mix)
+    return levels
+
+
+def _mixes(recipes: Iterable[Recipe]) -> list[tuple]:
+    return [recipe for recipe in recipes if isinstance(recipe, tuple)]
+
+
+def _blend_rows(images: Tensor, target: Tensor, first: Tensor, second: Tensor, weight: Tensor, own: Tensor) -> None:
+    """images[target[i]] = own[i]·images[first[i]] + weight[i]·images[second[i]], of which no row is another's target.
+
+    Rows and float64 weights are (m,) on the CPU. A few rows at a time: what is computed in between stays in the cache.
+    """
+    count = max(1, BLOCK // max(1, images[:1].numel()))
+    column = (-1, *[1] * (images.ndim - 1))
+    rows = (part.to(images.device).split(count) for part in (target, first, second))
+    weights = (part.split(count) for part in (weight, own))
+    for to, one, other, e, rest in zip(*rows, *weights, strict=True):
+        mixed = blend(images.index_select(0, one), images.index_select(0, other), e.view(column), rest.view(column))
+        images.index_copy_(0, to, mixed)

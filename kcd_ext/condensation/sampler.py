@@ -81,12 +81,20 @@ class CondensedSampler(Sampler):
         return max(0, self._share() - self._consumed)
 
     def __iter__(self) -> Iterator[tuple[int, Recipe]]:
-        order = self._order()
-        recipes = dict(self._condenser.recipes)
-        positions = self._positions()
-        samples = order[positions % len(order)].tolist()
-        indices = np.where(positions < len(order), samples, SKIP).tolist()
+        recipes = self._condenser.recipes  # a stage makes new ones and leaves these as they are
+        indices, samples = (part.tolist() for part in self.order())
         return ((index, recipes.get(sample, sample)) for index, sample in zip(indices, samples, strict=True))
+
+    def order(self) -> tuple[np.ndarray, np.ndarray]:
+        """What `iter(self)` would yield now, as arrays: for a loop whose images lie on the device (`make_images`).
+
+        Returns:
+            index: (n,) int64 original indices, -1 where the entry is a repeat that only pads: for `update`.
+            sample: (n,) int64, whose image, label and weight it is, also of a repeat.
+        """
+        kept, positions = self._shuffled(), self._positions()
+        sample = kept[positions % len(kept)]
+        return np.where(positions < len(kept), sample, SKIP), sample
 
     def _share(self) -> int:
         return -(-len(self._condenser.kept) // self._world_size)
@@ -96,7 +104,7 @@ class CondensedSampler(Sampler):
         start = self._rank + self._consumed * self._world_size
         return np.arange(start, self._share() * self._world_size, self._world_size)
 
-    def _order(self) -> np.ndarray:
+    def _shuffled(self) -> np.ndarray:
         kept = np.sort(self._condenser.kept.numpy())  # the set, whatever the ranking
         if not self._shuffle:
             return kept

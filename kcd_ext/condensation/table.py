@@ -22,6 +22,8 @@ class ValueTable:
     `num_samples` is N. `device` is where the table lives; None: where the first values are.
     """
 
+    measured = "knowledge values"  # what the table is made of, as it reads in a warning
+
     def __init__(self, num_samples: int, device: torch.device | str | None = None):
         home = torch.device("cpu" if device is None else device)
         self.num_samples = num_samples
@@ -36,6 +38,11 @@ class ValueTable:
     def values(self) -> Tensor:
         """(N,) float64: mean value of every sample, this rank's pending visits included; 0 where never visited."""
         return self._merged(self._pending)["values"]
+
+    @property
+    def folded(self) -> tuple[Tensor, Tensor]:
+        """`values` and `counts` as the last `fold` left them, without pending visits: the same on every rank."""
+        return self._values, self._counts
 
     @property
     def counts(self) -> Tensor:
@@ -108,16 +115,18 @@ class ValueTable:
             setattr(self, f"_{name}", state[name].detach().to(device, copy=True).contiguous())
 
     def _merged(self, pending: Tensor) -> dict[str, Tensor]:
-        """Eq. 12 for any number of visits: (F_old/F_new)·V_old + sum/F_new; for one visit this is it literally."""
         sums, visits, left_out = pending[: self.num_samples].unbind(dim=1)
         visits = visits.long()
-        counts = self._counts + visits
-        divisor = counts.clamp(min=1).double()  # a sample never visited keeps value 0 instead of 0/0
         return {
-            "values": (self._counts / divisor) * self._values + sums / divisor,
-            "counts": counts,
+            "values": self._updated(sums, visits),
+            "counts": self._counts + visits,
             "non_finite": self._non_finite + left_out.long(),
         }
+
+    def _updated(self, sums: Tensor, visits: Tensor) -> Tensor:
+        """Eq. 12 for any number of visits: (F_old/F_new)·V_old + sum/F_new; for one visit this is it literally."""
+        divisor = (self._counts + visits).clamp(min=1).double()  # a sample never visited keeps value 0 instead of 0/0
+        return (self._counts / divisor) * self._values + sums / divisor
 
     def _warnings(self, pending: Tensor, non_finite: Tensor) -> list[str]:
         before, now, samples, lost = torch.stack(
@@ -126,7 +135,7 @@ class ValueTable:
         warnings = []
         if now and not before:  # the first epoch that has any: warned about once
             warnings.append(
-                f"{now} knowledge values of {samples} samples were not finite and were left out of the value table "
+                f"{now} {self.measured} of {samples} samples were not finite and were left out of the value table "
                 f"(the student's logits hold NaN or infinity); further ones are only counted, in .non_finite"
             )
         if lost:
@@ -140,6 +149,15 @@ class ValueTable:
         for name in STATE:
             setattr(self, f"_{name}", getattr(self, f"_{name}").to(device))
         self._placed = True
+
+
+class LastLossTable(ValueTable):
+    """A table that forgets: of every sample the loss in the last epoch that had one, the mean if it had several."""
+
+    measured = "losses"
+
+    def _updated(self, sums: Tensor, visits: Tensor) -> Tensor:
+        return torch.where(visits > 0, sums / visits.clamp(min=1), self._values)
 
 
 def check_tensor(name: str, tensor: object, dtype: torch.dtype, shape: tuple[int | None, ...]) -> None:
