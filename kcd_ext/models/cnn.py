@@ -12,10 +12,15 @@ def _convolution(in_channels: int, out_channels: int, stride: int) -> nn.Sequent
 
 
 def cnn(in_channels: int, num_classes: int, widths: tuple[int, ...], strides: tuple[int, ...]) -> nn.Sequential:
-    """3x3 convolutions, the mean over the image and one linear layer: (b, c, h, w) -> logits (b, classes)."""
+    """3x3 convolutions, the mean over the image and one linear layer: (b, c, h, w) -> logits (b, classes).
+
+    A stage ends before the next stride, after the activation.
+    """
     channels = (in_channels, *widths)
     features = [_convolution(a, b, s) for a, b, s in zip(channels, widths, strides, strict=False)]
-    return nn.Sequential(*features, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels[-1], num_classes))
+    network = nn.Sequential(*features, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels[-1], num_classes))
+    network.stages = tuple(str(i) for i, following in enumerate((*strides[1:], 2)) if following > 1)
+    return network
 
 
 def cnn_large(*, in_channels: int, num_classes: int) -> nn.Sequential:

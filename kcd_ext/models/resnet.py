@@ -1,0 +1,63 @@
+"""ResNets for images of 32x32 (He et al., 2016, section 4.2), and two of them four times as wide.
+
+Layers and names of parameters are those of the RepDistiller comparison (Tian et al., 2020), so its checkpoints load.
+"""
+
+from functools import partial
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+from .layers import initialise_convolutions, row, shortcut
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions beside a shortcut; the output is after the activation."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(out_channels)
+        self.downsample = shortcut(in_channels, out_channels, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = functional.relu(self.bn1(self.conv1(x)))
+        return functional.relu(self.bn2(self.conv2(y)) + self.downsample(x))
+
+
+class ResNet(nn.Module):
+    """A convolution, three stages of (depth - 2) / 6 blocks and one linear layer: (b, c, h, w) -> logits (b, classes).
+
+    The stages end in full, half and quarter size, all after the activation.
+    """
+
+    stages = ("layer1", "layer2", "layer3")
+
+    def __init__(self, *, in_channels: int, num_classes: int, depth: int, widths: tuple[int, ...] = (16, 16, 32, 64)):
+        super().__init__()
+        blocks = (depth - 2) // 6
+        self.conv1 = nn.Conv2d(in_channels, widths[0], 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(widths[0])
+        self.layer1 = row(BasicBlock, widths[0], widths[1], 1, blocks)
+        self.layer2 = row(BasicBlock, widths[1], widths[2], 2, blocks)
+        self.layer3 = row(BasicBlock, widths[2], widths[3], 2, blocks)
+        self.fc = nn.Linear(widths[3], num_classes)
+        initialise_convolutions(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = functional.relu(self.bn1(self.conv1(x)))
+        x = self.layer3(self.layer2(self.layer1(x)))
+        return self.fc(x.mean((2, 3)))
+
+
+resnet8 = partial(ResNet, depth=8)
+resnet14 = partial(ResNet, depth=14)
+resnet20 = partial(ResNet, depth=20)
+resnet32 = partial(ResNet, depth=32)
+resnet44 = partial(ResNet, depth=44)
+resnet56 = partial(ResNet, depth=56)
+resnet110 = partial(ResNet, depth=110)
+resnet8x4 = partial(ResNet, depth=8, widths=(32, 64, 128, 256))
+resnet32x4 = partial(ResNet, depth=32, widths=(32, 64, 128, 256))
