@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 MAX_SEED = 2**64 - 1
-ORDER, RANKING, PRUNING = 0, 1, 2  # streams: the same seed and step never give two uses the same numbers
+ORDER, RANKING, PRUNING, VIEWS = 0, 1, 2, 3  # streams: the same seed and step never give two uses the same numbers
 
 
 def random_keys(count: int, *, seed: int, step: int, stream: int) -> np.ndarray:

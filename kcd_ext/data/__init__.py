@@ -1,5 +1,7 @@
-"""Data sets. Those with a name are in `images.py`; this is the wrapper that condensation needs around any of them."""
+"""Data sets: `load` gives those with a name and those in files; `IndexedDataset` wraps any (x, label) data set."""
 
+from .images import ImageData, ImageSet, load
 from .indexed import IndexedDataset
+from .views import Views
 
-__all__ = ["IndexedDataset"]
+__all__ = ["ImageData", "ImageSet", "IndexedDataset", "Views", "load"]

@@ -1,7 +1,8 @@
-"""Data sets of images that fit in memory, by name."""
+"""Data sets of images that fit in memory: by name, out of a file or folder, or anybody's own."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -10,28 +11,47 @@ from torch.utils.data import Dataset
 
 from ..condensation.checks import whole
 from ..registry import call
+from .views import Views
 
 REGISTRY = {
+    "cifar10": "kcd_ext.data.cifar:cifar10",
+    "cifar100": "kcd_ext.data.cifar:cifar100",
     "digits": "kcd_ext.data.digits:load",
     "mnist5k": "kcd_ext.data.mnist5k:load",
 }
+PATHS = "kcd_ext.data.files:read"
 
 
-class ArrayDataset(Dataset):
-    """Images and labels held as arrays; item i is `(image, label)`, raw, for `IndexedDataset` to mix and transform.
+class ImageSet(Dataset):
+    """Images and labels held as arrays, and the views that networks take of them.
+
+    Item i is `(image, label)`, raw, for `IndexedDataset` to mix. Arrays that are not contiguous or may not be written
+    are copied, others are held as they are.
 
     Args:
         images: (n, h, w, c) uint8.
-        labels: (n,) integers, 0 up to the number of classes - 1.
+        labels: (n,) integers, 0 up to the number of classes - 1; held as int64.
+        views: what makes float tensors of batches of images; must be made for c channels.
+
+    Raises:
+        TypeError, ValueError: an argument is of another kind.
     """
 
-    def __init__(self, images: np.ndarray, labels: np.ndarray):
+    def __init__(self, images: np.ndarray, labels: np.ndarray, views: Views):
+        for name, array in (("images", images), ("labels", labels)):
+            if not isinstance(array, np.ndarray):
+                raise TypeError(f"{name} must be a NumPy array, got {type(array).__name__}")
         if images.dtype != np.uint8 or images.ndim != 4:
             raise ValueError(f"images must be uint8 (n, h, w, c), got {images.dtype} {images.shape}")
         if labels.shape != images.shape[:1] or not np.issubdtype(labels.dtype, np.integer):
             raise ValueError(f"labels must be {len(images)} integers, got {labels.dtype} {labels.shape}")
-        self.images = images
+        if not isinstance(views, Views):
+            raise TypeError(f"views must be a kcd_ext.data.views.Views, got {type(views).__name__}")
+        if len(views.mean) != images.shape[-1]:
+            raise ValueError(f"views must be made for {images.shape[-1]} channels, got one for {len(views.mean)}")
+        self.images = np.require(images, requirements=("C", "W"))
         self.labels = labels.astype(np.int64)
+        self.views = views
 
     def __len__(self) -> int:
         return len(self.images)
@@ -39,61 +59,82 @@ class ArrayDataset(Dataset):
     def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
         return self.images[index], int(self.labels[index])
 
-
-@dataclass(frozen=True)
-class ToTensor:
-    """A uint8 image (h, w, c) -> a float32 tensor (c, h, w), scaled to [0, 1] and then to (x - mean) / std.
-
-    One number for all channels: the images here are grey.
-    """
-
-    mean: float
-    std: float
-
-    @classmethod
-    def of(cls, images: np.ndarray) -> "ToTensor":
-        """With the mean and the standard deviation of these images, the training set; of images all alike, std is 1."""
-        return cls(float(images.mean() / 255), float(images.std() / 255) or 1.0)
-
-    def __call__(self, image: np.ndarray) -> Tensor:
-        scaled = (image.transpose(2, 0, 1).astype(np.float32) / 255 - self.mean) / self.std
-        return torch.from_numpy(scaled.astype(np.float32, copy=False))
+    def tensors(self, device: torch.device | str) -> tuple[Tensor, Tensor]:
+        """Images (n, h, w, c) uint8 and labels (n,) int64 on a device: on the CPU the arrays' own memory."""
+        return torch.from_numpy(self.images).to(device), torch.from_numpy(self.labels).to(device)
 
 
 @dataclass(frozen=True)
 class ImageData:
-    """A data set ready for `distill`: raw training and test images, and the transform that both take.
+    """A data set ready for `distill`: raw training and test images, each with its views.
 
     Raises:
-        TypeError, ValueError: a part is of another kind or empty, or a label lies outside [0, num_classes).
+        TypeError, ValueError: a part is of another kind or empty, a label lies outside [0, num_classes), the images of
+            the parts differ in shape, the views of the test images are random, or class_names are given and are not
+            num_classes strings.
     """
 
     name: str
-    train: ArrayDataset
-    test: ArrayDataset
-    transform: Callable[[np.ndarray], Tensor]
+    train: ImageSet
+    test: ImageSet
     num_classes: int
+    class_names: tuple[str, ...] = ()
+    """What the labels stand for; empty: unknown."""
 
     def __post_init__(self) -> None:
         whole(f"data set {self.name!r}: num_classes", self.num_classes, 1)
-        if not callable(self.transform):
-            raise TypeError(f"data set {self.name!r}: transform must be callable, got {type(self.transform).__name__}")
         for part in ("train", "test"):
             held = getattr(self, part)
-            if not isinstance(held, ArrayDataset):
-                raise TypeError(f"data set {self.name!r}: {part} must be an ArrayDataset, got {type(held).__name__}")
-            if not len(held):
-                raise ValueError(f"data set {self.name!r}: {part} must hold at least one image, got none")
+            if not isinstance(held, ImageSet):
+                raise TypeError(f"data set {self.name!r}: {part} must be an ImageSet, got {type(held).__name__}")
+            if not held.images.size:
+                raise ValueError(
+                    f"data set {self.name!r}: {part} must hold at least one image, got shape {held.images.shape}"
+                )
             low, high = held.labels.min(), held.labels.max()
             if low < 0 or high >= self.num_classes:
                 raise ValueError(
                     f"data set {self.name!r}: labels of {part} must lie in [0, {self.num_classes}), got {low} to {high}"
                 )
+        train, test = (held.images.shape[1:] for held in (self.train, self.test))
+        if train != test:
+            raise ValueError(f"data set {self.name!r}: images of train and test must agree, got {train} and {test}")
+        if self.test.views.padding or self.test.views.flip:
+            raise ValueError(
+                f"data set {self.name!r}: test must have views with padding=0 and flip=False, "
+                f"got padding={self.test.views.padding} and flip={self.test.views.flip}"
+            )
+        self._check_class_names()
+
+    def _check_class_names(self) -> None:
+        names = self.class_names
+        if not isinstance(names, tuple) or not all(isinstance(name, str) for name in names):
+            raise TypeError(f"data set {self.name!r}: class_names must be a tuple of strings, got {names!r}")
+        if names and len(names) != self.num_classes:
+            raise ValueError(
+                f"data set {self.name!r}: class_names must hold {self.num_classes} names, got {len(names)}"
+            )
 
     @property
     def in_channels(self) -> int:
         """Channels of an image."""
         return self.train.images.shape[-1]
+
+
+def assemble(
+    name: str,
+    train: tuple[np.ndarray, np.ndarray],
+    test: tuple[np.ndarray, np.ndarray],
+    num_classes: int,
+    class_names: tuple[str, ...] = (),
+    *,
+    padding: int = 0,
+    flip: bool = False,
+) -> ImageData:
+    """`ImageData` of (images, labels) pairs, normalised by the training images; `padding` and `flip` as in `Views`."""
+    views = Views.of(train[0], padding=padding, flip=flip)
+    plain = replace(views, padding=0, flip=False)
+    return ImageData(name, ImageSet(*train, views), ImageSet(*test, plain), num_classes, class_names)
 
 
 def stratified_split(labels: np.ndarray, test_fraction: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -107,26 +148,47 @@ def stratified_split(labels: np.ndarray, test_fraction: float, seed: int = 0) ->
 
 
 def split(name: str, images: np.ndarray, labels: np.ndarray, test_fraction: float) -> ImageData:
-    """`ImageData` with a fixed stratified test set; the transform is fitted to the training images."""
+    """`ImageData` with a fixed stratified test set, normalised by the training images, neither cropped nor flipped."""
     train, test = stratified_split(labels, test_fraction)
-    return ImageData(
-        name=name,
-        train=ArrayDataset(images[train], labels[train]),
-        test=ArrayDataset(images[test], labels[test]),
-        transform=ToTensor.of(images[train]),
-        num_classes=int(labels.max()) + 1,
-    )
+    return assemble(name, (images[train], labels[train]), (images[test], labels[test]), int(labels.max()) + 1)
 
 
-def load(name: str) -> ImageData:
-    """The data set called `name`: a key of REGISTRY, or `module:function`, a function that gives an `ImageData`.
+def load(
+    spec: str | os.PathLike, *, padding: int | None = None, flip: bool | None = None, size: int | None = None
+) -> ImageData:
+    """The data set that `spec` stands for.
+
+    Args:
+        spec: a key of REGISTRY; or `module:function`, a function that gives an `ImageData`; or the path of a CIFAR
+            archive or of the folder that was in it (`cifar.py`), of an `.npz` file (`npz.py`), or of a folder of images
+            by class (`folder.py`). `cifar10` and `cifar100` are looked for in the folder that the environment variable
+            KCD_DATA names, without it in `./data`.
+        padding, flip: how training images are cropped and flipped (`Views`). None: as the data set has it, which is 4
+            and True for CIFAR, 0 and False for all others here.
+        size: for a folder of images: height and width in pixels that all are scaled to. None: they must agree.
 
     Raises:
-        ValueError: the name is unknown, or the function fails.
-        ImportError: the package that holds the images is not installed; says which extra installs it.
-        TypeError: the function gives something else.
+        ValueError: the name is unknown, the function fails, or a file does not hold what it should.
+        OSError: a file or folder is missing or cannot be read.
+        ImportError: the package that holds or reads the images is not installed; says which extra installs it.
+        TypeError: an argument is of another kind, or the function gives something else.
     """
-    data = call("data set", name, REGISTRY)
+    if _is_path(spec):
+        data = call("data set", PATHS, {}, path=Path(spec), size=size)
+    elif size is not None:
+        raise ValueError(f"size is for the path of a folder of images, got size={size!r} for data set {spec!r}")
+    else:
+        data = call("data set", spec, REGISTRY)
     if not isinstance(data, ImageData):
-        raise TypeError(f"data set {name!r} must give a kcd_ext.data.images.ImageData, got {type(data).__name__}")
-    return data
+        raise TypeError(f"data set {spec!r} must give a kcd_ext.data.images.ImageData, got {type(data).__name__}")
+    asked = {name: value for name, value in (("padding", padding), ("flip", flip)) if value is not None}
+    if not asked:
+        return data
+    return replace(data, train=ImageSet(data.train.images, data.train.labels, replace(data.train.views, **asked)))
+
+
+def _is_path(spec: object) -> bool:
+    """A name of REGISTRY is none, whatever lies in the working directory; `./name` is one."""
+    if not isinstance(spec, str) or spec in REGISTRY:
+        return isinstance(spec, os.PathLike)
+    return os.sep in spec or (spec != "" and Path(spec).exists())

