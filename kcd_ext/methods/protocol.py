@@ -9,11 +9,12 @@ from torch import Tensor, nn
 
 
 class Batch(NamedTuple):
-    """Some samples, as `IndexedDataset` gives them."""
+    """Some samples."""
 
     x: Tensor  # (b, ...) what the networks take
     label: Tensor  # (b,) int64
     index: Tensor  # (b,) int64, the sample's place in the data set; -1 marks a repeat that only pads
+    weight: Tensor | None = None  # (b,) float32, what each sample's loss is multiplied by; None: 1 for all
 
 
 @dataclass
@@ -24,6 +25,19 @@ class Outcome:
     logits: Tensor  # (b, classes) the student's, detached
     value: Tensor  # (b,) float, the knowledge value of every sample, detached
     terms: dict[str, Tensor] = field(default_factory=dict)  # name -> (), detached: parts of the loss worth a column
+    losses: Tensor | None = (
+        None  # (b,) every sample's own loss before its weight, detached; None: without `batch.weight`
+    )
+
+
+@dataclass(frozen=True)
+class Pretraining:
+    """A part of a method that is trained before the student is, and is a constant from then on."""
+
+    part: nn.Module
+    epochs: int
+    lr: float
+    milestones: tuple[float, ...] = (0.5, 0.75)  # fractions of `epochs` at which the learning rate falls to a tenth
 
 
 class Method(nn.Module):
@@ -34,13 +48,24 @@ class Method(nn.Module):
     """
 
     needs_teacher = True  # False: `distill` takes teacher=None
+    weighs_samples = False  # True: `forward` heeds `batch.weight` and gives `Outcome.losses`
 
-    def prepare(self, student: nn.Module, teacher: nn.Module | None, loader: Iterable[Batch]) -> None:
-        """Called once before training: probe shapes, build and pre-train the method's own parts.
+    def prepare(self, student: nn.Module, teacher: nn.Module | None, samples: Iterable[Batch]) -> None:
+        """Called once before training, also before a resumed run goes on: probe shapes, build the method's own parts.
 
-        `loader` yields batches of the training set on the training device. The student and the teacher stay as they
-        are. Most methods need nothing of this.
+        `samples` yields batches of the whole training set, on every process all of it, each sample once by ascending
+        index and without augmentation, on the training device; as often as one asks. What is trained or collected here
+        and must survive a checkpoint is a parameter or a buffer. The student and the teacher stay as they are. Most
+        methods need nothing of this.
         """
+
+    def pretraining(self) -> Pretraining | None:
+        """What is to be trained first, asked after `prepare`. None: nothing is."""
+        return None
+
+    def pretraining_loss(self, teacher: nn.Module | None, batch: Batch) -> Tensor:
+        """(), what `pretraining().part` minimises. The teacher is in evaluation mode and is not trained."""
+        raise NotImplementedError
 
     def forward(self, student: nn.Module, teacher: nn.Module | None, batch: Batch) -> Outcome:
         """The loss of a batch. The student is in training mode, the teacher in evaluation mode.
@@ -48,6 +73,9 @@ class Method(nn.Module):
         Nothing here may wait for the device: no `.item()`, no branch on a tensor's value.
         """
         raise NotImplementedError
+
+    def release(self) -> None:
+        """Called once at the end, also after a failure: gives back what `prepare` took (hooks on the networks)."""
 
 
 def entropy(logits: Tensor) -> Tensor:

@@ -1,0 +1,188 @@
+"""The features that methods compare networks by: what goes into one of their layers, caught on the way."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from .protocol import Batch, Method
+
+SMALLEST_LENGTH = 1e-7  # added to a row's length before the row is divided by it, as in the published code of PKT
+
+
+class Tap:
+    """Catches what goes into one layer of a network, by a forward pre-hook on the layer alone.
+
+    The network is not edited. A copy of it (`copy.deepcopy`, pickle) carries a hook that does nothing, and what is
+    compiled of it afterwards (`torch.compile`) or wrapped around it passes the layer all the same. Where a layer is
+    passed more than once, the last time counts.
+
+    Args:
+        network: what is tapped.
+        path: the layer's name in `network.named_modules()`. None or "": the last `torch.nn.Linear` in their order,
+            the classifier, whose input are the penultimate features.
+        name: what to call the network in errors; the option that sets `path` is f"{name}_layer".
+
+    Raises:
+        ValueError: there is no such layer.
+    """
+
+    def __init__(self, network: nn.Module, path: str | None, name: str):
+        self._name = name
+        self._path, layer = _layer(network, path, name)
+        self._catch = _Catch()
+        self._hook = layer.register_forward_pre_hook(self._catch)
+
+    def through(self, network: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The network's output for x, and the features (b, d) on the way there: a layer's input (b, ...), flattened.
+
+        `network` is the one that was tapped, or something around it. Raises RuntimeError where it does not pass the
+        layer, or passes it without a tensor of at least two dimensions.
+        """
+        self._catch.input = None
+        return network(x), self.take()
+
+    def take(self) -> Tensor:
+        """The features (b, d) of the last forward pass, which are forgotten here. Raises as `through` does."""
+        features, self._catch.input = self._catch.input, None
+        if not isinstance(features, Tensor) or features.dim() < 2:
+            got = "was not passed" if features is None else f"was given {_describe(features)}"
+            raise RuntimeError(
+                f"the {self._name}'s layer {self._path!r} {got} in its forward pass: set {self._name}_layer to a layer "
+                f"whose input is a tensor of features (b, ...)"
+            )
+        return features.flatten(1)
+
+    def remove(self) -> None:
+        """Takes the hook off."""
+        self._hook.remove()
+        self._catch.input = None
+
+
+class _Catch:
+    """The hook. It is an object of its own so that a copy of the network does not copy what it caught."""
+
+    def __init__(self):
+        self.input = None
+
+    def __call__(self, module: nn.Module, arguments: tuple) -> None:
+        self.input = arguments[0] if arguments else None
+
+    def __reduce__(self):
+        return _nothing_of, ()
+
+
+def _nothing_of():
+    """What copies of a network carry in place of a hook."""
+    return _ignore
+
+
+def _ignore(module: nn.Module, arguments: tuple) -> None:
+    pass
+
+
+def _layer(network: nn.Module, path: str | None, name: str) -> tuple[str, nn.Module]:
+    layers = dict(network.named_modules())
+    if path:
+        if path not in layers:
+            raise ValueError(f"{name}_layer must be a name in {name}.named_modules(), which has no {path!r}")
+        return path, layers[path]
+    linear = [(found, layer) for found, layer in layers.items() if isinstance(layer, nn.Linear)]
+    if not linear:
+        raise ValueError(
+            f"the {name} has no torch.nn.Linear, whose input its features would be: set {name}_layer to a name in "
+            f"{name}.named_modules()"
+        )
+    return linear[-1]
+
+
+def _describe(x: object) -> str:
+    return f"a tensor of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+
+
+class FeatureMethod(Method):
+    """A method that compares features: it taps both networks from `prepare` to `release`.
+
+    Args:
+        student_layer, teacher_layer: see `Tap`, `path`.
+
+    After `prepare`, `student_width` and `teacher_width` are the features' numbers of dimensions.
+    """
+
+    def __init__(self, student_layer: str | None = None, teacher_layer: str | None = None):
+        super().__init__()
+        for option, layer in (("student_layer", student_layer), ("teacher_layer", teacher_layer)):
+            if layer is not None and not isinstance(layer, str):
+                raise TypeError(f"{option} must be a name in named_modules(), or None, got {type(layer).__name__}")
+        self.student_layer = student_layer
+        self.teacher_layer = teacher_layer
+        self._taps: dict[str, Tap] = {}
+
+    def prepare(self, student: nn.Module, teacher: nn.Module | None, samples: Iterable[Batch]) -> None:
+        """Taps both networks and sends one sample through them, in evaluation mode and without gradients.
+
+        Raises ValueError where a layer does not exist, RuntimeError where it is not passed.
+        """
+        self.release()
+        self._taps["student"] = Tap(student, self.student_layer, "student")
+        self._taps["teacher"] = Tap(teacher, self.teacher_layer, "teacher")
+        x = self.input_of(next(iter(samples)).x[:1])
+        with _evaluation(student), _evaluation(teacher), torch.no_grad():
+            self.student_width = self.ask_student(student, x)[1].shape[1]
+            self.teacher_width = self.ask_teacher(teacher, x)[1].shape[1]
+
+    def input_of(self, x: Tensor) -> Tensor:
+        """What the networks are given for a batch's x."""
+        return x
+
+    def ask_student(self, student: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits (b, classes) and features (b, d), both differentiable."""
+        return self._through("student", student, x)
+
+    def ask_teacher(self, teacher: nn.Module | None, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits (b, classes) and features (b, d), both constants."""
+        with torch.no_grad():
+            return self._through("teacher", teacher, x)
+
+    def _through(self, name: str, network: nn.Module | None, x: Tensor) -> tuple[Tensor, Tensor]:
+        if name not in self._taps:
+            raise RuntimeError(f"{type(self).__name__} needs prepare(student, teacher, samples) before it is called")
+        return self._taps[name].through(network, x)
+
+    def release(self) -> None:
+        """Takes the hooks off the networks."""
+        while self._taps:
+            self._taps.popitem()[1].remove()
+
+
+@contextmanager
+def _evaluation(network: nn.Module) -> Iterator[None]:
+    """Inside, the network is in evaluation mode; afterwards every module of it is in the mode it was in."""
+    modes = [(module, module.training) for module in network.modules()]
+    network.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def full_precision(like: Tensor) -> torch.autocast:
+    """Inside, autocast is off on the device of `like`: products of small differences need float32."""
+    return torch.autocast(like.device.type, enabled=False)
+
+
+def unit_rows(x: Tensor) -> Tensor:
+    """x (r, d) with every row divided by its length + 1e-7, so that products of rows are cosines; at least float32.
+
+    A row of zeros has no direction: it stays zeros, and passes no gradient. Lengths beyond the range of squares in
+    float32 are no trouble; a row that holds an infinity or a NaN becomes NaN.
+    """
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    largest = x.detach().abs().amax(1, keepdim=True)
+    zero = largest == 0
+    scale = largest.masked_fill(zero, 1)  # cancels: it only keeps the squares in range
+    x = x / scale
+    length = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+    return (x / (length + SMALLEST_LENGTH / scale)).masked_fill(zero, 0)

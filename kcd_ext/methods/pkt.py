@@ -1,0 +1,70 @@
+"""Probabilistic knowledge transfer (Passalis and Tefas, ECCV 2018): who resembles whom within a batch."""
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ..arguments import check_number
+from .features import FeatureMethod, full_precision, unit_rows
+from .protocol import Batch, Outcome, entropy
+from .selection import check_batch_keep, choose, of_rows
+
+EPSILON = 1e-7  # added to both probabilities inside the logarithm, as in the published code
+
+
+class ProbabilisticKnowledgeTransfer(FeatureMethod):
+    """loss = ce_weight * CE + pkt_weight * PKT of the penultimate features; value: student's entropy.
+
+    With K_ij = (1 + cos(f_i, f_j)) / 2 of the features f of a batch (Eq. 6 with the cosine kernel, i = j included) and
+    its rows normalised to probabilities, P_ij = K_ij / sum_j K_ij,
+
+        PKT = mean_ij P_ij * log((P_ij + 1e-7) / (Q_ij + 1e-7)),    P: the teacher's, Q: the student's.
+
+    The mean is over all b * b pairs, as in the published code (RepDistiller's, after the authors'), not a sum over j: it is
+    smaller by a factor b than the batch's mean KL divergence, and the published weight of 30000 belongs to it.
+
+    Args:
+        ce_weight, pkt_weight: finite; 1 and 30000 in the comparison of RepDistiller and in KCD.
+        batch_keep: the fraction of every batch that the teacher is asked about and whose features are compared, in
+            (0, 1], by the student's entropy, the highest first (`selection.choose`). 1: all.
+        student_layer, teacher_layer: whose input the features are (`features.Tap`); None: the last linear layer's.
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong type or out of range.
+    """
+
+    def __init__(
+        self,
+        ce_weight: float = 1.0,
+        pkt_weight: float = 30000.0,
+        batch_keep: float = 1.0,
+        student_layer: str | None = None,
+        teacher_layer: str | None = None,
+    ):
+        super().__init__(student_layer, teacher_layer)
+        self.ce_weight = check_number("ce_weight", ce_weight)
+        self.pkt_weight = check_number("pkt_weight", pkt_weight)
+        self.batch_keep = check_batch_keep(batch_keep)
+
+    def forward(self, student: nn.Module, teacher: nn.Module | None, batch: Batch) -> Outcome:
+        """`terms["pkt"]`: PKT without its weight."""
+        logits, features = self.ask_student(student, batch.x)
+        rows = choose(logits, self.batch_keep)
+        _, target = self.ask_teacher(teacher, of_rows(batch.x, rows))
+        pkt = transfer_loss(of_rows(features, rows), target)
+        loss = self.ce_weight * functional.cross_entropy(logits, batch.label) + self.pkt_weight * pkt
+        return Outcome(loss, logits.detach(), entropy(logits), {"pkt": pkt.detach()})
+
+
+def transfer_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """PKT of features (b, d) and (b, e): (), at least float32, differentiable in both."""
+    with full_precision(student):
+        q, p = _similarities(student), _similarities(teacher)
+        # The logarithm of one quotient near 1 is more precise than the difference of two logarithms.
+        return (p * ((p + EPSILON) / (q + EPSILON)).log()).mean()
+
+
+def _similarities(features: Tensor) -> Tensor:
+    """(b, b) probabilities, a row for every sample."""
+    directions = unit_rows(features)
+    kernel = (directions @ directions.T + 1) / 2
+    return kernel / kernel.sum(1, keepdim=True)

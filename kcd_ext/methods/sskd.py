@@ -1,0 +1,226 @@
+"""Distillation with self-supervision (Xu et al., SSKD, ECCV 2020): rotated views, and which image each one is of."""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ..arguments import check_number, check_temperature
+from ..condensation.checks import real, whole
+from .features import FeatureMethod, full_precision, unit_rows
+from .kd import kd_loss
+from .protocol import Batch, Outcome, Pretraining
+from .selection import check_batch_keep, choose, of_rows
+
+VIEWS = 4  # an image turned by 0, 90, 180 and 270 degrees; the first is the normal view, the others are transformed
+
+
+class SelfSupervisedKnowledgeDistillation(FeatureMethod):
+    """loss = ce_weight * CE + kd_weight * KD + transformed_weight * TF + similarity_weight * SS.
+
+    The value of a sample is the student's entropy on its normal view.
+
+    Each with its own temperature T, as T^2 * mean KL(teacher || student):
+
+    - KD: of the normal views' logits; CE is theirs too.
+    - TF: of the transformed views' logits.
+    - SS: of the transformed views' similarities to the batch's normal views, cosines of two-layer heads on the
+      penultimate features. The teacher's head is trained first (`pretraining`) to tell which image a view is of, by
+      the cross entropy of the cosines as they are; the student's trains with the student.
+
+    TF and SS are means over the rows where the teacher is right, and of those where it is wrong over the given ratio with
+    the least error level, which is how many classes (TF) or images (SS) it puts before the truth; the lower row first among
+    equals. Rows are ordered by image, then by angle. (The authors' code first kept by mistake the share of the right ones,
+    and was corrected; the number kept is rounded down as there.)
+
+    Different from the authors' code: the views are turns of one augmented image, theirs crops each by itself; a mean
+    over no rows is 0, theirs NaN.
+
+    The student sees all 4 b views in one forward pass, its normalisations too.
+
+    Args:
+        temperature, transformed_temperature, similarity_temperature: T > 0 of KD, TF and SS.
+        ce_weight, kd_weight, transformed_weight, similarity_weight: finite; 0.1, 0.9, 2.7 and 10 as published.
+        transformed_ratio, similarity_ratio: how much of the rows where the teacher is wrong is kept, in [0, 1].
+        head_epochs, head_lr, head_milestones: of the teacher's head; see `Pretraining`.
+        batch_keep: the fraction of every batch that the teacher is asked about, in (0, 1], by the entropy of the
+            normal views, the highest first (`selection.choose`): KD, TF and SS are those of all views of these images,
+            among themselves. 1: all.
+        student_layer, teacher_layer: whose input the features are (`features.Tap`); None: the last linear layer's.
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong type or out of range.
+    """
+
+    def __init__(
+        self,
+        temperature: float = 4.0,
+        transformed_temperature: float = 4.0,
+        similarity_temperature: float = 0.5,
+        ce_weight: float = 0.1,
+        kd_weight: float = 0.9,
+        transformed_weight: float = 2.7,
+        similarity_weight: float = 10.0,
+        transformed_ratio: float = 1.0,
+        similarity_ratio: float = 0.75,
+        head_epochs: int = 60,
+        head_lr: float = 0.05,
+        head_milestones: Sequence[float] = (0.5, 0.75),
+        batch_keep: float = 1.0,
+        student_layer: str | None = None,
+        teacher_layer: str | None = None,
+    ):
+        super().__init__(student_layer, teacher_layer)
+        self.temperature = check_temperature(temperature)
+        self.transformed_temperature = real(
+            "transformed_temperature", transformed_temperature, "a finite number > 0", 5e-324
+        )
+        self.similarity_temperature = real(
+            "similarity_temperature", similarity_temperature, "a finite number > 0", 5e-324
+        )
+        self.ce_weight = check_number("ce_weight", ce_weight)
+        self.kd_weight = check_number("kd_weight", kd_weight)
+        self.transformed_weight = check_number("transformed_weight", transformed_weight)
+        self.similarity_weight = check_number("similarity_weight", similarity_weight)
+        self.transformed_ratio = real("transformed_ratio", transformed_ratio, "a number in [0, 1]", 0, 1)
+        self.similarity_ratio = real("similarity_ratio", similarity_ratio, "a number in [0, 1]", 0, 1)
+        self.head_epochs = whole("head_epochs", head_epochs, 1)
+        self.head_lr = real("head_lr", head_lr, "a finite number >= 0", 0)
+        if isinstance(head_milestones, str) or not isinstance(head_milestones, Sequence):
+            raise TypeError(f"head_milestones must be fractions of head_epochs, got {head_milestones!r}")
+        self.head_milestones = tuple(
+            real("head_milestones", milestone, "fractions of head_epochs in [0, 1]", 0, 1)
+            for milestone in head_milestones
+        )
+        self.batch_keep = check_batch_keep(batch_keep)
+
+    def prepare(self, student: nn.Module, teacher: nn.Module | None, samples: Iterable[Batch]) -> None:
+        """Builds both heads. Raises ValueError where x is not a batch of square images."""
+        super().prepare(student, teacher, samples)
+        device = next(iter(samples)).x.device
+        self.student_head = _head(self.student_width).to(device)
+        self.teacher_head = _head(self.teacher_width).to(device)
+
+    def input_of(self, x: Tensor) -> Tensor:
+        """The views (4 b, c, h, h) of images (b, c, h, h), those of an image side by side.
+
+        Raises ValueError where x is something else.
+        """
+        if x.dim() != 4 or x.shape[-1] != x.shape[-2]:
+            raise ValueError(f"sskd turns images: x must be square ones, (b, c, h, h), got shape {tuple(x.shape)}")
+        return torch.stack([x.rot90(turns, (-2, -1)) for turns in range(VIEWS)], 1).flatten(0, 1)
+
+    def pretraining(self) -> Pretraining:
+        """The teacher's head; 60 epochs as published."""
+        return Pretraining(self.teacher_head, self.head_epochs, self.head_lr, self.head_milestones)
+
+    def pretraining_loss(self, teacher: nn.Module | None, batch: Batch) -> Tensor:
+        """(), cross entropy of the cosines (3 b, b) of transformed to normal views, each view's own image the truth."""
+        _, features = self.ask_teacher(teacher, self.input_of(batch.x))
+        with full_precision(features):
+            similarity = _similarities(self.teacher_head(features.float()))
+            return functional.cross_entropy(similarity, _images_of(similarity))
+
+    def forward(self, student: nn.Module, teacher: nn.Module | None, batch: Batch) -> Outcome:
+        """`terms`: "kl", "transformed" and "similarity", the three mean KL divergences in nats, without their weights and T^2."""
+        views = self.input_of(batch.x)
+        logits, features = self.ask_student(student, views)
+        normal, transformed = _normal_and_transformed(logits)
+        rows = choose(normal, self.batch_keep)
+        target_logits, target_features = self.ask_teacher(teacher, _of_images(views, rows))
+        target_normal, target_transformed = _normal_and_transformed(target_logits)
+
+        loss, knowledge = kd_loss(
+            normal,
+            target_normal,
+            temperature=self.temperature,
+            labels=batch.label,
+            kd_weight=self.kd_weight,
+            ce_weight=self.ce_weight,
+            rows=rows,
+            return_knowledge=True,
+        )
+        with full_precision(logits):
+            similarity = _similarities(self.student_head(_of_images(features, rows).float()))
+            with torch.no_grad():
+                target_similarity = _similarities(self.teacher_head(target_features.float()))
+        label = of_rows(batch.label, rows)[:, None].expand(-1, VIEWS - 1).flatten()
+        transformed_kl = _selected_kl(
+            of_rows(transformed, rows).flatten(0, 1),
+            target_transformed.flatten(0, 1),
+            truth=label,
+            ratio=self.transformed_ratio,
+            temperature=self.transformed_temperature,
+        )
+        similarity_kl = _selected_kl(
+            similarity,
+            target_similarity,
+            truth=_images_of(similarity),
+            ratio=self.similarity_ratio,
+            temperature=self.similarity_temperature,
+        )
+        loss = loss + self.transformed_weight * self.transformed_temperature**2 * transformed_kl
+        loss = loss + self.similarity_weight * self.similarity_temperature**2 * similarity_kl
+        terms = {
+            "kl": of_rows(knowledge.kl, rows).mean(),
+            "transformed": transformed_kl,
+            "similarity": similarity_kl,
+        }
+        return Outcome(
+            loss, normal.detach(), knowledge.entropy.detach(), {name: x.detach() for name, x in terms.items()}
+        )
+
+
+def _head(width: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width))
+
+
+def _normal_and_transformed(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(4 b, c) of all views, those of an image side by side -> (b, c) and (b, 3, c)."""
+    normal, transformed = x.unflatten(0, (-1, VIEWS)).split((1, VIEWS - 1), 1)
+    return normal.squeeze(1), transformed
+
+
+def _of_images(x: Tensor, rows: Tensor | None) -> Tensor:
+    """(4 b, ...) of all views -> (4 k, ...), those of the images `rows` (k,)."""
+    return x if rows is None else of_rows(x.unflatten(0, (-1, VIEWS)), rows).flatten(0, 1)
+
+
+def _similarities(embeddings: Tensor) -> Tensor:
+    """(4 b, d) of all views -> (3 b, b), the cosines of every transformed to every normal view."""
+    normal, transformed = _normal_and_transformed(unit_rows(embeddings))
+    return transformed.flatten(0, 1) @ normal.T
+
+
+def _images_of(similarity: Tensor) -> Tensor:
+    """(3 b,) which image each transformed view is of."""
+    return torch.arange(len(similarity), device=similarity.device) // (VIEWS - 1)
+
+
+def _selected_kl(student: Tensor, teacher: Tensor, *, truth: Tensor, ratio: float, temperature: float) -> Tensor:
+    """(), the mean KL divergence at this temperature, in nats, over the rows that `least_wrong` selects.
+
+    student, teacher: (r, c) scores; truth: (r,).
+    """
+    selected, number = least_wrong(teacher, truth, ratio)
+    total = kd_loss(student, teacher, temperature=temperature, row_weight=selected, reduction="sum")
+    return total / (temperature**2 * number.clamp(min=1))
+
+
+def least_wrong(score: Tensor, truth: Tensor, ratio: float) -> tuple[Tensor, Tensor]:
+    """The rows where the truth has the highest score, and of the others `ratio` with the least scores before it.
+
+    Args:
+        score: (r, c). A row whose truth's score is NaN counts as right, so that it reaches the loss.
+        truth: int64 (r,).
+        ratio: in [0, 1]; their number is rounded down. Among equals the lower row is first.
+
+    Returns:
+        bool (r,), and how many are selected, int64 ().
+    """
+    level = (score > score.gather(1, truth[:, None])).sum(1)
+    right = (level == 0).sum()
+    number = right + ((len(level) - right).double() * ratio).long()
+    first = torch.arange(len(level), device=level.device) < number
+    return torch.zeros_like(first).scatter(0, level.argsort(stable=True), first), number
