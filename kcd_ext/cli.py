@@ -3,17 +3,22 @@
 import io
 import itertools
 import os
+import re
+import shutil
 import sys
+import textwrap
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import redirect_stderr
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from typing import Annotated
 
-from . import __version__, environment
+from . import __version__, environment, processes
+from .processes import BAD_INPUT
 
 DESCRIPTION = "Knowledge Condensation Distillation: distil only what the student has still to learn."
-BAD_INPUT, INTERRUPTED = 2, 130
+INTERRUPTED = 130
+INSIDE = r"^Error parsing __tyro\S*: "  # before what a dataclass says of its own fields
 
 
 @dataclass(frozen=True)
@@ -42,12 +47,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.path.append(os.getcwd())  # module:function finds the user's file, as with `python -m`
     try:
         with warnings.catch_warnings(record=True) as caught:
-            _parse(sys.argv[1:] if arguments is None else list(arguments))()
+            with processes.first_one_says():
+                command = _parse(sys.argv[1:] if arguments is None else list(arguments))
+            command()
         sys.stdout.flush()
     except BrokenPipeError:  # nobody reads what is printed, which comes last: all the work is done
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt as interrupt:
-        return _fail("interrupted", str(interrupt), code=INTERRUPTED)
+        return _fail("interrupted", str(interrupt), code=INTERRUPTED) if processes.number() == 0 else INTERRUPTED
     except OSError as error:
         if os.environ.get("KCD_TRACEBACK"):
             raise
@@ -56,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if os.environ.get("KCD_TRACEBACK"):
             raise
         return _fail(str(error), code=BAD_INPUT)
-    for text in dict.fromkeys(str(warning.message) for warning in caught):
+    for text in dict.fromkeys(str(warning.message) for warning in caught if processes.number() == 0):
         _say("warning", text)
     return 0
 
@@ -68,27 +75,52 @@ def _parse(arguments: list[str]) -> Callable[[], None]:
     try:
         import tyro
 
+        from .training.commands import Distill, Train
+        from .training.compare import Report
         from .training.demo import Demo
     except ImportError as error:
         if arguments == ["info"]:
             return Info().run
         raise ImportError(f'kcd needs the package {error.name}: pip install "kcd-ext[train]"') from error
-    commands = Annotated[Demo, tyro.conf.subcommand("demo")] | Annotated[Info, tyro.conf.subcommand("info")]
-    complaint = io.StringIO()
+
+    sub = tyro.conf.subcommand
+
+    def parse(defaults: Distill) -> object:
+        commands = (
+            Annotated[Distill, sub("distill", default=defaults)]
+            | Annotated[Train, sub("teacher")]
+            | Annotated[Report, sub("report")]
+            | Annotated[Demo, sub("demo")]
+            | Annotated[Info, sub("info")]
+        )
+        return tyro.cli(commands, args=arguments, prog="kcd", description=DESCRIPTION)
+
+    said, complaint = io.TextIOWrapper(io.BytesIO(), "utf-8"), io.StringIO()  # tyro's frames are what this can hold
     try:
-        with redirect_stderr(complaint):
-            return tyro.cli(commands, args=arguments, prog="kcd", description=DESCRIPTION).run
+        with redirect_stdout(said), redirect_stderr(complaint):
+            command = parse(Distill())
+            if isinstance(command, Distill):
+                command = parse(command.implied())
+            return command.run
     except SystemExit as end:
-        if not end.code:
-            raise  # --help
-        raise ValueError(_unboxed(complaint.getvalue())) from end
+        if end.code:
+            raise ValueError(_unboxed(complaint.getvalue())) from end
+        said.seek(0)
+        print(_folded(said.read()))  # --help
+        raise
+
+
+def _folded(text: str) -> str:
+    """What tyro writes outside of its frames is as long as it is; here it ends where the screen does."""
+    width = shutil.get_terminal_size().columns
+    return "\n".join(line if line[:1] in "╭│╰" else textwrap.fill(line, width) for line in text.splitlines())
 
 
 def _unboxed(text: str) -> str:
     """What tyro complains about, out of the frame it draws; its advice, behind a rule inside the frame, is left out."""
     framed = [line.strip("│ ") for line in text.splitlines() if line.startswith("│")]
-    sentence = itertools.takewhile(lambda line: line.strip("─"), framed)
-    return f"{' '.join(sentence) or text} (see kcd --help)"
+    sentence = " ".join(itertools.takewhile(lambda line: line.strip("─"), framed))
+    return f"{re.sub(INSIDE, '', sentence) or text} (see kcd --help)"
 
 
 def _fail(*parts: str, code: int) -> int:
@@ -97,7 +129,8 @@ def _fail(*parts: str, code: int) -> int:
 
 
 def _say(*parts: str) -> None:
-    print("kcd: " + ": ".join(" ".join(part.split()) for part in parts if part), file=sys.stderr)
+    name = f"kcd: process {processes.number()}" if processes.number() else "kcd"
+    print(": ".join([name, *(" ".join(part.split()) for part in parts if part)]), file=sys.stderr)
 
 
 if __name__ == "__main__":

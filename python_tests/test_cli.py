@@ -19,7 +19,8 @@ import pytest
 import torch
 
 from kcd_ext import __version__, cli
-from kcd_ext.data.images import ArrayDataset, ImageData, ToTensor, load
+from kcd_ext.data.images import ImageData, ImageSet, load
+from kcd_ext.data.views import Views
 from kcd_ext.training import checkpoint
 
 ENTRIES = {
@@ -51,7 +52,7 @@ def without_seconds(folder):
     summary = json.loads((folder / "summary.json").read_text())
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     for entry in (*summary["results"], *lines):
-        del entry["seconds"]
+        del entry["seconds"], entry["condensation_seconds"]
     return summary, lines
 
 
@@ -76,7 +77,7 @@ def test_what_the_demo_leaves(demo):
     assert (summary["dataset"], summary["seeds"]) == ("digits", [3, 1])
     assert [(r["seed"], r["method"]) for r in summary["results"]] == [(s, m) for s in (3, 1) for m in METHODS]
     fields = ["method", "seed", "accuracy_last", "accuracy_best", "sample_visits", "teacher_visits", "seconds"]
-    assert all(list(r) == fields for r in summary["results"])
+    assert all(list(r) == [*fields, "condensation_seconds", "flops"] for r in summary["results"])
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [(r["seed"], r["method"], r["epoch"]) for r in lines] == [
         (s, m, e) for s in (3, 1) for m in METHODS for e in range(1, 7)
@@ -151,7 +152,7 @@ def test_the_report_stands_alone_and_shows_the_results(demo):
     folder, _ = demo
     source = (folder / "report.html").read_text()
     page = Page(source)
-    assert page.open == [] and page.drawings == 3 and page.images == 32
+    assert page.open == [] and page.drawings == 4 and page.images == 32
     assert all(reference.startswith(("data:image/png;base64,", "#")) for reference in page.references)
     assert "<script" not in source and "@import" not in source and 'name="viewport"' in source
     text = " ".join(" ".join(page.text).split())
@@ -281,8 +282,8 @@ def test_a_full_disk(tmp_path):
 
 def constant():
     images = np.zeros((60, 8, 8, 1), np.uint8)
-    held = ArrayDataset(images, np.arange(60) % 4)
-    return ImageData("constant", held, held, ToTensor.of(images), 4)
+    held = ImageSet(images, np.arange(60) % 4, Views.of(images))
+    return ImageData("constant", held, held, 4)
 
 
 def key_error():
@@ -298,7 +299,7 @@ def leaves():
 
 
 def of_lists():
-    return ImageData("lists", [1], [2], None, 2)
+    return ImageData("lists", [1], [2], 2)
 
 
 def three_channels(*, in_channels, num_classes):
@@ -309,14 +310,17 @@ def three_channels(*, in_channels, num_classes):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--data", "imagenet"], "unknown data set 'imagenet': take digits, mnist5k, or write module:attribute"),
+        (
+            ["--data", "imagenet"],
+            "unknown data set 'imagenet': take cifar10, cifar100, digits, mnist5k, or write module:attribute",
+        ),
         (["--keep", "0"], r"keep must be a number in \(0, 1\], got 0.0"),
         (["--keep", "1"], "keep=1.0 drops none of 1083 samples in 24 epochs: take less"),
         (["--keep", "0.995"], "keep=0.995 drops none of 1083 samples in 24 epochs"),
         (["--data", f"{__name__}:key_error"], r"data set 'test_cli:key_error' raised KeyError: 'no such file'"),
         (["--data", f"{__name__}:runtime_error"], "raised RuntimeError: boom\n"),
         (["--data", f"{__name__}:leaves"], "raised SystemExit: 3"),
-        (["--data", f"{__name__}:of_lists"], "data set 'lists': transform must be callable"),
+        (["--data", f"{__name__}:of_lists"], "data set 'lists': train must be an ImageSet, got list"),
         (["--data", "unreadable:load"], "data set 'unreadable:load': import of unreadable raised SyntaxError: "),
         (["--output", "/"], "output must be a folder that can be replaced, got /"),
         (["--seeds", str(10**22)], r"seeds must be an integer in \[0, 18446744073709551615\]"),
@@ -330,7 +334,7 @@ def three_channels(*, in_channels, num_classes):
         (["--seeds", "-1"], r"seeds must be an integer in \[0, 18446744073709551615\], got -1"),
         (["--threads", "0"], "threads must be an integer >= 1, got 0"),
         (["--lr", "inf"], "lr must be a finite number"),
-        (["--student", "resnet"], "unknown model 'resnet': take cnn_large, cnn_small"),
+        (["--student", "resnet"], "unknown model 'resnet': take cnn_large, cnn_small, "),
         (["--student", f"{__name__}:three_channels"], r"student does not take x of torch.float32 \(1, 1, 8, 8\)"),
         (["--teacher", f"{__name__}:ENTRIES"], "'set' object is not callable"),
         (["--sedes", "1"], "--sedes"),

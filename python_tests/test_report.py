@@ -1,6 +1,7 @@
 """The report shows what it says: every curve, bar, picture and number is compared with what it was made from."""
 
 import base64
+import dataclasses
 import html.parser
 import io
 import re
@@ -11,11 +12,13 @@ import torch
 from matplotlib.image import imread
 
 from kcd_ext.training import Summary, report
+from kcd_ext.training.summary import tabulate
 
+LAST_COLUMNS = ("FLOPs", "seconds", "condensation")
 LEVELS = {"teacher": 90.0, "kd": 70.0, "kc-kd": 80.0}
 
 
-def summaries(stages=True):
+def summaries(stages=True, flops=True):
     """Three methods, two seeds, four epochs; no two quantities are alike."""
     values = {"low": 0.0, "high": 2.0, "counts": [1, 0, 4, 3]}
     made = []
@@ -30,6 +33,7 @@ def summaries(stages=True):
                     "sample_visits": (900 if method == "kc-kd" else 1000) * epoch,
                     "teacher_visits": 7 * epoch,
                     "seconds": (2.0 if method == "kc-kd" else 3.0) * epoch + seed,
+                    "flops": flops and (5 if method == "kc-kd" else 6) * 10**9 * epoch,
                     "condensation": {"stage": epoch, "kept": 8 - epoch, "mixed": 1, "values": values}
                     if stages and method == "kc-kd" and epoch < 3
                     else None,
@@ -39,14 +43,14 @@ def summaries(stages=True):
             last = history[-1]
             accuracy = last["accuracy"], last["accuracy"] + 1
             visits = last["sample_visits"], last["teacher_visits"], last["seconds"]
-            made.append(Summary(method, seed, *accuracy, *visits, history))
+            made.append(Summary(method, seed, *accuracy, *visits, last["seconds"] / 8, last["flops"], history))
     return made
 
 
 def ranking(channels=1, count=40):
     """The i-th image is worth 4 - i/10 and its pixels are 4i."""
     images = np.zeros((count, 4, 4, channels), np.uint8) + 4 * np.arange(count, dtype=np.uint8)[:, None, None, None]
-    return [report.RankedImage(image, i % 7, 4 - i / 10) for i, image in enumerate(images)]
+    return [report.RankedImage(image, f"class {i % 7}", 4 - i / 10) for i, image in enumerate(images)]
 
 
 class Page(html.parser.HTMLParser):
@@ -54,7 +58,7 @@ class Page(html.parser.HTMLParser):
 
     def __init__(self, text):
         super().__init__()
-        self.rows, self.pictures, self.headings, self.stack = [], [], [], []
+        self.rows, self.pictures, self.headings, self.stack, self.text = [], [], [], [], ""
         self.feed(text)
 
     def handle_starttag(self, tag, attributes):
@@ -69,6 +73,7 @@ class Page(html.parser.HTMLParser):
             self.pictures.append([self.headings[-1], attributes["alt"], "", imread(io.BytesIO(png))])
 
     def handle_data(self, data):
+        self.text += data
         if self.stack and self.stack[-1] in ("td", "th"):
             self.rows[-1].append(data)
         if self.stack and self.stack[-1] == "h2":
@@ -85,7 +90,7 @@ class Page(html.parser.HTMLParser):
 def written(tmp_path, monkeypatch):
     """Writes a report; the page, and every axes that was drawn for it or for the picture."""
 
-    def write(runs, ranked):
+    def write(runs, ranked, **more):
         drawn, real = [], report._figure
 
         def kept(*arguments, **options):
@@ -94,8 +99,10 @@ def written(tmp_path, monkeypatch):
             return figure, axes
 
         monkeypatch.setattr(report, "_figure", kept)
-        report.write(tmp_path, title="t", summaries=runs, reference="teacher", ranking=ranked, config={})
-        return Page((tmp_path / "report.html").read_text()), drawn
+        page = tmp_path / "page.html"
+        report.write(page, title="t", summaries=runs, reference="teacher", ranking=ranked, config={}, **more)
+        assert (tmp_path / "page.png").read_bytes()[:4] == b"\x89PNG"
+        return Page(page.read_text()), drawn
 
     return write
 
@@ -106,11 +113,13 @@ def test_curves(written):
     for axes in drawn:
         if axes.get_ylabel() == "test accuracy, %":
             by_label.setdefault(axes.get_xlabel(), []).append(axes)
-    assert {label: len(found) for label, found in by_label.items()} == {"sample visits": 2, "seconds of training": 1}
+    flops = "floating-point operations of training"
+    assert {label: len(x) for label, x in by_label.items()} == {"sample visits": 2, "seconds of training": 1, flops: 1}
     epochs = np.arange(1, 5)
     x = {
         "sample visits": {"kd": 1000 * epochs, "kc-kd": 900 * epochs},
         "seconds of training": {"kd": 3 * epochs + 2, "kc-kd": 2 * epochs + 2},  # seeds 3 and 1: 2 on the mean
+        flops: {"kd": 6e9 * epochs, "kc-kd": 5e9 * epochs},
     }
     for label, found in by_label.items():
         for axes in found:
@@ -137,11 +146,12 @@ def test_histograms(written):
 
 def test_table(written):
     page, _ = written(summaries(), ranking())
+    visits = "4,000 (100.0 %)", "28 (100.0 %)"
     assert page.rows == [
-        ["method", "accuracy last, %", "accuracy best, %", "sample visits", "teacher visits", "seconds"],
-        ["teacher", "96.00 ± 1.41", "97.00 ± 1.41", "4,000 (100.0 %)", "28 (100.0 %)", "14.0 ± 1.4"],
-        ["kd", "76.00 ± 1.41", "77.00 ± 1.41", "4,000 (100.0 %)", "28 (100.0 %)", "14.0 ± 1.4"],
-        ["kc-kd", "86.00 ± 1.41", "87.00 ± 1.41", "3,600 (90.0 %)", "28 (100.0 %)", "10.0 ± 1.4"],
+        ["method", "accuracy last, %", "accuracy best, %", "sample visits", "teacher visits", *LAST_COLUMNS],
+        ["teacher", "96.00 ± 1.41", "97.00 ± 1.41", *visits, "24 G", "14.0 ± 1.4", "12.5 %"],
+        ["kd", "76.00 ± 1.41", "77.00 ± 1.41", *visits, "24 G", "14.0 ± 1.4", "12.5 %"],
+        ["kc-kd", "86.00 ± 1.41", "87.00 ± 1.41", "3,600 (90.0 %)", visits[1], "20 G", "10.0 ± 1.4", "12.5 %"],
     ]
 
 
@@ -162,20 +172,61 @@ def test_images(written, channels):
         assert corner == (4 * first, 4 * (first + 1))
 
 
+@pytest.mark.parametrize(
+    ("counts", "shown"),
+    [
+        ((2.5e9, 1.5e8), ["2.5 G", "0.15 G"]),
+        ((2.5e12, 1.5e9), ["2.5 T", "0.0015 T"]),
+        ((2.5e15, 1.5e15), ["2.5 P", "1.5 P"]),
+        ((2.5e12, None), ["2.5 T", "unknown"]),
+        ((None, None), ["unknown", "unknown"]),
+    ],
+)
+def test_floating_point_operations_are_in_one_unit(counts, shown):
+    made = [Summary(f"m{i}", 0, 1.0, 1.0, 1, 1, 1.0, flops=count) for i, count in enumerate(counts)]
+    assert [row.flops for row in tabulate(made)] == shown
+
+
 def test_what_there_is_none_of_is_left_out(written):
-    page, _ = written(summaries(stages=False), [])
-    assert [h for h in page.headings if "aluable" in h or "alues" in h] == [] and not page.pictures
+    page, drawn = written(summaries(stages=False, flops=None), [])
+    assert [h for h in page.headings if "aluable" in h or "alues" in h or "FLOP" in h] == [] and not page.pictures
+    assert {axes.get_xlabel() for axes in drawn} == {"sample visits", "seconds of training"}
+    assert [row[5] for row in page.rows] == ["FLOPs", *["unknown"] * 3]
+
+
+def test_a_shorter_run_is_averaged_as_far_as_it_goes(written):
+    runs = summaries()
+    shorter = [dataclasses.replace(run, history=run.history[: 4 - (run.seed == 1)]) for run in runs]
+    _, drawn = written(shorter, [])
+    line = next(line for axes in drawn for line in axes.lines if line.get_label() == "kd")
+    assert line.get_xydata().tolist() == [[1000 * epoch, 72 + epoch] for epoch in (1, 2, 3)]
+
+
+def test_the_only_method_is_drawn_as_a_curve(written):
+    _, drawn = written([run for run in summaries() if run.method == "teacher"], [])
+    assert all(len(line.get_xdata()) == 4 for axes in drawn for line in axes.lines)
+
+
+def test_what_the_caller_says_is_text(written):
+    page, _ = written(summaries(), [], notes=["a <b> & c"], differences=[["method", "lr<"], ["kd", "<i>"]])
+    assert page.rows[4:] == [["method", "lr<"], ["kd", "<i>"]]
+    assert "What differs" in page.headings and "a <b> & c" in page.text
 
 
 def test_ranking_by_hand():
     class Held:
         values, counts = torch.tensor([0.5, 9.0, 0.1, 2.0]), torch.tensor([3, 0, 1, 2])
+        measure = "value"
 
     summary = Summary("kc-kd", 0, 1.0, 1.0, 1, 1, 1.0, condenser=Held())
     images = np.arange(4, dtype=np.uint8)[:, None, None, None]
-    ranked = report.rank_images(summary, images, np.array([5, 6, 7, 8]))
+    ranked = report.rank_images(summary, images, np.array([2, 1, 0, 1]))
     assert [(int(r.image.item()), r.label, round(r.value, 6)) for r in ranked] == [
-        (3, 8, 2.0),
-        (0, 5, 0.5),
-        (2, 7, 0.1),
+        (3, "class 1", 2.0),
+        (0, "class 2", 0.5),
+        (2, "class 0", 0.1),
     ]
+    named = report.rank_images(summary, images, np.array([2, 1, 0, 1]), ("cat", "dog", "emu"))
+    assert [r.label for r in named] == ["dog", "emu", "cat"]
+    Held.measure = "losses"
+    assert report.rank_images(summary, images, np.array([2, 1, 0, 1])) == []

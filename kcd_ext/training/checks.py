@@ -5,13 +5,16 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, default_collate
 
 from ..data import IndexedDataset
+from ..data.images import ImageSet
+from ..methods import Method
 from ..registry import one_line
+from .recipe import Recipe
 
 
-def indexed(name: str, dataset: Dataset) -> IndexedDataset:
-    """The data set with original indices; an `IndexedDataset` as it is."""
+def indexed(name: str, dataset: Dataset) -> IndexedDataset | ImageSet:
+    """The data set with original indices; an `IndexedDataset` or `ImageSet` as it is."""
     try:
-        wrapped = dataset if isinstance(dataset, IndexedDataset) else IndexedDataset(dataset)
+        wrapped = dataset if isinstance(dataset, IndexedDataset | ImageSet) else IndexedDataset(dataset)
     except TypeError as error:
         raise TypeError(f"{name}: {error}") from error
     if len(wrapped) == 0:
@@ -19,8 +22,22 @@ def indexed(name: str, dataset: Dataset) -> IndexedDataset:
     return wrapped
 
 
+def check_method(method: Method, recipe: Recipe) -> None:
+    """Raises ValueError where the method cannot do what the recipe's selection asks of it."""
+    condenser = recipe.condense.build(1, seed=recipe.seed, device="cpu", epochs=recipe.epochs)
+    if condenser.sample_weight is not None and not method.weighs_samples:
+        raise ValueError(
+            f"condense.selection {recipe.condense.selection!r} multiplies every sample's loss by a weight, which method "
+            f"{recipe.method!r} does not: take another method or selection"
+        )
+
+
 def check_networks(
-    student: nn.Module, teacher: nn.Module | None, train: IndexedDataset, test: IndexedDataset, device: torch.device
+    student: nn.Module,
+    teacher: nn.Module | None,
+    train: IndexedDataset | ImageSet,
+    test: IndexedDataset | ImageSet,
+    device: torch.device,
 ) -> int:
     """One sample of each set through each network, in evaluation mode: what does not fit costs nothing yet.
 
@@ -44,8 +61,11 @@ def check_networks(
     return classes["student"]
 
 
-def _sample(part: str, dataset: IndexedDataset) -> tuple[Tensor, Tensor]:
+def _sample(part: str, dataset: IndexedDataset | ImageSet) -> tuple[Tensor, Tensor]:
     """The first sample as a batch of one: x and label."""
+    if isinstance(dataset, ImageSet):
+        images, labels = dataset.tensors(torch.device("cpu"))
+        return dataset.views.plain(images[:1]), labels[:1]
     try:
         x, label, _ = default_collate([dataset[0]])
     except Exception as error:  # the data set and its transform are the user's: they raise what they like

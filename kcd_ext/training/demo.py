@@ -6,38 +6,35 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch
 from torch import nn
-from tqdm import tqdm
 
-from .. import models
 from ..condensation.checks import whole
 from ..condensation.random_keys import MAX_SEED
 from ..condensation.schedules import stage_size
-from ..data import IndexedDataset
 from ..data.images import ImageData, load
 from ..environment import versions
-from . import report, storage
+from . import report, storage, teachers
 from .checks import check_networks
-from .device import accelerator_on, threads
+from .device import threads
+from .job import REPORT, TEACHER, about
+from .progress import bar_over
 from .randomness import seeded
 from .recipe import Condense, Recipe
 from .staging import CONFIG, Staging
-from .summary import Summary, as_text, results, tabulate
+from .summary import Summary, as_text, cells, results
 from .trainer import distill
 
 COMMAND = "kcd demo"
-TEACHER = "teacher"
 CONDENSED = "kc-kd"
 ENTRIES = (
     "config.json",
     "metrics.jsonl",
     "checkpoint",
     "student.safetensors",
-    "report.html",
-    "report.png",
+    *REPORT,
     "summary.json",
 )
-STAGES = 6
 FREE = ("output", "device", "threads", "resume")  # options that may change when a demo goes on
 
 
@@ -51,7 +48,7 @@ class Demo:
     """
 
     data: str = "mnist5k"
-    """The images: mnist5k (28x28), digits (8x8, a few seconds) or module:function."""
+    """The images: mnist5k (28x28), digits (8x8, a few seconds), or what --data of kcd distill takes."""
     seeds: tuple[int, ...] = (0,)
     """Everything is run once for each; the table shows mean and standard deviation."""
     output: Path = Path("runs/demo")
@@ -79,9 +76,7 @@ class Demo:
 
     def recipes(self, seed: int) -> dict[str, Recipe]:
         """What is run for a seed, in this order: label -> recipe. Only what the labels say differs."""
-        every = -(-self.epochs // STAGES)
-        stages = -(-self.epochs // every)  # equal parts, the last one may be shorter
-        size = {"keep": self.keep, "schedule": self.schedule, "every": every, "stages": stages}
+        size = {"keep": self.keep, "schedule": self.schedule}
         kinds = {
             TEACHER: {"method": "ce"},
             "student": {"method": "ce"},
@@ -121,8 +116,8 @@ class Demo:
                 raise KeyboardInterrupt(message) from None
             self._report(staging.partial, summaries, data, config)
             staging.publish()
-        print(as_text(tabulate(summaries)))
-        print(f"\nreport: {self.output / 'report.html'}")
+        print(as_text(cells(summaries)))
+        print(f"\nreport: {self.output / REPORT[0]}")
 
     def _plan(self) -> list[dict[str, Recipe]]:
         for seed in self.seeds:
@@ -135,9 +130,10 @@ class Demo:
 
     def _check_something_is_dropped(self, recipe: Recipe, samples: int) -> None:
         """There is nothing to compare, and nothing to draw, unless a stage shrinks the set before the last epoch."""
-        condense, size = recipe.condense, samples
-        for stage in range(1, (self.epochs - 1) // condense.every + 1):
-            size = stage_size(condense.schedule, stage, size, samples, condense.keep, condense.stages)
+        config = recipe.condense.build(samples, seed=0, device="cpu", epochs=self.epochs).config
+        size = samples
+        for stage in range(1, (self.epochs - 1) // config["every"] + 1):
+            size = stage_size(config["schedule"], stage, size, samples, config["keep"], config["stages"])
         if size == samples:
             raise ValueError(f"keep={self.keep} drops none of {samples} samples in {self.epochs} epochs: take less")
 
@@ -153,40 +149,34 @@ class Demo:
                     f"got {value}: give the same options, or remove it"
                 )
 
-    def _build(self, model: str, data: ImageData, seed: int) -> nn.Module:
-        with seeded(seed):
-            return models.build(model, in_channels=data.in_channels, num_classes=data.num_classes)
-
     def _check_networks(self, data: ImageData) -> None:
-        train, test = IndexedDataset(data.train, data.transform), IndexedDataset(data.test, data.transform)
-        with accelerator_on(self.device) as accelerator, seeded(0, device=accelerator.device):
-            teacher, student = (self._build(name, data, 0) for name in (self.teacher, self.student))
-            check_networks(student, teacher, train, test, accelerator.device)
+        teacher, student = (teachers.build(name, data, 0) for name in (self.teacher, self.student))
+        with seeded(0):
+            check_networks(student, teacher, data.train, data.test, torch.device("cpu"))
 
     def _summaries(self, plan: list[dict[str, Recipe]], data: ImageData, folder: Path) -> Iterator[Summary]:
         """One after the other; what is finished is on disk before the next one starts."""
-        train, test = IndexedDataset(data.train, data.transform), IndexedDataset(data.test, data.transform)
         summaries: list[Summary] = []
-        # No bar where nobody watches: a log file would be filled with it.
-        with tqdm(total=sum(len(recipes) for recipes in plan) * self.epochs, unit="epoch", disable=None) as bar:
+        with bar_over(sum(map(len, plan)), self.epochs) as bar:
             for recipes in plan:
                 teacher: nn.Module | None = None
                 for label, recipe in recipes.items():
-                    bar.set_description(f"seed {recipe.seed}, {label}")
-                    network = self._build(self.teacher if label == TEACHER else self.student, data, recipe.seed)
+                    name = self.student if teacher else self.teacher
+                    network = teachers.build(name, data, recipe.seed)
                     summary = distill(
                         network,
                         teacher,
-                        train,
-                        test,
+                        data.train,
+                        data.test,
                         recipe,
                         output=folder / "checkpoint" / f"seed-{recipe.seed}" / label,
                         resume=True,  # of a folder that is new unless the user asked to go on with it
-                        progress=lambda line: bar.set_postfix_str(f"{line['accuracy']:.1f} %") or bar.update(),
+                        progress=bar.begin(f"seed {recipe.seed}, {label}"),
+                        about=about(COMMAND, data, {"spec": self.data}, name, self.teacher if teacher else None),
                     )
+                    bar.end()
                     teacher = teacher or network
                     summaries.append(summary)
-                    bar.update(len(summaries) * self.epochs - bar.n)  # epochs that were found on disk
                     _write_results(folder, data.name, self.seeds, summaries)
                     yield summary
 
@@ -195,11 +185,11 @@ class Demo:
         student = folder / "checkpoint" / f"seed-{first.seed}" / CONDENSED / "student.safetensors"
         storage.write_bytes(folder / "student.safetensors", student.read_bytes())
         report.write(
-            folder,
+            folder / REPORT[0],
             title=f"Knowledge condensation on {data.name}",
             summaries=summaries,
             reference=TEACHER,
-            ranking=report.rank_images(first, data.train.images, data.train.labels),
+            ranking=report.rank_images(first, data.train.images, data.train.labels, data.class_names),
             config=config,
         )
 

@@ -11,17 +11,25 @@ from accelerate.utils import GradientAccumulationPlugin
 
 
 @contextmanager
-def accelerator_on(device: str) -> Iterator[Accelerator]:
-    """An Accelerator on this device (auto, cpu or cuda) that steps with every batch, whatever the environment says.
+def accelerator_on(device: str, mixed_precision: str | None = None) -> Iterator[Accelerator]:
+    """An Accelerator on this device (auto, cpu or cuda); gradients are accumulated by nobody but the trainer.
 
-    A process that had none before has none afterwards; one that the caller has accumulates gradients as before.
+    `mixed_precision`: "no", "bf16" or "fp16"; None: what the launcher says. A process that had no Accelerator before
+    has none afterwards; one that the caller has accumulates gradients as before.
     """
     wanted = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     if wanted == "cuda" and not torch.cuda.is_available():
         raise ValueError("device 'cuda' is not available: this torch has no CUDA or finds no driver")
     ours = not AcceleratorState._shared_state
+    if not ours and mixed_precision not in (None, AcceleratorState().mixed_precision):
+        had = AcceleratorState().mixed_precision
+        raise ValueError(f"precision {mixed_precision!r}: this process has an Accelerator of precision {had!r} already")
     gradients = {name: copy(value) for name, value in GradientState._shared_state.items()}  # all Accelerators share it
-    accelerator = Accelerator(cpu=wanted == "cpu", gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1))
+    accelerator = Accelerator(
+        cpu=wanted == "cpu",
+        mixed_precision=mixed_precision,
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+    )
     try:
         if accelerator.device.type != wanted:
             raise ValueError(f"device {wanted!r}: this process has an Accelerator on {accelerator.device} already")
@@ -34,10 +42,10 @@ def accelerator_on(device: str) -> Iterator[Accelerator]:
 
 
 @contextmanager
-def threads(count: int) -> Iterator[None]:
-    """So many threads of torch's inside."""
+def threads(count: int | None) -> Iterator[None]:
+    """So many threads of torch's inside; None: as many as it has."""
     before = torch.get_num_threads()
-    torch.set_num_threads(count)
+    torch.set_num_threads(before if count is None else count)
     try:
         yield
     finally:

@@ -1,17 +1,17 @@
 """The folder of a run: what is in it, when it is written, and whether a run may go on in it."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor
 
 from ..environment import versions
 from . import checkpoint, storage
 from .identity import check_same
 from .summary import Summary, results
 
-ENTRIES = ("config.json", "metrics.jsonl", "checkpoint", "student.safetensors", "summary.json")
+ENTRIES = ("config.json", "pretraining.jsonl", "metrics.jsonl", "checkpoint", "student.safetensors", "summary.json")
 
 
 class RunFolder:
@@ -36,26 +36,28 @@ class RunFolder:
         elif taken:
             self._check_only_begun(taken)
 
-    def begin(self) -> None:
+    def begin(self, label: str, about: Mapping[str, object]) -> None:
         """Before the first epoch, so that a folder that cannot be written costs nothing."""
         self.path.mkdir(parents=True, exist_ok=True)
-        storage.write_json(self.path / "config.json", {**self.identity, "versions": versions()})
+        config = {**self.identity, "label": label, "about": dict(about), "versions": versions()}
+        storage.write_json(self.path / "config.json", config)
 
-    def keep(self, history: Sequence[dict], state: checkpoint.Checkpoint) -> None:
+    def keep(self, pretraining: Sequence[dict], history: Sequence[dict], state: checkpoint.Checkpoint) -> None:
         """After an epoch."""
+        if pretraining:
+            storage.write_lines(self.path / "pretraining.jsonl", pretraining)
         storage.write_lines(self.path / "metrics.jsonl", history)
         checkpoint.save(self.path / "checkpoint", state)
 
-    def finish(self, student: nn.Module, dataset: str, summary: Summary) -> None:
-        """After the last."""
+    def finish(self, student: Mapping[str, Tensor], dataset: str, summary: Summary) -> None:
+        """After the last, with the student's state_dict."""
         storage.write_lines(self.path / "metrics.jsonl", summary.history)
-        weights = checkpoint.tensors_as_bytes(student.state_dict())
-        storage.write_bytes(self.path / "student.safetensors", weights)
+        storage.write_bytes(self.path / "student.safetensors", checkpoint.tensors_as_bytes(student))
         storage.write_json(self.path / "summary.json", results(dataset, [summary.seed], [summary]))
 
     def _check_only_begun(self, taken: Sequence[str]) -> None:
         """Without a checkpoint, what is there must be of this run, killed in its first epoch."""
-        begun = {"config.json"} <= set(taken) <= {"config.json", "metrics.jsonl", "checkpoint"}
+        begun = {"config.json"} <= set(taken) <= {"config.json", "pretraining.jsonl", "metrics.jsonl", "checkpoint"}
         try:
             config = json.loads((self.path / "config.json").read_text()) if begun else None
         except ValueError as error:

@@ -10,15 +10,22 @@ from torch import Tensor, nn
 from torch.utils.data import default_collate
 
 from ..data import IndexedDataset
+from ..data.images import ImageSet
 from .randomness import seeded
 from .recipe import Recipe
+from .sharding import whole
 
 PROBED = 5  # samples of a data set that are looked at, the first and the last among them
 FREE = ("device", "num_workers", "name")  # of a recipe: where a run computes and what it is called may change
+OF_A_STEP = ("batch_size", "gradient_accumulation")  # may change together with the number of processes
 
 
 def identity_of(
-    recipe: Recipe, teacher: nn.Module | None, train: IndexedDataset, test: IndexedDataset, accelerator: Accelerator
+    recipe: Recipe,
+    teacher: nn.Module | None,
+    train: IndexedDataset | ImageSet,
+    test: IndexedDataset | ImageSet,
+    accelerator: Accelerator,
 ) -> dict[str, object]:
     """As JSON. The student is not in it: a run that goes on takes its weights from the checkpoint."""
     return {
@@ -27,7 +34,7 @@ def identity_of(
         "test": len(test),
         "train_samples": digest_of_samples(train),
         "test_samples": digest_of_samples(test),
-        "teacher": None if teacher is None else digest(teacher.state_dict()),
+        "teacher": None if teacher is None else digest(whole(teacher.state_dict())),
         "precision": accelerator.mixed_precision,
         "processes": accelerator.num_processes,
     }
@@ -35,8 +42,9 @@ def identity_of(
 
 def check_same(saved: Mapping, mine: Mapping, path: object) -> None:
     """Raises ValueError, naming the first difference, unless the run in `path` may go on as this one."""
-    pairs = [(key, saved.get(key), value) for key, value in mine.items() if key != "recipe"]
-    pairs += [(key, saved["recipe"].get(key), value) for key, value in mine["recipe"].items() if key not in FREE]
+    free = FREE if saved.get("processes") == mine["processes"] else FREE + OF_A_STEP
+    pairs = [(key, saved.get(key), value) for key, value in mine.items() if key not in ("recipe", "processes")]
+    pairs += [(key, saved["recipe"].get(key), value) for key, value in mine["recipe"].items() if key not in free]
     for key, old, new in pairs:
         if old != new:
             raise ValueError(f"{path} was run with {key}={old!r}, got {key}={new!r}: a run resumes only as it began")
@@ -52,8 +60,14 @@ def digest(tensors: Mapping[str, object]) -> str:
     return sha.hexdigest()[:16]
 
 
-def digest_of_samples(dataset: IndexedDataset) -> str:
-    """`digest` of a few samples and their labels, whatever the state of the generators that transforms draw from."""
+def digest_of_samples(dataset: IndexedDataset | ImageSet) -> str:
+    """`digest` of a few samples and their labels, whatever the state of the generators that transforms draw from.
+
+    Of images in memory it is that of all of them, and names their views.
+    """
+    if isinstance(dataset, ImageSet):
+        images, labels = dataset.tensors(torch.device("cpu"))
+        return digest({f"images {dataset.views}": images, "labels": labels})
     chosen = np.unique(np.linspace(0, len(dataset) - 1, PROBED).astype(int)).tolist()
     with seeded(0):
         samples = {index: default_collate([dataset[index]]) for index in chosen}

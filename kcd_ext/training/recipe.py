@@ -5,24 +5,29 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 
 from ..condensation import KnowledgeCondenser
-from ..condensation.checks import real, whole
+from ..condensation.checks import flag, real, whole
 from ..condensation.random_keys import MAX_SEED
 from ..registry import resolve
 
 SELECTIONS = {
     "value": "kcd_ext.condensation:KnowledgeCondenser",
     "random": "kcd_ext.condensation:RandomCondenser",
+    "infobatch": "kcd_ext.condensation:InfoBatch",
 }
+PRECISIONS = {"auto": None, "float32": "no", "bfloat16": "bf16", "float16": "fp16"}  # as accelerate calls them
 
 
 @dataclass(frozen=True)
 class Condense:
-    """Knowledge condensation: the options of `KnowledgeCondenser`, which checks them, and who ranks the samples."""
+    """Knowledge condensation: the options of `KnowledgeCondenser`, which checks them, who ranks, and how batches shrink.
+
+    Two ways, combined at will: over the data set (`keep` < 1), as in the paper, and within every batch (`batch_keep` < 1).
+    """
 
     keep: float = 0.7
-    """The fraction of the training set that is left in the end, in (0, 1]."""
-    every: int = 40
-    """Epochs between two condensations."""
+    """The fraction of the training set that is left in the end, in (0, 1]; 1: the set stays whole."""
+    every: int | None = None
+    """Epochs between two condensations; None: the run in `stages` equal parts (40 of 240 epochs)."""
     stages: int = 6
     """Condensations until `keep` is reached."""
     schedule: str = "reference"
@@ -36,25 +41,47 @@ class Condense:
     convex: bool = True
     """(1 - e) kept + e dropped, as in the authors' code; off: kept + e dropped, as in the paper."""
     selection: str = "value"
-    """Who ranks: value (the student's entropy), random (the same sizes, for comparison) or module:Class."""
+    """Who ranks: value (the student's entropy), random (the same sizes, for comparison), infobatch (Qin et al., 2024:
+    anew in every epoch, `keep` the probability of a sample of low loss to stay) or module:Class."""
+    batch_keep: float = 1.0
+    """The fraction of every batch, of highest student's entropy, that the teacher is asked about, in (0, 1]."""
 
     def __post_init__(self) -> None:
-        self.build(1, seed=0, device="cpu")  # the condenser knows what it takes
+        real("batch_keep", self.batch_keep, "a number in (0, 1]", 5e-324, 1)
+        if self.every is not None:
+            whole("every", self.every, 1)
+        whole("stages", self.stages, 1)
+        self.build(1, seed=0, device="cpu", epochs=1)  # the condenser knows what it takes
 
-    def build(self, num_samples: int, *, seed: int, device: object) -> KnowledgeCondenser:
-        """The condenser of a training set of this many samples."""
+    @property
+    def shrinks_the_set(self) -> bool:
+        """Whether an epoch visits fewer samples than there are."""
+        return self.keep < 1
+
+    def build(self, num_samples: int, *, seed: int, device: object, epochs: int) -> KnowledgeCondenser:
+        """The condenser of a training set of this many samples, for a run of this many epochs.
+
+        Raises:
+            TypeError, ValueError: an option is out of range, or has no effect with this selection.
+        """
         condenser = resolve("selection", self.selection, SELECTIONS)
         parameters = inspect.signature(condenser).parameters
         takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+        # A set that stays whole waits for an epoch that never comes; else `stages` parts of the run.
+        every = self.every or (-(-epochs // self.stages) if self.shrinks_the_set else epochs + 1)
+        # Equal parts: rounded up to whole epochs there can be fewer of them.
+        given = {"every": every, "stages": self.stages if self.every else -(-epochs // every), "epochs": epochs}
         options = {}
         for option in fields(self):
-            value = getattr(self, option.name)
-            if option.name == "selection":
+            if option.name in ("selection", "batch_keep"):
                 continue
+            chosen = getattr(self, option.name)
+            value = given.pop(option.name, chosen)
             if takes_all or option.name in parameters:
                 options[option.name] = value
-            elif value != option.default:
-                raise ValueError(f"{option.name}={value!r} has no effect with selection {self.selection!r}")
+            elif chosen != option.default:
+                raise ValueError(f"{option.name}={chosen!r} has no effect with selection {self.selection!r}")
+        options |= {name: value for name, value in given.items() if name in parameters}
         return condenser(num_samples, seed=seed, device=device, **options)
 
 
@@ -69,31 +96,42 @@ class Recipe:
     """
 
     method: str = "kd"
-    """A name of `kcd_ext.methods.REGISTRY`, or module:Class."""
-    options: Mapping[str, float] = field(default_factory=dict)
+    """What is distilled: kd, pkt, crd, sskd, ce (nothing, only the labels), or module:Class."""
+    options: Mapping[str, float | str] = field(default_factory=dict)
     """Keyword arguments of the method, as {"temperature": 4.0}."""
-    condense: Condense | None = None
-    """None: every epoch visits the whole training set."""
+    condense: Condense = field(default_factory=lambda: Condense(keep=1.0))
+    """Knowledge condensation. Left out, or None: every epoch visits the whole training set."""
     epochs: int = 240
+    """Passes over what is kept of the training set."""
     batch_size: int = 64
-    """Samples of a step on each process."""
+    """Samples of a batch on each process."""
+    gradient_accumulation: int = 1
+    """Batches whose gradients make one step."""
     lr: float = 0.05
+    """The learning rate at the start, of stochastic gradient descent."""
     momentum: float = 0.9
+    """Of the gradients."""
     weight_decay: float = 5e-4
+    """Times a weight, added to its gradient."""
     milestones: tuple[float, ...] = (0.625, 0.75, 0.875)
     """Fractions of `epochs` at which the learning rate is multiplied by `gamma` (150, 180 and 210 of 240)."""
     gamma: float = 0.1
+    """What the learning rate is multiplied by at a milestone."""
     seed: int = 0
     """Decides the order of the samples and all randomness of training. The initial weights are the caller's."""
     device: str = "auto"
     """auto (CUDA where there is one), cpu or cuda."""
+    precision: str = "auto"
+    """float32, bfloat16 or float16 autocast of the networks; auto: what accelerate was launched with, else float32."""
+    compile: bool = False
+    """Compiles student and teacher with torch.compile."""
     num_workers: int = 0
-    """Processes that load data."""
+    """Processes that load data that does not lie in memory."""
     name: str = ""
     """What tables and files call the run; empty: the method, with kc- before it where samples are condensed."""
 
     def __post_init__(self) -> None:
-        for name, least in (("epochs", 1), ("batch_size", 1), ("num_workers", 0)):
+        for name, least in (("epochs", 1), ("batch_size", 1), ("gradient_accumulation", 1), ("num_workers", 0)):
             whole(name, getattr(self, name), least)
         whole("seed", self.seed, 0, MAX_SEED)
         if not isinstance(self.name, str):
@@ -107,19 +145,23 @@ class Recipe:
             real("milestones", milestone, "fractions of the epochs in [0, 1]", 0.0, 1.0)
         if self.device not in ("auto", "cpu", "cuda"):
             raise ValueError(f"device must be auto, cpu or cuda, got {self.device!r}")
-        if self.condense is not None and not isinstance(self.condense, Condense):
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision must be {', '.join(PRECISIONS)}, got {self.precision!r}")
+        flag("compile", self.compile)
+        if self.condense is None:
+            object.__setattr__(self, "condense", Condense(keep=1.0))
+        if not isinstance(self.condense, Condense):
             raise TypeError(f"condense must be a Condense or None, got {type(self.condense).__name__}")
-        if self.condense is not None and self.condense.every >= self.epochs:
-            raise ValueError(
-                f"condense.every must be < epochs={self.epochs}, got {self.condense.every}: nothing would be condensed"
-            )
+        every = self.condense.every or 1  # None: at the soonest after every epoch
+        if self.condense.shrinks_the_set and every >= self.epochs:
+            raise ValueError(f"condense.every must be < epochs={self.epochs}, got {every}: nothing would be condensed")
         if not isinstance(self.options, Mapping):
             raise TypeError(f"options must be a mapping of the method's arguments, got {type(self.options).__name__}")
 
     @property
     def label(self) -> str:
         """The name of the run."""
-        if self.name or self.condense is None:
+        if self.name or not self.condense.shrinks_the_set:
             return self.name or self.method
         return f"kc-{self.method}" if self.condense.selection == "value" else self.condense.selection
 
@@ -127,8 +169,17 @@ class Recipe:
         """The learning rate of an epoch, 0 <= epoch < epochs: a function of the epoch alone, so nothing to save."""
         return self.lr * self.gamma ** sum(epoch >= milestone * self.epochs for milestone in self.milestones)
 
+    @classmethod
+    def from_json(cls, plain: Mapping[str, object]) -> "Recipe":
+        """The recipe that `as_json` wrote down."""
+        return cls(**{**plain, "condense": Condense(**plain["condense"])})
+
     def as_json(self) -> dict[str, object]:
         """Plain numbers, strings, lists and dictionaries."""
         plain = {f.name: getattr(self, f.name) for f in fields(self)}
-        condense = None if self.condense is None else asdict(self.condense)
-        return plain | {"options": dict(self.options), "milestones": list(self.milestones), "condense": condense}
+        changed = {
+            "options": dict(self.options),
+            "milestones": list(self.milestones),
+            "condense": asdict(self.condense),
+        }
+        return plain | changed

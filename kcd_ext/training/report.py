@@ -4,8 +4,8 @@ import base64
 import html
 import io
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import astuple, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 
@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import imsave
 
 from .storage import write_bytes
-from .summary import HEADER, Summary, tabulate
+from .summary import Summary, cells
 
 # Okabe and Ito's colours, told apart by everybody: grey, blue, orange, vermilion, green, purple.
 COLOURS = ("#7f7f7f", "#0072b2", "#e69f00", "#d55e00", "#009e73", "#cc79a7")
@@ -24,16 +24,16 @@ SHOWN = 16  # of the most and of the least valuable images
 
 STYLE = """
 body { font: 16px/1.55 system-ui, sans-serif; color: #1b1f24; background: #f6f7f9; margin: 0 }
-main { max-width: 62rem; margin: 0 auto; padding: 1.25rem }
+main { max-width: 68rem; margin: 0 auto; padding: 1.25rem }
 h1 { font-size: 1.6rem; line-height: 1.25; margin: .5rem 0 } h2 { font-size: 1.1rem; margin: 0 0 .6rem }
 section { background: #fff; border: 1px solid #e1e4e8; border-radius: 10px; padding: 1rem; margin: 1rem 0 }
 .pair { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)) }
 .pair section { margin: 0 } .wide { overflow-x: auto } svg { width: 100%; height: auto; display: block }
-.values svg { max-width: 40rem; margin: 0 auto }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; white-space: nowrap }
 th, td { padding: .4rem .7rem; border-bottom: 1px solid #e8eaed; text-align: right; font-weight: 400 }
 th { color: #57606a; font-size: .85rem } th:first-child, td:first-child { text-align: left }
-.images { display: grid; gap: .5rem; grid-template-columns: repeat(auto-fill, minmax(3.6rem, 1fr)) }
+.images { display: grid; gap: .5rem }
+.images { grid-template-columns: repeat(auto-fill, minmax(max(3.2rem, calc((100% - 7.5rem) / 16)), 1fr)) }
 figure { margin: 0; text-align: center } figcaption { font-size: .72rem; line-height: 1.3; color: #57606a }
 figure img { width: 100%; image-rendering: pixelated; border-radius: 4px; display: block }
 p.note { color: #57606a; font-size: .88rem; margin: .5rem 0 0 } pre { overflow-x: auto; font-size: .8rem }
@@ -49,42 +49,55 @@ class RankedImage:
     """A training image and what it is worth."""
 
     image: np.ndarray  # uint8 (h, w, c)
-    label: int
+    label: str
     value: float  # mean entropy of the student over its visits, nats
 
 
-def rank_images(summary: Summary, images: np.ndarray, labels: np.ndarray) -> list[RankedImage]:
-    """All training images that the run has visited, the most valuable first."""
+def rank_images(
+    summary: Summary, images: np.ndarray, labels: np.ndarray, class_names: Sequence[str] = ()
+) -> list[RankedImage]:
+    """All training images that the run has visited, the most valuable first; none where it kept no knowledge values.
+
+    `images` (n, h, w, c) uint8, `labels` (n,) integers, `class_names` what they are called, if anything.
+    """
+    if summary.condenser.measure != "value":
+        return []
     values, counts = summary.condenser.values.cpu().numpy(), summary.condenser.counts.cpu().numpy()
     visited = np.flatnonzero(counts)
     order = visited[np.argsort(-values[visited], kind="stable")]
-    return [RankedImage(images[i], int(labels[i]), float(values[i])) for i in order]
+    names = class_names or [f"class {label}" for label in range(int(labels.max()) + 1)]
+    return [RankedImage(images[i], names[labels[i]], float(values[i])) for i in order]
 
 
 def write(
-    folder: Path,
+    page: Path,
     *,
     title: str,
     summaries: Sequence[Summary],
     reference: str,
-    ranking: Sequence[RankedImage],
     config: Mapping[str, object],
+    ranking: Sequence[RankedImage] = (),
+    notes: Sequence[str] = (),
+    differences: Sequence[Sequence[str]] = (),
 ) -> None:
-    """Writes `report.html` and `report.png` into the folder.
+    """Writes the page, and its picture beside it as .png.
 
     Args:
+        page: the HTML file.
         title: the headline.
-        summaries: runs of several methods and seeds.
-        reference: the method that is drawn as a level instead of a curve (the teacher).
-        ranking: training images, the most valuable first.
+        summaries: runs of several methods and seeds; those of one method are averaged up to the shortest.
+        reference: the method that is drawn as a level instead of a curve (the teacher), unless it is the only one.
         config: shown at the end; JSON.
+        ranking: training images, the most valuable first.
+        notes: sentences about the results.
+        differences: a table, its header first, of what differs between the methods.
 
     Raises:
         OSError: a file cannot be written.
     """
     runs = _Runs(summaries, reference)
-    write_bytes(folder / "report.html", _page(title, runs, ranking, config).encode())
-    write_bytes(folder / "report.png", _picture(runs, ranking))
+    write_bytes(page, _page(title, runs, ranking, config, notes, differences).encode())
+    write_bytes(page.with_suffix(".png"), _picture(runs, ranking))
 
 
 class _Runs:
@@ -95,21 +108,29 @@ class _Runs:
         self.groups: dict[str, list[Summary]] = {}
         for summary in summaries:
             self.groups.setdefault(summary.method, []).append(summary)
-        self.reference = self.groups.get(reference, [])
-        self.drawn = [method for method in self.groups if method != reference]
+        self.reference = self.groups.get(reference, []) if len(self.groups) > 1 else []
+        self.drawn = [method for method, group in self.groups.items() if group is not self.reference]
         self.colours = dict(zip(self.drawn, COLOURS * len(self.drawn), strict=False))
 
     def curve(self, method: str, name: str) -> np.ndarray:
         """(epochs,) of a number in the lines of metrics."""
-        return np.mean([[line[name] for line in run.history] for run in self.groups[method]], axis=0)
+        lines = zip(*(run.history for run in self.groups[method]), strict=False)  # an unfinished one is shorter
+        return np.array([[line[name] for line in epoch] for epoch in lines], dtype=float).mean(1)
 
-    def stages(self) -> Iterator[tuple[str, dict]]:
-        """The E-steps of the first run that ranked by value (it is the one that mixes), with the run's name."""
-        for run in self.summaries:
-            found = [line["condensation"] for line in run.history if line["condensation"]]
-            if any(stage["mixed"] for stage in found):
-                yield from ((run.method, stage) for stage in found)
-                return
+    @property
+    def flops_known(self) -> bool:
+        """Whether all that is drawn can be drawn against them."""
+        return all(line["flops"] is not None for m in self.drawn for run in self.groups[m] for line in run.history)
+
+    @property
+    def stages(self) -> dict[str, list[dict]]:
+        """The E-steps of the first run of every method that ranks by value (those are the ones that mix)."""
+        found = {}
+        for method, (first, *_) in self.groups.items():
+            steps = [line["condensation"] for line in first.history if line["condensation"]]
+            if any(step["mixed"] for step in steps):
+                found[method] = steps
+        return found
 
 
 def _draw_accuracy(axes: Axes, runs: _Runs, against: str, label: str) -> None:
@@ -121,20 +142,26 @@ def _draw_accuracy(axes: Axes, runs: _Runs, against: str, label: str) -> None:
         level = mean(run.accuracy_last for run in runs.reference)
         axes.axhline(level, color="#333333", linestyle="--", linewidth=1, label=runs.reference[0].method)
     axes.set(xlabel=label, ylabel="test accuracy, %")
-    axes.xaxis.set_major_formatter(lambda x, _position: f"{x / 1000:g}k" if x >= 1000 else f"{x:g}")
+    axes.xaxis.set_major_formatter(lambda x, _position: _short(x))
     axes.legend(loc="lower right", frameon=False)
 
 
-def _draw_values(axes: Axes, runs: _Runs) -> None:
+def _short(number: float) -> str:
+    """12000 -> 12k."""
+    units = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+    unit, letter = next(((unit, letter) for unit, letter in units if number >= unit), (1, ""))
+    return f"{number / unit:g}{letter}"
+
+
+def _draw_values(axes: Axes, stages: Sequence[dict]) -> None:
     """How the values of all samples are spread when a stage ends, one line a stage."""
-    stages = list(runs.stages())
     shades = matplotlib.colormaps["viridis_r"](np.linspace(0.15, 1, max(len(stages), 1)))
-    for (_, stage), shade in zip(stages, shades, strict=False):
+    for stage, shade in zip(stages, shades, strict=False):
         values = stage["values"]
         counts = np.array(values["counts"])
         edges = np.linspace(values["low"], values["high"], len(counts) + 1)
         label = f"stage {stage['stage']}: {stage['kept']:,} kept"
-        axes.stairs(100 * counts / counts.sum(), edges, color=shade, label=label, linewidth=1.4)
+        axes.stairs(100 * counts / max(counts.sum(), 1), edges, color=shade, label=label, linewidth=1.4)
     axes.set(xlabel="knowledge value (student's entropy, nats)", ylabel="samples, %")
     if stages:
         axes.legend(frameon=False, fontsize=8)
@@ -160,15 +187,18 @@ def _svg(figure: Figure) -> str:
 
 
 def _picture(runs: _Runs, ranking: Sequence[RankedImage]) -> bytes:
-    """The report in one PNG."""
-    figure, (visits, values, best, worst) = _figure(11, 5.2, columns=2, rows=(3, 1.7))
-    _draw_accuracy(visits, runs, "sample_visits", "sample visits")
-    _draw_values(values, runs)
-    for axes, chosen, title in ((best, ranking[:SHOWN], "most"), (worst, ranking[-SHOWN:], "least")):
-        axes.set_axis_off()
-        if chosen:
-            axes.imshow(_tiles([ranked.image for ranked in chosen], columns=8), cmap="gray", vmin=0, vmax=255)
-            axes.set_title(f"{title} valuable for the student", fontsize=10)
+    """The report in one PNG: the curves, beside them the values of the first method that has any, images below."""
+    stages = next(iter(runs.stages.values()), None)
+    figure, axes = _figure(11, 5.2 if ranking else 3.8, columns=2, rows=(3, 1.7) if ranking else (3,))
+    _draw_accuracy(axes[0], runs, "sample_visits", "sample visits")
+    if stages is None:
+        _draw_accuracy(axes[1], runs, "seconds", "seconds of training")
+    else:
+        _draw_values(axes[1], stages)
+    for tiles, chosen, title in zip(axes[2:], (ranking[:SHOWN], ranking[-SHOWN:]), ("most", "least"), strict=False):
+        tiles.set_axis_off()
+        tiles.imshow(_tiles([ranked.image for ranked in chosen], columns=8), cmap="gray", vmin=0, vmax=255)
+        tiles.set_title(f"{title} valuable for the student", fontsize=10)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=150)
     return buffer.getvalue()
@@ -192,38 +222,30 @@ def _thumbnail(item: RankedImage) -> str:
     buffer = io.BytesIO()
     imsave(buffer, _drawable(item.image), format="png", cmap="gray", vmin=0, vmax=255)
     data = base64.b64encode(buffer.getvalue()).decode()
-    alt = f"an image of class {item.label}"
-    caption = f"class {item.label}<br>{item.value:.2f}"
-    return f'<figure><img alt="{alt}" src="data:image/png;base64,{data}"><figcaption>{caption}</figcaption></figure>'
+    label = html.escape(item.label)
+    picture = f'<img alt="an image of {label}" src="data:image/png;base64,{data}">'
+    return f"<figure>{picture}<figcaption>{label}<br>{item.value:.2f}</figcaption></figure>"
 
 
-def _table(runs: _Runs) -> str:
-    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in astuple(HEADER))
-    body = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in astuple(row)) + "</tr>"
-        for row in tabulate(runs.summaries)
+def _table(table: Sequence[Sequence[str]]) -> str:
+    head, *body = (
+        "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row)
+        for tag, row in zip(["th", *["td"] * len(table)], table, strict=False)
     )
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    rows = "".join(f"<tr>{row}</tr>" for row in body)
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
 
 
-def _page(title: str, runs: _Runs, ranking: Sequence[RankedImage], config: Mapping[str, object]) -> str:
-    figures = {}
-    for against, label in (("sample_visits", "sample visits"), ("seconds", "seconds of training")):
-        figure, (axes,) = _figure(5.6, 3.8)
-        _draw_accuracy(axes, runs, against, label)
-        figures[against] = _svg(figure)
-    figure, (axes,) = _figure(5.6, 3.8)
-    _draw_values(axes, runs)
-    seeds = list(dict.fromkeys(run.seed for run in runs.summaries))
-    values = f"""
-<section class="values"><h2>Knowledge values, stage by stage</h2>{_svg(figure)}
-<p class="note">How the values of all samples visited so far are spread when a stage ends. A value is the student's
- mean entropy over its visits to the sample (seed {seeds[0]}).</p></section>"""
-    most, least = ("".join(map(_thumbnail, chosen)) for chosen in (ranking[:SHOWN], ranking[-SHOWN:]))
-    images = f"""
-<section><h2>Most valuable training images</h2><div class="images">{most}</div></section>
-<section><h2>Least valuable training images</h2><div class="images">{least}</div>
-<p class="note">Below each image its class and its value at the end, in nats (seed {seeds[0]}).</p></section>"""
+def _page(
+    title: str,
+    runs: _Runs,
+    ranking: Sequence[RankedImage],
+    config: Mapping[str, object],
+    notes: Sequence[str],
+    differences: Sequence[Sequence[str]],
+) -> str:
+    seeds = list(dict.fromkeys(run.seed for method in runs.drawn for run in runs.groups[method]))
+    over = f"{'mean ± standard deviation over seeds' if len(seeds) > 1 else 'seed'} {', '.join(map(str, seeds))}"
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -234,16 +256,45 @@ def _page(title: str, runs: _Runs, ranking: Sequence[RankedImage], config: Mappi
 </head>
 <body><main>
 <h1>{html.escape(title)}</h1>
-<section class="wide"><h2>Results, {"mean ± standard deviation over" if len(seeds) > 1 else ""}
- seed{"s" if len(seeds) > 1 else ""} {", ".join(map(str, seeds))}</h2>{_table(runs)}
+<section class="wide"><h2>Results, {over}</h2>{_table(cells(runs.summaries))}
+{"".join(f'<p class="note">{html.escape(note)}</p>' for note in notes)}
 <p class="note">Accuracy on the test set, after the last epoch and in the best one. A sample visit is one sample
- trained on once; a teacher visit one that the teacher was asked about. Percentages are of KD's. Seconds are of training
- alone, without validation.</p></section>
-<div class="pair">
-<section><h2>Accuracy against sample visits</h2>{figures["sample_visits"]}</section>
-<section><h2>Accuracy against seconds</h2>{figures["seconds"]}</section>
-</div>{values if any(runs.stages()) else ""}{images if ranking else ""}
+ trained on once; a teacher visit one that the teacher was asked about; percentages are of KD's. FLOPs are estimated: a
+ forward pass of the teacher for every teacher visit, three of the student for every sample visit. Seconds are of
+ training alone, without validation; of them condensation took the part in the last column.</p></section>
+{_section_of_differences(differences) if differences else ""}<div class="pair">
+{_section_of_curves(runs, "sample_visits", "sample visits", "sample visits")}
+{_section_of_curves(runs, "seconds", "seconds", "seconds of training")}
+{_section_of_curves(runs, "flops", "FLOPs", "floating-point operations of training") if runs.flops_known else ""}
+{"".join(_section_of_values(method, runs) for method in runs.stages)}</div>{_images(ranking) if ranking else ""}
 <section><h2>Configuration</h2><pre>{html.escape(json.dumps(config, indent=2))}</pre></section>
 </main></body>
 </html>
 """
+
+
+def _section_of_differences(table: Sequence[Sequence[str]]) -> str:
+    return f"""<section class="wide"><h2>What differs</h2>{_table(table)}</section>
+"""
+
+
+def _section_of_curves(runs: _Runs, against: str, name: str, label: str) -> str:
+    figure, (axes,) = _figure(5.6, 3.8)
+    _draw_accuracy(axes, runs, against, label)
+    return f"<section><h2>Accuracy against {name}</h2>{_svg(figure)}</section>"
+
+
+def _section_of_values(method: str, runs: _Runs) -> str:
+    figure, (axes,) = _figure(5.6, 3.8)
+    _draw_values(axes, runs.stages[method])
+    return f"""<section><h2>Knowledge values of {html.escape(method)}, stage by stage</h2>{_svg(figure)}
+<p class="note">How the values of all samples visited so far are spread when a stage ends. A value is the student's
+ mean entropy over its visits to the sample (seed {runs.groups[method][0].seed}).</p></section>"""
+
+
+def _images(ranking: Sequence[RankedImage]) -> str:
+    most, least = ("".join(map(_thumbnail, chosen)) for chosen in (ranking[:SHOWN], ranking[-SHOWN:]))
+    return f"""
+<section><h2>Most valuable training images</h2><div class="images">{most}</div></section>
+<section><h2>Least valuable training images</h2><div class="images">{least}</div>
+<p class="note">Below each image its class and its value at the end, in nats (first seed).</p></section>"""

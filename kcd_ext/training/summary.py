@@ -1,7 +1,7 @@
 """What a run came to, and a table of many."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import astuple, dataclass, field, fields
 from statistics import mean, stdev
 
 from ..condensation import KnowledgeCondenser
@@ -21,9 +21,14 @@ class Summary:
     sample_visits: int
     """Samples the student was trained on, summed over epochs and processes; repeats that fill up a batch left out."""
     teacher_visits: int
-    """Rows that the teacher was asked about, in all; with several processes repeats are among them."""
+    """Rows that the teacher was asked about, in all, pretraining included; with several processes repeats too."""
     seconds: float
-    """Wall time of training and condensation; validation and writing are not in it."""
+    """Wall time of pretraining, training and condensation; validation and writing are not in it."""
+    condensation_seconds: float = 0.0
+    """The part of `seconds` that condensation took: order of the samples, value table, ranking, mixes."""
+    flops: int | None = None
+    """Estimated floating-point operations of training: a forward pass of the teacher for each of its rows, and three of
+    the student for each of its own (the backward pass is counted as two), plus pretraining's. None: not countable."""
     history: Sequence[dict] = field(repr=False, default=())
     """A dictionary an epoch: the lines of metrics.jsonl."""
     condenser: KnowledgeCondenser | None = field(repr=False, compare=False, default=None)
@@ -48,20 +53,33 @@ class Row:
     accuracy_best: str
     sample_visits: str
     teacher_visits: str
+    flops: str
     seconds: str
+    condensation: str
 
 
-HEADER = Row("method", "accuracy last, %", "accuracy best, %", "sample visits", "teacher visits", "seconds")
+HEADER = Row(
+    method="method",
+    accuracy_last="accuracy last, %",
+    accuracy_best="accuracy best, %",
+    sample_visits="sample visits",
+    teacher_visits="teacher visits",
+    flops="FLOPs",
+    seconds="seconds",
+    condensation="condensation",
+)
 
 
 def tabulate(summaries: Iterable[Summary], baseline: str = "kd") -> list[Row]:
     """A row for each method, in the order of their first appearance; mean ± sample standard deviation over seeds.
 
-    Visits are also given in percent of those of `baseline`, where it was run.
+    Visits are also given in percent of those of `baseline`, where it was run; condensation in percent of the seconds.
     """
     groups: dict[str, list[Summary]] = {}
     for summary in summaries:
         groups.setdefault(summary.method, []).append(summary)
+    flops = {method: _mean_flops(group) for method, group in groups.items()}
+    unit, letter = _unit(max((count for count in flops.values() if count is not None), default=0))
 
     def visits(name: str, group: list[Summary]) -> str:
         count = mean(getattr(s, name) for s in group)
@@ -75,24 +93,45 @@ def tabulate(summaries: Iterable[Summary], baseline: str = "kd") -> list[Row]:
             accuracy_best=_spread([s.accuracy_best for s in group], ".2f"),
             sample_visits=visits("sample_visits", group),
             teacher_visits=visits("teacher_visits", group),
+            flops="unknown" if flops[method] is None else f"{flops[method] / unit:.4g} {letter}",
             seconds=_spread([s.seconds for s in group], ".1f"),
+            condensation=_share([s.condensation_seconds for s in group], [s.seconds for s in group]),
         )
         for method, group in groups.items()
     ]
 
 
-def as_text(rows: Sequence[Row]) -> str:
-    """The table for a terminal: columns padded to their widest entry, numbers to the right."""
-    cells = [[getattr(row, f.name) for f in fields(Row)] for row in (HEADER, *rows)]
-    widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
+def as_text(table: Sequence[Sequence[str]]) -> str:
+    """A table, its header first, for a terminal: columns padded to their widest entry, numbers to the right."""
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     lines = [
         "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))])
-        for line in cells
+        for line in table
     ]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def cells(summaries: Iterable[Summary]) -> list[tuple[str, ...]]:
+    """`tabulate` as plain text, its header first."""
+    return [astuple(row) for row in (HEADER, *tabulate(summaries))]
 
 
 def _spread(numbers: Sequence[float], form: str) -> str:
     if len(numbers) == 1:
         return f"{numbers[0]:{form}}"
     return f"{mean(numbers):{form}} ± {stdev(numbers):{form}}"
+
+
+def _mean_flops(group: Sequence[Summary]) -> float | None:
+    """None where one of them is not known."""
+    counts = [s.flops for s in group]
+    return None if None in counts else mean(counts)
+
+
+def _unit(largest: float) -> tuple[float, str]:
+    """Giga, tera or peta: in the largest unit that leaves one before the point, all of a table can be compared."""
+    return next(((unit, letter) for unit, letter in ((1e15, "P"), (1e12, "T")) if largest >= unit), (1e9, "G"))
+
+
+def _share(parts: Sequence[float], wholes: Sequence[float]) -> str:
+    return f"{100 * sum(parts) / sum(wholes):.1f} %" if sum(wholes) else "0.0 %"

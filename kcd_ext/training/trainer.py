@@ -2,33 +2,40 @@
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from torch import nn
-from torch.utils.data import BatchSampler, DataLoader, Dataset
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import Dataset
 
 from .. import methods
 from ..condensation import Condensation, CondensedSampler, KnowledgeCondenser
 from ..data import IndexedDataset
+from ..data.images import ImageSet
 from ..methods import Batch, Method, Outcome
 from ..registry import one_line
-from .batches import NoBatchOfOne
+from . import sharding
+from .batches import cut, feed_of
 from .checkpoint import Checkpoint
-from .checks import check_networks, indexed
+from .checks import check_method, check_networks, indexed
 from .device import accelerator_on
+from .flops import forward_flops
 from .folder import RunFolder
 from .identity import identity_of
 from .randomness import seeded
-from .recipe import Condense, Recipe
+from .recipe import PRECISIONS, Recipe
 from .summary import Summary
 
-PREPARING = 2**32  # in the place of an epoch's number: the randomness before the first epoch
+PREPARING = (
+    2**32
+)  # in the place of an epoch's number: the randomness before the first epoch, and of pretraining's epochs
+EVALUATED = 250  # samples of a batch without gradients, at least
+NOTHING_YET = {"sample_visits": 0, "teacher_visits": 0, "flops": 0, "seconds": 0.0, "condensation_seconds": 0.0}
 
 
 def distill(
@@ -41,28 +48,38 @@ def distill(
     output: str | Path | None = None,
     resume: bool = False,
     progress: Callable[[dict], None] | None = None,
+    about: Mapping[str, object] | None = None,
 ) -> Summary:
     """Trains the student, in place, as the recipe says, and validates it after every epoch.
 
     Args:
         student: any module, a batch of x -> logits (b, classes). All of it is trained in training mode, in whatever
             mode it comes (a part that must stay in evaluation mode overrides `train`), except parameters that require
-            no gradient. Ends on the training device, in evaluation mode.
+            no gradient. Ends on the training device, in evaluation mode. One that `fully_shard` has cut into pieces
+            (FSDP) is trained so.
         teacher: the same, or None where the method asks no teacher. Never trained, always in evaluation mode; ends as
             the student does. It shares no parameters with the student.
         train, test: map-style data sets of `(x, label)`, labels int64 in [0, classes); an `IndexedDataset` is taken as
-            it is, so that raw items can be mixed before they are transformed.
+            it is, so that raw items can be mixed before they are transformed. An `ImageSet` (of
+            `kcd_ext.data.images.load`, say) is moved to the training device as a whole and needs no loader: mixed,
+            cropped, flipped and normalised there, a batch at a time.
         recipe: every number of the run.
         output: a folder for config.json, metrics.jsonl and checkpoint/, written after every epoch, and
             student.safetensors (the last epoch's) and summary.json at the end. None: nothing is written.
         resume: goes on from the checkpoint in `output`, if there is one; on the CPU bit for bit as if it had never
-            been interrupted. Recipe, teacher, data, precision and number of processes must be those it began with; the
-            student's weights are the checkpoint's. A finished run returns at once.
-        progress: called on the main process after every epoch with its line of metrics.jsonl.
+            been interrupted. Recipe, teacher, data and precision must be those it began with; the student's weights
+            are the checkpoint's. The number of processes may be another one, and then `batch_size` and
+            `gradient_accumulation` too. A finished run returns at once.
+        progress: called on the main process after every epoch with its line of metrics.jsonl, and after every epoch of
+            a method's own pretraining with that of pretraining.jsonl, which has "pretraining" in place of "epoch".
+        about: JSON that config.json holds under "about", for whoever reads the folder; a resumed run may change it. Its
+            "dataset" names the data in summary.json.
 
     Several processes (`accelerate launch`, `torchrun`): every one calls `distill` with the same arguments; the first
-    one writes. Every parameter of the student must then have a part in the loss, or require no gradient. Every batch is
-    a step: gradients are not accumulated, whatever accelerate's configuration says.
+    one writes. Every kept sample is visited once an epoch by one of them; up to one sample each is repeated so that all
+    have equally many ("padding" in metrics.jsonl), and left out of the value table. Every parameter of the student must
+    then have a part in the loss, or require no gradient. Running statistics (buffers) are each process's own during an
+    epoch and the first one's after it.
 
     Python's, NumPy's and torch's generators and torch's settings are afterwards as they were before.
 
@@ -72,32 +89,45 @@ def distill(
         FloatingPointError: the loss or a weight is no longer finite; the last checkpoint is intact.
         OSError: a file cannot be written; those of the last epoch are intact.
     """
-    method = methods.build(recipe.method, recipe.options)
+    method = build_method(recipe)
     train, test = indexed("train", train), indexed("test", test)
     if teacher is None and method.needs_teacher:
         raise ValueError(f"teacher must be a torch.nn.Module: method {recipe.method!r} asks one, got None")
-    with accelerator_on(recipe.device) as accelerator, seeded(recipe.seed, PREPARING, device=accelerator.device):
+    with ExitStack() as stack:
+        accelerator = stack.enter_context(accelerator_on(recipe.device, PRECISIONS[recipe.precision]))
+        stack.enter_context(seeded(recipe.seed, PREPARING, device=accelerator.device))
         classes = check_networks(student, teacher, train, test, accelerator.device)
         identity = identity_of(recipe, teacher, train, test, accelerator) if output is not None else {}
         folder = RunFolder(Path(output), identity, resume) if output is not None else None
+        stack.callback(method.release)
         run = _Run(accelerator, student, teacher, method, train, test, recipe, classes)
         if folder is not None and folder.found is not None:
             run.restore(folder.found)
         accelerator.wait_for_everyone()  # all have looked into the folder before one writes there
-        if folder is not None and accelerator.is_main_process:
-            folder.begin()
-        while run.epoch < recipe.epochs:
+        writes = folder is not None and accelerator.is_main_process
+        if writes:
+            folder.begin(recipe.label, about or {})
+        while not run.finished:
             line = run.advance()
-            if accelerator.is_main_process:
-                if folder is not None:
-                    folder.keep(run.history, run.checkpoint(identity))
-                if progress is not None:
-                    progress(line)
+            checkpoint = run.checkpoint(identity) if folder is not None else None
+            if writes:
+                folder.keep(run.pretraining_history, run.history, checkpoint)
+            if progress is not None and accelerator.is_main_process:
+                progress(line)
         summary = run.summary()
-        if folder is not None and accelerator.is_main_process:
-            folder.finish(student, type(train.dataset).__name__, summary)
+        weights = sharding.whole(student.state_dict())
+        if writes:
+            folder.finish(weights, str((about or {}).get("dataset", _name_of(train))), summary)
         accelerator.wait_for_everyone()
         return summary
+
+
+def build_method(recipe: Recipe) -> Method:
+    """The recipe's method; raises TypeError or ValueError where it cannot serve the recipe."""
+    keep = recipe.condense.batch_keep
+    method = methods.build(recipe.method, {**recipe.options, **({"batch_keep": keep} if keep < 1 else {})})
+    check_method(method, recipe)
+    return method
 
 
 class Step(nn.Module):
@@ -107,24 +137,27 @@ class Step(nn.Module):
     teacher is handed in with each call, and so is neither trained nor wrapped nor saved.
     """
 
-    def __init__(self, student: nn.Module, method: Method):
+    def __init__(self, student: nn.Module, method: Method, called: nn.Module):
         super().__init__()
         self.student = student
         self.method = method
+        self._called = [called]  # the student, or what was compiled of it; a list hides it, so it is saved once
 
     def forward(self, teacher: nn.Module | None, batch: Batch) -> Outcome:
         """The method's outcome of the batch."""
-        return self.method(self.student, teacher, batch)
+        return self.method(self._called[0], teacher, batch)
 
 
-class _Batches:
-    """A loader's batches by name, as often as one asks."""
+class _PretrainingStep(nn.Module):
+    """The part of a method that is trained first, and its loss, for several processes to wrap."""
 
-    def __init__(self, loader: DataLoader):
-        self.loader = loader
+    def __init__(self, method: Method, part: nn.Module):
+        super().__init__()
+        self.part = part
+        self._method = [method]
 
-    def __iter__(self) -> Iterator[Batch]:
-        return map(Batch._make, self.loader)
+    def forward(self, teacher: nn.Module | None, batch: Batch) -> Tensor:
+        return self._method[0].pretraining_loss(teacher, batch)
 
 
 class _Run:
@@ -136,8 +169,8 @@ class _Run:
         student: nn.Module,
         teacher: nn.Module | None,
         method: Method,
-        train: IndexedDataset,
-        test: IndexedDataset,
+        train: IndexedDataset | ImageSet,
+        test: IndexedDataset | ImageSet,
         recipe: Recipe,
         classes: int,
     ):
@@ -145,136 +178,270 @@ class _Run:
         self.classes = classes
         self.recipe = recipe
         self.student = student
-        self.teacher = teacher
+        self.method = method
         self.history: list[dict] = []
+        self.pretraining_history: list[dict] = []
 
-        device = accelerator.device
-        # Without condensation the same condenser waits for an epoch that never comes: one order of samples for all.
-        condense = recipe.condense or Condense(keep=1.0, every=recipe.epochs + 1)
-        self.condenser = condense.build(len(train), seed=recipe.seed, device=device)
-        # The sampler stays unsharded: accelerate shards its batches, and both together would lose samples.
-        self.sampler = CondensedSampler(self.condenser, seed=recipe.seed)
-        # Of several processes it fills up the last batches, so none is left with a single sample.
-        cut = NoBatchOfOne if accelerator.num_processes == 1 else partial(BatchSampler, drop_last=False)
-        options = {"num_workers": recipe.num_workers, "pin_memory": device.type == "cuda"}
-        batch_sampler = cut(self.sampler, recipe.batch_size)
-        self.loader = accelerator.prepare(DataLoader(train, batch_sampler=batch_sampler, **options))
-        self.batches = _Batches(self.loader)
-        self.test_loader = accelerator.prepare(DataLoader(test, batch_size=recipe.batch_size, **options))
-        method.prepare(student.to(device), teacher, self.batches)
-        self.module = Step(student, method).to(device)  # not the wrapped one: names in checkpoints stay the same
+        device, ranks = accelerator.device, accelerator.num_processes
+        # Without condensation the same condenser keeps everything: one order of samples for all.
+        self.condenser = recipe.condense.build(len(train), seed=recipe.seed, device=device, epochs=recipe.epochs)
+        self.sampler = CondensedSampler(
+            self.condenser, seed=recipe.seed, rank=accelerator.process_index, world_size=ranks
+        )
+        self.feed = feed_of(train, self.condenser, device, recipe.num_workers)
+        self.test_feed = feed_of(test, None, device, recipe.num_workers)
+
+        x = next(iter(self.feed.plain(1))).x
+        self.flops = tuple(None if net is None else forward_flops(net, x) for net in (student, teacher))
+        method.prepare(student.to(device), teacher, _Plain(self.feed, recipe.batch_size))
+        method.to(device)
+        self.pretraining = method.pretraining()
+        if self.pretraining is not None:
+            self.pretraining.part.requires_grad_(True)
+            self.pretraining_step, self.pretraining_optimizer = self._prepared(
+                _PretrainingStep(method, self.pretraining.part),
+                [*self.pretraining.part.parameters()],
+                self.pretraining.lr,
+            )
+            self.pretraining.part.requires_grad_(False)  # a constant for the student's training
+        if x.dim() == 4:  # convolutions run faster with a pixel's channels side by side, on CPUs as on tensor cores
+            for network in (student, teacher):
+                if network is not None and not sharding.is_sharded(network):
+                    network.to(memory_format=torch.channels_last)
+        compiled = recipe.compile
+        self.called = torch.compile(student) if compiled else student
+        self.teacher = torch.compile(teacher) if compiled and teacher is not None else teacher
+        self.module = Step(student, method, self.called)  # not the wrapped one: names in checkpoints stay the same
         # A method may keep the teacher, or a part of it, as a part of its own.
         untrained = set(map(id, teacher.parameters())) if teacher is not None else set()
         self.parameters = [p for p in self.module.parameters() if p.requires_grad and id(p) not in untrained]
-        optimizer = torch.optim.SGD(
-            self.parameters,
-            lr=recipe.lr,
-            momentum=recipe.momentum,
-            weight_decay=recipe.weight_decay,
-        )
-        self.step, self.optimizer = accelerator.prepare(self.module, optimizer)
+        self.step, self.optimizer = self._prepared(self.module, self.parameters, recipe.lr)
+
+    def _prepared(
+        self, module: nn.Module, parameters: list[nn.Parameter], lr: float
+    ) -> tuple[nn.Module, torch.optim.Optimizer]:
+        """The module wrapped for several processes (a sharded one reduces its gradients itself), and its optimizer."""
+        recipe = self.recipe
+        optimizer = torch.optim.SGD(parameters, lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
+        # The optimizer stays as it is: accelerate's wrapper looks for packages on the disk at every step.
+        if sharding.is_sharded(module):
+            return module, optimizer
+        prepared = self.accelerator.prepare(module)
+        if isinstance(prepared, DistributedDataParallel):
+            # Once an epoch is enough for running statistics; a method's memory banks would travel with every step.
+            prepared.broadcast_buffers = False
+        return prepared, optimizer
 
     @property
-    def epoch(self) -> int:
-        """Epochs done."""
-        return len(self.history)
+    def pretrained(self) -> bool:
+        """Whether nothing is left to be trained before the student."""
+        return self.pretraining is None or len(self.pretraining_history) >= self.pretraining.epochs
+
+    @property
+    def finished(self) -> bool:
+        """Whether all epochs are done."""
+        return self.pretrained and len(self.history) >= self.recipe.epochs
 
     def advance(self) -> dict:
-        """Trains and validates one more epoch; its line of metrics."""
-        epoch, device = self.epoch, self.accelerator.device
-        before = self.history[-1] if self.history else {"sample_visits": 0, "teacher_visits": 0, "seconds": 0.0}
+        """One more epoch, of pretraining or of the student; its line of metrics."""
+        return self._advance_student() if self.pretrained else self._advance_pretraining()
+
+    def _before(self) -> dict:
+        """The running sums so far."""
+        return next((lines[-1] for lines in (self.history, self.pretraining_history) if lines), NOTHING_YET)
+
+    def _advance_pretraining(self) -> dict:
+        epoch, device, plan = len(self.pretraining_history), self.accelerator.device, self.pretraining
+        before = self._before()
+        _set_lr(self.pretraining_optimizer, plan.lr * 0.1 ** sum(epoch >= m * plan.epochs for m in plan.milestones))
+        plan.part.requires_grad_(True).train()
+        with seeded(self.recipe.seed, PREPARING + 1 + epoch, self.accelerator.process_index, device=device):
+            start = time.perf_counter()
+            total, rows = torch.zeros((), device=device), 0
+            with _counted(self.teacher) as teacher_rows:
+                for batch, share, closes in self._batches(PREPARING + 1 + epoch)[1]:
+                    with self._gradients(self.pretraining_step, closes):
+                        with self.accelerator.autocast():
+                            loss = self.pretraining_step(self.teacher, batch)
+                        self.accelerator.backward(loss if share == 1 else loss * share)
+                    if closes:
+                        self._descend(self.pretraining_optimizer)
+                    total, rows = total + loss.detach() * len(batch.label), rows + len(batch.label)
+            loss = self._sum([total])[0] / (rows * self.accelerator.num_processes)
+            seconds = time.perf_counter() - start
+        plan.part.requires_grad_(False).eval()
+        self._check_finite(loss, list(plan.part.parameters()), f"pretraining epoch {epoch + 1}", plan.lr)
+        asked = sum(teacher_rows) * self.accelerator.num_processes
+        line = {
+            "pretraining": epoch + 1,
+            "lr": self.pretraining_optimizer.param_groups[0]["lr"],
+            "loss": loss,
+            "sample_visits": before["sample_visits"],
+            "teacher_visits": before["teacher_visits"] + asked,
+            "flops": _added(before["flops"], (self.flops[1], asked)),
+            "seconds": round(before["seconds"] + seconds, 3),
+            "condensation_seconds": before["condensation_seconds"],
+        }
+        self.pretraining_history.append(line)
+        return line
+
+    def _advance_student(self) -> dict:
+        epoch, device, ranks = len(self.history), self.accelerator.device, self.accelerator.num_processes
+        before = self._before()
         # A function of the seed and the epoch: no generator needs to be saved. Ranks differ, as in dropout they should.
         with seeded(self.recipe.seed, epoch, self.accelerator.process_index, device=device):
             start = time.perf_counter()
-            with _counted(self.teacher) as teacher_rows:
-                samples, means = self._train(epoch)
+            with _counted(self.called) as student_rows, _counted(self.teacher) as teacher_rows:
+                samples, padding, means, visits, ordering = self._train(epoch)
+            condensing = time.perf_counter()
+            # A whole epoch's visits at once: a few operations on long tensors instead of many on short ones.
+            self.condenser.update(*map(torch.cat, zip(*visits, strict=True)))
             condensation = self.condenser.step()
-            seconds = time.perf_counter() - start
-            accuracy = accuracy_of(self.student, self.test_loader, self.accelerator)
-        if not math.isfinite(means["loss"]):
-            raise FloatingPointError(
-                f"the loss is not finite after epoch {epoch + 1} ({means['loss']}): a smaller lr than {self.recipe.lr}?"
-            )
-        if not torch.stack([parameter.isfinite().all() for parameter in self.parameters]).all():
-            raise FloatingPointError(
-                f"weights are not finite after epoch {epoch + 1}: a smaller lr than {self.recipe.lr}?"
-            )
+            end = time.perf_counter()
+            self._share_buffers()
+            accuracy = self._accuracy()
+        self._check_finite(means["loss"], self.parameters, f"epoch {epoch + 1}", self.recipe.lr)
+        shown, asked = ranks * sum(student_rows), ranks * sum(teacher_rows)
+        trained = None if self.flops[0] is None else 3 * self.flops[0]
         line = {
             "epoch": epoch + 1,
             "lr": self.recipe.lr_at(epoch),
             **means,
             "accuracy": accuracy,
             "samples": samples,
+            "padding": padding,
             "sample_visits": before["sample_visits"] + samples,
-            "teacher_visits": before["teacher_visits"] + sum(teacher_rows) * self.accelerator.num_processes,
-            "seconds": round(before["seconds"] + seconds, 3),
+            "teacher_visits": before["teacher_visits"] + asked,
+            "flops": _added(before["flops"], (trained, shown), (self.flops[1], asked)),
+            "seconds": round(before["seconds"] + end - start, 3),
+            "condensation_seconds": round(before["condensation_seconds"] + end - condensing + ordering, 4),
             "non_finite": self.condenser.non_finite,
             "condensation": _describe(condensation, self.condenser, self.classes),
         }
         self.history.append(line)
         return line
 
-    def _train(self, epoch: int) -> tuple[int, dict]:
-        """Samples seen on all processes, and means of loss, accuracy and terms. Asks the device once, at the end."""
+    def _batches(self, epoch: int) -> tuple[float, Iterator[tuple[Batch, float, bool]]]:
+        """Seconds that the order took, and the epoch's batches: each with its share in its step, and whether it ends one.
+
+        A step is the mean over all its samples, however they were cut into batches.
+        """
+        start = time.perf_counter()
+        self.sampler.set_epoch(epoch)
+        entries = self.feed.entries(self.sampler)
+        ordering = time.perf_counter() - start
+        batches = cut(len(self.sampler), self.recipe.batch_size)
+        sizes, group = [part.stop - part.start for part in batches], self.recipe.gradient_accumulation
+        shares = [size / sum(sizes[i - i % group : i - i % group + group]) for i, size in enumerate(sizes)]
+        closes = [(i + 1) % group == 0 or i + 1 == len(sizes) for i in range(len(sizes))]
+        return ordering, zip(self.feed.epoch(entries, batches, self.recipe.seed, epoch), shares, closes, strict=True)
+
+    def _train(self, epoch: int) -> tuple[int, int, dict, list[tuple[Tensor, Tensor]], float]:
+        """An epoch: samples seen and repeats that padded on all processes, means of loss, accuracy and terms, what the
+        condenser is to be told, and the seconds that the order took. Asks the device once, at the end."""
         self.step.train()
+        if self.pretraining is not None:
+            self.pretraining.part.eval()
         if self.teacher is not None:
             self.teacher.eval()  # should the method keep it as a part of its own
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.recipe.lr_at(epoch)
-        # On the prepared loader: it sets its sampler's epoch from its own count, which a resumed run does not share.
-        self.loader.set_epoch(epoch)
-        kept = len(self.sampler)
-        visited, rows, totals, terms = 0, 0, torch.zeros((), device=self.accelerator.device), ()
-        for number, batch in enumerate(self.batches):
-            batch, own = self._without_repeats(batch, number, kept)
-            outcome = self.step(self.teacher, batch)
-            self.optimizer.zero_grad()
-            self.accelerator.backward(outcome.loss)
-            self.optimizer.step()
-            self.condenser.update(batch.index, outcome.value)
-
-            visited += own
+        _set_lr(self.optimizer, self.recipe.lr_at(epoch))
+        weight = self.condenser.sample_weight
+        ordering, batches = self._batches(epoch)
+        visits, rows, totals, terms = [], 0, torch.zeros((), device=self.accelerator.device), ()
+        for batch, share, closes in batches:
+            if weight is not None:
+                batch = batch._replace(weight=weight[batch.index].where(batch.index >= 0, 1))
+            with self._gradients(self.step, closes):
+                with self.accelerator.autocast():
+                    outcome = self.step(self.teacher, batch)
+                self.accelerator.backward(outcome.loss if share == 1 else outcome.loss * share)
+            if closes:
+                self._descend(self.optimizer)
+            visits.append((batch.index, getattr(outcome, self.condenser.measure)))
             rows += len(batch.label)
             correct = 100 * (outcome.logits.argmax(-1) == batch.label).double().mean()
             terms = outcome.terms
             totals = totals + len(batch.label) * torch.stack([outcome.loss.detach(), correct, *terms.values()])
-        totals = torch.cat([totals.new_tensor([visited, rows]), totals])
-        samples, rows, *sums = self.accelerator.reduce(totals, "sum").tolist()
+        padding = self.sampler.padding
+        rows, padding, *sums = self._sum([rows, padding, *totals])
         loss, accuracy, *rest = (x / rows for x in sums)
         terms = {name: x if math.isfinite(x) else None for name, x in zip(terms, rest, strict=True)}  # JSON has no NaN
-        return int(samples), {"loss": loss, "train_accuracy": accuracy, "terms": terms}
+        means = {"loss": loss, "train_accuracy": accuracy, "terms": terms}
+        return int(rows - padding), int(padding), means, visits, ordering
 
-    def _without_repeats(self, batch: Batch, number: int, kept: int) -> tuple[Batch, int]:
-        """Marks what accelerate repeats so that all processes have equally many full batches: index -1, no visit.
+    @contextmanager
+    def _gradients(self, module: nn.Module, closes: bool) -> Iterator[None]:
+        """Inside, gradients are reduced over the processes only where a step ends."""
+        waits = not closes and self.accelerator.num_processes > 1 and not sharding.is_sharded(module)
+        with self.accelerator.no_sync(module) if waits else nullcontext():
+            yield
 
-        It deals whole batches out in turn, so a row's place among the `kept` samples of the epoch is known. Returns the
-        batch and how many of its rows are no repeats.
-        """
-        rows = len(batch.index)
-        if self.accelerator.num_processes == 1:
-            return batch, rows
-        first = (number * self.accelerator.num_processes + self.accelerator.process_index) * self.recipe.batch_size
-        place = torch.arange(first, first + rows, device=batch.index.device)
-        return batch._replace(index=batch.index.where(place < kept, -1)), min(max(kept - first, 0), rows)
+    def _descend(self, optimizer: torch.optim.Optimizer) -> None:
+        if self.accelerator.num_processes > 1 and sharding.is_sharded(self.module):
+            sharding.average_gradients([p for group in optimizer.param_groups for p in group["params"]])
+        if self.accelerator.scaler is None:
+            optimizer.step()
+        else:  # of float16: leaves out a step whose gradients overflowed
+            self.accelerator.scaler.step(optimizer)
+            self.accelerator.scaler.update()
+        optimizer.zero_grad()
+
+    def _sum(self, numbers: Iterable[Tensor | float]) -> list[float]:
+        """Over all processes, in float64."""
+        device = self.accelerator.device
+        numbers = torch.stack([torch.as_tensor(n, dtype=torch.float64, device=device) for n in numbers])
+        return self.accelerator.reduce(numbers, "sum").tolist()
+
+    def _check_finite(self, loss: float, parameters: list[nn.Parameter], when: str, lr: float) -> None:
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"the loss is not finite after {when} ({loss}): a smaller lr than {lr}?")
+        broken = torch.stack([~sharding.local(parameter).isfinite().all() for parameter in parameters]).any()
+        if self._sum([broken])[0]:
+            raise FloatingPointError(f"weights are not finite after {when}: a smaller lr than {lr}?")
+
+    def _share_buffers(self) -> None:
+        """The first process's running statistics for all: they are validated and saved, and a resumed run has them."""
+        if self.accelerator.num_processes > 1:
+            for buffer in self.student.buffers():
+                if sharding.local(buffer) is buffer:
+                    torch.distributed.broadcast(buffer, src=0)
+
+    def _accuracy(self) -> float:
+        rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
+        batches = self.test_feed.plain(max(EVALUATED, self.recipe.batch_size), rank, ranks)
+        return accuracy_of(self.called, batches, self._sum)
 
     def checkpoint(self, identity: dict) -> Checkpoint:
-        """All of this that the next epoch needs."""
+        """All of this that the next epoch needs. With a sharded student every process must call it."""
+        optimizer = self.optimizer if self.pretrained else self.pretraining_optimizer
+        scaler = self.accelerator.scaler
         return Checkpoint(
-            epoch=self.epoch,
-            model=self.module.state_dict(),
-            training={"optimizer": self.optimizer.state_dict(), "condenser": self.condenser.state_dict()},
-            run={**identity, "history": self.history},
+            epoch=len(self.pretraining_history) + len(self.history),
+            model=sharding.whole(self.module.state_dict()),
+            training={
+                "optimizer": sharding.whole(optimizer.state_dict()),
+                "scaler": {} if scaler is None else scaler.state_dict(),
+                "condenser": self.condenser.state_dict(),
+            },
+            run={**identity, "pretraining": self.pretraining_history, "history": self.history},
         )
 
     def restore(self, found: Checkpoint) -> None:
         """Goes on from there. Raises ValueError where the networks or the condenser are others."""
         try:
-            self.module.load_state_dict(found.model)
+            self.module.load_state_dict(sharding.in_pieces_of(self.module.state_dict(), found.model))
         except RuntimeError as error:
             raise ValueError(f"student is not the one of the checkpoint: {one_line(error)}") from error
-        self.optimizer.load_state_dict(found.training["optimizer"])
-        self.condenser.load_state_dict(found.training["condenser"])
         self.history = list(found.run["history"])
+        self.pretraining_history = list(found.run["pretraining"])
+        optimizer = self.optimizer if self.pretrained else self.pretraining_optimizer
+        state = found.training["optimizer"]
+        held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        pieces = {i: sharding.in_pieces_of(dict.fromkeys(part, held[i]), part) for i, part in state["state"].items()}
+        optimizer.load_state_dict({**state, "state": pieces})
+        if self.accelerator.scaler is not None and found.training["scaler"]:
+            self.accelerator.scaler.load_state_dict(found.training["scaler"])
+        self.condenser.load_state_dict(found.training["condenser"])
 
     def summary(self) -> Summary:
         """What the run came to so far."""
@@ -285,28 +452,41 @@ class _Run:
             seed=self.recipe.seed,
             accuracy_last=accuracy[-1],
             accuracy_best=max(accuracy),
-            sample_visits=last["sample_visits"],
-            teacher_visits=last["teacher_visits"],
-            seconds=last["seconds"],
+            **{name: last[name] for name in NOTHING_YET},
             history=self.history,
             condenser=self.condenser,
         )
 
 
-def accuracy_of(network: nn.Module, loader: Iterable, accelerator: Accelerator) -> float:
-    """Percent of the samples of a prepared loader whose label has the highest logit, to four decimals.
+class _Plain:
+    """The training set as `Method.prepare` sees it, as often as it asks."""
 
-    Leaves evaluation mode on. Raises ValueError for labels that are not one number a sample.
+    def __init__(self, feed: object, batch_size: int):
+        self.feed = feed
+        self.batch_size = batch_size
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self.feed.plain(self.batch_size)
+
+
+def accuracy_of(network: nn.Module, batches: Iterable[Batch], summed: Callable[[list], list[float]]) -> float:
+    """Percent of the samples whose label has the highest logit, to four decimals; repeats (index -1) do not count.
+
+    `summed` adds numbers over all processes. Leaves evaluation mode on. Raises ValueError for labels that are not one
+    number a sample.
     """
     network.eval()
-    correct = []
+    correct, count = [], []
     with torch.no_grad():
-        for x, label, _ in loader:
-            predicted = network(x).argmax(-1)
-            if label.shape != predicted.shape:
-                raise ValueError(f"labels must have shape {tuple(predicted.shape)}, got {tuple(label.shape)}")
-            correct.append(accelerator.gather_for_metrics(predicted == label))
-    return round(100 * torch.cat(correct).double().mean().item(), 4)
+        for batch in batches:
+            predicted = network(batch.x).argmax(-1)
+            if batch.label.shape != predicted.shape:
+                raise ValueError(f"labels must have shape {tuple(predicted.shape)}, got {tuple(batch.label.shape)}")
+            own = batch.index >= 0
+            correct.append(((predicted == batch.label) & own).sum())
+            count.append(own.sum())
+    right, all_of_them = summed([torch.stack(correct).sum(), torch.stack(count).sum()])
+    return round(100 * right / all_of_them, 4)
 
 
 @contextmanager
@@ -323,19 +503,39 @@ def _counted(network: nn.Module | None) -> Iterator[list[int]]:
         hook.remove()
 
 
+def _set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def _added(before: int | None, *costs: tuple[int | None, int]) -> int | None:
+    """`before` and so many rows at so much each; None where a cost that is needed is not known."""
+    if before is None or any(cost is None and rows for cost, rows in costs):
+        return None
+    return before + sum(cost * rows for cost, rows in costs if rows)
+
+
+def _name_of(dataset: IndexedDataset | ImageSet) -> str:
+    return type(getattr(dataset, "dataset", dataset)).__name__
+
+
 def _describe(condensation: Condensation | None, condenser: KnowledgeCondenser, classes: int) -> dict | None:
-    """An E-step in numbers, with the histogram of the values of all samples visited so far.
+    """An E-step in numbers, with the histogram of the knowledge values of all samples visited so far.
 
     Its bins are the same at every stage, from 0 to the largest entropy there is; other values count in the outer ones.
+    Where samples are selected by something else there is none.
     """
     if condensation is None:
         return None
-    values, high = condenser.values[condenser.counts > 0].cpu().numpy(), math.log(max(classes, 2))
-    counts, edges = np.histogram(values.clip(0, high), bins=40, range=(0, high))
+    histogram = None
+    if condenser.measure == "value":
+        values, high = condenser.values[condenser.counts > 0].cpu().numpy(), math.log(max(classes, 2))
+        counts, edges = np.histogram(values.clip(0, high), bins=40, range=(0, high))
+        histogram = {"low": float(edges[0]), "high": float(edges[-1]), "counts": counts.tolist()}
     return {
         "stage": condensation.stage,
         "kept": len(condensation.kept),
         "dropped": len(condensation.dropped),
         "mixed": len(condensation.mixed),
-        "values": {"low": float(edges[0]), "high": float(edges[-1]), "counts": counts.tolist()},
+        "values": histogram,
     }

@@ -1,0 +1,264 @@
+"""The paper's comparison on one's own machine: teacher, student, KD, controls and KC-KD on the same stack.
+
+    python benchmarks/reproduce.py --data cifar100 --pair resnet32x4-resnet8x4 --seeds 3 --side-by-side 4
+
+An hour on two CPU cores answers the same question with a small pair and a fifth of the classes:
+
+    python benchmarks/reproduce.py --data cifar100 --pair resnet20-resnet8 --classes 20 --epochs 24 --precision bfloat16
+
+Every run is a `kcd distill` of its own; several run side by side on one GPU or CPU. What is finished is not run again,
+and what was interrupted goes on. Writes a table beside the paper's numbers, and all figures as JSON, to --results.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import mean, stdev
+
+import numpy as np
+import tyro
+
+from kcd_ext import environment
+from kcd_ext.data.images import ImageData, load
+from kcd_ext.training.pairs import CIFAR100
+from kcd_ext.training.storage import write_bytes, write_json
+
+# What is compared: the name of a run -> the options of `kcd distill` that make it. The first is the baseline.
+KINDS: dict[str, list[str]] = {
+    "kd": ["--method", "kd"],
+    "student alone": ["--method", "ce"],
+    "random": ["--method", "kc-kd", "--condense.selection", "random"],
+    "infobatch": ["--method", "kd", "--condense.selection", "infobatch", "--condense.keep", "0.5"],
+    "kc-kd": ["--method", "kc-kd"],
+    "kc-kd immediate": ["--method", "kc-kd", "--condense.schedule", "immediate"],
+    "random immediate": ["--method", "kc-kd", "--condense.selection", "random", "--condense.schedule", "immediate"],
+    "kd, half of a batch": ["--method", "kd", "--condense.batch-keep", "0.5"],
+}
+BASELINE = "kd"
+
+# Li et al., ECCV 2022: top-1 of student alone, KD and KC-KD on CIFAR-100, percent.
+PAPER = {
+    "wrn_40_2-wrn_16_2": (73.26, 74.92, 75.70),
+    "wrn_40_2-wrn_40_1": (71.98, 73.54, 73.84),
+    "resnet56-resnet20": (69.06, 70.66, 70.75),
+    "resnet32x4-resnet8x4": (72.50, 73.33, 74.05),
+    "vgg13-vgg8": (70.36, 72.98, 73.44),
+    "vgg13-mobilenet_v2": (64.60, 67.37, 68.61),
+    "resnet50-mobilenet_v2": (64.60, 67.35, 67.94),
+    "resnet50-vgg8": (70.36, 73.81, 74.41),
+    "resnet32x4-shufflenet_v1": (70.50, 74.07, 74.33),
+    "resnet32x4-shufflenet_v2": (71.82, 74.45, 75.19),
+    "wrn_40_2-shufflenet_v1": (70.50, 74.83, 75.60),
+}
+HEADER = (
+    "run",
+    "accuracy last, %",
+    "best, %",
+    "minus KD, last",
+    "sample visits",
+    "teacher visits",
+    "PFLOPs",
+    "seconds",
+    "condensation, % of the seconds",
+)
+
+
+@dataclass(frozen=True)
+class Reproduce:
+    """Runs the comparison and writes its table."""
+
+    data: str = "cifar100"
+    """As `kcd distill --data`."""
+    pair: str = "resnet32x4-resnet8x4"
+    """Teacher and student."""
+    seeds: int = 3
+    """Runs of each kind; all have the same teacher."""
+    only: tuple[str, ...] = field(default_factory=lambda: tuple(KINDS))
+    """The kinds to run."""
+    epochs: int = 240
+    classes: int | None = None
+    """So many classes at equal distances; None: all."""
+    teacher: Path | None = None
+    """The folder of a trained one; None: it is trained first, by the same schedule."""
+    precision: str = "auto"
+    device: str = "auto"
+    threads: int = 1
+    """Of each run on the CPU."""
+    side_by_side: int = 0
+    """Runs at a time; 0: one a processor on a CPU, four on a GPU."""
+    output: Path = Path("runs/reproduce")
+    """Where the runs lie."""
+    results: Path = Path("benchmarks/results")
+    """Where the table goes."""
+
+    def run(self) -> None:
+        """Everything; goes on where an earlier call of the same options stopped."""
+        teacher_name, student_name = self.pair.split("-")
+        data = self._images()
+        common = ["--epochs", str(self.epochs), "--device", self.device, "--resume"]
+        common += ["--data", *data, "--precision", self.precision]
+        side_by_side = self._side_by_side()
+
+        teacher = self.teacher or self.output / "teacher"
+        if self.teacher is None:
+            threads = str(self.threads * side_by_side)  # it runs alone
+            options = ["--network", teacher_name, "--output", str(teacher), "--threads", threads]
+            call(["teacher", *common, *options], self.output / "teacher.log")
+        common += [
+            "--threads",
+            str(self.threads),
+            "--student",
+            student_name,
+            "--teacher",
+            str(teacher),
+            "--lr",
+            lr_of(self.pair),
+        ]
+        jobs = {
+            (kind, seed): ["distill", *common, "--seed", str(seed), "--name", kind, *KINDS[kind]]
+            for seed in range(self.seeds)  # all kinds of a seed first: what is interrupted is a smaller comparison
+            for kind in self.only
+        }
+        started = time.perf_counter()
+        with ThreadPoolExecutor(side_by_side) as pool:
+            folders = {key: self.output / key[0].replace(" ", "-").replace(",", "") / f"seed-{key[1]}" for key in jobs}
+            futures = {
+                key: pool.submit(call, [*job, "--output", str(folders[key])], folders[key].with_suffix(".log"))
+                for key, job in jobs.items()
+            }
+            for future in futures.values():
+                future.result()
+        print(f"{len(jobs)} runs in {time.perf_counter() - started:.0f} s")
+        runs = {key: json.loads((folder / "summary.json").read_text())["results"][0] for key, folder in folders.items()}
+        held = json.loads((teacher / "summary.json").read_text())["results"][0]
+        self._write(data, held, runs)
+
+    def _side_by_side(self) -> int:
+        import torch
+
+        on_gpu = self.device == "cuda" or (self.device == "auto" and torch.cuda.is_available())
+        return self.side_by_side or (4 if on_gpu else max(1, len(os.sched_getaffinity(0)) // self.threads))
+
+    def _images(self) -> list[str]:
+        """What follows --data: the data set itself, or a file of some of its classes with its own crop and flip."""
+        if self.classes is None:
+            return [self.data]
+        path = self.output / f"{self.classes}-classes.npz"
+        whole = load(self.data, padding=4, flip=True)
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            beside = path.with_suffix(".partial.npz")
+            np.savez(beside, **subset(whole, self.classes))
+            beside.rename(path)
+        return [str(path), "--padding", "4", "--flip"]
+
+    def _write(self, data: Sequence[str], teacher: dict, runs: dict) -> None:
+        kinds = [kind for kind in KINDS if kind in self.only]
+        rows = [row(kind, [runs[kind, seed] for seed in range(self.seeds)], self._baseline(runs)) for kind in kinds]
+        # The teacher serves all seeds, so it has one run.
+        lines = ["| " + " | ".join(cells) + " |" for cells in (HEADER, ["---"] * len(HEADER), *rows)]
+        paper = PAPER.get(self.pair) if self.epochs == 240 and self.classes is None else None
+        beside = (
+            f"The paper's table: student {paper[0]}, KD {paper[1]}, KC-KD {paper[2]} % (its KD row is older work's).\n"
+            if paper
+            else "Smaller than the paper's setting, and not to be compared with its numbers.\n"
+        )
+        name = f"reproduce-{self.pair}" + ("" if self.classes is None else f"-{self.classes}-classes")
+        text = f"""# {self.pair}, {Path(data[0]).stem}, {self.epochs} epochs, {self.seeds} seeds
+
+`{" ".join(["python", "benchmarks/reproduce.py", *sys.argv[1:]])}`
+
+Teacher {teacher["accuracy_last"]:.2f} %. Mean ± standard deviation over seeds; "minus KD" is the mean of the differences to KD of
+the same seed (same weights and order of samples at the start) ± its standard error.
+
+{chr(10).join(lines)}
+
+{beside}"""
+        self.results.mkdir(parents=True, exist_ok=True)
+        write_bytes(self.results / f"{name}.md", text.encode())
+        content = {
+            "command": sys.argv,
+            "environment": environment.describe(),
+            "pair": self.pair,
+            "epochs": self.epochs,
+            "data": list(data[1:]),
+            "teacher": teacher,
+            "runs": [{"kind": kind, **result} for (kind, _), result in runs.items()],
+        }
+        write_json(self.results / f"{name}.json", content)
+        print(text)
+
+    def _baseline(self, runs: dict) -> list[dict] | None:
+        return [runs[BASELINE, seed] for seed in range(self.seeds)] if BASELINE in self.only else None
+
+
+def lr_of(pair: str) -> str:
+    """The paper's learning rate for the student; 0.05 for a pair that it has not."""
+    return str(next((known.lr for known in CIFAR100 if pair == f"{known.teacher}-{known.student}"), 0.05))
+
+
+def subset(data: ImageData, classes: int) -> dict[str, np.ndarray]:
+    """The arrays of an .npz with `classes` whole classes at equal distances, numbered anew."""
+    chosen = np.arange(classes) * data.num_classes // classes
+    arrays = {}
+    for part, held in (("train", data.train), ("test", data.test)):
+        rows = np.flatnonzero(np.isin(held.labels, chosen))
+        arrays[f"x_{part}"] = held.images[rows]
+        arrays[f"y_{part}"] = np.searchsorted(chosen, held.labels[rows])
+    return arrays
+
+
+def call(arguments: Sequence[str], log: Path) -> None:
+    """Runs `kcd` with these; what it prints goes to the log. Raises RuntimeError with its last line if it fails."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "a") as file:
+        done = subprocess.run([sys.executable, "-m", "kcd_ext.cli", *arguments], stdout=file, stderr=subprocess.STDOUT)
+    if done.returncode:
+        raise RuntimeError(f"kcd {' '.join(arguments)}: {log.read_text().splitlines()[-1]}")
+
+
+def row(kind: str, results: Sequence[dict], baseline: Sequence[dict] | None) -> list[str]:
+    """A line of the table."""
+    gap = "" if baseline is None or kind == BASELINE else difference(results, baseline)
+    flops, share = (
+        mean(r["flops"] / 1e15 for r in results),
+        mean(100 * r["condensation_seconds"] / r["seconds"] for r in results),
+    )
+    return [
+        kind,
+        spread([r["accuracy_last"] for r in results]),
+        spread([r["accuracy_best"] for r in results]),
+        gap,
+        *(visits(results, baseline, name) for name in ("sample_visits", "teacher_visits")),
+        f"{flops:.3g}",
+        f"{mean(r['seconds'] for r in results):.0f}",
+        f"{share:.2f}",
+    ]
+
+
+def visits(results: Sequence[dict], baseline: Sequence[dict] | None, name: str) -> str:
+    """A mean count, and its share of the baseline's."""
+    count = mean(r[name] for r in results)
+    part = f" ({100 * count / mean(r[name] for r in baseline):.1f} %)" if baseline else ""
+    return f"{count:,.0f}{part}"
+
+
+def spread(numbers: Sequence[float]) -> str:
+    """Mean ± standard deviation."""
+    return f"{mean(numbers):.2f}" + (f" ± {stdev(numbers):.2f}" if len(numbers) > 1 else "")
+
+
+def difference(results: Sequence[dict], baseline: Sequence[dict]) -> str:
+    """Mean ± standard error of what the last epoch's accuracy differs by, seed by seed."""
+    gaps = [a["accuracy_last"] - b["accuracy_last"] for a, b in zip(results, baseline, strict=True)]
+    return f"{mean(gaps):+.2f}" + (f" ± {stdev(gaps) / len(gaps) ** 0.5:.2f}" if len(gaps) > 1 else "")
+
+
+if __name__ == "__main__":
+    tyro.cli(Reproduce, description=__doc__).run()

@@ -1,0 +1,30 @@
+"""Several processes that run one command (torchrun, accelerate launch): the first one speaks for all."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+BAD_INPUT = 2  # the exit code
+
+
+def number() -> int:
+    """Of this process among those of the command; 0 where it is the only one."""
+    rank = os.environ.get("RANK", "0")
+    return int(rank) if rank.isdecimal() else 0
+
+
+def count() -> int:
+    """Of the processes of the command."""
+    size = os.environ.get("WORLD_SIZE", "1")
+    return int(size) if size.isdecimal() else 1
+
+
+@contextmanager
+def first_one_says() -> Iterator[None]:
+    """For what goes wrong in every process alike, as a wrong option does: all but the first end without a word."""
+    try:
+        yield
+    except Exception as error:
+        if number() == 0:
+            raise
+        raise SystemExit(BAD_INPUT) from error

@@ -1,0 +1,234 @@
+"""`kcd distill` and `kcd teacher`: what the user may say, and the job that it means."""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Annotated
+
+from tyro.conf import FlagCreatePairsOff, Positional, arg
+
+from .. import processes
+from ..condensation.checks import whole
+from ..data.images import ImageData, load
+from . import pairs, teachers
+from .job import TEACHER, Job
+from .recipe import Condense, Recipe
+from .trainer import build_method
+
+CONDENSED = "kc-"  # before a method: condensed as in the paper
+ALONE = "ce"  # the method that trains a teacher
+
+
+@dataclass(frozen=True)
+class Images:
+    """A data set, and what its training images go through."""
+
+    data: str = "mnist5k"
+    """The images: mnist5k, digits, cifar10, cifar100 (their archives are looked for in $KCD_DATA, else ./data), an
+    archive, .npz file or folder of images, or module:function."""
+    padding: int | None = None
+    """Training images are cropped at random out of themselves with so many pixels of black around; 0: they are not.
+    None: as is usual for the data set (4 for CIFAR)."""
+    flip: Annotated[bool, FlagCreatePairsOff] = False
+    """Half of the training images are mirrored. Neither --flip nor --no-flip: as is usual for the data set."""
+    no_flip: Annotated[bool, FlagCreatePairsOff] = False
+    """None are."""
+    size: int | None = None
+    """Images of a folder are resized to so many pixels a side."""
+
+    def load(self) -> ImageData:
+        """Raises TypeError, ValueError, ImportError, OSError where there are no such images."""
+        if self.flip and self.no_flip:
+            raise ValueError("take --flip or --no-flip, not both")
+        flip = True if self.flip else False if self.no_flip else None
+        return load(self.data, padding=self.padding, flip=flip, size=self.size)
+
+    def as_json(self) -> dict[str, object]:
+        """What `load` made the images of, but for their views, which they know themselves."""
+        return {"spec": self.data, "size": self.size}
+
+    @property
+    def slug(self) -> str:
+        """For the name of a folder."""
+        return _slug(Path(self.data).name)
+
+
+@dataclass(frozen=True)
+class Said(Recipe):
+    """A recipe as the command line says it."""
+
+    options: Annotated[Mapping[str, int | float | bool | str], arg(metavar="[NAME VALUE ...]")] = field(
+        default_factory=dict
+    )
+    """Arguments of the method, as: temperature 4 kd_weight 0.9."""
+    seed: int = 0
+    """Decides the initial weights, the order of the samples and all other randomness."""
+
+
+@dataclass(frozen=True)
+class Distill:
+    """Distils a student from a teacher, by one seed or several, and writes a report.
+
+    A teacher that is not trained yet is trained first, with cross entropy by the same schedule, and kept beside the
+    student. RECIPE is a pair of networks with the options of the paper; options given beside it override its own.
+    """
+
+    preset: Annotated[
+        Positional[str],
+        arg(metavar="[RECIPE]", help=f"A pair of the paper's comparison on CIFAR-100: {', '.join(pairs.RECIPES)}."),
+    ] = ""
+    images: Annotated[Images, arg(name="")] = Images()
+    teacher: str | None = None
+    """The folder of a trained run, a file of weights (.safetensors, .pt, .pth), or a network, by name or as
+    module:function, that is trained first. None: the recipe's, or that which goes with the data (digits, mnist5k)."""
+    teacher_network: str | None = None
+    """Whose weights --teacher holds. None: what the folder says, else the network of the recipe or the data."""
+    teacher_lr: float | None = None
+    """The learning rate of a teacher that is trained first. None: --lr."""
+    student: str | None = None
+    """A network by name or module:function. None: the recipe's, or that which goes with the data."""
+    seeds: int = 1
+    """How many runs: with --seed, the one after it, and so on. They share their teacher."""
+    output: Path | None = None
+    """The folder for the results. None: runs/DATA-STUDENT-METHOD-SEED."""
+    resume: Annotated[bool, FlagCreatePairsOff] = False
+    """Goes on with what an interrupted command of the same options has left there."""
+    threads: int | None = None
+    """Threads of torch on the CPU. None: as many as torch takes."""
+    recipe: Annotated[Said, arg(name="")] = field(default_factory=Said)
+
+    def implied(self) -> "Distill":
+        """The defaults of all options that are not given: those of RECIPE, and of kc- before the method.
+
+        Raises ValueError for a RECIPE that there is not.
+        """
+        default = Distill()
+        if self.preset:
+            pair = self._pair
+            recipe, images = replace(default.recipe, lr=pair.lr), Images("cifar100")
+            teacher_lr = pair.teacher_lr if pair.teacher_lr != pair.lr else None
+            own = {"teacher": pair.teacher, "student": pair.student, "teacher_lr": teacher_lr}
+            default = replace(default, recipe=recipe, images=images, **own)
+        if self.recipe.method.startswith(CONDENSED):
+            default = replace(default, recipe=replace(default.recipe, condense=Condense()))
+        return default
+
+    def run(self) -> None:
+        """Checks everything, trains, writes the report and prints the table.
+
+        Raises:
+            TypeError, ValueError, ImportError, FileExistsError: an option does not fit; nothing has been written then.
+            OSError: a file cannot be written; what was finished before is intact.
+            KeyboardInterrupt: with a message that says how to go on.
+        """
+        with processes.first_one_says():
+            job = self._job()
+            job.check()
+        job.run()
+
+    @property
+    def _pair(self) -> pairs.Pair | None:
+        """The networks of RECIPE or, without one, of the data."""
+        if not self.preset:
+            return pairs.OF_DATA.get(self.images.data)
+        if self.preset not in pairs.RECIPES:
+            raise ValueError(f"unknown recipe {self.preset!r}: take {', '.join(pairs.RECIPES)}")
+        return pairs.RECIPES[self.preset]
+
+    def _job(self) -> Job:
+        whole("seeds", self.seeds, 1)
+        data = self.images.load()
+        first = replace(self.recipe, method=self.recipe.method.removeprefix(CONDENSED))
+        recipes = [replace(first, seed=seed) for seed in range(first.seed, first.seed + self.seeds)]
+        needs_teacher = build_method(first).needs_teacher
+        student = self._network("student")
+        lr = first.lr if self.teacher_lr is None else self.teacher_lr
+        usual = self._pair.teacher if self._pair else None
+        return Job(
+            command="kcd distill",
+            options=_as_json(self),
+            data=data,
+            data_options=self.images.as_json(),
+            student=student,
+            teacher=teachers.find(self._network("teacher"), self.teacher_network, usual) if needs_teacher else None,
+            teacher_recipe=_for_teacher(replace(first, method=ALONE, options={}, condense=None, lr=lr)),
+            recipes=recipes,
+            output=self.output or self._default_output(student, recipes),
+            resume=self.resume,
+            threads=_checked_threads(self.threads),
+        )
+
+    def _network(self, role: str) -> str:
+        named = getattr(self, role) or (getattr(self._pair, role) if self._pair else None)
+        if named is None:
+            raise ValueError(f"--{role} must be given: no pair of networks goes with data {self.images.data!r}")
+        return named
+
+    def _default_output(self, student: str, recipes: list[Recipe]) -> Path:
+        seeds = "-".join(dict.fromkeys((str(recipes[0].seed), str(recipes[-1].seed))))
+        return Path("runs") / "-".join((self.images.slug, _slug(student), _slug(recipes[0].label), seeds))
+
+
+@dataclass(frozen=True)
+class Train:
+    """Trains a teacher with cross entropy. Its folder is what --teacher of `kcd distill` takes."""
+
+    network: str | None = None
+    """A network by name or module:function. None: that which goes with the data (digits, mnist5k)."""
+    output: Path | None = None
+    """The folder for the results. None: runs/DATA-NETWORK-teacher-SEED."""
+    resume: Annotated[bool, FlagCreatePairsOff] = False
+    """Goes on with what an interrupted command of the same options has left there."""
+    threads: int | None = None
+    """Threads of torch on the CPU. None: as many as torch takes."""
+    images: Annotated[Images, arg(name="")] = Images()
+    recipe: Annotated[Said, arg(name="")] = field(default_factory=lambda: Said(method=ALONE))
+
+    def run(self) -> None:
+        """As `Distill.run`."""
+        with processes.first_one_says():
+            job = self._job()
+            job.check()
+        job.run()
+
+    def _job(self) -> Job:
+        data, pair = self.images.load(), pairs.OF_DATA.get(self.images.data)
+        network = self.network or (pair.teacher if pair else None)
+        if network is None:
+            raise ValueError(f"--network must be given: none goes with data {self.images.data!r}")
+        recipe = _for_teacher(self.recipe)
+        if build_method(recipe).needs_teacher:
+            raise ValueError(f"method {recipe.method!r} needs a teacher: take {ALONE}, or kcd distill")
+        name = "-".join((self.images.slug, _slug(network), TEACHER, str(recipe.seed)))
+        return Job(
+            command="kcd teacher",
+            options=_as_json(self),
+            data=data,
+            data_options=self.images.as_json(),
+            student=network,
+            teacher=None,
+            teacher_recipe=None,
+            recipes=[recipe],
+            output=self.output or Path("runs") / name,
+            resume=self.resume,
+            threads=_checked_threads(self.threads),
+        )
+
+
+def _for_teacher(recipe: Recipe) -> Recipe:
+    return replace(recipe, name=recipe.name or TEACHER)
+
+
+def _checked_threads(threads: int | None) -> int | None:
+    return None if threads is None else whole("threads", threads, 1)
+
+
+def _as_json(command: Distill | Train) -> dict:
+    return json.loads(json.dumps(asdict(command), default=str))
+
+
+def _slug(name: str) -> str:
+    """As a part of a file's name."""
+    return re.sub(r"[^\w.-]+", "-", name)

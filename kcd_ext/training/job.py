@@ -1,0 +1,214 @@
+"""The runs of a command: a student by every seed and, where nobody has trained it, their teacher first."""
+
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from .. import processes
+from ..data.images import ImageData
+from ..environment import versions
+from ..methods import Batch
+from . import report, runs, storage, teachers
+from .batches import feed_of
+from .checks import check_networks
+from .device import threads
+from .folder import ENTRIES
+from .identity import check_same
+from .progress import Bar, bar_over
+from .randomness import seeded
+from .recipe import Recipe
+from .summary import Summary, as_text, cells, results
+from .teachers import Teacher
+from .trainer import build_method, distill
+
+TEACHER = "teacher"
+REPORT = ("report.html", "report.png")
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything is known, nothing is trained or written yet."""
+
+    command: str
+    options: Mapping[str, object]
+    """The command's own, JSON."""
+    data: ImageData
+    data_options: Mapping[str, object]
+    """What `load` made it of: spec, size."""
+    student: str
+    """A network by name."""
+    teacher: Teacher | None
+    teacher_recipe: Recipe | None
+    """How the teacher is trained, if it is not yet."""
+    recipes: Sequence[Recipe]
+    """One for each seed."""
+    output: Path
+    """The folder of the run or, of several seeds, of their folders."""
+    resume: bool
+    threads: int | None
+
+    def check(self) -> None:
+        """Finds out all that takes no training to find out; nothing is written.
+
+        Raises:
+            TypeError, ValueError, ImportError: data, networks, method and recipe do not fit each other.
+            FileExistsError: `output` holds a run and is not to be resumed, or something else.
+        """
+        self._check_output()
+        recipe = self.recipes[0]
+        method = build_method(recipe)
+        student, teacher = self._student(recipe.seed), self._teacher()
+        with seeded(recipe.seed):
+            check_networks(student, teacher, self.data.train, self.data.test, torch.device("cpu"))
+            recipe.condense.build(len(self.data.train), seed=recipe.seed, device="cpu", epochs=recipe.epochs)
+            try:
+                method.prepare(student, teacher, _Samples(self.data, recipe.batch_size))
+            finally:
+                method.release()
+
+    def run(self) -> None:
+        """Trains, writes the report and prints the table.
+
+        Raises:
+            OSError: a file cannot be written; what was finished before is intact.
+            KeyboardInterrupt: with a message that says how to go on.
+        """
+        if self.resume and not self._taken() and processes.number() == 0:
+            print(f"kcd: nothing to resume in {self.output}: starting anew", file=sys.stderr)
+        try:
+            with threads(self.threads):
+                summaries = list(self._summaries())
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"--resume goes on with what is in {self.output}") from None
+        if processes.number() == 0:
+            self._report(summaries)
+            print(as_text(cells(summaries)))
+            print(f"\nreport: {self.output / REPORT[0]}")
+
+    def _check_output(self) -> None:
+        if self.output.exists() and not self.output.is_dir():
+            raise FileExistsError(f"output {self.output} is a file: choose another --output")
+        taken = self._taken()
+        if taken and not self.resume:
+            raise FileExistsError(
+                f"output {self.output} holds a {taken[0]} already: --resume goes on with a run, or choose another --output"
+            )
+        alone, several = (self.output / "config.json").exists(), bool(self._seed_folders())
+        if several if len(self.recipes) == 1 else alone:
+            held = "several seeds" if several else "a single run"
+            raise FileExistsError(
+                f"output {self.output} holds {held}: give the same --seeds, or choose another --output"
+            )
+        for recipe, folder in self._runs():
+            if (folder / "config.json").exists():  # all that can be compared before there is a teacher
+                facts = {"train": len(self.data.train), "test": len(self.data.test), "processes": processes.count()}
+                facts |= {"recipe": recipe.as_json()}
+                check_same(runs.config_of(folder), json.loads(json.dumps(facts)), folder)
+
+    def _taken(self) -> list[str]:
+        """What is in `output` under a name that this job would write to."""
+        names = (*ENTRIES, TEACHER, *REPORT)
+        return [name for name in names if (self.output / name).exists()] + self._seed_folders()
+
+    def _seed_folders(self) -> list[str]:
+        return sorted(config.parent.name for config in self.output.glob("seed-*/config.json"))
+
+    def _runs(self) -> list[tuple[Recipe, Path]]:
+        """All that will be, and their folders; the teacher's first, if it is to be trained."""
+        students = [
+            (r, self.output if len(self.recipes) == 1 else self.output / f"seed-{r.seed}") for r in self.recipes
+        ]
+        return [(self.teacher_recipe, self.output / TEACHER)] * self._trains_teacher + students
+
+    @property
+    def _trains_teacher(self) -> bool:
+        return self.teacher is not None and self.teacher.origin is None
+
+    def _student(self, seed: int) -> torch.nn.Module:
+        return teachers.build(self.student, self.data, seed)
+
+    def _teacher(self) -> torch.nn.Module | None:
+        return None if self.teacher is None else self.teacher.build(self.data, self.recipes[0].seed)
+
+    def _summaries(self) -> Iterator[Summary]:
+        """One after the other: the teacher's, if there is one, and every seed's."""
+        to_do, found = self._runs(), self.teacher
+        with bar_over(len(to_do), self.recipes[0].epochs) as bar:
+            if self._trains_teacher:
+                recipe, folder = to_do.pop(0)
+                yield self._distilled(self.teacher.network, None, recipe, folder, bar)
+                # As every process finds it, and every later run: the file of the first one.
+                found = replace(found, weights=teachers.read(folder / teachers.WEIGHTS), origin=folder)
+            elif found is not None:
+                yield from _summary_of(found.origin)
+            for recipe, folder in to_do:
+                yield self._distilled(self.student, found, recipe, folder, bar)
+
+    def _distilled(self, network: str, teacher: Teacher | None, recipe: Recipe, folder: Path, bar: Bar) -> Summary:
+        of_teacher = None if teacher is None else str(self.teacher)
+        summary = distill(
+            teachers.build(network, self.data, recipe.seed),
+            None if teacher is None else teacher.build(self.data, recipe.seed),
+            self.data.train,
+            self.data.test,
+            recipe,
+            output=folder,
+            resume=self.resume,
+            progress=bar.begin(f"{recipe.label}, seed {recipe.seed}"),
+            about=about(self.command, self.data, self.data_options, network, of_teacher),
+        )
+        bar.end()
+        return summary
+
+    def _report(self, summaries: Sequence[Summary]) -> None:
+        students = summaries[-len(self.recipes) :]
+        if len(students) > 1:
+            seeds = [recipe.seed for recipe in self.recipes]
+            storage.write_json(self.output / "summary.json", results(self.data.name, seeds, students))
+        report.write(
+            self.output / REPORT[0],
+            title=f"{students[0].method} on {self.data.name}: {self.student}",
+            summaries=summaries,
+            reference=TEACHER,
+            ranking=report.rank_images(
+                students[0], self.data.train.images, self.data.train.labels, self.data.class_names
+            ),
+            config={"command": self.command, "options": self.options, "versions": versions()},
+        )
+
+
+def about(
+    command: str, data: ImageData, options: Mapping[str, object], student: str, teacher: str | None
+) -> dict[str, object]:
+    """What config.json says of a run, so that it can be read without its command: `load(**data)` gives its images."""
+    views = data.train.views
+    return {
+        "command": command,
+        "dataset": data.name,
+        "data": {"size": None, **options, "padding": views.padding, "flip": views.flip},
+        "student": student,
+        "teacher": teacher,
+    }
+
+
+class _Samples:
+    """The training set as `Method.prepare` sees it, on the CPU."""
+
+    def __init__(self, data: ImageData, batch_size: int):
+        self.feed = feed_of(data.train, None, torch.device("cpu"), 0)
+        self.batch_size = batch_size
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self.feed.plain(self.batch_size)
+
+
+def _summary_of(origin: Path) -> Iterator[Summary]:
+    """That of the teacher's own run, where its folder still has it."""
+    if (origin / "metrics.jsonl").exists():
+        summary = runs.read(origin).summary
+        if summary is not None:
+            yield replace(summary, method=TEACHER)

@@ -1,0 +1,177 @@
+"""Reads what runs have left: JSON alone, and nothing in it is believed before it was looked at."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from .summary import Summary
+
+# In the folder of several seeds, and in that of a demo.
+PLACES = ("seed-*/config.json", "checkpoint/seed-*/*/config.json")
+COUNTS = ("sample_visits", "teacher_visits")
+NUMBERS = ("accuracy", "seconds")
+MAY_LACK = {"flops": None, "condensation_seconds": 0.0}  # of every number: what takes its place
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run, finished or not."""
+
+    folder: Path
+    config: Mapping[str, object]
+    """Its config.json: the recipe, facts about data and networks, versions."""
+    epochs: int
+    """That the recipe asks for."""
+    summary: Summary | None
+    """Up to the last epoch that ended; None: the first has not."""
+
+    @property
+    def label(self) -> str:
+        """What tables call it."""
+        recipe = self.config["recipe"]
+        name = self.config.get("label") or recipe.get("name") or recipe.get("method")
+        return self.summary.method if self.summary is not None else str(name)
+
+    @property
+    def seed(self) -> int:
+        """Of the recipe."""
+        return self.config["recipe"]["seed"]
+
+    @property
+    def unfinished(self) -> str:
+        """How far it is; empty once it is finished."""
+        done = len(self.summary.history) if self.summary is not None else 0
+        return f"{self.folder}: {done} of {self.epochs} epochs" if done < self.epochs else ""
+
+
+def find(path: Path) -> list[Path]:
+    """The folders of the runs in `path`: itself, those of its seeds, or those of a demo.
+
+    Raises ValueError where there is none.
+    """
+    if _is_run(path / "config.json"):
+        return [path]
+    found = [config.parent for place in PLACES for config in path.glob(place) if _is_run(config)]
+    if not found:
+        raise ValueError(f"{path} is no folder of a run, of several seeds or of a demo")
+    return sorted(found, key=lambda folder: [(len(part), part) for part in folder.parts])  # seed-9 before seed-10
+
+
+def read(folder: Path) -> Run:
+    """The run in a folder.
+
+    Raises:
+        ValueError: a file is damaged or holds something else; says which.
+        OSError: a file cannot be read.
+    """
+    config = config_of(folder)
+    recipe = config["recipe"]
+    lines = _history(folder / "metrics.jsonl")
+    run = Run(folder, config, _number(folder / "config.json", recipe, "epochs", int), None)
+    seed = _number(folder / "config.json", recipe, "seed", int)
+    method = _label(folder / "summary.json") or run.label
+    if len(lines) > run.epochs:
+        raise ValueError(f"{folder / 'metrics.jsonl'} is damaged: {len(lines)} epochs of {run.epochs}")
+    return Run(folder, config, run.epochs, _summary(method, seed, lines) if lines else None)
+
+
+def config_of(folder: Path) -> dict:
+    """Its config.json. Raises ValueError where that is damaged, or not of a run; OSError where it cannot be read."""
+    path = folder / "config.json"
+    config = _object(path, path.read_bytes())
+    recipe, about = config.get("recipe"), config.get("about") or {}
+    if not isinstance(recipe, dict):
+        raise ValueError(f"{path} is not that of a run: it has no recipe")
+    for name, part in {
+        "about": about,
+        "data": about.get("data") if isinstance(about, dict) else None,
+        "condense": recipe.get("condense"),
+        "options": recipe.get("options"),
+    }.items():
+        if not isinstance(part or {}, dict):
+            raise ValueError(f"{path} is damaged: {name} must be an object, got {part!r}")
+    return config
+
+
+def network_of(folder: Path) -> str:
+    """The network that was trained in a run's folder. Raises ValueError where its config.json does not say."""
+    about = config_of(folder).get("about")
+    network = about.get("student") if isinstance(about, Mapping) else None
+    if not isinstance(network, str):
+        raise ValueError(f"{folder / 'config.json'} does not say which network was trained: give teacher_network")
+    return network
+
+
+def _summary(method: str, seed: int, lines: list[dict]) -> Summary:
+    accuracies, last = [line["accuracy"] for line in lines], lines[-1]
+    return Summary(
+        method=method,
+        seed=seed,
+        accuracy_last=accuracies[-1],
+        accuracy_best=max(accuracies),
+        **{name: last[name] for name in (*COUNTS, "seconds", *MAY_LACK)},
+        history=lines,
+    )
+
+
+def _is_run(config: Path) -> bool:
+    return config.is_file() and isinstance(_object(config, config.read_bytes()).get("recipe"), dict)
+
+
+def _label(path: Path) -> str:
+    """What a finished run is called."""
+    if not path.exists():
+        return ""
+    results = _object(path, path.read_bytes()).get("results")
+    try:
+        return str(results[0]["method"])
+    except (TypeError, LookupError) as error:
+        raise ValueError(f"{path} is damaged: it has no result") from error
+
+
+def _history(path: Path) -> list[dict]:
+    """The lines of metrics.jsonl, with every number that a report draws. No file: no epoch has ended."""
+    if not path.exists():
+        return []
+    lines = []
+    for epoch, text in enumerate(path.read_bytes().splitlines(), 1):
+        line = _object(path, text)
+        if line.get("epoch") != epoch:
+            raise ValueError(f"{path} is damaged: line {epoch} is not of epoch {epoch}")
+        numbers = {name: _number(path, line, name, int) for name in COUNTS}
+        numbers |= {name: _number(path, line, name, float) for name in NUMBERS}
+        for name, replacement in MAY_LACK.items():
+            numbers[name] = replacement if line.get(name) is None else _number(path, line, name, float)
+        lines.append({**line, **numbers, "condensation": _condensation(path, line.get("condensation"))})
+    return lines
+
+
+def _condensation(path: Path, found: object) -> dict | None:
+    """What an epoch's end says of its E-step: sizes, and the histogram of the values."""
+    if found is None:
+        return None
+    values = found.get("values") if isinstance(found, dict) else None
+    counts = values.get("counts") if isinstance(values, dict) else None
+    if not isinstance(counts, list) or not counts or not all(isinstance(count, int) for count in counts):
+        raise ValueError(f"{path} is damaged: condensation without a histogram of values")
+    edges = {name: _number(path, values, name, float) for name in ("low", "high")}
+    sizes = {name: _number(path, found, name, int) for name in ("stage", "kept", "mixed")}
+    return {**found, **sizes, "values": {**edges, "counts": counts}}
+
+
+def _number(path: Path, holder: Mapping, name: str, kind: type) -> int | float:
+    value = holder.get(name)
+    if isinstance(value, bool) or not isinstance(value, int if kind is int else int | float):
+        raise ValueError(f"{path} is damaged: {name} must be a number, got {value!r}")
+    return value
+
+
+def _object(path: Path, text: bytes) -> dict:
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is damaged: it holds a {type(found).__name__}, not an object")
+    return found

@@ -1,0 +1,636 @@
+"""kcd distill, kcd teacher and kcd report: really run, killed, resumed, and given what they cannot take."""
+
+import html.parser
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from statistics import mean, stdev
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from kcd_ext import cli, models
+from kcd_ext.data.images import load
+from kcd_ext.training import teachers
+
+TIMEOUT = 180
+SMALL = ["--data", "digits", "--epochs", "4", "--threads", "1", "--device", "cpu"]
+TWO_SEEDS = ["distill", *SMALL, "--method", "kc-kd", "--seed", "5", "--seeds", "2", "--output", "two"]
+RUN = {"config.json", "metrics.jsonl", "checkpoint", "student.safetensors", "summary.json"}
+REPORT = {"report.html", "report.png"}
+TIMES = ("seconds", "condensation_seconds")
+
+
+def process(*arguments, cwd, launcher=("-m", "kcd_ext.cli"), **options):
+    command = [sys.executable, *launcher, *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=TIMEOUT, **options)
+
+
+def names(folder):
+    return {path.name for path in folder.iterdir()}
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def lines(folder):
+    """metrics.jsonl without times."""
+    found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name not in TIMES} for line in found]
+
+
+def outcome(folder):
+    """All that a run came to: the student's weights and every line without times."""
+    return (folder / "student.safetensors").read_bytes(), lines(folder)
+
+
+def result(folder):
+    return json.loads((folder / "summary.json").read_text())["results"]
+
+
+def recipe(folder):
+    return json.loads((folder / "config.json").read_text())["recipe"]
+
+
+def parsed(*arguments):
+    """The command that these arguments ask for."""
+    return cli._parse(list(arguments)).__self__
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder with a teacher of its own, `teacher`, and finished runs of two seeds, `two`; not to be changed."""
+    folder = tmp_path_factory.mktemp("home")
+    assert cli.main(["teacher", *SMALL, "--output", str(folder / "teacher")]) == 0
+    done = process(*TWO_SEEDS, cwd=folder)
+    assert (done.returncode, done.stderr) == (0, "")
+    (folder / "printed").write_text(done.stdout)
+    return folder
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An empty working directory."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+# --- what runs leave --------------------------------------------------------------------------------------------------
+
+
+class Page(html.parser.HTMLParser):
+    """The rows of all tables, all text, and everything the page refers to."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.open, self.rows, self.references, self.headings, self.drawings, self.images = [], [], [], [], 0, 0
+        self.feed(path.read_text())
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        self.references += [value for name, value in attributes if name in ("src", "href", "xlink:href")]
+        self.drawings += tag == "svg"
+        self.images += tag == "img"
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("h1", "h2"):
+            self.headings.append("")
+        if tag not in ("meta", "img", "br"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.references += [value for name, value in attributes if name in ("src", "href", "xlink:href")]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        tag = self.open[-1] if self.open else ""
+        if tag in ("td", "th"):
+            self.rows[-1].append(data)
+        if tag in ("h1", "h2"):
+            self.headings[-1] += data
+
+
+def cells(results):
+    """A row of the table, from the numbers of summary.json."""
+
+    def spread(name, form):
+        numbers = [r[name] for r in results]
+        return f"{mean(numbers):{form}} ± {stdev(numbers):{form}}" if len(numbers) > 1 else f"{numbers[0]:{form}}"
+
+    visits = [f"{mean(r[name] for r in results):,.0f}" for name in ("sample_visits", "teacher_visits")]
+    share = sum(r["condensation_seconds"] for r in results) / sum(r["seconds"] for r in results)
+    flops = f"{mean(r['flops'] for r in results) / 1e9:.4g} G"
+    accuracies = [spread(f"accuracy_{name}", ".2f") for name in ("last", "best")]
+    return [*accuracies, *visits, flops, spread("seconds", ".1f"), f"{100 * share:.1f} %"]
+
+
+def test_what_several_seeds_leave(home):
+    folder = home / "two"
+    assert names(folder) == {"seed-5", "seed-6", "teacher", "summary.json", *REPORT}
+    assert names(folder / "seed-5") == names(folder / "seed-6") == names(folder / "teacher") == RUN
+    runs = [folder / "seed-5", folder / "seed-6"]
+    assert [recipe(run)["seed"] for run in (*runs, folder / "teacher")] == [5, 6, 5]
+    summary = json.loads((folder / "summary.json").read_text())
+    assert (summary["dataset"], summary["seeds"]) == ("digits", [5, 6])
+    assert summary["results"] == [*result(runs[0]), *result(runs[1])]
+    assert [r["method"] for r in summary["results"]] == ["kc-kd", "kc-kd"]
+    assert outcome(runs[0]) != outcome(runs[1])
+
+    page = Page(folder / "report.html")
+    assert all(reference.startswith(("data:image/png;base64,", "#")) for reference in page.references)
+    rows = {"teacher": cells(result(folder / "teacher")), "kc-kd": cells(summary["results"])}
+    assert {row[0]: row[1:] for row in page.rows[1:]} == rows
+    assert (page.drawings, page.images) == (4, 32)
+    printed = [re.split(r" {2,}", line) for line in (home / "printed").read_text().splitlines()]
+    assert {row[0]: row[1:] for row in printed if row[0] in rows} == rows
+
+    about = json.loads((folder / "seed-5" / "config.json").read_text())["about"]
+    assert (about["dataset"], about["student"], about["teacher"]) == ("digits", "cnn_small", "cnn_large")
+    assert about["data"] == {"spec": "digits", "size": None, "padding": 0, "flip": False}
+    assert np.array_equal(load(**about["data"]).train.images, load("digits").train.images)
+
+
+def test_what_a_teacher_leaves(home):
+    assert names(home / "teacher") == RUN | REPORT
+    assert recipe(home / "teacher")["method"] == "ce" and result(home / "teacher")[0]["method"] == "teacher"
+    network = models.build("cnn_large", in_channels=1, num_classes=10)
+    network.load_state_dict(load_file(home / "teacher" / "student.safetensors"))
+
+
+def test_the_number_of_seeds_does_not_change_a_run(home, here, capfd):
+    teacher = home / "two" / "teacher"
+    assert cli.main(["distill", *SMALL, "--method", "kc-kd", "--seed", "6", "--teacher", str(teacher)]) == 0
+    out, error = capfd.readouterr()
+    alone = here / "runs" / "digits-cnn_small-kc-kd-6"
+    assert error == "" and out.endswith("report: runs/digits-cnn_small-kc-kd-6/report.html\n")
+    assert names(alone) == RUN | REPORT and outcome(alone) == outcome(home / "two" / "seed-6")
+    assert json.loads((alone / "config.json").read_text())["about"]["teacher"] == f"cnn_large of {teacher}"
+
+
+# --- interrupted ------------------------------------------------------------------------------------------------------
+
+
+def stopped(arguments, cwd, until, number):
+    """Starts the command and ends it by a signal once a file has appeared."""
+    command = [sys.executable, "-m", "kcd_ext.cli", *arguments]
+    started = subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        give_up = time.monotonic() + TIMEOUT
+        while not (cwd / until).exists():
+            assert started.poll() is None and time.monotonic() < give_up
+            time.sleep(0.002)
+        started.send_signal(number)
+        out, error = started.communicate(timeout=TIMEOUT)
+    finally:
+        started.kill()
+    return started.returncode, out, error
+
+
+def test_interrupted_runs_go_on_bit_for_bit(home, here, capfd):
+    code, out, error = stopped([*TWO_SEEDS, "--resume"], here, "two/teacher/metrics.jsonl", signal.SIGKILL)
+    assert (code, out, error) == (-signal.SIGKILL, "", "kcd: nothing to resume in two: starting anew\n")
+    code, out, error = stopped([*TWO_SEEDS, "--resume"], here, "two/seed-5/metrics.jsonl", signal.SIGINT)
+    assert (code, out, error) == (130, "", "kcd: interrupted: --resume goes on with what is in two\n")
+    everything = contents(here)
+    for more, message in (
+        ([], "output two holds a teacher already: --resume goes on with a run, or choose another --output"),
+        (["--resume", "--epochs", "5"], "two/teacher was run with epochs=4, got epochs=5: a run resumes only as"),
+        (["--resume", "--seeds", "1"], "output two holds several seeds: give the same --seeds, or choose another"),
+    ):
+        assert cli.main([*TWO_SEEDS, *more]) == 2
+        assert capfd.readouterr().err.startswith(f"kcd: {message}")
+        assert contents(here) == everything
+    assert cli.main([*TWO_SEEDS, "--resume"]) == 0
+    assert capfd.readouterr().err == ""
+    for run in ("teacher", "seed-5", "seed-6"):
+        assert outcome(here / "two" / run) == outcome(home / "two" / run)
+    assert cli.main([*TWO_SEEDS, "--seeds", "3", "--resume"]) == 0  # one more
+    assert [r["seed"] for r in result(here / "two")] == [5, 6, 7]
+    assert outcome(here / "two" / "seed-6") == outcome(home / "two" / "seed-6")
+
+
+def limit_files_to(size):
+    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+def test_no_more_room(home, here, capfd):
+    """A limit on the size of files stands for a full disk: the teacher's are written, the condenser's state is not."""
+    shutil.copytree(home / "two" / "teacher", here / "two" / "teacher")
+    before = contents(here / "two")
+    done = process(*TWO_SEEDS, "--resume", cwd=here, preexec_fn=limit_files_to(20_000))
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert re.match(r"kcd: File too large: two/", done.stderr)
+    assert before.items() <= contents(here / "two").items()
+    assert cli.main([*TWO_SEEDS, "--resume"]) == 0
+    assert outcome(here / "two" / "seed-6") == outcome(home / "two" / "seed-6")
+
+
+# --- several processes ------------------------------------------------------------------------------------------------
+
+TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "kcd_ext.cli")
+ALONE = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")} | {
+    "OMP_NUM_THREADS": "1"
+}
+
+
+def test_two_processes_are_one_command(here):
+    done = process("distill", *SMALL, "--output", "run", cwd=here, launcher=TORCHRUN, env=ALONE)
+    assert done.returncode == 0, done.stderr
+    assert names(here / "run") == RUN | REPORT | {"teacher"}
+    config = json.loads((here / "run" / "config.json").read_text())
+    assert config["processes"] == 2
+    assert result(here / "run")[0]["sample_visits"] == 4 * 1083
+    assert len(re.findall(r"^kd ", done.stdout, re.MULTILINE)) == 1 and done.stdout.count("report: ") == 1
+    assert lines(here / "run" / "teacher")[-1]["accuracy"] > 80
+
+    refused = process("distill", *SMALL, "--output", "run", cwd=here, launcher=TORCHRUN, env=ALONE)
+    said = [line for line in refused.stderr.splitlines() if line.startswith("kcd:")]
+    assert refused.returncode != 0 and len(said) == 1 and "output run holds a config.json already" in said[0]
+
+
+# --- teachers ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_teacher_comes_in_many_ways(home, here):
+    data = load("digits")
+    weights = load_file(home / "teacher" / "student.safetensors")
+    (here / "model.safetensors").write_bytes((home / "teacher" / "student.safetensors").read_bytes())
+    torch.save(weights, here / "plain.pt")
+    torch.save({"epoch": 240, "model": weights, "best_acc": torch.tensor(75.0)}, here / "repdistiller.pth")
+    torch.save({"state_dict": {f"module.{name}": x for name, x in weights.items()}}, here / "parallel.pth")
+    (here / "cnn_large").mkdir()  # a name is a name, whatever lies around
+    found = {
+        str(home / "teacher"): None,
+        **{str(path): "cnn_large" for path in here.iterdir() if path.is_file()},
+    }
+    assert len(found) == 5
+    for spec, usual in found.items():
+        state = teachers.find(spec, None, usual).build(data, seed=1).state_dict()
+        assert state.keys() == weights.keys() and all(torch.equal(state[name], weights[name]) for name in weights)
+    fresh = [teachers.find("cnn_large", None, None).build(data, seed=seed).state_dict() for seed in (1, 1, 2)]
+    first, same, other = (state["0.0.weight"] for state in fresh)
+    assert torch.equal(first, same) and not torch.equal(first, other)
+
+
+def test_a_file_of_weights_teaches_as_its_run_does(home, here):
+    torch.save({"model": load_file(home / "teacher" / "student.safetensors")}, here / "teacher.pth")
+    common = ["distill", *SMALL, "--epochs", "2"]
+    assert cli.main([*common, "--teacher", str(home / "teacher"), "--output", "folder"]) == 0
+    file = ["--teacher", "teacher.pth", "--teacher-network", "cnn_large"]
+    assert cli.main([*common, *file, "--output", "file"]) == 0
+    assert outcome(here / "folder") == outcome(here / "file") and not (here / "file" / "teacher").exists()
+    assert [row[0] for row in Page(here / "folder" / "report.html").rows[1:]] == ["teacher", "kd"]
+    assert [row[0] for row in Page(here / "file" / "report.html").rows[1:]] == ["kd"]
+
+
+def test_a_method_without_a_teacher_trains_none(here):
+    assert cli.main(["distill", *SMALL, "--method", "kc-ce", "--output", "run", "--condense.batch-keep", "1"]) == 0
+    assert names(here / "run") == RUN | REPORT
+    assert [row[0] for row in Page(here / "run" / "report.html").rows[1:]] == ["kc-ce"]
+
+
+# --- options ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_prefix_condenses():
+    def asked(*arguments):
+        (first,) = parsed("distill", "--data", "digits", *arguments)._job().recipes
+        return first
+
+    assert asked("--method", "kc-pkt") == asked("--method", "pkt", "--condense.keep", "0.7")
+    assert asked("--method", "kc-pkt").label == "kc-pkt"
+    assert asked("--method", "kc-kd", "--condense.keep", "0.5").condense.keep == 0.5
+    assert asked("--method", "kc-kd", "--condense.keep", "1").condense.keep == 1
+    assert asked("--method", "kd").condense.keep == 1
+
+
+def test_every_field_of_a_recipe_is_an_option():
+    options = "--epochs 9 --batch-size 7 --gradient-accumulation 2 --lr 0.5 --momentum 0.25 --weight-decay 0.125"
+    options += " --milestones 0.5 0.75 --gamma 0.2 --seed 8 --device cpu --precision bfloat16 --compile --name it"
+    options += " --num-workers 1 --method crd --options dim 64 temperature 0.5 student_layer fc"
+    options += " --condense.keep 0.5 --condense.every 2 --condense.stages 3 --condense.schedule cosine"
+    options += " --condense.alpha 0.5 --condense.epsilon 0.25 --condense.no-accumulate --condense.no-convex"
+    options += " --condense.selection value --condense.batch-keep 0.75"
+    assert parsed("distill", *options.split()).recipe.as_json() == {
+        "method": "crd",
+        "options": {"dim": 64, "temperature": 0.5, "student_layer": "fc"},
+        "condense": {
+            "keep": 0.5,
+            "every": 2,
+            "stages": 3,
+            "schedule": "cosine",
+            "alpha": 0.5,
+            "epsilon": 0.25,
+            "accumulate": False,
+            "convex": False,
+            "selection": "value",
+            "batch_keep": 0.75,
+        },
+        "epochs": 9,
+        "batch_size": 7,
+        "gradient_accumulation": 2,
+        "lr": 0.5,
+        "momentum": 0.25,
+        "weight_decay": 0.125,
+        "milestones": [0.5, 0.75],
+        "gamma": 0.2,
+        "seed": 8,
+        "device": "cpu",
+        "precision": "bfloat16",
+        "compile": True,
+        "num_workers": 1,
+        "name": "it",
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "views"),
+    [([], (0, False)), (["--padding", "2", "--flip"], (2, True)), (["--padding", "0", "--no-flip"], (0, False))],
+)
+def test_views_are_options(arguments, views):
+    data = parsed("distill", "--data", "digits", *arguments)._job().data
+    assert (data.train.views.padding, data.train.views.flip) == views
+
+
+# Teacher, student and the learning rate of the student, from the paper's tables and its recipe.
+PAPER = """
+wrn_40_2 wrn_16_2 .05, wrn_40_2 wrn_40_1 .05, resnet56 resnet20 .05, resnet32x4 resnet8x4 .05, vgg13 vgg8 .05,
+vgg13 mobilenet_v2 .01, resnet50 mobilenet_v2 .01, resnet50 vgg8 .05, resnet32x4 shufflenet_v1 .01,
+resnet32x4 shufflenet_v2 .01, wrn_40_2 shufflenet_v1 .01
+"""
+
+
+def test_recipes_are_those_of_the_paper():
+    for teacher, student, lr in (pair.split() for pair in PAPER.split(",")):
+        command = parsed("distill", f"cifar100-{teacher}-{student}", "--method", "kc-kd")
+        assert (command.images.data, command.images.padding, command.images.flip) == ("cifar100", None, False)
+        recipe = command.recipe
+        assert (recipe.lr, recipe.epochs, recipe.batch_size, recipe.momentum) == (float(lr), 240, 64, 0.9)
+        assert (recipe.weight_decay, recipe.gamma, recipe.condense.keep, recipe.options) == (5e-4, 0.1, 0.7, {})
+        assert [round(recipe.lr_at(e) / recipe.lr, 9) for e in (149, 150, 180, 210)] == [1, 0.1, 0.01, 0.001]
+        job = parsed("distill", f"cifar100-{teacher}-{student}", "--data", "digits")._job()
+        assert (job.teacher.network, job.student, job.recipes[0].lr) == (teacher, student, float(lr))
+        assert (job.teacher_recipe.lr, job.teacher_recipe.method, job.teacher_recipe.condense.keep) == (0.05, "ce", 1)
+
+
+def test_options_override_a_recipe(here):
+    small = ["--student", "cnn_small", "--teacher", "cnn_large", "--epochs", "2", *SMALL[:2], *SMALL[4:]]
+    assert cli.main(["distill", "cifar100-resnet32x4-shufflenet_v1", *small, "--output", "run", "--lr", "0.02"]) == 0
+    assert (recipe(here / "run")["lr"], recipe(here / "run" / "teacher")["lr"]) == (0.02, 0.05)
+    assert [line["samples"] for line in lines(here / "run")] == [1083, 1083]
+
+
+class Bomb:
+    def __reduce__(self):
+        return os.mkdir, ("executed",)
+
+
+def three_channels(*, in_channels, num_classes):
+    """A network that does not take grey images."""
+    return torch.nn.Sequential(torch.nn.Conv2d(3, num_classes, 8), torch.nn.Flatten())
+
+
+def needs_stages(*, in_channels, num_classes):
+    """A network whose features cannot be had: it has no linear layer."""
+    return torch.nn.Sequential(torch.nn.Conv2d(in_channels, num_classes, 8), torch.nn.Flatten())
+
+
+BAD = [
+    (["--data", "imagenet"], "unknown data set 'imagenet'"),
+    (["--data", "missing/folder"], "missing/folder"),
+    (["--size", "8"], "size is for the path of a folder of images, got size=8"),
+    (["--flip", "--no-flip"], "take --flip or --no-flip, not both"),
+    (["--padding", "-1"], "padding must be an integer >= 0, got -1"),
+    (["--method", "nothing"], "unknown method 'nothing': take ce, crd, kd, pkt, sskd"),
+    (["--method", "kc-nothing"], "unknown method 'nothing'"),
+    (["--options", "warmth", "4"], "method 'kd' has no option 'warmth'; it takes temperature, "),
+    (["--options", "temperature", "-4"], "temperature must be"),
+    (["--options", "temperature"], "--options"),
+    (["--method", "pkt", "--student", f"{__name__}:needs_stages"], "Linear"),
+    (["--method", "pkt", "--condense.selection", "infobatch", "--condense.keep", ".5"], "method 'pkt' does not"),
+    (["--condense.keep", "0"], r"keep must be a number in \(0, 1\], got 0"),
+    (["--condense.keep", "0.5", "--condense.every", "4"], "condense.every must be < epochs=4, got 4"),
+    (["--condense.selection", "infobatch", "--condense.epsilon", "0.5"], "epsilon=0.5 has no effect with selection"),
+    (["--lr", "-1"], "lr must be a finite number >= 0, got -1.0"),
+    (["--lr", "fast"], "--lr"),
+    (["--precision", "int8"], "precision must be auto, float32, bfloat16, float16, got 'int8'"),
+    pytest.param(
+        ["--device", "cuda"],
+        "device 'cuda' is not available",
+        marks=pytest.mark.skipif(torch.cuda.is_available(), reason="it is"),
+    ),
+    (["--seeds", "0"], "seeds must be an integer >= 1, got 0"),
+    (["--seed", str(2**64 - 1), "--seeds", "2"], "seed must be an integer in"),
+    (["--threads", "0"], "threads must be an integer >= 1, got 0"),
+    (["--student", "resnet"], "unknown model 'resnet'"),
+    (["--student", f"{__name__}:three_channels"], "student does not take x of torch.float32"),
+    (["--teacher", "resnet"], "unknown teacher 'resnet': no such file or folder, and no network out of cnn_large, "),
+    (["--teacher", "cnn_large", "--teacher-network", "cnn_large"], "teacher_network='cnn_large' has no effect"),
+    (["--teacher", "empty"], "teacher empty is no folder of a finished run: it has no student.safetensors"),
+    (["--teacher", "{two}"], "two is no folder of a finished run"),
+    (["--teacher", "bare"], "bare/config.json"),
+    (["--teacher", "text.pt"], "text.pt cannot be read as weights: damaged, or more than tensors in it"),
+    (["--teacher", "text.safetensors"], "text.safetensors cannot be read as weights"),
+    (["--teacher", "bomb.pt"], "bomb.pt cannot be read as weights: damaged, or more than tensors in it"),
+    (["--teacher", "numbers.pt"], r"numbers.pt must hold tensors by name \(a state_dict\)"),
+    (
+        ["--teacher", "{two}/seed-5", "--teacher-network", "cnn_large"],
+        r"weights in .*/seed-5 are not of network 'cnn_large' for digits \(10 classes\): 0.0.weight has shape "
+        r"\(4, 1, 3, 3\), the network's has \(16, 1, 3, 3\)",
+    ),
+    (["--teacher", "less.pt"], "less.pt are not of network 'cnn_large' for digits .*: they have no 7.bias"),
+    (["--teacher", "more.pt"], "more.pt are not of network .*: they have extra, which the network has not"),
+    (["nothing"], "unknown recipe 'nothing': take cifar100-wrn_40_2-wrn_16_2, "),
+    (["--data", "missing.npz"], "missing.npz"),
+    (["--output", "text.pt"], "output text.pt is a file: choose another --output"),
+    (["--output", "text.pt/run"], "Not a directory"),
+    (["--output", "{two}/seed-5"], "seed-5 holds a config.json already: --resume goes on"),
+    (["--output", "{two}", "--resume"], "two holds several seeds"),
+    (["--output", "{two}/seed-5", "--resume", "--seeds", "2"], "seed-5 holds a single run: give the same --seeds"),
+    (["--output", "{teacher}", "--resume"], "teacher was run with method='ce', got method='kd'"),
+    (["--output", "/proc/kcd/run"], "No such file or directory: /proc/kcd"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD)
+def test_bad_input_is_one_line_and_changes_nothing(arguments, message, home, here, capfd):
+    (here / "empty").mkdir()
+    (here / "bare").mkdir()
+    (here / "text.pt").write_text("weights")
+    (here / "text.safetensors").write_text("weights")
+    weights = load_file(home / "teacher" / "student.safetensors")
+    (here / "bare" / "student.safetensors").write_bytes((home / "teacher" / "student.safetensors").read_bytes())
+    torch.save({"model": Bomb()}, here / "bomb.pt")
+    torch.save({"model": {"accuracy": 3}}, here / "numbers.pt")
+    torch.save({name: x for name, x in weights.items() if name != "7.bias"}, here / "less.pt")
+    torch.save({**weights, "extra": torch.zeros(1)}, here / "more.pt")
+    before, theirs = contents(here), contents(home)
+    filled = [argument.format(two=home / "two", teacher=home / "teacher") for argument in arguments]
+    assert cli.main(["distill", *SMALL, *filled]) == 2
+    out, error = capfd.readouterr()
+    assert (out, error.count("\n"), error[:5]) == ("", 1, "kcd: ")
+    assert re.search(message, error), error
+    assert contents(here) == before and contents(home) == theirs and not (here / "executed").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--method", "kd"], "method 'kd' needs a teacher: take ce, or kcd distill"),
+        (["--data", "NPZ"], "--network must be given: none goes with data 'NPZ'"),
+        (["--network", "nothing"], "unknown model 'nothing'"),
+    ],
+)
+def test_bad_input_of_a_teacher(arguments, message, here, capfd):
+    np.savez(here / "images.npz")
+    assert cli.main(["teacher", *SMALL, *[a.replace("NPZ", f"{__name__}:digits") for a in arguments]]) == 2
+    assert message.replace("NPZ", f"{__name__}:digits") in capfd.readouterr().err and names(here) == {"images.npz"}
+
+
+def digits():
+    return load("digits")
+
+
+# --- kcd report -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def shelf(home, tmp_path_factory):
+    """Runs of several kinds, as copies: finished, of a demo's layout, unfinished, and begun alone."""
+    folder = tmp_path_factory.mktemp("shelf")
+    teacher = ["--teacher", str(home / "two" / "teacher")]
+    assert cli.main(["distill", *SMALL, *teacher, "--lr", "0.04", "--output", str(folder / "kd")]) == 0
+    shutil.copytree(home / "two", folder / "two")
+    shutil.copytree(home / "two" / "seed-5", folder / "demo" / "checkpoint" / "seed-5" / "kc-kd")
+    shutil.copytree(home / "two" / "teacher", folder / "demo" / "checkpoint" / "seed-5" / "teacher")
+    (folder / "demo" / "config.json").write_text('{"command": "kcd demo"}')
+    shutil.copytree(folder / "kd", folder / "half")
+    (folder / "half" / "summary.json").unlink()
+    kept = (folder / "kd" / "metrics.jsonl").read_text().splitlines(keepends=True)[:3]
+    (folder / "half" / "metrics.jsonl").write_text("".join(kept))
+    (folder / "begun").mkdir()
+    (folder / "begun" / "config.json").write_text((folder / "kd" / "config.json").read_text())
+    return folder
+
+
+def test_a_report_compares_runs(shelf, here, capfd):
+    assert cli.main(["report", str(shelf / "two"), str(shelf / "kd"), "--output", "page.html"]) == 0
+    out, error = capfd.readouterr()
+    assert (error, names(here)) == ("", {"page.html", "page.png"})
+    page = Page(here / "page.html")
+    visits = [r["sample_visits"] for r in (*result(shelf / "two"), *result(shelf / "kd"))]
+    assert visits[0] == visits[1] < visits[2]
+    rows = {row[0]: row[1:] for row in page.rows[1:3]}
+    part = f"{visits[0]:,} ({100 * visits[0] / visits[2]:.1f} %)"
+    assert rows["kc-kd"] == [*cells(result(shelf / "two"))[:2], part, part, *cells(result(shelf / "two"))[4:]]
+    full = f"{visits[2]:,} (100.0 %)"
+    assert rows["kd"] == [*cells(result(shelf / "kd"))[:2], full, full, *cells(result(shelf / "kd"))[4:]]
+    trained = json.loads((shelf / "kd" / "config.json").read_text())["about"]["teacher"]
+    assert page.rows[3:] == [
+        ["run", "lr", "condense.keep", "teacher"],
+        ["kc-kd", "0.05", "0.7", "cnn_large"],
+        ["kd", "0.04", "1.0", trained],
+    ]
+    assert page.headings[0] == "kc-kd, kd on digits" and "Knowledge values of kc-kd, stage by stage" in page.headings
+    assert all(reference.startswith("#") for reference in page.references) and page.drawings == 4
+    for row in page.rows:
+        assert re.search(r" {2,}".join(map(re.escape, row)), out)
+
+
+def test_a_report_takes_the_folders_of_all_commands(shelf, here):
+    paths = [shelf / "demo", shelf / "two" / "seed-6", shelf / "two" / "seed-5" / ".." / "seed-6"]
+    assert cli.main(["report", *map(str, paths)]) == 0
+    rows = {row[0]: row[1:] for row in Page(here / "report.html").rows[1:3]}
+    assert rows.keys() == {"kc-kd", "teacher"}  # seeds 5 and 6 are of one kind, wherever they lie; 6 counts once
+    assert rows["kc-kd"] == cells(result(shelf / "two"))
+
+
+def test_runs_of_one_seed_stay_apart(shelf, here):
+    assert cli.main(["report", str(shelf / "two"), str(shelf / "demo")]) == 0
+    labels = [row[0] for row in Page(here / "report.html").rows[1:4]]
+    assert labels == [f"kc-kd ({shelf / 'two'})", f"kc-kd ({shelf / 'demo'})", "teacher"]
+
+
+def test_unfinished_runs_are_called_so(shelf, here, capfd):
+    assert cli.main(["report", *(str(shelf / name) for name in ("half", "begun", "two"))]) == 0
+    out = capfd.readouterr().out
+    for text in (out, (here / "report.html").read_text()):
+        assert f"Unfinished: {shelf / 'half'}: 3 of 4 epochs." in text
+        assert f"Unfinished: {shelf / 'begun'}: 0 of 4 epochs." in text
+    row = Page(here / "report.html").rows[1]
+    assert row[0] == f"kd ({shelf / 'half'})"
+    third = json.loads((shelf / "kd" / "metrics.jsonl").read_text().splitlines()[2])
+    assert row[1] == f"{third['accuracy']:.2f}" and row[3] == f"{third['sample_visits']:,}"
+
+
+def replaced(name, old, new):
+    def change(folder):
+        text = (folder / name).read_text()
+        assert old in text
+        (folder / name).write_text(text.replace(old, new))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda folder: (folder / "config.json").unlink(), "is no folder of a run, of several seeds or of a demo"),
+        (lambda folder: (folder / "config.json").write_text("{"), "config.json is damaged: "),
+        (lambda folder: (folder / "config.json").write_bytes(b"\xff"), "config.json is damaged: "),
+        (lambda folder: (folder / "config.json").write_text("[]"), "config.json is damaged: it holds a list"),
+        (replaced("config.json", '"recipe"', '"cake"'), "is no folder of a run"),
+        (replaced("config.json", '"epochs": 4', '"epochs": "4"'), "config.json is damaged: epochs must be a number"),
+        (replaced("config.json", '"epochs": 4', '"epochs": 2'), "metrics.jsonl is damaged: 4 epochs of 2"),
+        (replaced("config.json", '"options": {}', '"options": 3'), "damaged: options must be an object, got 3"),
+        (replaced("metrics.jsonl", '"accuracy"', '"precision"'), "accuracy must be a number, got None"),
+        (replaced("metrics.jsonl", '"epoch": 3', '"epoch": 4'), "metrics.jsonl is damaged: line 3 is not of epoch 3"),
+        (replaced("metrics.jsonl", '"counts"', '"count"'), "condensation without a histogram of values"),
+        (lambda folder: (folder / "metrics.jsonl").write_text(""), "nothing to report: no epoch has ended in "),
+        (lambda folder: (folder / "summary.json").write_text("{}"), "summary.json is damaged: it has no result"),
+    ],
+)
+def test_a_damaged_run_is_one_line(change, message, home, here, capfd):
+    shutil.copytree(home / "two" / "seed-5", here / "run")
+    change(here / "run")
+    before = contents(here)
+    assert cli.main(["report", "run"]) == 2
+    out, error = capfd.readouterr()
+    assert (out, error.count("\n")) == ("", 1) and message in error
+    assert contents(here) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "kcd report needs the folder of a run"),
+        (["nowhere"], "nowhere is no folder of a run"),
+        (["{two}", "--output", "page"], "output must end in .html, got page"),
+        (["{two}", "--output", "nowhere/page.html"], "No such file or directory: nowhere/page.html"),
+    ],
+)
+def test_bad_input_of_a_report(arguments, message, home, here, capfd):
+    assert cli.main(["report", *(argument.format(two=home / "two") for argument in arguments)]) == 2
+    out, error = capfd.readouterr()
+    assert (out, error.count("\n")) == ("", 1) and message in error and names(here) == set()
+
+
+@pytest.mark.parametrize("command", ["distill", "teacher", "report", "demo", "info"])
+def test_help_fits_on_80_columns(command, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit) as end:
+        cli.main([command, "--help"])
+    out = capsys.readouterr().out
+    assert end.value.code == 0 and out.startswith("usage: kcd") and max(map(len, out.splitlines())) <= 80
+    assert ("cifar100-vgg13-mobilenet_v2" in out) == (command == "distill")

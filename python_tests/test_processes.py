@@ -1,0 +1,232 @@
+"""Several processes, sharded students, accumulated and low-precision steps against one process and whole steps."""
+
+import warnings
+from functools import partial
+
+import pytest
+import torch
+from processes import Crew
+from test_resume import images, network, recipe
+from torch import nn
+from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from kcd_ext.methods import Method, Outcome
+from kcd_ext.training import Condense, Recipe, checkpoint, distill, storage
+
+SIZE = 71  # odd: two processes need a repeat
+
+
+def plain_network(seed):
+    """Without batch statistics and dropout, so that a step is the mean over its samples, however it is cut."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return nn.Sequential(nn.Flatten(), nn.Linear(36, 16), nn.ReLU(), nn.Linear(16, 4))
+
+
+class Recorder(Method):
+    """The value of a sample is a function of its index and the epoch; every index that comes by is written down."""
+
+    seen: list = []  # noqa: RUF012 - of the process
+
+    def forward(self, student, teacher, batch):
+        logits = student(batch.x)
+        Recorder.seen.append(batch.index.tolist())
+        value = ((batch.index * 7919 + 13) % 101).double() / 101
+        return Outcome(functional.cross_entropy(logits, batch.label), logits.detach(), value)
+
+
+def record(folder, rank):
+    torch.set_num_threads(1)
+    marks = []
+    summary = distill(
+        plain_network(0),
+        plain_network(1),
+        images(SIZE),
+        images(20, seed=1),
+        Recipe(
+            f"{__name__}:Recorder", condense=Condense(keep=0.4, every=2, stages=3), epochs=8, batch_size=8, device="cpu"
+        ),
+        output=folder / "run",
+        progress=lambda line: marks.append(len(Recorder.seen)),
+    )
+    # Ranks have equally many batches, but only the first one is told of the epochs.
+    state = {"seen": Recorder.seen, "kept": summary.condenser.kept, "counts": summary.condenser.counts}
+    torch.save({**state, "marks": marks, "lines": list(summary.history)}, folder / f"rank{rank}.pt")
+
+
+def test_two_processes_cover_the_kept_set_once_and_keep_what_one_does(tmp_path):
+    found = {}
+    for processes in (1, 2):
+        folder = tmp_path / str(processes)
+        folder.mkdir()
+        assert Crew(partial(record, folder), processes).wait() == [0] * processes
+        found[processes] = [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(processes)]
+    (one,), (first, second) = found[1], found[2]
+    for name in ("kept", "counts"):
+        assert torch.equal(one[name], first[name]) and torch.equal(first[name], second[name])
+
+    for ranks in found.values():
+        marks = [0, *ranks[0]["marks"]]
+        for epoch, line in enumerate(ranks[0]["lines"]):
+            part = slice(marks[epoch], marks[epoch + 1])
+            indices = [i for rank in ranks for batch in rank["seen"][part] for i in batch]
+            own = [i for i in indices if i >= 0]
+            assert len(set(own)) == len(own) == line["samples"] and len(indices) - len(own) == line["padding"]
+            assert line["padding"] == line["samples"] % len(ranks)
+    sizes = [line["samples"] for line in one["lines"]]
+    assert sizes == [line["samples"] for line in first["lines"]] and sizes[0] == SIZE > sizes[-1]
+    # Which samples: the same in every epoch, whichever process had them.
+    for epoch in range(8):
+        sets = []
+        for ranks in found.values():
+            marks = [0, *ranks[0]["marks"]]
+            batches = [b for rank in ranks for b in rank["seen"][marks[epoch] : marks[epoch + 1]]]
+            sets.append({i for batch in batches for i in batch if i >= 0})
+        assert sets[0] == sets[1]
+
+
+def trained(output, student=plain_network, **changes):
+    torch.set_num_threads(1)
+    settings = {"epochs": 4, "condense": {"every": 2}} | changes
+    network_ = student(0)
+    summary = distill(
+        network_, plain_network(1), images(64), images(20, seed=1), recipe("kd", **settings), output=output
+    )
+    return network_, summary
+
+
+def weights(output):
+    return checkpoint.load(output / "checkpoint").model
+
+
+def assert_close(one, other):
+    assert one.keys() == other.keys()
+    for name in one:
+        torch.testing.assert_close(one[name], other[name], rtol=2e-4, atol=2e-5)
+
+
+def test_a_step_is_the_mean_of_its_samples_however_they_are_cut(tmp_path):
+    """Of 16 at once, of 2 x 8 and 4 x 4 in turn (with a rest at a stage's end), and of 8 on each of two processes."""
+    condense = Condense(keep=0.625, every=2, schedule="immediate")
+    runs = {}
+    for batch_size, accumulation, processes in ((16, 1, 1), (8, 2, 1), (4, 4, 1), (8, 1, 2), (4, 2, 2)):
+        output = tmp_path / f"{batch_size}-{accumulation}-{processes}"
+
+        def job(rank, output=output, batch_size=batch_size, accumulation=accumulation):
+            torch.set_num_threads(1)
+            options = {"batch_size": batch_size, "gradient_accumulation": accumulation, "condense": condense}
+            settings = Recipe(epochs=4, lr=0.02, device="cpu", seed=5, **options)
+            distill(plain_network(0), plain_network(1), images(64), images(20, seed=1), settings, output=output)
+
+        assert Crew(job, processes).wait() == [0] * processes
+        runs[output] = weights(output)
+        samples = [line["samples"] for line in storage.read_lines(output / "metrics.jsonl")]
+        assert samples == [64, 64, 40, 40]
+    first, *others = runs.values()
+    for other in others:
+        assert_close(first, other)
+
+
+def test_a_sharded_student_is_trained_saved_and_resumed_as_a_whole_one(tmp_path):
+    def job(output, sharded, epochs, rank):
+        torch.set_num_threads(1)
+        from accelerate import PartialState
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        PartialState(cpu=True)
+        student = plain_network(0)
+        if sharded:
+            mesh = init_device_mesh("cpu", (2,))
+            for layer in (student[1], student[3]):
+                fully_shard(layer, mesh=mesh)
+            fully_shard(student, mesh=mesh)
+
+        def stop(line):
+            assert line["epoch"] < epochs
+
+        settings, data = recipe("kd", epochs=4, condense={"every": 2}), (images(64), images(20, seed=1))
+        distill(student, plain_network(1), *data, settings, output=output, resume=True, progress=stop)
+
+    whole, sharded, torn = (tmp_path / name for name in ("whole", "sharded", "torn"))
+    assert Crew(partial(job, whole, False, 9), 2).wait() == [0, 0]
+    assert Crew(partial(job, sharded, True, 9), 2).wait() == [0, 0]
+    assert_close(weights(whole), weights(sharded))
+    assert (whole / "student.safetensors").stat().st_size == (sharded / "student.safetensors").stat().st_size
+
+    assert Crew(partial(job, torn, True, 2), 2).wait()[0] == 1
+    assert checkpoint.load(torn / "checkpoint").epoch == 2
+    assert Crew(partial(job, torn, True, 9), 2).wait() == [0, 0]
+    assert (torn / "student.safetensors").read_bytes() == (sharded / "student.safetensors").read_bytes()
+
+
+def test_bfloat16_trains_float32_weights(tmp_path):
+    whole, _ = trained(tmp_path / "float32")
+    student, summary = trained(tmp_path / "bfloat16", precision="bfloat16")
+    assert all(parameter.dtype == torch.float32 for parameter in student.parameters())
+    gaps = [(a - b).abs().max().item() for a, b in zip(whole.parameters(), student.parameters(), strict=True)]
+    assert 0 < max(gaps) < 0.05 and summary.history[-1]["loss"] < summary.history[0]["loss"]
+
+
+def test_a_compiled_student_is_the_same_student(tmp_path):
+    """And counted and saved under the same names."""
+    _, plain = trained(tmp_path / "eager", student=network)
+    _, summary = trained(tmp_path / "compiled", student=network, compile=True)
+    assert weights(tmp_path / "eager").keys() == weights(tmp_path / "compiled").keys()
+    assert summary.teacher_visits == plain.teacher_visits and summary.flops == plain.flops
+    assert [line["samples"] for line in summary.history] == [line["samples"] for line in plain.history]
+
+
+@pytest.mark.parametrize("precision", ["float8", 16])
+def test_another_precision_is_refused(precision):
+    with pytest.raises((ValueError, TypeError), match="precision must be auto, float32, bfloat16, float16"):
+        recipe("kd", precision=precision)
+
+
+class Waits(TorchDispatchMode):
+    """Counts the operators whose result, or its shape, the processor has to wait for."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        waiting = (
+            "aten::_local_scalar_dense",
+            "aten::nonzero",
+            "aten::masked_select",
+            "aten::equal",
+            "aten::is_nonzero",
+        )
+        self.count += func._schema.name in waiting
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("condense", [{}, {"selection": "infobatch"}, {"batch_keep": 0.5}])
+def test_steps_wait_for_nothing(condense):
+    """Eight steps an epoch ask the device no more often than two."""
+    torch.set_num_threads(1)
+    counts = []
+    for batch_size in (32, 8):
+        settings = Recipe(epochs=3, batch_size=batch_size, device="cpu", condense=Condense(keep=0.5, **condense))
+        with Waits() as waits:
+            distill(network(0), plain_network(1), images(64), images(20, seed=1), settings)
+        counts.append(waits.count)
+    assert counts[0] == counts[1]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_steps_wait_for_nothing():
+    counts = []
+    for batch_size in (32, 8):
+        settings = Recipe(epochs=3, batch_size=batch_size, device="cuda", condense=Condense(keep=0.5))
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                distill(network(0), plain_network(1), images(64), images(20, seed=1), settings)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        counts.append(sum("synchroniz" in str(warning.message) for warning in caught))
+    assert counts[0] == counts[1]
