@@ -6,7 +6,7 @@
 # It needs an NVIDIA GPU with its driver, nvcc, cmake, ninja and a Python with PyTorch for CUDA (python3, or the one that the
 # variable PYTHON names); no network, no scikit-build-core, no pybind11.  The checkout may be read-only.
 #
-# Sections: build, conformance, sanitizers, graphs, large, benchmarks, reproduction.  Each runs by itself within its share of the
+# Sections: build, conformance, training, sanitizers, graphs, large, benchmarks, reproduction.  Each runs by itself within its share of the
 # minutes; one that fails or hangs does not hide the others.  build always runs, unless the variable KCD_LIBRARY names a
 # libkcd_ext.so.  FOLDER of --out (default: $OUT if it is set, else benchmarks/results) gets three files named after the GPU:
 # .json with everything, .md to read, .log with all output.  They take the place of an earlier run's.
@@ -17,8 +17,12 @@
 #
 #   python3 -m pip download --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
 #       --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 -d wheels \
-#       pytest pluggy iniconfig packaging pygments hypothesis sortedcontainers liger-kernel
+#       pytest pluggy iniconfig packaging pygments hypothesis sortedcontainers liger-kernel \
+#       accelerate safetensors tqdm tyro docstring_parser typeguard matplotlib contourpy cycler kiwisolver pyparsing
 #   benchmarks/gpu_check.sh --wheels wheels
+#
+# The reproduction needs CIFAR-100: the variable KCD_CIFAR100 names it as `kcd distill --data` does (a path to the archive, say).
+#   KCD_CIFAR100=cifar-100-python.tar.gz benchmarks/gpu_check.sh --only reproduction --minutes 9
 set -euo pipefail
 
 checkout=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)

@@ -92,6 +92,8 @@ class Reproduce:
     """Of each run on the CPU."""
     side_by_side: int = 0
     """Runs at a time; 0: one a processor on a CPU, four on a GPU."""
+    minutes: float | None = None
+    """No longer than that; what is interrupted goes on the next time. None: until all is done."""
     output: Path = Path("runs/reproduce")
     """Where the runs lie."""
     results: Path = Path("benchmarks/results")
@@ -100,6 +102,8 @@ class Reproduce:
     def run(self) -> None:
         """Everything; goes on where an earlier call of the same options stopped."""
         teacher_name, student_name = self.pair.split("-")
+        started = time.monotonic()
+        deadline = started + 60 * self.minutes if self.minutes is not None else None
         data = self._images()
         common = ["--epochs", str(self.epochs), "--device", self.device, "--resume"]
         common += ["--data", *data, "--precision", self.precision]
@@ -109,7 +113,7 @@ class Reproduce:
         if self.teacher is None:
             threads = str(self.threads * side_by_side)  # it runs alone
             options = ["--network", teacher_name, "--output", str(teacher), "--threads", threads]
-            call(["teacher", *common, *options], self.output / "teacher.log")
+            call(["teacher", *common, *options], self.output / "teacher.log", deadline)
         common += [
             "--threads",
             str(self.threads),
@@ -125,19 +129,24 @@ class Reproduce:
             for seed in range(self.seeds)  # all kinds of a seed first: what is interrupted is a smaller comparison
             for kind in self.only
         }
-        started = time.perf_counter()
         with ThreadPoolExecutor(side_by_side) as pool:
             folders = {key: self.output / key[0].replace(" ", "-").replace(",", "") / f"seed-{key[1]}" for key in jobs}
             futures = {
-                key: pool.submit(call, [*job, "--output", str(folders[key])], folders[key].with_suffix(".log"))
+                key: pool.submit(
+                    call, [*job, "--output", str(folders[key])], folders[key].with_suffix(".log"), deadline
+                )
                 for key, job in jobs.items()
             }
-            for future in futures.values():
-                future.result()
-        print(f"{len(jobs)} runs in {time.perf_counter() - started:.0f} s")
-        runs = {key: json.loads((folder / "summary.json").read_text())["results"][0] for key, folder in folders.items()}
-        held = json.loads((teacher / "summary.json").read_text())["results"][0]
-        self._write(data, held, runs)
+            finished = [future.result() for future in futures.values()]
+        print(f"{sum(finished)} of {len(jobs)} runs are finished, {time.monotonic() - started:.0f} s", flush=True)
+        runs = {
+            key: json.loads((folder / "summary.json").read_text())["results"][0]
+            for (key, folder), done in zip(folders.items(), finished, strict=True)
+            if done
+        }
+        if runs:
+            held = json.loads((teacher / "summary.json").read_text())["results"][0]
+            self._write(data, held, runs)
 
     def _side_by_side(self) -> int:
         import torch
@@ -159,8 +168,14 @@ class Reproduce:
         return [str(path), "--padding", "4", "--flip"]
 
     def _write(self, data: Sequence[str], teacher: dict, runs: dict) -> None:
+        # The seeds that all kinds have: only these can be compared.
+        seeds = [seed for seed in range(self.seeds) if all((kind, seed) in runs for kind in self.only)]
+        if not seeds:
+            print("no seed is finished in all kinds: nothing to compare yet")
+            return
         kinds = [kind for kind in KINDS if kind in self.only]
-        rows = [row(kind, [runs[kind, seed] for seed in range(self.seeds)], self._baseline(runs)) for kind in kinds]
+        baseline = [runs[BASELINE, seed] for seed in seeds] if BASELINE in kinds else None
+        rows = [row(kind, [runs[kind, seed] for seed in seeds], baseline) for kind in kinds]
         # The teacher serves all seeds, so it has one run.
         lines = ["| " + " | ".join(cells) + " |" for cells in (HEADER, ["---"] * len(HEADER), *rows)]
         paper = PAPER.get(self.pair) if self.epochs == 240 and self.classes is None else None
@@ -170,7 +185,7 @@ class Reproduce:
             else "Smaller than the paper's setting, and not to be compared with its numbers.\n"
         )
         name = f"reproduce-{self.pair}" + ("" if self.classes is None else f"-{self.classes}-classes")
-        text = f"""# {self.pair}, {Path(data[0]).stem}, {self.epochs} epochs, {self.seeds} seeds
+        text = f"""# {self.pair}, {Path(data[0]).stem}, {self.epochs} epochs, {len(seeds)} seeds
 
 `{" ".join(["python", "benchmarks/reproduce.py", *sys.argv[1:]])}`
 
@@ -194,9 +209,6 @@ the same seed (same weights and order of samples at the start) ± its standard e
         write_json(self.results / f"{name}.json", content)
         print(text)
 
-    def _baseline(self, runs: dict) -> list[dict] | None:
-        return [runs[BASELINE, seed] for seed in range(self.seeds)] if BASELINE in self.only else None
-
 
 def lr_of(pair: str) -> str:
     """The paper's learning rate for the student; 0.05 for a pair that it has not."""
@@ -214,13 +226,24 @@ def subset(data: ImageData, classes: int) -> dict[str, np.ndarray]:
     return arrays
 
 
-def call(arguments: Sequence[str], log: Path) -> None:
-    """Runs `kcd` with these; what it prints goes to the log. Raises RuntimeError with its last line if it fails."""
+def call(arguments: Sequence[str], log: Path, deadline: float | None) -> bool:
+    """Runs `kcd` with these; what it prints goes to the log. False: it was stopped at the deadline, or not begun.
+
+    Raises RuntimeError with its last line if it fails.
+    """
+    left = None if deadline is None else deadline - time.monotonic()
+    if left is not None and left <= 0:
+        return False
     log.parent.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "kcd_ext.cli", *arguments]
     with open(log, "a") as file:
-        done = subprocess.run([sys.executable, "-m", "kcd_ext.cli", *arguments], stdout=file, stderr=subprocess.STDOUT)
+        try:
+            done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, timeout=left)
+        except subprocess.TimeoutExpired:
+            return False
     if done.returncode:
         raise RuntimeError(f"kcd {' '.join(arguments)}: {log.read_text().splitlines()[-1]}")
+    return True
 
 
 def row(kind: str, results: Sequence[dict], baseline: Sequence[dict] | None) -> list[str]:

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from kcd_ext import cli
+
 README = (Path(__file__).parents[1] / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
 
@@ -68,6 +70,22 @@ def test_the_loop(names):
     images = torch.stack([Data()[i][0] for i in range(40)]).float() / 10
     logits = student(images)
     assert F.cross_entropy(logits, torch.arange(40) % 10) < 2.3
+
+
+def test_the_trainer(tmp_path, capsys):
+    exec(BLOCKS[3].replace("epochs=12", "epochs=4").replace("runs/mine", str(tmp_path)), {})
+    accuracy, visits, asked = map(float, capsys.readouterr().out.split())
+    # Six stages of four epochs: 1083 samples, then int(1083 * 0.3 / 6) = 54 fewer at each.
+    assert accuracy > 70 and visits == asked == sum(4 * (1083 - 54 * stage) for stage in range(6))
+
+
+def test_the_commands_are_understood(tmp_path, monkeypatch):
+    """All options of the commands shown exist: what fails, fails for want of data or of a finished run."""
+    monkeypatch.chdir(tmp_path)
+    shown = re.findall(r"^(?:kcd|torchrun .* kcd_ext.cli) ((?:distill|teacher|report) .*)$", README, re.M)
+    assert len(shown) == 5
+    for line in shown:
+        cli._parse(line.split())
 
 
 def test_the_commands_are_the_ones_that_are_tested():

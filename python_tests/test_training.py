@@ -470,11 +470,20 @@ def test_a_file_is_replaced_in_one_step(tmp_path):
     assert path.read_bytes() == b"new" and [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
-def test_a_damaged_checkpoint_says_so(tmp_path):
-    checkpoint.save(tmp_path, checkpoint.Checkpoint(1, {"student.w": torch.ones(3)}, {}, {}))
-    (tmp_path / "epoch-0001" / "training.pt").write_bytes(b"nonsense")
-    with pytest.raises(ValueError, match="is damaged"):
-        checkpoint.load(tmp_path)
+@pytest.mark.parametrize("keep", [0, 0.5, 0.99])
+@pytest.mark.parametrize("name", ["model.safetensors", "training.pt", "run.json"])
+def test_a_truncated_checkpoint_says_so_in_one_line_and_nothing_changes(tmp_path, name, keep):
+    arguments = (network(2), Blobs(20), Blobs(20))
+    distill(network(), *arguments, recipe(), output=tmp_path)
+    path = tmp_path / "checkpoint" / "epoch-0004" / name
+    path.write_bytes(path.read_bytes()[: int(keep * path.stat().st_size)])
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(
+        ValueError, match=r"checkpoint .*epoch-0004 is damaged \(.*\): remove it to start over"
+    ) as caught:
+        distill(network(), *arguments, recipe(), output=tmp_path, resume=True)
+    assert "\n" not in str(caught.value)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):

@@ -49,6 +49,8 @@ class Section:
     """Python modules that it needs."""
     file: Path | None = None
     """A file of the checkout that it needs."""
+    variable: str | None = None
+    """An environment variable that it needs."""
     optional: bool = False
     """It is run where time is left."""
 
@@ -59,6 +61,8 @@ class Section:
             return f"{', '.join(absent)} not installed: hand the wheels over with --wheels"
         if self.file is not None and not self.file.exists():
             return f"{self.file.relative_to(CHECKOUT)} is not there yet"
+        if self.variable is not None and self.variable not in os.environ:
+            return f"the variable {self.variable} is not set: see the head of gpu_check.sh"
         return None
 
 
@@ -70,18 +74,34 @@ def _timed_module(name: str) -> Callable[[Run], Sequence[str]]:
     return lambda run: _module(name, "--seconds", run.own_seconds, "--data", str(run.data))
 
 
-def _pytest(_: Run) -> list[str]:
+def _pytest(expression: str, *names: str) -> Callable[[Run], Sequence[str]]:
     # Run from another folder: the checkout may be read-only, and pytest and hypothesis write where they are run.
-    tests = [str(CHECKOUT / "python_tests" / name) for name in ("test_conformance.py", "test_autograd.py")]
-    options = ["-k", "cuda", "-q", "-p", "no:cacheprovider", "--rootdir", str(CHECKOUT)]
-    return [sys.executable, "-m", "pytest", *options, "-c", str(CHECKOUT / "pyproject.toml"), *tests]
+    tests = [str(CHECKOUT / "python_tests" / f"test_{name}.py") for name in names]
+    options = ["-k", expression, "-q", "-p", "no:cacheprovider", "--rootdir", str(CHECKOUT)]
+    return lambda run: [sys.executable, "-m", "pytest", *options, "-c", str(CHECKOUT / "pyproject.toml"), *tests]
 
 
 _REPRODUCTION = CHECKOUT / "benchmarks" / "reproduce.py"
+_TRAINER = ("accelerate", "safetensors", "tqdm", "tyro", "matplotlib")
+
+
+def _reproduce(run: Run) -> list[str]:
+    """The first pair of the paper's table in a shorter schedule: as many runs as the time lets finish."""
+    results = os.environ.get("OUT") or str(CHECKOUT / "benchmarks" / "results")
+    options = ["--data", os.environ["KCD_CIFAR100"], "--epochs", "30", "--device", "cuda", "--precision", "bfloat16"]
+    options += ["--minutes", f"{float(run.own_seconds) / 60:.2f}", "--results", results]
+    return [sys.executable, str(_REPRODUCTION), *options]
+
 
 SECTIONS = (
     Section("build", 80, lambda run: _module("build", "--build", str(run.build), "--data", str(run.data))),
-    Section("conformance", 70, _pytest, modules=("pytest", "hypothesis")),
+    Section("conformance", 70, _pytest("cuda", "conformance", "autograd"), modules=("pytest", "hypothesis")),
+    Section(
+        "training",
+        20,
+        _pytest("gpu or cuda", "training", "processes", "condensation", "infobatch", "data"),
+        modules=("pytest", "hypothesis", "accelerate", "safetensors"),
+    ),
     Section("sanitizers", 130, _timed_module("sanitizers")),
     Section("graphs", 20, _timed_module("graphs")),
     Section("large", 25, lambda run: _module("large", "--data", str(run.data))),
@@ -89,8 +109,10 @@ SECTIONS = (
     Section(
         "reproduction",
         10,
-        lambda run: [sys.executable, str(_REPRODUCTION), "--minutes", f"{float(run.own_seconds) / 60:.2f}"],
+        _reproduce,
+        modules=_TRAINER,
         file=_REPRODUCTION,
+        variable="KCD_CIFAR100",
         optional=True,
     ),
 )
