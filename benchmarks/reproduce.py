@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean, median, stdev
 
 import numpy as np
 import tyro
@@ -64,7 +64,7 @@ HEADER = (
     "sample visits",
     "teacher visits",
     "PFLOPs",
-    "seconds",
+    "seconds, median",
     "condensation, % of the seconds",
 )
 
@@ -199,7 +199,7 @@ the same seed (same weights and order of samples at the start) ± its standard e
         write_bytes(self.results / f"{name}.md", text.encode())
         content = {
             "command": sys.argv,
-            "environment": environment.describe(),
+            "environment": {name: fact for name, fact in environment.describe().items() if name != "executable"},
             "pair": self.pair,
             "epochs": self.epochs,
             "data": list(data[1:]),
@@ -260,7 +260,7 @@ def row(kind: str, results: Sequence[dict], baseline: Sequence[dict] | None) -> 
         gap,
         *(visits(results, baseline, name) for name in ("sample_visits", "teacher_visits")),
         f"{flops:.3g}",
-        f"{mean(r['seconds'] for r in results):.0f}",
+        f"{median(r['seconds'] for r in results):.0f}",
         f"{share:.2f}",
     ]
 

@@ -1,6 +1,7 @@
 """Where batches come from: a loader over any data set, or images that lie on the training device as a whole."""
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import Protocol
 
 import numpy as np
@@ -41,14 +42,16 @@ def feed_of(
     return LoadedFeed(dataset, device, num_workers)
 
 
-def cut(count: int, batch_size: int) -> list[slice]:
-    """`count` samples in batches of `batch_size`; a single one that is left over in the end joins the batch before.
+def cut(count: int, size: int) -> list[slice]:
+    """`count` samples in as many parts as it takes for none to be larger than `size`; no two differ by more than one.
 
-    Batch normalisation cannot train on one sample, and with stages of all sizes such a remainder comes sooner or later.
+    Stages have all sizes, and whole batches would leave all sorts of rests. A step on five samples counts as much as
+    one on 64, batch normalisation takes its statistics of them, and a loss over pairs of samples is of another size:
+    such steps can undo what a student has learnt.
     """
-    left_alone = batch_size > 1 and count > batch_size and count % batch_size == 1
-    number = -(-count // batch_size) - left_alone
-    return [slice(i * batch_size, (i + 1) * batch_size if i + 1 < number else count) for i in range(number)]
+    number = -(-count // size)
+    ends = [count * part // number for part in range(number + 1)]
+    return [slice(*pair) for pair in pairwise(ends)]
 
 
 class LoadedFeed:

@@ -104,7 +104,7 @@ class Recipe:
     epochs: int = 240
     """Passes over what is kept of the training set."""
     batch_size: int = 64
-    """Samples of a batch on each process."""
+    """Samples of a batch on each process, at most: an epoch is cut into equal batches, none smaller by more than one."""
     gradient_accumulation: int = 1
     """Batches whose gradients make one step."""
     lr: float = 0.05

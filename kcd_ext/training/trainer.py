@@ -330,10 +330,13 @@ class _Run:
         self.sampler.set_epoch(epoch)
         entries = self.feed.entries(self.sampler)
         ordering = time.perf_counter() - start
-        batches = cut(len(self.sampler), self.recipe.batch_size)
-        sizes, group = [part.stop - part.start for part in batches], self.recipe.gradient_accumulation
-        shares = [size / sum(sizes[i - i % group : i - i % group + group]) for i, size in enumerate(sizes)]
-        closes = [(i + 1) % group == 0 or i + 1 == len(sizes) for i in range(len(sizes))]
+        size, batches, shares, closes = self.recipe.batch_size, [], [], []
+        for step in cut(len(self.sampler), size * self.recipe.gradient_accumulation):
+            count = step.stop - step.start
+            parts = cut(count, size)
+            batches += [slice(step.start + part.start, step.start + part.stop) for part in parts]
+            shares += [(part.stop - part.start) / count for part in parts]
+            closes += [part is parts[-1] for part in parts]
         return ordering, zip(self.feed.epoch(entries, batches, self.recipe.seed, epoch), shares, closes, strict=True)
 
     def _train(self, epoch: int) -> tuple[int, int, dict, list[tuple[Tensor, Tensor]], float]:
