@@ -174,13 +174,19 @@ def test_the_report_stands_alone_and_shows_the_results(demo):
     assert picture[:8] == b"\x89PNG\r\n\x1a\n" and struct.unpack(">2I", picture[16:24])[0] > 1000
 
 
+def heed_interrupts():
+    """A shell that has started the tests in the background has them ignored, which processes inherit."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.fixture
 def running(tmp_path):
     """Starts a demo with the same options as `demo`, and ends it by a signal once a file has appeared."""
 
     def run(until, number, *more, meanwhile=None):
         command = [sys.executable, "-m", "kcd_ext.cli", *SMALL, "--seeds", "3", "1", *more]
-        process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        process = subprocess.Popen(command, cwd=tmp_path, preexec_fn=heed_interrupts, **pipes)
         try:
             give_up = time.monotonic() + TIMEOUT
             while not (tmp_path / until).exists():

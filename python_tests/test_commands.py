@@ -181,10 +181,16 @@ def test_the_number_of_seeds_does_not_change_a_run(home, here, capfd):
 # --- interrupted ------------------------------------------------------------------------------------------------------
 
 
+def heed_interrupts():
+    """A shell that has started the tests in the background has them ignored, which processes inherit."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def stopped(arguments, cwd, until, number):
     """Starts the command and ends it by a signal once a file has appeared."""
     command = [sys.executable, "-m", "kcd_ext.cli", *arguments]
-    started = subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    started = subprocess.Popen(command, cwd=cwd, preexec_fn=heed_interrupts, **pipes)
     try:
         give_up = time.monotonic() + TIMEOUT
         while not (cwd / until).exists():
