@@ -12,6 +12,7 @@ and what was interrupted goes on. Writes a table beside the paper's numbers, and
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -25,11 +26,13 @@ import numpy as np
 import tyro
 
 from kcd_ext import environment
+from kcd_ext.condensation.checks import whole as whole_number
 from kcd_ext.data.images import ImageData, load
 from kcd_ext.training.pairs import CIFAR100
 from kcd_ext.training.storage import write_bytes, write_json
 
-# What is compared: the name of a run -> the options of `kcd distill` that make it. The first is the baseline.
+# What is compared: the name of a run -> the options of `kcd distill` that make it. Random selection mixes no images, so
+# what KC-KD is better by than "random" is both: "kc-kd unmixed" tells them apart.
 KINDS: dict[str, list[str]] = {
     "kd": ["--method", "kd"],
     "student alone": ["--method", "ce"],
@@ -37,6 +40,7 @@ KINDS: dict[str, list[str]] = {
     "infobatch": ["--method", "kd", "--condense.selection", "infobatch", "--condense.keep", "0.5"],
     "kc-kd": ["--method", "kc-kd"],
     "kc-kd immediate": ["--method", "kc-kd", "--condense.schedule", "immediate"],
+    "kc-kd unmixed": ["--method", "kc-kd", "--condense.epsilon", "0"],
     "random immediate": ["--method", "kc-kd", "--condense.selection", "random", "--condense.schedule", "immediate"],
     "kd, half of a batch": ["--method", "kd", "--condense.batch-keep", "0.5"],
 }
@@ -101,12 +105,14 @@ class Reproduce:
 
     def run(self) -> None:
         """Everything; goes on where an earlier call of the same options stopped."""
+        self._check()
         teacher_name, student_name = self.pair.split("-")
         started = time.monotonic()
         deadline = started + 60 * self.minutes if self.minutes is not None else None
-        data = self._images()
+        whole = load(self.data)
+        data = self._images(whole)
         common = ["--epochs", str(self.epochs), "--device", self.device, "--resume"]
-        common += ["--data", *data, "--precision", self.precision]
+        common += ["--data", data, "--padding", "4", "--flip", "--precision", self.precision]
         side_by_side = self._side_by_side()
 
         teacher = self.teacher or self.output / "teacher"
@@ -137,7 +143,11 @@ class Reproduce:
                 )
                 for key, job in jobs.items()
             }
-            finished = [future.result() for future in futures.values()]
+            try:
+                finished = [future.result() for future in futures.values()]
+            except BaseException:
+                pool.shutdown(cancel_futures=True)  # those that run get the interrupt themselves
+                raise
         print(f"{sum(finished)} of {len(jobs)} runs are finished, {time.monotonic() - started:.0f} s", flush=True)
         runs = {
             key: json.loads((folder / "summary.json").read_text())["results"][0]
@@ -146,7 +156,7 @@ class Reproduce:
         }
         if runs:
             held = json.loads((teacher / "summary.json").read_text())["results"][0]
-            self._write(data, held, runs)
+            self._write(whole, held, runs)
 
     def _side_by_side(self) -> int:
         import torch
@@ -154,20 +164,30 @@ class Reproduce:
         on_gpu = self.device == "cuda" or (self.device == "auto" and torch.cuda.is_available())
         return self.side_by_side or (4 if on_gpu else max(1, len(os.sched_getaffinity(0)) // self.threads))
 
-    def _images(self) -> list[str]:
-        """What follows --data: the data set itself, or a file of some of its classes with its own crop and flip."""
+    def _images(self, whole: ImageData) -> str:
+        """What follows --data: the data set itself, or a file of some of its classes, written anew."""
         if self.classes is None:
-            return [self.data]
+            return self.data
         path = self.output / f"{self.classes}-classes.npz"
-        whole = load(self.data, padding=4, flip=True)
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            beside = path.with_suffix(".partial.npz")
-            np.savez(beside, **subset(whole, self.classes))
-            beside.rename(path)
-        return [str(path), "--padding", "4", "--flip"]
+        arrays = subset(whole, self.classes)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = path.with_suffix(".partial.npz")
+        np.savez(beside, **arrays)
+        beside.rename(path)
+        return str(path)
 
-    def _write(self, data: Sequence[str], teacher: dict, runs: dict) -> None:
+    def _check(self) -> None:
+        """Raises ValueError for what would be found out only after hours."""
+        if self.pair.count("-") != 1:
+            raise ValueError(f"pair must be TEACHER-STUDENT, got {self.pair!r}")
+        if unknown := [kind for kind in self.only if kind not in KINDS]:
+            raise ValueError(f"only must be out of {', '.join(map(repr, KINDS))}, got {unknown[0]!r}")
+        for name, least in (("seeds", 1), ("epochs", 1), ("threads", 1), ("side_by_side", 0)):
+            whole_number(name, getattr(self, name), least)
+        if self.teacher is not None and not (self.teacher / "summary.json").exists():
+            raise ValueError(f"teacher must be the folder of a finished run, got {self.teacher}")
+
+    def _write(self, data: ImageData, teacher: dict, runs: dict) -> None:
         # The seeds that all kinds have: only these can be compared.
         seeds = [seed for seed in range(self.seeds) if all((kind, seed) in runs for kind in self.only)]
         if not seeds:
@@ -178,16 +198,20 @@ class Reproduce:
         rows = [row(kind, [runs[kind, seed] for seed in seeds], baseline) for kind in kinds]
         # The teacher serves all seeds, so it has one run.
         lines = ["| " + " | ".join(cells) + " |" for cells in (HEADER, ["---"] * len(HEADER), *rows)]
-        paper = PAPER.get(self.pair) if self.epochs == 240 and self.classes is None else None
+        as_published = self.epochs == 240 and self.classes is None and data.num_classes == 100
+        paper = PAPER.get(self.pair) if as_published and len(data.train) == 50_000 else None
         beside = (
-            f"The paper's table: student {paper[0]}, KD {paper[1]}, KC-KD {paper[2]} % (its KD row is older work's).\n"
+            "The paper's table: student {:.2f}, KD {:.2f}, KC-KD {:.2f} % (its KD row is older work's).\n".format(
+                *paper
+            )
             if paper
             else "Smaller than the paper's setting, and not to be compared with its numbers.\n"
         )
-        name = f"reproduce-{self.pair}" + ("" if self.classes is None else f"-{self.classes}-classes")
-        text = f"""# {self.pair}, {Path(data[0]).stem}, {self.epochs} epochs, {len(seeds)} seeds
+        part = "" if self.classes is None else f"-{self.classes}-classes"
+        name = f"reproduce-{data.name}{part}-{self.pair}-{self.epochs}-epochs"
+        text = f"""# {self.pair}, {data.name}{part.replace("-", " ")}, {self.epochs} epochs, {len(seeds)} seeds
 
-`{" ".join(["python", "benchmarks/reproduce.py", *sys.argv[1:]])}`
+`{shlex.join(["python", "benchmarks/reproduce.py", *sys.argv[1:]])}`
 
 Teacher {teacher["accuracy_last"]:.2f} %. Mean ± standard deviation over seeds; "minus KD" is the mean of the differences to KD of
 the same seed (same weights and order of samples at the start) ± its standard error.
@@ -202,7 +226,9 @@ the same seed (same weights and order of samples at the start) ± its standard e
             "environment": {name: fact for name, fact in environment.describe().items() if name != "executable"},
             "pair": self.pair,
             "epochs": self.epochs,
-            "data": list(data[1:]),
+            "data": {"name": data.name, "classes": self.classes or data.num_classes},
+            "side_by_side": self._side_by_side(),
+            "threads_each": self.threads,
             "teacher": teacher,
             "runs": [{"kind": kind, **result} for (kind, _), result in runs.items()],
         }
@@ -216,7 +242,8 @@ def lr_of(pair: str) -> str:
 
 
 def subset(data: ImageData, classes: int) -> dict[str, np.ndarray]:
-    """The arrays of an .npz with `classes` whole classes at equal distances, numbered anew."""
+    """The arrays of an .npz with `classes` whole classes at equal distances, numbered anew. Raises ValueError."""
+    whole_number("classes", classes, 2, data.num_classes)
     chosen = np.arange(classes) * data.num_classes // classes
     arrays = {}
     for part, held in (("train", data.train), ("test", data.test)):
@@ -229,7 +256,7 @@ def subset(data: ImageData, classes: int) -> dict[str, np.ndarray]:
 def call(arguments: Sequence[str], log: Path, deadline: float | None) -> bool:
     """Runs `kcd` with these; what it prints goes to the log. False: it was stopped at the deadline, or not begun.
 
-    Raises RuntimeError with its last line if it fails.
+    What is finished is not run again, but checked by it to be of the same options. Raises RuntimeError if it fails.
     """
     left = None if deadline is None else deadline - time.monotonic()
     if left is not None and left <= 0:
@@ -242,7 +269,8 @@ def call(arguments: Sequence[str], log: Path, deadline: float | None) -> bool:
         except subprocess.TimeoutExpired:
             return False
     if done.returncode:
-        raise RuntimeError(f"kcd {' '.join(arguments)}: {log.read_text().splitlines()[-1]}")
+        last = (log.read_text().splitlines() or ["nothing printed"])[-1]
+        raise RuntimeError(f"kcd {shlex.join(arguments)}: exit status {done.returncode}: {last}")
     return True
 
 

@@ -310,3 +310,16 @@ def test_on_a_gpu_the_choice_is_that_of_the_cpu():
         assert condenser.sample_weight.device.type == device
         kept.append((condenser.kept.tolist(), condenser.sample_weight.tolist()))
     assert kept[0] == kept[1]
+
+
+@pytest.mark.parametrize(("anneal", "epochs", "first"), [(0.8, 10, 2), (0.9, 10, 1), (0.125, 24, 21), (1.0, 7, 0)])
+def test_annealing_starts_where_exact_arithmetic_says(anneal, epochs, first):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        condenser = InfoBatch(50, keep=0.5, epochs=epochs, anneal=anneal)
+    whole = []
+    for epoch in range(epochs):
+        whole.append(len(condenser.kept) == 50)
+        condenser.update(torch.arange(50), torch.arange(50).double() + epoch)
+        condenser.step()
+    assert all(whole[first:]) and not any(whole[1:first])

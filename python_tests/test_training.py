@@ -566,6 +566,12 @@ def test_a_recipe_checks_itself(changes, error, message):
         recipe(**changes)
 
 
+def test_losses_of_half_a_batch_are_no_losses_to_select_by():
+    condense = Condense(keep=0.5, selection="infobatch", batch_keep=0.5)
+    with pytest.raises(ValueError, match=r"batch_keep=0\.5 cannot go with selection 'infobatch'"):
+        distill(network(), network(2), Blobs(20), Blobs(20), recipe(condense=condense))
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [

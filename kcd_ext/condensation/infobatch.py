@@ -89,7 +89,8 @@ class InfoBatch(KnowledgeCondenser):
         )
         self._epochs = whole("epochs", epochs, 1)
         self._anneal = real("anneal", anneal, "a number in [0, 1]", 0, 1)
-        self._annealed = math.floor((1 - self._anneal) * self._epochs)
+        # floor((1 - anneal)·epochs), without the rounding of 1 - anneal, which can make it one less.
+        self._annealed = self._epochs - math.ceil(self._anneal * self._epochs)
         pruned = self._annealed > 1  # the first epoch has all samples anyway
         if not pruned and self._keep < 1 and self._anneal < 1 and self._num_samples > 1:
             warnings.warn(

@@ -110,6 +110,11 @@ class ImageData:
         names = self.class_names
         if not isinstance(names, tuple) or not all(isinstance(name, str) for name in names):
             raise TypeError(f"data set {self.name!r}: class_names must be a tuple of strings, got {names!r}")
+        for name in names:
+            try:
+                name.encode()
+            except UnicodeEncodeError as error:  # of a file's name in another encoding; no report could be written
+                raise ValueError(f"data set {self.name!r}: class name {name!r} is no text in UTF-8") from error
         if names and len(names) != self.num_classes:
             raise ValueError(
                 f"data set {self.name!r}: class_names must hold {self.num_classes} names, got {len(names)}"

@@ -61,6 +61,8 @@ def _images(path: Path, name: str, arrays: dict[str, np.ndarray]) -> np.ndarray:
         raise ValueError(
             f"{path}: {name} must be uint8 (n, h, w) or (n, h, w, c), not empty, got {images.dtype} {images.shape}"
         )
+    if images.ndim == 4 and images.shape[3] > 4 and images.shape[1] <= 4:
+        raise ValueError(f"{path}: {name} must have its channels last, (n, h, w, c), got shape {images.shape}")
     return images if images.ndim == 4 else images[..., np.newaxis]
 
 

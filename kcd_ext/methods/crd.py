@@ -25,7 +25,8 @@ class ContrastiveRepresentationDistillation(FeatureMethod):
             + the same of t_i and student_memory.
 
     Each direction's Z is N times the mean of e^(a/T) over the first batch, and stays. After every batch the memory of its
-    samples becomes momentum * memory + (1 - momentum) * embedding, scaled to length 1.
+    samples becomes momentum * memory + (1 - momentum) * embedding, scaled to length 1. Where condensation has dropped
+    samples they go on to be drawn as negatives, with the embeddings they had when they were dropped.
 
     As RepDistiller's code. Different, on purpose:
 
@@ -45,7 +46,7 @@ class ContrastiveRepresentationDistillation(FeatureMethod):
         negatives: K.
         temperature: T > 0.
         momentum: in [0, 1].
-        ce_weight, crd_weight: finite; 1 and 0.8 in the comparison of RepDistiller and in KCD.
+        ce_weight, crd_weight: finite; 1 and 0.8 in the comparison of RepDistiller, which KCD builds on.
         batch_keep: the fraction of every batch that the teacher is asked about, that is contrasted and remembered, in
             (0, 1], by the student's entropy, the highest first (`selection.choose`). 1: all.
         student_layer, teacher_layer: whose input the features are (`features.Tap`); None: the last linear layer's.

@@ -23,7 +23,7 @@ class ProbabilisticKnowledgeTransfer(FeatureMethod):
     smaller by a factor b than the batch's mean KL divergence, and the published weight of 30000 belongs to it.
 
     Args:
-        ce_weight, pkt_weight: finite; 1 and 30000 in the comparison of RepDistiller and in KCD.
+        ce_weight, pkt_weight: finite; 1 and 30000 in the comparison of RepDistiller, which KCD builds on.
         batch_keep: the fraction of every batch that the teacher is asked about and whose features are compared, in
             (0, 1], by the student's entropy, the highest first (`selection.choose`). 1: all.
         student_layer, teacher_layer: whose input the features are (`features.Tap`); None: the last linear layer's.

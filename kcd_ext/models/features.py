@@ -12,7 +12,8 @@ def features(network: nn.Module, x: Tensor) -> list[Tensor]:
     Args:
         network: has `stages`, a tuple of the paths (`network.get_submodule(path)`) of the modules whose outputs are the
             feature maps, in the order in which they run, and ends in a `torch.nn.Linear`. Every network of this package
-            has. Whether a map is before or after an activation is said where its network is.
+            has, by itself: not what torch.compile or a wrapper for several processes makes of it. Whether a map is
+            before or after an activation is said where its network is.
         x: (b, c, h, w) images.
 
     Returns:

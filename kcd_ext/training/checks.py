@@ -25,6 +25,11 @@ def indexed(name: str, dataset: Dataset) -> IndexedDataset | ImageSet:
 def check_method(method: Method, recipe: Recipe) -> None:
     """Raises ValueError where the method cannot do what the recipe's selection asks of it."""
     condenser = recipe.condense.build(1, seed=recipe.seed, device="cpu", epochs=recipe.epochs)
+    if condenser.measure == "losses" and recipe.condense.batch_keep < 1:
+        raise ValueError(
+            f"condense.batch_keep={recipe.condense.batch_keep} cannot go with selection {recipe.condense.selection!r}, which "
+            f"compares losses: a sample that the teacher is not asked about has only a part of its loss"
+        )
     if condenser.sample_weight is not None and not method.weighs_samples:
         raise ValueError(
             f"condense.selection {recipe.condense.selection!r} multiplies every sample's loss by a weight, which method "
