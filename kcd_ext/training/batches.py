@@ -45,11 +45,14 @@ def feed_of(
 def cut(count: int, size: int) -> list[slice]:
     """`count` samples in as many parts as it takes for none to be larger than `size`; no two differ by more than one.
 
+    None is a single sample, which batch normalisation cannot train on, unless `size` or `count` is 1: of an odd number
+    in pairs one part has three.
+
     Stages have all sizes, and whole batches would leave all sorts of rests. A step on five samples counts as much as
     one on 64, batch normalisation takes its statistics of them, and a loss over pairs of samples is of another size:
     such steps can undo what a student has learnt.
     """
-    number = -(-count // size)
+    number = -(-count // size) if size == 1 else min(-(-count // size), max(1, count // 2))
     ends = [count * part // number for part in range(number + 1)]
     return [slice(*pair) for pair in pairwise(ends)]
 

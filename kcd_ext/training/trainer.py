@@ -223,6 +223,7 @@ class _Run:
         """The module wrapped for several processes (a sharded one reduces its gradients itself), and its optimizer."""
         recipe = self.recipe
         optimizer = torch.optim.SGD(parameters, lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
+        optimizer.zero_grad()  # what the caller's own training left behind
         # The optimizer stays as it is: accelerate's wrapper looks for packages on the disk at every step.
         if sharding.is_sharded(module):
             return module, optimizer
@@ -267,6 +268,7 @@ class _Run:
                     if closes:
                         self._descend(self.pretraining_optimizer)
                     total, rows = total + loss.detach() * len(batch.label), rows + len(batch.label)
+            self._share_buffers()
             loss = self._sum([total])[0] / (rows * self.accelerator.num_processes)
             seconds = time.perf_counter() - start
         plan.part.requires_grad_(False).eval()
@@ -405,7 +407,7 @@ class _Run:
     def _share_buffers(self) -> None:
         """The first process's running statistics for all: they are validated and saved, and a resumed run has them."""
         if self.accelerator.num_processes > 1:
-            for buffer in self.student.buffers():
+            for buffer in self.module.buffers():
                 if sharding.local(buffer) is buffer:
                     torch.distributed.broadcast(buffer, src=0)
 
