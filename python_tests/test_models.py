@@ -1,6 +1,7 @@
 """The networks against published numbers and against the same networks written out in torch.nn.functional."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -8,7 +9,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from kcd_ext import models
-from kcd_ext.models.features import features
+from kcd_ext.models import features
+from kcd_ext.models.cnn import cnn
+from kcd_ext.models.resnet import ResNet
+from kcd_ext.models.wide_resnet import WideResNet
 
 NARROW = [(16, 32), (32, 16), (64, 8)]
 DOUBLE = [(32, 32), (64, 16), (128, 8)]
@@ -85,6 +89,24 @@ def test_parameters_and_shapes(name):
 @pytest.mark.parametrize(("name", "parameters"), [("cnn_large", 35_674), ("cnn_small", 1_702)])
 def test_parameters_of_the_demo(name, parameters):
     assert sum(parameter.numel() for parameter in seeded(name, in_channels=1).parameters()) == parameters
+
+
+@pytest.mark.parametrize(("family", "options"), [(ResNet, {}), (WideResNet, {"width": 1})])
+def test_depths_that_are_no_whole_blocks(family, options):
+    outside = 2 if family is ResNet else 4
+    make = partial(family, in_channels=1, num_classes=2, **options)
+    for depth, error, told in (
+        (7 + outside, ValueError, rf"depth must be 6 n \+ {outside} for a whole n >= 1, got {7 + outside}"),
+        (outside, ValueError, rf"depth must be an integer >= {6 + outside}, got {outside}"),
+        (20.0, TypeError, rf"depth must be an integer >= {6 + outside}, got 20.0"),
+    ):
+        with pytest.raises(error, match=told):
+            make(depth=depth)
+
+
+def test_widths_and_strides_are_as_many():
+    with pytest.raises(ValueError, match="shorter"):
+        cnn(1, 2, widths=(4, 8), strides=(2,))
 
 
 # --- the same networks in torch.nn.functional -------------------------------------------------------------------------

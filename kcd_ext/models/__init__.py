@@ -1,8 +1,12 @@
-"""Networks by name: two small ones, and those of the CIFAR-100 comparison of RepDistiller, on which KCD is measured."""
+"""Networks by name: two small ones, and those of the CIFAR-100 comparison of RepDistiller, on which KCD is measured.
+
+`features(network, x)` gives what a network of these sees on its way: a map for every stage, the pooled vector, logits.
+"""
 
 from torch import nn
 
 from ..registry import call
+from .stages import features
 
 REGISTRY = {
     "cnn_large": "kcd_ext.models.cnn:cnn_large",
@@ -47,4 +51,4 @@ def build(name: str, *, in_channels: int, num_classes: int) -> nn.Module:
     return model
 
 
-__all__ = ["REGISTRY", "build"]
+__all__ = ["REGISTRY", "build", "features"]

@@ -16,9 +16,9 @@ def cnn(in_channels: int, num_classes: int, widths: tuple[int, ...], strides: tu
 
     A stage ends before the next stride, after the activation.
     """
-    channels = (in_channels, *widths)
-    features = [_convolution(a, b, s) for a, b, s in zip(channels, widths, strides, strict=False)]
-    network = nn.Sequential(*features, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels[-1], num_classes))
+    before = (in_channels, *widths[:-1])
+    convolutions = [_convolution(a, b, s) for a, b, s in zip(before, widths, strides, strict=True)]
+    network = nn.Sequential(*convolutions, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], num_classes))
     network.stages = tuple(str(i) for i, following in enumerate((*strides[1:], 2)) if following > 1)
     return network
 

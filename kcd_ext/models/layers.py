@@ -4,6 +4,19 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
+from ..condensation.checks import whole
+
+
+def blocks_of(depth: int, outside: int) -> int:
+    """How many blocks of two convolutions each of three stages has, in a network of `depth` layers.
+
+    `outside` layers are in no block. Raises TypeError or ValueError where it is no whole number >= 1.
+    """
+    blocks, rest = divmod(whole("depth", depth, 6 + outside) - outside, 6)
+    if rest:
+        raise ValueError(f"depth must be 6 n + {outside} for a whole n >= 1, got {depth}")
+    return blocks
+
 
 def row(
     block: Callable[[int, int, int], nn.Module], in_channels: int, out_channels: int, stride: int, count: int

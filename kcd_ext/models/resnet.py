@@ -8,7 +8,7 @@ from functools import partial
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .layers import initialise_convolutions, row, shortcut
+from .layers import blocks_of, initialise_convolutions, row, shortcut
 
 
 class BasicBlock(nn.Module):
@@ -31,13 +31,15 @@ class ResNet(nn.Module):
     """A convolution, three stages of (depth - 2) / 6 blocks and one linear layer: (b, c, h, w) -> logits (b, classes).
 
     The stages end in full, half and quarter size, all after the activation.
+
+    Raises TypeError or ValueError where `depth` is not 6 n + 2 for a whole n >= 1.
     """
 
     stages = ("layer1", "layer2", "layer3")
 
     def __init__(self, *, in_channels: int, num_classes: int, depth: int, widths: tuple[int, ...] = (16, 16, 32, 64)):
         super().__init__()
-        blocks = (depth - 2) // 6
+        blocks = blocks_of(depth, 2)
         self.conv1 = nn.Conv2d(in_channels, widths[0], 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(widths[0])
         self.layer1 = row(BasicBlock, widths[0], widths[1], 1, blocks)

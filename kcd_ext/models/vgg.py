@@ -14,8 +14,8 @@ from .layers import initialise_convolutions, initialise_linear
 class VGG(nn.Module):
     """Five stages of 3x3 convolutions and one linear layer: (b, c, h, w) -> logits (b, classes).
 
-    The image is halved after each of the first three. The first is the stem and no entry of `stages`; the others have a
-    half, a quarter, an eighth and an eighth of the size, all after the activation.
+    The image, of at least 8 pixels a side, is halved after each of the first three. The first is the stem and no entry
+    of `stages`; the others have a half, a quarter, an eighth and an eighth of the size, all after the activation.
     """
 
     stages = ("block1", "block2", "block3", "block4")

@@ -9,7 +9,7 @@ from functools import partial
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .layers import initialise_convolutions, row
+from .layers import blocks_of, initialise_convolutions, row
 
 
 class PreactivationBlock(nn.Module):
@@ -36,13 +36,15 @@ class WideResNet(nn.Module):
 
     The stages end in full, half and quarter size. The first two are sums before the next normalisation and activation;
     the last is after both, because that is what is pooled. Its sum is the output of `block3`.
+
+    Raises TypeError or ValueError where `depth` is not 6 n + 4 for a whole n >= 1.
     """
 
     stages = ("block1", "block2", "relu")
 
     def __init__(self, *, in_channels: int, num_classes: int, depth: int, width: int):
         super().__init__()
-        blocks = (depth - 4) // 6
+        blocks = blocks_of(depth, 4)
         self.conv1 = nn.Conv2d(in_channels, 16, 3, padding=1, bias=False)
         self.block1 = _stage(16, 16 * width, 1, blocks)
         self.block2 = _stage(16 * width, 32 * width, 2, blocks)

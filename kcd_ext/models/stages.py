@@ -1,4 +1,4 @@
-"""What a network sees on its way to the logits, for losses on features."""
+"""What a network sees on its way to the logits, by stages, for losses on features (`kcd_ext.models.features`)."""
 
 from collections.abc import Callable
 from contextlib import ExitStack
