@@ -11,6 +11,7 @@ import tarfile
 import types
 import warnings
 import zipfile
+import zlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +21,8 @@ import torch
 from PIL import Image
 from scipy import stats
 
-from kcd_ext.data import ImageData, ImageSet, Views, cifar, load, npz
+from kcd_ext.condensation.mixing import blend
+from kcd_ext.data import ImageData, ImageSet, IndexedDataset, Views, cifar, load, npz
 from kcd_ext.data.images import REGISTRY, assemble, stratified_split
 from kcd_ext.data.plain_pickle import unpickle
 from kcd_ext.registry import resolve
@@ -265,6 +267,11 @@ def test_an_image_set_holds_what_it_is_given():
         ({"labels": torch.arange(4)}, TypeError, "labels must be a NumPy array, got Tensor"),
         ({"labels": np.arange(3)}, ValueError, r"labels must be 4 integers, got int64 \(3,\)"),
         ({"labels": np.arange(4.0)}, ValueError, "labels must be 4 integers, got float64"),
+        (
+            {"labels": np.array([0, 1, 2, 2**63], dtype=np.uint64)},
+            ValueError,
+            "labels must fit int64, got 9223372036854775808",
+        ),
         ({"views": None}, TypeError, "views must be a kcd_ext.data.views.Views, got NoneType"),
         ({"views": Views((0.5,) * 3, (1.0,) * 3)}, ValueError, "views must be made for 1 channels, got one for 3"),
     ],
@@ -312,6 +319,25 @@ def test_split_is_stratified_and_complete():
     assert np.array_equal(np.sort(np.concatenate([train, test])), np.arange(61))
     assert np.bincount(labels[test]).tolist() == [4, 8, 12]
     assert not np.array_equal(test, stratified_split(labels, 0.4, seed=6)[1])
+
+
+# --- mixes ------------------------------------------------------------------------------------------------------------
+
+
+def test_mixes_nested_deeper_than_python_calls():
+    rng = np.random.default_rng(4)
+    data = IndexedDataset([(rng.random((2, 3)), label) for label in range(5)])
+    recipe, expected, label = 3, data.dataset[3][0], 3
+    for depth in range(2 * sys.getrecursionlimit()):
+        other, weight = int(rng.integers(5)), float(rng.random())
+        halves = [torch.from_numpy(expected), torch.from_numpy(data.dataset[other][0])]
+        if depth % 3:
+            recipe = (recipe, other, weight)
+        else:  # the other way round, so that the label is the other's
+            recipe, label, halves = (other, recipe, weight), other, halves[::-1]
+        expected = blend(*halves, weight).numpy()
+    x, got, index = data[1, (recipe, recipe, 0.25)]
+    assert np.array_equal(x, blend(*2 * [torch.from_numpy(expected)], 0.25).numpy()) and (got, index) == (label, 1)
 
 
 # --- by name ----------------------------------------------------------------------------------------------------------
@@ -508,6 +534,62 @@ class Tiny:
         assert data.test.views == replace(data.train.views, padding=0, flip=False) == Views.of(data.train.images)
 
 
+# Of the archives, as the authors publish them; of the Python versions' files, as torchvision checks them.
+PUBLISHED = {
+    "cifar-10-python.tar.gz": {
+        "": "c58f30108f718f92721af3b95e74349a",
+        "data_batch_1": ("c99cafc152244af753f735de768cd75f", 10000),
+        "data_batch_2": ("d4bba439e000b95fd0a9bffe97cbabec", 10000),
+        "data_batch_3": ("54ebc095f3ab1f0389bbae665268c751", 10000),
+        "data_batch_4": ("634d18415352ddfa80567beed471001a", 10000),
+        "data_batch_5": ("482c414d41f54cd18b22e5b47cb7c3cb", 10000),
+        "test_batch": ("40351d587109b95175f43aff81a1287e", 10000),
+        "batches.meta": ("5ff9c542aee3614f3951f8cda6e48888", 0),
+    },
+    "cifar-10-binary.tar.gz": {
+        "": "c32a1d4ab5d03f1284b67883e8d87530",
+        "data_batch_1.bin": (None, 10000),
+        "data_batch_2.bin": (None, 10000),
+        "data_batch_3.bin": (None, 10000),
+        "data_batch_4.bin": (None, 10000),
+        "data_batch_5.bin": (None, 10000),
+        "test_batch.bin": (None, 10000),
+        "batches.meta.txt": (None, 0),
+    },
+    "cifar-100-python.tar.gz": {
+        "": "eb9058c3a382ffc7106e4002c42a8d85",
+        "train": ("16019d7e3df5f24257cddd939b257f8d", 50000),
+        "test": ("f0ef6b0ae62326f3e7ffdfab6717acfc", 10000),
+        "meta": ("7973b15100ade9c7d40fb424638fde48", 0),
+    },
+    "cifar-100-binary.tar.gz": {
+        "": "03b5dce01913d631647c71ecec9e9cb8",
+        "train.bin": (None, 50000),
+        "test.bin": (None, 10000),
+        "fine_label_names.txt": (None, 0),
+    },
+}
+FOLDERS = {
+    "cifar-10-python.tar.gz": ("cifar10", "cifar-10-batches-py", 10),
+    "cifar-10-binary.tar.gz": ("cifar10", "cifar-10-batches-bin", 10),
+    "cifar-100-python.tar.gz": ("cifar100", "cifar-100-python", 100),
+    "cifar-100-binary.tar.gz": ("cifar100", "cifar-100-binary", 100),
+}
+
+
+def test_editions_of_cifar_are_those_published():
+    found = {
+        edition.archive: {
+            "": edition.md5,
+            **{file.name: (file.md5, file.images) for file in (*edition.train, edition.test, edition.names)},
+        }
+        for edition in cifar.EDITIONS
+    }
+    assert found == PUBLISHED and [*map(list, found.values())] == [*map(list, PUBLISHED.values())]  # in this order
+    assert {e.archive: (e.data_set, e.folder, e.classes) for e in cifar.EDITIONS} == FOLDERS
+    assert cifar.URL == "https://www.cs.toronto.edu/~kriz/"
+
+
 EVERY = pytest.mark.parametrize("edition", cifar.EDITIONS, ids=lambda edition: edition.archive)
 
 
@@ -693,6 +775,23 @@ def test_pickles_of_later_pythons(protocol):
 
 
 @pytest.mark.parametrize(
+    ("protocol", "value", "name"),
+    [
+        *[(protocol, b"bytes", "_codecs.encode") for protocol in (0, 1, 2)],
+        (2, np.zeros(3, dtype=np.uint8), "_codecs.encode"),
+        (5, np.zeros(3, dtype=np.uint8), "_frombuffer"),
+        (4, np.uint8(3), "multiarray.scalar"),
+        (4, 1j, "builtins.complex"),
+    ],
+)
+def test_what_pickles_of_python_3_cannot_hold(protocol, value, name):
+    with pytest.raises(ValueError, match=f"it names .*{name}, which is not admitted"):
+        unpickle(pickle.dumps({"x": value}, protocol))
+    plain = {"x": "text", "y": [1, -(2**70), 0.5, None, True, ("a", {})]}
+    assert unpickle(pickle.dumps(plain, protocol)) == plain
+
+
+@pytest.mark.parametrize(
     ("raw", "message"),
     [
         (b"", "Ran out of input"),
@@ -753,7 +852,18 @@ def test_npz(shape, save, tmp_path):
         ({"x_test": random_images(4, 5, 5)}, "images of train and test must agree"),
         ({"y_train": np.zeros(6)}, "y_train must be 6 integers, as many as x_train, got float64"),
         ({"y_test": np.zeros((4, 1), dtype=int)}, "y_test must be 4 integers, as many as x_test, got int64 \\(4, 1\\)"),
-        ({"y_test": np.array([0, 1, 2, -1])}, "labels of test must lie in"),
+        ({"y_test": np.array([0, 1, 2, -1])}, "y_test must be integers from 0 on, got -1"),
+        ({"y_train": np.full(6, -3), "y_test": np.full(4, -3)}, "y_train must be integers from 0 on, got -3"),
+        ({"y_train": np.array([0, 1, 2, 0, 1, 1.5])}, "y_train must be 6 integers, as many as x_train, got float64"),
+        ({"y_test": np.array([0, 1, 2, 10])}, "got a label 10 for 10 images; where there are so many classes, class_n"),
+        (
+            {"y_train": np.array([0, 1, 2, 3, 4, 2**64 - 1], np.uint64)},
+            "got a label 18446744073709551615 for 10 images",
+        ),
+        (
+            {"y_test": np.array([0, 1, 2, 2**63], np.uint64), "class_names": np.array(["a", "b", "c"])},
+            "labels must fit int64, got 9223372036854775808",
+        ),
         ({"y_test": np.array([0, 1, None, 2])}, "y_test cannot be read: .*allow_pickle"),
         ({"class_names": np.array(["a", "b"])}, r"labels of train must lie in \[0, 2\)"),
         ({"class_names": np.arange(4)}, "class_names must be strings"),
@@ -840,6 +950,83 @@ def test_grey_and_other_images_are_made_rgb(tmp_path):
     assert np.array_equal(data.test.images, np.stack([colours[path][..., :3] for path in by_class]))
 
 
+def upside(pixels, orientation):
+    """What a camera stores, of what people see (h, w, c), by the words of EXIF: where row 0 and column 0 are."""
+    ways = {1: "top left", 2: "top right", 3: "bottom right", 4: "bottom left"}
+    ways |= {5: "left top", 6: "right top", 7: "right bottom", 8: "left bottom"}
+    row, column = ways[orientation].split()
+    if row in ("left", "right"):  # the first stored row is a column of what is seen
+        stored = pixels.swapaxes(0, 1)
+        return stored[:: -1 if row == "right" else 1, :: -1 if column == "bottom" else 1]
+    return pixels[:: -1 if row == "bottom" else 1, :: -1 if column == "right" else 1]
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_images_are_turned_as_people_see_them(mode, tmp_path):
+    write_images(tmp_path, "test", 1, classes=("a",), mode=mode)
+    seen = write_images(tmp_path, "train", 9, classes=("a",), mode=mode)
+    for i, (path, pixels) in enumerate(sorted(seen.items())):
+        exif = Image.Exif()
+        exif[0x0112] = i or 1
+        stored = np.ascontiguousarray(upside(pixels, i or 1).squeeze())
+        Image.fromarray(stored, mode).save(path, exif=exif if i else b"Exif\0\0no EXIF at all")
+    assert np.array_equal(load(tmp_path).train.images, np.stack([seen[path] for path in sorted(seen)]))
+
+
+def test_palettes_and_transparency_are_read_without_a_word(tmp_path):
+    colours = np.array([[200, 10, 0], [0, 90, 255], [7, 8, 9]], dtype=np.uint8)
+    places = random_images(5, 6) % 3
+    image = Image.fromarray(places, "P")
+    image.putpalette(colours.tobytes())
+    for part, options in (("train", {"transparency": bytes([0, 128, 255])}), ("test", {"transparency": 1})):
+        (tmp_path / part / "a").mkdir(parents=True)
+        image.save(tmp_path / part / "a" / "0.png", **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        data = load(tmp_path)
+    for part in (data.train, data.test):  # the colours that are stored
+        assert np.array_equal(part.images[0], colours[places])
+
+
+def png_of_16_bits(pixels):
+    """The file's bytes, which Pillow does not write: pixels (h, w, c) uint16."""
+
+    def chunk(kind, raw):
+        return struct.pack(">I", len(raw)) + kind + raw + struct.pack(">I", zlib.crc32(kind + raw))
+
+    height, width, channels = pixels.shape
+    header = struct.pack(">IIBBBBB", width, height, 16, {1: 0, 2: 4, 3: 2, 4: 6}[channels], 0, 0, 0)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+def test_images_that_are_too_wide_or_too_large(tmp_path, monkeypatch):
+    write_images(tmp_path, "train", 1, classes=("a",))
+    write_images(tmp_path, "test", 1, classes=("a",))
+    path = tmp_path / "test" / "a" / "0.png"
+    for channels in (1, 2, 3, 4):
+        path.write_bytes(png_of_16_bits(np.full((5, 6, channels), 0x12FF, dtype=np.uint16)))
+        with pytest.raises(ValueError, match=r"must have 8 bits a channel, got .*;16B, as PIL calls it") as caught:
+            load(tmp_path)
+        assert one_line(caught, path)
+    Image.new("RGB", (60, 50)).save(path)
+    for limit in (2999, 1499):  # of which Pillow warns at first, and which it refuses at half of that
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+        with pytest.raises(ValueError, match=r"3000 pixels\) exceeds limit") as caught:
+            load(tmp_path, size=5)
+        assert one_line(caught, path)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 3000)
+    assert load(tmp_path, size=5).test.images.shape == (1, 5, 5, 3)
+
+
+@pytest.mark.parametrize("name", ["test", "test.bin", "test_batch"])
+def test_a_file_in_a_folder_of_images_makes_it_no_cifar(name, tmp_path):
+    write_images(tmp_path, "train", 2)
+    write_images(tmp_path, "val", 1)
+    (tmp_path / name).write_text("notes of a test")
+    assert len(load(tmp_path).test) == 3
+
+
 def test_images_are_scaled_to_one_size(tmp_path):
     write_images(tmp_path, "train", size=(6, 5), classes=("a",))
     odd = tmp_path / "test" / "a" / "1.png"
@@ -885,7 +1072,7 @@ def test_folders_that_are_no_data_set(tmp_path):
         path.write_bytes(raw)
         assert told("cannot be read as an image", path)
     Image.fromarray(np.zeros((5, 6), dtype=np.uint16)).save(path)
-    assert told("must have 8 bits a channel, got PIL's mode I;16", path)
+    assert told("must have 8 bits a channel, got I;16", path)
     path.unlink()
     path.mkdir()
     assert told("Is a directory", path)

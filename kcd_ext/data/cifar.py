@@ -217,9 +217,10 @@ def is_extracted(path: Path) -> bool:
 
 
 def _extracted(path: Path, editions: Sequence[Edition]) -> Edition | None:
-    """By its name, or by the file of test images, which is a folder where images lie by class."""
+    """By its name, or by its files of images: where images lie by class, one of these is a folder, or is not there."""
     for edition in editions:
-        if path.name == edition.folder or (path / edition.test.name).is_file():
+        files = (path / file.name for file in (edition.train[0], edition.test))
+        if path.name == edition.folder or all(file.is_file() for file in files):
             return edition
     return None
 

@@ -45,6 +45,8 @@ class ImageSet(Dataset):
             raise ValueError(f"images must be uint8 (n, h, w, c), got {images.dtype} {images.shape}")
         if labels.shape != images.shape[:1] or not np.issubdtype(labels.dtype, np.integer):
             raise ValueError(f"labels must be {len(images)} integers, got {labels.dtype} {labels.shape}")
+        if labels.size and int(labels.max()) > np.iinfo(np.int64).max:
+            raise ValueError(f"labels must fit int64, got {labels.max()}")
         if not isinstance(views, Views):
             raise TypeError(f"views must be a kcd_ext.data.views.Views, got {type(views).__name__}")
         if len(views.mean) != images.shape[-1]:

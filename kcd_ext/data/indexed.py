@@ -53,7 +53,7 @@ class IndexedDataset(Dataset):
 
     def __getitem__(self, entry: int | tuple[int, Recipe]) -> tuple[Any, Any, int]:
         index, recipe = entry if isinstance(entry, tuple) else (self._plain(entry),) * 2
-        x, label = self._make(recipe, {})
+        x, label = self._make(recipe)
         return (x if self.transform is None else self.transform(x)), label, index
 
     def _plain(self, index: Any) -> int:
@@ -62,16 +62,25 @@ class IndexedDataset(Dataset):
             raise IndexError(f"index must lie in [0, {len(self)}), got {index}")
         return index
 
-    def _make(self, recipe: Recipe, made: dict[int, tuple[Any, Any]]) -> tuple[Any, Any]:
-        """The mixed raw item. `made` holds what was made already: a recipe can name a part of itself many times."""
-        if not isinstance(recipe, tuple):
-            return self._item(recipe)
-        if id(recipe) not in made:
-            first, second, *weights = recipe
-            x, label = self._make(first, made)
-            other, _ = self._make(second, made)
-            made[id(recipe)] = _mixed(x, other, *weights), label
-        return made[id(recipe)]
+    def _make(self, recipe: Recipe) -> tuple[Any, Any]:
+        """The mixed raw item. Without recursion, so that mixes can be nested as deep as one likes."""
+        made: dict[int, tuple[Any, Any]] = {}  # a recipe can name a part of itself many times: each is made once
+
+        def part_of(recipe: Recipe) -> tuple[Any, Any]:
+            return made[id(recipe)] if isinstance(recipe, tuple) else self._item(recipe)
+
+        waiting = [recipe] if isinstance(recipe, tuple) else []
+        while waiting:
+            first, second, *weights = mix = waiting[-1]
+            missing = [part for part in (second, first) if isinstance(part, tuple) and id(part) not in made]
+            if missing:
+                waiting += missing
+                continue
+            waiting.pop()
+            if id(mix) not in made:  # it can have waited twice
+                (x, label), (other, _) = part_of(first), part_of(second)
+                made[id(mix)] = _mixed(x, other, *weights), label
+        return part_of(recipe)
 
     def _item(self, index: int) -> tuple[Any, Any]:
         item = self.dataset[index]

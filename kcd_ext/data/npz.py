@@ -15,8 +15,8 @@ def read(path: Path) -> ImageData:
     """The data set in the file; training images are neither cropped nor flipped.
 
     x_train, x_test: uint8 (n, h, w, c), or (n, h, w) for one channel; y_train, y_test: (n,) integers from 0 on;
-    class_names: (classes,) strings, without which there are as many classes as the largest label says. Nothing is
-    unpickled.
+    class_names: (classes,) strings, without which there are as many classes as the largest label says, and no more than
+    images. Nothing is unpickled.
 
     Raises:
         ValueError: the file is damaged, an array is missing, or of another kind; names the file and the array.
@@ -28,7 +28,7 @@ def read(path: Path) -> ImageData:
         raise ValueError(f"{path}: {', '.join(missing)} missing, it must hold the arrays {', '.join(REQUIRED)}")
     train, test = ((_images(path, f"x_{part}", arrays), _labels(path, part, arrays)) for part in ("train", "test"))
     names = _class_names(path, arrays)
-    num_classes = len(names) or 1 + int(max(train[1].max(), test[1].max()))
+    num_classes = len(names) or _counted(path, train[1], test[1])
     try:
         return assemble(path.stem, train, test, num_classes, names)
     except ValueError as error:
@@ -72,7 +72,20 @@ def _labels(path: Path, part: str, arrays: dict[str, np.ndarray]) -> np.ndarray:
         raise ValueError(
             f"{path}: y_{part} must be {len(images)} integers, as many as x_{part}, got {labels.dtype} {labels.shape}"
         )
+    if labels.min() < 0:
+        raise ValueError(f"{path}: y_{part} must be integers from 0 on, got {labels.min()}")
     return labels
+
+
+def _counted(path: Path, *parts: np.ndarray) -> int:
+    """How many classes the labels of all parts speak of."""
+    largest, images = max(int(labels.max()) for labels in parts), sum(map(len, parts))
+    if largest >= images:  # rather numbers of something else than of classes
+        raise ValueError(
+            f"{path}: y_train and y_test must number classes from 0 on, got a label {largest} for {images} images; "
+            f"where there are so many classes, class_names says so"
+        )
+    return largest + 1
 
 
 def _class_names(path: Path, arrays: dict[str, np.ndarray]) -> tuple[str, ...]:

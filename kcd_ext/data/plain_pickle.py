@@ -11,11 +11,16 @@ UINT8 = ("u1", "|u1", "uint8", b"u1", b"|u1", b"uint8")
 
 
 def unpickle(raw: bytes) -> dict:
-    """The dict in a pickle of any protocol; strings of Python 2 are bytes.
+    """The dict in a pickle; strings of Python 2 are bytes.
 
-    It may hold containers, strings and numbers as they are in Python, and uint8 arrays as its values. The names of
-    NumPy's functions that arrays are made of stand for classes of this module, so that not even NumPy is run; no other
-    name is admitted.
+    Admitted is what a pickle writes without a name, which in every protocol are None, booleans, integers, floats,
+    strings, tuples, lists and dicts; and uint8 arrays as values of the dict itself. The names of NumPy's functions that
+    arrays are made of stand for classes of this module, so that not even NumPy is run; any other name is refused.
+    So arrays and bytes are read out of what Python 2 wrote, as the CIFAR archives are, and out of protocols 3 and 4 of
+    Python 3: its protocols 0 to 2 name a codec for bytes, and protocol 5 another function of NumPy.
+
+    Nothing that is read can run anything, but it can ask for more memory than there is: a caller checks the sum of the
+    bytes first.
 
     Raises:
         ValueError: the pickle names anything else, is damaged, or is of something else than a dict; says what.
