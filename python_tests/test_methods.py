@@ -1,6 +1,7 @@
 """Every method's loss against formulas in NumPy's float64, loops written out by hand, and what it must leave alone."""
 
 import copy
+import inspect
 import os
 import pickle
 import tempfile
@@ -21,11 +22,41 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kcd_ext import methods
-from kcd_ext.methods import Batch, kd, selection
+from kcd_ext.methods import Batch, features, kd, pkt, selection
 from kcd_ext.methods.features import Tap, unit_rows
 from kcd_ext.methods.selection import choose
 from kcd_ext.methods.sskd import least_wrong
 
+# The defaults, as published: KD in the recipe of KCD (Li et al., 2022), PKT and CRD in the comparison of RepDistiller
+# (Tian et al., 2020), SSKD by its authors (Xu et al., 2020).
+PUBLISHED = {
+    "ce": {},
+    "kd": {"temperature": 4, "kd_weight": 0.9, "ce_weight": 0.1},
+    "pkt": {"ce_weight": 1, "pkt_weight": 30000},
+    "crd": {
+        "dimension": 128,
+        "negatives": 16384,
+        "temperature": 0.07,
+        "momentum": 0.5,
+        "ce_weight": 1,
+        "crd_weight": 0.8,
+    },
+    "sskd": {
+        "temperature": 4,
+        "transformed_temperature": 4,
+        "similarity_temperature": 0.5,
+        "ce_weight": 0.1,
+        "kd_weight": 0.9,
+        "transformed_weight": 2.7,
+        "similarity_weight": 10,
+        "transformed_ratio": 1,
+        "similarity_ratio": 0.75,
+        "head_epochs": 60,
+        "head_lr": 0.05,
+        "head_milestones": (0.5, 0.75),
+    },
+}
+OURS = {"batch_keep": 1, "student_layer": None, "teacher_layer": None}  # none of it is in the published code
 SAMPLES, CLASSES, PIXELS = 23, 4, 5
 OPTIONS = {"crd": {"dimension": 5, "negatives": 11}, "sskd": {"head_epochs": 2}}
 
@@ -419,6 +450,35 @@ def test_crd_draws_uniformly_from_samples_of_other_classes():
         assert stats.chisquare(counts[others].numpy()).pvalue > 1e-4
 
 
+def test_crd_goes_on_after_a_first_batch_of_padding():
+    method, student, teacher, samples = prepared("crd")
+    padding = samples.at([-1, -1, -1])
+    outcome = method(student, teacher, padding)
+    assert outcome.terms["crd"] == 0 and method.log_z.isfinite().all()
+    z = method.log_z.clone()
+    outcome = method(student, teacher, samples.at([3, -1, 4]))
+    assert outcome.loss.isfinite() and outcome.terms["crd"] > 0 and torch.equal(method.log_z, z)
+
+
+def test_crd_loads_no_sample_for_labels_in_memory():
+    class InMemory(Samples):
+        def __init__(self, x, label):
+            super().__init__(x, label)
+            self.labels, self.batches = label, 0
+
+        def __iter__(self):
+            for batch in super().__iter__():
+                self.batches += 1
+                yield batch
+
+    held = images()
+    in_memory = InMemory(held.x, held.label)
+    read, given = (prepared("crd", samples=samples)[0] for samples in (held, in_memory))
+    assert in_memory.batches == 1  # what the features' width is found by
+    for one, two in zip(read.buffers(), given.buffers(), strict=True):
+        torch.testing.assert_close(one, two, rtol=0, atol=0, equal_nan=True)
+
+
 def test_crd_needs_two_classes_and_all_samples_in_order():
     samples = Samples(torch.arange(5), torch.ones(5, dtype=torch.int64))
     with pytest.raises(ValueError, match="of other classes, got 5 samples all of class 1"):
@@ -540,6 +600,14 @@ def test_sskd_trains_the_teachers_head_first():
     assert all(p.grad is None for p in (*teacher.parameters(), *method.student_head.parameters()))
 
 
+@pytest.mark.parametrize(
+    ("given", "milestones"),
+    [([0.5, 1], (0.5, 1)), (0.25, (0.25,)), ("0.5, 0.75", (0.5, 0.75)), ("1", (1,)), ("", ()), ((), ())],
+)
+def test_milestones_as_a_program_and_as_a_command_give_them(given, milestones):
+    assert methods.build("sskd", {"head_milestones": given}).head_milestones == milestones
+
+
 def test_rows_least_wrong_are_those_of_a_loop():
     generator = torch.Generator().manual_seed(0)
     for rows in (1, 7, 40):
@@ -643,6 +711,20 @@ def test_a_layer_that_cannot_be_tapped_is_named():
         prepared("pkt", {}, Odd(unused=True))
     with pytest.raises(TypeError, match="student_layer must be a name in named_modules"):
         methods.build("pkt", {"student_layer": 3})
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+def test_torchscript_takes_no_hooks():
+    x = images().x
+    whole = torch.jit.script(Images(2)), torch.jit.trace(Images(2), x)
+    inside = [nn.Sequential(network) for network in whole]
+    for path, networks in ((None, whole), ("0.classifier", inside)):
+        for network in networks:
+            with pytest.raises(ValueError, match=r"the teacher's features cannot be had of TorchScript .* no hooks"):
+                Tap(network, path, "teacher")
+    scripted = methods.build("kd")(Images(1), whole[0].eval(), images().at([1, 2]))  # which needs none
+    plain = methods.build("kd")(Images(1), Images(2).eval(), images().at([1, 2]))
+    torch.testing.assert_close(scripted.loss, plain.loss)
 
 
 def test_a_tap_forgets_and_works_without_gradients_and_compiled():
@@ -772,6 +854,19 @@ def test_the_loss_and_every_term_fall(name, options):
     assert all(last < 0.6 * first for first, last in zip(seen[0], seen[-1], strict=True))
 
 
+@pytest.mark.parametrize("name", methods.REGISTRY)
+def test_defaults_are_those_published(name):
+    method = methods.build(name)
+    options = inspect.signature(type(method)).parameters
+    assert {option: getattr(method, option) for option in options if option not in OURS} == PUBLISHED[name]
+    assert all(getattr(method, option) == OURS[option] for option in options if option in OURS)
+    assert all(options[option].default == value for option, value in PUBLISHED[name].items())
+
+
+def test_constants_are_those_published():
+    assert pkt.EPSILON == features.SMALLEST_LENGTH == 1e-7
+
+
 def test_build_names_the_options_that_there_are():
     with pytest.raises(
         TypeError, match="method 'kd' has no option 'temprature'; it takes temperature, kd_weight, ce_w"
@@ -786,11 +881,13 @@ def test_build_names_the_options_that_there_are():
 @pytest.mark.parametrize(
     ("name", "options", "error", "message"),
     [
-        ("kd", {"temperature": 0}, ValueError, "temperature must be > 0"),
-        ("kd", {"ce_weight": float("nan")}, ValueError, "ce_weight must be finite"),
+        ("kd", {"temperature": 0}, ValueError, "temperature must be a finite number > 0, got 0"),
+        ("crd", {"temperature": float("inf")}, ValueError, "temperature must be a finite number > 0, got inf"),
+        ("sskd", {"temperature": "4"}, TypeError, "temperature must be a finite number > 0, got '4' of type str"),
+        ("kd", {"ce_weight": float("nan")}, ValueError, "ce_weight must be a finite number, got nan"),
         ("kd", {"batch_keep": 0}, ValueError, r"batch_keep must be a number in \(0, 1\], got 0"),
         ("pkt", {"batch_keep": 1.5}, ValueError, r"batch_keep must be a number in \(0, 1\], got 1.5"),
-        ("pkt", {"pkt_weight": "1"}, TypeError, "pkt_weight must be a number"),
+        ("pkt", {"pkt_weight": "1"}, TypeError, "pkt_weight must be a finite number, got '1'"),
         ("crd", {"dimension": 0}, ValueError, "dimension must be an integer >= 1, got 0"),
         ("crd", {"negatives": 2.0}, TypeError, "negatives must be an integer >= 1, got 2.0"),
         ("crd", {"momentum": 1.1}, ValueError, r"momentum must be a number in \[0, 1\], got 1.1"),
@@ -803,7 +900,15 @@ def test_build_names_the_options_that_there_are():
         ("sskd", {"transformed_ratio": -0.1}, ValueError, r"transformed_ratio must be a number in \[0, 1\], got -0.1"),
         ("sskd", {"head_epochs": 0}, ValueError, "head_epochs must be an integer >= 1, got 0"),
         ("sskd", {"head_milestones": [2]}, ValueError, r"head_milestones must be fractions of head_epochs in \[0, 1\]"),
-        ("sskd", {"head_milestones": 0.5}, TypeError, "head_milestones must be fractions of head_epochs, got 0.5"),
+        (
+            "sskd",
+            {"head_milestones": -0.5},
+            ValueError,
+            r"head_milestones must be fractions of head_epochs in \[0, 1\]",
+        ),
+        ("sskd", {"head_milestones": "0.5,x"}, ValueError, "head_milestones must be fractions .* got '0.5,x'"),
+        ("sskd", {"head_milestones": "0.5,1.5"}, ValueError, "head_milestones must be fractions .* got 1.5"),
+        ("sskd", {"head_milestones": None}, TypeError, "head_milestones must be fractions .* got None"),
     ],
 )
 def test_methods_check_their_options(name, options, error, message):

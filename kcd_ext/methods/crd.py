@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..arguments import check_number, check_temperature
 from ..condensation.checks import real, whole
 from .features import FeatureMethod, full_precision, unit_rows
+from .options import check_batch_keep, check_temperature, check_weight
 from .protocol import Batch, Outcome, entropy
-from .selection import check_batch_keep, choose, of_rows
+from .selection import choose, of_rows
 
 
 class ContrastiveRepresentationDistillation(FeatureMethod):
@@ -24,9 +24,10 @@ class ContrastiveRepresentationDistillation(FeatureMethod):
         CRD = mean_i -log h(s_i . teacher_memory_i) - sum_j log(1 - h(s_i . teacher_memory_j))
             + the same of t_i and student_memory.
 
-    Each direction's Z is N times the mean of e^(a/T) over the first batch, and stays. After every batch the memory of its
-    samples becomes momentum * memory + (1 - momentum) * embedding, scaled to length 1. Where condensation has dropped
-    samples they go on to be drawn as negatives, with the embeddings they had when they were dropped.
+    Each direction's Z is N times the mean of e^(a/T) over the first batch, and stays (over its padding, if it holds
+    nothing else). After every batch the memory of its samples becomes momentum * memory + (1 - momentum) * embedding,
+    scaled to length 1. Where condensation has dropped samples they go on to be drawn as negatives, with the embeddings
+    they had when they were dropped.
 
     As RepDistiller's code. Different, on purpose:
 
@@ -70,10 +71,10 @@ class ContrastiveRepresentationDistillation(FeatureMethod):
         super().__init__(student_layer, teacher_layer)
         self.dimension = whole("dimension", dimension, 1)
         self.negatives = whole("negatives", negatives, 1)
-        self.temperature = check_temperature(temperature)
+        self.temperature = check_temperature("temperature", temperature)
         self.momentum = real("momentum", momentum, "a number in [0, 1]", 0, 1)
-        self.ce_weight = check_number("ce_weight", ce_weight)
-        self.crd_weight = check_number("crd_weight", crd_weight)
+        self.ce_weight = check_weight("ce_weight", ce_weight)
+        self.crd_weight = check_weight("crd_weight", crd_weight)
         self.batch_keep = check_batch_keep(batch_keep)
         # Whether `log_z` is known to hold numbers, without a look at it: not before a batch here, and not after a load.
         self._has_z = False
@@ -85,11 +86,8 @@ class ContrastiveRepresentationDistillation(FeatureMethod):
         Raises ValueError where all samples are of one class, or `samples` are not each sample once by ascending index.
         """
         super().prepare(student, teacher, samples)
-        labels, indices = zip(*((batch.label, batch.index) for batch in samples), strict=True)
-        label, index = torch.cat(labels), torch.cat(indices)
+        label = _labels_of(samples)
         n, device = len(label), label.device
-        if not torch.equal(index, torch.arange(n, device=device)):
-            raise ValueError("samples must be every sample of the training set once, by ascending index")
         size = label.bincount()
         if (size > 0).sum() < 2:
             raise ValueError(
@@ -205,12 +203,29 @@ class _NoiseContrast(torch.autograd.Function):
         return grad_output * gradient, None, None, None, None, None, None
 
 
+def _labels_of(samples: Iterable[Batch]) -> Tensor:
+    """(n,) of the whole training set: those in memory, or those of all batches. See `Method.prepare`."""
+    label = getattr(samples, "labels", None)
+    if label is not None:
+        return label
+    labels, indices = zip(*((batch.label, batch.index) for batch in samples), strict=True)
+    index = torch.cat(indices)
+    if not torch.equal(index, torch.arange(len(index), device=index.device)):
+        raise ValueError("samples must be every sample of the training set once, by ascending index")
+    return torch.cat(labels)
+
+
 def _log_mean_exp(score: Tensor, counts: Tensor, rows: Tensor) -> Tensor:
-    """log of the mean of e^score, each counted so often, over these rows of all processes: ()."""
-    log_sum = (score + counts.log()).logsumexp(1).where(rows, -math.inf).logsumexp(0)
-    number = (counts.sum(1) * rows).sum()
-    log_sums, numbers = _of_all(torch.stack([log_sum, number])).T
-    return log_sums.logsumexp(0) - numbers.sum().log()
+    """log of the mean of e^score, each counted so often, over these rows of all processes: ().
+
+    Over all rows where no process has any of these: there is a number to go on with in any case.
+    """
+    chosen = torch.stack([rows, torch.ones_like(rows)])
+    log_sum = (score + counts.log()).logsumexp(1).where(chosen, -math.inf).logsumexp(1)
+    number = (counts.sum(1) * chosen).sum(1)
+    log_sums, numbers = _of_all(torch.stack([log_sum, number])).unbind(1)
+    of_these, of_all = (log_sums.logsumexp(0) - numbers.sum(0).log()).unbind()
+    return of_these.where(numbers[:, 0].sum() > 0, of_all)
 
 
 def _several_processes() -> bool:

@@ -1,4 +1,7 @@
-"""The features that methods compare networks by: what goes into one of their layers, caught on the way."""
+"""The features that methods compare networks by: what goes into one layer of any network, caught while it trains.
+
+(For maps of every stage of this package's own networks there is `kcd_ext.models.features`.)
+"""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -25,7 +28,7 @@ class Tap:
         name: what to call the network in errors; the option that sets `path` is f"{name}_layer".
 
     Raises:
-        ValueError: there is no such layer.
+        ValueError: there is no such layer, or it is of TorchScript, which takes no hooks.
     """
 
     def __init__(self, network: nn.Module, path: str | None, name: str):
@@ -84,9 +87,11 @@ def _ignore(module: nn.Module, arguments: tuple) -> None:
 
 def _layer(network: nn.Module, path: str | None, name: str) -> tuple[str, nn.Module]:
     layers = dict(network.named_modules())
+    _check_takes_hooks(network, name)
     if path:
         if path not in layers:
             raise ValueError(f"{name}_layer must be a name in {name}.named_modules(), which has no {path!r}")
+        _check_takes_hooks(layers[path], name)
         return path, layers[path]
     linear = [(found, layer) for found, layer in layers.items() if isinstance(layer, nn.Linear)]
     if not linear:
@@ -95,6 +100,15 @@ def _layer(network: nn.Module, path: str | None, name: str) -> tuple[str, nn.Mod
             f"{name}.named_modules()"
         )
     return linear[-1]
+
+
+def _check_takes_hooks(module: nn.Module, name: str) -> None:
+    """TorchScript refuses hooks, or never calls them."""
+    if isinstance(module, torch.jit.ScriptModule):
+        raise ValueError(
+            f"the {name}'s features cannot be had of TorchScript ({type(module).__name__}), which takes no hooks: give "
+            f"the torch.nn.Module that it was made of"
+        )
 
 
 def _describe(x: object) -> str:

@@ -4,11 +4,11 @@ import torch
 from torch import Tensor, nn
 
 from .. import reference
-from ..arguments import check_number, check_temperature
 from ..losses import condensed_kd_loss
 from ..ops import has_kernels_for
+from .options import check_batch_keep, check_temperature, check_weight
 from .protocol import Batch, Method, Outcome
-from .selection import check_batch_keep, choose, of_rows
+from .selection import choose, of_rows
 
 
 class KnowledgeDistillation(Method):
@@ -35,9 +35,9 @@ class KnowledgeDistillation(Method):
         self, temperature: float = 4.0, kd_weight: float = 0.9, ce_weight: float = 0.1, batch_keep: float = 1.0
     ):
         super().__init__()
-        self.temperature = check_temperature(temperature)
-        self.kd_weight = check_number("kd_weight", kd_weight)
-        self.ce_weight = check_number("ce_weight", ce_weight)
+        self.temperature = check_temperature("temperature", temperature)
+        self.kd_weight = check_weight("kd_weight", kd_weight)
+        self.ce_weight = check_weight("ce_weight", ce_weight)
         self.batch_keep = check_batch_keep(batch_keep)
 
     def forward(self, student: nn.Module, teacher: nn.Module | None, batch: Batch) -> Outcome:

@@ -3,10 +3,10 @@
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..arguments import check_number
 from .features import FeatureMethod, full_precision, unit_rows
+from .options import check_batch_keep, check_weight
 from .protocol import Batch, Outcome, entropy
-from .selection import check_batch_keep, choose, of_rows
+from .selection import choose, of_rows
 
 EPSILON = 1e-7  # added to both probabilities inside the logarithm, as in the published code
 
@@ -41,8 +41,8 @@ class ProbabilisticKnowledgeTransfer(FeatureMethod):
         teacher_layer: str | None = None,
     ):
         super().__init__(student_layer, teacher_layer)
-        self.ce_weight = check_number("ce_weight", ce_weight)
-        self.pkt_weight = check_number("pkt_weight", pkt_weight)
+        self.ce_weight = check_weight("ce_weight", ce_weight)
+        self.pkt_weight = check_weight("pkt_weight", pkt_weight)
         self.batch_keep = check_batch_keep(batch_keep)
 
     def forward(self, student: nn.Module, teacher: nn.Module | None, batch: Batch) -> Outcome:

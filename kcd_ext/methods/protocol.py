@@ -54,9 +54,12 @@ class Method(nn.Module):
         """Called once before training, also before a resumed run goes on: probe shapes, build the method's own parts.
 
         `samples` yields batches of the whole training set, on every process all of it, each sample once by ascending
-        index and without augmentation, on the training device; as often as one asks. What is trained or collected here
-        and must survive a checkpoint is a parameter or a buffer. The student and the teacher stay as they are. Most
-        methods need nothing of this.
+        index, mixed with nothing, on the training device; as often as one asks. Images of an `ImageSet` are neither
+        cropped nor flipped; items of other data sets come through their own transforms, which may augment them. Where
+        all labels lie in memory, `samples.labels` are they, (n,) int64 by index: who wants no more loads no sample.
+
+        What is trained or collected here and must survive a checkpoint is a parameter or a buffer. The student and the
+        teacher stay as they are. Most methods need nothing of this.
         """
 
     def pretraining(self) -> Pretraining | None:

@@ -4,14 +4,8 @@ from torch import Tensor
 
 from .. import reference
 from ..arguments import check_keep
-from ..condensation.checks import real
 from ..losses import select_rows
 from ..ops import has_kernels_for
-
-
-def check_batch_keep(batch_keep: float) -> float:
-    """A number in (0, 1], which `choose` takes; raises TypeError or ValueError."""
-    return real("batch_keep", batch_keep, "a number in (0, 1]", 5e-324, 1)
 
 
 def choose(student_logits: Tensor, batch_keep: float) -> Tensor | None:

@@ -6,12 +6,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..arguments import check_number, check_temperature
 from ..condensation.checks import real, whole
 from .features import FeatureMethod, full_precision, unit_rows
 from .kd import kd_loss
+from .options import check_batch_keep, check_temperature, check_weight
 from .protocol import Batch, Outcome, Pretraining
-from .selection import check_batch_keep, choose, of_rows
+from .selection import choose, of_rows
 
 VIEWS = 4  # an image turned by 0, 90, 180 and 270 degrees; the first is the normal view, the others are transformed
 
@@ -43,7 +43,8 @@ class SelfSupervisedKnowledgeDistillation(FeatureMethod):
         temperature, transformed_temperature, similarity_temperature: T > 0 of KD, TF and SS.
         ce_weight, kd_weight, transformed_weight, similarity_weight: finite; 0.1, 0.9, 2.7 and 10 as published.
         transformed_ratio, similarity_ratio: how much of the rows where the teacher is wrong is kept, in [0, 1].
-        head_epochs, head_lr, head_milestones: of the teacher's head; see `Pretraining`.
+        head_epochs, head_lr, head_milestones: of the teacher's head; see `Pretraining`. A command, whose options are
+            numbers and strings, gives several milestones with commas between them, "0.5,0.75", and "" for none.
         batch_keep: the fraction of every batch that the teacher is asked about, in (0, 1], by the entropy of the
             normal views, the highest first (`selection.choose`): KD, TF and SS are those of all views of these images,
             among themselves. 1: all.
@@ -66,33 +67,24 @@ class SelfSupervisedKnowledgeDistillation(FeatureMethod):
         similarity_ratio: float = 0.75,
         head_epochs: int = 60,
         head_lr: float = 0.05,
-        head_milestones: Sequence[float] = (0.5, 0.75),
+        head_milestones: Sequence[float] | float | str = (0.5, 0.75),
         batch_keep: float = 1.0,
         student_layer: str | None = None,
         teacher_layer: str | None = None,
     ):
         super().__init__(student_layer, teacher_layer)
-        self.temperature = check_temperature(temperature)
-        self.transformed_temperature = real(
-            "transformed_temperature", transformed_temperature, "a finite number > 0", 5e-324
-        )
-        self.similarity_temperature = real(
-            "similarity_temperature", similarity_temperature, "a finite number > 0", 5e-324
-        )
-        self.ce_weight = check_number("ce_weight", ce_weight)
-        self.kd_weight = check_number("kd_weight", kd_weight)
-        self.transformed_weight = check_number("transformed_weight", transformed_weight)
-        self.similarity_weight = check_number("similarity_weight", similarity_weight)
+        self.temperature = check_temperature("temperature", temperature)
+        self.transformed_temperature = check_temperature("transformed_temperature", transformed_temperature)
+        self.similarity_temperature = check_temperature("similarity_temperature", similarity_temperature)
+        self.ce_weight = check_weight("ce_weight", ce_weight)
+        self.kd_weight = check_weight("kd_weight", kd_weight)
+        self.transformed_weight = check_weight("transformed_weight", transformed_weight)
+        self.similarity_weight = check_weight("similarity_weight", similarity_weight)
         self.transformed_ratio = real("transformed_ratio", transformed_ratio, "a number in [0, 1]", 0, 1)
         self.similarity_ratio = real("similarity_ratio", similarity_ratio, "a number in [0, 1]", 0, 1)
         self.head_epochs = whole("head_epochs", head_epochs, 1)
         self.head_lr = real("head_lr", head_lr, "a finite number >= 0", 0)
-        if isinstance(head_milestones, str) or not isinstance(head_milestones, Sequence):
-            raise TypeError(f"head_milestones must be fractions of head_epochs, got {head_milestones!r}")
-        self.head_milestones = tuple(
-            real("head_milestones", milestone, "fractions of head_epochs in [0, 1]", 0, 1)
-            for milestone in head_milestones
-        )
+        self.head_milestones = _fractions("head_milestones", head_milestones)
         self.batch_keep = check_batch_keep(batch_keep)
 
     def prepare(self, student: nn.Module, teacher: nn.Module | None, samples: Iterable[Batch]) -> None:
@@ -170,6 +162,17 @@ class SelfSupervisedKnowledgeDistillation(FeatureMethod):
         return Outcome(
             loss, normal.detach(), knowledge.entropy.detach(), {name: x.detach() for name, x in terms.items()}
         )
+
+
+def _fractions(name: str, given: Sequence[float] | float | str) -> tuple[float, ...]:
+    """Numbers in [0, 1], given as a sequence, as one number alone, or as text with commas between them."""
+    takes = "fractions of head_epochs in [0, 1], as 0.5,0.75"
+    if isinstance(given, str):
+        try:
+            given = [float(part) for part in given.split(",")] if given.strip() else []
+        except ValueError:
+            raise ValueError(f"{name} must be {takes}, got {given!r}") from None
+    return tuple(real(name, part, takes, 0, 1) for part in (given if isinstance(given, Sequence) else (given,)))
 
 
 def _head(width: int) -> nn.Sequential:
