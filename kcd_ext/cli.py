@@ -50,6 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             with processes.first_one_says():
                 command = _parse(sys.argv[1:] if arguments is None else list(arguments))
             command()
+            processes.part()
         sys.stdout.flush()
     except BrokenPipeError:  # nobody reads what is printed, which comes last: all the work is done
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,6 +1,7 @@
 """Several processes that run one command (torchrun, accelerate launch): the first one speaks for all."""
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -28,3 +29,11 @@ def first_one_says() -> Iterator[None]:
         if number() == 0:
             raise
         raise SystemExit(BAD_INPUT) from error
+
+
+def part() -> None:
+    """They end together. What they share is taken down here: left to the interpreter's end, that now and then aborts."""
+    distributed = sys.modules.get("torch.distributed")
+    if count() > 1 and distributed is not None and distributed.is_initialized():
+        distributed.barrier()
+        distributed.destroy_process_group()

@@ -28,10 +28,16 @@ class Recorder(Method):
     """The value of a sample is a function of its index and the epoch; every index that comes by is written down."""
 
     seen: list = []  # noqa: RUF012 - of the process
+    drawn: list = []  # noqa: RUF012
+
+    def prepare(self, student, teacher, samples):
+        self.teacher = teacher  # a part of this now, and yet not trained
 
     def forward(self, student, teacher, batch):
         logits = student(batch.x)
+        teacher(batch.x)
         Recorder.seen.append(batch.index.tolist())
+        Recorder.drawn.append(torch.rand(()).item())
         value = ((batch.index * 7919 + 13) % 101).double() / 101
         return Outcome(functional.cross_entropy(logits, batch.label), logits.detach(), value)
 
@@ -51,7 +57,12 @@ def record(folder, rank):
         progress=lambda line: marks.append(len(Recorder.seen)),
     )
     # Ranks have equally many batches, but only the first one is told of the epochs.
-    state = {"seen": Recorder.seen, "kept": summary.condenser.kept, "counts": summary.condenser.counts}
+    state = {
+        "seen": Recorder.seen,
+        "drawn": Recorder.drawn,
+        "kept": summary.condenser.kept,
+        "counts": summary.condenser.counts,
+    }
     torch.save({**state, "marks": marks, "lines": list(summary.history)}, folder / f"rank{rank}.pt")
 
 
@@ -74,6 +85,17 @@ def test_two_processes_cover_the_kept_set_once_and_keep_what_one_does(tmp_path):
             own = [i for i in indices if i >= 0]
             assert len(set(own)) == len(own) == line["samples"] and len(indices) - len(own) == line["padding"]
             assert line["padding"] == line["samples"] % len(ranks)
+        before = {"sample_visits": 0, "teacher_visits": 0, "flops": 0}
+        for line in ranks[0]["lines"]:  # a repeat costs as much as a sample, and is none
+            spent, rows = {name: line[name] - before[name] for name in before}, line["samples"] + line["padding"]
+            assert spent == {
+                "sample_visits": line["samples"],
+                "teacher_visits": rows,
+                "flops": rows * 4 * 2 * (36 + 4) * 16,
+            }
+            before = {name: line[name] for name in before}
+        drawn = [number for rank in ranks for number in rank["drawn"]]
+        assert len(set(drawn)) == len(drawn)  # dropout differs from process to process, and from step to step
     sizes = [line["samples"] for line in one["lines"]]
     assert sizes == [line["samples"] for line in first["lines"]] and sizes[0] == SIZE > sizes[-1]
     # Which samples: the same in every epoch, whichever process had them.
@@ -86,12 +108,19 @@ def test_two_processes_cover_the_kept_set_once_and_keep_what_one_does(tmp_path):
         assert sets[0] == sets[1]
 
 
-def trained(output, student=plain_network, **changes):
+def trained(output, student=plain_network, resume=False, progress=None, **changes):
     torch.set_num_threads(1)
     settings = {"epochs": 4, "condense": {"every": 2}} | changes
     network_ = student(0)
     summary = distill(
-        network_, plain_network(1), images(64), images(20, seed=1), recipe("kd", **settings), output=output
+        network_,
+        plain_network(1),
+        images(64),
+        images(20, seed=1),
+        recipe("kd", **settings),
+        output=output,
+        resume=resume,
+        progress=progress,
     )
     return network_, summary
 
@@ -126,6 +155,35 @@ def test_a_step_is_the_mean_of_its_samples_however_they_are_cut(tmp_path):
     first, *others = runs.values()
     for other in others:
         assert_close(first, other)
+
+
+class Unused(nn.Sequential):
+    """With a layer that nothing is asked of."""
+
+    def __init__(self):
+        super().__init__(*plain_network(0))
+        self.spare = nn.Linear(3, 3)
+
+    def forward(self, x):
+        return self[3](self[2](self[1](self[0](x))))
+
+
+def test_what_several_processes_cannot_do_is_said(tmp_path):
+    """A weight without a gradient, and a folder that is not the same one for all, each in one line on every process."""
+
+    def refused(error, student, output, rank):
+        torch.set_num_threads(1)
+        settings, data = recipe("kd", epochs=4, condense={"every": 2}), (images(64), images(20, seed=1))
+        with pytest.raises(ValueError, match=error):
+            distill(student, plain_network(1), *data, settings, output=output(rank), resume=True)
+
+    unused = partial(refused, r"^student\.spare\.weight has no part in the loss", Unused(), lambda rank: None)
+    assert Crew(unused, 2).wait() == [0, 0]
+    trained(tmp_path / "0", epochs=4)  # found by the first one only
+    apart = partial(
+        refused, r"found runs of \[4, 0\] epochs there", plain_network(0), lambda rank: tmp_path / str(rank)
+    )
+    assert Crew(apart, 2).wait() == [0, 0]
 
 
 def test_a_sharded_student_is_trained_saved_and_resumed_as_a_whole_one(tmp_path):
@@ -169,13 +227,32 @@ def test_bfloat16_trains_float32_weights(tmp_path):
     assert 0 < max(gaps) < 0.05 and summary.history[-1]["loss"] < summary.history[0]["loss"]
 
 
-def test_a_compiled_student_is_the_same_student(tmp_path):
-    """And counted and saved under the same names."""
+def test_a_compiled_student_is_the_same_student_and_is_resumed(tmp_path):
+    """And counted and saved under the same names. What is compiled first does not show in the numbers."""
     _, plain = trained(tmp_path / "eager", student=network)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     _, summary = trained(tmp_path / "compiled", student=network, compile=True)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 3  # training, validation, teacher
     assert weights(tmp_path / "eager").keys() == weights(tmp_path / "compiled").keys()
     assert summary.teacher_visits == plain.teacher_visits and summary.flops == plain.flops
     assert [line["samples"] for line in summary.history] == [line["samples"] for line in plain.history]
+
+    with pytest.raises(_StopError):
+        trained(tmp_path / "torn", student=network, compile=True, progress=_stop)
+    torch._dynamo.reset()
+    trained(tmp_path / "torn", student=network, compile=True, resume=True)
+    names = ("torn", "compiled")
+    assert len({(tmp_path / name / "student.safetensors").read_bytes() for name in names}) == 1
+
+
+class _StopError(Exception):
+    pass
+
+
+def _stop(line):
+    if line["epoch"] == 2:
+        raise _StopError
 
 
 @pytest.mark.parametrize("precision", ["float8", 16])
@@ -198,8 +275,15 @@ class Waits(TorchDispatchMode):
             "aten::masked_select",
             "aten::equal",
             "aten::is_nonzero",
+            "aten::_unique2",
+            "aten::unique_dim",
+            "aten::unique_consecutive",
+            "aten::repeat_interleave",
         )
-        self.count += func._schema.name in waiting
+        # An index that is a mask: how many it chooses has to be known.
+        masks = func._schema.name in ("aten::index", "aten::index_put", "aten::index_put_")
+        masks = masks and any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
+        self.count += masks or func._schema.name in waiting
         return func(*args, **(kwargs or {}))
 
 

@@ -4,6 +4,8 @@ import json
 import math
 import os
 import random
+import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,17 +16,19 @@ from torch import nn
 from torch.nn import functional
 
 from kcd_ext import CondensedSampler, IndexedDataset, KnowledgeCondenser, methods, models
+from kcd_ext.condensation import InfoBatch
 from kcd_ext.data.images import REGISTRY as DATASETS
 from kcd_ext.data.images import ImageSet
 from kcd_ext.data.views import Views
-from kcd_ext.methods import Batch, Method, Outcome
+from kcd_ext.methods import Batch, Method, Outcome, Pretraining
 from kcd_ext.registry import call, resolve
 from kcd_ext.training import Condense, Recipe, Summary, checkpoint, distill, storage
 from kcd_ext.training.batches import cut
 from kcd_ext.training.folder import ENTRIES
 from kcd_ext.training.identity import digest_of_samples
+from kcd_ext.training.randomness import seeded
 from kcd_ext.training.summary import tabulate
-from kcd_ext.training.trainer import EVALUATED
+from kcd_ext.training.trainer import EVALUATED, PREPARING
 
 CLASSES, FEATURES = 4, 6
 
@@ -64,60 +68,167 @@ def recipe(**changes):
     return Recipe(**{"epochs": 4, "batch_size": 8, "device": "cpu", "seed": 3} | changes)
 
 
-def without_seconds(history):
-    return [{name: x for name, x in line.items() if not name.endswith("seconds")} for line in history]
-
-
 # --- what it computes -------------------------------------------------------------------------------------------------
 
 
+SELECTORS = {"value": KnowledgeCondenser, "infobatch": InfoBatch}
+
+
 def by_hand(student, teacher, train, r, condense):
-    """The same training once more: F.kl_div, torch.optim.SGD, a loop over indices."""
+    """The same training once more: F.kl_div, torch.optim.SGD, a loop over indices, one sample's loss at a time."""
     student, teacher = student.double(), teacher.double().eval()
-    condenser = KnowledgeCondenser(len(train), seed=r.seed, **condense)
+    options = dict(condense)
+    batch_keep, selection = options.pop("batch_keep", 1.0), options.pop("selection", "value")
+    if selection == "infobatch":
+        options["epochs"] = r.epochs
+    condenser = SELECTORS[selection](len(train), seed=r.seed, **options)
     sampler = CondensedSampler(condenser, seed=r.seed)
     items = IndexedDataset(train)
     optimizer = torch.optim.SGD(student.parameters(), r.lr, momentum=r.momentum, weight_decay=r.weight_decay)
-    visits = 0
+    lines, visits, asked = [], 0, 0
     for epoch in range(r.epochs):
         optimizer.param_groups[0]["lr"] = r.lr * r.gamma ** len([m for m in r.milestones if epoch / r.epochs >= m])
         sampler.set_epoch(epoch)
         order = list(sampler)
         steps = math.ceil(len(order) / r.batch_size)
+        right, total = 0, 0.0
+        mean = condenser.values[condenser.counts > 0].mean()  # NaN in the first epoch: nothing is below it
+        low = (condenser.values < mean) & (epoch < r.epochs - math.ceil(r.epochs / 8))
         for step in range(steps):
             batch = [items[entry] for entry in order[len(order) * step // steps : len(order) * (step + 1) // steps]]
             x = torch.stack([item[0] for item in batch]).double()
             label, index = (torch.tensor([item[i] for item in batch]) for i in (1, 2))
             z, y = student(x), teacher(x).detach()
-            kl = functional.kl_div((z / 4).log_softmax(-1), (y / 4).softmax(-1), reduction="batchmean")
-            loss = 0.1 * functional.cross_entropy(z, label) + 0.9 * 16 * kl
+            p = z.detach().softmax(-1)
+            entropy = -(p * p.log()).sum(-1)
+            chosen = entropy.argsort(descending=True)[: max(1, int(batch_keep * len(batch)))]
+            kl = functional.kl_div((z / 4).log_softmax(-1), (y / 4).softmax(-1), reduction="none").sum(-1)
+            part = torch.zeros(len(batch), dtype=torch.float64).index_fill(0, chosen, len(batch) / len(chosen))
+            losses = 0.1 * functional.cross_entropy(z, label, reduction="none") + 0.9 * 16 * part * kl
+            weight = torch.ones(len(batch))
+            if selection == "infobatch":
+                weight = weight.masked_fill(low[index], 1 / options["keep"])
+            loss = (weight * losses).mean()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            p = z.detach().softmax(-1)
-            condenser.update(index, -(p * p.log()).sum(-1))
-            visits += len(batch)
+            condenser.update(index, losses.detach() if selection == "infobatch" else entropy)
+            right += (z.argmax(-1) == label).sum().item()
+            total += loss.item() * len(batch)
+            visits, asked = visits + len(batch), asked + len(chosen)
         condenser.step()
-    return visits, condenser
+        lines.append({"loss": total / len(order), "train_accuracy": 100 * right / len(order), "samples": len(order)})
+        lines[-1] |= {"sample_visits": visits, "teacher_visits": asked}
+        # Two layers of 6 x 8 and 8 x 4 weights, 6 x 16 and 16 x 4 of the teacher's: a product and a sum a weight, and
+        # training costs the forward pass three times.
+        lines[-1]["flops"] = visits * 3 * 2 * (6 * 8 + 8 * 4) + asked * 2 * (6 * 16 + 16 * 4)
+    return lines, condenser
 
 
-@pytest.mark.parametrize("condense", [None, {"keep": 0.5, "every": 2, "stages": 3, "schedule": "cosine"}])
+@pytest.mark.parametrize(
+    "condense",
+    [
+        None,
+        {"keep": 0.5, "every": 2, "stages": 3, "schedule": "cosine"},
+        {"keep": 0.5, "every": 2, "stages": 2, "batch_keep": 0.5},
+        {"keep": 0.6, "selection": "infobatch"},
+    ],
+)
 def test_training_is_the_loop_written_out_by_hand(condense):
     train, test = Blobs(61), Blobs(40, seed=1)
-    r = recipe(epochs=7, condense=condense and Condense(**condense))
+    r = recipe(epochs=9, condense=condense and Condense(**condense))
     student, teacher, twin = network(1), network(2, hidden=16), network(1)
     summary = distill(student, teacher, train, test, r)
-    visits, condenser = by_hand(twin, network(2, hidden=16), train, r, condense or {"keep": 1.0, "every": 99})
+    lines, condenser = by_hand(twin, network(2, hidden=16), train, r, condense or {"keep": 1.0, "every": 99})
 
     for name, parameter in student.named_parameters():
         torch.testing.assert_close(parameter.double(), twin.get_parameter(name), rtol=2e-4, atol=2e-5)
     assert summary.condenser.kept.tolist() == condenser.kept.tolist()
-    assert summary.sample_visits == summary.teacher_visits == visits
+    for line, by_hands in zip(summary.history, lines, strict=True):
+        assert {name: line[name] for name in by_hands} == pytest.approx(by_hands, rel=1e-4)
+    assert (summary.sample_visits, summary.flops) == (lines[-1]["sample_visits"], lines[-1]["flops"])
+    if condense:
+        assert min(line["samples"] for line in lines) < len(train)
     with torch.no_grad():
         right = [student(x).argmax().item() == label for x, label in (test[i] for i in range(len(test)))]
     assert summary.accuracy_last == pytest.approx(100 * sum(right) / len(right))
     assert summary.accuracy_best == max(line["accuracy"] for line in summary.history) >= summary.accuracy_last
     assert not student.training and not teacher.training
+
+
+class Warm(Method):
+    """Trains a part of its own first, which then says what the student is to learn."""
+
+    def prepare(self, student, teacher, samples):
+        with torch.random.fork_rng():
+            torch.manual_seed(7)
+            self.head = nn.Sequential(nn.Linear(FEATURES, CLASSES), nn.BatchNorm1d(CLASSES))
+
+    def pretraining(self):
+        return Pretraining(self.head, epochs=5, lr=0.1, milestones=(0.2, 0.6))
+
+    def pretraining_loss(self, teacher, batch):
+        assert self.head.training and not teacher.training
+        return functional.cross_entropy(self.head(batch.x), batch.label)
+
+    def forward(self, student, teacher, batch):
+        assert student.training and not self.head.training
+        assert not any(parameter.requires_grad for parameter in self.head.parameters())
+        logits = student(batch.x)
+        return Outcome(functional.mse_loss(logits, self.head(batch.x)), logits.detach(), methods.entropy(logits))
+
+
+def test_pretraining_is_the_loop_written_out_by_hand(tmp_path):
+    """With steps of two batches each, and rates that fall after one and three of five epochs."""
+    r = recipe(method=f"{__name__}:Warm", gradient_accumulation=2)
+    train, method = Blobs(40), Warm()
+    method.prepare(None, None, None)
+    distill(network(1), network(2), train, Blobs(20), r, output=tmp_path)
+    sampler = CondensedSampler(KnowledgeCondenser(40, keep=1.0, every=99, seed=r.seed), seed=r.seed)
+    optimizer = torch.optim.SGD(method.head.parameters(), 0.1, momentum=r.momentum, weight_decay=r.weight_decay)
+    lines = storage.read_lines(tmp_path / "pretraining.jsonl")
+    for epoch, rate in enumerate([0.1, 0.01, 0.01, 0.001, 0.001]):
+        optimizer.param_groups[0]["lr"] = rate
+        sampler.set_epoch(PREPARING + 1 + epoch)
+        order, losses = [index for index, _ in sampler], []
+        for start, middle, end in ((0, 6, 13), (13, 19, 26), (26, 33, 40)):  # at most 16 a step and 8 a batch
+            optimizer.zero_grad()
+            for batch in (order[start:middle], order[middle:end]):
+                x, y = torch.stack([train[i][0] for i in batch]), torch.tensor([train[i][1] for i in batch])
+                loss = functional.cross_entropy(method.head(x), y)
+                (loss * len(batch) / (end - start)).backward()
+                losses += [loss.item()] * len(batch)
+            optimizer.step()
+        assert lines[epoch]["lr"] == pytest.approx(rate)
+        assert lines[epoch]["loss"] == pytest.approx(sum(losses) / 40, rel=1e-4)
+    saved = checkpoint.load(tmp_path / "checkpoint").model
+    for name, tensor in method.state_dict().items():
+        torch.testing.assert_close(saved[f"method.{name}"], tensor)
+
+
+class Slow(KnowledgeCondenser):
+    def update(self, *arguments):
+        time.sleep(0.01)
+        super().update(*arguments)
+
+    def step(self):
+        time.sleep(0.01)
+        return super().step()
+
+
+def test_seconds_add_up_and_condensation_is_a_part_of_them(monkeypatch):
+    slow = CondensedSampler.set_epoch
+    monkeypatch.setattr(CondensedSampler, "set_epoch", lambda *arguments: (time.sleep(0.01), slow(*arguments))[1])
+    start = time.perf_counter()
+    settings = recipe(condense=Condense(selection=f"{__name__}:Slow", every=1, stages=3))
+    history = distill(network(1), network(2), Blobs(40), Blobs(20), settings).history
+    wall = time.perf_counter() - start
+    before = {"seconds": 0.0, "condensation_seconds": 0.0}
+    for line in history:
+        spent = {name: line[name] - before[name] for name in before}
+        assert 0.03 <= spent["condensation_seconds"] + 1e-4 and spent["condensation_seconds"] < spent["seconds"] + 2e-3
+        before = {name: line[name] for name in before}
+    assert history[-1]["seconds"] <= wall
 
 
 def test_the_student_learns_and_the_teacher_stays():
@@ -271,6 +382,50 @@ def test_a_method_that_keeps_the_teacher_does_not_train_it():
     before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
     distill(normalised(), teacher, Blobs(40), Blobs(20), recipe(method=f"{__name__}:Keeper"))
     assert all(torch.equal(before[name], tensor) for name, tensor in teacher.state_dict().items())
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in teacher.parameters())
+
+
+def test_a_torchscript_teacher_is_asked_and_counted():
+    summary = distill(network(1), torch.jit.script(network(2).eval()), Blobs(40), Blobs(20), recipe(epochs=1))
+    plain = distill(network(1), network(2), Blobs(40), Blobs(20), recipe(epochs=1))
+    assert summary.teacher_visits == 40 and summary.accuracy_last == plain.accuracy_last
+
+
+class Says(Method):
+    """Whatever it is told to."""
+
+    outcome = staticmethod(lambda outcome, step: outcome)
+
+    def __init__(self):
+        super().__init__()
+        self.steps = 0
+
+    def forward(self, student, teacher, batch):
+        logits = student(batch.x)
+        loss = functional.cross_entropy(logits, batch.label)
+        self.steps += 1
+        outcome = Outcome(loss, logits.detach(), methods.entropy(logits), {"t": loss.detach()})
+        return Says.outcome(outcome, self.steps)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "message"),
+    [
+        (lambda o, step: o.loss, TypeError, "must give an Outcome, got Tensor"),
+        (lambda o, step: replace(o, loss=o.loss[None]), ValueError, r"must give loss of shape \(\), got \(1,\)"),
+        (lambda o, step: replace(o, loss=o.loss.detach()), ValueError, "must give loss with a gradient"),
+        (lambda o, step: replace(o, value=o.value.mean()), ValueError, r"must give value of shape \(6,\), got \(\)"),
+        (lambda o, step: replace(o, value=None), ValueError, r"must give value of shape \(6,\), got NoneType"),
+        (lambda o, step: replace(o, value=o.value * o.loss), ValueError, "must give value without a gradient"),
+        (lambda o, step: replace(o, terms={"t": 1.0}), ValueError, r"must give terms\['t'\] of shape \(\), got float"),
+        (lambda o, step: replace(o, logits=o.logits[:1]), ValueError, r"must give logits \(6, classes\).*got \(1, 4\)"),
+        (lambda o, step: replace(o, terms={} if step > 1 else o.terms), ValueError, r"the terms \['t'\], got \[\]"),
+    ],
+)
+def test_a_method_that_gives_something_else_is_told_so(monkeypatch, wrong, error, message):
+    monkeypatch.setattr(Says, "outcome", wrong)
+    with pytest.raises(error, match=f"method '.*:Says' {message}|method '.*:Says' must give {message}"):
+        distill(network(), network(2), Blobs(20), Blobs(20), recipe(method=f"{__name__}:Says"))
 
 
 class Anything(KnowledgeCondenser):
@@ -417,6 +572,54 @@ def test_a_run_killed_in_its_first_epoch_goes_on_and_no_other_does(tmp_path):
     with pytest.raises(ValueError, match=r"lr=0.05, got lr=0.1"):
         distill(network(), *arguments, recipe(lr=0.1), output=tmp_path, resume=True)
     assert len(distill(network(), *arguments, recipe(), output=tmp_path, resume=True).history) == 4
+
+
+def test_a_student_of_other_parts_is_told_the_first(tmp_path):
+    def go_on(student, **changes):
+        distill(student, network(2), Blobs(20), Blobs(20), recipe(**changes), output=tmp_path, resume=True)
+
+    partly = network()
+    partly[0].requires_grad_(False)
+    go_on(partly)
+    with pytest.raises(
+        ValueError, match=r"checkpoint: student\.0\.weight is of shape \(8, 6\) there, of shape \(9, 6\) here$"
+    ):
+        go_on(network(hidden=9))
+    with pytest.raises(ValueError, match=r"checkpoint: student\.4\.weight is missing there, of shape \(4, 4\) here$"):
+        go_on(network().append(nn.Linear(CLASSES, CLASSES)))
+    with pytest.raises(ValueError, match=r"checkpoint: student\.3\.bias is of shape \(4,\) there, missing here$"):
+        go_on(nn.Sequential(nn.Linear(FEATURES, 8), nn.Flatten(), nn.Flatten(), Narrow()))
+    with pytest.raises(ValueError, match=r"^student\.0\.bias is to be trained, but was not before"):
+        go_on(network())
+    whole = network()
+    whole.requires_grad_(False)[0].requires_grad_(True)
+    with pytest.raises(ValueError, match=r"^student\.0\.bias is to be trained, but was not before"):
+        go_on(whole)
+
+
+class Narrow(nn.Module):
+    """Without weights."""
+
+    def forward(self, x):
+        return x[:, :CLASSES]
+
+
+class Remembers(nn.Linear):
+    def get_extra_state(self):
+        return {"calls": 3}
+
+    def set_extra_state(self, state):
+        pass
+
+
+def test_what_a_checkpoint_cannot_hold_is_said_first(tmp_path):
+    student = Remembers(FEATURES, CLASSES)
+    with pytest.raises(
+        TypeError, match="student must have a state_dict of tensors to be written, got dict '_extra_state'"
+    ):
+        distill(student, network(2), Blobs(20), Blobs(20), recipe(), output=tmp_path)
+    assert not [*tmp_path.iterdir()]
+    distill(student, network(2), Blobs(20), Blobs(20), recipe())
 
 
 def relabelled(size, seed=0):
@@ -596,6 +799,9 @@ def test_losses_of_half_a_batch_are_no_losses_to_select_by():
         ({"selection": "infobatch", "stages": 3}, ValueError, "stages=3 has no effect with selection 'infobatch'"),
         ({"batch_keep": 0}, ValueError, r"batch_keep must be a number in \(0, 1\]"),
         ({"every": 0}, ValueError, "every must be an integer >= 1, got 0"),
+        ({"alpha": 10**400}, ValueError, "alpha must be .*, got an integer beyond the largest double"),
+        ({"keep": 1, "selection": "random"}, ValueError, "selection='random' has no effect with keep=1"),
+        ({"keep": 1.0, "every": 3, "batch_keep": 0.5}, ValueError, "every=3 has no effect with keep=1"),
     ],
 )
 def test_condense_checks_itself(options, error, message):
@@ -609,7 +815,33 @@ def test_milestones_are_those_of_the_paper():
     assert rates == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("epochs", [3, 7, 10, 100, 240])
+def test_a_milestone_that_is_a_whole_epoch_is_not_missed(epochs):
+    for epoch in range(1, epochs):
+        for milestone in (epoch / epochs, float(f"{epoch / epochs:.15f}"), 1 - (epochs - epoch) / epochs):
+            rates = [Recipe(epochs=epochs, milestones=(milestone,), lr=1.0).lr_at(e) for e in (epoch - 1, epoch)]
+            assert rates == pytest.approx([1.0, 0.1])
+
+
+def test_randomness_of_other_numbers_is_other_randomness():
+    """Also where their bits in a row are alike."""
+    drawn = []
+    for numbers in [(1,), (1, 0), (0, 1), (2**32,), (1, 0, 0), (0, 1, 0), (2**32, 0), (0, 2**32), (0, 0, 1)]:
+        with seeded(*numbers):
+            drawn.append((torch.rand(()).item(), random.random(), np.random.rand()))
+    for numbers in zip(*drawn, strict=True):
+        assert len(set(numbers)) == len(drawn)
+
+
 SHARED = nn.Linear(FEATURES, CLASSES)
+
+
+def labelled(wrong):
+    """Images of six pixels, of which the last has the wrong label."""
+    return ImageSet(np.zeros((9, 1, 6, 1), np.uint8), np.array([0] * 8 + [wrong]), Views((0.5,), (0.25,)))
+
+
+FLAT = {name: nn.Sequential(nn.Flatten(), nn.Linear(FEATURES, CLASSES)) for name in ("student", "teacher")}
 
 
 class Broken(nn.Linear):
@@ -636,6 +868,19 @@ class Broken(nn.Linear):
             ValueError,
             "student does not take x .*: 'Broken' object has no attribute 'nothing'",
         ),
+        (
+            {},
+            {"options": {"batch_keep": 0.5}},
+            ValueError,
+            "options must not hold batch_keep=0.5: it is condense.batch",
+        ),
+        ({"train": labelled(7)} | FLAT, {}, ValueError, r"train must give labels in \[0, 4\), got 7"),
+        (
+            {"train": labelled(0), "test": labelled(-1)} | FLAT,
+            {},
+            ValueError,
+            r"test must give labels in \[0, 4\), got -1",
+        ),
         ({"test": [(torch.zeros(3), 0)]}, {}, ValueError, r"does not take x of torch.float32 \(1, 3\) from test"),
         ({"test": [(torch.zeros(6), torch.tensor([1]))]}, {}, ValueError, r"test must give labels .* \(1, 1\)"),
         ({"train": [(torch.zeros(6), np.int32(1))]}, {}, ValueError, r"train must give labels .* torch.int32 \(1,\)"),
@@ -646,7 +891,7 @@ class Broken(nn.Linear):
         ({"train": 5}, {}, TypeError, "train: dataset must have a length"),
         ({"test": []}, {}, ValueError, "test must hold at least one sample"),
         ({}, {"method": "pkd"}, ValueError, "unknown method 'pkd': take ce, crd, kd, pkt, sskd"),
-        ({}, {"options": {"temperature": 0.0}}, ValueError, "temperature must be > 0"),
+        ({}, {"options": {"temperature": 0.0}}, ValueError, "temperature must be a finite number > 0"),
         ({}, {"options": {"temprature": 1.0}}, TypeError, "temprature"),
     ],
 )

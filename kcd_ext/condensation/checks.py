@@ -26,9 +26,12 @@ def real(name: str, value: object, takes: str, low: float, high: float = math.in
     """
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be {takes}, got {value!r} of type {type(value).__name__}")
-    if not math.isfinite(value) or not low <= value <= high:
+    if not -math.inf < value < math.inf or not low <= value <= high:  # math.isfinite overflows at integers of any size
         raise ValueError(f"{name} must be {takes}, got {value!r}")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{name} must be {takes}, got an integer beyond the largest double") from None
 
 
 def flag(name: str, value: object) -> bool:

@@ -6,7 +6,7 @@ from torch.utils.data import Dataset, default_collate
 
 from ..data import IndexedDataset
 from ..data.images import ImageSet
-from ..methods import Method
+from ..methods import Batch, Method, Outcome
 from ..registry import one_line
 from .recipe import Recipe
 
@@ -59,18 +59,58 @@ def check_networks(
         classes = {name: _classes(name, network, x.to(device), part) for name, network in networks.items()}
         if classes.get("teacher", classes["student"]) != classes["student"]:
             raise ValueError(f"teacher_logits have {classes['teacher']} classes, student_logits {classes['student']}")
-        if not 0 <= label.item() < classes["student"]:
-            raise ValueError(f"{part} must give labels in [0, {classes['student']}), got {label.item()}")
+        # Of images in memory all of them; else those of one sample, for the others are not loaded yet.
+        for found in (label.min().item(), label.max().item()):
+            if not 0 <= found < classes["student"]:
+                raise ValueError(f"{part} must give labels in [0, {classes['student']}), got {found}")
     if not any(parameter.requires_grad for parameter in student.parameters()):
         raise ValueError("student has no parameters to train: all of them have requires_grad=False, or there are none")
     return classes["student"]
 
 
+def check_storable(name: str, network: nn.Module) -> None:
+    """Raises TypeError where a checkpoint cannot hold the network, before an epoch is spent on it."""
+    for key, part in network.state_dict().items():
+        if not isinstance(part, Tensor):
+            raise TypeError(
+                f"{name} must have a state_dict of tensors to be written, got {type(part).__name__} {key!r}"
+            )
+
+
+def check_outcome(outcome: Outcome, batch: Batch, measure: str, method: str) -> None:
+    """Raises TypeError or ValueError where a method's outcome is not what `Outcome` says; looks at no number."""
+    if not isinstance(outcome, Outcome):
+        raise TypeError(f"method {method!r} must give an Outcome, got {type(outcome).__name__}")
+    shapes = {"loss": (outcome.loss, ()), measure: (getattr(outcome, measure), (len(batch.label),))}
+    shapes |= {f"terms[{name!r}]": (term, ()) for name, term in outcome.terms.items()}
+    for name, (tensor, shape) in shapes.items():
+        if not isinstance(tensor, Tensor) or tensor.shape != shape:
+            got = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise ValueError(f"method {method!r} must give {name} of shape {shape}, got {got}")
+        if tensor.requires_grad != (name == "loss"):
+            raise ValueError(f"method {method!r} must give {name} {'with' if name == 'loss' else 'without'} a gradient")
+    if outcome.logits.dim() != 2 or len(outcome.logits) != len(batch.label) or outcome.logits.requires_grad:
+        got = tuple(outcome.logits.shape)
+        raise ValueError(f"method {method!r} must give logits ({len(batch.label)}, classes), detached, got {got}")
+
+
+def check_gradients(parameters: dict[str, nn.Parameter]) -> None:
+    """Raises ValueError, naming it, where a parameter had no part in the loss.
+
+    Several processes reduce their gradients in buckets, and one that waits for such a parameter waits for ever.
+    """
+    for name, parameter in parameters.items():
+        if parameter.grad is None:
+            raise ValueError(
+                f"{name} has no part in the loss: with several processes every parameter must have one, or requires_grad=False"
+            )
+
+
 def _sample(part: str, dataset: IndexedDataset | ImageSet) -> tuple[Tensor, Tensor]:
-    """The first sample as a batch of one: x and label."""
+    """The first sample as a batch of one, and its label; of images in memory all labels."""
     if isinstance(dataset, ImageSet):
         images, labels = dataset.tensors(torch.device("cpu"))
-        return dataset.views.plain(images[:1]), labels[:1]
+        return dataset.views.plain(images[:1]), labels
     try:
         x, label, _ = default_collate([dataset[0]])
     except Exception as error:  # the data set and its transform are the user's: they raise what they like

@@ -15,7 +15,7 @@ ENTRIES = ("config.json", "pretraining.jsonl", "metrics.jsonl", "checkpoint", "s
 
 
 class RunFolder:
-    """Where a run is written. `found` is the checkpoint that it goes on from, if any.
+    """Where a run is written.
 
     Raises:
         FileExistsError: one of ENTRIES is there already, and is not of this run or not to be resumed.
@@ -30,11 +30,21 @@ class RunFolder:
             raise FileExistsError(
                 f"output {path} holds a run already ({taken[0]}): resume it, or choose another folder"
             )
-        self.found = checkpoint.load(path / "checkpoint") if resume else None
-        if self.found is not None:
-            check_same(self.found.run, self.identity, path)
+        self._found = checkpoint.load(path / "checkpoint") if resume else None
+        if self._found is not None:
+            check_same(self._found.run, self.identity, path)
         elif taken:
             self._check_only_begun(taken)
+
+    @property
+    def epoch(self) -> int:
+        """How many epochs, of pretraining and of training, the run that is found here has behind it."""
+        return 0 if self._found is None else self._found.epoch
+
+    def take(self) -> checkpoint.Checkpoint | None:
+        """The checkpoint that the run goes on from, if there is one; once, so that its memory is given back."""
+        found, self._found = self._found, None
+        return found
 
     def begin(self, label: str, about: Mapping[str, object]) -> None:
         """Before the first epoch, so that a folder that cannot be written costs nothing."""

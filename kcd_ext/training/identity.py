@@ -16,7 +16,7 @@ from .recipe import Recipe
 from .sharding import whole
 
 PROBED = 5  # samples of a data set that are looked at, the first and the last among them
-FREE = ("device", "num_workers", "name")  # of a recipe: where a run computes and what it is called may change
+FREE = ("device", "name")  # of a recipe: where a run computes and what it is called may change
 OF_A_STEP = ("batch_size", "gradient_accumulation")  # may change together with the number of processes
 
 

@@ -201,6 +201,7 @@ class _Samples:
     def __init__(self, data: ImageData, batch_size: int):
         self.feed = feed_of(data.train, None, torch.device("cpu"), 0)
         self.batch_size = batch_size
+        self.labels = getattr(self.feed, "labels", None)
 
     def __iter__(self) -> Iterator[Batch]:
         return self.feed.plain(self.batch_size)

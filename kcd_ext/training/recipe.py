@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field, fields
 from ..condensation import KnowledgeCondenser
 from ..condensation.checks import flag, real, whole
 from ..condensation.random_keys import MAX_SEED
+from ..methods.options import check_batch_keep
 from ..registry import resolve
 
 SELECTIONS = {
@@ -15,6 +16,14 @@ SELECTIONS = {
     "infobatch": "kcd_ext.condensation:InfoBatch",
 }
 PRECISIONS = {"auto": None, "float32": "no", "bfloat16": "bf16", "float16": "fp16"}  # as accelerate calls them
+
+
+def passed(milestones: Iterable[float], epoch: int, epochs: int) -> int:
+    """How many of these fractions of all epochs are over when `epoch` begins, 0 <= epoch < epochs.
+
+    0.07 of 100 epochs are 7, though 0.07 * 100 is a little more in floating point.
+    """
+    return sum(epoch >= round(milestone * epochs, 9) for milestone in milestones)
 
 
 @dataclass(frozen=True)
@@ -47,11 +56,16 @@ class Condense:
     """The fraction of every batch, of highest student's entropy, that the teacher is asked about, in (0, 1]."""
 
     def __post_init__(self) -> None:
-        real("batch_keep", self.batch_keep, "a number in (0, 1]", 5e-324, 1)
+        check_batch_keep(self.batch_keep)
         if self.every is not None:
             whole("every", self.every, 1)
         whole("stages", self.stages, 1)
         self.build(1, seed=0, device="cpu", epochs=1)  # the condenser knows what it takes
+        if not self.shrinks_the_set:
+            for option in fields(self):
+                chosen = getattr(self, option.name)
+                if option.name not in ("keep", "batch_keep") and chosen != option.default:
+                    raise ValueError(f"{option.name}={chosen!r} has no effect with keep=1: take a keep < 1")
 
     @property
     def shrinks_the_set(self) -> bool:
@@ -124,9 +138,9 @@ class Recipe:
     precision: str = "auto"
     """float32, bfloat16 or float16 autocast of the networks; auto: what accelerate was launched with, else float32."""
     compile: bool = False
-    """Compiles student and teacher with torch.compile."""
+    """Compiles student and teacher with torch.compile, for batches of any size."""
     num_workers: int = 0
-    """Processes that load data that does not lie in memory."""
+    """Processes that load data that does not lie in memory. What its transforms draw depends on how many they are."""
     name: str = ""
     """What tables and files call the run; empty: the method, with kc- before it where samples are condensed."""
 
@@ -167,7 +181,7 @@ class Recipe:
 
     def lr_at(self, epoch: int) -> float:
         """The learning rate of an epoch, 0 <= epoch < epochs: a function of the epoch alone, so nothing to save."""
-        return self.lr * self.gamma ** sum(epoch >= milestone * self.epochs for milestone in self.milestones)
+        return self.lr * self.gamma ** passed(self.milestones, epoch, self.epochs)
 
     @classmethod
     def from_json(cls, plain: Mapping[str, object]) -> "Recipe":

@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,22 +19,19 @@ from ..condensation import Condensation, CondensedSampler, KnowledgeCondenser
 from ..data import IndexedDataset
 from ..data.images import ImageSet
 from ..methods import Batch, Method, Outcome
-from ..registry import one_line
 from . import sharding
 from .batches import cut, feed_of
 from .checkpoint import Checkpoint
-from .checks import check_method, check_networks, indexed
+from .checks import check_gradients, check_method, check_networks, check_outcome, check_storable, indexed
 from .device import accelerator_on
 from .flops import forward_flops
 from .folder import RunFolder
 from .identity import identity_of
 from .randomness import seeded
-from .recipe import PRECISIONS, Recipe
+from .recipe import PRECISIONS, Recipe, passed
 from .summary import Summary
 
-PREPARING = (
-    2**32
-)  # in the place of an epoch's number: the randomness before the first epoch, and of pretraining's epochs
+PREPARING = 2**32  # in the place of an epoch's number: before the first epoch, and from here on pretraining's epochs
 EVALUATED = 250  # samples of a batch without gradients, at least
 NOTHING_YET = {"sample_visits": 0, "teacher_visits": 0, "flops": 0, "seconds": 0.0, "condensation_seconds": 0.0}
 
@@ -55,21 +53,22 @@ def distill(
     Args:
         student: any module, a batch of x -> logits (b, classes). All of it is trained in training mode, in whatever
             mode it comes (a part that must stay in evaluation mode overrides `train`), except parameters that require
-            no gradient. Ends on the training device, in evaluation mode. One that `fully_shard` has cut into pieces
-            (FSDP) is trained so.
-        teacher: the same, or None where the method asks no teacher. Never trained, always in evaluation mode; ends as
-            the student does. It shares no parameters with the student.
+            no gradient. Ends on the training device, in evaluation mode, the weights of its convolutions in
+            channels-last memory. One that `fully_shard` has cut into pieces (FSDP) is trained so.
+        teacher: the same, or None where the method asks no teacher. Never trained, its parameters require no gradient
+            meanwhile, always in evaluation mode; ends as the student does. It shares no parameters with the student.
         train, test: map-style data sets of `(x, label)`, labels int64 in [0, classes); an `IndexedDataset` is taken as
             it is, so that raw items can be mixed before they are transformed. An `ImageSet` (of
             `kcd_ext.data.images.load`, say) is moved to the training device as a whole and needs no loader: mixed,
             cropped, flipped and normalised there, a batch at a time.
         recipe: every number of the run.
         output: a folder for config.json, metrics.jsonl and checkpoint/, written after every epoch, and
-            student.safetensors (the last epoch's) and summary.json at the end. None: nothing is written.
+            student.safetensors (the last epoch's) and summary.json at the end. None: nothing is written. Several
+            processes must all see the same folder.
         resume: goes on from the checkpoint in `output`, if there is one; on the CPU bit for bit as if it had never
             been interrupted. Recipe, teacher, data and precision must be those it began with; the student's weights
-            are the checkpoint's. The number of processes may be another one, and then `batch_size` and
-            `gradient_accumulation` too. A finished run returns at once.
+            are the checkpoint's, and the same of them must be trained. The number of processes may be another one, and
+            then `batch_size` and `gradient_accumulation` too. A finished run returns at once.
         progress: called on the main process after every epoch with its line of metrics.jsonl, and after every epoch of
             a method's own pretraining with that of pretraining.jsonl, which has "pretraining" in place of "epoch".
         about: JSON that config.json holds under "about", for whoever reads the folder; a resumed run may change it. Its
@@ -97,12 +96,17 @@ def distill(
         accelerator = stack.enter_context(accelerator_on(recipe.device, PRECISIONS[recipe.precision]))
         stack.enter_context(seeded(recipe.seed, PREPARING, device=accelerator.device))
         classes = check_networks(student, teacher, train, test, accelerator.device)
+        if output is not None:
+            check_storable("student", student)
         identity = identity_of(recipe, teacher, train, test, accelerator) if output is not None else {}
         folder = RunFolder(Path(output), identity, resume) if output is not None else None
+        stack.enter_context(_frozen(teacher))
         stack.callback(method.release)
         run = _Run(accelerator, student, teacher, method, train, test, recipe, classes)
-        if folder is not None and folder.found is not None:
-            run.restore(folder.found)
+        if folder is not None:
+            run.check_all_see(folder)
+            if (found := folder.take()) is not None:
+                run.restore(found)
         accelerator.wait_for_everyone()  # all have looked into the folder before one writes there
         writes = folder is not None and accelerator.is_main_process
         if writes:
@@ -125,6 +129,10 @@ def distill(
 def build_method(recipe: Recipe) -> Method:
     """The recipe's method; raises TypeError or ValueError where it cannot serve the recipe."""
     keep = recipe.condense.batch_keep
+    if "batch_keep" in recipe.options:
+        raise ValueError(
+            f"options must not hold batch_keep={recipe.options['batch_keep']!r}: it is condense.batch_keep"
+        )
     method = methods.build(recipe.method, {**recipe.options, **({"batch_keep": keep} if keep < 1 else {})})
     check_method(method, recipe)
     return method
@@ -208,14 +216,15 @@ class _Run:
             for network in (student, teacher):
                 if network is not None and not sharding.is_sharded(network):
                     network.to(memory_format=torch.channels_last)
-        compiled = recipe.compile
-        self.called = torch.compile(student) if compiled else student
-        self.teacher = torch.compile(teacher) if compiled and teacher is not None else teacher
+        # For any size of a batch at once: else the first two sizes met decide what is compiled, and a run that goes on
+        # meets others first.
+        compiled = partial(torch.compile, dynamic=True) if recipe.compile else _hookable
+        self.called, self.teacher = compiled(student), None if teacher is None else compiled(teacher)
         self.module = Step(student, method, self.called)  # not the wrapped one: names in checkpoints stay the same
-        # A method may keep the teacher, or a part of it, as a part of its own.
-        untrained = set(map(id, teacher.parameters())) if teacher is not None else set()
-        self.parameters = [p for p in self.module.parameters() if p.requires_grad and id(p) not in untrained]
+        self.trained = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
+        self.parameters = [*self.trained.values()]
         self.step, self.optimizer = self._prepared(self.module, self.parameters, recipe.lr)
+        self._checked = False
 
     def _prepared(
         self, module: nn.Module, parameters: list[nn.Parameter], lr: float
@@ -254,7 +263,7 @@ class _Run:
     def _advance_pretraining(self) -> dict:
         epoch, device, plan = len(self.pretraining_history), self.accelerator.device, self.pretraining
         before = self._before()
-        _set_lr(self.pretraining_optimizer, plan.lr * 0.1 ** sum(epoch >= m * plan.epochs for m in plan.milestones))
+        _set_lr(self.pretraining_optimizer, plan.lr * 0.1 ** passed(plan.milestones, epoch, plan.epochs))
         plan.part.requires_grad_(True).train()
         with seeded(self.recipe.seed, PREPARING + 1 + epoch, self.accelerator.process_index, device=device):
             start = time.perf_counter()
@@ -271,7 +280,7 @@ class _Run:
             self._share_buffers()
             loss = self._sum([total])[0] / (rows * self.accelerator.num_processes)
             seconds = time.perf_counter() - start
-        plan.part.requires_grad_(False).eval()
+        plan.part.requires_grad_(False)
         self._check_finite(loss, list(plan.part.parameters()), f"pretraining epoch {epoch + 1}", plan.lr)
         asked = sum(teacher_rows) * self.accelerator.num_processes
         line = {
@@ -359,12 +368,21 @@ class _Run:
             with self._gradients(self.step, closes):
                 with self.accelerator.autocast():
                     outcome = self.step(self.teacher, batch)
+                if not visits:
+                    check_outcome(outcome, batch, self.condenser.measure, self.recipe.method)
                 self.accelerator.backward(outcome.loss if share == 1 else outcome.loss * share)
             if closes:
+                if not self._checked and self.accelerator.num_processes > 1:
+                    check_gradients(self.trained)
+                self._checked = True
                 self._descend(self.optimizer)
-            visits.append((batch.index, getattr(outcome, self.condenser.measure)))
             rows += len(batch.label)
             correct = 100 * (outcome.logits.argmax(-1) == batch.label).double().mean()
+            if visits and outcome.terms.keys() != terms.keys():
+                raise ValueError(
+                    f"method {self.recipe.method!r} must give the terms {[*terms]}, got {[*outcome.terms]}"
+                )
+            visits.append((batch.index, getattr(outcome, self.condenser.measure)))
             terms = outcome.terms
             totals = totals + len(batch.label) * torch.stack([outcome.loss.detach(), correct, *terms.values()])
         padding = self.sampler.padding
@@ -427,16 +445,27 @@ class _Run:
                 "optimizer": sharding.whole(optimizer.state_dict()),
                 "scaler": {} if scaler is None else scaler.state_dict(),
                 "condenser": self.condenser.state_dict(),
+                "trained": [*self.trained],
             },
             run={**identity, "pretraining": self.pretraining_history, "history": self.history},
         )
 
+    def check_all_see(self, folder: RunFolder) -> None:
+        """Raises ValueError where the processes have found different checkpoints. Every process must call it."""
+        epoch = torch.tensor([folder.epoch], device=self.accelerator.device)
+        epochs = self.accelerator.gather(epoch).tolist()
+        if len(set(epochs)) > 1:
+            raise ValueError(
+                f"output {folder.path}: the processes found runs of {epochs} epochs there: it must be a folder that all share"
+            )
+
     def restore(self, found: Checkpoint) -> None:
         """Goes on from there. Raises ValueError where the networks or the condenser are others."""
-        try:
-            self.module.load_state_dict(sharding.in_pieces_of(self.module.state_dict(), found.model))
-        except RuntimeError as error:
-            raise ValueError(f"student is not the one of the checkpoint: {one_line(error)}") from error
+        _check_same_parts(found.model, self.module.state_dict())
+        for name in sorted({*found.training["trained"]} ^ self.trained.keys()):
+            now, then = ("is", "was not") if name in self.trained else ("is not", "was")
+            raise ValueError(f"{name} {now} to be trained, but {then} before: requires_grad must be as it was")
+        self.module.load_state_dict(sharding.in_pieces_of(self.module.state_dict(), found.model))
         self.history = list(found.run["history"])
         self.pretraining_history = list(found.run["pretraining"])
         optimizer = self.optimizer if self.pretrained else self.pretraining_optimizer
@@ -469,6 +498,7 @@ class _Plain:
     def __init__(self, feed: object, batch_size: int):
         self.feed = feed
         self.batch_size = batch_size
+        self.labels = getattr(feed, "labels", None)  # of images in memory: nobody has to ask for them batch by batch
 
     def __iter__(self) -> Iterator[Batch]:
         return self.feed.plain(self.batch_size)
@@ -492,6 +522,43 @@ def accuracy_of(network: nn.Module, batches: Iterable[Batch], summed: Callable[[
             count.append(own.sum())
     right, all_of_them = summed([torch.stack(correct).sum(), torch.stack(count).sum()])
     return round(100 * right / all_of_them, 4)
+
+
+@contextmanager
+def _frozen(network: nn.Module | None) -> Iterator[None]:
+    """Inside, its parameters require no gradient: neither where a method keeps it as a part of its own."""
+    trained = [] if network is None else [parameter for parameter in network.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+
+def _check_same_parts(there: Mapping[str, Tensor], here: Mapping[str, Tensor]) -> None:
+    """Raises ValueError, naming the first difference, where a checkpoint is of another student or method."""
+    for name in [*here, *there]:
+        shapes = [tuple(state[name].shape) if name in state else None for state in (there, here)]
+        if shapes[0] != shapes[1]:
+            was, is_ = ("missing" if shape is None else f"of shape {shape}" for shape in shapes)
+            raise ValueError(f"student is not the one of the checkpoint: {name} is {was} there, {is_} here")
+
+
+class _Scripted(nn.Module):
+    """A TorchScript network, as one that takes hooks."""
+
+    def __init__(self, network: torch.jit.ScriptModule):
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.network(x)
+
+
+def _hookable(network: nn.Module) -> nn.Module:
+    return _Scripted(network) if isinstance(network, torch.jit.ScriptModule) else network
 
 
 @contextmanager
