@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import re
 import time
 from dataclasses import replace
 
@@ -273,6 +274,7 @@ def test_random_selection_visits_as_many_and_mixes_nothing():
     assert shown["counts"] == by_hand
     assert runs["random"].condenser.kept.tolist() != runs["value"].condenser.kept.tolist()
     assert [runs[name].method for name in runs] == ["kc-kd", "random"]
+    assert recipe(method="crd", condense=Condense(selection="random", every=1)).label == "random-crd"
 
 
 def test_workers_change_nothing_and_images_in_memory_are_the_same():
@@ -658,6 +660,18 @@ def test_a_run_goes_on_with_the_teacher_data_and_precision_it_began_with(tmp_pat
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
+def test_a_checkpoint_of_another_version_is_left_alone(tmp_path):
+    arguments = (network(2), Blobs(20), Blobs(20))
+    distill(network(), *arguments, recipe(), output=tmp_path)
+    path = tmp_path / "checkpoint" / "epoch-0004" / "run.json"
+    for written in ('"format":99', '"form":1'):
+        path.write_text(re.sub(r'"form\w*": ?\d+', written, path.read_text()))
+        with pytest.raises(
+            ValueError, match=r"epoch-0004 is of another version of kcd_ext \(format (99|None), this one reads 1"
+        ):
+            distill(network(), *arguments, recipe(), output=tmp_path, resume=True)
+
+
 def test_a_failed_write_leaves_the_last_checkpoint(tmp_path, monkeypatch):
     state = checkpoint.Checkpoint(1, {"student.w": torch.ones(3)}, {"optimizer": {}}, {"history": [1]})
     checkpoint.save(tmp_path, state)
@@ -770,7 +784,12 @@ def test_tied_weights_are_saved(tmp_path):
         ({"name": 5}, TypeError, "name must be a string, got int 5"),
         ({"device": "tpu"}, ValueError, "device must be auto, cpu or cuda, got 'tpu'"),
         ({"condense": {"keep": 0.5}}, TypeError, "condense must be a Condense or None"),
-        ({"epochs": 40, "condense": Condense(every=40)}, ValueError, "nothing would be condensed"),
+        (
+            {"epochs": 40, "condense": Condense(every=40)},
+            ValueError,
+            "every must be < epochs=40, got 40: nothing would",
+        ),
+        ({"epochs": 1, "condense": Condense()}, ValueError, r"epochs must be > 1 where condense\.keep < 1, got 1"),
         ({"gradient_accumulation": 0}, ValueError, "gradient_accumulation must be an integer >= 1, got 0"),
         ({"compile": 1}, TypeError, "compile must be True or False"),
         ({"precision": "half"}, ValueError, "precision must be auto, float32, bfloat16, float16, got 'half'"),
@@ -891,6 +910,7 @@ class Broken(nn.Linear):
         ({"train": 5}, {}, TypeError, "train: dataset must have a length"),
         ({"test": []}, {}, ValueError, "test must hold at least one sample"),
         ({}, {"method": "pkd"}, ValueError, "unknown method 'pkd': take ce, crd, kd, pkt, sskd"),
+        ({}, {"precision": "float16"}, ValueError, "precision 'float16' needs CUDA, and the device is cpu"),
         ({}, {"options": {"temperature": 0.0}}, ValueError, "temperature must be a finite number > 0"),
         ({}, {"options": {"temprature": 1.0}}, TypeError, "temprature"),
     ],

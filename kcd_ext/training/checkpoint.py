@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .storage import remove, write_bytes, write_json
 
+FORMAT = 1  # of what is in a checkpoint; one more whenever that changes
 _FOLDER = re.compile(r"epoch-(\d+)")
 
 
@@ -45,7 +46,7 @@ def save(directory: Path, checkpoint: Checkpoint) -> None:
         training = io.BytesIO()
         torch.save(dict(checkpoint.training), training)
         write_bytes(beside / "training.pt", training.getvalue())
-        write_json(beside / "run.json", dict(checkpoint.run))
+        write_json(beside / "run.json", {"format": FORMAT, **checkpoint.run})
         remove(final)
         os.rename(beside, final)
     except BaseException:
@@ -60,7 +61,7 @@ def load(directory: Path) -> Checkpoint | None:
     """The newest checkpoint, its tensors on the CPU; None where there is none.
 
     Raises:
-        ValueError: its files cannot be read.
+        ValueError: its files cannot be read, or another version of the package has written them.
     """
     folders = _folders(directory)
     if not folders:
@@ -68,14 +69,20 @@ def load(directory: Path) -> Checkpoint | None:
     epoch = max(folders)
     folder = folders[epoch]
     try:
-        return Checkpoint(
-            epoch=epoch,
-            model=safetensors.torch.load_file(folder / "model.safetensors"),
-            training=torch.load(folder / "training.pt", map_location="cpu", weights_only=True),
-            run=json.loads((folder / "run.json").read_text()),
-        )
+        run = json.loads((folder / "run.json").read_text())
+        written = run.pop("format", None)
+        if written == FORMAT:
+            return Checkpoint(
+                epoch=epoch,
+                model=safetensors.torch.load((folder / "model.safetensors").read_bytes()),
+                training=torch.load(folder / "training.pt", map_location="cpu", weights_only=True),
+                run=run,
+            )
     except Exception as error:  # each of the three formats has exceptions of its own
         raise ValueError(f"checkpoint {folder} is damaged ({error}): remove it to start over") from error
+    raise ValueError(
+        f"checkpoint {folder} is of another version of kcd_ext (format {written}, this one reads {FORMAT}): go on with that version"
+    )
 
 
 def _folders(directory: Path) -> dict[int, Path]:

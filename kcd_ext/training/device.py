@@ -20,6 +20,8 @@ def accelerator_on(device: str, mixed_precision: str | None = None) -> Iterator[
     wanted = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     if wanted == "cuda" and not torch.cuda.is_available():
         raise ValueError("device 'cuda' is not available: this torch has no CUDA or finds no driver")
+    if wanted == "cpu" and mixed_precision == "fp16":
+        raise ValueError("precision 'float16' needs CUDA, and the device is cpu: take bfloat16 or float32")
     ours = not AcceleratorState._shared_state
     if not ours and mixed_precision not in (None, AcceleratorState().mixed_precision):
         had = AcceleratorState().mixed_precision

@@ -142,7 +142,8 @@ class Recipe:
     num_workers: int = 0
     """Processes that load data that does not lie in memory. What its transforms draw depends on how many they are."""
     name: str = ""
-    """What tables and files call the run; empty: the method, with kc- before it where samples are condensed."""
+    """What tables and files call the run; empty: the method, with kc- before it where samples are condensed, or their
+    selection (random, random-crd)."""
 
     def __post_init__(self) -> None:
         for name, least in (("epochs", 1), ("batch_size", 1), ("gradient_accumulation", 1), ("num_workers", 0)):
@@ -166,9 +167,13 @@ class Recipe:
             object.__setattr__(self, "condense", Condense(keep=1.0))
         if not isinstance(self.condense, Condense):
             raise TypeError(f"condense must be a Condense or None, got {type(self.condense).__name__}")
-        every = self.condense.every or 1  # None: at the soonest after every epoch
-        if self.condense.shrinks_the_set and every >= self.epochs:
-            raise ValueError(f"condense.every must be < epochs={self.epochs}, got {every}: nothing would be condensed")
+        if self.condense.shrinks_the_set:
+            if self.epochs == 1:
+                raise ValueError("epochs must be > 1 where condense.keep < 1, got 1: nothing would be condensed")
+            if (self.condense.every or 1) >= self.epochs:
+                raise ValueError(
+                    f"condense.every must be < epochs={self.epochs}, got {self.condense.every}: nothing would be condensed"
+                )
         if not isinstance(self.options, Mapping):
             raise TypeError(f"options must be a mapping of the method's arguments, got {type(self.options).__name__}")
 
@@ -177,7 +182,9 @@ class Recipe:
         """The name of the run."""
         if self.name or not self.condense.shrinks_the_set:
             return self.name or self.method
-        return f"kc-{self.method}" if self.condense.selection == "value" else self.condense.selection
+        if self.condense.selection == "value":
+            return f"kc-{self.method}"
+        return self.condense.selection if self.method == "kd" else f"{self.condense.selection}-{self.method}"
 
     def lr_at(self, epoch: int) -> float:
         """The learning rate of an epoch, 0 <= epoch < epochs: a function of the epoch alone, so nothing to save."""

@@ -539,7 +539,7 @@ def _frozen(network: nn.Module | None) -> Iterator[None]:
 
 def _check_same_parts(there: Mapping[str, Tensor], here: Mapping[str, Tensor]) -> None:
     """Raises ValueError, naming the first difference, where a checkpoint is of another student or method."""
-    for name in [*here, *there]:
+    for name in [*here, *sorted(there)]:
         shapes = [tuple(state[name].shape) if name in state else None for state in (there, here)]
         if shapes[0] != shapes[1]:
             was, is_ = ("missing" if shape is None else f"of shape {shape}" for shape in shapes)
