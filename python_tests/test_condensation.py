@@ -16,6 +16,7 @@ from safetensors.torch import save as save_safetensors
 from torch.utils.data import DataLoader, Dataset
 
 from kcd_ext.condensation import CondensedSampler, KnowledgeCondenser, RandomCondenser, make_images, mix_images
+from kcd_ext.condensation.mixing import overwrite
 from kcd_ext.data import IndexedDataset
 
 SIDE = 5
@@ -116,12 +117,13 @@ def tied_values(seed):
 
 
 def assert_made_at_once(condenser, images, authors):
-    """`make_images` gives every mix as the authors' array has it; no other sample is mixed."""
+    """`make_images` and `mix` give every mix as the authors' array has it; no other sample is mixed."""
     raw = torch.from_numpy(images)
     samples, made = make_images(raw, condenser.recipes)
     assert samples.dtype == torch.int64 and made.dtype == torch.uint8
     assert samples.tolist() == sorted(condenser.recipes)
     assert np.array_equal(raw.index_copy(0, samples, made), authors.images)
+    assert np.array_equal(condenser.mix(raw), authors.images)
 
 
 # --- The authors' rules --------------------------------------------------------------------------------------------
@@ -772,6 +774,48 @@ def test_mixes_made_at_once_may_be_nested_without_end():
     assert (samples.shape, made.shape, made.dtype) == ((0,), (0, 2), torch.uint8)
 
 
+@pytest.mark.parametrize("convex", [True, False])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+@pytest.mark.parametrize("samples, side", [(9, 5), (200, 5), (40, 400)])
+def test_a_log_overwrites_one_mix_after_the_other(samples, side, dtype, convex):
+    """Samples that are mixed again, mixes as partners, and partners that are mixed afterwards, in any order."""
+    random, count = np.random.default_rng(samples), 150
+    pixels = random.integers(0, 256, (samples, side), np.uint8)
+    images = torch.from_numpy(pixels).to(dtype)
+    mixed = random.integers(0, samples, count)
+    partner = (mixed + random.integers(1, samples, count)) % samples
+    weight = random.random(count).astype(np.float32)
+    expected = images.numpy().astype(np.float32)
+    for sample, other, e in zip(mixed, partner, weight, strict=True):
+        own = np.float32(1) - e if convex else np.float32(1)
+        blended = own * expected[sample] + e * expected[other]
+        expected[sample] = np.floor(blended.clip(0, 255)) if dtype == torch.uint8 else blended
+    log = (torch.from_numpy(mixed), torch.from_numpy(partner), torch.from_numpy(weight.astype(float)))
+    overwrite(images, *log, convex)
+    assert images.dtype == dtype and np.array_equal(images.numpy(), expected)
+
+
+def test_what_is_mixed_is_a_copy_and_what_is_not_is_none():
+    condenser, raw = condensed(), torch.rand(103, 4)
+    before = raw.clone()
+    mixed = condenser.mix(raw)
+    assert torch.equal(raw, before) and not torch.equal(mixed, raw)
+    resumed = KnowledgeCondenser(103, keep=0.6, every=1, stages=2)
+    assert resumed.mix(raw) is raw
+    resumed.load_state_dict(condenser.state_dict())
+    assert torch.equal(resumed.mix(raw), mixed) and resumed.recipes == condenser.recipes
+
+
+def test_the_kept_set_by_index_is_not_to_be_written_to():
+    condenser = condensed()
+    assert condenser.ascending.tolist() == sorted(condenser.kept.tolist())
+    with pytest.raises(ValueError, match="read-only"):
+        condenser.ascending[0] = 1
+    index, sample = CondensedSampler(condenser, shuffle=False).order()
+    index[:], sample[:] = 7, 7  # those are the caller's own
+    assert condenser.ascending.tolist() == sorted(condenser.kept.tolist())
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_mixes_made_on_a_gpu_are_those_of_the_cpu(dtype):
@@ -781,6 +825,7 @@ def test_mixes_made_on_a_gpu_are_those_of_the_cpu(dtype):
     on_gpu, made_there = make_images(images.cuda(), condenser.recipes)
     assert on_gpu.is_cuda and torch.equal(on_gpu.cpu(), samples)
     assert made_there.is_cuda and torch.equal(made_there.cpu(), made)
+    assert torch.equal(condenser.mix(images.cuda()).cpu(), condenser.mix(images))
 
 
 # --- Bad input -----------------------------------------------------------------------------------------------------
@@ -881,6 +926,10 @@ def test_bad_updates_are_named_and_record_nothing(index, value, error, message):
         (lambda c: make_images(torch.ones(9, dtype=int), {1: (0, 1, 0.5)}), TypeError, "int64 cannot be mixed"),
         (lambda c: make_images(torch.ones(9), {1: (0, 9, 0.5)}), IndexError, r"images in \[0, 9\), got 0 to 9"),
         (lambda c: make_images(torch.ones(9), {1: -1}), IndexError, "got -1 to -1"),
+        (lambda c: c.mix(np.zeros((9, 2))), TypeError, r"images must be a tensor of shape \(N, ...\), got ndarray"),
+        (lambda c: c.mix(torch.zeros(8, 2)), ValueError, r"images must have shape \(9, ...\), got \(8, 2\)"),
+        (lambda c: c.mix(torch.zeros(())), ValueError, r"got \(\)"),
+        (lambda c: condensed(9).mix(torch.ones(9, dtype=int)), TypeError, "int64 cannot be mixed"),
         (lambda c: mix_images(np.zeros((9, 2), dtype=np.float32), c.step()), TypeError, "uint8.* ndarray of float32"),
         (lambda c: mix_images(np.zeros((8, 2), dtype=np.uint8), c.step()), ValueError, r"sample 8, got shape \(8, 2\)"),
     ],

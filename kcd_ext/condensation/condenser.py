@@ -6,13 +6,14 @@ import warnings
 from collections.abc import Mapping
 from types import MappingProxyType
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..arguments import check_group
 from .checks import flag, real, whole
 from .condensation import Condensation
-from .mixing import Recipe, build_recipes, mix_strength, pixel_weight
+from .mixing import Recipe, build_recipes, mix_strength, overwrite, pixel_weight
 from .random_keys import MAX_SEED
 from .schedules import SCHEDULES, final_size, stage_size
 from .table import ValueTable, check_tensor
@@ -107,9 +108,9 @@ class KnowledgeCondenser:
         check_group(group)
         self._group = group
         self._table = self._table_type(self._num_samples, device)
-        self._kept = torch.arange(self._num_samples, dtype=torch.int64, device="cpu")
+        self._set_kept(torch.arange(self._num_samples, dtype=torch.int64, device="cpu"))
         self._log = _no_mixes()
-        self._recipes: dict[int, Recipe] = {}
+        self._recipes: dict[int, Recipe] | None = None
         self._epoch = 0
         self._stage = 0
         self._warn_if_nothing_is_ever_dropped()
@@ -170,7 +171,7 @@ class KnowledgeCondenser:
         function of `values`, `counts`, `stage` (E-steps before this one), `epoch` (epochs before the one that ends) and
         `config`, so that every rank and every resumed run computes the same. Equal scores rank the lower index first.
         """
-        return self.values.cpu() * self.counts.cpu().double() ** self._alpha
+        return self._table.values.cpu() * self._table.counts.cpu().double() ** self._alpha
 
     def select(self) -> tuple[Tensor, Tensor] | None:
         """What an E-step keeps and what it gives up: the ranking, cut where the schedule says.
@@ -210,9 +211,39 @@ class KnowledgeCondenser:
         return self._kept.clone()
 
     @property
+    def ascending(self) -> np.ndarray:
+        """`kept` by ascending index, (n,) int64, not to be written to: it is no copy."""
+        return self._ascending
+
+    @property
     def recipes(self) -> Mapping[int, Recipe]:
         """Original index -> what the image is made of (see `mixing.py`), for all samples that are mixes."""
+        if self._recipes is None:
+            mixes = zip(*(self._log[name].tolist() for name in ("mixed", "partner", "weight")), strict=True)
+            self._recipes = build_recipes(mixes, self._convex)
         return MappingProxyType(self._recipes)
+
+    def mix(self, images: Tensor) -> Tensor:
+        """All images as `recipes` says: what the epoch to come is to be trained on.
+
+        That is a copy with the mixes in it; where there are none, `images` itself.
+
+        Args:
+            images: (N, ...) raw images, uint8 or floating point, on any device. They are not changed.
+
+        Raises:
+            TypeError: `images` is no tensor, or of a dtype that cannot be mixed.
+            ValueError: it does not hold N images.
+        """
+        if not isinstance(images, Tensor):
+            raise TypeError(f"images must be a tensor of shape (N, ...), got {type(images).__name__}")
+        if images.shape[:1] != (self._num_samples,):
+            raise ValueError(f"images must have shape ({self._num_samples}, ...), got {tuple(images.shape)}")
+        if not len(self._log["mixed"]):
+            return images
+        mixed = images.clone()
+        overwrite(mixed, **self._log, convex=self._convex)
+        return mixed
 
     @property
     def values(self) -> Tensor:
@@ -281,7 +312,7 @@ class KnowledgeCondenser:
         self._check_state(state)
         with torch.inference_mode(False), torch.no_grad():
             self._table.load_state_dict(state)
-            self._kept = state["kept"].detach().cpu().clone()
+            self._set_kept(state["kept"].detach().cpu().clone())
             self._set_log({name: state[name].detach().cpu().clone() for name in self._log})
         self._epoch, self._stage = state["epoch"], state["stage"]
 
@@ -317,12 +348,15 @@ class KnowledgeCondenser:
         new = {name: getattr(condensation, name) for name in self._log}
         old = self._log if self._accumulate else _no_mixes()
         self._set_log({name: torch.cat((old[name], new[name])) for name in old})
-        self._kept = condensation.kept.clone()
+        self._set_kept(condensation.kept.clone())
+
+    def _set_kept(self, kept: Tensor) -> None:
+        self._kept, self._ascending = kept, np.sort(kept.numpy())
+        self._ascending.flags.writeable = False
 
     def _set_log(self, log: dict[str, Tensor]) -> None:
         self._log = log
-        mixes = zip(*(log[name].tolist() for name in ("mixed", "partner", "weight")), strict=True)
-        self._recipes = build_recipes(mixes, self._convex)
+        self._recipes = None  # made where they are asked for
 
     def _communicator(self) -> torch.distributed.ProcessGroup | None:
         distributed = torch.distributed

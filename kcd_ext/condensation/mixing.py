@@ -13,7 +13,7 @@ they are.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TypeAlias
 
 import numpy as np
@@ -112,10 +112,30 @@ def mix_images(images: np.ndarray | Tensor, condensation: Condensation) -> np.nd
     if images.ndim < 1 or len(images) <= int(named.max()):
         raise ValueError(f"images must hold sample {int(named.max())}, got shape {tuple(images.shape)}")
     result = torch.from_numpy(images.copy()) if isinstance(images, np.ndarray) else images.clone()
-    own = 1 - condensation.weight if condensation.convex else torch.ones_like(condensation.weight)
-    # No sample is both mixed and a partner, so what is read has not been written yet.
-    _blend_rows(result, condensation.mixed, condensation.mixed, condensation.partner, condensation.weight, own)
+    overwrite(result, condensation.mixed, condensation.partner, condensation.weight, condensation.convex)
     return result.numpy() if isinstance(images, np.ndarray) else result
+
+
+def overwrite(images: Tensor, mixed: Tensor, partner: Tensor, weight: Tensor, convex: bool) -> None:
+    """Overwrites images, in place, by the mixes of a log, one after the other.
+
+    `images` (N, ...) on any device; the log is (m,) each, on the CPU: int64, int64, float64. Bit for bit what the
+    recipes of `build_recipes` say; the mixes of a stage, which do not read each other, are made together.
+    """
+    own = 1 - weight if convex else torch.ones_like(weight)
+    for part in _independent(mixed.tolist(), partner.tolist()):
+        _blend_rows(images, mixed[part], mixed[part], partner[part], weight[part], own[part])
+
+
+def _independent(mixed: list[int], partner: list[int]) -> Iterator[slice]:
+    """The log in parts, as long as can be, of which none reads what it has written."""
+    start, written = 0, set()
+    for position, (sample, other) in enumerate(zip(mixed, partner, strict=True)):
+        if sample in written or other in written:
+            yield slice(start, position)
+            start, written = position, set()
+        written.add(sample)
+    yield slice(start, len(mixed))
 
 
 def make_images(images: Tensor, recipes: Mapping[int, Recipe]) -> tuple[Tensor, Tensor]:
@@ -141,33 +161,30 @@ def make_images(images: Tensor, recipes: Mapping[int, Recipe]) -> tuple[Tensor, 
         raise TypeError(f"images must be a tensor of shape (N, ...), got {got}")
     samples = sorted(recipes)
     levels = _levels(recipes.values())
-    parts = [part for level in levels for mix in level for part in mix[:2]]
-    needed = sorted({part for part in (*parts, *recipes.values()) if not isinstance(part, tuple)})
+    mixes = [mix for level in levels for mix in level]
+    parts = [part for mix in mixes for part in mix[:2]] + [recipes[sample] for sample in samples]
+    needed = sorted({part for part in parts if not isinstance(part, tuple)})
     if needed and not 0 <= needed[0] <= needed[-1] < len(images):
         raise IndexError(f"recipes must name images in [0, {len(images)}), got {needed[0]} to {needed[-1]}")
     # The raw images that are needed and behind them the mixes, level by level: a level reads only what is before it.
-    pool = images.new_empty((len(needed) + sum(map(len, levels)), *images.shape[1:]))
+    pool = images.new_empty((len(needed) + len(mixes), *images.shape[1:]))
     pool[: len(needed)] = images.index_select(0, _rows(needed).to(images.device))
     place_of_raw = {index: row for row, index in enumerate(needed)}
-    place_of_mix: dict[int, int] = {}
-
-    def place(recipe: Recipe) -> int:
-        return place_of_mix[id(recipe)] if isinstance(recipe, tuple) else place_of_raw[recipe]
-
-    end = len(needed)
-    for level in levels:
-        first, second, weight, own = zip(*((*mix, 1.0 - mix[2])[:4] for mix in level), strict=True)
-        target = range(end, end + len(level))
-        weights = (torch.tensor(part, dtype=torch.float64, device="cpu") for part in (weight, own))
-        _blend_rows(pool, _rows(target), _rows(map(place, first)), _rows(map(place, second)), *weights)
-        place_of_mix.update(zip(map(id, level), target, strict=True))
-        end = target.stop
-    made = pool.index_select(0, _rows(place(recipes[sample]) for sample in samples).to(images.device))
+    place_of_mix = {id(mix): row for row, mix in enumerate(mixes, len(needed))}
+    rows = _rows([place_of_mix[id(part)] if isinstance(part, tuple) else place_of_raw[part] for part in parts])
+    first, second = rows[: 2 * len(mixes)].view(-1, 2).unbind(1)
+    target = torch.arange(len(needed), len(pool), device="cpu")
+    weight = torch.tensor([mix[2] for mix in mixes], dtype=torch.float64, device="cpu")
+    own = torch.tensor([mix[3] if len(mix) == 4 else 1.0 - mix[2] for mix in mixes], dtype=torch.float64, device="cpu")
+    sizes = [len(level) for level in levels]
+    for level in zip(*(part.split(sizes) for part in (target, first, second, weight, own)), strict=True):
+        _blend_rows(pool, *level)
+    made = pool.index_select(0, rows[2 * len(mixes) :].to(images.device))
     return _rows(samples).to(images.device), made
 
 
-def _rows(numbers: Iterable[int]) -> Tensor:
-    return torch.tensor(list(numbers), dtype=torch.int64, device="cpu")
+def _rows(numbers: list[int]) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.int64, device="cpu")
 
 
 def _levels(recipes: Iterable[Recipe]) -> list[list[tuple]]:
@@ -177,26 +194,21 @@ def _levels(recipes: Iterable[Recipe]) -> list[list[tuple]]:
     """
     depth: dict[int, int] = {}
     levels: list[list[tuple]] = []
-    waiting = _mixes(recipes)
+    waiting = [recipe for recipe in recipes if isinstance(recipe, tuple)]
     while waiting:
-        parts = _mixes(waiting[-1][:2])
-        missing = [part for part in parts if id(part) not in depth]
-        if missing:
-            waiting += missing
-            continue
         mix = waiting.pop()
         if id(mix) in depth:
-            continue  # it waited twice
-        level = max((depth[id(part)] + 1 for part in parts), default=0)
+            continue
+        missing = [part for part in mix[:2] if isinstance(part, tuple) and id(part) not in depth]
+        if missing:
+            waiting += (mix, *missing)
+            continue
+        level = 1 + max(depth.get(id(mix[0]), -1), depth.get(id(mix[1]), -1))  # a raw image has no depth
         depth[id(mix)] = level
         if level == len(levels):
             levels.append([])
         levels[level].append(mix)
     return levels
-
-
-def _mixes(recipes: Iterable[Recipe]) -> list[tuple]:
-    return [recipe for recipe in recipes if isinstance(recipe, tuple)]
 
 
 def _blend_rows(images: Tensor, target: Tensor, first: Tensor, second: Tensor, weight: Tensor, own: Tensor) -> None:

@@ -74,7 +74,7 @@ class CondensedSampler(Sampler):
     @property
     def padding(self) -> int:
         """How many of the `len(self)` entries to come are repeats marked with index -1."""
-        return int((self._positions() >= len(self._condenser.kept)).sum())
+        return len(self) - self._real()
 
     def __len__(self) -> int:
         """Samples the next iterator yields on this rank; the same on all ranks that consumed the same."""
@@ -92,20 +92,26 @@ class CondensedSampler(Sampler):
             index: (n,) int64 original indices, -1 where the entry is a repeat that only pads: for `update`.
             sample: (n,) int64, whose image, label and weight it is, also of a repeat.
         """
-        kept, positions = self._shuffled(), self._positions()
-        sample = kept[positions % len(kept)]
-        return np.where(positions < len(kept), sample, SKIP), sample
+        positions = np.arange(self._start, self._share() * self._world_size, self._world_size)
+        sample = self._shuffled().take(positions, mode="wrap")  # behind the last one come the first ones again
+        index = sample.copy()
+        index[self._real() :] = SKIP
+        return index, sample
 
     def _share(self) -> int:
-        return -(-len(self._condenser.kept) // self._world_size)
+        return -(-len(self._condenser.ascending) // self._world_size)
 
-    def _positions(self) -> np.ndarray:
-        """Where this rank's remaining entries stand in the order of all ranks; from its length on they are repeats."""
-        start = self._rank + self._consumed * self._world_size
-        return np.arange(start, self._share() * self._world_size, self._world_size)
+    @property
+    def _start(self) -> int:
+        """Where this rank's next entry stands in the order of all ranks, of which it has every `world_size`-th."""
+        return self._rank + self._consumed * self._world_size
+
+    def _real(self) -> int:
+        """How many of the entries to come are no repeats; those come last."""
+        return len(range(self._start, len(self._condenser.ascending), self._world_size))
 
     def _shuffled(self) -> np.ndarray:
-        kept = np.sort(self._condenser.kept.numpy())  # the set, whatever the ranking
+        kept = self._condenser.ascending  # the set, whatever the ranking
         if not self._shuffle:
             return kept
         keys = random_keys(len(kept), seed=self._seed, step=self._epoch, stream=ORDER)

@@ -37,7 +37,7 @@ class ValueTable:
     @property
     def values(self) -> Tensor:
         """(N,) float64: mean value of every sample, this rank's pending visits included; 0 where never visited."""
-        return self._merged(self._pending)["values"]
+        return self._merged(self._pending)[0]
 
     @property
     def folded(self) -> tuple[Tensor, Tensor]:
@@ -47,18 +47,17 @@ class ValueTable:
     @property
     def counts(self) -> Tensor:
         """(N,) int64: visits of every sample, this rank's pending ones included."""
-        return self._merged(self._pending)["counts"]
+        return self._counts + self._pending[:-1, 1].long()
 
     @property
     def non_finite(self) -> int:
         """How many values were left out because they were not finite, this rank's pending ones included."""
-        return int(self._merged(self._pending)["non_finite"].sum())
+        return int(self._left_out(self._pending).sum())
 
     @property
     def never_visited(self) -> int:
         """How many samples have been given no value at all, not even one that was left out."""
-        merged = self._merged(self._pending)
-        return int(((merged["counts"] == 0) & (merged["non_finite"] == 0)).sum())
+        return int(((self.counts == 0) & (self._left_out(self._pending) == 0)).sum())
 
     def add(self, index: Tensor, value: Tensor) -> None:
         """Adds visits: `index` (b,) int64, `value` (b,) of any float dtype. See `KnowledgeCondenser.update`."""
@@ -71,11 +70,12 @@ class ValueTable:
         index = index.to(device, non_blocking=in_stream)
         value = value.detach().to(device, torch.float64, non_blocking=in_stream)
 
-        inside = (index >= 0) & (index < self.num_samples)
+        inside = index.clamp(0, self.num_samples - 1) == index
         usable = inside & (value.abs() <= LARGEST_VALUE)  # false for NaN and infinities too
-        lost = ~inside & (index != SKIP)
-        row = torch.where(inside, index, self.num_samples)
-        visit = torch.stack((torch.where(usable, value, 0.0), usable | lost, inside & ~usable), dim=1)
+        left_out = inside ^ usable
+        counted = left_out ^ (index != SKIP)  # what is neither inside nor SKIP too, in the row of no sample
+        row = index.clamp(SKIP, self.num_samples)  # at either end it is the last one, of no sample
+        visit = torch.stack((torch.where(usable, value, 0.0), counted, left_out), dim=1)
         # Of the ways to add with repeated rows this one sums in a fixed order on the CPU and on CUDA alike.
         self._pending.index_put_((row,), visit, accumulate=True)
 
@@ -88,9 +88,11 @@ class ValueTable:
         if group is not None:
             pending = pending.clone()
             torch.distributed.all_reduce(pending, group=group)
-        merged = self._merged(pending)
-        warnings = self._warnings(pending, merged["non_finite"])
-        self._values, self._counts, self._non_finite = merged["values"], merged["counts"], merged["non_finite"]
+        new, lost = int(pending[:-1, 2].sum()), int(pending[-1, 1])
+        non_finite = self._left_out(pending) if new else self._non_finite
+        warnings = self._warnings(non_finite, new, lost)
+        self._values, self._counts = self._merged(pending)
+        self._non_finite = non_finite
         self._pending.zero_()
         return warnings
 
@@ -114,29 +116,28 @@ class ValueTable:
         for name in STATE:
             setattr(self, f"_{name}", state[name].detach().to(device, copy=True).contiguous())
 
-    def _merged(self, pending: Tensor) -> dict[str, Tensor]:
-        sums, visits, left_out = pending[: self.num_samples].unbind(dim=1)
+    def _merged(self, pending: Tensor) -> tuple[Tensor, Tensor]:
+        """Values and counts, with these visits in them."""
+        sums, visits, _ = pending[:-1].unbind(dim=1)
         visits = visits.long()
-        return {
-            "values": self._updated(sums, visits),
-            "counts": self._counts + visits,
-            "non_finite": self._non_finite + left_out.long(),
-        }
+        counts = self._counts + visits
+        return self._updated(sums, visits, counts), counts
 
-    def _updated(self, sums: Tensor, visits: Tensor) -> Tensor:
+    def _updated(self, sums: Tensor, visits: Tensor, counts: Tensor) -> Tensor:
         """Eq. 12 for any number of visits: (F_old/F_new)·V_old + sum/F_new; for one visit this is it literally."""
-        divisor = (self._counts + visits).clamp(min=1).double()  # a sample never visited keeps value 0 instead of 0/0
+        divisor = counts.clamp(min=1).double()  # a sample never visited keeps value 0 instead of 0/0
         return (self._counts / divisor) * self._values + sums / divisor
 
-    def _warnings(self, pending: Tensor, non_finite: Tensor) -> list[str]:
-        before, now, samples, lost = torch.stack(
-            (self._non_finite.sum(), non_finite.sum(), (non_finite > 0).sum(), pending[self.num_samples, 1].long())
-        ).tolist()
+    def _left_out(self, pending: Tensor) -> Tensor:
+        """How many values of every sample were not finite, these visits' included."""
+        return self._non_finite + pending[:-1, 2].long()
+
+    def _warnings(self, non_finite: Tensor, new: int, lost: int) -> list[str]:
         warnings = []
-        if now and not before:  # the first epoch that has any: warned about once
+        if new and not self._non_finite.any():  # the first epoch that has any: warned about once
             warnings.append(
-                f"{now} {self.measured} of {samples} samples were not finite and were left out of the value table "
-                f"(the student's logits hold NaN or infinity); further ones are only counted, in .non_finite"
+                f"{new} {self.measured} of {int((non_finite > 0).sum())} samples were not finite and were left out of "
+                f"the value table (the student's logits hold NaN or infinity); further ones are only counted, in .non_finite"
             )
         if lost:
             warnings.append(
@@ -156,7 +157,7 @@ class LastLossTable(ValueTable):
 
     measured = "losses"
 
-    def _updated(self, sums: Tensor, visits: Tensor) -> Tensor:
+    def _updated(self, sums: Tensor, visits: Tensor, counts: Tensor) -> Tensor:
         return torch.where(visits > 0, sums / visits.clamp(min=1), self._values)
 
 

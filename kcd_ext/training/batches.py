@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ..condensation import CondensedSampler, KnowledgeCondenser
-from ..condensation.mixing import make_images
 from ..condensation.table import SKIP
 from ..data import IndexedDataset
 from ..data.images import ImageSet
@@ -120,10 +119,7 @@ class ResidentFeed:
     def _mix(self) -> None:
         """The images as they are at this stage: where there are mixes, a copy with them."""
         if self._stage != self.condenser.stage:
-            self._stage, self._current = self.condenser.stage, self.images
-            if self.condenser.recipes:
-                samples, mixes = make_images(self.images, self.condenser.recipes)
-                self._current = self.images.index_copy(0, samples, mixes)
+            self._stage, self._current = self.condenser.stage, self.condenser.mix(self.images)
 
 
 def _share(count: int, rank: int, world_size: int) -> tuple[np.ndarray, np.ndarray]:
