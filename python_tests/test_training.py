@@ -819,8 +819,6 @@ def test_losses_of_half_a_batch_are_no_losses_to_select_by():
         ({"batch_keep": 0}, ValueError, r"batch_keep must be a number in \(0, 1\]"),
         ({"every": 0}, ValueError, "every must be an integer >= 1, got 0"),
         ({"alpha": 10**400}, ValueError, "alpha must be .*, got an integer beyond the largest double"),
-        ({"keep": 1, "selection": "random"}, ValueError, "selection='random' has no effect with keep=1"),
-        ({"keep": 1.0, "every": 3, "batch_keep": 0.5}, ValueError, "every=3 has no effect with keep=1"),
     ],
 )
 def test_condense_checks_itself(options, error, message):
@@ -910,6 +908,8 @@ class Broken(nn.Linear):
         ({"train": 5}, {}, TypeError, "train: dataset must have a length"),
         ({"test": []}, {}, ValueError, "test must hold at least one sample"),
         ({}, {"method": "pkd"}, ValueError, "unknown method 'pkd': take ce, crd, kd, pkt, sskd"),
+        ({}, {"condense": Condense(1, selection="random")}, ValueError, "condense.selection='random' has no effect with"),
+        ({}, {"condense": Condense(1, every=3, batch_keep=0.5)}, ValueError, "condense.every=3 has no effect with"),
         ({}, {"precision": "float16"}, ValueError, "precision 'float16' needs CUDA, and the device is cpu"),
         ({}, {"options": {"temperature": 0.0}}, ValueError, "temperature must be a finite number > 0"),
         ({}, {"options": {"temprature": 1.0}}, TypeError, "temprature"),

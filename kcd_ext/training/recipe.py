@@ -61,16 +61,24 @@ class Condense:
             whole("every", self.every, 1)
         whole("stages", self.stages, 1)
         self.build(1, seed=0, device="cpu", epochs=1)  # the condenser knows what it takes
-        if not self.shrinks_the_set:
-            for option in fields(self):
-                chosen = getattr(self, option.name)
-                if option.name not in ("keep", "batch_keep") and chosen != option.default:
-                    raise ValueError(f"{option.name}={chosen!r} has no effect with keep=1: take a keep < 1")
 
     @property
     def shrinks_the_set(self) -> bool:
         """Whether an epoch visits fewer samples than there are."""
         return self.keep < 1
+
+    def check_effect(self) -> None:
+        """Raises ValueError where an option is given that does nothing while the set stays whole.
+
+        Not when it is written down: a command fills in a `keep` that goes with other options after those are read.
+        """
+        if not self.shrinks_the_set:
+            for option in fields(self):
+                chosen = getattr(self, option.name)
+                if option.name not in ("keep", "batch_keep") and chosen != option.default:
+                    raise ValueError(
+                        f"condense.{option.name}={chosen!r} has no effect with condense.keep=1: take a keep < 1"
+                    )
 
     def build(self, num_samples: int, *, seed: int, device: object, epochs: int) -> KnowledgeCondenser:
         """The condenser of a training set of this many samples, for a run of this many epochs.

@@ -128,6 +128,7 @@ def distill(
 
 def build_method(recipe: Recipe) -> Method:
     """The recipe's method; raises TypeError or ValueError where it cannot serve the recipe."""
+    recipe.condense.check_effect()
     keep = recipe.condense.batch_keep
     if "batch_keep" in recipe.options:
         raise ValueError(
