@@ -4,6 +4,7 @@ import base64
 import dataclasses
 import html.parser
 import io
+import json
 import re
 
 import numpy as np
@@ -11,7 +12,9 @@ import pytest
 import torch
 from matplotlib.image import imread
 
-from kcd_ext.training import Summary, report
+from kcd_ext.data.images import assemble
+from kcd_ext.training import Condense, Recipe, Summary, distill, report, runs
+from kcd_ext.training.compare import Report
 from kcd_ext.training.summary import tabulate
 
 LAST_COLUMNS = ("FLOPs", "seconds", "condensation")
@@ -230,3 +233,94 @@ def test_ranking_by_hand():
     assert [r.label for r in named] == ["dog", "emu", "cat"]
     Held.measure = "losses"
     assert report.rank_images(summary, images, np.array([2, 1, 0, 1])) == []
+
+
+# --- runs that were really made ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A run of InfoBatch and one that ranks by value, of six epochs on images of random numbers."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    draw = np.random.default_rng(0)
+    data = assemble("noise", *[(draw.integers(0, 256, (n, 2, 2, 1), np.uint8), np.arange(n) % 3) for n in (31, 7)], 3)
+    here = tmp_path_factory.mktemp("runs")
+    condensations = {
+        "infobatch": Condense(keep=0.5, selection="infobatch"),
+        "kc-kd": Condense(keep=0.5, every=2, stages=2),
+    }
+    for name, condense in condensations.items():
+        networks = [torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 3)) for _ in range(2)]
+        recipe = Recipe(condense=condense, epochs=6, batch_size=8, device="cpu")
+        distill(*networks, data.train, data.test, recipe, output=here / name)
+    torch.set_num_threads(threads)
+    return here
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_that_does_not_rank_by_value_is_reported_without_a_histogram(folders, tmp_path):
+    steps = [line["condensation"] for line in lines(folders / "infobatch") if line["condensation"]]
+    assert steps and all(step["values"] is None for step in steps)
+    Report((folders / "infobatch", folders / "kc-kd"), tmp_path / "both.html").run()
+    Report((folders / "infobatch",), tmp_path / "alone.html").run()
+    both, alone = (Page((tmp_path / name).read_text()) for name in ("both.html", "alone.html"))
+    for page, methods in ((both, ["infobatch", "kc-kd"]), (alone, ["infobatch"])):
+        last = [lines(folders / method)[-1] for method in methods]
+        expected = [(m, f"{x['accuracy']:.2f}", f"{x['sample_visits']:,}") for m, x in zip(methods, last, strict=True)]
+        assert [(row[0], row[1], row[3]) for row in page.rows[1 : 1 + len(methods)]] == expected
+    shown = [heading for heading in both.headings if heading.startswith("Knowledge values")]
+    assert shown == ["Knowledge values of kc-kd, stage by stage"]
+    assert not [heading for heading in alone.headings if "alues" in heading]
+
+
+def test_a_selection_that_mixes_and_has_no_values_is_left_out_of_the_histograms(written):
+    made = summaries()
+    for run in made:
+        for line in run.history:
+            if line["condensation"]:
+                line["condensation"] = {**line["condensation"], "values": None}
+    page, drawn = written(made, [])
+    assert not [heading for heading in page.headings if "alues" in heading]
+    assert {axes.get_xlabel() for axes in drawn} == {
+        "sample visits",
+        "seconds of training",
+        "floating-point operations of training",
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"condensation": 3}, "condensation without a histogram of values"),
+        ({"condensation": {"stage": 1, "kept": 2, "mixed": 0}}, "condensation without a histogram of values"),
+        ({"condensation": {"stage": 1, "kept": 2, "mixed": None, "values": None}}, "mixed must be a number, got None"),
+        ({"values": 3}, "condensation without a histogram of values"),
+        ({"values": {"low": 0, "high": 1, "counts": []}}, "condensation without a histogram of values"),
+        ({"values": {"low": 0, "high": 1, "counts": [1, True]}}, "condensation without a histogram of values"),
+        ({"values": {"low": 0, "high": 1, "counts": [1, 10**400]}}, "condensation without a histogram of values"),
+        ({"values": {"low": 0, "counts": [1]}}, "high must be a number, got None"),
+        ({"values": {"low": float("nan"), "high": 1, "counts": [1]}}, "low must be a finite number"),
+        ({"seconds": float("inf")}, "seconds must be a finite number"),
+        ({"flops": 10**400}, "flops must be a finite number"),
+        ({"deep": "DEEP"}, "metrics.jsonl is damaged: "),
+    ],
+)
+def test_a_damaged_line_is_named(change, message, folders, tmp_path):
+    for name in ("config.json", "metrics.jsonl"):
+        (tmp_path / name).write_bytes((folders / "kc-kd" / name).read_bytes())
+    found = lines(tmp_path)
+    line = next(line for line in found if line["condensation"])
+    if "values" in change:
+        line["condensation"].update(change)
+    else:
+        line.update(change)
+    text = "".join(json.dumps(line) + "\n" for line in found)
+    (tmp_path / "metrics.jsonl").write_text(text.replace('"DEEP"', "[" * 9**5))  # deeper than can be read
+    with pytest.raises(ValueError) as error:
+        runs.read(tmp_path)
+    assert str(error.value).startswith(f"{tmp_path / 'metrics.jsonl'} is damaged: ")
+    assert message in str(error.value) and "\n" not in str(error.value)

@@ -124,10 +124,10 @@ class _Runs:
 
     @property
     def stages(self) -> dict[str, list[dict]]:
-        """The E-steps of the first run of every method that ranks by value (those are the ones that mix)."""
+        """The E-steps of the first run of every method that ranks by value: those mix, and have a histogram."""
         found = {}
         for method, (first, *_) in self.groups.items():
-            steps = [line["condensation"] for line in first.history if line["condensation"]]
+            steps = [step for line in first.history if (step := line["condensation"]) and step["values"] is not None]
             if any(step["mixed"] for step in steps):
                 found[method] = steps
         return found

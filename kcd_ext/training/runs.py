@@ -1,6 +1,7 @@
 """Reads what runs have left: JSON alone, and nothing in it is believed before it was looked at."""
 
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -148,29 +149,44 @@ def _history(path: Path) -> list[dict]:
 
 
 def _condensation(path: Path, found: object) -> dict | None:
-    """What an epoch's end says of its E-step: sizes, and the histogram of the values."""
+    """What an epoch's end says of its E-step: sizes, and the histogram of the values.
+
+    Its "values" are None where samples are selected by something else than the knowledge value.
+    """
     if found is None:
         return None
-    values = found.get("values") if isinstance(found, dict) else None
-    counts = values.get("counts") if isinstance(values, dict) else None
-    if not isinstance(counts, list) or not counts or not all(isinstance(count, int) for count in counts):
+    if not isinstance(found, dict) or "values" not in found:
         raise ValueError(f"{path} is damaged: condensation without a histogram of values")
-    edges = {name: _number(path, values, name, float) for name in ("low", "high")}
     sizes = {name: _number(path, found, name, int) for name in ("stage", "kept", "mixed")}
-    return {**found, **sizes, "values": {**edges, "counts": counts}}
+    return {**found, **sizes, "values": _histogram(path, found["values"])}
+
+
+def _histogram(path: Path, found: object) -> dict | None:
+    if found is None:
+        return None
+    counts = found.get("counts") if isinstance(found, dict) else None
+    if not isinstance(counts, list) or not counts or not all(_is_count(count) for count in counts):
+        raise ValueError(f"{path} is damaged: condensation without a histogram of values")
+    return {**{name: _number(path, found, name, float) for name in ("low", "high")}, "counts": counts}
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and 0 <= value < 2**53
 
 
 def _number(path: Path, holder: Mapping, name: str, kind: type) -> int | float:
     value = holder.get(name)
     if isinstance(value, bool) or not isinstance(value, int if kind is int else int | float):
         raise ValueError(f"{path} is damaged: {name} must be a number, got {value!r}")
+    if not abs(value) <= sys.float_info.max:  # NaN, infinity, or an integer that no float holds
+        raise ValueError(f"{path} is damaged: {name} must be a finite number")
     return value
 
 
 def _object(path: Path, text: bytes) -> dict:
     try:
         found = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged: {error}") from error
     if not isinstance(found, dict):
         raise ValueError(f"{path} is damaged: it holds a {type(found).__name__}, not an object")
