@@ -97,7 +97,8 @@ class Reproduce:
     side_by_side: int = 0
     """Runs at a time; 0: one a processor on a CPU, four on a GPU."""
     minutes: float | None = None
-    """No longer than that; what is interrupted goes on the next time. None: until all is done."""
+    """No longer than that; what is interrupted goes on the next time, what is finished is shown. None: until all is
+    done."""
     output: Path = Path("runs/reproduce")
     """Where the runs lie."""
     results: Path = Path("benchmarks/results")
@@ -118,8 +119,7 @@ class Reproduce:
         teacher = self.teacher or self.output / "teacher"
         if self.teacher is None:
             threads = str(self.threads * side_by_side)  # it runs alone
-            options = ["--network", teacher_name, "--output", str(teacher), "--threads", threads]
-            call(["teacher", *common, *options], self.output / "teacher.log", deadline)
+            call(["teacher", *common, "--network", teacher_name, "--threads", threads], teacher, deadline)
         common += [
             "--threads",
             str(self.threads),
@@ -137,12 +137,7 @@ class Reproduce:
         }
         with ThreadPoolExecutor(side_by_side) as pool:
             folders = {key: self.output / key[0].replace(" ", "-").replace(",", "") / f"seed-{key[1]}" for key in jobs}
-            futures = {
-                key: pool.submit(
-                    call, [*job, "--output", str(folders[key])], folders[key].with_suffix(".log"), deadline
-                )
-                for key, job in jobs.items()
-            }
+            futures = {key: pool.submit(call, job, folders[key], deadline) for key, job in jobs.items()}
             try:
                 finished = [future.result() for future in futures.values()]
             except BaseException:
@@ -253,15 +248,19 @@ def subset(data: ImageData, classes: int) -> dict[str, np.ndarray]:
     return arrays
 
 
-def call(arguments: Sequence[str], log: Path, deadline: float | None) -> bool:
-    """Runs `kcd` with these; what it prints goes to the log. False: it was stopped at the deadline, or not begun.
+def call(arguments: Sequence[str], output: Path, deadline: float | None) -> bool:
+    """Runs `kcd` with these and --output; what it prints goes to a log beside that folder.
 
-    What is finished is not run again, but checked by it to be of the same options. Raises RuntimeError if it fails.
+    False: it was stopped at the deadline, or not begun. What is finished is not run again, but checked by it to be of
+    the same options, which takes seconds, so whatever the deadline. Raises RuntimeError if it fails.
     """
-    left = None if deadline is None else deadline - time.monotonic()
+    finished = (output / "summary.json").exists()
+    left = None if deadline is None or finished else deadline - time.monotonic()
     if left is not None and left <= 0:
         return False
+    log = output.with_suffix(".log")
     log.parent.mkdir(parents=True, exist_ok=True)
+    arguments = [*arguments, "--output", str(output)]
     command = [sys.executable, "-m", "kcd_ext.cli", *arguments]
     with open(log, "a") as file:
         try:
