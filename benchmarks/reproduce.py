@@ -44,7 +44,7 @@ KINDS: dict[str, list[str]] = {
     "random immediate": ["--method", "kc-kd", "--condense.selection", "random", "--condense.schedule", "immediate"],
     "kd, half of a batch": ["--method", "kd", "--condense.batch-keep", "0.5"],
 }
-BASELINE = "kd"
+BASELINE, ALONE = "kd", "student alone"  # the second asks no teacher
 
 # Li et al., ECCV 2022: top-1 of student alone, KD and KC-KD on CIFAR-100, percent.
 PAPER = {
@@ -125,13 +125,12 @@ class Reproduce:
             str(self.threads),
             "--student",
             student_name,
-            "--teacher",
-            str(teacher),
             "--lr",
             lr_of(self.pair),
         ]
+        asks = {kind: [] if kind == ALONE else ["--teacher", str(teacher)] for kind in self.only}
         jobs = {
-            (kind, seed): ["distill", *common, "--seed", str(seed), "--name", kind, *KINDS[kind]]
+            (kind, seed): ["distill", *common, "--seed", str(seed), "--name", kind, *asks[kind], *KINDS[kind]]
             for seed in range(self.seeds)  # all kinds of a seed first: what is interrupted is a smaller comparison
             for kind in self.only
         }

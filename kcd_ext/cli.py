@@ -8,12 +8,12 @@ import shutil
 import sys
 import textwrap
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import redirect_stderr, redirect_stdout
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from typing import Annotated
 
-from . import __version__, environment, processes
+from . import processes  # what imports torch comes later: Ctrl-C before `main` shows where it struck
 from .processes import BAD_INPUT
 
 DESCRIPTION = "Knowledge Condensation Distillation: distil only what the student has still to learn."
@@ -27,6 +27,8 @@ class Info:
 
     def run(self) -> None:
         """Works without any extra installed."""
+        from . import environment
+
         facts = environment.describe()
         width = max(map(len, facts))
         for name, fact in facts.items():
@@ -46,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not {"", os.getcwd()} & set(sys.path):
         sys.path.append(os.getcwd())  # module:function finds the user's file, as with `python -m`
     try:
-        with warnings.catch_warnings(record=True) as caught:
+        with warnings.catch_warnings(record=True) as caught, _interrupts_show():
             with processes.first_one_says():
                 command = _parse(sys.argv[1:] if arguments is None else list(arguments))
             command()
@@ -64,15 +66,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if os.environ.get("KCD_TRACEBACK"):
             raise
         return _fail(str(error), code=BAD_INPUT)
+    except RuntimeError as error:
+        if os.environ.get("KCD_TRACEBACK") or not processes.is_left_alone(error):
+            raise
+        if processes.number() == 0:
+            _say("another process of this command has ended")
+        return BAD_INPUT
     for text in dict.fromkeys(str(warning.message) for warning in caught if processes.number() == 0):
         _say("warning", text)
     return 0
 
 
 def _parse(arguments: list[str]) -> Callable[[], None]:
-    """What the arguments ask for, ready to be called."""
+    """What the arguments ask for, ready to be called. Only runs are the work of several processes together."""
+    for before, argument in zip(["", *arguments], arguments, strict=False):
+        if not argument or (argument.startswith("--") and argument.endswith("=")):
+            raise ValueError(f"{argument[:-1] or before or 'the command'} must not be empty")
+    alone = processes.number() == 0
     if arguments == ["--version"]:
-        return lambda: print(f"kcd {__version__}")
+        return _version if alone else _nothing
     try:
         import tyro
 
@@ -81,15 +93,15 @@ def _parse(arguments: list[str]) -> Callable[[], None]:
         from .training.demo import Demo
     except ImportError as error:
         if arguments == ["info"]:
-            return Info().run
+            return Info().run if alone else _nothing
         raise ImportError(f'kcd needs the package {error.name}: pip install "kcd-ext[train]"') from error
 
     sub = tyro.conf.subcommand
 
-    def parse(defaults: Distill) -> object:
+    def parse(distill: Distill, train: Train) -> object:
         commands = (
-            Annotated[Distill, sub("distill", default=defaults)]
-            | Annotated[Train, sub("teacher")]
+            Annotated[Distill, sub("distill", default=distill)]
+            | Annotated[Train, sub("teacher", default=train)]
             | Annotated[Report, sub("report")]
             | Annotated[Demo, sub("demo")]
             | Annotated[Info, sub("info")]
@@ -99,15 +111,43 @@ def _parse(arguments: list[str]) -> Callable[[], None]:
     said, complaint = io.TextIOWrapper(io.BytesIO(), "utf-8"), io.StringIO()  # tyro's frames are what this can hold
     try:
         with redirect_stdout(said), redirect_stderr(complaint):
-            command = parse(Distill())
+            command = parse(Distill(), Train())
             if isinstance(command, Distill):
-                command = parse(command.implied())
-            return command.run
+                command = parse(command.implied(), Train())
+            elif isinstance(command, Train):
+                command = parse(Distill(), command.implied())
+            return command.run if alone or isinstance(command, Distill | Train) else _nothing
     except SystemExit as end:
         if end.code:
             raise ValueError(_unboxed(complaint.getvalue())) from end
         said.seek(0)
-        print(_folded(said.read()))  # --help
+        if alone:
+            print(_folded(said.read()))  # --help
+        raise
+
+
+def _version() -> None:
+    from . import __version__
+
+    print(f"kcd {__version__}")
+
+
+def _nothing() -> None:
+    """What is left to do where the first process does it all."""
+
+
+@contextmanager
+def _interrupts_show() -> Iterator[None]:
+    """Ctrl-C while something is imported can come out as an error of the import."""
+    try:
+        yield
+    except Exception as error:
+        earlier, seen = error, []
+        while earlier is not None and earlier not in seen:
+            if isinstance(earlier, KeyboardInterrupt):
+                raise KeyboardInterrupt from error
+            seen.append(earlier)
+            earlier = earlier.__cause__ or earlier.__context__
         raise
 
 

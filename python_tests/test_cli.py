@@ -39,7 +39,7 @@ WITH_TESTS = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
 
 
 def kcd(*arguments, cwd, **options):
-    command = [sys.executable, "-m", "kcd_ext.cli", *map(str, arguments)]
+    command = [sys.executable, "-m", "kcd_ext", *map(str, arguments)]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=TIMEOUT, **options)
 
 
@@ -245,7 +245,7 @@ def test_a_second_demo_on_one_output_is_refused(running, tmp_path):
         for resume in ([], ["--resume"]):
             done = kcd(*SMALL, "--seeds", 3, 1, *resume, cwd=tmp_path)
             assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-            assert done.stderr.startswith("kcd: another demo is running in ")
+            assert done.stderr.startswith("kcd: another kcd is running in ")
 
     code, _, error = running(
         "runs/demo.partial/checkpoint/seed-3/teacher/metrics.jsonl", signal.SIGINT, meanwhile=second
@@ -399,6 +399,55 @@ def test_warnings_are_lines_of_their_own(monkeypatch, capfd):
     monkeypatch.setattr(cli, "_parse", lambda arguments: warn)
     assert cli.main([]) == 0
     assert capfd.readouterr() == ("done\n", "kcd: warning: something is odd\n")
+
+
+def failing(error):
+    def command():
+        raise error
+
+    return lambda arguments: command
+
+
+def test_interrupted_imports_are_interrupted(monkeypatch, capfd):
+    """A module in C, and those that explain why they cannot be imported, turn Ctrl-C into an error of their own."""
+    error = SystemError("initialization of spam raised unreported exception")
+    error.__context__ = KeyError("a cache")
+    error.__context__.__cause__ = KeyboardInterrupt()
+    monkeypatch.setattr(cli, "_parse", failing(error))
+    assert cli.main([]) == 130
+    assert capfd.readouterr() == ("", "kcd: interrupted\n")
+
+
+def as_process(number, monkeypatch):
+    monkeypatch.setenv("RANK", str(number))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+
+
+def test_of_a_lost_process_only_its_own_words_are_left(monkeypatch, capfd):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    lost = "[gloo/transport/tcp/pair.cc:538] Connection closed by peer [127.0.0.1]:12345"
+    for error in (RuntimeError(lost), torch.distributed.DistBackendError("NCCL error")):
+        monkeypatch.setattr(cli, "_parse", failing(error))
+        for number, said in ((1, ""), (0, "kcd: another process of this command has ended\n")):
+            as_process(number, monkeypatch)
+            assert cli.main([]) == 2 and capfd.readouterr() == ("", said)
+    monkeypatch.setattr(cli, "_parse", failing(RuntimeError("shapes differ")))
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        cli.main([])
+    monkeypatch.setattr(cli, "_parse", failing(RuntimeError(lost)))
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with pytest.raises(RuntimeError, match="closed by peer"):
+        cli.main([])
+
+
+@pytest.mark.parametrize("command", ["info", "demo", "report", "--version"])
+def test_only_runs_are_the_work_of_all_processes(command, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    as_process(1, monkeypatch)
+    assert cli.main([command]) == 0 and capfd.readouterr() == ("", "") and list(tmp_path.iterdir()) == []
+    as_process(0, monkeypatch)
+    assert cli.main([command]) == (2 if command in ("demo", "report") else 0)
+    assert sum(map(bool, capfd.readouterr())) == 1
 
 
 def test_a_reader_that_has_left_is_no_failure(tmp_path):

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from kcd_ext import cli, models
-from kcd_ext.data.images import load
+from kcd_ext.data.images import load, split
 from kcd_ext.training import teachers
 
 TIMEOUT = 180
@@ -186,7 +186,7 @@ def heed_interrupts():
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def stopped(arguments, cwd, until, number):
+def stopped(arguments, cwd, until, number, meanwhile=None):
     """Starts the command and ends it by a signal once a file has appeared."""
     command = [sys.executable, "-m", "kcd_ext.cli", *arguments]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
@@ -196,6 +196,10 @@ def stopped(arguments, cwd, until, number):
         while not (cwd / until).exists():
             assert started.poll() is None and time.monotonic() < give_up
             time.sleep(0.002)
+        if meanwhile:
+            started.send_signal(signal.SIGSTOP)
+            meanwhile()
+            started.send_signal(signal.SIGCONT)
         started.send_signal(number)
         out, error = started.communicate(timeout=TIMEOUT)
     finally:
@@ -206,7 +210,14 @@ def stopped(arguments, cwd, until, number):
 def test_interrupted_runs_go_on_bit_for_bit(home, here, capfd):
     code, out, error = stopped([*TWO_SEEDS, "--resume"], here, "two/teacher/metrics.jsonl", signal.SIGKILL)
     assert (code, out, error) == (-signal.SIGKILL, "", "kcd: nothing to resume in two: starting anew\n")
-    code, out, error = stopped([*TWO_SEEDS, "--resume"], here, "two/seed-5/metrics.jsonl", signal.SIGINT)
+
+    def second():
+        everything = contents(here)
+        assert cli.main([*TWO_SEEDS, "--resume"]) == 2
+        message = "kcd: another kcd is running in two: wait for it, or choose another --output\n"
+        assert capfd.readouterr().err == message and contents(here) == everything
+
+    code, out, error = stopped([*TWO_SEEDS, "--resume"], here, "two/seed-5/metrics.jsonl", signal.SIGINT, second)
     assert (code, out, error) == (130, "", "kcd: interrupted: --resume goes on with what is in two\n")
     everything = contents(here)
     for more, message in (
@@ -275,12 +286,17 @@ def test_a_teacher_comes_in_many_ways(home, here):
     torch.save(weights, here / "plain.pt")
     torch.save({"epoch": 240, "model": weights, "best_acc": torch.tensor(75.0)}, here / "repdistiller.pth")
     torch.save({"state_dict": {f"module.{name}": x for name, x in weights.items()}}, here / "parallel.pth")
+    strange = here / os.fsdecode(b"\xff")  # no text in UTF-8
+    shutil.copytree(home / "teacher", strange)
+    shutil.copy(here / "plain.pt", strange / "plain.pt")
     (here / "cnn_large").mkdir()  # a name is a name, whatever lies around
     found = {
         str(home / "teacher"): None,
+        str(strange): None,
+        str(strange / "plain.pt"): "cnn_large",
         **{str(path): "cnn_large" for path in here.iterdir() if path.is_file()},
     }
-    assert len(found) == 5
+    assert len(found) == 7
     for spec, usual in found.items():
         state = teachers.find(spec, None, usual).build(data, seed=1).state_dict()
         assert state.keys() == weights.keys() and all(torch.equal(state[name], weights[name]) for name in weights)
@@ -298,6 +314,20 @@ def test_a_file_of_weights_teaches_as_its_run_does(home, here):
     assert outcome(here / "folder") == outcome(here / "file") and not (here / "file" / "teacher").exists()
     assert [row[0] for row in Page(here / "folder" / "report.html").rows[1:]] == ["teacher", "kd"]
     assert [row[0] for row in Page(here / "file" / "report.html").rows[1:]] == ["kd"]
+
+
+def inverted():
+    """Other images of the same kind."""
+    data = load("digits")
+    return split("inverted", 255 - data.train.images, data.train.labels, 0.2)
+
+
+def test_a_teacher_of_other_images_is_not_compared(home, here, capfd):
+    other = ["--data", f"{__name__}:inverted", "--student", "cnn_small", "--teacher", str(home / "teacher")]
+    assert cli.main(["distill", *SMALL, *other, "--epochs", "1", "--output", "run"]) == 0
+    said = "was trained on digits, not on this inverted: its row is left out\n"
+    assert capfd.readouterr().err == f"kcd: warning: teacher {home / 'teacher'} {said}"
+    assert [row[0] for row in Page(here / "run" / "report.html").rows[1:]] == ["kd"]
 
 
 def test_a_method_without_a_teacher_trains_none(here):
@@ -319,12 +349,14 @@ def test_a_prefix_condenses():
     assert asked("--method", "kc-kd", "--condense.keep", "0.5").condense.keep == 0.5
     assert asked("--method", "kc-kd", "--condense.keep", "1").condense.keep == 1
     assert asked("--method", "kd").condense.keep == 1
+    (teacher,) = parsed("teacher", "--data", "digits", "--method", "kc-ce")._job().recipes
+    assert (teacher.method, teacher.condense.keep, teacher.label) == ("ce", 0.7, "teacher")
 
 
 def test_every_field_of_a_recipe_is_an_option():
     options = "--epochs 9 --batch-size 7 --gradient-accumulation 2 --lr 0.5 --momentum 0.25 --weight-decay 0.125"
     options += " --milestones 0.5 0.75 --gamma 0.2 --seed 8 --device cpu --precision bfloat16 --compile --name it"
-    options += " --num-workers 1 --method crd --options dim 64 temperature 0.5 student_layer fc"
+    options += " --method crd --options dim 64 temperature 0.5 student_layer fc"
     options += " --condense.keep 0.5 --condense.every 2 --condense.stages 3 --condense.schedule cosine"
     options += " --condense.alpha 0.5 --condense.epsilon 0.25 --condense.no-accumulate --condense.no-convex"
     options += " --condense.selection value --condense.batch-keep 0.75"
@@ -355,7 +387,7 @@ def test_every_field_of_a_recipe_is_an_option():
         "device": "cpu",
         "precision": "bfloat16",
         "compile": True,
-        "num_workers": 1,
+        "num_workers": 0,
         "name": "it",
     }
 
@@ -392,7 +424,13 @@ def test_recipes_are_those_of_the_paper():
 
 def test_options_override_a_recipe(here):
     small = ["--student", "cnn_small", "--teacher", "cnn_large", "--epochs", "2", *SMALL[:2], *SMALL[4:]]
-    assert cli.main(["distill", "cifar100-resnet32x4-shufflenet_v1", *small, "--output", "run", "--lr", "0.02"]) == 0
+    assert (
+        cli.main(
+            ["distill", "cifar100-resnet32x4-shufflenet_v1", *small, "--output", "run", "--lr", "0.02", "--name", "it"]
+        )
+        == 0
+    )
+    assert [row[0] for row in Page(here / "run" / "report.html").rows[1:]] == ["teacher", "it"]
     assert (recipe(here / "run")["lr"], recipe(here / "run" / "teacher")["lr"]) == (0.02, 0.05)
     assert [line["samples"] for line in lines(here / "run")] == [1083, 1083]
 
@@ -407,17 +445,25 @@ def three_channels(*, in_channels, num_classes):
     return torch.nn.Sequential(torch.nn.Conv2d(3, num_classes, 8), torch.nn.Flatten())
 
 
+def another(*, in_channels, num_classes):
+    """A network with the parameters of cnn_small."""
+    return torch.nn.Sequential(*models.build("cnn_small", in_channels=in_channels, num_classes=num_classes))
+
+
 def needs_stages(*, in_channels, num_classes):
     """A network whose features cannot be had: it has no linear layer."""
     return torch.nn.Sequential(torch.nn.Conv2d(in_channels, num_classes, 8), torch.nn.Flatten())
 
 
+AGAIN = ["--output", "{two}/seed-5", "--resume", "--method", "kc-kd", "--seed", "5"]
 BAD = [
     (["--data", "imagenet"], "unknown data set 'imagenet'"),
     (["--data", "missing/folder"], "missing/folder"),
     (["--size", "8"], "size is for the path of a folder of images, got size=8"),
     (["--flip", "--no-flip"], "take --flip or --no-flip, not both"),
     (["--padding", "-1"], "padding must be an integer >= 0, got -1"),
+    (["--padding", "8"], "padding must be < 8, the smaller side of the images, got 8"),
+    (["--method", "kc-"], "method must be named after kc-, as in kc-kd, got 'kc-'"),
     (["--method", "nothing"], "unknown method 'nothing': take ce, crd, kd, pkt, sskd"),
     (["--method", "kc-nothing"], "unknown method 'nothing'"),
     (["--options", "warmth", "4"], "method 'kd' has no option 'warmth'; it takes temperature, "),
@@ -430,6 +476,20 @@ BAD = [
     (["--condense.selection", "infobatch", "--condense.epsilon", "0.5"], "epsilon=0.5 has no effect with selection"),
     (["--lr", "-1"], "lr must be a finite number >= 0, got -1.0"),
     (["--lr", "fast"], "--lr"),
+    (["--num-workers", "1"], "Unrecognized options: --num-workers"),
+    (["--name", "teacher"], "name must not be 'teacher'"),
+    (["--method", "ce", "--teacher", "cnn_large"], "teacher='cnn_large' has no effect with method 'ce', which asks no"),
+    (
+        ["--method", "ce", "--teacher-network", "cnn_large"],
+        "teacher_network='cnn_large' has no effect with method 'ce'",
+    ),
+    (["--method", "kc-ce", "--teacher-lr", "0.1"], "teacher_lr=0.1 has no effect with method 'ce'"),
+    (
+        ["--teacher", "{teacher}", "--teacher-lr", "0.1"],
+        "teacher_lr=0.1 has no effect with teacher .*, which is trained",
+    ),
+    (["--output", ""], "--output must not be empty"),
+    (["--teacher="], "--teacher must not be empty"),
     (["--precision", "int8"], "precision must be auto, float32, bfloat16, float16, got 'int8'"),
     pytest.param(
         ["--device", "cuda"],
@@ -459,12 +519,24 @@ BAD = [
     (["--teacher", "more.pt"], "more.pt are not of network .*: they have extra, which the network has not"),
     (["nothing"], "unknown recipe 'nothing': take cifar100-wrn_40_2-wrn_16_2, "),
     (["--data", "missing.npz"], "missing.npz"),
+    (["--output", "dangling/run"], "output dangling is a link to nowhere, which is not there"),
     (["--output", "text.pt"], "output text.pt is a file: choose another --output"),
     (["--output", "text.pt/run"], "Not a directory"),
     (["--output", "{two}/seed-5"], "seed-5 holds a config.json already: --resume goes on"),
     (["--output", "{two}", "--resume"], "two holds several seeds"),
     (["--output", "{two}/seed-5", "--resume", "--seeds", "2"], "seed-5 holds a single run: give the same --seeds"),
-    (["--output", "{teacher}", "--resume"], "teacher was run with method='ce', got method='kd'"),
+    (
+        ["--output", "{two}", "--resume", "--seed", "6", "--seeds", "2"],
+        "two holds seed-5, which is none of these seeds",
+    ),
+    (["--output", "{teacher}", "--resume"], "teacher was run with student='cnn_large', got student='cnn_small'"),
+    ([*AGAIN, "--seed", "4"], "seed-5 was run with seed=5, got seed=4"),
+    ([*AGAIN, "--student", f"{__name__}:another"], "seed-5 was run with student='cnn_small', got student='.*:another'"),
+    ([*AGAIN, "--padding", "1"], "seed-5 was run with padding=0, got padding=1"),
+    (
+        [*AGAIN, "--data", f"{__name__}:inverted", "--student", "cnn_small", "--teacher", "cnn_large"],
+        "seed-5 was run with spec='digits', got spec='.*:inverted'",
+    ),
     (["--output", "/proc/kcd/run"], "No such file or directory: /proc/kcd"),
 ]
 
@@ -473,6 +545,7 @@ BAD = [
 def test_bad_input_is_one_line_and_changes_nothing(arguments, message, home, here, capfd):
     (here / "empty").mkdir()
     (here / "bare").mkdir()
+    (here / "dangling").symlink_to("nowhere")
     (here / "text.pt").write_text("weights")
     (here / "text.safetensors").write_text("weights")
     weights = load_file(home / "teacher" / "student.safetensors")

@@ -908,7 +908,12 @@ class Broken(nn.Linear):
         ({"train": 5}, {}, TypeError, "train: dataset must have a length"),
         ({"test": []}, {}, ValueError, "test must hold at least one sample"),
         ({}, {"method": "pkd"}, ValueError, "unknown method 'pkd': take ce, crd, kd, pkt, sskd"),
-        ({}, {"condense": Condense(1, selection="random")}, ValueError, "condense.selection='random' has no effect with"),
+        (
+            {},
+            {"condense": Condense(1, selection="random")},
+            ValueError,
+            "condense.selection='random' has no effect with",
+        ),
         ({}, {"condense": Condense(1, every=3, batch_keep=0.5)}, ValueError, "condense.every=3 has no effect with"),
         ({}, {"precision": "float16"}, ValueError, "precision 'float16' needs CUDA, and the device is cpu"),
         ({}, {"options": {"temperature": 0.0}}, ValueError, "temperature must be a finite number > 0"),

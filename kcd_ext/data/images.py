@@ -175,7 +175,8 @@ def load(
         size: for a folder of images: height and width in pixels that all are scaled to. None: they must agree.
 
     Raises:
-        ValueError: the name is unknown, the function fails, or a file does not hold what it should.
+        ValueError: the name is unknown, the function fails, a file does not hold what it should, or `padding` is not
+            smaller than the images.
         OSError: a file or folder is missing or cannot be read.
         ImportError: the package that holds or reads the images is not installed; says which extra installs it.
         TypeError: an argument is of another kind, or the function gives something else.
@@ -191,7 +192,10 @@ def load(
     asked = {name: value for name, value in (("padding", padding), ("flip", flip)) if value is not None}
     if not asked:
         return data
-    return replace(data, train=ImageSet(data.train.images, data.train.labels, replace(data.train.views, **asked)))
+    views, side = replace(data.train.views, **asked), min(data.train.images.shape[1:3])
+    if padding is not None and padding >= side:  # crops of black alone
+        raise ValueError(f"padding must be < {side}, the smaller side of the images, got {padding}")
+    return replace(data, train=ImageSet(data.train.images, data.train.labels, views))
 
 
 def _is_path(spec: object) -> bool:

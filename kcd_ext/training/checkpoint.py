@@ -75,7 +75,9 @@ def load(directory: Path) -> Checkpoint | None:
             return Checkpoint(
                 epoch=epoch,
                 model=safetensors.torch.load((folder / "model.safetensors").read_bytes()),
-                training=torch.load(folder / "training.pt", map_location="cpu", weights_only=True),
+                training=torch.load(
+                    io.BytesIO((folder / "training.pt").read_bytes()), map_location="cpu", weights_only=True
+                ),
                 run=run,
             )
     except Exception as error:  # each of the three formats has exceptions of its own

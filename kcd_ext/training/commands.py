@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
 
-from tyro.conf import FlagCreatePairsOff, Positional, arg
+from tyro.conf import Fixed, FlagCreatePairsOff, Positional, Suppress, arg
 
 from .. import processes
 from ..condensation.checks import whole
@@ -15,6 +15,7 @@ from ..data.images import ImageData, load
 from . import pairs, teachers
 from .job import TEACHER, Job
 from .recipe import Condense, Recipe
+from .teachers import Teacher
 from .trainer import build_method
 
 CONDENSED = "kc-"  # before a method: condensed as in the paper
@@ -65,6 +66,19 @@ class Said(Recipe):
     """Arguments of the method, as: temperature 4 kd_weight 0.9."""
     seed: int = 0
     """Decides the initial weights, the order of the samples and all other randomness."""
+    num_workers: Suppress[Fixed[int]] = 0
+    """There is nothing to load: all that a command trains on lies in memory."""
+
+    def implied(self) -> "Said":
+        """The defaults of what is not given, which the method decides."""
+        return replace(Said(), condense=Condense()) if self.method.startswith(CONDENSED) else Said()
+
+    def of_method(self) -> "Said":
+        """With the method's own name, what goes before it taken away."""
+        method = self.method.removeprefix(CONDENSED)
+        if not method:
+            raise ValueError(f"method must be named after {CONDENSED}, as in {CONDENSED}kd, got {self.method!r}")
+        return replace(self, method=method)
 
 
 @dataclass(frozen=True)
@@ -104,15 +118,13 @@ class Distill:
 
         Raises ValueError for a RECIPE that there is not.
         """
-        default = Distill()
+        default = Distill(recipe=self.recipe.implied())
         if self.preset:
             pair = self._pair
             recipe, images = replace(default.recipe, lr=pair.lr), Images("cifar100")
             teacher_lr = pair.teacher_lr if pair.teacher_lr != pair.lr else None
             own = {"teacher": pair.teacher, "student": pair.student, "teacher_lr": teacher_lr}
             default = replace(default, recipe=recipe, images=images, **own)
-        if self.recipe.method.startswith(CONDENSED):
-            default = replace(default, recipe=replace(default.recipe, condense=Condense()))
         return default
 
     def run(self) -> None:
@@ -140,28 +152,47 @@ class Distill:
     def _job(self) -> Job:
         whole("seeds", self.seeds, 1)
         data = self.images.load()
-        first = replace(self.recipe, method=self.recipe.method.removeprefix(CONDENSED))
+        first = self.recipe.of_method()
         recipes = [replace(first, seed=seed) for seed in range(first.seed, first.seed + self.seeds)]
-        needs_teacher = build_method(first).needs_teacher
-        student = self._network("student")
+        student, teacher = self._network("student"), None
+        if build_method(first).needs_teacher:
+            if first.label == TEACHER:
+                raise ValueError(f"name must not be {TEACHER!r}: that is what tables call the teacher")
+            teacher = teachers.find(
+                self._network("teacher"), self.teacher_network, self._pair.teacher if self._pair else None
+            )
+        self._check_effect(first, teacher)
         lr = first.lr if self.teacher_lr is None else self.teacher_lr
-        usual = self._pair.teacher if self._pair else None
         return Job(
             command="kcd distill",
             options=_as_json(self),
             data=data,
             data_options=self.images.as_json(),
             student=student,
-            teacher=teachers.find(self._network("teacher"), self.teacher_network, usual) if needs_teacher else None,
-            teacher_recipe=_for_teacher(replace(first, method=ALONE, options={}, condense=None, lr=lr)),
+            teacher=teacher,
+            teacher_recipe=replace(first, name=TEACHER, method=ALONE, options={}, condense=None, lr=lr),
             recipes=recipes,
-            output=self.output or self._default_output(student, recipes),
+            output=self._default_output(student, recipes) if self.output is None else self.output,
             resume=self.resume,
             threads=_checked_threads(self.threads),
         )
 
+    def _check_effect(self, recipe: Recipe, teacher: Teacher | None) -> None:
+        """Raises ValueError for what the user has said of a teacher that there is not, or is trained already."""
+        implied = self.implied()
+        for name in ("teacher", "teacher_network", "teacher_lr"):
+            said = getattr(self, name)
+            if said == getattr(implied, name):
+                continue
+            if teacher is None:
+                raise ValueError(f"{name}={said!r} has no effect with method {recipe.method!r}, which asks no teacher")
+            if name == "teacher_lr" and teacher.origin is not None:
+                raise ValueError(f"{name}={said!r} has no effect with teacher {self.teacher!r}, which is trained")
+
     def _network(self, role: str) -> str:
-        named = getattr(self, role) or (getattr(self._pair, role) if self._pair else None)
+        named = getattr(self, role)
+        if named is None and self._pair:
+            named = getattr(self._pair, role)
         if named is None:
             raise ValueError(f"--{role} must be given: no pair of networks goes with data {self.images.data!r}")
         return named
@@ -186,6 +217,10 @@ class Train:
     images: Annotated[Images, arg(name="")] = Images()
     recipe: Annotated[Said, arg(name="")] = field(default_factory=lambda: Said(method=ALONE))
 
+    def implied(self) -> "Train":
+        """The defaults of all options that are not given."""
+        return Train(recipe=replace(self.recipe.implied(), method=ALONE))
+
     def run(self) -> None:
         """As `Distill.run`."""
         with processes.first_one_says():
@@ -195,10 +230,10 @@ class Train:
 
     def _job(self) -> Job:
         data, pair = self.images.load(), pairs.OF_DATA.get(self.images.data)
-        network = self.network or (pair.teacher if pair else None)
+        network = pair.teacher if self.network is None and pair else self.network
         if network is None:
             raise ValueError(f"--network must be given: none goes with data {self.images.data!r}")
-        recipe = _for_teacher(self.recipe)
+        recipe = replace(self.recipe.of_method(), name=self.recipe.name or TEACHER)
         if build_method(recipe).needs_teacher:
             raise ValueError(f"method {recipe.method!r} needs a teacher: take {ALONE}, or kcd distill")
         name = "-".join((self.images.slug, _slug(network), TEACHER, str(recipe.seed)))
@@ -211,14 +246,10 @@ class Train:
             teacher=None,
             teacher_recipe=None,
             recipes=[recipe],
-            output=self.output or Path("runs") / name,
+            output=Path("runs") / name if self.output is None else self.output,
             resume=self.resume,
             threads=_checked_threads(self.threads),
         )
-
-
-def _for_teacher(recipe: Recipe) -> Recipe:
-    return replace(recipe, name=recipe.name or TEACHER)
 
 
 def _checked_threads(threads: int | None) -> int | None:

@@ -1,7 +1,6 @@
 """`kcd demo`: a teacher, and its student trained alone, distilled, and distilled from ever fewer samples."""
 
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -9,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from .. import processes
 from ..condensation.checks import whole
 from ..condensation.random_keys import MAX_SEED
 from ..condensation.schedules import stage_size
@@ -97,7 +97,7 @@ class Demo:
             OSError: a file cannot be written; an earlier demo in `output` is as it was.
             KeyboardInterrupt: with a message that says where the finished runs are.
         """
-        if os.environ.get("WORLD_SIZE", "1") != "1":
+        if processes.count() > 1:
             raise ValueError("kcd demo runs in one process: start it without torchrun and accelerate launch")
         plan = self._plan()
         data = load(self.data)

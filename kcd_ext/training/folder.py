@@ -1,7 +1,8 @@
 """The folder of a run: what is in it, when it is written, and whether a run may go on in it."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from torch import Tensor
@@ -35,6 +36,16 @@ class RunFolder:
             check_same(self._found.run, self.identity, path)
         elif taken:
             self._check_only_begun(taken)
+
+    @classmethod
+    @contextmanager
+    def opened(cls, path: Path, identity: dict, resume: bool, writes: bool) -> Iterator["RunFolder"]:
+        """The folder of a run that lasts as long as this; the process that `writes` is the only one there.
+
+        Raises what RunFolder does, and FileExistsError while another one is.
+        """
+        with storage.alone_in(path) if writes else nullcontext():
+            yield cls(path, identity, resume)
 
     @property
     def epoch(self) -> int:

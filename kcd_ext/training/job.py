@@ -1,8 +1,10 @@
 """The runs of a command: a student by every seed and, where nobody has trained it, their teacher first."""
 
 import json
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,7 +19,7 @@ from .batches import feed_of
 from .checks import check_networks
 from .device import threads
 from .folder import ENTRIES
-from .identity import check_same
+from .identity import check_same, digest_of_samples
 from .progress import Bar, bar_over
 from .randomness import seeded
 from .recipe import Recipe
@@ -74,22 +76,30 @@ class Job:
         """Trains, writes the report and prints the table.
 
         Raises:
+            FileExistsError: another command is running in `output`, or has left something there since `check`.
             OSError: a file cannot be written; what was finished before is intact.
             KeyboardInterrupt: with a message that says how to go on.
         """
-        if self.resume and not self._taken() and processes.number() == 0:
-            print(f"kcd: nothing to resume in {self.output}: starting anew", file=sys.stderr)
-        try:
-            with threads(self.threads):
-                summaries = list(self._summaries())
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(f"--resume goes on with what is in {self.output}") from None
-        if processes.number() == 0:
-            self._report(summaries)
-            print(as_text(cells(summaries)))
-            print(f"\nreport: {self.output / REPORT[0]}")
+        first = processes.number() == 0
+        with storage.alone_in(self.output) if first else nullcontext():
+            if first:
+                self._check_output()
+                if self.resume and not self._taken():
+                    _note(f"nothing to resume in {self.output}: starting anew")
+            try:
+                with threads(self.threads):
+                    summaries = list(self._summaries())
+            except KeyboardInterrupt:
+                raise KeyboardInterrupt(f"--resume goes on with what is in {self.output}") from None
+            if first:
+                self._report(summaries)
+                print(as_text(cells(summaries)))
+                print(f"\nreport: {self.output / REPORT[0]}")
 
     def _check_output(self) -> None:
+        for path in (self.output, *self.output.parents):
+            if path.is_symlink() and not path.exists():
+                raise FileExistsError(f"output {path} is a link to {os.readlink(path)}, which is not there")
         if self.output.exists() and not self.output.is_dir():
             raise FileExistsError(f"output {self.output} is a file: choose another --output")
         taken = self._taken()
@@ -97,17 +107,35 @@ class Job:
             raise FileExistsError(
                 f"output {self.output} holds a {taken[0]} already: --resume goes on with a run, or choose another --output"
             )
-        alone, several = (self.output / "config.json").exists(), bool(self._seed_folders())
+        alone, several = (self.output / "config.json").exists(), self._seed_folders()
         if several if len(self.recipes) == 1 else alone:
             held = "several seeds" if several else "a single run"
             raise FileExistsError(
                 f"output {self.output} holds {held}: give the same --seeds, or choose another --output"
             )
-        for recipe, folder in self._runs():
-            if (folder / "config.json").exists():  # all that can be compared before there is a teacher
-                facts = {"train": len(self.data.train), "test": len(self.data.test), "processes": processes.count()}
-                facts |= {"recipe": recipe.as_json()}
-                check_same(runs.config_of(folder), json.loads(json.dumps(facts)), folder)
+        others = [name for name in several if name not in [folder.name for _, _, folder in self._runs()]]
+        if others:
+            raise FileExistsError(
+                f"output {self.output} holds {others[0]}, which is none of these seeds: give the same --seed and as many "
+                "--seeds at least, or choose another --output"
+            )
+        for network, recipe, folder in self._runs():
+            if (folder / "config.json").exists():
+                self._check_begun(network, recipe, folder)
+
+    def _check_begun(self, network: str, recipe: Recipe, folder: Path) -> None:
+        """Raises ValueError where the run in a folder differs from this one in what is known before there is a teacher."""
+        config = runs.config_of(folder)
+        there = config.get("about") or {}
+        there = {**(there.get("data") or {}), **there, **config}
+        here = about(self.command, self.data, self.data_options, network, None)
+        facts = {"student": network, **here["data"], "train": len(self.data.train), "test": len(self.data.test)}
+        moved = there.get("spec") != facts["spec"]
+        if moved and there.get("train_samples") == digest_of_samples(self.data.train):
+            del facts["spec"]  # the same images, wherever they lie by now
+        facts = {name: fact for name, fact in facts.items() if name in there}  # not all that a library's run need say
+        facts |= {"processes": processes.count(), "recipe": recipe.as_json()}
+        check_same(there, json.loads(json.dumps(facts)), folder)
 
     def _taken(self) -> list[str]:
         """What is in `output` under a name that this job would write to."""
@@ -117,12 +145,13 @@ class Job:
     def _seed_folders(self) -> list[str]:
         return sorted(config.parent.name for config in self.output.glob("seed-*/config.json"))
 
-    def _runs(self) -> list[tuple[Recipe, Path]]:
-        """All that will be, and their folders; the teacher's first, if it is to be trained."""
-        students = [
-            (r, self.output if len(self.recipes) == 1 else self.output / f"seed-{r.seed}") for r in self.recipes
-        ]
-        return [(self.teacher_recipe, self.output / TEACHER)] * self._trains_teacher + students
+    def _runs(self) -> list[tuple[str, Recipe, Path]]:
+        """All that will be: which network, how and in which folder; the teacher's first, if it is to be trained."""
+        alone = len(self.recipes) == 1
+        students = [(self.student, r, self.output if alone else self.output / f"seed-{r.seed}") for r in self.recipes]
+        if not self._trains_teacher:
+            return students
+        return [(self.teacher.network, self.teacher_recipe, self.output / TEACHER), *students]
 
     @property
     def _trains_teacher(self) -> bool:
@@ -137,16 +166,28 @@ class Job:
     def _summaries(self) -> Iterator[Summary]:
         """One after the other: the teacher's, if there is one, and every seed's."""
         to_do, found = self._runs(), self.teacher
+        if found is not None and not self._trains_teacher:
+            yield from self._teacher_summary(found.origin)
         with bar_over(len(to_do), self.recipes[0].epochs) as bar:
             if self._trains_teacher:
-                recipe, folder = to_do.pop(0)
-                yield self._distilled(self.teacher.network, None, recipe, folder, bar)
+                network, recipe, folder = to_do.pop(0)
+                yield replace(self._distilled(network, None, recipe, folder, bar), method=TEACHER)
                 # As every process finds it, and every later run: the file of the first one.
                 found = replace(found, weights=teachers.read(folder / teachers.WEIGHTS), origin=folder)
-            elif found is not None:
-                yield from _summary_of(found.origin)
-            for recipe, folder in to_do:
-                yield self._distilled(self.student, found, recipe, folder, bar)
+            for network, recipe, folder in to_do:
+                yield self._distilled(network, found, recipe, folder, bar)
+
+    def _teacher_summary(self, origin: Path) -> Iterator[Summary]:
+        """That of the teacher's own run, where its folder still has it and it is of these images."""
+        if not (origin / "metrics.jsonl").exists():
+            return
+        run = runs.read(origin)
+        if run.config.get("test_samples") != digest_of_samples(self.data.test):
+            dataset = (run.config.get("about") or {}).get("dataset")
+            of = "other images" if dataset in (None, self.data.name) else dataset
+            _note(f"warning: teacher {origin} was trained on {of}, not on this {self.data.name}: its row is left out")
+        elif run.summary is not None:
+            yield replace(run.summary, method=TEACHER)
 
     def _distilled(self, network: str, teacher: Teacher | None, recipe: Recipe, folder: Path, bar: Bar) -> Summary:
         of_teacher = None if teacher is None else str(self.teacher)
@@ -207,9 +248,7 @@ class _Samples:
         return self.feed.plain(self.batch_size)
 
 
-def _summary_of(origin: Path) -> Iterator[Summary]:
-    """That of the teacher's own run, where its folder still has it."""
-    if (origin / "metrics.jsonl").exists():
-        summary = runs.read(origin).summary
-        if summary is not None:
-            yield replace(summary, method=TEACHER)
+def _note(text: str) -> None:
+    """A line for whoever watches, before the work begins."""
+    if processes.number() == 0:
+        print(f"kcd: {text}", file=sys.stderr)

@@ -1,6 +1,5 @@
 """Results that are collected beside their place and put there all at once."""
 
-import fcntl
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -10,7 +9,6 @@ from pathlib import Path
 from . import storage
 
 CONFIG = "config.json"
-LOCK = ".demo-lock"
 REPLACED = ".replaced"  # in the folder of the new results: the old folder, until all of the user's is out of it
 
 
@@ -44,26 +42,14 @@ class Staging:
             FileExistsError: `partial` holds an interrupted command and `resume` is False, or another process works there.
             OSError: it cannot be written, or `output` cannot be replaced. Nothing has changed.
         """
-        self.partial.mkdir(parents=True, exist_ok=True)
-        lock = self.partial / LOCK
-        try:
-            with open(lock, "ab") as held:
-                _lock(held.fileno(), lock)
-                try:
-                    self._settle()
-                    if not resume and any(path.name != LOCK for path in self.partial.iterdir()):
-                        raise FileExistsError(
-                            f"an interrupted demo is in {self.partial}: --resume goes on with it, or remove it"
-                        )
-                    self._try_to_replace()
-                    yield
-                finally:
-                    for folder in (self.partial, self.output):
-                        if _is_at(folder / LOCK, held.fileno()):
-                            (folder / LOCK).unlink(missing_ok=True)
-        finally:
-            with suppress(OSError):
-                self.partial.rmdir()  # only if nothing has come into it
+        with storage.alone_in(self.partial):
+            self._settle()
+            if not resume and any(self.partial.iterdir()):
+                raise FileExistsError(
+                    f"an interrupted demo is in {self.partial}: --resume goes on with it, or remove it"
+                )
+            self._try_to_replace()
+            yield
 
     def publish(self) -> None:
         """`partial` becomes `output`, by renaming whole folders; what is the user's in the old one is carried over.
@@ -80,7 +66,6 @@ class Staging:
         aside = self.partial / REPLACED
         if aside.exists() and not self.output.exists():
             aside.rename(self.output)
-        (self.output / LOCK).unlink(missing_ok=True)  # that of a process killed after its last rename
         old = self.output / REPLACED
         if not old.exists():
             return
@@ -104,22 +89,7 @@ def _check_is_of(command: str, folder: Path, names: Sequence[str] = ()) -> None:
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"output {folder} is a file: choose another --output")
     config = folder / CONFIG
-    present = {path.name for path in folder.glob("*")} - {LOCK, REPLACED}
+    present = {path.name for path in folder.glob("*")} - {REPLACED}
     taken = sorted(present & set(names) if names else present)
     if taken and not (config.is_file() and f'"command": {json.dumps(command)}' in config.read_text(errors="replace")):
         raise FileExistsError(f"output {folder} holds a {taken[0]} that is not of a demo: choose another --output")
-
-
-def _lock(descriptor: int, path: Path) -> None:
-    """Raises FileExistsError where another process has it, or had it and has moved it away by now."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise FileExistsError(f"another demo is running in {path.parent}: wait, or choose another --output") from None
-    if not _is_at(path, descriptor):
-        raise FileExistsError(f"another demo has just ended in {path.parent}: start again")
-
-
-def _is_at(path: Path, descriptor: int) -> bool:
-    """Whether the path still leads to the open file."""
-    return path.exists() and os.path.samestat(os.stat(path), os.fstat(descriptor))

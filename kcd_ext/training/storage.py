@@ -1,11 +1,73 @@
-"""Files that are either the old one or the new one, whole: written beside, then renamed."""
+"""Files that are either the old one or the new one, whole, and folders that one process at a time works in."""
 
+import errno
+import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from pathlib import Path
+
+# What flock says where folders cannot be locked, as on some network file systems.
+NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EBADF)
+
+_inside: ContextVar[frozenset[tuple[int, int, int]]] = ContextVar(
+    "folders that this thread is alone in", default=frozenset()
+)
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Inside, nobody else is. The folder is made where there is none, and taken away again if nothing came into it.
+
+    Who is alone there may enter again: the run of a command that has entered its folder. The lock is the kernel's, on
+    the folder itself: no file is left, it moves with the folder, and it ends with the process however that ends. Where
+    folders cannot be locked everybody enters.
+
+    Raises:
+        FileExistsError: another process, or another thread, is inside.
+        OSError: the folder cannot be made or read.
+    """
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        found = os.fstat(descriptor)
+        name = os.getpid(), found.st_dev, found.st_ino
+        if name in _inside.get():
+            yield
+            return
+        _lock(descriptor, folder)
+        token = _inside.set(_inside.get() | {name})
+        try:
+            yield
+        finally:
+            _inside.reset(token)
+            if _is_at(folder, descriptor):
+                with suppress(OSError):  # not empty
+                    for path in made:
+                        path.rmdir()
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int, folder: Path) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise FileExistsError(f"another kcd is running in {folder}: wait for it, or choose another --output") from None
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+    if not _is_at(folder, descriptor):
+        raise FileExistsError(f"another kcd has just ended in {folder}: start again")
+
+
+def _is_at(folder: Path, descriptor: int) -> bool:
+    """Whether the path still leads to what is open."""
+    return folder.exists() and os.path.samestat(os.stat(folder), os.fstat(descriptor))
 
 
 def write_bytes(path: Path, content: bytes) -> None:

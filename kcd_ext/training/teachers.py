@@ -1,5 +1,6 @@
 """Where a teacher comes from: a trained run, a file of weights, or a network that is still to be trained."""
 
+import io
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -104,12 +105,11 @@ def read(path: Path) -> dict[str, Tensor]:
         ValueError: it holds anything else.
         OSError: it cannot be read.
     """
-    with open(path, "rb"):  # readers of formats have errors of their own for files that are not there
-        pass
+    content = path.read_bytes()  # readers of formats have errors of their own, and no path that is no text in UTF-8
     try:
         if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path)
-        held = torch.load(path, map_location="cpu", weights_only=True)
+            return safetensors.torch.load(content)
+        held = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # each format has exceptions of its own, and torch's advises to execute the file
         raise ValueError(f"{path} cannot be read as weights: damaged, or more than tensors in it") from error
     for wrapper in WRAPPERS:

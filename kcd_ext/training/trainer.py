@@ -84,7 +84,8 @@ def distill(
 
     Raises:
         TypeError, ValueError: an argument does not fit. What one sample shows is checked before anything is written.
-        FileExistsError: `output` holds a run and `resume` is False, or files of something else.
+        FileExistsError: `output` holds a run and `resume` is False, or files of something else, or another process is
+            running there.
         FloatingPointError: the loss or a weight is no longer finite; the last checkpoint is intact.
         OSError: a file cannot be written; those of the last epoch are intact.
     """
@@ -99,7 +100,10 @@ def distill(
         if output is not None:
             check_storable("student", student)
         identity = identity_of(recipe, teacher, train, test, accelerator) if output is not None else {}
-        folder = RunFolder(Path(output), identity, resume) if output is not None else None
+        folder = None
+        if output is not None:
+            opened = RunFolder.opened(Path(output), identity, resume, accelerator.is_main_process)
+            folder = stack.enter_context(opened)
         stack.enter_context(_frozen(teacher))
         stack.callback(method.release)
         run = _Run(accelerator, student, teacher, method, train, test, recipe, classes)
