@@ -653,6 +653,25 @@ def test_unfinished_runs_are_called_so(shelf, here, capfd):
     assert row[1] == f"{third['accuracy']:.2f}" and row[3] == f"{third['sample_visits']:,}"
 
 
+def test_a_report_of_a_folder_of_runs_takes_names_as_they_are(shelf, here, capfd):
+    """What matplotlib would set as a formula, what no file can hold, and a data set of other size."""
+    runs = here / "runs"
+    for source, folder, name in (("kd", "b", "kd"), ("two/seed-5", "c", "$\\foo$ <b>"), ("two/seed-6", "d", "\\ud800")):
+        shutil.copytree(shelf / source, runs / folder)
+        replaced("summary.json", f'"method": "{"kd" if folder == "b" else "kc-kd"}"', f'"method": "{name}"')(
+            runs / folder
+        )
+    replaced("config.json", '"train": 1083', '"train": 3000')(runs / "b")
+    assert cli.main(["report", "runs", "--output", "new/folder/page.html"]) == 0
+    error = capfd.readouterr().err
+    page = Page(here / "new" / "folder" / "page.html")
+    assert error == "" and [row[0] for row in page.rows[1:4]] == ["kd", "$\\foo$ <b>", "?"]
+    assert not any("%" in cell for row in page.rows[1:4] for cell in row[3:5])  # of other data there is no percentage
+    assert page.headings[1] == "Results, seeds 4, 5, 6"
+    ids = re.findall(r' id="([^"]*)"', (here / "new" / "folder" / "page.html").read_text())
+    assert len(ids) == len(set(ids)) > 100
+
+
 def replaced(name, old, new):
     def change(folder):
         text = (folder / name).read_text()
@@ -678,6 +697,7 @@ def replaced(name, old, new):
         (replaced("metrics.jsonl", '"counts"', '"count"'), "condensation without a histogram of values"),
         (lambda folder: (folder / "metrics.jsonl").write_text(""), "nothing to report: no epoch has ended in "),
         (lambda folder: (folder / "summary.json").write_text("{}"), "summary.json is damaged: it has no result"),
+        (lambda folder: ((folder / "metrics.jsonl").unlink(), os.mkfifo(folder / "metrics.jsonl")), "is no file"),
     ],
 )
 def test_a_damaged_run_is_one_line(change, message, home, here, capfd):
@@ -696,7 +716,7 @@ def test_a_damaged_run_is_one_line(change, message, home, here, capfd):
         ([], "kcd report needs the folder of a run"),
         (["nowhere"], "nowhere is no folder of a run"),
         (["{two}", "--output", "page"], "output must end in .html, got page"),
-        (["{two}", "--output", "nowhere/page.html"], "No such file or directory: nowhere/page.html"),
+        (["{two}", "--output", "/proc/page.html"], "/proc/page.html"),
     ],
 )
 def test_bad_input_of_a_report(arguments, message, home, here, capfd):

@@ -12,9 +12,9 @@ from ..environment import versions
 from . import report, runs
 from .identity import FREE
 from .runs import Run
-from .summary import Summary, as_text, cells
+from .summary import as_text, cells
 
-REFERENCE = "teacher"
+REFERENCE, BASELINE = "teacher", "kd"
 APART = (*FREE, "seed")  # of a recipe: what runs of one group may differ in
 
 
@@ -26,7 +26,7 @@ class Report:
     """
 
     runs: Annotated[Positional[tuple[Path, ...]], arg(metavar="RUN [RUN ...]")]
-    """Folders of kcd distill, kcd teacher, kcd demo or kcd_ext.training.distill."""
+    """Folders of kcd distill, kcd teacher, kcd demo or kcd_ext.training.distill, or a folder of such folders."""
     output: Path = Path("report.html")
     """The page. A picture of the same name is written beside it."""
 
@@ -52,6 +52,7 @@ class Report:
             raise ValueError(f"nothing to report: no epoch has ended in {', '.join(map(str, self.runs))}")
         notes = [f"Unfinished: {run.unfinished}." for group in groups.values() for run in group.runs if run.unfinished]
         differences = _differences(groups)
+        baseline = BASELINE if _on_one_set(groups) else ""
         report.write(
             self.output,
             title=_title(groups),
@@ -64,11 +65,9 @@ class Report:
             },
             notes=notes,
             differences=differences,
+            baseline=baseline,
         )
-        self._print(summaries, notes, differences)
-
-    def _print(self, summaries: Sequence[Summary], notes: Sequence[str], differences: Sequence[Sequence[str]]) -> None:
-        for table in filter(None, (cells(summaries), differences)):
+        for table in filter(None, (cells(summaries, baseline), differences)):
             print(as_text(table), end="\n\n")
         for note in notes:
             print(note)
@@ -139,6 +138,11 @@ def _differences(groups: Mapping[str, _Group]) -> list[list[str]]:
     differ = [name for name in names if len({str(group.settings.get(name)) for group in groups.values()}) > 1]
     rows = [[label, *(_shown(group.settings.get(name)) for name in differ)] for label, group in groups.items()]
     return [["run", *differ], *rows] if differ else []
+
+
+def _on_one_set(groups: Mapping[str, _Group]) -> bool:
+    """Whether visits of all can be compared: of as many samples of one data set."""
+    return len({(str(group.settings.get("dataset")), group.settings.get("train")) for group in groups.values()}) == 1
 
 
 def _common(groups: Mapping[str, _Group]) -> dict[str, object]:

@@ -4,6 +4,7 @@ import base64
 import html
 import io
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,8 +80,9 @@ def write(
     ranking: Sequence[RankedImage] = (),
     notes: Sequence[str] = (),
     differences: Sequence[Sequence[str]] = (),
+    baseline: str = "kd",
 ) -> None:
-    """Writes the page, and its picture beside it as .png.
+    """Writes the page, and its picture beside it as .png, in a folder that is made where there is none.
 
     Args:
         page: the HTML file.
@@ -91,11 +93,13 @@ def write(
         ranking: training images, the most valuable first.
         notes: sentences about the results.
         differences: a table, its header first, of what differs between the methods.
+        baseline: the method whose visits are a hundred percent; empty where there is none to compare with.
 
     Raises:
         OSError: a file cannot be written.
     """
-    runs = _Runs(summaries, reference)
+    runs = _Runs(summaries, reference, baseline)
+    page.parent.mkdir(parents=True, exist_ok=True)
     write_bytes(page, _page(title, runs, ranking, config, notes, differences).encode())
     write_bytes(page.with_suffix(".png"), _picture(runs, ranking))
 
@@ -103,8 +107,8 @@ def write(
 class _Runs:
     """The runs by method, averaged over seeds epoch by epoch."""
 
-    def __init__(self, summaries: Sequence[Summary], reference: str):
-        self.summaries = summaries
+    def __init__(self, summaries: Sequence[Summary], reference: str, baseline: str):
+        self.table = cells(summaries, baseline)
         self.groups: dict[str, list[Summary]] = {}
         for summary in summaries:
             self.groups.setdefault(summary.method, []).append(summary)
@@ -143,7 +147,8 @@ def _draw_accuracy(axes: Axes, runs: _Runs, against: str, label: str) -> None:
         axes.axhline(level, color="#333333", linestyle="--", linewidth=1, label=runs.reference[0].method)
     axes.set(xlabel=label, ylabel="test accuracy, %")
     axes.xaxis.set_major_formatter(lambda x, _position: _short(x))
-    axes.legend(loc="lower right", frameon=False)
+    for text in axes.legend(loc="lower right", frameon=False).get_texts():
+        text.set_parse_math(False)  # $ in a name is a dollar
 
 
 def _short(number: float) -> str:
@@ -178,12 +183,12 @@ def _figure(width: float, height: float, columns: int = 1, rows: Sequence[float]
     return figure, axes
 
 
-def _svg(figure: Figure) -> str:
-    """The figure as an element of a page, without the head that a file of its own has."""
+def _svg(figure: Figure, name: str) -> str:
+    """The figure as an element of a page, without the head that a file of its own has; `name` keeps its ids apart."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})
     text = buffer.getvalue()
-    return text[text.index("<svg") :]
+    return re.sub(r'( id="|href="#|url\(#)', rf"\1{name}-", text[text.index("<svg") :])
 
 
 def _picture(runs: _Runs, ranking: Sequence[RankedImage]) -> bytes:
@@ -245,7 +250,9 @@ def _page(
     differences: Sequence[Sequence[str]],
 ) -> str:
     seeds = list(dict.fromkeys(run.seed for method in runs.drawn for run in runs.groups[method]))
-    over = f"{'mean ± standard deviation over seeds' if len(seeds) > 1 else 'seed'} {', '.join(map(str, seeds))}"
+    over = f"{'seeds' if len(seeds) > 1 else 'seed'} {', '.join(map(str, seeds))}"
+    if any(len(runs.groups[method]) > 1 for method in runs.drawn):
+        over = f"mean ± standard deviation over {over}"
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -256,7 +263,7 @@ def _page(
 </head>
 <body><main>
 <h1>{html.escape(title)}</h1>
-<section class="wide"><h2>Results, {over}</h2>{_table(cells(runs.summaries))}
+<section class="wide"><h2>Results, {over}</h2>{_table(runs.table)}
 {"".join(f'<p class="note">{html.escape(note)}</p>' for note in notes)}
 <p class="note">Accuracy on the test set, after the last epoch and in the best one. A sample visit is one sample
  trained on once; a teacher visit one that the teacher was asked about; percentages are of KD's. FLOPs are estimated: a
@@ -266,7 +273,8 @@ def _page(
 {_section_of_curves(runs, "sample_visits", "sample visits", "sample visits")}
 {_section_of_curves(runs, "seconds", "seconds", "seconds of training")}
 {_section_of_curves(runs, "flops", "FLOPs", "floating-point operations of training") if runs.flops_known else ""}
-{"".join(_section_of_values(method, runs) for method in runs.stages)}</div>{_images(ranking) if ranking else ""}
+{"".join(_section_of_values(f"values-{i}", method, runs) for i, method in enumerate(runs.stages))}
+</div>{_images(ranking) if ranking else ""}
 <section><h2>Configuration</h2><pre>{html.escape(json.dumps(config, indent=2))}</pre></section>
 </main></body>
 </html>
@@ -281,13 +289,13 @@ def _section_of_differences(table: Sequence[Sequence[str]]) -> str:
 def _section_of_curves(runs: _Runs, against: str, name: str, label: str) -> str:
     figure, (axes,) = _figure(5.6, 3.8)
     _draw_accuracy(axes, runs, against, label)
-    return f"<section><h2>Accuracy against {name}</h2>{_svg(figure)}</section>"
+    return f"<section><h2>Accuracy against {name}</h2>{_svg(figure, against)}</section>"
 
 
-def _section_of_values(method: str, runs: _Runs) -> str:
+def _section_of_values(name: str, method: str, runs: _Runs) -> str:
     figure, (axes,) = _figure(5.6, 3.8)
     _draw_values(axes, runs.stages[method])
-    return f"""<section><h2>Knowledge values of {html.escape(method)}, stage by stage</h2>{_svg(figure)}
+    return f"""<section><h2>Knowledge values of {html.escape(method)}, stage by stage</h2>{_svg(figure, name)}
 <p class="note">How the values of all samples visited so far are spread when a stage ends. A value is the student's
  mean entropy over its visits to the sample (seed {runs.groups[method][0].seed}).</p></section>"""
 

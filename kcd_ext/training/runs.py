@@ -10,6 +10,8 @@ from .summary import Summary
 
 # In the folder of several seeds, and in that of a demo.
 PLACES = ("seed-*/config.json", "checkpoint/seed-*/*/config.json")
+# In a folder that holds such folders.
+FURTHER = ("*/config.json", *(f"*/{place}" for place in PLACES))
 COUNTS = ("sample_visits", "teacher_visits")
 NUMBERS = ("accuracy", "seconds")
 MAY_LACK = {"flops": None, "condensation_seconds": 0.0}  # of every number: what takes its place
@@ -32,7 +34,7 @@ class Run:
         """What tables call it."""
         recipe = self.config["recipe"]
         name = self.config.get("label") or recipe.get("name") or recipe.get("method")
-        return self.summary.method if self.summary is not None else str(name)
+        return self.summary.method if self.summary is not None else _readable(name)
 
     @property
     def seed(self) -> int:
@@ -47,15 +49,18 @@ class Run:
 
 
 def find(path: Path) -> list[Path]:
-    """The folders of the runs in `path`: itself, those of its seeds, or those of a demo.
+    """The folders of the runs in `path`: itself, those of its seeds, those of a demo, or all in a folder of such.
 
     Raises ValueError where there is none.
     """
     if _is_run(path / "config.json"):
         return [path]
-    found = [config.parent for place in PLACES for config in path.glob(place) if _is_run(config)]
-    if not found:
-        raise ValueError(f"{path} is no folder of a run, of several seeds or of a demo")
+    for places in (PLACES, FURTHER):
+        found = [config.parent for place in places for config in path.glob(place) if _is_run(config)]
+        if found:
+            break
+    else:
+        raise ValueError(f"{path} is no folder of a run, of several seeds or of a demo, nor of such folders")
     return sorted(found, key=lambda folder: [(len(part), part) for part in folder.parts])  # seed-9 before seed-10
 
 
@@ -80,7 +85,7 @@ def read(folder: Path) -> Run:
 def config_of(folder: Path) -> dict:
     """Its config.json. Raises ValueError where that is damaged, or not of a run; OSError where it cannot be read."""
     path = folder / "config.json"
-    config = _object(path, path.read_bytes())
+    config = _object(path, _content(path))
     recipe, about = config.get("recipe"), config.get("about") or {}
     if not isinstance(recipe, dict):
         raise ValueError(f"{path} is not that of a run: it has no recipe")
@@ -124,9 +129,9 @@ def _label(path: Path) -> str:
     """What a finished run is called."""
     if not path.exists():
         return ""
-    results = _object(path, path.read_bytes()).get("results")
+    results = _object(path, _content(path)).get("results")
     try:
-        return str(results[0]["method"])
+        return _readable(results[0]["method"])
     except (TypeError, LookupError) as error:
         raise ValueError(f"{path} is damaged: it has no result") from error
 
@@ -136,7 +141,7 @@ def _history(path: Path) -> list[dict]:
     if not path.exists():
         return []
     lines = []
-    for epoch, text in enumerate(path.read_bytes().splitlines(), 1):
+    for epoch, text in enumerate(_content(path).splitlines(), 1):
         line = _object(path, text)
         if line.get("epoch") != epoch:
             raise ValueError(f"{path} is damaged: line {epoch} is not of epoch {epoch}")
@@ -181,6 +186,17 @@ def _number(path: Path, holder: Mapping, name: str, kind: type) -> int | float:
     if not abs(value) <= sys.float_info.max:  # NaN, infinity, or an integer that no float holds
         raise ValueError(f"{path} is damaged: {name} must be a finite number")
     return value
+
+
+def _content(path: Path) -> bytes:
+    if path.exists() and not path.is_file():  # a pipe, which would be waited for
+        raise ValueError(f"{path} is no file")
+    return path.read_bytes()
+
+
+def _readable(name: object) -> str:
+    """Without halves of characters, which JSON may hold and nobody can write."""
+    return str(name).encode(errors="replace").decode()
 
 
 def _object(path: Path, text: bytes) -> dict:

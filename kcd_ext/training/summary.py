@@ -111,9 +111,9 @@ def as_text(table: Sequence[Sequence[str]]) -> str:
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
-def cells(summaries: Iterable[Summary]) -> list[tuple[str, ...]]:
+def cells(summaries: Iterable[Summary], baseline: str = "kd") -> list[tuple[str, ...]]:
     """`tabulate` as plain text, its header first."""
-    return [astuple(row) for row in (HEADER, *tabulate(summaries))]
+    return [astuple(row) for row in (HEADER, *tabulate(summaries, baseline))]
 
 
 def _spread(numbers: Sequence[float], form: str) -> str:
