@@ -15,6 +15,7 @@ from ..registry import one_line
 from .images import ImageData, assemble
 
 TEST = ("test", "val")
+ORIENTATION = 0x0112  # EXIF's tag
 WIDE = ("I", "F")  # PIL modes, and the beginnings of some, whose numbers do not fit 8 bits
 WIDE_CHANNELS = re.compile(r";16[BLN]")  # in what PIL calls the numbers in a file, of 16 bits, where its mode has 8
 
@@ -126,14 +127,25 @@ def _pixels(pictures: list[Picture], mode: str, size: tuple[int, int], first: Pa
 
 def _upright(path: Path, mode: str) -> Any:
     """The image as people see it, in this mode."""
-    from PIL import ImageOps
+    from PIL.Image import Transpose
 
+    # By EXIF's number; 1 is upright. (ImageOps.exif_transpose writes the other tags back, which fails for some.)
+    turns = {
+        2: Transpose.FLIP_LEFT_RIGHT,
+        3: Transpose.ROTATE_180,
+        4: Transpose.FLIP_TOP_BOTTOM,
+        5: Transpose.TRANSPOSE,
+        6: Transpose.ROTATE_270,
+        7: Transpose.TRANSVERSE,
+        8: Transpose.ROTATE_90,
+    }
     with _opened(path) as image:
+        image.load()  # EXIF can stand behind the pixels
         try:
-            turned = ImageOps.exif_transpose(image)
+            turn = turns.get(image.getexif().get(ORIENTATION))
         except SyntaxError:  # what is there in the place of EXIF is none; viewers do not mind
-            turned = image
-        return turned.convert(mode)
+            turn = None
+        return (image if turn is None else image.transpose(turn)).convert(mode)
 
 
 @contextmanager
