@@ -15,7 +15,7 @@ from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch.utils.data import DataLoader, Dataset
 
-from kcd_ext.condensation import CondensedSampler, KnowledgeCondenser, RandomCondenser, make_images, mix_images
+from kcd_ext.condensation import CondensedSampler, KnowledgeCondenser, RandomCondenser, mix_images
 from kcd_ext.condensation.mixing import overwrite
 from kcd_ext.data import IndexedDataset
 
@@ -117,13 +117,8 @@ def tied_values(seed):
 
 
 def assert_made_at_once(condenser, images, authors):
-    """`make_images` and `mix` give every mix as the authors' array has it; no other sample is mixed."""
-    raw = torch.from_numpy(images)
-    samples, made = make_images(raw, condenser.recipes)
-    assert samples.dtype == torch.int64 and made.dtype == torch.uint8
-    assert samples.tolist() == sorted(condenser.recipes)
-    assert np.array_equal(raw.index_copy(0, samples, made), authors.images)
-    assert np.array_equal(condenser.mix(raw), authors.images)
+    """`mix` gives every mix as the authors' array has it; no other sample is mixed."""
+    assert np.array_equal(condenser.mix(torch.from_numpy(images)), authors.images)
 
 
 # --- The authors' rules --------------------------------------------------------------------------------------------
@@ -564,8 +559,8 @@ def test_random_control_has_the_same_sizes_and_its_ranking_depends_on_seed_and_s
 # --- The sampler ---------------------------------------------------------------------------------------------------
 
 
-def condensed(n=103, keep=0.6, seed=0):
-    condenser = KnowledgeCondenser(n, keep=keep, every=1, stages=2)
+def condensed(n=103, keep=0.6, seed=0, **options):
+    condenser = KnowledgeCondenser(n, keep=keep, every=1, stages=2, **options)
     for epoch in range(2):
         generator = torch.Generator().manual_seed(seed + epoch)
         condenser.update(torch.arange(n), torch.rand(n, generator=generator))
@@ -736,42 +731,23 @@ def test_a_recipe_that_shares_its_parts_is_made_part_by_part():
     assert np.array_equal(image, images[0])
 
 
+@pytest.mark.parametrize("convex", [True, False])
 @pytest.mark.parametrize("shape", [(7, 6, 3), (300_000,), (5,), ()])
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_mixes_made_at_once_are_those_made_one_by_one(dtype, shape):
-    """Any recipes: of any weights, of shared parts and parts of equal look, as deep as they come, and raw ones."""
-    random, count = np.random.default_rng(1), 150 if shape != (300_000,) else 6
-    pixels = random.integers(0, 256, (20, *shape))
+def test_mixes_made_at_once_are_those_made_one_by_one(dtype, shape, convex):
+    count = 60 if shape != (300_000,) else 12
+    pixels = np.random.default_rng(1).integers(0, 256, (count, *shape))
     images = (
         torch.from_numpy(pixels).to(torch.uint8) if dtype == torch.uint8 else torch.from_numpy(pixels / 255).to(dtype)
     )
     images = images.repeat_interleave(2, dim=0)[::2]  # not contiguous
-    recipes = {}
-    for sample in random.permutation(1000)[:count].tolist():
-        chosen = [*range(20), *recipes.values()]
-        first, second = (chosen[int(random.integers(len(chosen)))] for _ in range(2))
-        own = [float(random.random() * 2)] if random.random() < 0.3 else []
-        recipes[sample] = (first, second, float(random.random()), *own) if random.random() < 0.9 else first
-    before = images.clone()
-    samples, made = make_images(images, recipes)
-    assert torch.equal(images, before) and samples.tolist() == sorted(recipes)
-    assert made.dtype == dtype and made.shape == (count, *shape)
+    before, condenser = images.clone(), condensed(n=count, convex=convex)
+    mixed = condenser.mix(images)
+    assert torch.equal(images, before) and len(condenser.recipes) > count // 8
     dataset = IndexedDataset([(image, 0) for image in images])
-    for sample, image in zip(samples.tolist(), made, strict=True):
-        assert torch.equal(image, dataset[sample, recipes[sample]][0])
-
-
-def test_mixes_made_at_once_may_be_nested_without_end():
-    """Two to the power of 5000 leaves, and deeper than Python's recursion goes; then none at all."""
-    images, recipe, expected = torch.tensor([[200, 7], [0, 255]], dtype=torch.uint8), 0, np.float32([200, 7])
-    for level in range(5000):
-        recipe = (recipe, recipe, 0.5, 0.5) if level % 7 else (recipe, 1, 0.25)
-        parts = (0.5, expected, 0.5) if level % 7 else (0.75, np.float32([0, 255]), 0.25)
-        expected = np.floor(np.float32(parts[0]) * expected + np.float32(parts[2]) * parts[1])
-    samples, made = make_images(images, {9: recipe, 3: 1})
-    assert (samples.tolist(), made.tolist()) == ([3, 9], [[0, 255], expected.tolist()])
-    samples, made = make_images(images, {})
-    assert (samples.shape, made.shape, made.dtype) == ((0,), (0, 2), torch.uint8)
+    for sample in range(count):
+        recipe = condenser.recipes.get(sample)
+        assert torch.equal(mixed[sample], dataset[sample if recipe is None else (sample, recipe)][0])
 
 
 @pytest.mark.parametrize("convex", [True, False])
@@ -821,10 +797,6 @@ def test_the_kept_set_by_index_is_not_to_be_written_to():
 def test_mixes_made_on_a_gpu_are_those_of_the_cpu(dtype):
     condenser = condensed(n=500)
     images = (torch.rand(500, 9, 9, 3) * (255 if dtype == torch.uint8 else 1)).to(dtype)
-    samples, made = make_images(images, condenser.recipes)
-    on_gpu, made_there = make_images(images.cuda(), condenser.recipes)
-    assert on_gpu.is_cuda and torch.equal(on_gpu.cpu(), samples)
-    assert made_there.is_cuda and torch.equal(made_there.cpu(), made)
     assert torch.equal(condenser.mix(images.cuda()).cpu(), condenser.mix(images))
 
 
@@ -917,15 +889,6 @@ def test_bad_updates_are_named_and_record_nothing(index, value, error, message):
             ValueError,
             r"shape \(2,\) and .* shape \(3,\)",
         ),
-        (
-            lambda c: make_images(np.zeros((9, 2)), {}),
-            TypeError,
-            r"images must be a tensor of shape \(N, ...\), got ndarray",
-        ),
-        (lambda c: make_images(torch.zeros(()), {}), TypeError, r"got shape \(\)"),
-        (lambda c: make_images(torch.ones(9, dtype=int), {1: (0, 1, 0.5)}), TypeError, "int64 cannot be mixed"),
-        (lambda c: make_images(torch.ones(9), {1: (0, 9, 0.5)}), IndexError, r"images in \[0, 9\), got 0 to 9"),
-        (lambda c: make_images(torch.ones(9), {1: -1}), IndexError, "got -1 to -1"),
         (lambda c: c.mix(np.zeros((9, 2))), TypeError, r"images must be a tensor of shape \(N, ...\), got ndarray"),
         (lambda c: c.mix(torch.zeros(8, 2)), ValueError, r"images must have shape \(9, ...\), got \(8, 2\)"),
         (lambda c: c.mix(torch.zeros(())), ValueError, r"got \(\)"),

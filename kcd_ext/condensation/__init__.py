@@ -4,7 +4,7 @@ from .condensation import Condensation
 from .condenser import KnowledgeCondenser
 from .control import RandomCondenser
 from .infobatch import InfoBatch
-from .mixing import make_images, mix_images
+from .mixing import mix_images
 from .sampler import CondensedSampler
 
 __all__ = [
@@ -13,6 +13,5 @@ __all__ = [
     "InfoBatch",
     "KnowledgeCondenser",
     "RandomCondenser",
-    "make_images",
     "mix_images",
 ]

@@ -13,7 +13,7 @@ they are.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import TypeAlias
 
 import numpy as np
@@ -136,79 +136,6 @@ def _independent(mixed: list[int], partner: list[int]) -> Iterator[slice]:
             start, written = position, set()
         written.add(sample)
     yield slice(start, len(mixed))
-
-
-def make_images(images: Tensor, recipes: Mapping[int, Recipe]) -> tuple[Tensor, Tensor]:
-    """The images of many recipes at once, bit for bit what `IndexedDataset` makes of them one by one.
-
-    A part that recipes share (the same tuple, as in `KnowledgeCondenser.recipes`) is made once, and all mixes of one
-    depth are made together. In between it holds the raw images that are asked for and every part.
-
-    Args:
-        images: (N, ...) raw images, uint8 or floating point, on any device. They are not changed.
-        recipes: sample -> what its image is made of, as `KnowledgeCondenser.recipes`.
-
-    Returns:
-        samples: (m,) int64 on the device of `images`, the keys of `recipes`, ascending.
-        made: (m, ...) their images, of the dtype and on the device of `images`.
-
-    Raises:
-        TypeError: `images` is no tensor, or of a dtype that cannot be mixed.
-        IndexError: a recipe names an image that is not in [0, N).
-    """
-    if not isinstance(images, Tensor) or images.ndim < 1:
-        got = f"shape {tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
-        raise TypeError(f"images must be a tensor of shape (N, ...), got {got}")
-    samples = sorted(recipes)
-    levels = _levels(recipes.values())
-    mixes = [mix for level in levels for mix in level]
-    parts = [part for mix in mixes for part in mix[:2]] + [recipes[sample] for sample in samples]
-    needed = sorted({part for part in parts if not isinstance(part, tuple)})
-    if needed and not 0 <= needed[0] <= needed[-1] < len(images):
-        raise IndexError(f"recipes must name images in [0, {len(images)}), got {needed[0]} to {needed[-1]}")
-    # The raw images that are needed and behind them the mixes, level by level: a level reads only what is before it.
-    pool = images.new_empty((len(needed) + len(mixes), *images.shape[1:]))
-    pool[: len(needed)] = images.index_select(0, _rows(needed).to(images.device))
-    place_of_raw = {index: row for row, index in enumerate(needed)}
-    place_of_mix = {id(mix): row for row, mix in enumerate(mixes, len(needed))}
-    rows = _rows([place_of_mix[id(part)] if isinstance(part, tuple) else place_of_raw[part] for part in parts])
-    first, second = rows[: 2 * len(mixes)].view(-1, 2).unbind(1)
-    target = torch.arange(len(needed), len(pool), device="cpu")
-    weight = torch.tensor([mix[2] for mix in mixes], dtype=torch.float64, device="cpu")
-    own = torch.tensor([mix[3] if len(mix) == 4 else 1.0 - mix[2] for mix in mixes], dtype=torch.float64, device="cpu")
-    sizes = [len(level) for level in levels]
-    for level in zip(*(part.split(sizes) for part in (target, first, second, weight, own)), strict=True):
-        _blend_rows(pool, *level)
-    made = pool.index_select(0, rows[2 * len(mixes) :].to(images.device))
-    return _rows(samples).to(images.device), made
-
-
-def _rows(numbers: list[int]) -> Tensor:
-    return torch.tensor(numbers, dtype=torch.int64, device="cpu")
-
-
-def _levels(recipes: Iterable[Recipe]) -> list[list[tuple]]:
-    """The different mixes in `recipes`, each once, by depth: what a mix is made of is in the levels before its own.
-
-    Mixes are told apart by identity. Without recursion, so that they can be nested as deep as one likes.
-    """
-    depth: dict[int, int] = {}
-    levels: list[list[tuple]] = []
-    waiting = [recipe for recipe in recipes if isinstance(recipe, tuple)]
-    while waiting:
-        mix = waiting.pop()
-        if id(mix) in depth:
-            continue
-        missing = [part for part in mix[:2] if isinstance(part, tuple) and id(part) not in depth]
-        if missing:
-            waiting += (mix, *missing)
-            continue
-        level = 1 + max(depth.get(id(mix[0]), -1), depth.get(id(mix[1]), -1))  # a raw image has no depth
-        depth[id(mix)] = level
-        if level == len(levels):
-            levels.append([])
-        levels[level].append(mix)
-    return levels
 
 
 def _blend_rows(images: Tensor, target: Tensor, first: Tensor, second: Tensor, weight: Tensor, own: Tensor) -> None:

@@ -86,7 +86,7 @@ class CondensedSampler(Sampler):
         return ((index, recipes.get(sample, sample)) for index, sample in zip(indices, samples, strict=True))
 
     def order(self) -> tuple[np.ndarray, np.ndarray]:
-        """What `iter(self)` would yield now, as arrays: for a loop whose images lie on the device (`make_images`).
+        """What `iter(self)` would yield now, as arrays: for a loop whose images lie on the device (`KnowledgeCondenser.mix`).
 
         Returns:
             index: (n,) int64 original indices, -1 where the entry is a repeat that only pads: for `update`.

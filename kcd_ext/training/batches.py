@@ -119,7 +119,8 @@ class ResidentFeed:
     def _mix(self) -> None:
         """The images as they are at this stage: where there are mixes, a copy with them."""
         if self._stage != self.condenser.stage:
-            self._stage, self._current = self.condenser.stage, self.condenser.mix(self.images)
+            self._stage, self._current = self.condenser.stage, self.images  # lets go of the last stage's first
+            self._current = self.condenser.mix(self.images)
 
 
 def _share(count: int, rank: int, world_size: int) -> tuple[np.ndarray, np.ndarray]:
