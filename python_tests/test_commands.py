@@ -489,6 +489,11 @@ BAD = [
         "teacher_lr=0.1 has no effect with teacher .*, which is trained",
     ),
     (["--output", ""], "--output must not be empty"),
+    (
+        ["--condense.selection", "random"],
+        "condense.selection='random' has no effect with condense.keep=1: take --method kc-kd",
+    ),
+    (["--condense.every", "2", "--condense.batch-keep", "0.5"], "condense.every=2 has no effect with condense.keep=1"),
     (["--teacher="], "--teacher must not be empty"),
     (["--precision", "int8"], "precision must be auto, float32, bfloat16, float16, got 'int8'"),
     pytest.param(

@@ -41,6 +41,7 @@ def network(seed, width=6):
 
 METHODS = {
     "kd": {},
+    "pkt": {},
     "crd": {"negatives": 12, "dimension": 5},
     "sskd": {"head_epochs": 12, "head_lr": 0.02},
 }

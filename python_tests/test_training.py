@@ -1,5 +1,6 @@
 """The trainer against a loop written out by hand, killed processes, and everything a run promises to leave alone."""
 
+import copy
 import json
 import math
 import os
@@ -387,6 +388,27 @@ def test_a_method_that_keeps_the_teacher_does_not_train_it():
     assert all(parameter.requires_grad and parameter.grad is None for parameter in teacher.parameters())
 
 
+class Tunes(Keeper):
+    """Trains a copy of the teacher."""
+
+    def prepare(self, student, teacher, samples):
+        self.teacher = copy.deepcopy(teacher)
+        Tunes.seen = self.teacher.state_dict()
+
+    def forward(self, student, teacher, batch):
+        logits = student(batch.x)
+        loss = functional.cross_entropy(logits + self.teacher(batch.x), batch.label)
+        return Outcome(loss, logits.detach(), methods.entropy(logits))
+
+
+def test_a_copy_of_the_teacher_may_be_trained():
+    teacher = normalised(2)
+    before = copy.deepcopy(teacher.state_dict())
+    distill(normalised(), teacher, Blobs(40), Blobs(20), recipe(method=f"{__name__}:Tunes"))
+    assert all(torch.equal(before[name], tensor) for name, tensor in teacher.state_dict().items())
+    assert not torch.equal(before["0.weight"], Tunes.seen["0.weight"])
+
+
 def test_a_torchscript_teacher_is_asked_and_counted():
     summary = distill(network(1), torch.jit.script(network(2).eval()), Blobs(40), Blobs(20), recipe(epochs=1))
     plain = distill(network(1), network(2), Blobs(40), Blobs(20), recipe(epochs=1))
@@ -417,6 +439,9 @@ class Says(Method):
         (lambda o, step: replace(o, loss=o.loss[None]), ValueError, r"must give loss of shape \(\), got \(1,\)"),
         (lambda o, step: replace(o, loss=o.loss.detach()), ValueError, "must give loss with a gradient"),
         (lambda o, step: replace(o, value=o.value.mean()), ValueError, r"must give value of shape \(6,\), got \(\)"),
+        (lambda o, step: replace(o, value=o.value.long()), TypeError, "must give value of a floating-point dtype"),
+        (lambda o, step: replace(o, logits=None), ValueError, r"must give logits \(6, classes\).*got NoneType"),
+        (lambda o, step: replace(o, terms=[]), TypeError, "must give terms as a mapping, got list"),
         (lambda o, step: replace(o, value=None), ValueError, r"must give value of shape \(6,\), got NoneType"),
         (lambda o, step: replace(o, value=o.value * o.loss), ValueError, "must give value without a gradient"),
         (lambda o, step: replace(o, terms={"t": 1.0}), ValueError, r"must give terms\['t'\] of shape \(\), got float"),
@@ -622,6 +647,13 @@ def test_what_a_checkpoint_cannot_hold_is_said_first(tmp_path):
         distill(student, network(2), Blobs(20), Blobs(20), recipe(), output=tmp_path)
     assert not [*tmp_path.iterdir()]
     distill(student, network(2), Blobs(20), Blobs(20), recipe())
+    with pytest.raises(TypeError, match="method must have a state_dict of tensors to be written, got dict"):
+        distill(network(), network(2), Blobs(20), Blobs(20), recipe(method=f"{__name__}:Keeps"), output=tmp_path)
+    assert not [*tmp_path.iterdir()]
+
+
+class Keeps(Keeper):
+    get_extra_state, set_extra_state = Remembers.get_extra_state, Remembers.set_extra_state
 
 
 def relabelled(size, seed=0):
@@ -908,13 +940,6 @@ class Broken(nn.Linear):
         ({"train": 5}, {}, TypeError, "train: dataset must have a length"),
         ({"test": []}, {}, ValueError, "test must hold at least one sample"),
         ({}, {"method": "pkd"}, ValueError, "unknown method 'pkd': take ce, crd, kd, pkt, sskd"),
-        (
-            {},
-            {"condense": Condense(1, selection="random")},
-            ValueError,
-            "condense.selection='random' has no effect with",
-        ),
-        ({}, {"condense": Condense(1, every=3, batch_keep=0.5)}, ValueError, "condense.every=3 has no effect with"),
         ({}, {"precision": "float16"}, ValueError, "precision 'float16' needs CUDA, and the device is cpu"),
         ({}, {"options": {"temperature": 0.0}}, ValueError, "temperature must be a finite number > 0"),
         ({}, {"options": {"temprature": 1.0}}, TypeError, "temprature"),

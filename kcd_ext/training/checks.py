@@ -1,5 +1,7 @@
 """What is found out about data and networks before anything is trained."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, default_collate
@@ -81,17 +83,22 @@ def check_outcome(outcome: Outcome, batch: Batch, measure: str, method: str) -> 
     """Raises TypeError or ValueError where a method's outcome is not what `Outcome` says; looks at no number."""
     if not isinstance(outcome, Outcome):
         raise TypeError(f"method {method!r} must give an Outcome, got {type(outcome).__name__}")
+    if not isinstance(outcome.terms, Mapping):
+        raise TypeError(f"method {method!r} must give terms as a mapping, got {type(outcome.terms).__name__}")
     shapes = {"loss": (outcome.loss, ()), measure: (getattr(outcome, measure), (len(batch.label),))}
     shapes |= {f"terms[{name!r}]": (term, ()) for name, term in outcome.terms.items()}
     for name, (tensor, shape) in shapes.items():
         if not isinstance(tensor, Tensor) or tensor.shape != shape:
             got = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
             raise ValueError(f"method {method!r} must give {name} of shape {shape}, got {got}")
+        if name == measure and not tensor.is_floating_point():
+            raise TypeError(f"method {method!r} must give {name} of a floating-point dtype, got {tensor.dtype}")
         if tensor.requires_grad != (name == "loss"):
             raise ValueError(f"method {method!r} must give {name} {'with' if name == 'loss' else 'without'} a gradient")
-    if outcome.logits.dim() != 2 or len(outcome.logits) != len(batch.label) or outcome.logits.requires_grad:
-        got = tuple(outcome.logits.shape)
-        raise ValueError(f"method {method!r} must give logits ({len(batch.label)}, classes), detached, got {got}")
+    logits, rows = outcome.logits, len(batch.label)
+    if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != rows or logits.requires_grad:
+        got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ValueError(f"method {method!r} must give logits ({rows}, classes), detached, got {got}")
 
 
 def check_gradients(parameters: dict[str, nn.Parameter]) -> None:

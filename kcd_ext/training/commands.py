@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -78,6 +78,14 @@ class Said(Recipe):
         method = self.method.removeprefix(CONDENSED)
         if not method:
             raise ValueError(f"method must be named after {CONDENSED}, as in {CONDENSED}kd, got {self.method!r}")
+        if method == self.method and not self.condense.shrinks_the_set:  # where keep is 1 because nobody gave it
+            for option in fields(self.condense):
+                chosen = getattr(self.condense, option.name)
+                if option.name not in ("keep", "batch_keep") and chosen != option.default:
+                    raise ValueError(
+                        f"condense.{option.name}={chosen!r} has no effect with condense.keep=1: "
+                        f"take --method {CONDENSED}{method}, or a --condense.keep < 1"
+                    )
         return replace(self, method=method)
 
 

@@ -67,19 +67,6 @@ class Condense:
         """Whether an epoch visits fewer samples than there are."""
         return self.keep < 1
 
-    def check_effect(self) -> None:
-        """Raises ValueError where an option is given that does nothing while the set stays whole.
-
-        Not when it is written down: a command fills in a `keep` that goes with other options after those are read.
-        """
-        if not self.shrinks_the_set:
-            for option in fields(self):
-                chosen = getattr(self, option.name)
-                if option.name not in ("keep", "batch_keep") and chosen != option.default:
-                    raise ValueError(
-                        f"condense.{option.name}={chosen!r} has no effect with condense.keep=1: take a keep < 1"
-                    )
-
     def build(self, num_samples: int, *, seed: int, device: object, epochs: int) -> KnowledgeCondenser:
         """The condenser of a training set of this many samples, for a run of this many epochs.
 

@@ -4,12 +4,20 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 def is_sharded(network: nn.Module) -> bool:
     """Whether it came from `torch.distributed.fsdp.fully_shard`."""
-    return any(isinstance(parameter, DTensor) for parameter in network.parameters())
+    return any(isinstance(module, FSDPModule) for module in network.modules())
+
+
+def reshard(network: nn.Module) -> None:
+    """Cuts what a forward pass has put together, and left so at the root, into pieces again: those are trained."""
+    for module in network.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -104,10 +104,10 @@ def distill(
         if output is not None:
             opened = RunFolder.opened(Path(output), identity, resume, accelerator.is_main_process)
             folder = stack.enter_context(opened)
-        stack.enter_context(_frozen(teacher))
         stack.callback(method.release)
-        run = _Run(accelerator, student, teacher, method, train, test, recipe, classes)
+        run = _Run(accelerator, student, teacher, method, train, test, recipe, classes, stack)
         if folder is not None:
+            check_storable("method", method)
             run.check_all_see(folder)
             if (found := folder.take()) is not None:
                 run.restore(found)
@@ -132,7 +132,6 @@ def distill(
 
 def build_method(recipe: Recipe) -> Method:
     """The recipe's method; raises TypeError or ValueError where it cannot serve the recipe."""
-    recipe.condense.check_effect()
     keep = recipe.condense.batch_keep
     if "batch_keep" in recipe.options:
         raise ValueError(
@@ -186,7 +185,9 @@ class _Run:
         test: IndexedDataset | ImageSet,
         recipe: Recipe,
         classes: int,
+        stack: ExitStack,
     ):
+        """`stack` ends with the run, and gives back what is taken here."""
         self.accelerator = accelerator
         self.classes = classes
         self.recipe = recipe
@@ -208,6 +209,10 @@ class _Run:
         self.flops = tuple(None if net is None else forward_flops(net, x) for net in (student, teacher))
         method.prepare(student.to(device), teacher, _Plain(self.feed, recipe.batch_size))
         method.to(device)
+        for network in filter(None, (student, teacher)):
+            sharding.reshard(network)
+        # From here on, so that a copy that the method has made may be trained, and the teacher as a part of it is not.
+        stack.enter_context(_frozen(teacher))
         self.pretraining = method.pretraining()
         if self.pretraining is not None:
             self.pretraining.part.requires_grad_(True)
