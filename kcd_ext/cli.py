@@ -80,7 +80,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parse(arguments: list[str]) -> Callable[[], None]:
     """What the arguments ask for, ready to be called. Only runs are the work of several processes together."""
     for before, argument in zip(["", *arguments], arguments, strict=False):
-        if not argument or (argument.startswith("--") and argument.endswith("=")):
+        # The value of an option of the method may be empty; it stands behind the option's name.
+        if (not argument and (not before or before.startswith("-"))) or re.fullmatch("--[^=]*=", argument):
             raise ValueError(f"{argument[:-1] or before or 'the command'} must not be empty")
     alone = processes.number() == 0
     if arguments == ["--version"]:

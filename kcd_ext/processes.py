@@ -1,4 +1,4 @@
-"""Several processes that run one command (torchrun, accelerate launch): the first one speaks for all."""
+"""Several processes that run one command (torchrun, accelerate launch, mpirun): the first one speaks for all."""
 
 import os
 import re
@@ -7,6 +7,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 BAD_INPUT = 2  # the exit code
+# What torch's launchers and MPI's say, in the order in which Accelerate looks for it. MPI's counts where MASTER_ADDR says that
+# processes are to meet: others start runs that have nothing to do with each other by it.
+SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
 LOST = re.compile(  # of gloo's, NCCL's and the store's messages
     "connection closed|connection was lost|pair closure|socket closed|reset by peer|broken pipe|remote process exited",
     re.IGNORECASE,
@@ -15,14 +19,19 @@ LOST = re.compile(  # of gloo's, NCCL's and the store's messages
 
 def number() -> int:
     """Of this process among those of the command; 0 where it is the only one."""
-    rank = os.environ.get("RANK", "0") if count() > 1 else "0"
-    return int(rank) if rank.isdecimal() else 0
+    return _said_by(RANKS, 0) if count() > 1 else 0
 
 
 def count() -> int:
     """Of the processes of the command."""
-    size = os.environ.get("WORLD_SIZE", "1")
-    return int(size) if size.isdecimal() else 1
+    return _said_by(SIZES, 1)
+
+
+def _said_by(names: tuple[str, ...], otherwise: int) -> int:
+    of_torch, *of_mpi = names
+    names = (of_torch, *(of_mpi if "MASTER_ADDR" in os.environ else ()))
+    said = next((os.environ[name] for name in names if name in os.environ), "")
+    return int(said) if said.isdecimal() else otherwise
 
 
 def is_left_alone(error: RuntimeError) -> bool:

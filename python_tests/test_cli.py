@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 
-from kcd_ext import __version__, cli
+from kcd_ext import __version__, cli, processes
 from kcd_ext.data.images import ImageData, ImageSet, load
 from kcd_ext.data.views import Views
 from kcd_ext.training import checkpoint
@@ -438,6 +438,21 @@ def test_of_a_lost_process_only_its_own_words_are_left(monkeypatch, capfd):
     monkeypatch.setenv("WORLD_SIZE", "1")
     with pytest.raises(RuntimeError, match="closed by peer"):
         cli.main([])
+
+
+def test_launchers_are_understood(monkeypatch):
+    for name in (*processes.SIZES, *processes.RANKS, "MASTER_ADDR"):
+        monkeypatch.delenv(name, raising=False)
+
+    def seen(**variables):
+        with monkeypatch.context() as patch:
+            for name, value in variables.items():
+                patch.setenv(name, value)
+            return processes.number(), processes.count()
+
+    assert seen() == seen(RANK="1") == seen(PMI_RANK="1", PMI_SIZE="2") == (0, 1)  # the last: runs side by side
+    assert seen(RANK="1", WORLD_SIZE="3", PMI_RANK="0", PMI_SIZE="2", MASTER_ADDR="here") == (1, 3)
+    assert seen(OMPI_COMM_WORLD_RANK="1", OMPI_COMM_WORLD_SIZE="2", MASTER_ADDR="here") == (1, 2)
 
 
 @pytest.mark.parametrize("command", ["info", "demo", "report", "--version"])

@@ -204,6 +204,20 @@ def test_who_is_killed_leaves_the_folder_to_others(tmp_path):
     assert entered(storage.alone_in(tmp_path / "run"))
 
 
+def test_what_was_forked_inside_does_not_keep_others_out(tmp_path):
+    with storage.alone_in(tmp_path / "run"):
+        child = os.fork()
+        if child == 0:
+            time.sleep(60)
+            os._exit(0)
+        (tmp_path / "run" / "begun").write_text("")
+    try:
+        assert elsewhere(lambda: entered(storage.alone_in(tmp_path / "run")))
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
 def test_where_folders_cannot_be_locked_everybody_enters(tmp_path, monkeypatch):
     def fails(number):
         def flock(descriptor, operation):

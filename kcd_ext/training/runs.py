@@ -55,11 +55,10 @@ def find(path: Path) -> list[Path]:
     """
     if _is_run(path / "config.json"):
         return [path]
-    for places in (PLACES, FURTHER):
-        found = [config.parent for place in places for config in path.glob(place) if _is_run(config)]
-        if found:
-            break
-    else:
+    found = [config.parent for place in PLACES for config in path.glob(place) if _is_run(config)]
+    if not found:
+        found = [config.parent for place in FURTHER for config in path.glob(place) if _may_be_run(config)]
+    if not found:
         raise ValueError(f"{path} is no folder of a run, of several seeds or of a demo, nor of such folders")
     return sorted(found, key=lambda folder: [(len(part), part) for part in folder.parts])  # seed-9 before seed-10
 
@@ -123,6 +122,14 @@ def _summary(method: str, seed: int, lines: list[dict]) -> Summary:
 
 def _is_run(config: Path) -> bool:
     return config.is_file() and isinstance(_object(config, config.read_bytes()).get("recipe"), dict)
+
+
+def _may_be_run(config: Path) -> bool:
+    """Where files of others are to be expected."""
+    try:
+        return _is_run(config)
+    except ValueError:
+        return False
 
 
 def _label(path: Path) -> str:

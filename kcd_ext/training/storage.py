@@ -23,8 +23,8 @@ def alone_in(folder: Path) -> Iterator[None]:
     """Inside, nobody else is. The folder is made where there is none, and taken away again if nothing came into it.
 
     Who is alone there may enter again: the run of a command that has entered its folder. The lock is the kernel's, on
-    the folder itself: no file is left, it moves with the folder, and it ends with the process however that ends. Where
-    folders cannot be locked everybody enters.
+    the folder itself: no file is left, it moves with the folder, and if the process is killed it ends with it and those
+    it has forked. Where folders cannot be locked everybody enters.
 
     Raises:
         FileExistsError: another process, or another thread, is inside.
@@ -45,10 +45,13 @@ def alone_in(folder: Path) -> Iterator[None]:
             yield
         finally:
             _inside.reset(token)
-            if _is_at(folder, descriptor):
-                with suppress(OSError):  # not empty
-                    for path in made:
-                        path.rmdir()
+            if os.getpid() == name[0]:  # not a process that was forked inside, and ends here
+                if _is_at(folder, descriptor):
+                    with suppress(OSError):  # not empty
+                        for path in made:
+                            path.rmdir()
+                with suppress(OSError):  # closing it does not do where a forked process holds it too
+                    fcntl.flock(descriptor, fcntl.LOCK_UN)
     finally:
         os.close(descriptor)
 
