@@ -205,7 +205,7 @@ class Reproduce:
         name = f"reproduce-{data.name}{part}-{self.pair}-{self.epochs}-epochs"
         text = f"""# {self.pair}, {data.name}{part.replace("-", " ")}, {self.epochs} epochs, {len(seeds)} seeds
 
-`{shlex.join(["python", "benchmarks/reproduce.py", *sys.argv[1:]])}`
+`{command()}`
 
 Teacher {teacher["accuracy_last"]:.2f} %. Mean ± standard deviation over seeds; "minus KD" is the mean of the differences to KD of
 the same seed (same weights and order of samples at the start) ± its standard error.
@@ -216,7 +216,7 @@ the same seed (same weights and order of samples at the start) ± its standard e
         self.results.mkdir(parents=True, exist_ok=True)
         write_bytes(self.results / f"{name}.md", text.encode())
         content = {
-            "command": sys.argv,
+            "command": command(),
             "environment": {name: fact for name, fact in environment.describe().items() if name != "executable"},
             "pair": self.pair,
             "epochs": self.epochs,
@@ -228,6 +228,11 @@ the same seed (same weights and order of samples at the start) ± its standard e
         }
         write_json(self.results / f"{name}.json", content)
         print(text)
+
+
+def command() -> str:
+    """That which is running, as one types it in the source folder."""
+    return shlex.join(["python", "benchmarks/reproduce.py", *sys.argv[1:]])
 
 
 def lr_of(pair: str) -> str:
