@@ -31,8 +31,9 @@ class ValueTable:
         self._values = torch.zeros(num_samples, dtype=torch.float64, device=home)
         self._counts = torch.zeros(num_samples, dtype=torch.int64, device=home)
         self._non_finite = torch.zeros(num_samples, dtype=torch.int64, device=home)
-        # A row a sample: sum of values, visits, values left out. One more row takes what belongs to no sample.
-        self._pending = torch.zeros(num_samples + 1, 3, dtype=torch.float64, device=home)
+        # A row a sample: sum of values, entries, values left out. Two more take entries that are of no sample: those that
+        # lay outside, and, as the last one, those at SKIP.
+        self._pending = torch.zeros(num_samples + 2, 3, dtype=torch.float64, device=home)
 
     @property
     def values(self) -> Tensor:
@@ -47,7 +48,7 @@ class ValueTable:
     @property
     def counts(self) -> Tensor:
         """(N,) int64: visits of every sample, this rank's pending ones included."""
-        return self._counts + self._pending[:-1, 1].long()
+        return self._merged(self._pending)[1]
 
     @property
     def non_finite(self) -> int:
@@ -61,7 +62,7 @@ class ValueTable:
 
     def add(self, index: Tensor, value: Tensor) -> None:
         """Adds visits: `index` (b,) int64, `value` (b,) of any float dtype. See `KnowledgeCondenser.update`."""
-        _check_batch(index, value, self.num_samples)
+        inside = _check_batch(index, value, self.num_samples)
         if not self._placed:
             self._move(value.device)
         device = self._pending.device
@@ -70,14 +71,12 @@ class ValueTable:
         index = index.to(device, non_blocking=in_stream)
         value = value.detach().to(device, torch.float64, non_blocking=in_stream)
 
-        inside = index.clamp(0, self.num_samples - 1) == index
-        usable = inside & (value.abs() <= LARGEST_VALUE)  # false for NaN and infinities too
-        left_out = inside ^ usable
-        counted = left_out ^ (index != SKIP)  # what is neither inside nor SKIP too, in the row of no sample
-        row = index.clamp(SKIP, self.num_samples)  # at either end it is the last one, of no sample
-        visit = torch.stack((torch.where(usable, value, 0.0), counted, left_out), dim=1)
+        if not inside:
+            index = torch.where(index < SKIP, self.num_samples, index).clamp(max=self.num_samples)
+        usable = value.abs() <= LARGEST_VALUE  # false for NaN and infinities
+        visit = torch.stack((torch.where(usable, value, 0.0), torch.ones_like(value), ~usable), dim=1)
         # Of the ways to add with repeated rows this one sums in a fixed order on the CPU and on CUDA alike.
-        self._pending.index_put_((row,), visit, accumulate=True)
+        self._pending.index_put_((index,), visit, accumulate=True)
 
     def fold(self, group: object = None) -> list[str]:
         """Merges the pending visits, summed over `group` (None: this process alone) by exactly one all-reduce.
@@ -88,7 +87,7 @@ class ValueTable:
         if group is not None:
             pending = pending.clone()
             torch.distributed.all_reduce(pending, group=group)
-        new, lost = int(pending[:-1, 2].sum()), int(pending[-1, 1])
+        new, lost = int(pending[:-2, 2].sum()), int(pending[-2, 1])
         non_finite = self._left_out(pending) if new else self._non_finite
         warnings = self._warnings(non_finite, new, lost)
         self._values, self._counts = self._merged(pending)
@@ -97,7 +96,7 @@ class ValueTable:
         return warnings
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The four tensors of the table, on the CPU: values, counts, non_finite (N,) and pending (N + 1, 3)."""
+        """The four tensors of the table, on the CPU: values, counts, non_finite (N,) and pending (N + 2, 3)."""
         return {name: getattr(self, f"_{name}").detach().cpu().clone() for name in STATE}
 
     def check_state(self, state: dict) -> None:
@@ -118,8 +117,8 @@ class ValueTable:
 
     def _merged(self, pending: Tensor) -> tuple[Tensor, Tensor]:
         """Values and counts, with these visits in them."""
-        sums, visits, _ = pending[:-1].unbind(dim=1)
-        visits = visits.long()
+        sums, entries, left_out = pending[:-2].unbind(dim=1)
+        visits = (entries - left_out).long()
         counts = self._counts + visits
         return self._updated(sums, visits, counts), counts
 
@@ -130,7 +129,7 @@ class ValueTable:
 
     def _left_out(self, pending: Tensor) -> Tensor:
         """How many values of every sample were not finite, these visits' included."""
-        return self._non_finite + pending[:-1, 2].long()
+        return self._non_finite + pending[:-2, 2].long()
 
     def _warnings(self, non_finite: Tensor, new: int, lost: int) -> list[str]:
         warnings = []
@@ -171,7 +170,8 @@ def check_tensor(name: str, tensor: object, dtype: torch.dtype, shape: tuple[int
         raise ValueError(f"state_dict['{name}'] must be {takes}, got {tensor.dtype} of shape {tuple(tensor.shape)}")
 
 
-def _check_batch(index: object, value: object, num_samples: int) -> None:
+def _check_batch(index: object, value: object, num_samples: int) -> bool:
+    """Whether all indices are known to lie inside: where they are on the CPU. Raises what `add` does."""
     for name, tensor in (("index", index), ("value", value)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor of shape (b,), got {type(tensor).__name__}")
@@ -190,3 +190,4 @@ def _check_batch(index: object, value: object, num_samples: int) -> None:
                 f"index must lie in [0, {num_samples}), or be {SKIP} for an entry to skip; "
                 f"got values from {low} to {high}"
             )
+    return index.device.type == "cpu"
