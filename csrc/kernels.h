@@ -67,8 +67,9 @@ struct RowOutputs {
 struct Gradient {
   const void* stats;         // as written by the forward pass
   const uint8_t* selected;   // bool, one a row
+  uint8_t* written;          // rows whose gradient stands already, as if they were selected; null: none
   const void* row_weight;    // accumulator's type; null: 1
-  const void* grad_output;   // accumulator's type; one a row where grad_output_stride is 1, one in all where it is 0
+  const void* grad_output;   // accumulator's type; one a row where grad_output_stride is 1, one in all where it is 0; null: 1
   int64_t grad_output_stride;
   double kd_factor, ce_factor;   // kd_weight T / |S| and ce_weight / n_valid
   Logits out;                    // the student's type; may be the student's own memory
@@ -80,7 +81,9 @@ namespace cpu {
 // The kernels of one instruction set; a call does rows [begin, end) on the calling thread.
 struct Kernels {
   const char* name;
-  void (*forward)(const Problem&, const RowOutputs&, int64_t begin, int64_t end);
+  // With a gradient it writes that of every row it reads with its teacher, where it can do so from the exponentials at hand, and
+  // says so in `written`; which rows are selected is not known yet.
+  void (*forward)(const Problem&, const RowOutputs&, const Gradient*, int64_t begin, int64_t end);
   void (*backward)(const Problem&, const Gradient&, int64_t begin, int64_t end);
 };
 

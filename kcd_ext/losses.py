@@ -43,7 +43,8 @@ def condensed_kd_loss(
         loss = ce_weight * mean_valid CE_i + kd_weight * T² * mean_S row_weight_i * KL(p_i || q_i).
 
     One read of the logits gives loss, values and selection; the backward pass reads selected rows only (with labels, valid
-    ones too).  Selection by the student's entropy is Knowledge Condensation Distillation's (Li et al., ECCV 2022, Eq. 7).
+    ones too). On the CPU, where at least half of the rows are selected, that one read gives the gradient as well.
+    Selection by the student's entropy is Knowledge Condensation Distillation's (Li et al., ECCV 2022, Eq. 7).
 
     Args:
         student_logits: (..., C), float32, float64, float16 or bfloat16; differentiable. Read in place where the classes of
@@ -122,17 +123,36 @@ def condensed_kd_loss(
     else:
         _refuse_transforms(student)
         compute = _eager if group is None else _over_group
-    loss, ranked, stats, selected, counts, backward = compute(student, inputs, value_kind, options, group)
+    gradient = None
+    if compute is _eager and differentiable and not inplace and _writes_gradient(student, options):
+        out = ops.condensed_kd_with_gradient(student.detach(), *inputs, *options.keep, value_kind, *options.operators)
+        loss, ranked, stats, selected, counts, gradient = out
+        backward = options.operators
+    else:
+        loss, ranked, stats, selected, counts, backward = compute(student, inputs, value_kind, options, group)
     if differentiable and backward is not None:
         teacher, labels, _, row_weight, rows = inputs
         saved = (teacher, labels, row_weight, rows, selected, stats, counts)
-        loss = ops.with_gradient(loss, student, saved, backward, inplace)
+        loss = ops.with_gradient(loss, student, saved, backward, inplace, gradient)
     return (loss, _knowledge(ranked, stats, selected, value)) if return_knowledge else loss
 
 
 # Three ways to compute one loss: (student, (teacher, labels, score, row_weight, rows), value, options, group) -> loss, values,
 # stats, selected, counts of the selected and of the valid rows, and what the backward operator needs beside them (None where the
 # loss carries its derivative).
+
+
+def _writes_gradient(student: Tensor, options: LossOptions) -> bool:
+    """Whether the forward pass writes the gradient too, from exponentials it has at hand.
+
+    On the CPU, and where at least half of the rows are selected: it writes all rows before it knows which. Not in float16,
+    whose gradient may need the factor of the backward pass to have digits at all.
+    """
+    per_row = options.operators[-2] == ops.REDUCTION_NONE  # with a factor a row
+    if per_row or student.dtype == torch.float16 or not ops.writes_gradient_ahead(student):
+        return False
+    fraction, count = options.keep
+    return 2 * count >= student.numel() // student.shape[-1] if count else fraction >= 0.5
 
 
 def _eager(student: Tensor, inputs: tuple[Tensor, ...], value: int, options: LossOptions, _: None):

@@ -3,6 +3,8 @@
 The operators themselves are in csrc/torch/ops.cpp.  They take a tensor that is absent as an empty one of dtype bool.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,7 @@ _WITH_CUDA = bool(build_info["cuda_architectures"]) and torch.version.hip is Non
 
 condensed_kd = torch.ops.kcd_ext.condensed_kd.default
 condensed_kd_forward = torch.ops.kcd_ext.condensed_kd_forward.default
+condensed_kd_with_gradient = torch.ops.kcd_ext.condensed_kd_with_gradient.default  # on the CPU alone
 condensed_kd_backward = torch.ops.kcd_ext.condensed_kd_backward.default
 condensed_kd_gradient = torch.ops.kcd_ext.condensed_kd_gradient.default
 condensed_kd_gradient_ = torch.ops.kcd_ext.condensed_kd_gradient_.default
@@ -40,6 +43,11 @@ def absent(like: Tensor) -> Tensor:
 def has_kernels_for(logits: Tensor) -> bool:
     """Whether this build has kernels for the device the logits are on."""
     return logits.is_cpu or (_WITH_CUDA and logits.is_cuda)
+
+
+def writes_gradient_ahead(logits: Tensor) -> bool:
+    """Whether `condensed_kd_with_gradient` is there for the device the logits are on."""
+    return logits.is_cpu
 
 
 def accumulator_of(student: Tensor) -> torch.dtype:
@@ -71,6 +79,11 @@ def _fake_forward(student, teacher, labels, score, row_weight, rows, *options):
     value, stats = _fake_rows(student, score)
     loss = _fake_loss(student, reduction=options[-2])
     return loss, value, stats, _per_row(student, torch.bool), student.new_empty(2, dtype=torch.int64)
+
+
+@torch.library.register_fake(condensed_kd_with_gradient)
+def _fake_forward_with_gradient(student, *arguments):
+    return *_fake_forward(student, *arguments), student.new_empty(student.shape)
 
 
 @torch.library.register_fake(condensed_kd_backward)
@@ -141,7 +154,9 @@ class GradientOfStudent(torch.autograd.Function):
     @staticmethod
     def forward(ctx, student: Tensor, computed: tuple) -> Tensor:
         """The loss, out of what `with_gradient` puts together: in a tuple, since autograd handles every tensor it sees."""
-        loss, saved, ctx.constants, ctx.options, ctx.inplace = computed
+        loss, saved, ctx.constants, ctx.options, ctx.inplace, ctx.gradient = computed
+        ctx.ahead = ctx.gradient is not None
+        ctx.scales = student.dtype != torch.bfloat16
         ctx.save_for_backward(student, *saved)
         ctx.set_materialize_grads(False)
         return loss
@@ -151,9 +166,16 @@ class GradientOfStudent(torch.autograd.Function):
         """The gradient with respect to the student's logits, (..., C) in their dtype."""
         if grad_output is None:
             return None, None
-        student, *saved = ctx.saved_tensors  # raises where an earlier backward pass overwrote the logits
-        if ctx.constants:
-            saved = [constant if x is None else x for x, constant in zip(saved, ctx.constants, strict=True)]
+        if ctx.ahead and not torch.is_grad_enabled():
+            factor = grad_output.item()  # on the CPU nothing waits for it
+            # bfloat16 would be rounded once more; what is not finite would make rows NaN that are not selected.
+            if factor == 1 or (math.isfinite(factor) and ctx.scales):
+                gradient, ctx.gradient = ctx.gradient, None  # handed over, once
+                if gradient is None:  # another backward pass through a graph that is kept: the same bits
+                    student, saved = _saved(ctx)
+                    gradient = condensed_kd_gradient(torch.ones_like(grad_output), student, *saved, *ctx.options)
+                return gradient if factor == 1 else gradient.mul_(factor), None
+        student, saved = _saved(ctx)  # raises where an earlier backward pass overwrote the logits
         grad_output = grad_output.contiguous()
         if ctx.inplace:
             if torch.is_grad_enabled():
@@ -166,11 +188,26 @@ class GradientOfStudent(torch.autograd.Function):
         return gradient(grad_output, student, *saved, *ctx.options), None
 
 
+def _saved(ctx) -> tuple[Tensor, list[Tensor]]:
+    """The student's logits, and the others in the order in which they were given."""
+    student, *saved = ctx.saved_tensors
+    if ctx.constants:
+        saved = [constant if x is None else x for x, constant in zip(saved, ctx.constants, strict=True)]
+    return student, saved
+
+
 # Function.apply handles torch.func's transforms first, which are refused before this is reached.
 _apply_without_transforms = super(torch.autograd.Function, GradientOfStudent).apply
 
 
-def with_gradient(loss: Tensor, student: Tensor, saved: tuple[Tensor, ...], options: tuple, inplace: bool) -> Tensor:
+def with_gradient(
+    loss: Tensor,
+    student: Tensor,
+    saved: tuple[Tensor, ...],
+    options: tuple,
+    inplace: bool,
+    gradient: Tensor | None = None,
+) -> Tensor:
     """The loss, differentiable with respect to the student's logits.
 
     Args:
@@ -179,6 +216,7 @@ def with_gradient(loss: Tensor, student: Tensor, saved: tuple[Tensor, ...], opti
         saved: teacher, labels, row_weight, rows, selected, stats, counts, as the operators take them.
         options: the operators' temperature, kd_weight, ce_weight, ignore_index, reduction and number of processes.
         inplace: whether the gradient overwrites the logits.
+        gradient: that of the loss, where it is at hand.
     """
     constants = None
     if any(map(Tensor.is_inference, saved)):
@@ -186,4 +224,4 @@ def with_gradient(loss: Tensor, student: Tensor, saved: tuple[Tensor, ...], opti
         constants = [x if x.is_inference() else None for x in saved]
         saved = [None if x.is_inference() else x for x in saved]
     apply = GradientOfStudent.apply if torch.compiler.is_compiling() else _apply_without_transforms
-    return apply(student, (loss, saved, constants, options, inplace))
+    return apply(student, (loss, saved, constants, options, inplace, gradient))

@@ -1,6 +1,7 @@
 """One signature over every implementation of the operator: CPU tensors in, CPU tensors out."""
 
 from functools import partial
+from unittest import mock
 
 import torch
 from simt import operators
@@ -32,9 +33,17 @@ def _run_simt(student: Tensor, teacher: Tensor, grad_output: Tensor | None, opti
         return _run(kcd_ext.condensed_kd_loss, "cpu", student, teacher, grad_output, options)
 
 
-# cpu: the kernels of csrc/cpu. reference: plain PyTorch. simt: the kernels of csrc/cuda, executed on the CPU. cuda: on a GPU.
+def _run_apart(student: Tensor, teacher: Tensor, grad_output: Tensor | None, options: dict) -> dict[str, Tensor]:
+    """The gradient in a pass of its own, as where few rows are selected or under torch.compile."""
+    with mock.patch.object(kcd_ext.ops, "writes_gradient_ahead", lambda logits: False):
+        return _run(kcd_ext.condensed_kd_loss, "cpu", student, teacher, grad_output, options)
+
+
+# cpu, cpu_apart: the kernels of csrc/cpu, the gradient written ahead or in a pass of its own. reference: plain PyTorch.
+# simt: the kernels of csrc/cuda, executed on the CPU. cuda: on a GPU.
 BACKENDS = {
     "cpu": partial(_run, kcd_ext.condensed_kd_loss, "cpu"),
+    "cpu_apart": _run_apart,
     "reference": partial(_run, kcd_ext.reference.condensed_kd_loss, "cpu"),
     "simt": _run_simt,
 }

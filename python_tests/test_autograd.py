@@ -1,6 +1,8 @@
 """Derivatives as PyTorch's users rely on them: numeric checks, kept graphs, gradients in place, memory, torch.compile."""
 
 import gc
+import math
+import os
 import subprocess
 import sys
 import textwrap
@@ -70,6 +72,18 @@ def test_a_kept_graph_and_accumulation():
     assert torch.allclose(student.grad, 4 * first, rtol=1e-14, atol=0)
     with pytest.raises(RuntimeError, match="backward through the graph a second time"):
         loss.backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("factor", [1.0, 0.3, 0.0, -2.0, math.inf, math.nan])
+def test_a_gradient_that_is_at_hand_takes_every_factor(dtype, factor):
+    """As the one that a second backward pass computes anew; rows that count for nothing stay 0."""
+    student = (3 * torch.randn(9, 37)).to(dtype).requires_grad_()
+    loss = condensed_kd_loss(student, (3 * torch.randn(9, 37)).to(dtype), keep=0.5)
+    grad_output = torch.tensor(factor, dtype=loss.dtype)
+    first, again = (torch.autograd.grad(loss, student, grad_output, retain_graph=True)[0] for _ in range(2))
+    torch.testing.assert_close(first, again, equal_nan=True)
+    assert (first.abs().sum(1) == 0).sum() == (9 if factor == 0 else 5)
 
 
 def test_the_teacher_is_a_constant():
@@ -232,6 +246,48 @@ def test_memory():
     assert apart - inplace > size * 15 / 16
 
 
+@pytest.mark.parametrize("memory", ["kept", "fresh", "torch"])
+def test_a_large_gradient_is_ones_own_wherever_it_lies(memory):
+    """Held on to it does not change; let go, its memory comes back; other sizes, threads and the end of the process too."""
+    script = """
+import threading, torch
+from kcd_ext import condensed_kd_loss, ops
+def gradient(rows, scale):
+    z = scale * torch.arange(rows * 1000.).reshape(rows, 1000).sin()
+    return torch.autograd.grad(condensed_kd_loss(z.requires_grad_(), z.detach().flip(1), keep=KEEP), z)[0]
+for keep in (0.7, 0.2):
+    KEEP = keep
+    held = [gradient(700, scale) for scale in (1, 2, 3)]
+    copies = [each.clone() for each in held]
+    threads = [threading.Thread(target=lambda: [gradient(rows, 2) for rows in (300, 700, 1000, 9000)]) for _ in range(4)]
+    [thread.start() for thread in threads], [thread.join() for thread in threads]
+    assert all(torch.equal(one, other) for one, other in zip(held, copies)) and not torch.equal(held[0], held[1])
+    places = set()
+    for _ in range(20):
+        places.add(gradient(700, 1).data_ptr())
+    assert torch.equal(gradient(700, 1), copies[0])
+    if ops.build_info["gradient_memory"] == "kept":
+        assert len(places) == 1
+print(ops.build_info["gradient_memory"])
+last = gradient(700, 1)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, env=os.environ | {"KCD_GRADIENT_MEMORY": memory}
+    )
+    old = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11)
+    assert (done.stdout, done.returncode) == ("torch\n" if old else f"{memory}\n", 0), done.stderr
+
+
+def test_a_wrong_kind_of_memory_is_named():
+    done = subprocess.run(
+        [sys.executable, "-c", "import kcd_ext"],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"KCD_GRADIENT_MEMORY": "huge"},
+    )
+    assert "KCD_GRADIENT_MEMORY must be kept, fresh or torch (or unset), got 'huge'" in done.stderr
+
+
 def test_ten_thousand_calls_leak_nothing():
     student, teacher = torch.randn(8, 10, requires_grad=True), torch.randn(8, 10)
     labels, score = torch.arange(8), torch.rand(8)
@@ -277,6 +333,7 @@ def test_opcheck(grad):
     # The others are not meant to be differentiated.
     plain, full = (student.detach(), *plain[1:]), (student.detach(), *full[1:])
     torch.library.opcheck(ops.condensed_kd_forward.default, full)
+    torch.library.opcheck(ops.condensed_kd_with_gradient.default, (*full[:13], 1, 1.0))
     _, _, stats, selected, counts = ops.condensed_kd_forward(*plain)
     options = (4.0, 0.9, 0.1, -100, 0, 2.0)
     backward = (torch.ones(()), plain[0], teacher, labels, ABSENT, ABSENT, selected, stats, counts, *options)

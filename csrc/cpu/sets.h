@@ -15,10 +15,10 @@
 #endif
 
 namespace kcd::cpu {
-#define X(set, name, supported)                                                                \
-  namespace set {                                                                              \
-  void forward(const Problem& problem, const RowOutputs& outputs, int64_t begin, int64_t end); \
-  void backward(const Problem& problem, const Gradient& gradient, int64_t begin, int64_t end); \
+#define X(set, name, supported)                                                                                          \
+  namespace set {                                                                                                        \
+  void forward(const Problem& problem, const RowOutputs& outputs, const Gradient* gradient, int64_t begin, int64_t end); \
+  void backward(const Problem& problem, const Gradient& gradient, int64_t begin, int64_t end);                           \
   }
 KCD_SETS(X)
 #undef X

@@ -108,6 +108,18 @@ KCD_INLINE void stream_fence() {
 #endif
 }
 
+// A product that is rounded before it is added to.  Of a b - c d a compiler may leave either product unrounded, and would choose
+// one in this loop and the other in that; the same numbers are to come out of all of them.
+template <class V>
+KCD_INLINE V rounded(V product) {
+#if defined(__x86_64__)
+  __asm__("" : "+x"(product));
+#elif defined(__aarch64__)
+  __asm__("" : "+w"(product));
+#endif
+  return product;
+}
+
 // How many elements lie before the next address that is a multiple of the vector's size.
 template <class Real>
 KCD_INLINE int64_t elements_to_alignment(const Real* p) {
@@ -159,6 +171,20 @@ KCD_INLINE auto maximum(V v) {
   return greatest;
 }
 #endif
+
+// Two chains, since each step waits for the one before.
+template <class Real>
+KCD_INLINE Real maximum(const Real* x, int64_t n) {
+  const Real least = -Limits<Real>::infinity();
+  Vector<Real> even = broadcast(least), odd = even;
+  int64_t j = 0;
+  for (; j + 2 * kLanes<Real> <= n; j += 2 * kLanes<Real>) {
+    even = greater_of(load(x + j), even);
+    odd = greater_of(load(x + j + kLanes<Real>), odd);
+  }
+  for (; j < n; j += kLanes<Real>) even = greater_of(j + kLanes<Real> <= n ? load(x + j) : load(x + j, n - j, least), even);
+  return maximum(greater_of(odd, even));
+}
 
 // 2^x for x <= 0: exactly 1 at 0 and 0 at -inf, NaN kept, 0 below the smallest normal number.
 //

@@ -58,11 +58,18 @@ using StableIValue = uint64_t;
   X(aoti_torch_create_cuda_guard, (int32_t device_index, CUDAGuardHandle* guard)) \
   X(aoti_torch_delete_cuda_guard, (CUDAGuardHandle guard))
 
+// What came with PyTorch 2.11: null before.
+#define KCD_TORCH_2_11_ABI(X)                                                                                               \
+  X(torch_from_blob, (void* data, int64_t dim, const int64_t* sizes, const int64_t* strides, int64_t offset, int32_t dtype, \
+                      int32_t device_type, int32_t device_index, AtenTensorHandle* tensor, int32_t layout,                  \
+                      const uint8_t* metadata, int64_t metadata_size, void (*deleter)(void* data, void* context), void* context))
+
 #define X(name, args) int32_t name args;
 KCD_TORCH_ABI(X)
 #undef X
 #define X(name, args) __attribute__((weak)) int32_t name args;
 KCD_TORCH_CUDA_ABI(X)
+KCD_TORCH_2_11_ABI(X)
 #undef X
 }
 
@@ -87,17 +94,21 @@ class Tensor {
 
   // A contiguous tensor on the device of `like`.
   static Tensor empty(const int64_t* sizes, int64_t dim, int32_t dtype, const Tensor& like) {
-    constexpr int64_t kMaxDim = 64;   // torch's own limit
-    if (dim > kMaxDim) throw std::runtime_error("kcd_ext: more than 64 dimensions");
-    int64_t strides[kMaxDim] = {}, step = 1;
-    for (int64_t i = dim - 1; i >= 0; --i) {
-      strides[i] = step;
-      step *= sizes[i] > 0 ? sizes[i] : 1;
-    }
+    const Strides strides(sizes, dim);
     AtenTensorHandle handle;
-    KCD_CALL(aoti_torch_empty_strided, dim, sizes, strides, dtype, like.device_type(), like.device_index(), &handle);
+    KCD_CALL(aoti_torch_empty_strided, dim, sizes, strides.of, dtype, like.device_type(), like.device_index(), &handle);
     return Tensor(reinterpret_cast<StableIValue>(handle));
   }
+  // The same over memory of one's own, which `deleter` is called with when torch gives it up.
+  static Tensor over(void* data, const int64_t* sizes, int64_t dim, int32_t dtype, const Tensor& like,
+                     void (*deleter)(void*, void*), void* context) {
+    const Strides strides(sizes, dim);
+    AtenTensorHandle handle;
+    KCD_CALL(torch_from_blob, data, dim, sizes, strides.of, 0, dtype, like.device_type(), like.device_index(), &handle, 0, nullptr,
+             0, deleter, context);
+    return Tensor(reinterpret_cast<StableIValue>(handle));
+  }
+  static bool can_be_over_memory() { return torch_from_blob != nullptr; }
   static Tensor empty(std::initializer_list<int64_t> sizes, int32_t dtype, const Tensor& like) {
     return empty(sizes.begin(), static_cast<int64_t>(sizes.size()), dtype, like);
   }
@@ -125,6 +136,19 @@ class Tensor {
   int32_t device_index() const { return get(aoti_torch_get_device_index); }
 
  private:
+  struct Strides {                           // of a contiguous tensor
+    static constexpr int64_t kMaxDim = 64;   // torch's own limit
+    int64_t of[kMaxDim] = {};
+    Strides(const int64_t* sizes, int64_t dim) {
+      if (dim > kMaxDim) throw std::runtime_error("kcd_ext: more than 64 dimensions");
+      int64_t step = 1;
+      for (int64_t i = dim - 1; i >= 0; --i) {
+        of[i] = step;
+        step *= sizes[i] > 0 ? sizes[i] : 1;
+      }
+    }
+  };
+
   template <class T>
   T get(int32_t (*getter)(AtenTensorHandle, T*)) const {
     T value;

@@ -1,6 +1,7 @@
 // The operators on the CPU: O(rows) bookkeeping here, logits in the kernels of csrc/cpu.
 #include <vector>
 
+#include "cpu/buffer.h"
 #include "cpu/reduce.h"
 #include "torch/call.h"
 
@@ -72,14 +73,14 @@ void rank(const CpuCall& call, const Score* value, const Rows& rows, const uint8
 
 // cross_entropy: where to write it; not null where there are labels.
 Rows read_rows(const CpuCall& call, const Tensor& student, const Tensor& score, Value value, void* cross_entropy,
-               const uint8_t* candidate) {
+               const uint8_t* candidate, const Gradient* gradient = nullptr) {
   const Problem& p = call.problem;
   Rows rows{ranked_like(call, score, student), stats_like(call, student)};
   // The teacher's entropy only ranks: it is written where the ranking is read from.
   const bool by_teacher_entropy = value == Value::teacher_entropy;
   const RowOutputs outputs{rows.stats.mutable_data<void>(), cross_entropy,
                            by_teacher_entropy ? rows.value.mutable_data<void>() : nullptr};
-  call.over_rows([&](int64_t begin, int64_t end) { cpu::kernels().forward(p, outputs, begin, end); });
+  call.over_rows([&](int64_t begin, int64_t end) { cpu::kernels().forward(p, outputs, gradient, begin, end); });
 
   const char* stats = rows.stats.data<char>();
   const int64_t stats_row = p.rows * call.accumulator_bytes();
@@ -122,9 +123,46 @@ Tensor reduce(const Call& call, const LossOptions& options, const Tensor& studen
 
 // ---- the operators
 
-void condensed_kd(StableIValue* stack, uint64_t, uint64_t) {
-  const ForwardCall a{Arguments(stack)};
-  const CpuCall call(a.call());
+// A gradient's memory: torch's or, where it is large, the one that the last gradient left.
+Tensor gradient_like(const Call& call, const Tensor& student) {
+  const size_t bytes = static_cast<size_t>(call.problem.rows * call.problem.classes * size_of(call.problem.student.type));
+  if (bytes < cpu::kLargeBytes || !Tensor::can_be_over_memory() || cpu::gradient_memory() == cpu::Memory::torch)
+    return call.like_student(student);
+  const cpu::Buffer buffer = cpu::take_buffer(bytes);
+  const auto give_back = [](void* data, void* size) { cpu::give_back_buffer({data, reinterpret_cast<size_t>(size)}); };
+  return Tensor::over(buffer.data, student.sizes(), student.dim(), student.dtype(), student, give_back,
+                      reinterpret_cast<void*>(buffer.bytes));
+}
+
+double share(double factor, double divisor) { return divisor > 0 ? factor / divisor : 0.0; }
+
+// A gradient that no cache holds is written past them: the lines it would push out are not fetched first, and stay.
+bool streams(const Problem& p) {
+  constexpr int64_t kStreamingBytes = int64_t{8} << 20;
+  return p.rows * p.classes * size_of(p.student.type) >= kStreamingBytes;
+}
+
+Gradient gradient_of(const Call& call, const LossOptions& options, const Tensor& row_weight, const int64_t* counts,
+                     const Logits& out) {
+  Gradient gradient{};
+  gradient.row_weight = row_weight_of(call, row_weight);
+  gradient.kd_factor = share(options.kd_weight * options.temperature, options.divisor(counts[0]));
+  gradient.ce_factor = share(options.ce_weight, options.divisor(counts[1]));
+  gradient.out = out;
+  gradient.streaming = out.data != call.problem.student.data && streams(call.problem);
+  return gradient;
+}
+
+void write_rows(const CpuCall& call, const Gradient& gradient) {
+  call.over_rows([&](int64_t begin, int64_t end) { cpu::kernels().backward(call.problem, gradient, begin, end); });
+}
+
+// What the operator gives beside the loss; with a gradient, that of the loss too.
+struct Forward {
+  Tensor loss, value, stats, selected, counts;
+};
+
+Forward forward(const ForwardCall& a, const CpuCall& call, const Tensor* out) {
   const Problem& p = call.problem;
   std::vector<uint8_t> candidate(static_cast<size_t>(p.rows));
   Tensor counts = Tensor::empty({2}, dtypes().int64, a.student);
@@ -134,11 +172,37 @@ void condensed_kd(StableIValue* stack, uint64_t, uint64_t) {
 
   std::vector<double> cross_entropy(p.with_labels ? static_cast<size_t>(p.rows) : 0);   // room for either type
   void* cross_entropies = p.with_labels ? cross_entropy.data() : nullptr;
-  Rows rows = read_rows(call, a.student, a.score, a.value, cross_entropies, candidate.data());
+  std::vector<uint8_t> written(out ? static_cast<size_t>(p.rows) : 0);
+  Gradient gradient{};
+  if (out) {
+    gradient = gradient_of(call, a.options, a.row_weight, count, logits_of(*out, out->mutable_data<void>()));
+    gradient.written = written.data();
+  }
+  Rows rows = read_rows(call, a.student, a.score, a.value, cross_entropies, candidate.data(), out ? &gradient : nullptr);
   Tensor selected = call.per_row(dtypes().boolean, a.student);
   select(rows.value, candidate.data(), count[0], selected);
+  if (out) {
+    gradient.stats = rows.stats.data<void>();
+    gradient.selected = selected.data<uint8_t>();
+    write_rows(call, gradient);
+  }
   Tensor loss = reduce(call, a.options, a.student, a.row_weight, selected, rows.stats, cross_entropies, count);
-  give_back(stack, loss, rows.value, rows.stats, selected, counts);
+  return {std::move(loss), std::move(rows.value), std::move(rows.stats), std::move(selected), std::move(counts)};
+}
+
+void condensed_kd(StableIValue* stack, uint64_t, uint64_t) {
+  const ForwardCall a{Arguments(stack)};
+  Forward f = forward(a, CpuCall(a.call()), nullptr);
+  give_back(stack, f.loss, f.value, f.stats, f.selected, f.counts);
+}
+
+void condensed_kd_with_gradient(StableIValue* stack, uint64_t, uint64_t) {
+  const ForwardCall a{Arguments(stack)};
+  const CpuCall call(a.call());
+  require(a.options.reduction != Reduction::none, "the gradient of the rows' losses needs their grad_output");
+  Tensor gradient = gradient_like(call, a.student);
+  Forward f = forward(a, call, &gradient);
+  give_back(stack, f.loss, f.value, f.stats, f.selected, f.counts, gradient);
 }
 
 void row_stats(StableIValue* stack, uint64_t, uint64_t) {
@@ -175,27 +239,18 @@ void write_gradient(const BackwardCall& a, const CpuCall& call, const Logits& ou
   const auto* selected = a.selected.data<uint8_t>();
   for (int64_t i = 0; i < p.rows; ++i)
     require(!selected[i] || p.teacher_row_of(i) >= 0, "selected names a row that the teacher does not hold");
-  // A gradient that no cache holds is written past them: the lines it would push out are not fetched first, and stay.
-  constexpr int64_t kStreamingBytes = int64_t{8} << 20;
-  const bool streaming = out.data != p.student.data && p.rows * p.classes * size_of(p.student.type) >= kStreamingBytes;
-  const int64_t* counts = a.counts.data<int64_t>();
-  const auto share = [](double factor, double divisor) { return divisor > 0 ? factor / divisor : 0.0; };
-  const Gradient gradient{a.stats.data<void>(),
-                          selected,
-                          row_weight_of(call, a.row_weight),
-                          a.grad_output.data<void>(),
-                          a.one_for_all() ? 0 : 1,
-                          share(a.options.kd_weight * a.options.temperature, a.options.divisor(counts[0])),
-                          share(a.options.ce_weight, a.options.divisor(counts[1])),
-                          out,
-                          streaming};
-  call.over_rows([&](int64_t begin, int64_t end) { cpu::kernels().backward(p, gradient, begin, end); });
+  Gradient gradient = gradient_of(call, a.options, a.row_weight, a.counts.data<int64_t>(), out);
+  gradient.stats = a.stats.data<void>();
+  gradient.selected = selected;
+  gradient.grad_output = a.grad_output.data<void>();
+  gradient.grad_output_stride = a.one_for_all() ? 0 : 1;
+  write_rows(call, gradient);
 }
 
 void condensed_kd_backward(StableIValue* stack, uint64_t, uint64_t) {
   const BackwardCall a{Arguments(stack)};
   const CpuCall call(a.call());
-  Tensor out = call.like_student(a.student);
+  Tensor out = gradient_like(call, a.student);
   write_gradient(a, call, logits_of(out, out.mutable_data<void>()));
   give_back(stack, out);
 }
@@ -208,8 +263,8 @@ void condensed_kd_gradient_(StableIValue* stack, uint64_t, uint64_t) {
 }   // namespace
 
 const OperatorKernels& cpu_operators() {
-  static const OperatorKernels kernels{condensed_kd, condensed_kd_backward, condensed_kd_gradient_,
-                                       row_stats,    select_topk,           reduce_rows};
+  static const OperatorKernels kernels{
+      condensed_kd, condensed_kd_with_gradient, condensed_kd_backward, condensed_kd_gradient_, row_stats, select_topk, reduce_rows};
   return kernels;
 }
 

@@ -141,8 +141,8 @@ void condensed_kd_gradient_(StableIValue* stack, uint64_t, uint64_t) {
 }   // namespace
 
 const OperatorKernels& cuda_operators() {
-  static const OperatorKernels kernels{condensed_kd, condensed_kd_backward, condensed_kd_gradient_,
-                                       row_stats,    select_topk,           reduce_rows};
+  static const OperatorKernels kernels{condensed_kd, nullptr,    condensed_kd_backward, condensed_kd_gradient_, row_stats,
+                                       select_topk,  reduce_rows};
   return kernels;
 }
 

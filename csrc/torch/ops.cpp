@@ -5,6 +5,7 @@
 #include <sstream>
 #include <stdexcept>
 
+#include "cpu/buffer.h"
 #include "cuda/launch.h"
 #include "kernels.h"
 #include "torch/call.h"
@@ -16,7 +17,8 @@ namespace {
 void implement(const char* device, const OperatorKernels& kernels) {
   TorchLibraryHandle library;
   KCD_CALL(aoti_torch_library_init_impl, "kcd_ext", device, __FILE__, __LINE__, &library);
-#define X(name, kernel, schema) KCD_CALL(torch_library_impl, library, #name, kernels.kernel, kTorchVersion);
+#define X(name, kernel, schema) \
+  if (kernels.kernel) KCD_CALL(torch_library_impl, library, #name, kernels.kernel, kTorchVersion);
   KCD_OPERATORS(X)
 #undef X
   // The handle is never given back: the registrations live as long as the process.
@@ -34,7 +36,7 @@ std::string list_of(const std::string& words) {
 }   // namespace
 
 void register_operators() {
-  cpu::kernels();   // a wrong KCD_ISA is reported now
+  cpu::kernels(), cpu::gradient_memory();   // a wrong KCD_ISA or KCD_GRADIENT_MEMORY is reported now
   TorchLibraryHandle library;
   if (aoti_torch_library_init_def("kcd_ext", __FILE__, __LINE__, &library) != 0)
     throw std::runtime_error("another copy of kcd_ext's extension is already loaded in this process: import only one of them");
@@ -55,7 +57,8 @@ const std::string& build_info_json() {
     cuda_compiler = cuda::compiler();
     cuda_architectures = cuda::architectures();
 #endif
-    return "{\"version\": " + quoted(KCD_VERSION) + ", \"compiler\": " + quoted(KCD_COMPILER) +
+    return "{\"version\": " + quoted(KCD_VERSION) + ", \"compiler\": " + quoted(KCD_COMPILER) + ", \"gradient_memory\": " +
+           quoted(cpu::name_of(Tensor::can_be_over_memory() ? cpu::gradient_memory() : cpu::Memory::torch)) +
            ", \"instruction_sets\": " + list_of(sets) + ", \"instruction_set_in_use\": " + quoted(cpu::kernels().name) +
            ", \"cuda_compiler\": " + quoted(cuda_compiler) + ", \"cuda_architectures\": " + list_of(cuda_architectures) + "}";
   }();

@@ -2,9 +2,10 @@
 #pragma once
 
 #define KCD_LOSS_OPTIONS "float temperature, float kd_weight, float ce_weight, int ignore_index, int reduction, float ranks"
-#define KCD_FORWARD_SCHEMA                                                                                              \
+#define KCD_FORWARD_SCHEMA(more)                                                                                        \
   "(Tensor student, Tensor teacher, Tensor labels, Tensor score, Tensor row_weight, Tensor rows, float keep_fraction, " \
-  "int keep_count, int value, " KCD_LOSS_OPTIONS ") -> (Tensor loss, Tensor value, Tensor stats, Tensor selected, Tensor counts)"
+  "int keep_count, int value, " KCD_LOSS_OPTIONS                                                                        \
+  ") -> (Tensor loss, Tensor value, Tensor stats, Tensor selected, Tensor counts" more ")"
 #define KCD_BACKWARD_SCHEMA(student, result)                                                   \
   "(Tensor grad_output, " student                                                              \
   " student, Tensor teacher, Tensor labels, Tensor row_weight, Tensor rows, Tensor selected, " \
@@ -14,8 +15,9 @@
 // kcd_ext/ops.py registers, for torch.compile and for whoever calls torch.ops.kcd_ext himself; condensed_kd_forward and
 // condensed_kd_gradient carry none, and spare the eager path the Python in which torch.library wraps a derivative.
 #define KCD_OPERATORS(X)                                                                                                  \
-  X(condensed_kd, condensed_kd, KCD_FORWARD_SCHEMA)                                                                       \
-  X(condensed_kd_forward, condensed_kd, KCD_FORWARD_SCHEMA)                                                               \
+  X(condensed_kd, condensed_kd, KCD_FORWARD_SCHEMA(""))                                                                   \
+  X(condensed_kd_forward, condensed_kd, KCD_FORWARD_SCHEMA(""))                                                           \
+  X(condensed_kd_with_gradient, condensed_kd_with_gradient, KCD_FORWARD_SCHEMA(", Tensor gradient"))                      \
   X(condensed_kd_backward, condensed_kd_backward, KCD_BACKWARD_SCHEMA("Tensor", "Tensor gradient"))                       \
   X(condensed_kd_gradient, condensed_kd_backward, KCD_BACKWARD_SCHEMA("Tensor", "Tensor gradient"))                       \
   X(condensed_kd_gradient_, condensed_kd_gradient_, KCD_BACKWARD_SCHEMA("Tensor(a!)", "()"))                              \

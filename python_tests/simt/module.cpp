@@ -24,7 +24,8 @@ void register_operators() {
   KCD_OPERATORS(X)
 #undef X
   KCD_CALL(aoti_torch_library_init_impl, "kcd_ext_simt", "CPU", __FILE__, __LINE__, &library);
-#define X(name, kernel, schema) KCD_CALL(torch_library_impl, library, #name, cuda_operators().kernel, kTorchVersion);
+#define X(name, kernel, schema) \
+  if (cuda_operators().kernel) KCD_CALL(torch_library_impl, library, #name, cuda_operators().kernel, kTorchVersion);
   KCD_OPERATORS(X)
 #undef X
 }
