@@ -46,8 +46,8 @@ def has_kernels_for(logits: Tensor) -> bool:
 
 
 def writes_gradient_ahead(logits: Tensor) -> bool:
-    """Whether `condensed_kd_with_gradient` is there for the device the logits are on."""
-    return logits.is_cpu
+    """Whether `condensed_kd_with_gradient` is there for these logits: on the CPU, and not for tensors without numbers."""
+    return logits.is_cpu and type(logits) in (Tensor, torch.nn.Parameter)
 
 
 def accumulator_of(student: Tensor) -> torch.dtype:
@@ -167,7 +167,7 @@ class GradientOfStudent(torch.autograd.Function):
         if grad_output is None:
             return None, None
         if ctx.ahead and not torch.is_grad_enabled():
-            factor = grad_output.item()  # on the CPU nothing waits for it
+            factor = grad_output.numpy().item()  # read where it lies: on the CPU there is nothing to wait for
             # bfloat16 would be rounded once more; what is not finite would make rows NaN that are not selected.
             if factor == 1 or (math.isfinite(factor) and ctx.scales):
                 gradient, ctx.gradient = ctx.gradient, None  # handed over, once

@@ -198,6 +198,8 @@ def test_fake_tensors():
         assert loss.shape == () and knowledge.selected.shape == (3, 4)
         index, _ = select_rows(student, keep=0.5)
         assert index.shape == (6,)
+        loss.backward()
+        assert student.grad.shape == student.shape
 
 
 def test_autocast_takes_what_the_model_gives():
