@@ -274,7 +274,11 @@ print(ops.build_info["gradient_memory"])
 last = gradient(700, 1)
 """
     done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, env=os.environ | {"KCD_GRADIENT_MEMORY": memory}
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        cwd="/",
+        env=os.environ | {"KCD_GRADIENT_MEMORY": memory},
     )
     old = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11)
     assert (done.stdout, done.returncode) == ("torch\n" if old else f"{memory}\n", 0), done.stderr
@@ -285,6 +289,7 @@ def test_a_wrong_kind_of_memory_is_named():
         [sys.executable, "-c", "import kcd_ext"],
         capture_output=True,
         text=True,
+        cwd="/",
         env=os.environ | {"KCD_GRADIENT_MEMORY": "huge"},
     )
     assert "KCD_GRADIENT_MEMORY must be kept, fresh or torch (or unset), got 'huge'" in done.stderr
