@@ -166,8 +166,9 @@ class GradientOfStudent(torch.autograd.Function):
         """The gradient with respect to the student's logits, (..., C) in their dtype."""
         if grad_output is None:
             return None, None
-        if ctx.ahead and not torch.is_grad_enabled():
-            factor = grad_output.numpy().item()  # read where it lies: on the CPU there is nothing to wait for
+        # Several incoming gradients at once (is_grads_batched) have no one factor.
+        if ctx.ahead and not torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active():
+            factor = grad_output.detach().numpy().item()  # read where it lies: on the CPU there is nothing to wait for
             # bfloat16 would be rounded once more; what is not finite would make rows NaN that are not selected.
             if factor == 1 or (math.isfinite(factor) and ctx.scales):
                 gradient, ctx.gradient = ctx.gradient, None  # handed over, once

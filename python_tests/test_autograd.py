@@ -86,6 +86,27 @@ def test_a_gradient_that_is_at_hand_takes_every_factor(dtype, factor):
     assert (first.abs().sum(1) == 0).sum() == (9 if factor == 0 else 5)
 
 
+@pytest.mark.parametrize("keep", [0.2, 0.7])
+def test_an_incoming_gradient_may_itself_require_one(keep):
+    student, teacher = torch.randn(9, 37, requires_grad=True), torch.randn(9, 37)
+    loss = condensed_kd_loss(student, teacher, keep=keep)
+    given = torch.tensor(0.5, requires_grad=True)
+    first = torch.autograd.grad(loss, student, given, retain_graph=True)[0]
+    second = torch.autograd.grad(loss, student, given.detach(), retain_graph=True)[0]
+    assert not first.requires_grad and torch.equal(first, second)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("keep", [0.2, 0.7])
+def test_incoming_gradients_in_a_batch(keep):
+    student, teacher = torch.randn(9, 37, requires_grad=True), torch.randn(9, 37)
+    loss = condensed_kd_loss(student, teacher, keep=keep)
+    factors = torch.tensor([1.0, -0.5])
+    (both,) = torch.autograd.grad(loss, student, factors, is_grads_batched=True, retain_graph=True)
+    for factor, gradient in zip(factors, both, strict=True):
+        torch.testing.assert_close(gradient, torch.autograd.grad(loss, student, factor, retain_graph=True)[0])
+
+
 def test_the_teacher_is_a_constant():
     student, teacher = logits(5, 6, 0).requires_grad_(), logits(5, 6, 1).requires_grad_()
     condensed_kd_loss(student, teacher).backward()

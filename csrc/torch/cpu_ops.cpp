@@ -157,7 +157,7 @@ void write_rows(const CpuCall& call, const Gradient& gradient) {
   call.over_rows([&](int64_t begin, int64_t end) { cpu::kernels().backward(call.problem, gradient, begin, end); });
 }
 
-// What the operator gives beside the loss; with a gradient, that of the loss too.
+// What the operator gives.  `out`: where the gradient of the loss goes as well; null: nowhere.
 struct Forward {
   Tensor loss, value, stats, selected, counts;
 };
