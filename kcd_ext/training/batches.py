@@ -41,6 +41,18 @@ def feed_of(
     return LoadedFeed(dataset, device, num_workers)
 
 
+class Samples:
+    """A training set as `Method.prepare` sees it, as often as it asks."""
+
+    def __init__(self, feed: Feed, batch_size: int):
+        self.feed = feed
+        self.batch_size = batch_size
+        self.labels = getattr(feed, "labels", None)  # of images in memory: nobody has to ask for them batch by batch
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self.feed.plain(self.batch_size)
+
+
 def cut(count: int, size: int) -> list[slice]:
     """`count` samples in as many parts as it takes for none to be larger than `size`; no two differ by more than one.
 

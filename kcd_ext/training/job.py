@@ -13,9 +13,8 @@ import torch
 from .. import processes
 from ..data.images import ImageData
 from ..environment import versions
-from ..methods import Batch
 from . import report, runs, storage, teachers
-from .batches import feed_of
+from .batches import Samples, feed_of
 from .checks import check_networks
 from .device import threads
 from .folder import ENTRIES
@@ -68,7 +67,9 @@ class Job:
             check_networks(student, teacher, self.data.train, self.data.test, torch.device("cpu"))
             recipe.condense.build(len(self.data.train), seed=recipe.seed, device="cpu", epochs=recipe.epochs)
             try:
-                method.prepare(student, teacher, _Samples(self.data, recipe.batch_size))
+                method.prepare(
+                    student, teacher, Samples(feed_of(self.data.train, None, torch.device("cpu"), 0), recipe.batch_size)
+                )
             finally:
                 method.release()
 
@@ -234,18 +235,6 @@ def about(
         "student": student,
         "teacher": teacher,
     }
-
-
-class _Samples:
-    """The training set as `Method.prepare` sees it, on the CPU."""
-
-    def __init__(self, data: ImageData, batch_size: int):
-        self.feed = feed_of(data.train, None, torch.device("cpu"), 0)
-        self.batch_size = batch_size
-        self.labels = getattr(self.feed, "labels", None)
-
-    def __iter__(self) -> Iterator[Batch]:
-        return self.feed.plain(self.batch_size)
 
 
 def _note(text: str) -> None:

@@ -20,7 +20,7 @@ from ..data import IndexedDataset
 from ..data.images import ImageSet
 from ..methods import Batch, Method, Outcome
 from . import sharding
-from .batches import cut, feed_of
+from .batches import Samples, cut, feed_of
 from .checkpoint import Checkpoint
 from .checks import check_gradients, check_method, check_networks, check_outcome, check_storable, indexed
 from .device import accelerator_on
@@ -207,7 +207,7 @@ class _Run:
 
         x = next(iter(self.feed.plain(1))).x
         self.flops = tuple(None if net is None else forward_flops(net, x) for net in (student, teacher))
-        method.prepare(student.to(device), teacher, _Plain(self.feed, recipe.batch_size))
+        method.prepare(student.to(device), teacher, Samples(self.feed, recipe.batch_size))
         method.to(device)
         for network in filter(None, (student, teacher)):
             sharding.reshard(network)
@@ -500,18 +500,6 @@ class _Run:
             history=self.history,
             condenser=self.condenser,
         )
-
-
-class _Plain:
-    """The training set as `Method.prepare` sees it, as often as it asks."""
-
-    def __init__(self, feed: object, batch_size: int):
-        self.feed = feed
-        self.batch_size = batch_size
-        self.labels = getattr(feed, "labels", None)  # of images in memory: nobody has to ask for them batch by batch
-
-    def __iter__(self) -> Iterator[Batch]:
-        return self.feed.plain(self.batch_size)
 
 
 def accuracy_of(network: nn.Module, batches: Iterable[Batch], summed: Callable[[list], list[float]]) -> float:
