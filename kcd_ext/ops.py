@@ -166,9 +166,8 @@ class GradientOfStudent(torch.autograd.Function):
         """The gradient with respect to the student's logits, (..., C) in their dtype."""
         if grad_output is None:
             return None, None
-        # Several incoming gradients at once (is_grads_batched) have no one factor.
-        if ctx.ahead and not torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active():
-            factor = grad_output.detach().numpy().item()  # read where it lies: on the CPU there is nothing to wait for
+        if ctx.ahead and not torch.is_grad_enabled():
+            factor = _number(grad_output)
             # bfloat16 would be rounded once more; what is not finite would make rows NaN that are not selected.
             if factor == 1 or (math.isfinite(factor) and ctx.scales):
                 gradient, ctx.gradient = ctx.gradient, None  # handed over, once
@@ -187,6 +186,14 @@ class GradientOfStudent(torch.autograd.Function):
             return student, None
         gradient = condensed_kd_backward if torch.is_grad_enabled() else condensed_kd_gradient
         return gradient(grad_output, student, *saved, *ctx.options), None
+
+
+def _number(grad_output: Tensor) -> float:
+    """Read where it lies: on the CPU there is nothing to wait for. NaN where several come as one (is_grads_batched)."""
+    try:
+        return grad_output.detach().numpy().item()
+    except RuntimeError:
+        return math.nan
 
 
 def _saved(ctx) -> tuple[Tensor, list[Tensor]]:
