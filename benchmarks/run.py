@@ -1,142 +1,234 @@
-"""The whole job, forward and backward, against PyTorch: python benchmarks/run.py [--threads 2] [--shapes 64x100 4096x1000 ...]
+"""The whole job, forward and backward, against PyTorch, with its floor: python benchmarks/run.py [--short]
 
-The job: KL at temperature 4, the student's entropy, the top 70 % of the rows by it, the mean of their KL, the gradient.
-Medians over rounds in which the candidates take turns, in one process; the spread is the middle half of the rounds.  Beside
-the times stands the floor: the bytes that must move (student and teacher read once, the gradient written once) over the
-bandwidth that a triad of arrays of the same size reaches right after.
+The job: KL at temperature 4, the student's entropy, the top 70 % of the rows by it, the mean of their KL, the gradient.  Medians
+and, in parentheses, the middle half of rounds in which the candidates take turns, in one process; every candidate's loss is
+compared with float64 before.  A first look takes half a minute:
+
+    python benchmarks/run.py --short
+
+and everything that there is to say of a machine, into files:
+
+    python benchmarks/run.py --sweep rows classes dtype keep threads --output benchmarks/results
+
+Ratios may be compared between machines; times may not.
 """
 
 import argparse
-import json
-import pathlib
-import statistics
+import importlib.util
+import math
+import sys
 import time
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
-import torch.nn.functional as F
+from harness import candidates, memory, places, plot, report
+from harness.device import Device
+from harness.devices import DEVICES
+from harness.loop import Benchmark
+from harness.machine import commit, write_json
+from harness.names import BOTH, FORWARD, MEASURED
+from harness.places import FULL, SHORT, Place, Shape
 
 import kcd_ext
 from kcd_ext.ops import build_info
 
-TEMPERATURE, KEEP = 4.0, 0.7
-SHAPES = ("64x100", "256x100", "256x1000", "4096x1000", "1024x32000", "4096x1000:bfloat16")
+SMALL = Shape(8, 10)
+NEVER, TABLE, EVERYWHERE = "never", "table", "everywhere"
 
 
-def eager(student, teacher):
-    """The job as one writes it in PyTorch."""
-    log_q, p = F.log_softmax(student / TEMPERATURE, 1), F.softmax(teacher / TEMPERATURE, 1)
-    kl = F.kl_div(log_q, p, reduction="none").sum(1)
-    with torch.no_grad():
-        log_pi = F.log_softmax(student, 1)
-        entropy = -(log_pi.exp() * log_pi).sum(1)
-        rows = entropy.topk(max(1, int(KEEP * len(entropy)))).indices
-    return kl[rows].mean() * TEMPERATURE**2
+def checked(parse: Callable[[str], object]) -> Callable[[str], object]:
+    """What argparse takes as a type: its own word for a ValueError would hide the message."""
+
+    def parsed(text: str) -> object:
+        try:
+            return parse(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return parsed
 
 
-def ours(student, teacher):
-    """The job as one call."""
-    return kcd_ext.condensed_kd_loss(student, teacher, temperature=TEMPERATURE, keep=KEEP)
-
-
-def seconds(function, *arguments):
-    """Forward and both directions, once."""
-    arguments[0].grad = None
-    start = time.perf_counter()
-    loss = function(*arguments)
-    forward = time.perf_counter() - start
-    loss.backward()
-    return forward, time.perf_counter() - start
-
-
-def measure(rows, classes, dtype, budget):
-    """Times of every candidate over interleaved rounds, and of the triad, in seconds."""
-    student, teacher = torch.randn(rows, classes).to(dtype).requires_grad_(), torch.randn(rows, classes).to(dtype)
-    candidates = {"kcd_ext": ours, "eager": eager, "compile": torch.compile(eager, dynamic=False)}
-    want = eager(student.detach().double(), teacher.double()).item()
-    for name, function in candidates.items():
-        for _ in range(3):  # compiles, warms up
-            seconds(function, student, teacher)
-        tolerance = (
-            1e-4 if dtype == torch.float32 or name == "kcd_ext" else 0.1
-        )  # eager half precision rounds every step
-        assert abs(function(student, teacher).item() - want) <= tolerance * abs(want), name
-    times = {name: ([], []) for name in candidates}
-    names = list(candidates)
-    end = time.perf_counter() + budget
-    while time.perf_counter() < end or len(times["eager"][0]) < 7:
-        names.append(names.pop(0))  # everyone follows everyone
-        for name in names:
-            forward, both = seconds(candidates[name], student, teacher)
-            times[name][0].append(forward)
-            times[name][1].append(both)
-    return times, triad(rows, classes, dtype)
-
-
-def triad(rows, classes, dtype):
-    """Seconds to read two arrays of the logits' size and write one, over and over."""
-    a, b, c = (torch.ones(rows, classes, dtype=dtype) for _ in range(3))
-    times = []
-    for _ in range(15):
-        start = time.perf_counter()
-        torch.add(a, b, out=c)
-        times.append(time.perf_counter() - start)
-    return times
-
-
-def summary(samples):
-    """Median and the middle half, in microseconds."""
-    low, median, high = statistics.quantiles(samples, n=4)
-    return {"median_us": round(median * 1e6, 1), "low_us": round(low * 1e6, 1), "high_us": round(high * 1e6, 1)}
-
-
-def main():
-    """Prints a Markdown table; writes JSON where --output says."""
+def arguments() -> argparse.Namespace:
+    """Of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--shapes", nargs="+", default=SHAPES, metavar="ROWSxCLASSES[:DTYPE]")
-    parser.add_argument("--seconds", type=float, default=4.0, help="how long each shape is measured")
-    parser.add_argument("--output", type=pathlib.Path, help="a JSON file")
+    shape = {"nargs": "*", "metavar": "ROWSxCLASSES[:DTYPE][:labels=FRACTION]", "type": checked(Shape.parse)}
+    parser.add_argument("--device", choices=DEVICES, default="cpu")
+    parser.add_argument("--threads", type=int, help="of the CPU (torch's own number)")
+    parser.add_argument(
+        "--shapes", **shape, help=f"of the main table ({' '.join(map(str, FULL.shapes))}); none: no table"
+    )
+    parser.add_argument(
+        "--labels",
+        type=checked(places.fraction),
+        metavar="FRACTION",
+        help="labels at every shape, with so many rows ignored",
+    )
+    parser.add_argument("--sweep", nargs="+", choices=places.SWEEPS, default=[], help="tables of their own")
+    parser.add_argument(
+        "--memory", **shape, help=f"where memory is measured ({' '.join(map(str, FULL.memory))}); none: nowhere"
+    )
+    parser.add_argument(
+        "--compile",
+        nargs="?",
+        choices=(NEVER, TABLE, EVERYWHERE),
+        default=TABLE,
+        const=EVERYWHERE,
+        help="where torch.compile is measured, which takes 2 to 20 s a shape: in the main table and at 8 × 10 (%(default)s),"
+        " in sweeps too (%(const)s, also without a word), or not at all",
+    )
+    parser.add_argument(
+        "--short", action="store_true", help=f"half a minute: {' '.join(map(str, SHORT.shapes))}, no memory"
+    )
+    parser.add_argument("--seconds", type=float, help=f"at each shape ({FULL.seconds}; --short {SHORT.seconds})")
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help="for NAME.md, NAME.json and NAME.svg")
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    torch.manual_seed(0)
-    sets = build_info["instruction_set_in_use"]
-    print(
-        f"kcd_ext {kcd_ext.__version__} ({sets}), torch {torch.__version__}, {options.threads} threads; forward + backward, µs\n"
-    )
-    print(
-        "| rows × classes | kcd_ext | middle half | eager | torch.compile | × eager | × compile | floor (bytes) | of the floor |"
-    )
-    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
-    results = []
-    for shape in options.shapes:
-        size, _, dtype_name = shape.partition(":")
-        rows, classes = map(int, size.split("x"))
-        dtype = getattr(torch, dtype_name or "float32")
-        times, triad_seconds = measure(rows, classes, dtype, options.seconds)
-        result = {"rows": rows, "classes": classes, "dtype": str(dtype).removeprefix("torch.")}
-        for name, (forward, both) in times.items():
-            result[name] = {"forward": summary(forward), "forward_backward": summary(both)}
-        floor = statistics.median(triad_seconds) * 1e6  # it moves just these bytes: two arrays read, one written
-        result["triad_us"] = round(floor, 1)
-        us = {name: result[name]["forward_backward"]["median_us"] for name in times}
-        own = result["kcd_ext"]["forward_backward"]
-        print(
-            f"| {rows} × {classes} {result['dtype']} | {us['kcd_ext']:.0f} | {own['low_us']:.0f}–{own['high_us']:.0f} |"
-            f" {us['eager']:.0f} | {us['compile']:.0f} | {us['eager'] / us['kcd_ext']:.1f} | {us['compile'] / us['kcd_ext']:.1f} |"
-            f" {floor:.0f} | {floor / us['kcd_ext']:.0%} |",
-            flush=True,
-        )
-        results.append(result)
-    if options.output:
-        facts = {
-            "torch": torch.__version__,
-            "kcd_ext": build_info,
-            "threads": options.threads,
-            "temperature": TEMPERATURE,
-            "keep": KEEP,
+    extent = SHORT if options.short else FULL
+    options.shapes = extent.shapes if options.shapes is None else options.shapes
+    options.memory = extent.memory if options.memory is None else options.memory
+    if options.labels is not None:
+        options.shapes = [each._replace(ignored=options.labels) for each in options.shapes]
+    options.seconds = extent.seconds if options.seconds is None else options.seconds
+    if not 0 < options.seconds < math.inf:
+        parser.error(f"--seconds must be a number > 0, got {options.seconds}")
+    if options.threads is not None and options.threads < 1:
+        parser.error(f"--threads must be >= 1, got {options.threads}")
+    return options
+
+
+class Report:
+    """What is printed as it comes, and written in the end."""
+
+    def __init__(self) -> None:
+        self.parts: list[str] = []
+
+    def add(self, text: str) -> None:
+        """A paragraph, a heading or a table."""
+        self.parts.append(text)
+        print(text, end="\n\n", flush=True)
+
+
+class Run:
+    """All tables of one command."""
+
+    def __init__(self, options: argparse.Namespace, device: Device) -> None:
+        self.options, self.device = options, device
+        self.candidates, self.absent = device.candidates()
+        self.report = Report()
+        self.faults: list[str] = []
+        self.result = {
+            "benchmark": device.kind,
+            "name": device.name,
+            "facts": {**device.facts(), "kcd_ext": kcd_ext.__version__, "torch": torch.__version__, "commit": commit()},
+            "build": build_info,
+            "temperature": candidates.TEMPERATURE,
+            "seconds_at_each_shape": options.seconds,
+            "ratios": {},
         }
-        options.output.write_text(json.dumps({**facts, "results": results}, indent=1) + "\n")
+
+    def measure(self) -> None:
+        """Everything that was asked for, to stdout."""
+        facts = [[name, "not known" if fact is None else str(fact)] for name, fact in self.result["facts"].items()]
+        self.report.add(f"# {self.device.name}")
+        self.report.add(report.table(["", ""], facts))
+        if self.options.shapes:
+            self._main_table()
+        self._overhead()
+        if self.options.sweep:
+            self.result["sweeps"] = {name: self._sweep(name) for name in self.options.sweep}
+        if self.options.memory:
+            self._memory()
+
+    def _chosen(self, everyone: list[candidates.Candidate], compiled: bool) -> list[candidates.Candidate]:
+        return [candidate for candidate in everyone if compiled or not candidate.compiles]
+
+    def _benchmark(self, some: list[Place], everyone: list[candidates.Candidate], compiled: bool) -> dict:
+        """Figures; torch.compile's where it is wanted."""
+        benchmark = Benchmark(
+            self.device,
+            some,
+            self._chosen(everyone, compiled),
+            absent=self.absent,
+            seconds=self.options.seconds,
+            told=lambda line: print(line, file=sys.stderr, flush=True),
+        )
+        benchmark.measure()
+        good, verdict = benchmark.verdict()
+        self.faults += [] if good else [verdict]
+        return benchmark.figures
+
+    def _main_table(self) -> None:
+        compiled = self.options.compile != NEVER
+        figures = self._benchmark([Place(shape) for shape in self.options.shapes], self.candidates, compiled)
+        self.result |= {"ratios": report.ratios(figures), "figures": figures}
+        for direction in (BOTH, FORWARD):
+            self.report.add(f"## {direction.capitalize()}, µs")
+            self.report.add(report.times(figures, direction))
+        self.report.add(self.device.about_ceilings())
+        self.report.add("## Errors")
+        self.report.add(report.errors(figures))
+        if any(row["status"] != MEASURED for row in figures["rows"]):
+            self.report.add("## Not measured")
+            self.report.add(report.not_measured(figures))
+
+    def _overhead(self) -> None:
+        compiled = self.options.compile == EVERYWHERE or (self.options.compile == TABLE and not self.options.short)
+        everyone = [candidate for candidate in self.candidates if not candidate.inplace]
+        figures = self._benchmark([Place(SMALL)], [*everyone, candidates.least()], compiled)
+        self.result["overhead"] = figures
+        self.report.add(f"## What a call costs: {SMALL.rows} × {SMALL.classes}, µs")
+        self.report.add(report.overhead(figures))
+
+    def _sweep(self, name: str) -> dict:
+        everyone = [candidate for candidate in self.candidates if not candidate.inplace]
+        some = places.SWEEPS[name](self.device.threads or 1)
+        figures = self._benchmark(some, everyone, self.options.compile == EVERYWHERE)
+        self.report.add(f"## Over {name}: forward + backward, µs")
+        self.report.add(report.times(figures, BOTH))
+        return figures
+
+    def _memory(self) -> None:
+        chosen = self._chosen(self.candidates, self.options.compile != NEVER)
+        rows = [row for shape in self.options.memory for row in memory.peaks(self.device, shape, chosen)]
+        self.result["memory"] = rows
+        self.report.add("## Memory of a call")
+        self.report.add(report.memory(rows))
+        self.report.add(
+            "At the peak, beyond the inputs, each in a fresh process that keeps no buffer from call to call."
+        )
+
+    def write(self, folder: Path) -> None:
+        """NAME.md, NAME.json and, where matplotlib is there, NAME.svg."""
+        folder.mkdir(parents=True, exist_ok=True)
+        base = folder / self.device.name
+        rows = [row for row in self.result.get("figures", {}).get("rows", []) if row["ignored"] is None]
+        if not any(row["status"] == MEASURED for row in rows):
+            pass
+        elif importlib.util.find_spec("matplotlib") is None:
+            self.report.add("No plot: matplotlib is not installed (the extra `train` has it).")
+        else:
+            plot.draw(rows, f"{self.device.name}, keep {places.KEEP}", Path(f"{base}.svg"))
+            self.report.add(f"![time against bytes]({self.device.name}.svg)")
+        write_json(Path(f"{base}.json"), self.result)
+        Path(f"{base}.md").write_text("\n\n".join(self.report.parts) + "\n")
+
+
+def main() -> int:
+    """Exit status: 0, or 1 where ours failed or nothing was measured."""
+    options = arguments()
+    started = time.monotonic()
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    run = Run(options, DEVICES[options.device]())
+    run.measure()
+    run.result["seconds"] = round(time.monotonic() - started, 1)
+    if options.output is not None:
+        run.write(options.output)
+    for fault in run.faults:
+        print(fault, file=sys.stderr)
+    return 1 if run.faults else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -12,8 +12,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
+from harness.machine import CHECKOUT, slug, write_json
+from harness.timing import Deadline
+
 from . import machine, report
-from .process import Deadline, write_json
 from .sections import NOT_REACHED, PASSED, SECTIONS, Outcome, execute, limit
 
 NAMES = [section.name for section in SECTIONS]
@@ -42,7 +44,7 @@ def main() -> int:
             "sections": [],
         }
         options.out.mkdir(parents=True, exist_ok=True)
-        base = options.out / report.slug(results["machine"]["gpu"])
+        base = options.out / slug(results["machine"]["gpu"])
         outcomes = []
         with base.with_suffix(".log").open("w") as log:
             for outcome in _run(options.only, deadline, folder, log):
@@ -63,7 +65,7 @@ def main() -> int:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="gpu_check.sh", description="Builds, checks and measures the CUDA kernels.")
     parser.add_argument("--wheels", type=Path, metavar="FOLDER", help="wheels of what this machine's Python lacks")
-    default = Path(os.environ.get("OUT") or machine.CHECKOUT / "benchmarks" / "results")
+    default = Path(os.environ.get("OUT") or CHECKOUT / "benchmarks" / "results")
     parser.add_argument("--out", type=Path, metavar="FOLDER", default=default, help="for the results (%(default)s)")
     parser.add_argument(
         "--only", metavar="SECTION,...", default=",".join(NAMES), help="of %(default)s; build always runs"
@@ -121,7 +123,7 @@ def _run(only: list[str], deadline: Deadline, folder: Path, log: IO[str]) -> Ite
 
 def _build_folder(folder: Path) -> Path:
     """In the checkout, where ninja finds the last build, if that can be written."""
-    build = machine.CHECKOUT / "build" / "gpu_check"
+    build = CHECKOUT / "build" / "gpu_check"
     try:
         build.mkdir(parents=True, exist_ok=True)
     except OSError:

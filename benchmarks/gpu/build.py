@@ -8,8 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-from .machine import CHECKOUT
-from .process import write_json
+from harness.machine import CHECKOUT, write_json
 
 _LOAD = "import json; from kcd_ext.ops import build_info; print(json.dumps(build_info))"
 

@@ -105,23 +105,6 @@ def call(case: Case, given: Inputs) -> dict[str, Tensor]:
     return {"loss": loss.detach(), "gradient": gradient, **knowledge._asdict()}
 
 
-class Produced(torch.autograd.Function):
-    """`Produced.apply(anchor, logits)`: the logits as if a model had made them, not copied.
-
-    They are no leaf, so that the gradient may take their place.  The anchor is any tensor that requires grad.
-    """
-
-    @staticmethod
-    def forward(ctx, anchor: Tensor, logits: Tensor) -> Tensor:
-        """Another tensor over the same memory."""
-        return logits.detach()
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[None, None]:
-        """Ends here."""
-        return None, None
-
-
 def every_path() -> list[Case]:
     """Small cases, ordered so that the first ones already reach most of the code: a sanitizer may get no further."""
     first = [

@@ -5,10 +5,11 @@ import sys
 from pathlib import Path
 
 import torch
+from harness.machine import write_json
+from harness.timing import Deadline
 from torch import Tensor
 
 from .cases import Case, Inputs, call, inputs
-from .process import Deadline, write_json
 
 SETS = 3  # different inputs, which the replays take in turn
 REPLAYS = 60

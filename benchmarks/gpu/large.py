@@ -6,12 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from harness.inputs import Produced
+from harness.machine import write_json
 from torch import Tensor
 
 import kcd_ext
 
-from .cases import Produced
-from .process import UNAVAILABLE, write_json
+from .process import UNAVAILABLE
 
 LIMIT = 2**31
 ROOM = 1.1  # of the memory counted, for statistics and what torch holds

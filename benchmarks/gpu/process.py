@@ -1,26 +1,13 @@
-"""What a section and the run of all of them agree on: time limits, exit statuses, files."""
+"""What a section and the run of all of them agree on: time limits, exit statuses."""
 
-import json
 import os
 import signal
 import subprocess
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
 UNAVAILABLE = 77  # the exit status of a section that cannot run on this machine, as automake has it
-
-
-class Deadline:
-    """A point in time, so many seconds from now."""
-
-    def __init__(self, seconds: float) -> None:
-        self._end = time.monotonic() + seconds
-
-    def left(self) -> float:
-        """Seconds until then; 0 afterwards."""
-        return max(0.0, self._end - time.monotonic())
 
 
 def run_within(
@@ -72,10 +59,3 @@ def _wait(process: subprocess.Popen, seconds: float) -> None:
         process.wait(seconds)
     except subprocess.TimeoutExpired:
         pass  # a process that the driver holds on to may outlive even SIGKILL: go on without it
-
-
-def write_json(path: Path, content: object) -> None:
-    """Whole or not at all: what reads it may come at any moment."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(content, indent=1) + "\n")
-    part.replace(path)

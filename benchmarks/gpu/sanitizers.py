@@ -10,7 +10,10 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from .process import UNAVAILABLE, Deadline, run_within, write_json
+from harness.machine import write_json
+from harness.timing import Deadline
+
+from .process import UNAVAILABLE, run_within
 from .sanitized import READY
 from .sections import FAILED, NOT_AVAILABLE, PASSED, TIMED_OUT
 

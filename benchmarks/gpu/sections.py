@@ -10,7 +10,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import IO
 
-from .machine import CHECKOUT
+from harness.machine import CHECKOUT
+
 from .process import UNAVAILABLE, run_within
 
 PASSED, FAILED, TIMED_OUT, NOT_AVAILABLE = "passed", "failed", "timed out", "not available"

@@ -1,0 +1,137 @@
+"""Figures as Markdown: times beside their floors, memory, launches, errors.  Nothing of torch is needed."""
+
+from collections.abc import Callable
+
+from .names import BOTH, COMPILE, EAGER, FORWARD, LEAST, MEASURED, OWN
+
+COMPARED = (EAGER, COMPILE)
+
+Row = dict[str, object]
+
+
+def times(figures: dict, direction: str) -> str:
+    """A line for each place: medians, middle halves, ratios, the floor."""
+    others = [name for name in figures["candidates"] if name != OWN]
+    compared = [name for name in COMPARED if name in others]
+    head = [OWN, *others, *(f"× {name}" for name in compared), "floor", f"{OWN} of the floor"]
+
+    def cells(by_name: dict[str, Row]) -> list[str]:
+        own = by_name.get(OWN, {})
+        return [
+            _time(own),
+            *(figures["absent"].get(name, _time(by_name.get(name))).partition(":")[0] for name in others),
+            *(_ratio(by_name.get(name), own) for name in compared),
+            f"{number(own['floor_us'])} ({own['floor_bound']})" if "floor_us" in own else "",
+            f"{own['of_floor']:.0%}" if "of_floor" in own else "",
+        ]
+
+    return by_place(figures, direction, head, cells)
+
+
+def errors(figures: dict) -> str:
+    """Of the losses, for each candidate the largest."""
+    largest: dict[str, float] = {}
+    for row in figures["rows"]:
+        if row.get("relative_error") is not None:
+            largest[row["candidate"]] = max(largest.get(row["candidate"], 0.0), row["relative_error"])
+    lines = [[name, f"{error:.0e}"] for name, error in largest.items()]
+    return f"Largest relative error of the loss, against float64.\n\n{table(['candidate', 'error'], lines)}"
+
+
+def not_measured(figures: dict) -> str:
+    """Which, and why."""
+    reasons: dict[str, list[str]] = {}
+    for row in figures["rows"]:
+        if row["status"] != MEASURED:
+            place = f"{row['candidate']} at {shape_of(row)}, keep {row['keep']}, {row['direction']}"
+            reasons.setdefault(row["status"], []).append(place)
+    lines = [f"- {name}: {reason}" for name, reason in figures["absent"].items()]
+    lines += [f"- {status}: {'; '.join(places)}" for status, places in reasons.items()]
+    return "\n".join(lines) or "Nothing: all was reached."
+
+
+def overhead(figures: dict) -> str:
+    """A line for each candidate at one small place."""
+    rows = {(row["candidate"], row["direction"]): row for row in figures["rows"]}
+    least = rows[LEAST, BOTH].get("median_us")
+
+    def line(name: str) -> list[str]:
+        own = rows[name, BOTH].get("median_us")
+        times_least = f"{own / least:.1f}" if own and least else ""
+        return [name, *(_time(rows[name, direction]) for direction in figures["directions"]), times_least]
+
+    head = ["µs", *figures["directions"], f"× {LEAST}.backward()"]
+    return table(head, [line(name) for name in figures["candidates"] if (name, BOTH) in rows])
+
+
+def memory(rows: list[Row]) -> str:
+    """A line for each shape and candidate."""
+    cells: dict[tuple[str, str], dict[str, str]] = {}
+    for row in rows:
+        peak = row.get("peak_bytes")
+        text = row["status"] if peak is None else f"{peak / 2**20:.3g} ({peak / row['logits_bytes']:.2f} × the logits)"
+        cells.setdefault((row["shape"], row["candidate"]), {})[row["direction"]] = text
+    lines = [[*key, *(found.get(direction, "–") for direction in (FORWARD, BOTH))] for key, found in cells.items()]
+    return table(["logits", "candidate", "forward without gradient, MiB", "forward + backward, MiB"], lines)
+
+
+def ratios(figures: dict) -> dict[str, dict[str, float]]:
+    """Shape -> candidate -> how many times longer than ours it takes, forward and backward."""
+    medians: dict[str, dict[str, float]] = {}
+    for row in figures["rows"]:
+        if row["direction"] == BOTH and row["status"] == MEASURED:
+            medians.setdefault(key_of(row), {})[row["candidate"]] = row["median_us"]
+    return {
+        shape: {name: round(median / by_name[OWN], 2) for name, median in by_name.items() if name in COMPARED}
+        for shape, by_name in medians.items()
+        if OWN in by_name
+    }
+
+
+def key_of(row: Row) -> str:
+    """The place as `Shape` writes it."""
+    labels = "" if row.get("ignored") is None else f":labels={row['ignored']:g}"
+    return f"{row['rows']}x{row['classes']}:{row['dtype']}{labels}"
+
+
+def shape_of(row: Row) -> str:
+    """The shape for a reader."""
+    labels = "" if row.get("ignored") is None else f", labels, {row['ignored']:.0%} ignored"
+    return f"{row['rows']} × {row['classes']} {row['dtype']}{labels}"
+
+
+def by_place(figures: dict, direction: str, head: list[str], cells: Callable[[dict[str, Row]], list[str]]) -> str:
+    """A table with a line for each place; its cells are a function of candidate -> row.  Threads are told where they differ."""
+    rows = [row for row in figures["rows"] if row["direction"] == direction]
+    threads = ["threads"] if len({row.get("threads") for row in rows}) > 1 else []
+    places: dict[tuple[str, ...], dict[str, Row]] = {}
+    for row in rows:
+        place = (shape_of(row), *(str(row[name]) for name in ("keep", *threads)))
+        places.setdefault(place, {})[row["candidate"]] = row
+    return table(
+        ["rows × classes", "keep", *threads, *head], [[*place, *cells(some)] for place, some in places.items()]
+    )
+
+
+def _time(row: Row | None) -> str:
+    if row is None:
+        return "–"
+    if row.get("status") != MEASURED:
+        return row.get("status", "").partition(":")[0]
+    return f"{number(row['median_us'])} ({number(row['low_us'])}–{number(row['high_us'])})"
+
+
+def _ratio(other: Row | None, own: Row) -> str:
+    known = other is not None and "median_us" in other and "median_us" in own
+    return f"{other['median_us'] / own['median_us']:.1f}" if known else ""
+
+
+def number(microseconds: float) -> str:
+    """Three digits are what a measurement of time is worth."""
+    return f"{microseconds:.0f}" if microseconds >= 100 else f"{microseconds:.3g}"
+
+
+def table(head: list[str], lines: list[list[str]]) -> str:
+    """A Markdown table."""
+    rows = [head, ["---"] * len(head), *lines]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)

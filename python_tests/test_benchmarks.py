@@ -1,0 +1,303 @@
+"""benchmarks/: the arithmetic of floors, summaries and the guard against numbers by hand, and one small run."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+if not BENCHMARKS.exists():
+    pytest.skip("benchmarks/ is a part of the source folder only", allow_module_level=True)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def harness():
+    """Its folder on the path, for the tests of this file."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(BENCHMARKS)
+        yield
+
+
+@pytest.mark.parametrize(
+    ("shape", "keep", "backward", "one_pass", "two_passes"),
+    [
+        # 10 rows of 8 float32 are 320 bytes, 80 pairs of logits; 7 of the rows are selected.
+        ("10x8", 0.7, False, (640, 160), (640, 160)),
+        ("10x8", 0.7, True, (960, 160), (960 + 2 * 7 * 32, 160 + 2 * 7 * 8)),
+        ("10x8:bfloat16", 0.2, True, (480, 160), (480 + 2 * 2 * 16, 160 + 2 * 2 * 8)),
+        # 5 of 10 rows are ignored: not read, but their gradient is written; 3 selected ones are read again with the teacher's, and
+        # all 5 valid ones for the cross entropy.
+        ("10x8:labels=0.5", 0.7, True, (320 + 320, 80), (640 + (5 + 3) * 32, 80 + (5 + 3) * 8)),
+        ("1x8:float64", 0.2, True, (192, 16), (192 + 128, 16 + 16)),  # one row is always selected
+    ],
+)
+def test_what_a_job_takes(shape, keep, backward, one_pass, two_passes):
+    from harness import floors
+    from harness.places import Place, Shape
+
+    job = Place(Shape.parse(shape), keep).job(backward=backward)
+    assert floors.one_pass(job) == one_pass
+    assert floors.two_passes(job) == two_passes
+
+
+def test_the_nearer_floor():
+    from harness.floors import Ceilings, Work, floor
+
+    assert floor(Work(600, 100), Ceilings(200.0, 50.0)) == (3.0, "bytes")
+    assert floor(Work(600, 200), Ceilings(200.0, 50.0)) == (4.0, "exponentials")
+    assert floor(Work(600, 200), Ceilings(200.0, None)) == (3.0, "bytes")
+
+
+def test_shapes_are_read_as_they_are_written():
+    from harness.places import Shape
+
+    shape = Shape.parse("512x128256:bfloat16:labels=0.1")
+    assert shape == (512, 128256, torch.bfloat16, 0.1, None) and shape.n_ignored == 51
+    assert Shape.parse("4x5") == Shape.parse(str(Shape.parse("4x5"))) == (4, 5, torch.float32, None, None)
+    for text in ("4", "4x", "0x5", "4x5x6", "4x5:int8", "4x5:labels=1", "4x-5"):
+        with pytest.raises(ValueError):
+            Shape.parse(text)
+
+
+def test_turns_and_their_summary():
+    from harness.timing import Deadline, in_turns, summary
+
+    order = []
+    functions = {name: lambda name=name: order.append(name) or (1e-6 * len(order),) for name in "abc"}
+    samples = in_turns(
+        functions, Deadline(0), (7, 9)
+    )  # past the deadline: the fewest rounds, after one that does not count
+    assert order[:3] == ["a", "b", "c"] and len(order) == 3 * 8
+    rounds = [order[i : i + 3] for i in range(3, 24, 3)]
+    assert all(sorted(each) == ["a", "b", "c"] for each in rounds) and len(set(map(tuple, rounds))) > 1
+    assert samples["b"] == [(1e-6 * (3 + 3 * i + each.index("b") + 1),) for i, each in enumerate(rounds)]
+    assert len(in_turns(functions, Deadline(60), (2, 5))["a"]) == 5
+    microseconds = np.array([7.0, 1, 2, 4, 3, 6, 5])
+    low, median, high = np.quantile(microseconds, (0.25, 0.5, 0.75), method="weibull")
+    assert summary((microseconds * 1e-6).tolist()) == {"median_us": median, "low_us": low, "high_us": high}
+
+
+@pytest.mark.parametrize("ignored", [None, 0.0, 0.3])
+def test_eager_and_exact_are_the_operators_job(ignored):
+    from harness import candidates
+    from harness.inputs import Rotation
+    from harness.places import Shape
+
+    import kcd_ext.reference
+
+    torch.manual_seed(0)
+    given = Rotation(Shape(37, 11, torch.float64, ignored), 1, "cpu")
+    student, teacher, labels = given.students[0].requires_grad_(), given.teachers[0], given.labels[0]
+    assert labels is None or (labels == -100).sum() == round(37 * ignored)
+    for keep in (1.0, 0.7, 0.2):
+        want = kcd_ext.reference.condensed_kd_loss(student, teacher, labels=labels, keep=keep)
+        got = candidates.eager(student, teacher, labels, keep)
+        gradients = [torch.autograd.grad(loss, student)[0] for loss in (want, got)]
+        torch.testing.assert_close(got, want)
+        torch.testing.assert_close(*gradients)
+        assert candidates.exact(student.detach(), teacher, labels, (keep,))[keep] == pytest.approx(want.item())
+
+
+def results(folder, name, threads, ratios, instruction_set="avx2", benchmark="cpu"):
+    facts = {"instruction set": instruction_set, "threads": threads}
+    content = {"benchmark": benchmark, "facts": facts, "ratios": {k: {"eager": x} for k, x in ratios.items()}}
+    (folder / f"{name}.json").write_text(json.dumps(content))
+
+
+def test_committed_ratios_are_those_of_the_instruction_set(tmp_path):
+    from harness import guard
+
+    results(tmp_path, "one", 2, {"a": 10.0, "b": 4.0})
+    results(tmp_path, "another", 2, {"a": 8.0, "b": 6.0, "c": 1.0})
+    results(tmp_path, "more", 4, {"a": 20.0})
+    results(tmp_path, "newer", 2, {"a": 30.0}, instruction_set="avx512")
+    results(tmp_path, "gpu", 2, {"a": 90.0}, benchmark="cuda")
+    (tmp_path / "other.json").write_text('{"results": []}')
+    assert guard.committed(tmp_path, "avx2") == {2: {"a": 8.0, "b": 4.0, "c": 1.0}, 4: {"a": 20.0}}
+    assert guard.committed(tmp_path, "baseline") == {}
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "asked_again", "wrong"),
+    [
+        ({"a": 5.0, "b": 2.0}, None, [], []),  # half is not below half
+        ({"a": 4.9, "b": 2.0}, {"a": 5.1}, ["a"], []),  # once
+        ({"a": 4.9, "b": 1.9}, {"a": 5.1, "b": 1.8}, ["a", "b"], ["b: 1.8 × eager, committed 4.0"]),  # twice
+        ({"b": 2.0}, {}, ["a"], ["a: not measured × eager, committed 10.0"]),
+        ({"a": float("nan"), "b": 2.0}, {"a": 10.0}, ["a"], []),
+    ],
+)
+def test_a_ratio_must_fall_twice(first, second, asked_again, wrong):
+    from harness import guard
+
+    asked = []
+
+    def measure(shapes):
+        asked.append(shapes)
+        return (first, second)[len(asked) - 1]
+
+    assert guard.fallen_twice(measure, ["a", "b"], {"a": 10.0, "b": 4.0, "unused": 1.0}) == wrong
+    assert asked == [["a", "b"], asked_again][: 1 + bool(asked_again)]
+
+
+def test_a_shape_that_is_not_committed_is_told():
+    from harness import guard
+
+    assert guard.fallen_twice(lambda shapes: {"a": 10.0}, ["a", "z"], {"a": 10.0}) == ["z: no committed ratio"]
+
+
+def run(tmp_path, *arguments, **environment):
+    command = [sys.executable, str(BENCHMARKS / "run.py"), "--threads", "1", "--compile", "never", "--memory"]
+    command += [*arguments, "--seconds", "0.02", "--output", str(tmp_path / "results")]
+    done = subprocess.run(
+        command, cwd=tmp_path, env={**os.environ, **environment}, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    (written,) = (tmp_path / "results").glob("*.json")
+    return done.stdout, json.loads(written.read_text())
+
+
+def test_a_small_run(tmp_path):
+    shapes = ["8x10", "6x300:bfloat16:labels=0.5"]
+    text, result = run(tmp_path, "--shapes", *shapes)
+    assert result["benchmark"] == "cpu" and result["facts"]["threads"] == 1
+    assert list(result["ratios"]) == ["8x10:float32", "6x300:bfloat16:labels=0.5"]
+    rows = {(row["rows"], row["direction"], row["candidate"]): row for row in result["figures"]["rows"]}
+    assert len(rows) == 2 * 2 * 3
+    for row in rows.values():
+        assert row["status"] == "measured" and row["rounds"] >= 5 and 0 < row["low_us"] <= row["high_us"]
+        assert row["of_floor"] == pytest.approx(row["floor_us"] / row["median_us"], abs=1e-3)
+    both, own = rows[8, "forward + backward", "eager"], rows[8, "forward + backward", "kcd_ext"]
+    assert result["ratios"]["8x10:float32"]["eager"] == pytest.approx(both["median_us"] / own["median_us"], abs=0.01)
+    assert both["median_us"] > rows[8, "forward", "eager"]["median_us"]
+    assert {row["candidate"] for row in result["overhead"]["rows"]} == {"kcd_ext", "eager", "student.sum()"}
+    (name,) = (path.stem for path in (tmp_path / "results").glob("*.svg"))
+    assert (tmp_path / "results" / f"{name}.md").read_text().startswith(text[: text.index("![")])
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the kernel's peak cannot be set back")
+def test_memory_is_what_a_call_takes_beyond_its_inputs():
+    from harness import candidates, memory
+    from harness.places import Shape
+
+    cpu = types.SimpleNamespace(kind="cpu", threads=1)
+    rows = memory.peaks(cpu, Shape(512, 2048), candidates.ours_and_torchs()[:3])
+    peaks = {(row["candidate"], row["direction"]): row["peak_bytes"] / row["logits_bytes"] for row in rows}
+    # 4 MiB of logits: nothing without a gradient, one gradient with, none in place; pages of libraries may add some.
+    assert peaks.pop(("kcd_ext", "forward")) < 0.5 and peaks.pop(("kcd_ext in place", "forward + backward")) < 0.5
+    assert 0.9 < peaks.pop(("kcd_ext", "forward + backward")) < 2
+    assert set(peaks) == {("eager", "forward"), ("eager", "forward + backward")} and min(peaks.values()) > 2.9
+
+
+def test_sweeps_are_of_one_thing():
+    from harness.places import SWEEPS
+
+    swept = {name: places(6) for name, places in SWEEPS.items()}
+    assert [place.shape.threads for place in swept["threads"]] == [1, 2, 4, 6]
+    assert [place.keep for place in swept["keep"]] == [1.0, 0.7, 0.2] and len({p.shape for p in swept["keep"]}) == 1
+    assert [p.shape.classes for p in swept["classes"]] == [10, 64, 256, 1024, 4096, 16384, 65536, 262144]
+    assert {p.shape.rows * p.shape.classes for p in swept["classes"][1:]} == {2**22}
+    assert len({p.shape.dtype for p in swept["dtype"]}) == 4 and len({p.shape.rows for p in swept["rows"]}) > 4
+
+
+def test_without_a_compiler_floors_are_of_bytes(tmp_path):
+    text, result = run(tmp_path, "--shapes", "64x100", CXX="no-such-compiler")
+    assert "Floors are of bytes alone" in text and "no-such-compiler is not there" in text
+    assert {row["floor_bound"] for row in result["figures"]["rows"]} == {"bytes"}
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="there is no C++ compiler")
+def test_ceilings_are_compiled_as_the_kernels_are():
+    from harness.ceilings import Compiled, flags
+
+    from kcd_ext.ops import build_info
+
+    cmake = (BENCHMARKS.parent / "CMakeLists.txt").read_text()
+    assert {"-O3", "-mavx512f", "-mfma"} <= set(flags("avx512", cmake)) and "-mavx512f" not in flags("avx2", cmake)
+    assert "-O3" in flags("baseline", cmake) and not [
+        flag for flag in flags("baseline", cmake) if flag.startswith("-m")
+    ]
+    compiled = Compiled(build_info["instruction_set_in_use"])
+    for n in (1, 7, 1001):  # ends and beginnings that are no whole vectors
+        a, b, c = torch.arange(n + 1.0)[1:], torch.full((n,), 0.5), torch.zeros(n)
+        assert compiled.triad_seconds(a, b, c, 3) > 0
+        assert torch.equal(c, a + b)
+    # In double it takes more steps on half as many numbers a vector.
+    single, double = (compiled.exponentials_per_second(in_double=wide, threads=1) for wide in (False, True))
+    assert single > double > 0
+
+
+def test_the_kits_section_measures_by_events(monkeypatch, tmp_path, capsys):
+    """What is written for CUDA, with the CPU in its place: a clock that torch's events read off, an allocator that counts."""
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.time = time.perf_counter()
+
+        def elapsed_time(self, end):
+            return 1e3 * (end.time - self.time)
+
+    gpu = types.SimpleNamespace(name="A GPU", multi_processor_count=2, L2_cache_size=100_000)
+    fake = {
+        "Event": Event,
+        "synchronize": lambda: None,
+        "empty_cache": lambda: None,
+        "get_device_properties": lambda _: gpu,
+        "mem_get_info": lambda: (2**22, 2**22),
+        "memory_allocated": lambda: 1000,
+        "max_memory_allocated": lambda: 1234,
+        "reset_peak_memory_stats": lambda: None,
+    }
+    for name, function in fake.items():
+        monkeypatch.setattr(torch.cuda, name, function)
+    from gpu import benchmark, report
+    from harness import cuda
+    from harness.places import Shape
+
+    def absent():
+        raise ImportError("no Liger-Kernel")
+
+    monkeypatch.setattr("harness.candidates.ligers", absent)
+    monkeypatch.setattr(cuda.Cuda, "kind", "cpu")
+    monkeypatch.setattr(cuda, "nvidia_smi", lambda field: "1980")
+    monkeypatch.setattr(cuda, "launches", lambda call: call() is not None and cuda.Launches(2.0, 1.0, 0.0, 5.5))
+    monkeypatch.setattr(benchmark, "SHAPES", (Shape(16, 100), Shape(8, 300, torch.float64)))
+    monkeypatch.setattr(benchmark, "MOST_SECONDS", 0.01)
+    monkeypatch.setattr(benchmark, "wanted", lambda candidate, place: not candidate.compiles)
+    path = tmp_path / "figures.json"
+    monkeypatch.setattr(sys, "argv", ["benchmark", "--seconds", "60", "--data", str(path)])
+    assert benchmark.main() == 0
+    figures = json.loads(path.read_text())
+    assert capsys.readouterr().out.splitlines()[-1] == f"{len(figures['rows'])} measured"
+    assert figures["exponentials_per_second"] == 1980e6 * 2 * 16 and figures["clock_under_load_hz"] == 1980e6
+    # Two shapes, three keeps: three candidates forward and backward, forward alone not the one in place.
+    rows = figures["rows"]
+    assert len(rows) == 2 * 3 * (3 + 2) and all(row["kernels"] == 2 and row["peak_bytes"] == 234 for row in rows)
+    row = next(row for row in rows if row["keep"] == 0.7 and row["direction"] == "forward + backward")
+    moved, rate = (3 * 16 + 2 * 11) * 400, figures["copy_bytes_per_second"]
+    assert row["floor_us"] == pytest.approx(1e6 * max(moved / rate, 100 * 2 * (16 + 11) / (1980e6 * 32)), abs=0.01)
+    sections = [{"name": "benchmarks", "status": "passed", "seconds": 1.0, "summary": "", "data": figures}]
+    facts = dict.fromkeys(["driver", "torch", "nvcc", "triton", "liger_kernel", "python", "processor", "platform"])
+    machine = facts | {
+        "gpu": "A GPU",
+        "compute_capability": "9.0",
+        "multiprocessors": 2,
+        "memory_bytes": 1,
+        "l2_bytes": 1,
+    }
+    run = {"machine": machine | {"commit": None}, "sections": sections, "started": "", "not_asked_for": []}
+    text = report.markdown(run | {"wheels": {"refused": []}})
+    for heading in ("Ceilings", "Time of a call, forward", "Memory of a call, forward", "Launches of a call", "Errors"):
+        assert f"## {heading}" in text
+    assert "| 2 + 1 + 0: 5.5 |" in text

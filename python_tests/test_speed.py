@@ -1,0 +1,38 @@
+"""Speed against eager, in one process, beside the committed figures: `pytest -m speed`."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kcd_ext.ops import build_info
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+if not BENCHMARKS.exists():
+    pytest.skip("benchmarks/ is a part of the source folder only", allow_module_level=True)
+
+
+@pytest.mark.speed
+def test_no_ratio_to_eager_falls_below_half_of_the_committed_one_twice(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    from harness import guard, places
+
+    instruction_set, processors = build_info["instruction_set_in_use"], len(os.sched_getaffinity(0))
+    committed = guard.committed(BENCHMARKS / "results", instruction_set)
+    usable = [threads for threads in committed if threads <= processors]
+    if not usable:
+        pytest.skip(f"nothing is committed for {instruction_set} and at most {processors} threads")
+    threads = min(usable)  # one, where that is committed: what others do on the other cores then matters little
+
+    def measure(shapes):
+        command = [sys.executable, str(BENCHMARKS / "run.py"), "--short", "--compile", "never", "--shapes", *shapes]
+        command += ["--threads", str(threads), "--output", str(tmp_path)]
+        subprocess.run(command, cwd=tmp_path, check=True, timeout=300)
+        (result,) = tmp_path.glob("*.json")
+        ratios = json.loads(result.read_text())["ratios"]
+        return {shape: by_name["eager"] for shape, by_name in ratios.items() if "eager" in by_name}
+
+    assert guard.fallen_twice(measure, map(str, places.SHORT.shapes), committed[threads]) == []
