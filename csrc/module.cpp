@@ -2,6 +2,7 @@
 // copy of the extension ends in an ImportError and not in an abort.
 #include <pybind11/pybind11.h>
 
+#include "small.h"
 #include "torch/ops.h"
 
 PYBIND11_MODULE(_C, module) {
@@ -9,4 +10,5 @@ PYBIND11_MODULE(_C, module) {
   module.def(
       "build_info", [] { return pybind11::module_::import("json").attr("loads")(kcd::build_info_json()); },
       "dict: version, compiler, instruction sets built and in use, CUDA architectures built.");
+  if (kcd::small::add_to(module.ptr()) != 0) throw pybind11::error_already_set();
 }

@@ -5,6 +5,7 @@ import importlib
 import json
 import os
 import pathlib
+from types import ModuleType
 
 import torch
 
@@ -30,11 +31,15 @@ def _load_library(path: str) -> dict:
     return json.loads(library.kcd_build_info())
 
 
-def load() -> dict:
-    """Registers torch.ops.kcd_ext.* and returns the build's facts, as `kcd_ext._C.build_info()` does."""
+def load() -> tuple[dict, ModuleType | None]:
+    """Registers torch.ops.kcd_ext.*.
+
+    Returns:
+        The build's facts, as `kcd_ext._C.build_info()` gives them, and the module, where it has the functions of csrc/small.h.
+    """
     _check_torch()
     if path := os.environ.get("KCD_LIBRARY"):
-        return _load_library(path)
+        return _load_library(path), None
     try:
         module = importlib.import_module(f"{__package__}._C")
     except ModuleNotFoundError as error:
@@ -50,4 +55,4 @@ def load() -> dict:
             f"{here} holds no compiled extension for this Python: the installation is incomplete or was made for another"
             " version of Python; install kcd_ext again with this one's pip"
         ) from None
-    return module.build_info()
+    return module.build_info(), module if hasattr(module, "small_forward") else None

@@ -220,23 +220,28 @@ def _loss_options(temperature, keep, kd_weight, ce_weight, with_labels, ignore_i
 _loss_options_seen = functools.lru_cache(maxsize=128, typed=True)(_loss_options)
 
 
-def check_loss(
+def check_loss_options(temperature, keep, kd_weight, ce_weight, with_labels, ignore_index, reduction) -> LossOptions:
+    """The options of `condensed_kd_loss` that are no tensors."""
+    options = (temperature, keep, kd_weight, ce_weight, with_labels, ignore_index, reduction)
+    if torch.compiler.is_compiling():
+        return _loss_options(*options)
+    try:
+        return _loss_options_seen(*options)
+    except TypeError:  # also what an argument that cannot be a key ends in
+        return _loss_options(*options)
+
+
+def check_loss_tensors(
     student: Tensor,
     teacher: Tensor,
     *,
-    temperature: float,
-    keep: float | int,
     value: str | Tensor,
     labels: Tensor | None,
-    kd_weight: float | None,
-    ce_weight: float | None,
     row_weight: Tensor | None,
     rows: Tensor | None,
-    ignore_index: int,
-    reduction: str,
     group: object,
-) -> LossOptions:
-    """All arguments of `condensed_kd_loss` that every implementation of it takes."""
+) -> None:
+    """The others."""
     check_both_logits(student, teacher, rows)
     if not (isinstance(value, str) and value == "entropy"):
         check_value(student, value, labels)
@@ -246,10 +251,3 @@ def check_loss(
         check_row_weight(student, row_weight)
     if group is not None:
         check_group(group)
-    options = (temperature, keep, kd_weight, ce_weight, labels is not None, ignore_index, reduction)
-    if torch.compiler.is_compiling():
-        return _loss_options(*options)
-    try:
-        return _loss_options_seen(*options)
-    except TypeError:  # also what an argument that cannot be a key ends in
-        return _loss_options(*options)

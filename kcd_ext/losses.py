@@ -87,20 +87,18 @@ def condensed_kd_loss(
     Under torch.compile an option that changes from call to call (an annealed temperature) compiles anew each time, as any
     Python number does; a weight that changes is better multiplied outside.
     """
-    options = arguments.check_loss(
-        student_logits,
-        teacher_logits,
-        temperature=temperature,
-        keep=keep,
-        value=value,
-        labels=labels,
-        kd_weight=kd_weight,
-        ce_weight=ce_weight,
-        row_weight=row_weight,
-        rows=rows,
-        ignore_index=ignore_index,
-        reduction=reduction,
-        group=group,
+    options = arguments.check_loss_options(
+        temperature, keep, kd_weight, ce_weight, labels is not None, ignore_index, reduction
+    )
+    if (
+        ops.has_small_loss
+        and (row_weight is None and rows is None and group is None)
+        and not (inplace or return_knowledge or torch.compiler.is_compiling())
+        and (loss := _small(student_logits, teacher_logits, labels, value, options)) is not None
+    ):
+        return loss
+    arguments.check_loss_tensors(
+        student_logits, teacher_logits, value=value, labels=labels, row_weight=row_weight, rows=rows, group=group
     )
     _check_kernels(student_logits)
     differentiable = student_logits.requires_grad and torch.is_grad_enabled()
@@ -142,6 +140,18 @@ def condensed_kd_loss(
 # loss carries its derivative).
 
 
+def _small(
+    student: Tensor, teacher: Tensor, labels: Tensor | None, value: str | Tensor, options: LossOptions
+) -> Tensor | None:
+    """The loss of a small batch, where it needs nothing that its door lacks; checks are those of the operators."""
+    if not (isinstance(student, Tensor) and isinstance(value, str) and value in arguments.VALUES):
+        return None
+    differentiable = student.requires_grad and torch.is_grad_enabled()
+    ahead = differentiable and student.dim() > 0 and _writes_gradient(student, options)
+    value_kind = arguments.VALUES.index(value)
+    return ops.small_loss(student, teacher, labels, options.keep, value_kind, options.operators, differentiable, ahead)
+
+
 def _writes_gradient(student: Tensor, options: LossOptions) -> bool:
     """Whether the forward pass writes the gradient too, from exponentials it has at hand.
 
@@ -152,7 +162,7 @@ def _writes_gradient(student: Tensor, options: LossOptions) -> bool:
     if per_row or student.dtype == torch.float16 or not ops.writes_gradient_ahead(student):
         return False
     fraction, count = options.keep
-    return 2 * count >= student.numel() // student.shape[-1] if count else fraction >= 0.5
+    return 2 * count >= student.numel() // max(1, student.shape[-1]) if count else fraction >= 0.5
 
 
 def _eager(student: Tensor, inputs: tuple[Tensor, ...], value: int, options: LossOptions, _: None):

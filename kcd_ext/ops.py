@@ -7,11 +7,14 @@ import math
 
 import torch
 from torch import Tensor
+from torch._C import _are_functorch_transforms_active, _len_torch_dispatch_stack
+from torch.autograd import forward_ad
 
 from . import _extension
 from .arguments import REDUCTIONS
 
-build_info = _extension.load()
+build_info, _small = _extension.load()
+has_small_loss = _small is not None
 _WITH_CUDA = bool(build_info["cuda_architectures"]) and torch.version.hip is None  # ROCm's devices call themselves cuda
 
 condensed_kd = torch.ops.kcd_ext.condensed_kd.default
@@ -27,6 +30,8 @@ reduce_rows = torch.ops.kcd_ext.reduce_rows.default
 with torch.inference_mode(False):  # a tensor made in that mode could never be saved for a backward pass
     _ABSENT = torch.empty(0, dtype=torch.bool, device="cpu")
 
+_PLAIN = (Tensor, torch.nn.Parameter)
+
 ENTROPY, KL, STATS = 0, 1, 7  # csrc/kernels.h, enum Stats: two of its rows, and how many there are
 REDUCTION_NONE = REDUCTIONS.index("none")
 
@@ -36,7 +41,7 @@ def absent(like: Tensor) -> Tensor:
 
     A compiled graph on a GPU gets one of its own there: with a tensor on the CPU among its inputs it may not become a CUDA graph.
     """
-    plain = type(like) in (Tensor, torch.nn.Parameter) and (like.is_cpu or not torch.compiler.is_compiling())
+    plain = type(like) in _PLAIN and (like.is_cpu or not torch.compiler.is_compiling())
     return _ABSENT if plain else like.new_empty(0, dtype=torch.bool)
 
 
@@ -47,7 +52,7 @@ def has_kernels_for(logits: Tensor) -> bool:
 
 def writes_gradient_ahead(logits: Tensor) -> bool:
     """Whether `condensed_kd_with_gradient` is there for these logits: on the CPU, and not for tensors without numbers."""
-    return logits.is_cpu and type(logits) in (Tensor, torch.nn.Parameter)
+    return logits.is_cpu and type(logits) in _PLAIN
 
 
 def accumulator_of(student: Tensor) -> torch.dtype:
@@ -204,8 +209,60 @@ def _saved(ctx) -> tuple[Tensor, list[Tensor]]:
     return student, saved
 
 
+class GradientOfSmall(torch.autograd.Function):
+    """`GradientOfStudent` for a loss of `small_loss`: all in C, but for what is rare."""
+
+    forward = _small and staticmethod(_small.small_attach)
+
+    @staticmethod
+    def backward(ctx, grad_output: Tensor | None) -> tuple[Tensor | None, None, None]:
+        """The gradient with respect to the student's logits, (..., C) in their dtype."""
+        if grad_output is None:
+            return None, None, None
+        differentiable = torch.is_grad_enabled()
+        gradient = NotImplemented if differentiable else _small.small_backward(ctx, grad_output)
+        if gradient is NotImplemented:
+            student, teacher, labels, selected, stats, counts, options = _small.small_saved(ctx)
+            operator = condensed_kd_backward if differentiable else condensed_kd_gradient
+            constants = (teacher, _ABSENT if labels is None else labels, _ABSENT, _ABSENT, selected, stats, counts)
+            gradient = operator(grad_output.contiguous(), student, *constants, *options)
+        return gradient, None, None
+
+
 # Function.apply handles torch.func's transforms first, which are refused before this is reached.
 _apply_without_transforms = super(torch.autograd.Function, GradientOfStudent).apply
+
+_apply_small_without_transforms = super(torch.autograd.Function, GradientOfSmall).apply
+
+
+def small_loss(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor | None,
+    keep: tuple[float, int],
+    value: int,
+    options: tuple,
+    differentiable: bool,
+    ahead: bool,
+) -> Tensor | None:
+    """The loss by the door for small calls, with its derivative if it is to be `differentiable`; None where that does not serve.
+
+    It serves plain tensors on the CPU, of up to 1 MB, where no mode or transform of torch's has to see an operator.
+
+    Args:
+        student, teacher, labels: as `condensed_kd_loss` takes them, not checked.
+        keep, value, options: as the operators take them.
+        ahead: whether the forward pass writes the gradient.
+    """
+    plain = type(student) in _PLAIN and type(teacher) in _PLAIN and not teacher.requires_grad
+    if not plain or _len_torch_dispatch_stack() or _are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return None
+    state = _small.small_forward(student, teacher, labels, keep, value, options, ahead)
+    if state is NotImplemented:
+        return None
+    if not differentiable:
+        return _small.small_loss(state)
+    return _apply_small_without_transforms(student, (teacher, labels), state)
 
 
 def with_gradient(

@@ -114,20 +114,11 @@ def condensed_kd_loss(
 
     Any device and any differentiable order.  `inplace=True` raises ValueError: autograd needs the logits it read.
     """
-    options = arguments.check_loss(
-        student_logits,
-        teacher_logits,
-        temperature=temperature,
-        keep=keep,
-        value=value,
-        labels=labels,
-        kd_weight=kd_weight,
-        ce_weight=ce_weight,
-        row_weight=row_weight,
-        rows=rows,
-        ignore_index=ignore_index,
-        reduction=reduction,
-        group=group,
+    arguments.check_loss_tensors(
+        student_logits, teacher_logits, value=value, labels=labels, row_weight=row_weight, rows=rows, group=group
+    )
+    options = arguments.check_loss_options(
+        temperature, keep, kd_weight, ce_weight, labels is not None, ignore_index, reduction
     )
     if inplace:
         raise ValueError("inplace=True is not possible in the reference: plain autograd needs the logits it read")

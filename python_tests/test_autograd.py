@@ -326,6 +326,9 @@ def test_ten_thousand_calls_leak_nothing():
         )
         loss.backward()
         student.grad = None
+        condensed_kd_loss(student, teacher, labels=labels, keep=0.5).backward()  # through the door for small calls
+        condensed_kd_loss(student, teacher, keep=0.2)
+        student.grad = None
         with pytest.raises(IndexError):
             condensed_kd_loss(student, teacher, labels=labels + 5)
 

@@ -180,6 +180,53 @@ def test_the_declared_abi_is_torchs_own():
     assert subprocess.run(compile_, input=wrong, text=True, capture_output=True).returncode != 0
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
+def test_the_declared_slice_of_dlpack_is_its_own():
+    """Sizes and offsets of every structure and number that csrc/dlpack.h declares."""
+    pairs = {
+        "Version": ("DLPackVersion", {"major": "major", "minor": "minor"}),
+        "Device": ("DLDevice", {"device_type": "device_type", "device_id": "device_id"}),
+        "DataType": ("DLDataType", {name: name for name in ("code", "bits", "lanes")}),
+        "Array": (
+            "DLTensor",
+            {name: name for name in ("data", "device", "ndim", "dtype", "shape", "strides", "byte_offset")},
+        ),
+        "ManagedTensor": (
+            "DLManagedTensorVersioned",
+            {
+                "version": "version",
+                "manager_ctx": "manager_ctx",
+                "deleter": "deleter",
+                "flags": "flags",
+                "array": "dl_tensor",
+            },
+        ),
+        "ExchangeApi": (
+            "DLPackExchangeAPI",
+            {
+                "version": "header",
+                "allocate": "managed_tensor_allocator",
+                "to_managed": "managed_tensor_from_py_object_no_sync",
+                "to_python": "managed_tensor_to_py_object_no_sync",
+                "view": "dltensor_from_py_object_no_sync",
+                "current_stream": "current_work_stream",
+            },
+        ),
+    }
+    numbers = {"kMajorVersion": "DLPACK_MAJOR_VERSION", "kCpu": "kDLCPU", "kInt": "kDLInt", "kFloat": "kDLFloat"}
+    numbers |= {"kBfloat": "kDLBfloat", "kBool": "kDLBool"}
+    lines = ["#include <cstddef>", "#include <ATen/dlpack.h>", "#include <dlpack.h>", "namespace d = kcd::dlpack;"]
+    for ours, (theirs, fields) in pairs.items():
+        lines.append(f"static_assert(sizeof(d::{ours}) == sizeof({theirs}));")
+        lines += [f"static_assert(offsetof(d::{ours}, {a}) == offsetof({theirs}, {b}));" for a, b in fields.items()]
+    lines += [f"static_assert(d::{ours} == {theirs});" for ours, theirs in numbers.items()]
+    compile_ = ["g++", "-std=c++20", "-fsyntax-only", "-x", "c++", "-", f"-I{SOURCES}", f"-isystem{TORCH_INCLUDE}"]
+    done = subprocess.run(compile_, input="\n".join(lines), text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    wrong = "\n".join(lines).replace("d::kBool == kDLBool", "d::kBool == kDLInt")
+    assert subprocess.run(compile_, input=wrong, text=True, capture_output=True).returncode != 0
+
+
 def declared_functions() -> set[str]:
     text = (SOURCES / "torch" / "abi.h").read_text()
     body = text[text.index("#define KCD_TORCH_ABI(X)") : text.index("#define X(name, args)")]

@@ -3,10 +3,12 @@
 // Declared here, so that building needs no torch; python_tests/test_extension.py compiles this file after torch's own headers,
 // where any disagreement is a compile error.  docs/abi.md lists the functions and what PyTorch promises about them.
 #pragma once
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <initializer_list>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -38,7 +40,6 @@ using StableIValue = uint64_t;
   X(torch_get_const_data_ptr, (AtenTensorHandle tensor, const void** data))                                                        \
   X(torch_get_mutable_data_ptr, (AtenTensorHandle tensor, void** data))                                                            \
   X(aoti_torch_get_dim, (AtenTensorHandle tensor, int64_t* dim))                                                                   \
-  X(aoti_torch_get_numel, (AtenTensorHandle tensor, int64_t* numel))                                                               \
   X(aoti_torch_get_sizes, (AtenTensorHandle tensor, int64_t** sizes))                                                              \
   X(aoti_torch_get_strides, (AtenTensorHandle tensor, int64_t** strides))                                                          \
   X(aoti_torch_get_dtype, (AtenTensorHandle tensor, int32_t* dtype))                                                               \
@@ -82,60 +83,94 @@ inline void check_torch(int32_t error, const char* call) {
 }
 #define KCD_CALL(name, ...) ::kcd::check_torch(name(__VA_ARGS__), #name)
 
-// An owned handle of a tensor.
-class Tensor {
+// What a call needs to know of a tensor that somebody else keeps alive.
+class View {
  public:
-  explicit Tensor(StableIValue value) : handle_(reinterpret_cast<AtenTensorHandle>(value)) {}
-  Tensor(Tensor&& other) noexcept : handle_(std::exchange(other.handle_, nullptr)) {}
+  View(const void* data, const int64_t* sizes, const int64_t* strides, int64_t dim, int32_t dtype, int32_t device_type,
+       int32_t device_index)
+      : data_(data),
+        sizes_(sizes),
+        strides_(strides),
+        dim_(dim),
+        dtype_(dtype),
+        device_type_(device_type),
+        device_index_(device_index) {}
+
+  template <class T>
+  const T* data() const {
+    return static_cast<const T*>(data_);
+  }
+  int64_t dim() const { return dim_; }
+  const int64_t* sizes() const { return sizes_; }
+  const int64_t* strides() const { return strides_; }
+  int64_t numel() const {
+    int64_t n = 1;
+    for (int64_t i = 0; i < dim_; ++i) n *= sizes_[i];
+    return n;
+  }
+  int32_t dtype() const { return dtype_; }
+  int32_t device_type() const { return device_type_; }
+  int32_t device_index() const { return device_index_; }
+
+ protected:
+  View() = default;
+  const void* data_;
+  const int64_t *sizes_, *strides_;
+  int64_t dim_;
+  int32_t dtype_, device_type_, device_index_;
+};
+
+// An owned handle of a tensor.
+class Tensor : public View {
+ public:
+  explicit Tensor(StableIValue value) : Tensor(reinterpret_cast<AtenTensorHandle>(value)) {}
+  Tensor(Tensor&& other) noexcept : View(other), handle_(std::exchange(other.handle_, nullptr)) {}
   Tensor(const Tensor&) = delete;
   ~Tensor() {
     if (handle_) aoti_torch_delete_tensor_object(handle_);
   }
 
   // A contiguous tensor on the device of `like`.
-  static Tensor empty(const int64_t* sizes, int64_t dim, int32_t dtype, const Tensor& like) {
+  static Tensor empty(const int64_t* sizes, int64_t dim, int32_t dtype, const View& like) {
     const Strides strides(sizes, dim);
     AtenTensorHandle handle;
     KCD_CALL(aoti_torch_empty_strided, dim, sizes, strides.of, dtype, like.device_type(), like.device_index(), &handle);
-    return Tensor(reinterpret_cast<StableIValue>(handle));
+    return Tensor(handle);
   }
   // The same over memory of one's own, which `deleter` is called with when torch gives it up.
-  static Tensor over(void* data, const int64_t* sizes, int64_t dim, int32_t dtype, const Tensor& like,
-                     void (*deleter)(void*, void*), void* context) {
+  static Tensor over(void* data, const int64_t* sizes, int64_t dim, int32_t dtype, const View& like, void (*deleter)(void*, void*),
+                     void* context) {
     const Strides strides(sizes, dim);
     AtenTensorHandle handle;
     KCD_CALL(torch_from_blob, data, dim, sizes, strides.of, 0, dtype, like.device_type(), like.device_index(), &handle, 0, nullptr,
              0, deleter, context);
-    return Tensor(reinterpret_cast<StableIValue>(handle));
+    return Tensor(handle);
   }
   static bool can_be_over_memory() { return torch_from_blob != nullptr; }
-  static Tensor empty(std::initializer_list<int64_t> sizes, int32_t dtype, const Tensor& like) {
+  static Tensor empty(std::initializer_list<int64_t> sizes, int32_t dtype, const View& like) {
     return empty(sizes.begin(), static_cast<int64_t>(sizes.size()), dtype, like);
   }
 
   StableIValue release() { return reinterpret_cast<StableIValue>(std::exchange(handle_, nullptr)); }
 
   template <class T>
-  const T* data() const {
-    const void* p;
-    KCD_CALL(torch_get_const_data_ptr, handle_, &p);
-    return static_cast<const T*>(p);
-  }
-  template <class T>
   T* mutable_data() const {
     void* p;
     KCD_CALL(torch_get_mutable_data_ptr, handle_, &p);
     return static_cast<T*>(p);
   }
-  int64_t dim() const { return get(aoti_torch_get_dim); }
-  int64_t numel() const { return get(aoti_torch_get_numel); }
-  const int64_t* sizes() const { return get(aoti_torch_get_sizes); }
-  const int64_t* strides() const { return get(aoti_torch_get_strides); }
-  int32_t dtype() const { return get(aoti_torch_get_dtype); }
-  int32_t device_type() const { return get(aoti_torch_get_device_type); }
-  int32_t device_index() const { return get(aoti_torch_get_device_index); }
 
  private:
+  explicit Tensor(AtenTensorHandle handle) : handle_(handle) {
+    KCD_CALL(torch_get_const_data_ptr, handle_, &data_);
+    dim_ = get(aoti_torch_get_dim);
+    sizes_ = get(aoti_torch_get_sizes);
+    strides_ = get(aoti_torch_get_strides);
+    dtype_ = get(aoti_torch_get_dtype);
+    device_type_ = get(aoti_torch_get_device_type);
+    device_index_ = get(aoti_torch_get_device_index);
+  }
+
   struct Strides {                           // of a contiguous tensor
     static constexpr int64_t kMaxDim = 64;   // torch's own limit
     int64_t of[kMaxDim] = {};
@@ -158,11 +193,12 @@ class Tensor {
   AtenTensorHandle handle_;
 };
 
-// The arguments of a boxed call, in the order of its schema.  The callee owns the tensors.
+// The arguments of a boxed call, in the order of its schema.  The callee owns the tensors: they live as long as this does.
 class Arguments {
  public:
   explicit Arguments(StableIValue* stack) : next_(stack) {}
-  Tensor tensor() { return Tensor(*next_++); }
+  const Tensor& tensor() { return tensors_[count_++].emplace(*next_++); }
+  const Tensor& operator[](size_t i) const { return *tensors_[i]; }   // of those already taken
   double real() { return scalar<double>(); }
   int64_t integer() { return scalar<int64_t>(); }
 
@@ -174,6 +210,8 @@ class Arguments {
     return value;
   }
   StableIValue* next_;
+  std::array<std::optional<Tensor>, 9> tensors_;   // no schema has more
+  size_t count_ = 0;
 };
 
 // Replaces a boxed call's arguments by its results.

@@ -20,7 +20,7 @@ inline const Dtypes& dtypes() {
   return all;
 }
 
-inline Type type_of(const Tensor& logits) {
+inline Type type_of(const View& logits) {
   const int32_t dtype = logits.dtype();
   if (dtype == dtypes().float32) return Type::float32;
   if (dtype == dtypes().float64) return Type::float64;
@@ -29,13 +29,13 @@ inline Type type_of(const Tensor& logits) {
   throw std::invalid_argument("kcd_ext: logits must be float32, float64, float16 or bfloat16");
 }
 
-inline bool absent(const Tensor& x) { return x.dtype() == dtypes().boolean; }
+inline bool absent(const View& x) { return x.dtype() == dtypes().boolean; }
 
 inline void require(bool condition, const char* message) {
   if (!condition) throw std::invalid_argument(std::string("kcd_ext: ") + message);
 }
 
-inline bool contiguous(const Tensor& x) {
+inline bool contiguous(const View& x) {
   int64_t step = 1;
   for (int64_t i = x.dim() - 1; i >= 0; --i) {
     if (x.sizes()[i] != 1 && x.strides()[i] != step) return false;
@@ -45,7 +45,7 @@ inline bool contiguous(const Tensor& x) {
 }
 
 // The numbers of a tensor that must hold n of them, side by side.
-inline const void* dense(const Tensor& x, int32_t dtype, int64_t n, const char* message) {
+inline const void* dense(const View& x, int32_t dtype, int64_t n, const char* message) {
   require(x.dtype() == dtype && x.numel() == n && (n == 0 || contiguous(x)), message);
   return x.data<void>();
 }
@@ -53,7 +53,7 @@ inline const void* dense(const Tensor& x, int32_t dtype, int64_t n, const char* 
 // ---- shapes
 
 // (..., classes) as rows of contiguous classes at two strides.
-inline Logits logits_of(const Tensor& x, const void* data) {
+inline Logits logits_of(const View& x, const void* data) {
   const int64_t dim = x.dim(), *sizes = x.sizes(), *strides = x.strides();
   require(dim >= 1, "logits must have shape (..., classes)");
   if (x.numel() == 0) return {data, type_of(x), 1, 0, 0};
@@ -74,29 +74,27 @@ inline Logits logits_of(const Tensor& x, const void* data) {
   return {data, type_of(x), std::max<int64_t>(size[0], 1), stride[1], stride[0]};
 }
 
-inline int64_t count_rows(const Tensor& logits) {
+inline int64_t count_rows(const View& logits) {
   int64_t n = 1;
   for (int64_t i = 0; i + 1 < logits.dim(); ++i) n *= logits.sizes()[i];
   return n;
 }
 
 // Tensors must lie where the first one does: `given` all of them, `options` if they are not absent.
-inline void on_one_device(const Tensor& first, std::initializer_list<const Tensor*> given,
-                          std::initializer_list<const Tensor*> options) {
-  const auto check = [&](const Tensor& x) {
+inline void on_one_device(const View& first, std::initializer_list<const View*> given, std::initializer_list<const View*> options) {
+  const auto check = [&](const View& x) {
     require(x.device_type() == first.device_type() && x.device_index() == first.device_index(),
             "all tensors must be on one device");
   };
-  for (const Tensor* x : given) check(*x);
-  for (const Tensor* x : options)
+  for (const View* x : given) check(*x);
+  for (const View* x : options)
     if (!absent(*x)) check(*x);
 }
 
 // The logits of a call and the shapes that follow from them.  `problem` lacks teacher_row, which is in the device's own hands.
 class Call {
  public:
-  Call(const Tensor& student, const Tensor* teacher, const Tensor& labels, const Tensor* rows, double temperature,
-       int64_t ignore_index)
+  Call(const View& student, const View* teacher, const View& labels, const View* rows, double temperature, int64_t ignore_index)
       : problem{},
         leading_dim_(student.dim() - 1),
         sizes_(student.sizes()),
@@ -132,8 +130,8 @@ class Call {
   bool is_double() const { return accumulator_ == dtypes().float64; }
   int32_t accumulator() const { return accumulator_; }
   int64_t accumulator_bytes() const { return is_double() ? 8 : 4; }
-  Tensor per_row(int32_t dtype, const Tensor& like) const { return Tensor::empty(sizes_, leading_dim_, dtype, like); }
-  Tensor like_student(const Tensor& student) const { return Tensor::empty(sizes_, leading_dim_ + 1, student.dtype(), student); }
+  Tensor per_row(int32_t dtype, const View& like) const { return Tensor::empty(sizes_, leading_dim_, dtype, like); }
+  Tensor like_student(const View& student) const { return Tensor::empty(sizes_, leading_dim_ + 1, student.dtype(), student); }
 
  private:
   int64_t leading_dim_;
@@ -141,15 +139,16 @@ class Call {
   int32_t accumulator_;
 };
 
-// ---- arguments
+// ---- arguments.  The values in braces are taken in the order in which they stand.
 
 // How many rows to keep: a fraction of them, or a number where that is not 0.
 struct KeepOptions {
   double fraction;
   int64_t count;
-  explicit KeepOptions(Arguments& args) : fraction(args.real()), count(args.integer()) {
+  KeepOptions(double fraction, int64_t count) : fraction(fraction), count(count) {
     require(fraction > 0 && fraction <= 1 && count >= 0, "keep_fraction must lie in (0, 1], keep_count be 0 or more");
   }
+  static KeepOptions of(Arguments& args) { return {args.real(), args.integer()}; }
 };
 
 // What the loss is made of beside the logits; the same for both directions.
@@ -159,27 +158,30 @@ struct LossOptions {
   Reduction reduction;
   double ranks;   // processes whose rows `counts` counts
 
-  explicit LossOptions(Arguments& args)
-      : temperature(args.real()),
-        kd_weight(args.real()),
-        ce_weight(args.real()),
-        ignore_index(args.integer()),
-        reduction(static_cast<Reduction>(args.integer())),
-        ranks(args.real()) {
-    require(reduction >= Reduction::mean && reduction <= Reduction::none, "reduction must be 0 to 2");
+  LossOptions(double temperature, double kd_weight, double ce_weight, int64_t ignore_index, int64_t reduction, double ranks)
+      : temperature(temperature),
+        kd_weight(kd_weight),
+        ce_weight(ce_weight),
+        ignore_index(ignore_index),
+        reduction(static_cast<Reduction>(reduction)),
+        ranks(ranks) {
+    require(reduction >= 0 && reduction <= static_cast<int64_t>(Reduction::none), "reduction must be 0 to 2");
+  }
+  static LossOptions of(Arguments& args) {
+    return {args.real(), args.real(), args.real(), args.integer(), args.integer(), args.real()};
   }
 
   // What a sum over `count` rows is divided by; 0 for no rows, whose sum then counts 0.
   double divisor(int64_t count) const { return reduction == Reduction::mean ? static_cast<double>(count) / ranks : 1.0; }
 };
 
-inline const void* row_weight_of(const Call& call, const Tensor& row_weight) {
+inline const void* row_weight_of(const Call& call, const View& row_weight) {
   if (absent(row_weight)) return nullptr;
   return dense(row_weight, call.accumulator(), call.problem.rows, "row_weight must be of the accumulator's dtype, one a row");
 }
 
 // What rows are to be ranked by, checked.
-inline void check_value(const Call& call, const Tensor& score, Value value) {
+inline void check_value(const Call& call, const View& score, Value value) {
   const Problem& p = call.problem;
   require(value >= Value::entropy && value <= Value::score, "value must be 0 to 4");
   require((value == Value::score) == !absent(score), "a score goes with value 4");
@@ -190,7 +192,7 @@ inline void check_value(const Call& call, const Tensor& score, Value value) {
           "score must be float32 or float64, one a row");
 }
 
-inline void check_rows_of(const Call& call, const Tensor& selected, const Tensor& stats, const Tensor& counts) {
+inline void check_rows_of(const Call& call, const View& selected, const View& stats, const View& counts) {
   constexpr const char* message = "selected, stats and counts must come from the forward pass on the same logits";
   dense(selected, dtypes().boolean, call.problem.rows, message);
   dense(stats, call.accumulator(), kStatsRows * call.problem.rows, message);
@@ -198,20 +200,16 @@ inline void check_rows_of(const Call& call, const Tensor& selected, const Tensor
 }
 
 struct ForwardCall {
-  Tensor student, teacher, labels, score, row_weight, rows;
+  View student, teacher, labels, score, row_weight, rows;
   KeepOptions keep;
   Value value;
   LossOptions options;
-  explicit ForwardCall(Arguments args)
-      : student(args.tensor()),
-        teacher(args.tensor()),
-        labels(args.tensor()),
-        score(args.tensor()),
-        row_weight(args.tensor()),
-        rows(args.tensor()),
-        keep(args),
-        value(static_cast<Value>(args.integer())),
-        options(args) {}
+
+  static ForwardCall of(Arguments& args) {
+    return {args.tensor(),        args.tensor(), args.tensor(),         args.tensor(),
+            args.tensor(),        args.tensor(), KeepOptions::of(args), static_cast<Value>(args.integer()),
+            LossOptions::of(args)};
+  }
 
   Call call() const {
     on_one_device(student, {}, {&teacher, &labels, &score, &row_weight, &rows});
@@ -225,11 +223,11 @@ struct ForwardCall {
 };
 
 struct RowStatsCall {
-  Tensor student, teacher, labels, score, rows;
+  View student, teacher, labels, score, rows;
   double temperature;
   Value value;
   int64_t ignore_index;
-  explicit RowStatsCall(Arguments args)
+  explicit RowStatsCall(Arguments& args)
       : student(args.tensor()),
         teacher(args.tensor()),
         labels(args.tensor()),
@@ -248,9 +246,9 @@ struct RowStatsCall {
 };
 
 struct SelectCall {
-  Tensor value, candidate;
+  View value, candidate;
   KeepOptions keep;
-  explicit SelectCall(Arguments args) : value(args.tensor()), candidate(args.tensor()), keep(args) {
+  explicit SelectCall(Arguments& args) : value(args.tensor()), candidate(args.tensor()), keep(KeepOptions::of(args)) {
     on_one_device(value, {&candidate}, {});
     dense(value, is_double() ? dtypes().float64 : dtypes().float32, value.numel(), "value must be contiguous float32 or float64");
     dense(candidate, dtypes().boolean, value.numel(), "candidate must be contiguous bool, one a value");
@@ -259,9 +257,9 @@ struct SelectCall {
 };
 
 struct ReduceCall {
-  Tensor student, labels, row_weight, selected, stats, cross_entropy, counts;
+  View student, labels, row_weight, selected, stats, cross_entropy, counts;
   LossOptions options;
-  explicit ReduceCall(Arguments args)
+  explicit ReduceCall(Arguments& args)
       : student(args.tensor()),
         labels(args.tensor()),
         row_weight(args.tensor()),
@@ -269,7 +267,7 @@ struct ReduceCall {
         stats(args.tensor()),
         cross_entropy(args.tensor()),
         counts(args.tensor()),
-        options(args) {}
+        options(LossOptions::of(args)) {}
 
   Call call() const {
     on_one_device(student, {&selected, &stats, &counts}, {&labels, &row_weight, &cross_entropy});
@@ -284,19 +282,14 @@ struct ReduceCall {
 };
 
 struct BackwardCall {
-  Tensor grad_output, student, teacher, labels, row_weight, rows, selected, stats, counts;
+  View grad_output, student, teacher, labels, row_weight, rows, selected, stats, counts;
   LossOptions options;
-  explicit BackwardCall(Arguments args)
-      : grad_output(args.tensor()),
-        student(args.tensor()),
-        teacher(args.tensor()),
-        labels(args.tensor()),
-        row_weight(args.tensor()),
-        rows(args.tensor()),
-        selected(args.tensor()),
-        stats(args.tensor()),
-        counts(args.tensor()),
-        options(args) {}
+
+  static constexpr size_t kStudent = 1;   // its place among the arguments
+  static BackwardCall of(Arguments& args) {
+    return {args.tensor(), args.tensor(), args.tensor(), args.tensor(), args.tensor(),
+            args.tensor(), args.tensor(), args.tensor(), args.tensor(), LossOptions::of(args)};
+  }
 
   bool one_for_all() const { return grad_output.dim() == 0; }
 
@@ -314,21 +307,23 @@ struct BackwardCall {
 
 // ---- results
 
-inline Tensor loss_like(const Call& call, const LossOptions& options, const Tensor& student) {
+inline Tensor loss_like(const Call& call, const LossOptions& options, const View& student) {
   return options.reduction == Reduction::none ? call.per_row(call.accumulator(), student)
                                               : Tensor::empty({}, call.accumulator(), student);
 }
 
 // What rows are ranked by: of the scores' dtype, or the accumulator's.
-inline Tensor ranked_like(const Call& call, const Tensor& score, const Tensor& student) {
-  return call.per_row(absent(score) ? call.accumulator() : score.dtype(), student);
+inline int32_t ranked_dtype(const Call& call, const View& score) { return absent(score) ? call.accumulator() : score.dtype(); }
+inline bool ranks_by_double(const Call& call, const View& score) { return ranked_dtype(call, score) == dtypes().float64; }
+inline Tensor ranked_like(const Call& call, const View& score, const View& student) {
+  return call.per_row(ranked_dtype(call, score), student);
 }
 
-inline Tensor stats_like(const Call& call, const Tensor& student) {
+inline Tensor stats_like(const Call& call, const View& student) {
   return Tensor::empty({kStatsRows, call.problem.rows}, call.accumulator(), student);
 }
 
-inline Tensor cross_entropy_like(const Call& call, const Tensor& student) {
+inline Tensor cross_entropy_like(const Call& call, const View& student) {
   return call.problem.with_labels ? call.per_row(call.accumulator(), student) : Tensor::empty({0}, call.accumulator(), student);
 }
 

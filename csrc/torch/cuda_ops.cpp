@@ -11,7 +11,7 @@ namespace {
 // A call that has been checked, on its device, where the teacher's rows are known.
 class CudaCall : public Call {
  public:
-  CudaCall(const Call& call, const Tensor& student) : Call(call), device_(student) {
+  CudaCall(const Call& call, const View& student) : Call(call), device_(student) {
     constexpr int64_t kMost = int64_t{1} << 30;
     require(problem.rows <= kMost && problem.classes <= kMost, "the CUDA kernels take up to 2^30 rows and classes");
     if (!rows_are_named) return;
@@ -29,16 +29,16 @@ class CudaCall : public Call {
 };
 
 // Bytes from torch's allocator, which gives them to nobody else before this stream is done with them.
-Tensor bytes_like(size_t n, const Tensor& like) { return Tensor::empty({static_cast<int64_t>(n)}, dtypes().boolean, like); }
+Tensor bytes_like(size_t n, const View& like) { return Tensor::empty({static_cast<int64_t>(n)}, dtypes().boolean, like); }
 
-cuda::Sum sum_of(const Call& call, const LossOptions& options, const Tensor& row_weight) {
+cuda::Sum sum_of(const Call& call, const LossOptions& options, const View& row_weight) {
   return {row_weight_of(call, row_weight), options.kd_weight * options.temperature * options.temperature, options.ce_weight,
           options.reduction, options.ranks};
 }
 
 cuda::Keep keep_of(const KeepOptions& keep) { return {keep.fraction, keep.count}; }
 
-cuda::Forward forward_of(const Call& call, const Tensor& score, Value value, const Tensor& stats, const Tensor& ranked) {
+cuda::Forward forward_of(const Call& call, const View& score, Value value, const Tensor& stats, const Tensor& ranked) {
   const bool by_teacher_entropy = value == Value::teacher_entropy;
   cuda::Forward forward{};
   forward.problem = call.problem;
@@ -51,13 +51,14 @@ cuda::Forward forward_of(const Call& call, const Tensor& score, Value value, con
   return forward;
 }
 
-void run(const cuda::Forward& forward, const Tensor& like, const cuda::Machine& machine) {
+void run(const cuda::Forward& forward, const View& like, const cuda::Machine& machine) {
   const Tensor workspace = bytes_like(cuda::workspace_of(forward, machine), like);
   cuda::forward(forward, machine, workspace.mutable_data<void>());
 }
 
 void condensed_kd(StableIValue* stack, uint64_t, uint64_t) {
-  const ForwardCall a{Arguments(stack)};
+  Arguments arguments(stack);
+  const ForwardCall a = ForwardCall::of(arguments);
   const CudaCall call(a.call(), a.student);
   Tensor value = ranked_like(call, a.score, a.student), stats = stats_like(call, a.student);
   Tensor selected = call.per_row(dtypes().boolean, a.student), counts = Tensor::empty({2}, dtypes().int64, a.student);
@@ -71,7 +72,8 @@ void condensed_kd(StableIValue* stack, uint64_t, uint64_t) {
 }
 
 void row_stats(StableIValue* stack, uint64_t, uint64_t) {
-  const RowStatsCall a{Arguments(stack)};
+  Arguments arguments(stack);
+  const RowStatsCall a(arguments);
   const CudaCall call(a.call(), a.student);
   Tensor value = ranked_like(call, a.score, a.student), stats = stats_like(call, a.student);
   Tensor cross_entropy = cross_entropy_like(call, a.student), candidate = call.per_row(dtypes().boolean, a.student);
@@ -83,7 +85,8 @@ void row_stats(StableIValue* stack, uint64_t, uint64_t) {
 }
 
 void select_topk(StableIValue* stack, uint64_t, uint64_t) {
-  const SelectCall a{Arguments(stack)};
+  Arguments arguments(stack);
+  const SelectCall a(arguments);
   const OnDevice device(a.value);
   Tensor selected = Tensor::empty(a.value.sizes(), a.value.dim(), dtypes().boolean, a.value);
   const cuda::Select select{a.value.data<void>(), a.is_double(),   a.candidate.data<uint8_t>(),
@@ -94,7 +97,8 @@ void select_topk(StableIValue* stack, uint64_t, uint64_t) {
 }
 
 void reduce_rows(StableIValue* stack, uint64_t, uint64_t) {
-  const ReduceCall a{Arguments(stack)};
+  Arguments arguments(stack);
+  const ReduceCall a(arguments);
   const CudaCall call(a.call(), a.student);
   Tensor loss = loss_like(call, a.options, a.student);
   const cuda::Reduce reduce{call.problem,
@@ -126,7 +130,8 @@ void write_gradient(const BackwardCall& a, const CudaCall& call, const Logits& o
 }
 
 void condensed_kd_backward(StableIValue* stack, uint64_t, uint64_t) {
-  const BackwardCall a{Arguments(stack)};
+  Arguments arguments(stack);
+  const BackwardCall a = BackwardCall::of(arguments);
   const CudaCall call(a.call(), a.student);
   Tensor out = call.like_student(a.student);
   write_gradient(a, call, logits_of(out, out.mutable_data<void>()));
@@ -134,8 +139,9 @@ void condensed_kd_backward(StableIValue* stack, uint64_t, uint64_t) {
 }
 
 void condensed_kd_gradient_(StableIValue* stack, uint64_t, uint64_t) {
-  const BackwardCall a{Arguments(stack)};
-  write_gradient(a, CudaCall(a.call(), a.student), logits_of(a.student, a.student.mutable_data<void>()));
+  Arguments arguments(stack);
+  const BackwardCall a = BackwardCall::of(arguments);
+  write_gradient(a, CudaCall(a.call(), a.student), logits_of(a.student, arguments[BackwardCall::kStudent].mutable_data<void>()));
 }
 
 }   // namespace

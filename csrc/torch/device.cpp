@@ -19,7 +19,7 @@ void* stream_of(int32_t device) {
 
 }   // namespace
 
-OnDevice::OnDevice(const Tensor& tensor) : guard_(enter(tensor.device_index())) {
+OnDevice::OnDevice(const View& tensor) : guard_(enter(tensor.device_index())) {
   machine_ = cuda::machine_of(tensor.device_index(), stream_of(tensor.device_index()));
 }
 

@@ -10,7 +10,7 @@ namespace kcd {
 // For its lifetime the device of a tensor is the current one.
 class OnDevice {
  public:
-  explicit OnDevice(const Tensor& tensor);
+  explicit OnDevice(const View& tensor);
   const cuda::Machine& machine() const { return machine_; }
 
  private:

@@ -12,7 +12,7 @@ namespace {
 cuda::Machine set_machine{4, nullptr, 256};
 }
 
-OnDevice::OnDevice(const Tensor&) : machine_(set_machine) {}
+OnDevice::OnDevice(const View&) : machine_(set_machine) {}
 void OnDevice::Leave::operator()(CUDAGuardOpaque*) const {}
 
 namespace {

@@ -1,0 +1,62 @@
+// A call on the CPU: O(rows) bookkeeping here, logits in the kernels of csrc/cpu.  The operators and the eager path's own door are
+// thin shells of it.
+#pragma once
+#include <vector>
+
+#include "torch/call.h"
+
+namespace kcd {
+
+// A call whose labels and rows have been looked at.
+class CpuCall : public Call {
+ public:
+  // Raises std::out_of_range for a label or a row that does not exist.
+  explicit CpuCall(Call call) : Call(call) {
+    if (problem.with_labels) check_labels();
+    if (rows_are_named) map_teacher_rows();
+  }
+
+  // Runs a kernel over the rows on torch's threads; so many classes are worth waking one, about 10 us of work.
+  template <class Body>
+  void over_rows(int64_t classes_a_piece, const Body& body) const {
+    constexpr int64_t kRow = 128;   // what begins and ends a row takes as long as so many classes
+    const int64_t grain = std::max<int64_t>(1, classes_a_piece / (problem.classes + kRow));
+    problem.rows <= grain ? body(int64_t{0}, problem.rows) : parallel_for(problem.rows, grain, body);
+  }
+
+ private:
+  void check_labels() const;
+  void map_teacher_rows();
+
+  std::vector<int64_t> teacher_row_;   // a move leaves its numbers where they are
+};
+
+// ---- what calls do
+
+// What rows are ranked by and what is kept of them.
+struct Rows {
+  void* value;           // of the scores' dtype, or the accumulator's
+  void* stats;           // (kStatsRows, rows) of the accumulator's
+  void* cross_entropy;   // the accumulator's; not null where there are labels
+  const uint8_t* candidate;
+};
+void read_rows(const CpuCall& call, const View& score, Value value, const Rows& rows, const Gradient* gradient = nullptr);
+
+void select(const void* value, bool is_double, const uint8_t* candidate, int64_t rows, int64_t k, uint8_t* selected);
+
+// counts: how many rows are selected, how many are valid.
+void reduce(const Call& call, const LossOptions& options, const View& row_weight, const uint8_t* selected, const void* stats,
+            const void* cross_entropy, const int64_t* counts, void* loss);
+
+// What condensed_kd gives.
+struct Results {
+  void *loss, *value, *stats;
+  uint8_t* selected;
+  int64_t* counts;
+};
+// out: where the gradient of the loss goes as well; null: nowhere.
+void forward(const ForwardCall& a, const CpuCall& call, const Results& results, const Logits* out);
+
+void write_gradient(const BackwardCall& a, const CpuCall& call, const Logits& out);
+
+}   // namespace kcd

@@ -1,0 +1,267 @@
+"""The door for small calls (csrc/small.h): it gives what the operators give, bit for bit, or leaves the call to them."""
+
+import contextlib
+import gc
+import math
+import sys
+import threading
+import weakref
+from unittest import mock
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from kcd_ext import condensed_kd_loss, ops
+
+pytestmark = pytest.mark.skipif(not ops.has_small_loss, reason="this torch, or a plain library, has no such door")
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+
+
+@contextlib.contextmanager
+def watched():
+    """A list that fills with whether the door served, call for call."""
+    served, door = [], ops.small_loss
+
+    def spy(*arguments):
+        loss = door(*arguments)
+        served.append(loss is not None)
+        return loss
+
+    with mock.patch.object(ops, "small_loss", spy):
+        yield served
+
+
+def by_operators():
+    return mock.patch.object(ops, "has_small_loss", False)
+
+
+def logits(*shape, dtype=torch.float32, seed=0):
+    return 3 * torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def loss_and_gradient(student, teacher, factor=None, **options):
+    leaf = student.detach().requires_grad_()
+    loss = condensed_kd_loss(leaf, teacher, **options)
+    factor = torch.ones_like(loss) if factor is None else factor
+    return loss.detach(), torch.autograd.grad(loss, leaf, factor)[0]
+
+
+def same(one, other):
+    return all(
+        a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.nan_to_num(7e4), b.nan_to_num(7e4))
+        for a, b in zip(one, other, strict=True)
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("keep", [0.2, 0.7, 5, 1.0])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_served_calls_are_the_operators_bit_for_bit(dtype, keep, reduction):
+    labels = torch.tensor([3, -100, 0, 16, 5, -100, 9, 2])
+    for shape, teacher_dtype in (((8, 17), dtype), ((2, 4, 17), torch.float32), ((1, 8, 1, 17), dtype)):
+        student, teacher = logits(*shape, dtype=dtype), logits(*shape, dtype=teacher_dtype, seed=1)
+        student.flatten()[3], teacher.flatten()[40] = -math.inf, -math.inf
+        for options in (
+            {"temperature": 1},
+            {"temperature": 3.3, "labels": labels.view(shape[:-1]), "value": "cross_entropy"},
+            {"labels": labels.view(shape[:-1]) % 17, "kd_weight": 0.0, "ce_weight": 2, "ignore_index": 5},
+            {"value": "kl"},
+            {"value": "teacher_entropy"},
+        ):
+            options |= {"keep": keep, "reduction": reduction}
+            per_row = logits(*shape[:-1], seed=2).to(torch.float64 if dtype == torch.float64 else torch.float32)
+            for factor in (None, per_row if reduction == "none" else per_row.flatten()[0]):
+                with watched() as served:
+                    here = loss_and_gradient(student, teacher, factor, **options)
+                    without = condensed_kd_loss(student, teacher, **options)
+                assert served == [True, True]
+                with by_operators():
+                    assert same(here, loss_and_gradient(student, teacher, factor, **options))
+                assert same([without], here[:1]) and not without.requires_grad
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.3, 0.0, -2.0, math.inf, math.nan])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_factor(dtype, factor):
+    student, teacher = logits(9, 33, dtype=dtype), logits(9, 33, dtype=dtype, seed=1)
+    student[4, 4], student[6] = math.inf, -math.inf  # rows that are not numbers
+    factor = torch.tensor(factor, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    for keep in (0.2, 0.7):
+        here = loss_and_gradient(student, teacher, factor, keep=keep)
+        with by_operators():
+            assert same(here, loss_and_gradient(student, teacher, factor, keep=keep))
+
+
+def test_strides_and_dirty_memory_are_read_in_place():
+    wide = logits(6, 2, 40)
+    student, teacher = wide[:, 1, 3:20], logits(6, 50, seed=1)[:, 7:24]
+    with watched() as served:
+        here = loss_and_gradient(student, teacher, keep=0.5)
+        expanded = loss_and_gradient(student, teacher[:1].expand(6, 17), keep=0.5)
+    assert served == [True, True]
+    with by_operators():
+        assert same(here, loss_and_gradient(student.clone(), teacher.clone(), keep=0.5))
+        assert same(expanded, loss_and_gradient(student.clone(), teacher[:1].repeat(6, 1), keep=0.5))
+
+
+class Subclass(torch.Tensor):
+    """A tensor whose class wants to see every call."""
+
+
+class Seen(TorchDispatchMode):
+    """Notes the names of operators."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+def test_what_is_not_served_goes_to_the_operators():
+    student, teacher = logits(6, 17), logits(6, 17, seed=1)
+    negative = torch.complex(student, -teacher).conj().imag  # what torch has not negated yet
+    assert negative.is_neg()
+    with watched() as served:
+        for z, y in (
+            (student.as_subclass(Subclass), teacher),
+            (student, teacher.clone().requires_grad_()),
+            (negative, teacher),
+            (student, negative),
+            (student.t().contiguous().t(), teacher),
+            (torch._to_functional_tensor(student.clone()), teacher),
+            (logits(0, 17), logits(0, 17)),
+            (logits(*[1] * 8, 17), logits(*[1] * 8, 17)),
+        ):
+            condensed_kd_loss(z, y, keep=0.5)
+    assert served == [False] * 8
+    with by_operators():
+        expected = loss_and_gradient(teacher, negative.resolve_neg().clone(), keep=0.5)
+    assert same(loss_and_gradient(teacher, negative, keep=0.5), expected)
+    with Seen() as mode, watched() as served:
+        condensed_kd_loss(student, teacher)
+    assert served == [False] and "kcd_ext.condensed_kd_forward.default" in mode.names
+    with watched() as served:  # a gradient of 1 MB, and of one row less
+        loss_and_gradient(logits(257, 1024), logits(257, 1024))
+        loss_and_gradient(logits(255, 1024), logits(255, 1024))
+    assert served == [False, True]
+
+
+def test_what_is_wrong_is_said_by_the_ordinary_way():
+    student, teacher = logits(6, 17), logits(6, 17, seed=1)
+    for options, error in (
+        ({"labels": torch.full((6,), 17)}, IndexError),
+        ({"labels": torch.ones(6)}, TypeError),
+        ({"labels": torch.ones(5, dtype=torch.int64)}, ValueError),
+        ({"value": "cross_entropy"}, ValueError),
+        ({"value": "loss"}, ValueError),
+        ({"keep": 0}, ValueError),
+        ({"temperature": 0}, ValueError),
+    ):
+        messages = []
+        for way in (contextlib.nullcontext, by_operators):
+            with way(), pytest.raises(error) as raised:
+                condensed_kd_loss(student, teacher, **options)
+            messages.append(str(raised.value))
+        assert messages[0] == messages[1]
+    for z, y in ((student.int(), teacher), (student, teacher[:, :5]), (student.to("meta"), teacher), (3, teacher)):
+        with pytest.raises((TypeError, ValueError)):
+            condensed_kd_loss(z, y)
+
+
+@pytest.mark.parametrize("keep", [0.2, 0.7])
+def test_the_graph_behaves_as_any(keep):
+    student, teacher = logits(9, 17).requires_grad_(), logits(9, 17, seed=1)
+    loss = condensed_kd_loss(student, teacher, keep=keep)
+    first, second = (torch.autograd.grad(loss, student, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second) and first.data_ptr() != second.data_ptr()
+    torch.autograd.grad(loss, student)
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(loss, student)
+
+    logits_of_model = student * 1
+    loss = condensed_kd_loss(logits_of_model, teacher, keep=keep)
+    torch.autograd.grad(loss, student, retain_graph=True)
+    logits_of_model.detach().add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(loss, student)
+
+    loss = condensed_kd_loss(student, teacher, keep=keep)
+    (gradient,) = torch.autograd.grad(loss, student, create_graph=True)
+    assert torch.equal(gradient, first)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(gradient.sum(), student)
+
+    loss = condensed_kd_loss(student, teacher, keep=keep)
+    factors = torch.tensor([1.0, -2.0])
+    (batch,) = torch.autograd.grad(loss, student, factors, is_grads_batched=True)
+    assert torch.allclose(batch, factors[:, None, None] * first)
+
+
+@pytest.mark.parametrize("keep", [0.2, 0.7])
+def test_saved_tensors_go_through_hooks(keep):
+    student, teacher, packed = logits(9, 17).requires_grad_(), logits(9, 17, seed=1), []
+
+    def pack(x):
+        packed.append(x.shape)
+        return x.clone()
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x.clone()):
+        loss = condensed_kd_loss(student, teacher, keep=keep, labels=torch.arange(9))
+    assert packed == [(9, 17), (9, 17), (9,)]
+    gradients = [torch.autograd.grad(loss, student, retain_graph=True)[0] for _ in range(2)]
+    assert same(gradients[:1], gradients[1:])
+
+
+@pytest.mark.parametrize("keep", [0.2, 0.7])
+def test_constants_made_in_inference_mode(keep):
+    student = logits(9, 17)
+    with torch.inference_mode():
+        teacher, labels = logits(9, 17, seed=1), torch.arange(9)
+    with watched() as served:
+        here = loss_and_gradient(student, teacher, labels=labels, keep=keep)
+    assert served == [True]
+    assert same(here, loss_and_gradient(student, teacher.clone(), labels=labels.clone(), keep=keep))
+    leaf = student.requires_grad_()
+    loss = condensed_kd_loss(leaf, teacher, labels=labels, keep=keep)
+    assert all(torch.equal(torch.autograd.grad(loss, leaf, retain_graph=True)[0], here[1]) for _ in range(2))
+
+
+def test_nothing_is_held_longer_than_the_graph():
+    student, teacher = logits(9, 17).requires_grad_(), logits(9, 17, seed=1)
+    with torch.inference_mode():
+        frozen = logits(9, 17, seed=1)
+    for constant in (teacher, frozen):
+        loss = condensed_kd_loss(student, constant)
+        ended = weakref.ref(loss)
+        references = sys.getrefcount(constant)
+        del loss
+        gc.collect()
+        assert ended() is None and sys.getrefcount(constant) <= references
+    gradient = torch.autograd.grad(condensed_kd_loss(student, teacher), student)[0]
+    copy = gradient.clone()
+    for _ in range(50):  # nobody else is given its memory
+        torch.autograd.grad(condensed_kd_loss(student * 2, teacher), student)
+    assert torch.equal(gradient, copy)
+
+
+def test_threads_at_once():
+    pairs = [(logits(64, 33, seed=i), logits(64, 33, seed=i + 50)) for i in range(8)]
+    expected = [loss_and_gradient(*pair, keep=0.7) for pair in pairs]
+    wrong = []
+
+    def work(i):
+        for _ in range(300):
+            if not same(loss_and_gradient(*pairs[i], keep=0.7), expected[i]):
+                wrong.append(i)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(pairs))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
