@@ -9,39 +9,19 @@
 namespace kcd::cpu::KCD_SET {
 namespace {
 
-// label < 0: none; at the label ce_label is taken off: pi - onehot.  The gradient may take the logits' place: an element is read
-// before it is written.
 template <Power power, bool with_kd, bool with_ce, class Real>
 void gradient_of_row(const Problem& problem, const char* student, const char* teacher, const Factors<Real>& factors,
-                     const Scale<Real>& scale, int64_t label, Real ce_label, bool streaming, char* row) {
-  alignas(64) Real z_scratch[kPiece], y_scratch[kPiece], scratch[kPiece];
-  const Type type = problem.student.type;
+                     const Scale<Real>& scale, const Target<Real>& target) {
   for (int64_t first = 0; first < problem.classes; first += kPiece) {
     const int64_t n = problem.classes - first < kPiece ? problem.classes - first : kPiece;
-    const Real* z = piece(type, student, first, n, z_scratch);
-    const Real* y = with_kd ? piece(problem.teacher.type, teacher, first, n, y_scratch) : nullptr;
-    const Factors<Real> here = factors.of_piece(maximum(z, n), with_kd ? maximum(y, n) : Real(0), scale.units.inverse_temperature);
-    const Vector<Real> m_z = broadcast(here.student_max), m_y = broadcast(here.teacher_max);
-    const Ahead next_z = ahead(problem.student, student, first), next_y = ahead(problem.teacher, teacher, first);
-    const auto element = [&](int64_t j, int64_t m) {
-      next_z.fetch(j);
-      if (with_kd) next_y.fetch(j);
-      const Vector<Real> dz = load_some(z + j, m) - m_z;
-      if (!with_kd) return gradient_of<power, false, true>(dz, dz, dz, here, scale);
-      const Vector<Real> e = exp2(dz * scale.per_logit), f = exp2((load_some(y + j, m) - m_y) * scale.per_logit);
-      return gradient_of<power, true, with_ce>(e, f, dz, here, scale);
-    };
-    Real* out = gradient_piece(type, row, first, scratch);
-    (streaming && out != scratch) ? write_piece<true>(out, n, element) : write_piece<false>(out, n, element);
-    if (with_ce && label >= first && label < first + n) out[label - first] -= ce_label;
-    finish_gradient_piece(type, row, first, n, out);
+    write_from_logits<power, with_kd, with_ce>(problem, student, teacher, first, n, factors, scale, target);
   }
 }
 
 void zero(char* row, int64_t bytes, bool streaming) {
   int64_t j = 0;
   if (streaming) {
-    const int64_t head = elements_to_alignment(row);
+    const int64_t head = elements_to_alignment(row, KCD_VECTOR_BYTES);
     j = head < bytes ? head : bytes;
     __builtin_memset(row, 0, static_cast<size_t>(j));
     for (; j + KCD_VECTOR_BYTES <= bytes; j += KCD_VECTOR_BYTES) stream(reinterpret_cast<float*>(row + j), Vector<float>{});
@@ -73,11 +53,10 @@ void backward(const Problem& problem, const Gradient& gradient, int64_t begin, i
                                 kd * stats[kStudentInverseSum * problem.rows + i],
                                 kd * stats[kTeacherInverseSum * problem.rows + i],
                                 ce * stats[kStudentInverseSum1 * problem.rows + i]};
-    const int64_t label = with_ce ? problem.labels[i] : -1;
-    const bool streaming = gradient.streaming;
-    (with_kd && with_ce) ? gradient_of_row<power, true, true>(problem, student, teacher, factors, scale, label, ce, streaming, row)
-    : with_kd ? gradient_of_row<power, true, false>(problem, student, teacher, factors, scale, label, ce, streaming, row)
-              : gradient_of_row<Power::other, false, true>(problem, student, teacher, factors, scale, label, ce, streaming, row);
+    const Target<Real> target{problem.student.type, gradient.streaming, row, with_ce ? problem.labels[i] : -1, ce};
+    (with_kd && with_ce) ? gradient_of_row<power, true, true>(problem, student, teacher, factors, scale, target)
+    : with_kd            ? gradient_of_row<power, true, false>(problem, student, teacher, factors, scale, target)
+                         : gradient_of_row<Power::other, false, true>(problem, student, teacher, factors, scale, target);
   }
   if (gradient.streaming) stream_fence();
 }

@@ -1,5 +1,7 @@
 // Pieces of a row to and from the accumulator's type.  The loops vectorise by themselves.
 #pragma once
+#include <type_traits>
+
 #include "cpu/vector.h"
 #include "kernels.h"
 #include "math/half.h"
@@ -9,26 +11,88 @@
 
 namespace kcd {
 
-KCD_INLINE void widen(const bfloat16* in, int64_t n, float* out) {
-  for (int64_t j = 0; j < n; ++j) out[j] = to_float(in[j]);
+namespace {   // like the vectors' types
+
+// ---- a vector of 16-bit numbers, to and from float32
+
+KCD_INLINE Vector<float> widen(const bfloat16* p) {
+  typedef uint16_t Halves __attribute__((vector_size(KCD_VECTOR_BYTES / 2)));
+  Halves halves;
+  __builtin_memcpy(&halves, p, sizeof halves);
+  return (Vector<float>)(__builtin_convertvector(halves, Bits<float>) << 16);
 }
-KCD_INLINE void widen(const float16* in, int64_t n, float* out) {
-  int64_t j = 0;
-#if defined(__F16C__)
-  for (; j + 8 <= n; j += 8) _mm256_storeu_ps(out + j, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(in + j))));
+// Round to nearest, ties to even; NaN stays NaN: to_bfloat16, lane by lane.
+KCD_INLINE auto narrow(Vector<float> x, bfloat16) {
+  typedef uint32_t Words __attribute__((vector_size(KCD_VECTOR_BYTES)));
+  typedef uint16_t Halves __attribute__((vector_size(KCD_VECTOR_BYTES / 2)));
+  const Words bits = (Words)x, rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16, nan = Words{} + 0x7fc0u;
+  return __builtin_convertvector(x != x ? nan : rounded, Halves);
+}
+#if defined(__AVX512F__)
+KCD_INLINE Vector<float> widen(const float16* p) {
+  return (Vector<float>)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+KCD_INLINE __m256i narrow(Vector<float> x, float16) { return _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT); }
+#elif defined(__F16C__)
+KCD_INLINE Vector<float> widen(const float16* p) {
+  return (Vector<float>)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+KCD_INLINE __m128i narrow(Vector<float> x, float16) { return _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT); }
+#else
+KCD_INLINE Vector<float> widen(const float16* p) {
+  Vector<float> x;
+  for (int64_t j = 0; j < kLanes<float>; ++j) x[j] = to_float(p[j]);
+  return x;
+}
+KCD_INLINE auto narrow(Vector<float> x, float16) {
+  typedef uint16_t Halves __attribute__((vector_size(KCD_VECTOR_BYTES / 2)));
+  Halves halves;
+  for (int64_t j = 0; j < kLanes<float>; ++j) halves[j] = to_float16(x[j]).bits;
+  return halves;
+}
 #endif
+
+template <class Half, class = std::enable_if_t<sizeof(Half) == 2>>
+KCD_INLINE void store(Half* p, Vector<float> x) {
+  const auto halves = narrow(x, Half{});
+  __builtin_memcpy(p, &halves, sizeof halves);
+}
+template <class Half, class = std::enable_if_t<sizeof(Half) == 2>>
+KCD_INLINE void store(Half* p, int64_t n, Vector<float> x) {
+  const auto halves = narrow(x, Half{});
+  __builtin_memcpy(p, &halves, static_cast<size_t>(n) * sizeof(Half));
+}
+// Half a vector, to an address that is a multiple of its size.
+template <class Half, class = std::enable_if_t<sizeof(Half) == 2>>
+KCD_INLINE void stream(Half* p, Vector<float> x) {
+#if defined(__AVX512F__)
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), (__m256i)narrow(x, Half{}));
+#elif defined(__AVX2__)
+  _mm_stream_si128(reinterpret_cast<__m128i*>(p), (__m128i)narrow(x, Half{}));
+#else
+  store(p, x);
+#endif
+}
+
+// ---- a piece of a row
+
+template <class Half>
+KCD_INLINE void widen(const Half* in, int64_t n, float* out) {
+  int64_t j = 0;
+  for (; j + kLanes<float> <= n; j += kLanes<float>) store(out + j, widen(in + j));
   for (; j < n; ++j) out[j] = to_float(in[j]);
 }
-KCD_INLINE void narrow(const float* in, int64_t n, bfloat16* out) {
-  for (int64_t j = 0; j < n; ++j) out[j] = to_bfloat16(in[j]);
+
+// Whether logits of that type are read where they lie.
+template <class Real>
+KCD_INLINE bool is_type(Type type) {
+  return type == (sizeof(Real) == sizeof(double) ? Type::float64 : Type::float32);
 }
-KCD_INLINE void narrow(const float* in, int64_t n, float16* out) {
-  int64_t j = 0;
-#if defined(__F16C__)
-  for (; j + 8 <= n; j += 8)
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + j), _mm256_cvtps_ph(_mm256_loadu_ps(in + j), _MM_FROUND_TO_NEAREST_INT));
-#endif
-  for (; j < n; ++j) out[j] = to_float16(in[j]);
+
+// Logits of the accumulator's type where they lie; null: no row.
+template <class Real>
+KCD_INLINE const Real* in_memory(const char* row, int64_t first) {
+  return row ? reinterpret_cast<const Real*>(row) + first : nullptr;
 }
 
 // Logits [first, first + n) of a row as the accumulator's type: where they lie if they are of that type, else in `scratch`.
@@ -58,8 +122,35 @@ KCD_INLINE const double* piece(Type type, const char* row, int64_t first, int64_
   return scratch;
 }
 
-// Where the logits lie that are wanted next.  The hardware's own prefetcher stops at every page; asking for the row after this one
-// (or the piece) while this one is summed hides most of the way to memory.
+// piece(), and the greatest of the logits.
+template <class Half>
+KCD_INLINE const float* widen_and_maximum(const char* row, int64_t first, int64_t n, float* scratch, float& max) {
+  const Half* in = reinterpret_cast<const Half*>(row) + first;
+  const int64_t whole = n / kLanes<float> * kLanes<float>;
+  widen(in + whole, n - whole, scratch + whole);
+  const Vector<float> rest = load(scratch + whole, n - whole, -Limits<float>::infinity());
+  Vector<float> greatest = greater_of(rest, broadcast(-Limits<float>::infinity()));
+  for (int64_t j = 0; j < whole; j += kLanes<float>) {
+    const Vector<float> x = widen(in + j);
+    store(scratch + j, x);
+    greatest = greater_of(x, greatest);
+  }
+  max = maximum(greatest);
+  return scratch;
+}
+template <class Real>
+KCD_INLINE const Real* piece_and_maximum(Type type, const char* row, int64_t first, int64_t n, Real* scratch, Real& max) {
+  if constexpr (sizeof(Real) == sizeof(float)) {
+    if (type == Type::bfloat16) return widen_and_maximum<bfloat16>(row, first, n, scratch, max);
+    if (type == Type::float16) return widen_and_maximum<float16>(row, first, n, scratch, max);
+  }
+  const Real* x = piece(type, row, first, n, scratch);
+  max = maximum(x, n);
+  return x;
+}
+
+// Where the logits lie that are wanted later.  The hardware's own prefetcher stops at every page; asking for what comes after this
+// piece, or row, while this one is summed hides most of the way to memory.
 struct Ahead {
   const char* address;
   int64_t bytes_a_lane;
@@ -67,19 +158,9 @@ struct Ahead {
 };
 
 KCD_INLINE Ahead ahead(const Logits& logits, const char* row, int64_t first) {
-  constexpr int64_t kDistance = 4096;   // bytes; measured: 2048 to 8192 are alike
+  constexpr int64_t kDistance = 8192;   // bytes; measured: 4096 to 8192 are alike, less is slower
   return {row + first * size_of(logits.type) + kDistance, size_of(logits.type)};
 }
 
-// Where [first, first + n) of the gradient is computed, and how it reaches its row from there.
-KCD_INLINE float* gradient_piece(Type type, char* row, int64_t first, float* scratch) {
-  return type == Type::float32 ? reinterpret_cast<float*>(row) + first : scratch;
-}
-KCD_INLINE double* gradient_piece(Type, char* row, int64_t first, double*) { return reinterpret_cast<double*>(row) + first; }
-KCD_INLINE void finish_gradient_piece(Type type, char* row, int64_t first, int64_t n, const float* scratch) {
-  if (type == Type::float16) narrow(scratch, n, reinterpret_cast<float16*>(row) + first);
-  if (type == Type::bfloat16) narrow(scratch, n, reinterpret_cast<bfloat16*>(row) + first);
-}
-KCD_INLINE void finish_gradient_piece(Type, char*, int64_t, int64_t, const double*) {}
-
+}   // namespace
 }   // namespace kcd

@@ -1,5 +1,6 @@
 // One read of every row: KL, entropies, cross entropy, and what the backward pass needs.
 // Compiled once for each instruction set; KCD_SET names the one at hand.
+#include <array>
 #include <cstdlib>
 #include <new>
 
@@ -16,20 +17,24 @@ namespace {
 // ClassSums lane by lane.
 template <class Real>
 struct ClassLanes {
-  Vector<Real> ones{}, tail{}, tail_1{}, dot_1{};
+  Vector<Real> others{}, tail{}, tail_1{}, dot_1{};   // others: how many classes are not at the maximum
 
   // dx <= 0, e = e^(dx/T): a class at the maximum is counted, any other goes into the tails.
   template <Power power, bool at_1>
   KCD_MEMBER void add(Vector<Real> dx, Vector<Real> e, const Scale<Real>& scale) {
-    const Vector<Real> zero = {};
-    ones += dx == zero ? broadcast(Real(1)) : zero;
-    tail += dx == zero ? zero : e;
+    const Mask<Real> other = differ(dx, Vector<Real>{});
+    others = add_where(other, others, broadcast(Real(1)));
+    tail = add_where(other, tail, e);
     if (!at_1) return;
-    const Vector<Real> e_1 = at_temperature_1<power>(e, dx, scale);
-    tail_1 += dx == zero ? zero : e_1;
-    dot_1 += e_1 * greater_of(broadcast(-Limits<Real>::largest()), dx);   // -inf adds 0
+    const Mask<Real> counts = counts_at_temperature_1<power, Real>(e, dx);
+    const Vector<Real> e_1 = at_temperature_1<power, Real>(counts, e, dx, scale);
+    tail_1 = add_where(other, tail_1, e_1);
+    dot_1 = add_product_where(counts, dot_1, e_1, dx);   // -inf adds 0
   }
-  KCD_MEMBER ClassSums<Real> total(Real max) const { return {max, sum(ones), sum(tail), sum(tail_1), sum(dot_1)}; }
+  // n: how many lanes were added in all
+  KCD_MEMBER ClassSums<Real> total(Real max, int64_t n) const {
+    return {max, static_cast<Real>(n) - sum(others), sum(tail), sum(tail_1), sum(dot_1)};
+  }
 };
 
 template <class Real>
@@ -56,29 +61,50 @@ KCD_INLINE void accumulate(Vector<Real> dz, Vector<Real> dy, const Scale<Real>& 
   if (keep) store<Real>(f, teacher);
   sums.teacher.template add<power, with_teacher_entropy>(dy, teacher, scale);
   // A class without mass for the teacher adds 0, also where the student rules it out.
-  const Vector<Real> difference = (dy - dz) * scale.units.difference_scale;
-  sums.cross += teacher * (log_teacher < static_cast<Real>(kVanishing) ? Vector<Real>{} : difference);
+  const Mask<Real> has_mass = not_less(log_teacher, broadcast(static_cast<Real>(kVanishing)));
+  const Vector<Real> difference = sizeof(Real) == sizeof(double) ? (dy - dz) * scale.units.difference_scale : dy - dz;
+  sums.cross += teacher * where(has_mass, difference);
 }
 
-// The sums of n classes that lie side by side, relative to their own maxima.  `y` is not read without a teacher.
-template <Power power, bool with_teacher, bool with_teacher_entropy, bool keep, class Real>
-KCD_INLINE RowSums<Real> sum_piece(const Real* z, const Real* y, int64_t n, const Scale<Real>& scale, Ahead next_z, Ahead next_y,
-                                   Real* e, Real* f) {
+// n classes that lie side by side; `y` is not read without a teacher.
+template <class Real>
+struct Piece {
+  const Real *z, *y;
+  Real student_max, teacher_max;
+};
+
+// The sums of n classes that lie side by side, relative to their own maxima.  with_next: finds the maxima of the next piece on the
+// way, which is of n classes too: what it reads for them is in the cache afterwards, and nothing waits for it.
+template <Power power, bool with_teacher, bool with_teacher_entropy, bool keep, bool with_next, class Real>
+KCD_INLINE RowSums<Real> sum_piece(const Piece<Real>& here, int64_t n, const Scale<Real>& scale, Ahead later_z, Ahead later_y,
+                                   Real* e, Real* f, Piece<Real>& next) {
   const Real least = -Limits<Real>::infinity();
-  const Real student_max = maximum(z, n), teacher_max = with_teacher ? maximum(y, n) : Real(0);
-  const Vector<Real> m_z = broadcast(reference(student_max)), m_y = broadcast(reference(teacher_max));
+  const Vector<Real> m_z = broadcast(reference(here.student_max)), m_y = broadcast(reference(here.teacher_max));
+  Vector<Real> next_m_z = broadcast(least), next_m_y = next_m_z;
   LaneSums<Real> sums;
   int64_t j = 0;
   for (; j + kLanes<Real> <= n; j += kLanes<Real>) {
-    next_z.fetch(j);
-    if (with_teacher) next_y.fetch(j);
-    accumulate<power, with_teacher, with_teacher_entropy, keep, Real>(load(z + j) - m_z, with_teacher ? load(y + j) - m_y : m_y,
-                                                                      scale, sums, e + j, f + j);
-  }
-  if (j < n)   // lanes past the end hold -inf in both and add nothing
+    later_z.fetch(j);
+    if (with_teacher) later_y.fetch(j);
+    if (with_next) {
+      next_m_z = greater_of(load(next.z + j), next_m_z);
+      if (with_teacher) next_m_y = greater_of(load(next.y + j), next_m_y);
+    }
     accumulate<power, with_teacher, with_teacher_entropy, keep, Real>(
-        load(z + j, n - j, least) - m_z, with_teacher ? load(y + j, n - j, least) - m_y : m_y, scale, sums, e + j, f + j);
-  const ClassSums<Real> student = sums.student.total(student_max), teacher = sums.teacher.total(teacher_max);
+        load(here.z + j) - m_z, with_teacher ? load(here.y + j) - m_y : m_y, scale, sums, e + j, f + j);
+  }
+  if (j < n) {   // lanes past the end hold -inf in both and add nothing
+    accumulate<power, with_teacher, with_teacher_entropy, keep, Real>(
+        load(here.z + j, n - j, least) - m_z, with_teacher ? load(here.y + j, n - j, least) - m_y : m_y, scale, sums, e + j, f + j);
+    if (with_next) {
+      next_m_z = greater_of(load(next.z + j, n - j, least), next_m_z);
+      if (with_teacher) next_m_y = greater_of(load(next.y + j, n - j, least), next_m_y);
+    }
+  }
+  if (with_next) next.student_max = maximum(next_m_z), next.teacher_max = with_teacher ? maximum(next_m_y) : Real(0);
+  const int64_t lanes = (n + kLanes<Real> - 1) / kLanes<Real> * kLanes<Real>;
+  const ClassSums<Real> student = sums.student.total(here.student_max, lanes),
+                        teacher = sums.teacher.total(here.teacher_max, lanes);
   const Real cross = sum(sums.cross);
   // 0 * inf: the student rules out a class whose p underflows; the divergence is infinite.  What is not a number is so in a tail
   // too.
@@ -86,25 +112,52 @@ KCD_INLINE RowSums<Real> sum_piece(const Real* z, const Real* y, int64_t n, cons
   return {student, teacher, infinite ? Limits<Real>::infinity() : cross};
 }
 
-// in_range: whether float32 held all sums (Units::difference_scale); if not, they count for nothing.
-template <Power power, bool with_teacher, bool with_teacher_entropy, bool keep, class Real>
-RowSums<Real> sum_row(const Problem& problem, const char* student, const char* teacher, const Scale<Real>& scale, bool& in_range,
-                      const Exponentials<Real>& kept) {
+// A row of each network; null: none.
+struct RowPair {
+  const char *student, *teacher;
+};
+
+// in_range: whether float32 held all sums (Units::difference_scale); if not, they count for nothing.  between(): is called after
+// each piece.  after: the row that is read next.  known: a piece whose maxima are known, of this row or, in the end, of the next.
+template <Power power, bool with_teacher, bool with_teacher_entropy, bool keep, class Real, class Between>
+RowSums<Real> sum_row(const Problem& problem, const RowPair& at, const RowPair& after, const Scale<Real>& scale, bool& in_range,
+                      const Exponentials<Real>& kept, Piece<Real>& known, const Between& between) {
   alignas(64) Real z[kPiece], y[kPiece];
+  const Type student_type = problem.student.type, teacher_type = problem.teacher.type;
+  const bool in_place = is_type<Real>(student_type) && (!with_teacher || is_type<Real>(teacher_type));
+  const int64_t classes = problem.classes;
   RowSums<Real> row;
   in_range = true;
-  for (int64_t first = 0; first < problem.classes; first += kPiece) {
-    const int64_t n = problem.classes - first < kPiece ? problem.classes - first : kPiece;
-    const RowSums<Real> next = sum_piece<power, with_teacher, with_teacher_entropy, keep>(
-        piece(problem.student.type, student, first, n, z),
-        with_teacher ? piece(problem.teacher.type, teacher, first, n, y) : nullptr, n, scale,
-        ahead(problem.student, student, first), ahead(problem.teacher, teacher, first), kept.student + first, kept.teacher + first);
-    if (keep) {
-      kept.student_max[first / kPiece] = next.student.max;
-      kept.teacher_max[first / kPiece] = next.teacher.max;
+  for (int64_t first = 0; first < classes; first += kPiece) {
+    const int64_t n = classes - first < kPiece ? classes - first : kPiece;
+    Piece<Real> here = known;
+    if (!in_place || known.z != in_memory<Real>(at.student, first) || known.y != in_memory<Real>(at.teacher, first)) {
+      here.z = piece_and_maximum(student_type, at.student, first, n, z, here.student_max);
+      if (with_teacher) here.y = piece_and_maximum(teacher_type, at.teacher, first, n, y, here.teacher_max);
     }
-    in_range &= next.cross < Real(1e30) && next.cross > Real(-1e30);
-    row = first ? merge(row, next, scale.units) : next;
+    const bool last = first + n == classes;
+    const RowPair next_row = last ? after : at;
+    const int64_t next_first = last ? 0 : first + kPiece;
+    // The next piece, where it is as long as this one and lies in place.
+    const bool with_next = in_place && next_row.student && (!with_teacher || next_row.teacher) &&
+                           (last ? classes <= kPiece : next_first + kPiece <= classes);
+    if (with_next) known = {in_memory<Real>(next_row.student, next_first), in_memory<Real>(next_row.teacher, next_first), 0, 0};
+    const RowPair& read = with_next ? next_row : at;
+    const int64_t read_first = with_next ? next_first : first;
+    const Ahead later_z = ahead(problem.student, read.student, read_first),
+                later_y = ahead(problem.teacher, read.teacher, read_first);
+    Real *e = kept.student + first, *f = kept.teacher + first;
+    const RowSums<Real> sums =
+        with_next
+            ? sum_piece<power, with_teacher, with_teacher_entropy, keep, true>(here, n, scale, later_z, later_y, e, f, known)
+            : sum_piece<power, with_teacher, with_teacher_entropy, keep, false>(here, n, scale, later_z, later_y, e, f, known);
+    if (keep) {
+      kept.student_max[first / kPiece] = sums.student.max;
+      kept.teacher_max[first / kPiece] = sums.teacher.max;
+    }
+    in_range &= sums.cross < Real(1e30) && sums.cross > Real(-1e30);
+    row = first ? merge(row, sums, scale.units) : sums;
+    between();
   }
   return row;
 }
@@ -133,20 +186,24 @@ double cross_of_row(const Problem& problem, const char* student, const char* tea
   return cross;
 }
 
-template <Power power, bool with_teacher, bool with_teacher_entropy, bool keep, class Real>
-RowSums<Real> sum_row(const Problem& problem, const char* student, const char* teacher, const Scale<Real>& scale,
-                      const Exponentials<Real>& kept, bool& in_range) {
-  RowSums<Real> row = sum_row<power, with_teacher, with_teacher_entropy, keep>(problem, student, teacher, scale, in_range, kept);
+constexpr auto kNothing = [] {};
+
+template <Power power, bool with_teacher, bool with_teacher_entropy, bool keep, class Real, class Between>
+RowSums<Real> sum_whole_row(const Problem& problem, const RowPair& at, const RowPair& after, const Scale<Real>& scale,
+                            const Exponentials<Real>& kept, Piece<Real>& known, bool& in_range, const Between& between) {
+  RowSums<Real> row =
+      sum_row<power, with_teacher, with_teacher_entropy, keep>(problem, at, after, scale, in_range, kept, known, between);
   if (!in_range && sizeof(Real) < sizeof(double)) {
     const Scale<double> wide_scale(problem.temperature);
     bool wide_in_range;
-    const RowSums<double> wide =
-        sum_row<power, with_teacher, with_teacher_entropy, false>(problem, student, teacher, wide_scale, wide_in_range, {});
+    Piece<double> unknown{};
+    const RowSums<double> wide = sum_row<power, with_teacher, with_teacher_entropy, false>(
+        problem, at, RowPair{}, wide_scale, wide_in_range, Exponentials<double>{}, unknown, kNothing);
     row = {convert<Real>(wide.student), convert<Real>(wide.teacher),
            static_cast<Real>(wide.cross / wide_scale.units.difference_scale * scale.units.difference_scale)};
   }
   if (with_teacher && row.cross == Limits<Real>::infinity())
-    row.cross = static_cast<Real>(cross_of_row(problem, student, teacher, static_cast<double>(row.student.max),
+    row.cross = static_cast<Real>(cross_of_row(problem, at.student, at.teacher, static_cast<double>(row.student.max),
                                                static_cast<double>(row.teacher.max))) *
                 scale.units.difference_scale;
   return row;
@@ -158,45 +215,67 @@ KCD_INLINE Real logit(Type type, const char* row, int64_t c) {
   return *piece(type, row, c, 1, scratch);
 }
 
-// The gradient of a row from its exponentials.
+// The gradient of a row that has been summed, out of its exponentials, a piece at a time.
 template <Power power, bool with_ce, class Real>
-void gradient_of_row(const Problem& problem, const Gradient& gradient, int64_t i, const char* student, const RowSums<Real>& sums,
-                     const Exponentials<Real>& kept, const Scale<Real>& scale) {
-  alignas(64) Real z_scratch[kPiece], scratch[kPiece];
-  const Real* row_weight = static_cast<const Real*>(gradient.row_weight);
-  const Real kd = static_cast<Real>(gradient.kd_factor * (row_weight ? static_cast<double>(row_weight[i]) : 1.0));
-  const Real ce = static_cast<Real>(gradient.ce_factor);
-  const Factors<Real> factors{reference(sums.student.max), reference(sums.teacher.max), kd * (1 / sums.student.sum()),
-                              kd * (1 / sums.teacher.sum()), ce * (1 / sums.student.sum_1())};
-  char* row = const_cast<char*>(gradient.out.row(i));
-  const Type type = problem.student.type;
-  constexpr bool with_z = with_ce && power == Power::other;
-  for (int64_t first = 0; first < problem.classes; first += kPiece) {
-    const int64_t n = problem.classes - first < kPiece ? problem.classes - first : kPiece;
-    const Factors<Real> here =
-        factors.of_piece(kept.student_max[first / kPiece], kept.teacher_max[first / kPiece], scale.units.inverse_temperature);
-    const Real *e = kept.student + first, *f = kept.teacher + first;
-    const Real* z = with_z ? piece(type, student, first, n, z_scratch) : nullptr;
-    const Vector<Real> m_z = broadcast(here.student_max);
-    const auto element = [&](int64_t j, int64_t m) {   // exponentials may be read past the end, logits not
-      const Vector<Real> dz = with_z ? load_some(z + j, m) - m_z : Vector<Real>{};
-      return gradient_of<power, true, with_ce>(load(e + j), load(f + j), dz, here, scale);
-    };
-    Real* out = gradient_piece(type, row, first, scratch);
-    (gradient.streaming && out != scratch) ? write_piece<true>(out, n, element) : write_piece<false>(out, n, element);
-    if (with_ce && problem.labels[i] >= first && problem.labels[i] < first + n) out[problem.labels[i] - first] -= ce;
-    finish_gradient_piece(type, row, first, n, out);
-  }
-}
+class RowGradient {
+ public:
+  RowGradient(const Problem& problem, const Gradient& gradient, const Scale<Real>& scale)
+      : problem_(problem), gradient_(gradient), scale_(scale), next_(problem.classes) {}
 
-// Memory of a thread for the exponentials of a row, as large as its largest row.
+  void begin(int64_t i, const RowPair& at, const RowSums<Real>& sums, const Exponentials<Real>& kept) {
+    const Real* row_weight = static_cast<const Real*>(gradient_.row_weight);
+    const Real kd = static_cast<Real>(gradient_.kd_factor * (row_weight ? static_cast<double>(row_weight[i]) : 1.0));
+    const Real ce = static_cast<Real>(gradient_.ce_factor);
+    factors_ = {reference(sums.student.max), reference(sums.teacher.max), kd * (1 / sums.student.sum()),
+                kd * (1 / sums.teacher.sum()), ce * (1 / sums.student.sum_1())};
+    target_ = {problem_.student.type, gradient_.streaming, const_cast<char*>(gradient_.out.row(i)),
+               with_ce ? problem_.labels[i] : -1, ce};
+    student_ = at.student;
+    kept_ = kept;
+    next_ = 0;
+  }
+
+  // The next piece, if there is one.
+  void write_piece() {
+    const int64_t first = next_, n = problem_.classes - first < kPiece ? problem_.classes - first : kPiece;
+    if (n == 0) return;
+    next_ = first + n;
+    alignas(64) Real z_scratch[kPiece];
+    constexpr bool with_z = with_ce && power == Power::other;
+    const Factors<Real> here =
+        factors_.of_piece(kept_.student_max[first / kPiece], kept_.teacher_max[first / kPiece], scale_.units.inverse_temperature);
+    const Real *e = kept_.student + first, *f = kept_.teacher + first;
+    const Real* z = with_z ? piece(problem_.student.type, student_, first, n, z_scratch) : nullptr;
+    const Vector<Real> m_z = broadcast(here.student_max);
+    kcd::write_piece(target_, first, n, [&](int64_t j, int64_t m) {   // exponentials may be read past the end, logits not
+      const Vector<Real> dz = with_z ? load_some(z + j, m) - m_z : Vector<Real>{};
+      return gradient_of<power, true, with_ce>(load(e + j), load(f + j), dz, here, scale_);
+    });
+  }
+
+  void finish() {
+    while (next_ != problem_.classes) write_piece();
+  }
+
+ private:
+  const Problem& problem_;
+  const Gradient& gradient_;
+  const Scale<Real>& scale_;
+  Factors<Real> factors_{};
+  Target<Real> target_{};
+  Exponentials<Real> kept_{};
+  const char* student_ = nullptr;
+  int64_t next_;
+};
+
+// Memory of a thread for the exponentials of two rows, as large as its largest ones.
 class Scratch {
  public:
   ~Scratch() { std::free(memory_); }
   template <class Real>
-  Exponentials<Real> exponentials(int64_t classes) {
-    const int64_t pieces = (classes + kPiece - 1) / kPiece, padded = pieces * kPiece + kLanes<Real>;
-    const size_t bytes = static_cast<size_t>(2 * (padded + pieces)) * sizeof(Real);
+  std::array<Exponentials<Real>, 2> exponentials(int64_t classes) {
+    const int64_t pieces = (classes + kPiece - 1) / kPiece, padded = (classes + 2 * kLanes<Real> - 1) / kLanes<Real> * kLanes<Real>;
+    const size_t bytes = static_cast<size_t>(4 * (padded + pieces)) * sizeof(Real);
     if (bytes > bytes_) {
       std::free(memory_);
       bytes_ = 0;
@@ -204,8 +283,8 @@ class Scratch {
       if (!memory_) throw std::bad_alloc();
       bytes_ = bytes;
     }
-    Real* p = static_cast<Real*>(memory_);
-    return {p, p + padded, p + 2 * padded, p + 2 * padded + pieces};
+    Real *p = static_cast<Real*>(memory_), *maxima = p + 4 * padded;
+    return {{{p, p + padded, maxima, maxima + pieces}, {p + 2 * padded, p + 3 * padded, maxima + 2 * pieces, maxima + 3 * pieces}}};
   }
 
  private:
@@ -219,62 +298,86 @@ KCD_INLINE bool finite(Real x) {
   return x - x == 0;
 }
 
-template <class Real, Power power>
-void forward(const Problem& problem, const RowOutputs& outputs, int64_t begin, int64_t end) {
-  const Scale<Real> scale(problem.temperature), scale_1(1.0);
-  for (int64_t i = begin; i < end; ++i) {
-    const char* student = problem.student.row(i);
-    const int64_t teacher_row = problem.teacher_row_of(i);
-    const bool valid = problem.valid(i), with_teacher = valid && teacher_row >= 0;
-    const char* teacher = with_teacher ? problem.teacher.row(teacher_row) : nullptr;
-    RowSums<Real> sums{};
-    bool in_range;
-    if (with_teacher)
-      sums = outputs.teacher_entropy ? sum_row<power, true, true, false>(problem, student, teacher, scale, {}, in_range)
-                                     : sum_row<power, true, false, false>(problem, student, teacher, scale, {}, in_range);
-    else if (valid)
-      sums = sum_row<Power::one, false, false, false>(problem, student, teacher, scale_1, {}, in_range);
-    const Real label_logit =
-        valid && problem.with_labels ? logit<Real>(problem.student.type, student, problem.labels[i]) : Limits<Real>::nan();
-    write_row(problem, outputs, i, with_teacher, sums, label_logit, scale.units);
-  }
+// Row i of both, as far as it is read.
+RowPair row_pair(const Problem& problem, int64_t i) {
+  if (!problem.valid(i)) return {};
+  const int64_t teacher_row = problem.teacher_row_of(i);
+  return {problem.student.row(i), teacher_row < 0 ? nullptr : problem.teacher.row(teacher_row)};
+}
+
+// The first row from i on that is read; none at the end.
+RowPair next_row_pair(const Problem& problem, int64_t i, int64_t end) {
+  while (i < end && !problem.valid(i)) ++i;
+  return i < end ? row_pair(problem, i) : RowPair{};
+}
+
+template <class Real>
+KCD_INLINE Real label_logit(const Problem& problem, const char* student, int64_t i) {
+  return student && problem.with_labels ? logit<Real>(problem.student.type, student, problem.labels[i]) : Limits<Real>::nan();
 }
 
 template <class Real, Power power>
+void forward(const Problem& problem, const RowOutputs& outputs, int64_t begin, int64_t end) {
+  const Scale<Real> scale(problem.temperature), scale_1(1.0);
+  const Exponentials<Real> nowhere{};
+  Piece<Real> known{};
+  for (int64_t i = begin; i < end; ++i) {
+    const RowPair at = row_pair(problem, i), after = at.student ? next_row_pair(problem, i + 1, end) : RowPair{};
+    RowSums<Real> sums{};
+    bool in_range;
+    if (at.teacher)
+      sums = outputs.teacher_entropy
+                 ? sum_whole_row<power, true, true, false>(problem, at, after, scale, nowhere, known, in_range, kNothing)
+                 : sum_whole_row<power, true, false, false>(problem, at, after, scale, nowhere, known, in_range, kNothing);
+    else if (at.student)
+      sums = sum_whole_row<Power::one, false, false, false>(problem, at, after, scale_1, nowhere, known, in_range, kNothing);
+    write_row(problem, outputs, i, at.teacher != nullptr, sums, label_logit<Real>(problem, at.student, i), scale.units);
+  }
+}
+
+// A row's gradient is written while the next row is summed: its way to memory is so hidden behind arithmetic.
+template <class Real, Power power, bool with_ce>
 void forward_with_gradient(const Problem& problem, const RowOutputs& outputs, const Gradient& gradient, int64_t begin,
                            int64_t end) {
   const Scale<Real> scale(problem.temperature);
-  const Exponentials<Real> kept = scratch_of_thread.exponentials<Real>(problem.classes);
+  const auto kept = scratch_of_thread.exponentials<Real>(problem.classes);
+  RowGradient<power, with_ce, Real> pending(problem, gradient, scale);
+  const auto write_some = [&] { pending.write_piece(); };
+  int turn = 0;   // which of the two is free
+  Piece<Real> known{};
   for (int64_t i = begin; i < end; ++i) {
-    const int64_t teacher_row = problem.teacher_row_of(i);
-    const bool with_ce = problem.with_labels && gradient.ce_factor != 0;
+    const RowPair at = row_pair(problem, i), after = at.teacher ? next_row_pair(problem, i + 1, end) : RowPair{};
     gradient.written[i] = 0;
-    if (!problem.valid(i) || teacher_row < 0) {
+    if (!at.teacher) {
       forward<Real, power>(problem, outputs, i, i + 1);
       continue;
     }
-    const char *student = problem.student.row(i), *teacher = problem.teacher.row(teacher_row);
+    const Exponentials<Real>& here = kept[turn];
     bool in_range;
-    const RowSums<Real> sums = outputs.teacher_entropy
-                                   ? sum_row<power, true, true, true>(problem, student, teacher, scale, kept, in_range)
-                                   : sum_row<power, true, false, true>(problem, student, teacher, scale, kept, in_range);
-    const Real label_logit =
-        problem.with_labels ? logit<Real>(problem.student.type, student, problem.labels[i]) : Limits<Real>::nan();
-    write_row(problem, outputs, i, true, sums, label_logit, scale.units);
+    const RowSums<Real> sums =
+        outputs.teacher_entropy
+            ? sum_whole_row<power, true, true, true>(problem, at, after, scale, here, known, in_range, write_some)
+            : sum_whole_row<power, true, false, true>(problem, at, after, scale, here, known, in_range, write_some);
+    pending.finish();
+    write_row(problem, outputs, i, true, sums, label_logit<Real>(problem, at.student, i), scale.units);
     // What is infinite or not a number is left to the backward pass.
     if (!in_range || !finite(sums.cross + sums.student.sum() + sums.teacher.sum() + sums.student.max + sums.teacher.max)) continue;
-    with_ce ? gradient_of_row<power, true>(problem, gradient, i, student, sums, kept, scale)
-            : gradient_of_row<power, false>(problem, gradient, i, student, sums, kept, scale);
+    pending.begin(i, at, sums, here);
+    turn = 1 - turn;
     gradient.written[i] = 1;
   }
+  pending.finish();
   if (gradient.streaming) stream_fence();
 }
 
 template <class Real>
 void forward(const Problem& problem, const RowOutputs& outputs, const Gradient* gradient, int64_t begin, int64_t end) {
   with_power(problem.temperature, [&](auto power) {
-    gradient ? forward_with_gradient<Real, power.value>(problem, outputs, *gradient, begin, end)
-             : forward<Real, power.value>(problem, outputs, begin, end);
+    constexpr Power p = power.value;
+    if (!gradient) return forward<Real, p>(problem, outputs, begin, end);
+    problem.with_labels && gradient->ce_factor != 0
+        ? forward_with_gradient<Real, p, true>(problem, outputs, *gradient, begin, end)
+        : forward_with_gradient<Real, p, false>(problem, outputs, *gradient, begin, end);
   });
 }
 

@@ -3,6 +3,7 @@
 // Exponentials are relative to the maxima of the piece, as in the forward pass, and every factor of the row is lowered by what the
 // piece's maximum lies below the row's: both ways give the same bits.
 #pragma once
+#include "cpu/convert.h"
 #include "cpu/temperature.h"
 #include "cpu/vector.h"
 #include "math/row_stats.h"
@@ -32,29 +33,96 @@ KCD_INLINE Vector<Real> gradient_of(Vector<Real> e, Vector<Real> f, Vector<Real>
                                     const Scale<Real>& scale) {
   if (!with_kd) return broadcast(factors.ce) * exp2(dz * scale.per_logit_1);
   const Vector<Real> d = broadcast(factors.student) * e - rounded(broadcast(factors.teacher) * f);
-  return with_ce ? broadcast(factors.ce) * at_temperature_1<power>(e, dz, scale) + d : d;
+  if (!with_ce) return d;
+  const Mask<Real> counts = counts_at_temperature_1<power, Real>(e, dz);
+  return broadcast(factors.ce) * at_temperature_1<power, Real>(counts, e, dz, scale) + d;
 }
 
 // out[j] = element(j, m) for m = kLanes elements at j, or fewer at the ends.
-template <bool streaming, class Real, class Element>
-KCD_INLINE void write_piece(Real* out, int64_t n, const Element& element) {
+template <class Real, bool streaming, class Out, class Element>
+KCD_INLINE void write(Out* out, int64_t n, const Element& element) {
   int64_t j = 0;
   if (streaming) {
-    const int64_t head = elements_to_alignment(out);
+    const int64_t head = elements_to_alignment(out, kLanes<Real> * sizeof(Out));
     j = head < n ? head : n;
-    if (j > 0) store(out, j, element(0, j));
+    for (int64_t i = 0; i < j; i += kLanes<Real>) store(out + i, j - i < kLanes<Real> ? j - i : kLanes<Real>, element(i, j - i));
   }
   for (; j + kLanes<Real> <= n; j += kLanes<Real>) {
     const Vector<Real> d = element(j, kLanes<Real>);
-    streaming ? stream(out + j, d) : store<Real>(out + j, d);
+    streaming ? stream(out + j, d) : store(out + j, d);
   }
   if (j < n) store(out + j, n - j, element(j, n - j));
+}
+
+// A row of the gradient, of the student's type.  label < 0: none; at the label ce is taken off: pi - onehot.
+template <class Real>
+struct Target {
+  Type type;
+  bool streaming;
+  char* row;
+  int64_t label;
+  Real ce;
+};
+
+template <class Real, class Out, class Element>
+KCD_INLINE void write(const Target<Real>& target, Out* out, int64_t n, const Element& element) {
+  target.streaming ? write<Real, true>(out, n, element) : write<Real, false>(out, n, element);
+}
+template <class Element>
+KCD_INLINE void write_by_type(const Target<float>& target, int64_t first, int64_t n, const Element& element) {
+  switch (target.type) {
+    case Type::float16:
+      return write(target, reinterpret_cast<float16*>(target.row) + first, n, element);
+    case Type::bfloat16:
+      return write(target, reinterpret_cast<bfloat16*>(target.row) + first, n, element);
+    default:
+      return write(target, reinterpret_cast<float*>(target.row) + first, n, element);
+  }
+}
+template <class Element>
+KCD_INLINE void write_by_type(const Target<double>& target, int64_t first, int64_t n, const Element& element) {
+  write(target, reinterpret_cast<double*>(target.row) + first, n, element);
+}
+
+// Classes [first, first + n) of a row.
+template <class Real, class Element>
+KCD_INLINE void write_piece(const Target<Real>& target, int64_t first, int64_t n, const Element& element) {
+  const int64_t label = target.label - first;
+  if (label < 0 || label >= n) return write_by_type(target, first, n, element);
+  Vector<Real> lanes{};
+  for (int64_t j = 0; j < kLanes<Real>; ++j) lanes[j] = static_cast<Real>(j);
+  write_by_type(target, first, n, [&](int64_t j, int64_t m) {
+    const Vector<Real> d = element(j, m);
+    if (label < j || label >= j + m) return d;
+    return d - (lanes == broadcast(static_cast<Real>(label - j)) ? broadcast(target.ce) : Vector<Real>{});
+  });
 }
 
 // The first m elements; no branch where it is known to be all.
 template <class Real>
 KCD_INLINE Vector<Real> load_some(const Real* p, int64_t m) {
   return m == kLanes<Real> ? load(p) : load(p, m, Real(0));
+}
+
+// Classes [first, first + n) of a row, out of its logits.  The gradient may take their place: an element is read before it is
+// written.
+template <Power power, bool with_kd, bool with_ce, class Real>
+KCD_INLINE void write_from_logits(const Problem& problem, const char* student, const char* teacher, int64_t first, int64_t n,
+                                  const Factors<Real>& factors, const Scale<Real>& scale, const Target<Real>& target) {
+  alignas(64) Real z_scratch[kPiece], y_scratch[kPiece];
+  const Real* z = piece(problem.student.type, student, first, n, z_scratch);
+  const Real* y = with_kd ? piece(problem.teacher.type, teacher, first, n, y_scratch) : nullptr;
+  const Factors<Real> here = factors.of_piece(maximum(z, n), with_kd ? maximum(y, n) : Real(0), scale.units.inverse_temperature);
+  const Vector<Real> m_z = broadcast(here.student_max), m_y = broadcast(here.teacher_max);
+  const Ahead later_z = ahead(problem.student, student, first), later_y = ahead(problem.teacher, teacher, first);
+  write_piece(target, first, n, [&](int64_t j, int64_t m) {
+    later_z.fetch(j);
+    if (with_kd) later_y.fetch(j);
+    const Vector<Real> dz = load_some(z + j, m) - m_z;
+    if (!with_kd) return gradient_of<power, false, true>(dz, dz, dz, here, scale);
+    const Vector<Real> e = exp2(dz * scale.per_logit), f = exp2((load_some(y + j, m) - m_y) * scale.per_logit);
+    return gradient_of<power, true, with_ce>(e, f, dz, here, scale);
+  });
 }
 
 }   // namespace

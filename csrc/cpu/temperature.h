@@ -37,14 +37,21 @@ struct Scale {
         per_logit_1(broadcast(static_cast<Real>(kLog2E))) {}
 };
 
-// e^x, given e = e^(x/T).  What would end below the smallest normal number is 0 before it is squared: arithmetic on subnormal
-// numbers is many times slower.
+// Where e^x, given e = e^(x/T), is more than 0, or not a number.  What would end below the smallest normal number is 0 before it is
+// squared: arithmetic on subnormal numbers is many times slower.
 template <Power power, class Real>
-KCD_INLINE Vector<Real> at_temperature_1(Vector<Real> e, Vector<Real> x, const Scale<Real>& scale) {
+KCD_INLINE Mask<Real> counts_at_temperature_1(Vector<Real> e, Vector<Real> x) {
+  if (power == Power::two) return not_less(e, broadcast(Limits<Real>::root_of_smallest()));
+  if (power == Power::four) return not_less(e, broadcast(Limits<Real>::fourth_root_of_smallest()));
+  return not_less(x, broadcast(-Limits<Real>::largest()));
+}
+
+// e^x there, and 0 elsewhere.
+template <Power power, class Real>
+KCD_INLINE Vector<Real> at_temperature_1(Mask<Real> counts, Vector<Real> e, Vector<Real> x, const Scale<Real>& scale) {
   if (power == Power::one) return e;
   if (power == Power::other) return exp2(x * scale.per_logit_1);
-  const Real least = power == Power::two ? Limits<Real>::root_of_smallest() : Limits<Real>::fourth_root_of_smallest();
-  const Vector<Real> square = e < least ? Vector<Real>{} : e * e;
+  const Vector<Real> square = where(counts, e * e);
   return power == Power::two ? square : square * square;
 }
 
