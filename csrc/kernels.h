@@ -56,6 +56,9 @@ enum Stats : int32_t {
   kStatsRows
 };
 
+// What stands in a row of the gradient while it is not known which rows are selected.
+enum Written : uint8_t { kNotWritten, kAsSelected, kAsNotSelected };
+
 struct RowOutputs {
   void* stats;             // (kStatsRows, rows)
   void* cross_entropy;     // 0 in rows that are not valid; null: not asked for
@@ -67,7 +70,9 @@ struct RowOutputs {
 struct Gradient {
   const void* stats;         // as written by the forward pass
   const uint8_t* selected;   // bool, one a row
-  uint8_t* written;          // rows whose gradient stands already, as if they were selected; null: none
+  uint8_t* written;          // rows whose gradient stands already; null: none does
+  const void* value;         // accumulator's type: what rows are ranked by, known as soon as a row is read; null: not known so soon
+  double share;              // of the rows that are to be selected
   const void* row_weight;    // accumulator's type; null: 1
   const void* grad_output;   // accumulator's type; one a row where grad_output_stride is 1, one in all where it is 0; null: 1
   int64_t grad_output_stride;
@@ -78,13 +83,24 @@ struct Gradient {
 
 namespace cpu {
 
+// A row that several threads sum: each some of its pieces, then one of them the row.
+struct Columns {
+  int64_t piece;            // classes of one
+  int64_t bytes_of_piece;   // what is left of one, by double accumulators
+  // Pieces [begin, end) of row i, which is read: sums has room for all pieces of the row.
+  void (*sum_pieces)(const Problem&, const RowOutputs&, int64_t i, int64_t begin, int64_t end, void* sums);
+  void (*finish_row)(const Problem&, const RowOutputs&, int64_t i, const void* sums);
+};
+
 // The kernels of one instruction set; a call does rows [begin, end) on the calling thread.
 struct Kernels {
   const char* name;
-  // With a gradient it writes that of every row it reads with its teacher, where it can do so from the exponentials at hand, and
-  // says so in `written`; which rows are selected is not known yet.
+  // With a gradient it writes that of every row it reads with its teacher, where it can do so from the exponentials at hand, at a
+  // guess whether the row will be selected; it says so in `written`, and the backward kernel writes the rest.
   void (*forward)(const Problem&, const RowOutputs&, const Gradient*, int64_t begin, int64_t end);
   void (*backward)(const Problem&, const Gradient&, int64_t begin, int64_t end);
+  const Columns* columns;
+  void (*write_pieces)(const Problem&, const Gradient&, int64_t i, int64_t begin, int64_t end);   // backward of a row's pieces
 };
 
 const Kernels& kernels();          // the set in use: the best this processor has, or the one KCD_ISA names

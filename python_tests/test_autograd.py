@@ -261,8 +261,9 @@ def test_memory():
     size = 512 * 32000 * 4
     assert peak_rise("kcd_ext.condensed_kd_loss(base, teacher, keep=0.5)") < size / 16
     both = "kcd_ext.condensed_kd_loss(base.requires_grad_(), teacher, keep=0.5).backward()"
-    assert peak_rise(both) < size * 17 / 16
-    assert peak_rise(both, "bfloat16") < size / 2 * 17 / 16
+    exponentials = 4 * 32000 * 4  # of two rows, on one thread
+    assert peak_rise(both) < size * 17 / 16 + exponentials
+    assert peak_rise(both, "bfloat16") < size / 2 * 17 / 16 + exponentials
     # base * weight makes one tensor, its own backward pass another
     chain = "z = base * weight; kcd_ext.condensed_kd_loss(z, teacher, keep=0.5, inplace=INPLACE).backward()"
     apart, inplace = (peak_rise(chain.replace("INPLACE", str(flag))) for flag in (False, True))

@@ -504,6 +504,35 @@ def test_threads_and_runs_are_bit_identical(backend):
         torch.set_num_threads(threads)
 
 
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name.startswith("cpu")])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_row_shared_by_threads_is_the_same(backend, dtype):
+    """Fewer rows than threads: pieces of rows are shared out; what is rare in a row is seen by the thread that ends it."""
+    threads, classes = torch.get_num_threads(), 60_003
+    student, teacher = logits(4, classes, dtype=dtype, seed=59), logits(4, classes, dtype=dtype, seed=60)
+    student[0, ::3], teacher[0, ::3] = torch.finfo(dtype).min, torch.finfo(dtype).min  # float32 does not hold the sums
+    student[1, 50_000] = -INF  # an infinite divergence
+    teacher[2, 30_000:] = -INF
+    labels = torch.tensor([7, 59_999, 30_000, 5])
+    try:
+        for options in (
+            {"keep": 3},
+            {"keep": 1, "value": "teacher_entropy", "temperature": 1.3},
+            {"labels": labels, "ignore_index": 5},
+            {"labels": labels, "rows": torch.tensor([2, 0]), "reduction": "sum"},
+        ):
+            held = teacher[[2, 0]] if "rows" in options else teacher
+            runs = []
+            for n in (1, 2, 7):
+                torch.set_num_threads(n)
+                runs.append(run(backend, student, held, **options))
+            for other in runs[1:]:
+                for name in other:
+                    assert torch.equal(other[name].nan_to_num(7e4), runs[0][name].nan_to_num(7e4)), (options, name)
+    finally:
+        torch.set_num_threads(threads)
+
+
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_any_numbers(data):

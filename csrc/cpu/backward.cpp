@@ -1,5 +1,7 @@
 // The gradient: rows that count are read again, every element is written once.
 // Compiled once for each instruction set; KCD_SET names the one at hand.
+#include <algorithm>
+
 #include "cpu/convert.h"
 #include "cpu/gradient.h"
 #include "cpu/sets.h"
@@ -9,11 +11,12 @@
 namespace kcd::cpu::KCD_SET {
 namespace {
 
+// Classes [first, end) of a row.
 template <Power power, bool with_kd, bool with_ce, class Real>
-void gradient_of_row(const Problem& problem, const char* student, const char* teacher, const Factors<Real>& factors,
-                     const Scale<Real>& scale, const Target<Real>& target) {
-  for (int64_t first = 0; first < problem.classes; first += kPiece) {
-    const int64_t n = problem.classes - first < kPiece ? problem.classes - first : kPiece;
+void write_classes(const Problem& problem, const char* student, const char* teacher, const Factors<Real>& factors,
+                   const Scale<Real>& scale, const Target<Real>& target, int64_t first, int64_t end) {
+  for (; first < end; first += kPiece) {
+    const int64_t n = end - first < kPiece ? end - first : kPiece;
     write_from_logits<power, with_kd, with_ce>(problem, student, teacher, first, n, factors, scale, target);
   }
 }
@@ -29,48 +32,56 @@ void zero(char* row, int64_t bytes, bool streaming) {
   __builtin_memset(row + j, 0, static_cast<size_t>(bytes - j));
 }
 
+// Classes [first, end) of row i, unless they stand there already.
 template <class Real, Power power>
-void backward(const Problem& problem, const Gradient& gradient, int64_t begin, int64_t end) {
+void write_row(const Problem& problem, const Gradient& gradient, const Scale<Real>& scale, int64_t i, int64_t first, int64_t end) {
+  const bool with_ce = problem.with_labels && gradient.ce_factor != 0 && problem.valid(i), with_kd = gradient.selected[i];
+  if (gradient.written && gradient.written[i] == (with_kd ? kAsSelected : kAsNotSelected)) return;
+  char* row = const_cast<char*>(gradient.out.row(i));
+  if (!with_ce && !with_kd) {
+    const int64_t bytes = size_of(problem.student.type);
+    return zero(row + first * bytes, (end - first) * bytes, gradient.streaming);
+  }
   const Real* stats = static_cast<const Real*>(gradient.stats);
   const Real* row_weight = static_cast<const Real*>(gradient.row_weight);
   const Real* grad_output = static_cast<const Real*>(gradient.grad_output);
-  const Scale<Real> scale(problem.temperature);
-  const int64_t row_bytes = problem.classes * size_of(problem.student.type);
-  for (int64_t i = begin; i < end; ++i) {
-    char* row = const_cast<char*>(gradient.out.row(i));
-    const bool with_ce = problem.with_labels && gradient.ce_factor != 0 && problem.valid(i), with_kd = gradient.selected[i];
-    if (with_kd && gradient.written && gradient.written[i]) continue;
-    if (!with_ce && !with_kd) {
-      zero(row, row_bytes, gradient.streaming);
-      continue;
-    }
-    const char* student = problem.student.row(i);
-    const char* teacher = with_kd ? problem.teacher.row(problem.teacher_row_of(i)) : nullptr;
-    const double g = grad_output ? static_cast<double>(grad_output[i * gradient.grad_output_stride]) : 1.0;
-    const Real kd = static_cast<Real>(g * gradient.kd_factor * (row_weight ? static_cast<double>(row_weight[i]) : 1.0));
-    const Real ce = static_cast<Real>(g * gradient.ce_factor);
-    const Factors<Real> factors{stats[kStudentMax * problem.rows + i], stats[kTeacherMax * problem.rows + i],
-                                kd * stats[kStudentInverseSum * problem.rows + i],
-                                kd * stats[kTeacherInverseSum * problem.rows + i],
-                                ce * stats[kStudentInverseSum1 * problem.rows + i]};
-    const Target<Real> target{problem.student.type, gradient.streaming, row, with_ce ? problem.labels[i] : -1, ce};
-    (with_kd && with_ce) ? gradient_of_row<power, true, true>(problem, student, teacher, factors, scale, target)
-    : with_kd            ? gradient_of_row<power, true, false>(problem, student, teacher, factors, scale, target)
-                         : gradient_of_row<Power::other, false, true>(problem, student, teacher, factors, scale, target);
-  }
+  const char* student = problem.student.row(i);
+  const char* teacher = with_kd ? problem.teacher.row(problem.teacher_row_of(i)) : nullptr;
+  const double g = grad_output ? static_cast<double>(grad_output[i * gradient.grad_output_stride]) : 1.0;
+  const Real kd = static_cast<Real>(g * gradient.kd_factor * (row_weight ? static_cast<double>(row_weight[i]) : 1.0));
+  const Real ce = static_cast<Real>(g * gradient.ce_factor);
+  const Factors<Real> factors{stats[kStudentMax * problem.rows + i], stats[kTeacherMax * problem.rows + i],
+                              kd * stats[kStudentInverseSum * problem.rows + i], kd * stats[kTeacherInverseSum * problem.rows + i],
+                              ce * stats[kStudentInverseSum1 * problem.rows + i]};
+  const Target<Real> target{problem.student.type, gradient.streaming, row, with_ce ? problem.labels[i] : -1, ce};
+  (with_kd && with_ce) ? write_classes<power, true, true>(problem, student, teacher, factors, scale, target, first, end)
+  : with_kd            ? write_classes<power, true, false>(problem, student, teacher, factors, scale, target, first, end)
+                       : write_classes<power, false, true>(problem, student, teacher, factors, scale, target, first, end);
+}
+
+// Classes [first, end_class) of rows [begin, end).
+template <class Real>
+void backward(const Problem& problem, const Gradient& gradient, int64_t begin, int64_t end, int64_t first, int64_t end_class) {
+  with_power(problem.temperature, [&](auto power) {
+    const Scale<Real> scale(problem.temperature);
+    for (int64_t i = begin; i < end; ++i) write_row<Real, power.value>(problem, gradient, scale, i, first, end_class);
+  });
   if (gradient.streaming) stream_fence();
 }
 
-template <class Real>
-void backward(const Problem& problem, const Gradient& gradient, int64_t begin, int64_t end) {
-  with_power(problem.temperature, [&](auto power) { backward<Real, power.value>(problem, gradient, begin, end); });
+void backward(const Problem& problem, const Gradient& gradient, int64_t begin, int64_t end, int64_t first, int64_t end_class) {
+  problem.student.type == Type::float64 ? backward<double>(problem, gradient, begin, end, first, end_class)
+                                        : backward<float>(problem, gradient, begin, end, first, end_class);
 }
 
 }   // namespace
 
 void backward(const Problem& problem, const Gradient& gradient, int64_t begin, int64_t end) {
-  problem.student.type == Type::float64 ? backward<double>(problem, gradient, begin, end)
-                                        : backward<float>(problem, gradient, begin, end);
+  backward(problem, gradient, begin, end, 0, problem.classes);
+}
+
+void write_pieces(const Problem& problem, const Gradient& gradient, int64_t i, int64_t begin, int64_t end) {
+  backward(problem, gradient, i, i + 1, begin * kPiece, std::min(end * kPiece, problem.classes));
 }
 
 }   // namespace kcd::cpu::KCD_SET

@@ -15,8 +15,9 @@ struct Candidate {
 };
 
 const Candidate* candidates() {   // best first, a null name at the end
-#define X(set, name, supported) {{name, set::forward, set::backward}, static_cast<bool>(supported)},
-  static const Candidate all[] = {KCD_SETS(X){{nullptr, nullptr, nullptr}, false}};
+#define X(set, name, supported) \
+  {{name, set::forward, set::backward, &set::columns, set::write_pieces}, static_cast<bool>(supported)},
+  static const Candidate all[] = {KCD_SETS(X){{}, false}};
 #undef X
   return all;
 }

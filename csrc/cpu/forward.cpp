@@ -1,11 +1,13 @@
 // One read of every row: KL, entropies, cross entropy, and what the backward pass needs.
 // Compiled once for each instruction set; KCD_SET names the one at hand.
+#include <algorithm>
 #include <array>
 #include <cstdlib>
 #include <new>
 
 #include "cpu/convert.h"
 #include "cpu/gradient.h"
+#include "cpu/guess.h"
 #include "cpu/sets.h"
 #include "cpu/temperature.h"
 #include "cpu/vector.h"
@@ -117,7 +119,13 @@ struct RowPair {
   const char *student, *teacher;
 };
 
-// in_range: whether float32 held all sums (Units::difference_scale); if not, they count for nothing.  between(): is called after
+// Whether float32 held the sums of a piece (Units::difference_scale).
+template <class Real>
+KCD_INLINE bool held(const RowSums<Real>& sums) {
+  return sums.cross < Real(1e30) && sums.cross > Real(-1e30);
+}
+
+// in_range: whether it held those of all pieces; if not, they count for nothing.  between(): is called after
 // each piece.  after: the row that is read next.  known: a piece whose maxima are known, of this row or, in the end, of the next.
 template <Power power, bool with_teacher, bool with_teacher_entropy, bool keep, class Real, class Between>
 RowSums<Real> sum_row(const Problem& problem, const RowPair& at, const RowPair& after, const Scale<Real>& scale, bool& in_range,
@@ -155,7 +163,7 @@ RowSums<Real> sum_row(const Problem& problem, const RowPair& at, const RowPair& 
       kept.student_max[first / kPiece] = sums.student.max;
       kept.teacher_max[first / kPiece] = sums.teacher.max;
     }
-    in_range &= sums.cross < Real(1e30) && sums.cross > Real(-1e30);
+    in_range &= held(sums);
     row = first ? merge(row, sums, scale.units) : sums;
     between();
   }
@@ -188,11 +196,10 @@ double cross_of_row(const Problem& problem, const char* student, const char* tea
 
 constexpr auto kNothing = [] {};
 
-template <Power power, bool with_teacher, bool with_teacher_entropy, bool keep, class Real, class Between>
-RowSums<Real> sum_whole_row(const Problem& problem, const RowPair& at, const RowPair& after, const Scale<Real>& scale,
-                            const Exponentials<Real>& kept, Piece<Real>& known, bool& in_range, const Between& between) {
-  RowSums<Real> row =
-      sum_row<power, with_teacher, with_teacher_entropy, keep>(problem, at, after, scale, in_range, kept, known, between);
+// The sums of a row that float32 did not hold, or that are infinite.
+template <Power power, bool with_teacher, bool with_teacher_entropy, class Real>
+__attribute__((noinline)) RowSums<Real> settle(const Problem& problem, const RowPair& at, const Scale<Real>& scale,
+                                               RowSums<Real> row, bool in_range) {
   if (!in_range && sizeof(Real) < sizeof(double)) {
     const Scale<double> wide_scale(problem.temperature);
     bool wide_in_range;
@@ -209,6 +216,15 @@ RowSums<Real> sum_whole_row(const Problem& problem, const RowPair& at, const Row
   return row;
 }
 
+template <Power power, bool with_teacher, bool with_teacher_entropy, bool keep, class Real, class Between>
+RowSums<Real> sum_whole_row(const Problem& problem, const RowPair& at, const RowPair& after, const Scale<Real>& scale,
+                            const Exponentials<Real>& kept, Piece<Real>& known, bool& in_range, const Between& between) {
+  const RowSums<Real> row =
+      sum_row<power, with_teacher, with_teacher_entropy, keep>(problem, at, after, scale, in_range, kept, known, between);
+  if (in_range) return row;   // what is infinite is not
+  return settle<power, with_teacher, with_teacher_entropy>(problem, at, scale, row, in_range);
+}
+
 template <class Real>
 KCD_INLINE Real logit(Type type, const char* row, int64_t c) {
   Real scratch[1];
@@ -222,7 +238,8 @@ class RowGradient {
   RowGradient(const Problem& problem, const Gradient& gradient, const Scale<Real>& scale)
       : problem_(problem), gradient_(gradient), scale_(scale), next_(problem.classes) {}
 
-  void begin(int64_t i, const RowPair& at, const RowSums<Real>& sums, const Exponentials<Real>& kept) {
+  void begin(int64_t i, const RowPair& at, const RowSums<Real>& sums, const Exponentials<Real>& kept, bool selected) {
+    selected_ = selected;
     const Real* row_weight = static_cast<const Real*>(gradient_.row_weight);
     const Real kd = static_cast<Real>(gradient_.kd_factor * (row_weight ? static_cast<double>(row_weight[i]) : 1.0));
     const Real ce = static_cast<Real>(gradient_.ce_factor);
@@ -244,13 +261,8 @@ class RowGradient {
     constexpr bool with_z = with_ce && power == Power::other;
     const Factors<Real> here =
         factors_.of_piece(kept_.student_max[first / kPiece], kept_.teacher_max[first / kPiece], scale_.units.inverse_temperature);
-    const Real *e = kept_.student + first, *f = kept_.teacher + first;
     const Real* z = with_z ? piece(problem_.student.type, student_, first, n, z_scratch) : nullptr;
-    const Vector<Real> m_z = broadcast(here.student_max);
-    kcd::write_piece(target_, first, n, [&](int64_t j, int64_t m) {   // exponentials may be read past the end, logits not
-      const Vector<Real> dz = with_z ? load_some(z + j, m) - m_z : Vector<Real>{};
-      return gradient_of<power, true, with_ce>(load(e + j), load(f + j), dz, here, scale_);
-    });
+    selected_ ? write_piece<true>(first, n, here, z) : write_piece<false>(first, n, here, z);
   }
 
   void finish() {
@@ -258,9 +270,21 @@ class RowGradient {
   }
 
  private:
+  // z: null where it is not needed.
+  template <bool with_kd>
+  void write_piece(int64_t first, int64_t n, const Factors<Real>& here, const Real* z) {
+    const Real *e = kept_.student + first, *f = kept_.teacher + first;
+    const Vector<Real> m_z = broadcast(here.student_max);
+    kcd::write_piece(target_, first, n, [&](int64_t j, int64_t m) {   // exponentials may be read past the end, logits not
+      const Vector<Real> dz = with_ce && power == Power::other ? load_some(z + j, m) - m_z : Vector<Real>{};
+      return gradient_of<power, with_kd, with_ce>(load(e + j), load(f + j), dz, here, scale_);
+    });
+  }
+
   const Problem& problem_;
   const Gradient& gradient_;
   const Scale<Real>& scale_;
+  bool selected_ = false;
   Factors<Real> factors_{};
   Target<Real> target_{};
   Exponentials<Real> kept_{};
@@ -344,10 +368,12 @@ void forward_with_gradient(const Problem& problem, const RowOutputs& outputs, co
   RowGradient<power, with_ce, Real> pending(problem, gradient, scale);
   const auto write_some = [&] { pending.write_piece(); };
   int turn = 0;   // which of the two is free
+  const Real* value = static_cast<const Real*>(gradient.value);
+  Guess<Real> guess(gradient.share);
   Piece<Real> known{};
   for (int64_t i = begin; i < end; ++i) {
     const RowPair at = row_pair(problem, i), after = at.teacher ? next_row_pair(problem, i + 1, end) : RowPair{};
-    gradient.written[i] = 0;
+    gradient.written[i] = kNotWritten;
     if (!at.teacher) {
       forward<Real, power>(problem, outputs, i, i + 1);
       continue;
@@ -362,9 +388,10 @@ void forward_with_gradient(const Problem& problem, const RowOutputs& outputs, co
     write_row(problem, outputs, i, true, sums, label_logit<Real>(problem, at.student, i), scale.units);
     // What is infinite or not a number is left to the backward pass.
     if (!in_range || !finite(sums.cross + sums.student.sum() + sums.teacher.sum() + sums.student.max + sums.teacher.max)) continue;
-    pending.begin(i, at, sums, here);
+    const bool selected = !value || guess.selected(value[i]);
+    pending.begin(i, at, sums, here, selected);
     turn = 1 - turn;
-    gradient.written[i] = 1;
+    gradient.written[i] = selected ? kAsSelected : kAsNotSelected;
   }
   pending.finish();
   if (gradient.streaming) stream_fence();
@@ -381,11 +408,75 @@ void forward(const Problem& problem, const RowOutputs& outputs, const Gradient* 
   });
 }
 
+// ---- a row on several threads: the same sums of the same pieces, merged in the same order
+
+// run(instance): with the row's own power and which sums it needs, as forward() has them.
+template <class Real, class Run>
+void with_sums_of(const Problem& problem, const RowOutputs& outputs, bool with_teacher, const Run& run) {
+  if (!with_teacher)
+    return run(std::integral_constant<Power, Power::one>{}, std::false_type{}, std::false_type{}, Scale<Real>(1.0));
+  with_power(problem.temperature, [&](auto power) {
+    const Scale<Real> scale(problem.temperature);
+    outputs.teacher_entropy ? run(power, std::true_type{}, std::true_type{}, scale)
+                            : run(power, std::true_type{}, std::false_type{}, scale);
+  });
+}
+
+template <class Real>
+void sum_pieces(const Problem& problem, const RowOutputs& outputs, int64_t i, int64_t begin, int64_t end, RowSums<Real>* sums) {
+  const RowPair at = row_pair(problem, i);
+  with_sums_of<Real>(problem, outputs, at.teacher, [&](auto power, auto with_teacher, auto with_entropy, const Scale<Real>& scale) {
+    Piece<Real> known{};
+    bool in_range;
+    for (int64_t k = begin; k < end; ++k) {
+      Problem alone = problem;   // a row of this piece alone
+      alone.classes = std::min(kPiece, problem.classes - k * kPiece);
+      const auto from_here = [&](const char* row, Type type) { return row ? row + k * kPiece * size_of(type) : nullptr; };
+      const RowPair here{from_here(at.student, problem.student.type), from_here(at.teacher, problem.teacher.type)};
+      sums[k] = sum_row<power.value, with_teacher.value, with_entropy.value, false>(alone, here, RowPair{}, scale, in_range,
+                                                                                    Exponentials<Real>{}, known, kNothing);
+    }
+  });
+}
+
+template <class Real>
+void finish_row(const Problem& problem, const RowOutputs& outputs, int64_t i, const RowSums<Real>* sums) {
+  const RowPair at = row_pair(problem, i);
+  const Units<Real> units = Scale<Real>(problem.temperature).units;
+  RowSums<Real> row{};
+  if (at.student)
+    with_sums_of<Real>(problem, outputs, at.teacher,
+                       [&](auto power, auto with_teacher, auto with_entropy, const Scale<Real>& scale) {
+                         row = sums[0];
+                         bool in_range = held(row);
+                         for (int64_t k = 1; k * kPiece < problem.classes; ++k) {
+                           row = merge(row, sums[k], scale.units);
+                           in_range &= held(sums[k]);
+                         }
+                         if (!in_range)
+                           row = settle<power.value, with_teacher.value, with_entropy.value>(problem, at, scale, row, in_range);
+                       });
+  write_row(problem, outputs, i, at.teacher != nullptr, row, label_logit<Real>(problem, at.student, i), units);
+}
+
+void sum_pieces(const Problem& problem, const RowOutputs& outputs, int64_t i, int64_t begin, int64_t end, void* sums) {
+  if (!problem.valid(i)) return;   // not read
+  problem.student.type == Type::float64 ? sum_pieces(problem, outputs, i, begin, end, static_cast<RowSums<double>*>(sums))
+                                        : sum_pieces(problem, outputs, i, begin, end, static_cast<RowSums<float>*>(sums));
+}
+
+void finish_row(const Problem& problem, const RowOutputs& outputs, int64_t i, const void* sums) {
+  problem.student.type == Type::float64 ? finish_row(problem, outputs, i, static_cast<const RowSums<double>*>(sums))
+                                        : finish_row(problem, outputs, i, static_cast<const RowSums<float>*>(sums));
+}
+
 }   // namespace
 
 void forward(const Problem& problem, const RowOutputs& outputs, const Gradient* gradient, int64_t begin, int64_t end) {
   problem.student.type == Type::float64 ? forward<double>(problem, outputs, gradient, begin, end)
                                         : forward<float>(problem, outputs, gradient, begin, end);
 }
+
+const Columns columns{kPiece, sizeof(RowSums<double>), sum_pieces, finish_row};
 
 }   // namespace kcd::cpu::KCD_SET

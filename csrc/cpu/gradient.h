@@ -31,8 +31,7 @@ struct Factors {
 template <Power power, bool with_kd, bool with_ce, class Real>
 KCD_INLINE Vector<Real> gradient_of(Vector<Real> e, Vector<Real> f, Vector<Real> dz, const Factors<Real>& factors,
                                     const Scale<Real>& scale) {
-  if (!with_kd) return broadcast(factors.ce) * exp2(dz * scale.per_logit_1);
-  const Vector<Real> d = broadcast(factors.student) * e - rounded(broadcast(factors.teacher) * f);
+  const Vector<Real> d = with_kd ? broadcast(factors.student) * e - rounded(broadcast(factors.teacher) * f) : Vector<Real>{};
   if (!with_ce) return d;
   const Mask<Real> counts = counts_at_temperature_1<power, Real>(e, dz);
   return broadcast(factors.ce) * at_temperature_1<power, Real>(counts, e, dz, scale) + d;
@@ -119,9 +118,9 @@ KCD_INLINE void write_from_logits(const Problem& problem, const char* student, c
     later_z.fetch(j);
     if (with_kd) later_y.fetch(j);
     const Vector<Real> dz = load_some(z + j, m) - m_z;
-    if (!with_kd) return gradient_of<power, false, true>(dz, dz, dz, here, scale);
-    const Vector<Real> e = exp2(dz * scale.per_logit), f = exp2((load_some(y + j, m) - m_y) * scale.per_logit);
-    return gradient_of<power, true, with_ce>(e, f, dz, here, scale);
+    const Vector<Real> e = exp2(dz * scale.per_logit);
+    const Vector<Real> f = with_kd ? exp2((load_some(y + j, m) - m_y) * scale.per_logit) : Vector<Real>{};
+    return gradient_of<power, with_kd, with_ce>(e, f, dz, here, scale);
   });
 }
 

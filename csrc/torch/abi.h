@@ -51,6 +51,7 @@ using StableIValue = uint64_t;
   X(aoti_torch_dtype_bfloat16, ())                                                                                                 \
   X(aoti_torch_dtype_int64, ())                                                                                                    \
   X(aoti_torch_dtype_bool, ())                                                                                                     \
+  X(torch_get_num_threads, (uint32_t* threads))                                                                                    \
   X(torch_parallel_for, (int64_t begin, int64_t end, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context))
 
 // What a torch without CUDA lacks: null then.
@@ -220,7 +221,13 @@ void give_back(StableIValue* stack, Tensors&... results) {
   ((*stack++ = results.release()), ...);
 }
 
-// Rows on torch's own threads.
+inline int64_t number_of_threads() {
+  uint32_t threads;
+  KCD_CALL(torch_get_num_threads, &threads);
+  return threads;
+}
+
+// Work on torch's own threads.
 template <class Body>
 void parallel_for(int64_t n, int64_t grain, const Body& body) {
   KCD_CALL(

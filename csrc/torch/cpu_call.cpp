@@ -1,5 +1,7 @@
 #include "torch/cpu_call.h"
 
+#include <memory>
+
 #include "cpu/reduce.h"
 
 namespace kcd {
@@ -48,20 +50,44 @@ void rank(const Problem& p, const void* value, bool by_double, const Rows& rows)
 
 }   // namespace
 
+namespace {
+
+// Whether threads would be idle if each took whole rows.
+bool by_columns(const Problem& p) { return p.rows > 0 && p.classes >= 2 * kRead && p.rows < number_of_threads(); }
+
+void sum_by_columns(const CpuCall& call, const RowOutputs& outputs) {
+  const Problem& p = call.problem;
+  const cpu::Columns& columns = *cpu::kernels().columns;
+  const int64_t row_bytes = (p.classes + columns.piece - 1) / columns.piece * columns.bytes_of_piece;
+  const std::unique_ptr<double[]> sums(new double[static_cast<size_t>(p.rows * row_bytes) / sizeof(double)]);
+  const auto of_row = [&](int64_t i) { return reinterpret_cast<char*>(sums.get()) + i * row_bytes; };
+  call.over_pieces(kRead, columns.piece,
+                   [&](int64_t i, int64_t begin, int64_t end) { columns.sum_pieces(p, outputs, i, begin, end, of_row(i)); });
+  for (int64_t i = 0; i < p.rows; ++i) columns.finish_row(p, outputs, i, of_row(i));
+}
+
+// What rows are ranked by: it stands there once they are read.
+const void* value_of(const CpuCall& call, const View& score, Value value, const Rows& rows) {
+  const char* stats = static_cast<const char*>(rows.stats);
+  const int64_t stats_row = call.problem.rows * call.accumulator_bytes();
+  return value == Value::score             ? score.data<void>()
+         : value == Value::kl              ? stats + kKl * stats_row
+         : value == Value::cross_entropy   ? rows.cross_entropy
+         : value == Value::teacher_entropy ? rows.value
+                                           : stats + kEntropy * stats_row;
+}
+
+}   // namespace
+
 void read_rows(const CpuCall& call, const View& score, Value value, const Rows& rows, const Gradient* gradient) {
   const Problem& p = call.problem;
   // The teacher's entropy only ranks: it is written where the ranking is read from.
-  const bool by_teacher_entropy = value == Value::teacher_entropy;
-  const RowOutputs outputs{rows.stats, rows.cross_entropy, by_teacher_entropy ? rows.value : nullptr};
-  call.over_rows(kRead, [&](int64_t begin, int64_t end) { cpu::kernels().forward(p, outputs, gradient, begin, end); });
+  const RowOutputs outputs{rows.stats, rows.cross_entropy, value == Value::teacher_entropy ? rows.value : nullptr};
+  by_columns(p)
+      ? sum_by_columns(call, outputs)
+      : call.over_rows(kRead, [&](int64_t begin, int64_t end) { cpu::kernels().forward(p, outputs, gradient, begin, end); });
 
-  const char* stats = static_cast<const char*>(rows.stats);
-  const int64_t stats_row = p.rows * call.accumulator_bytes();
-  const void* source = value == Value::score           ? score.data<void>()
-                       : value == Value::kl            ? stats + kKl * stats_row
-                       : value == Value::cross_entropy ? rows.cross_entropy
-                       : by_teacher_entropy            ? rows.value
-                                                       : stats + kEntropy * stats_row;
+  const void* source = value_of(call, score, value, rows);
   const bool by_double = ranks_by_double(call, score);
   call.is_double() ? rank<double>(p, source, by_double, rows) : rank<float>(p, source, by_double, rows);
 }
@@ -117,9 +143,14 @@ Gradient gradient_of(const Call& call, const LossOptions& options, const View& r
 }
 
 void write_rows(const CpuCall& call, const Gradient& gradient) {
+  const Problem& p = call.problem;
+  if (by_columns(p))
+    return call.over_pieces(kRead, cpu::kernels().columns->piece, [&](int64_t i, int64_t begin, int64_t end) {
+      cpu::kernels().write_pieces(p, gradient, i, begin, end);
+    });
   const bool mostly_written = gradient.written != nullptr;
   call.over_rows(mostly_written ? kWrite : kRead,
-                 [&](int64_t begin, int64_t end) { cpu::kernels().backward(call.problem, gradient, begin, end); });
+                 [&](int64_t begin, int64_t end) { cpu::kernels().backward(p, gradient, begin, end); });
 }
 
 }   // namespace
@@ -146,13 +177,16 @@ void forward(const ForwardCall& a, const CpuCall& call, const Results& results, 
   std::vector<double> cross_entropy(p.with_labels ? rows : 0);   // room for either type
   const Rows read{results.value, results.stats, p.with_labels ? cross_entropy.data() : nullptr, candidate.data()};
   int64_t* counts = results.counts;
-  counts[0] = number_to_keep(a.keep.fraction, a.keep.count, cpu::mark_candidates(p, candidate.data()));
+  const int64_t candidates = cpu::mark_candidates(p, candidate.data());
+  counts[0] = number_to_keep(a.keep.fraction, a.keep.count, candidates);
   counts[1] = cpu::count_valid(p);
 
   Gradient gradient{};
   if (out) {
     gradient = gradient_of(call, a.options, a.row_weight, counts, *out);
     gradient.written = written.data();
+    gradient.value = ranks_by_double(call, a.score) == call.is_double() ? value_of(call, a.score, a.value, read) : nullptr;
+    gradient.share = static_cast<double>(counts[0]) / static_cast<double>(std::max<int64_t>(1, candidates));
   }
   read_rows(call, a.score, a.value, read, out ? &gradient : nullptr);
   select(results.value, ranks_by_double(call, a.score), candidate.data(), p.rows, counts[0], results.selected);

@@ -20,11 +20,27 @@ class CpuCall : public Call {
   template <class Body>
   void over_rows(int64_t classes_a_piece, const Body& body) const {
     constexpr int64_t kRow = 128;   // what begins and ends a row takes as long as so many classes
-    const int64_t grain = std::max<int64_t>(1, classes_a_piece / (problem.classes + kRow));
-    problem.rows <= grain ? body(int64_t{0}, problem.rows) : parallel_for(problem.rows, grain, body);
+    over(problem.rows, std::max<int64_t>(1, classes_a_piece / (problem.classes + kRow)), body);
+  }
+
+  // With fewer rows than threads: runs a kernel over pieces [begin, end) of row i.
+  template <class Body>
+  void over_pieces(int64_t classes_a_task, int64_t piece, const Body& body) const {
+    const int64_t pieces = (problem.classes + piece - 1) / piece, a_task = std::max<int64_t>(1, classes_a_task / piece);
+    const int64_t tasks = (pieces + a_task - 1) / a_task;   // of a row
+    over(problem.rows * tasks, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t first = task % tasks * a_task;
+        body(task / tasks, first, std::min(first + a_task, pieces));
+      }
+    });
   }
 
  private:
+  template <class Body>
+  static void over(int64_t n, int64_t grain, const Body& body) {
+    n <= grain ? body(int64_t{0}, n) : parallel_for(n, grain, body);
+  }
   void check_labels() const;
   void map_teacher_rows();
 
