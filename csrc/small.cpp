@@ -1,5 +1,6 @@
 #include "small.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstdlib>
 #include <memory>
@@ -77,6 +78,11 @@ const View& absent_view() {
 }
 
 View view_or_absent(PyObject* object) { return object == Py_None ? absent_view() : view(object); }
+
+// Whether a tensor has the first `dim` dimensions of another, and no more.
+bool same_sizes(const View& x, const View& other, int64_t dim) {
+  return x.dim() == dim && std::equal(x.sizes(), x.sizes() + dim, other.sizes());
+}
 
 // A contiguous tensor in memory of its own, not written yet.
 struct Made {
@@ -180,6 +186,8 @@ PyObject* forward(PyObject* student_object, PyObject* teacher_object, PyObject* 
                       static_cast<Value>(PyLong_AsLongLong(value)),
                       loss_options(options)};
   if (PyErr_Occurred()) return nullptr;   // an option was no number
+  serve_only(same_sizes(a.teacher, a.student, a.student.dim()));
+  serve_only(labels_object == Py_None || same_sizes(a.labels, a.student, a.student.dim() - 1));
   const Call checked = a.call();
   const Problem& p = checked.problem;
   const int64_t bytes = p.rows * p.classes * size_of(p.student.type);

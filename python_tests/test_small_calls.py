@@ -168,9 +168,17 @@ def test_what_is_wrong_is_said_by_the_ordinary_way():
                 condensed_kd_loss(student, teacher, **options)
             messages.append(str(raised.value))
         assert messages[0] == messages[1]
-    for z, y in ((student.int(), teacher), (student, teacher[:, :5]), (student.to("meta"), teacher), (3, teacher)):
+    for z, y, labels in (
+        (student.int(), teacher, None),
+        (student, teacher[:, :5], None),
+        (student, teacher.view(2, 3, 17), None),
+        (student, teacher, torch.ones(2, 3, dtype=torch.int64)),
+        (student, teacher, torch.ones(6, 1, dtype=torch.int64)),
+        (student.to("meta"), teacher, None),
+        (3, teacher, None),
+    ):
         with pytest.raises((TypeError, ValueError)):
-            condensed_kd_loss(z, y)
+            condensed_kd_loss(z, y, labels=labels)
 
 
 @pytest.mark.parametrize("keep", [0.2, 0.7])

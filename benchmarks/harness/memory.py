@@ -39,9 +39,9 @@ def _in_fresh_process(device: Device, shape: Shape, candidate: str, direction: s
     if device.threads is not None:
         command.append(f"--threads={device.threads}")
     # Without the buffer that is kept from call to call: what a call takes is counted in that call.
-    path = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]))
-    environment = {**os.environ, "KCD_GRADIENT_MEMORY": "fresh", "PYTHONPATH": path}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    environment = {**os.environ, "KCD_GRADIENT_MEMORY": "fresh"}
+    folder = Path(__file__).resolve().parents[1]  # where this package is found, and kcd_ext's source folder is not
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     if done.returncode:
         return {"status": f"failed: {next(iter(done.stderr.splitlines()[-1:]), done.returncode)}"}
     return json.loads(done.stdout.splitlines()[-1])
