@@ -115,6 +115,7 @@ Made make(const int64_t* sizes, int64_t dim, int32_t dtype, int64_t bytes) {
   void* object;
   if (api->to_python(&owned->managed, &object) != 0) {
     PyErr_Clear();
+    std::free(block);
     throw NotServed{};
   }
   return {Reference(static_cast<PyObject*>(object)), data};
@@ -218,7 +219,11 @@ PyObject* forward(PyObject* student_object, PyObject* teacher_object, PyObject* 
 
 constexpr const char* kLossDoc = "small_loss(state) -> loss\n\nThe loss that small_forward computed; once.";
 
-PyObject* loss_of(PyObject* capsule) { return state_of(capsule).loss.release(); }
+PyObject* loss_of(PyObject* capsule) {
+  State& state = state_of(capsule);
+  serve_only(state.loss != nullptr);
+  return state.loss.release();
+}
 
 constexpr const char* kAttachDoc =
     "small_attach(ctx, student, inputs, state) -> loss\n\n"
@@ -306,14 +311,15 @@ PyObject* backward(PyObject* ctx, PyObject* grad_object) {
     // Scaling would round bfloat16 once more; what is not finite would make rows NaN that are not selected.
     if (factor == 1) return state.gradient.release();   // handed over, once
     if (state.scales && std::isfinite(factor)) {
-      const View gradient = view(state.gradient.get());
+      Reference object = std::move(state.gradient);   // nobody else's from here on
+      const View gradient = view(object.get());
       void* data = const_cast<void*>(gradient.data<void>());
       const int64_t n = gradient.numel();
       without_python([&] {
         state.width() == 8 ? multiply(static_cast<double*>(data), n, factor)
                            : multiply(static_cast<float*>(data), n, static_cast<float>(factor));
       });
-      return state.gradient.release();
+      return object.release();
     }
   }
   const Saved saved(ctx, state);
@@ -396,8 +402,10 @@ int add_to(PyObject* module) {
     return 0;
   }
   api = static_cast<const dlpack::ExchangeApi*>(PyCapsule_GetPointer(capsule.get(), "dlpack_exchange_api"));
-  if (!api) return -1;
-  if (api->version.major != dlpack::kMajorVersion || !api->view) return 0;
+  if (!api || api->version.major != dlpack::kMajorVersion || !api->view || !api->to_python) {
+    PyErr_Clear();
+    return 0;
+  }
   to_save = PyUnicode_InternFromString("to_save");
   saved_tensors = PyUnicode_InternFromString("saved_tensors");
   materialize_grads = PyUnicode_InternFromString("materialize_grads");

@@ -228,7 +228,8 @@ def check_loss_options(temperature, keep, kd_weight, ce_weight, with_labels, ign
     try:
         return _loss_options_seen(*options)
     except TypeError:  # also what an argument that cannot be a key ends in
-        return _loss_options(*options)
+        pass
+    return _loss_options(*options)
 
 
 def check_loss_tensors(

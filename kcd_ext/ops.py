@@ -7,7 +7,13 @@ import math
 
 import torch
 from torch import Tensor
-from torch._C import _are_functorch_transforms_active, _len_torch_dispatch_stack
+from torch._C import (
+    DispatchKey,
+    _are_functorch_transforms_active,
+    _dispatch_tls_is_dispatch_key_included,
+    _get_tracing_state,
+    _len_torch_dispatch_stack,
+)
 from torch.autograd import forward_ad
 
 from . import _extension
@@ -31,6 +37,7 @@ with torch.inference_mode(False):  # a tensor made in that mode could never be s
     _ABSENT = torch.empty(0, dtype=torch.bool, device="cpu")
 
 _PLAIN = (Tensor, torch.nn.Parameter)
+_PRE_DISPATCH = DispatchKey.PreDispatch
 
 ENTROPY, KL, STATS = 0, 1, 7  # csrc/kernels.h, enum Stats: two of its rows, and how many there are
 REDUCTION_NONE = REDUCTIONS.index("none")
@@ -255,8 +262,12 @@ def small_loss(
         ahead: whether the forward pass writes the gradient.
     """
     plain = type(student) in _PLAIN and type(teacher) in _PLAIN and not teacher.requires_grad
-    if not plain or _len_torch_dispatch_stack() or _are_functorch_transforms_active() or forward_ad._current_level >= 0:
+    if not plain or (labels is not None and type(labels) not in _PLAIN):
         return None
+    if _len_torch_dispatch_stack() or _are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return None
+    if _get_tracing_state() is not None or _dispatch_tls_is_dispatch_key_included(_PRE_DISPATCH):
+        return None  # it would see no operator, and take the loss for a constant
     state = _small.small_forward(student, teacher, labels, keep, value, options, ahead)
     if state is NotImplemented:
         return None

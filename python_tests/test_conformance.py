@@ -9,6 +9,8 @@ from backends import BACKENDS, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import kcd_ext
+
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 INF, NAN = math.inf, math.nan
 
@@ -502,6 +504,24 @@ def test_threads_and_runs_are_bit_identical(backend):
                     assert torch.equal(other[name], runs[0][name]), (rows, classes, name)
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("offset", [-1e4, -500.0, 1e3])
+@pytest.mark.parametrize("keep", [0.2, 0.9])
+def test_rows_of_the_teacher_far_from_zero_among_rows_without(backend, offset, keep):
+    """A row that is read next may have no teacher where this one has, and the other way round."""
+    student, teacher = logits(41, 10, seed=61), logits(14, 10, seed=62)
+    rows = torch.arange(0, 41, 3)
+    shifted = run(backend, student, teacher + offset, rows=rows, keep=keep, value="kl")
+    plain = run(backend, student, (teacher + offset) - offset, rows=rows, keep=keep, value="kl")
+    with torch.no_grad():
+        alone = kcd_ext.reference.condensed_kd_loss(
+            student, (teacher + offset) - offset, rows=rows, keep=keep, value="kl"
+        )
+    assert torch.equal(shifted["selected"], plain["selected"])
+    for name in ("loss", "kl", "grad"):
+        torch.testing.assert_close(shifted[name], plain[name], rtol=2e-5, atol=1e-7, equal_nan=True)
+    torch.testing.assert_close(shifted["loss"], alone, rtol=2e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("backend", [name for name in BACKENDS if name.startswith("cpu")])

@@ -10,6 +10,7 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.fx.experimental.proxy_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kcd_ext import condensed_kd_loss, ops
@@ -151,6 +152,23 @@ def test_what_is_not_served_goes_to_the_operators():
     assert served == [False, True]
 
 
+@pytest.mark.filterwarnings("ignore")  # tracing is on its way out
+def test_who_records_operators_sees_them():
+    student, teacher, other = logits(6, 17), logits(6, 17, seed=1), logits(6, 17, seed=2)
+
+    def function(z, y):
+        return condensed_kd_loss(z, y, keep=0.5) * 1
+
+    expected = function(other, teacher)
+    assert torch.equal(torch.jit.trace(function, (student, teacher))(other, teacher), expected)
+    make_fx = torch.fx.experimental.proxy_tensor.make_fx
+    for options in ({}, {"pre_dispatch": True}):
+        assert torch.equal(make_fx(function, **options)(student, teacher)(other, teacher), expected)
+    with watched() as served:
+        condensed_kd_loss(student, teacher, labels=torch.arange(6).as_subclass(Subclass))
+    assert served == [False]
+
+
 def test_what_is_wrong_is_said_by_the_ordinary_way():
     student, teacher = logits(6, 17), logits(6, 17, seed=1)
     for options, error in (
@@ -267,7 +285,21 @@ def test_threads_at_once():
             if not same(loss_and_gradient(*pairs[i], keep=0.7), expected[i]):
                 wrong.append(i)
 
+    leaf = logits(200, 1000).requires_grad_()  # one graph, kept: its gradient is handed over once
+    loss = condensed_kd_loss(leaf, logits(200, 1000, seed=1), keep=0.7)
+    factor = torch.tensor(3.0)
+    whole = torch.autograd.grad(condensed_kd_loss(leaf, logits(200, 1000, seed=1), keep=0.7), leaf)[0]
+
+    def work_on_one_graph(_):
+        nonlocal loss
+        for _ in range(60):
+            (gradient,) = torch.autograd.grad(loss, leaf, factor, retain_graph=True)
+            if not torch.allclose(gradient, 3 * whole, rtol=1e-5, atol=1e-10):
+                wrong.append("one graph")
+            loss = condensed_kd_loss(leaf, logits(200, 1000, seed=1), keep=0.7)
+
     threads = [threading.Thread(target=work, args=(i,)) for i in range(len(pairs))]
+    threads += [threading.Thread(target=work_on_one_graph, args=(i,)) for i in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:

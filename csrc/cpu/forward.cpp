@@ -149,7 +149,9 @@ RowSums<Real> sum_row(const Problem& problem, const RowPair& at, const RowPair& 
     // The next piece, where it is as long as this one and lies in place.
     const bool with_next = in_place && next_row.student && (!with_teacher || next_row.teacher) &&
                            (last ? classes <= kPiece : next_first + kPiece <= classes);
-    if (with_next) known = {in_memory<Real>(next_row.student, next_first), in_memory<Real>(next_row.teacher, next_first), 0, 0};
+    if (with_next)
+      known = {in_memory<Real>(next_row.student, next_first),
+               in_memory<Real>(with_teacher ? next_row.teacher : nullptr, next_first), 0, 0};
     const RowPair& read = with_next ? next_row : at;
     const int64_t read_first = with_next ? next_first : first;
     const Ahead later_z = ahead(problem.student, read.student, read_first),

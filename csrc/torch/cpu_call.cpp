@@ -48,10 +48,6 @@ void rank(const Problem& p, const void* value, bool by_double, const Rows& rows)
   by_double ? rank<double, Real>(p, value, rows) : rank<float, Real>(p, value, rows);
 }
 
-}   // namespace
-
-namespace {
-
 // Whether threads would be idle if each took whole rows.
 bool by_columns(const Problem& p) { return p.rows > 0 && p.classes >= 2 * kRead && p.rows < number_of_threads(); }
 
