@@ -114,8 +114,7 @@ Made make(const int64_t* sizes, int64_t dim, int32_t dtype, int64_t bytes) {
                     {data, {dlpack::kCpu, 0}, static_cast<int32_t>(dim), type_of(dtype), owned->sizes, owned->strides, 0}};
   void* object;
   if (api->to_python(&owned->managed, &object) != 0) {
-    PyErr_Clear();
-    std::free(block);
+    PyErr_Clear();   // the block is no longer ours: the call took it
     throw NotServed{};
   }
   return {Reference(static_cast<PyObject*>(object)), data};
@@ -286,9 +285,8 @@ PyObject* saved(PyObject* ctx) {
 
 constexpr const char* kBackwardDoc =
     "small_backward(ctx, grad_output) -> gradient, or NotImplemented\n\n"
-    "With respect to the student's logits, for a ctx that small_attach has filled; not differentiable itself. NotImplemented "
-    "where\n"
-    "grad_output is no plain tensor on the CPU.";
+    "With respect to the student's logits, for a ctx that small_attach has filled; not differentiable itself.\n"
+    "NotImplemented where grad_output is no plain tensor on the CPU.";
 
 template <class Real>
 double number(const View& x) {

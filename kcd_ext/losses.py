@@ -155,9 +155,9 @@ def _small(
 def _writes_gradient(student: Tensor, options: LossOptions) -> bool:
     """Whether the forward pass writes the gradient too, from exponentials it has at hand.
 
-    On the CPU, and where at least a quarter of the rows are selected: it guesses which as it reads them, and a wrong guess costs
-    more the fewer they are (measured: it pays from a fifth to all). Not in float16,
-    whose gradient may need the factor of the backward pass to have digits at all.
+    On the CPU, and where at least a quarter of the rows are selected: it guesses which as it reads them, and with fewer the
+    backward pass has less to do than that costs. Not in float16, whose gradient may need the factor of the backward pass to
+    have digits at all.
     """
     per_row = options.operators[-2] == ops.REDUCTION_NONE  # with a factor a row
     if per_row or student.dtype == torch.float16 or not ops.writes_gradient_ahead(student):

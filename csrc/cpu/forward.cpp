@@ -125,8 +125,9 @@ KCD_INLINE bool held(const RowSums<Real>& sums) {
   return sums.cross < Real(1e30) && sums.cross > Real(-1e30);
 }
 
-// in_range: whether it held those of all pieces; if not, they count for nothing.  between(): is called after
-// each piece.  after: the row that is read next.  known: a piece whose maxima are known, of this row or, in the end, of the next.
+// in_range: whether it held those of all pieces; if not, they count for nothing.  between(): is called after each piece.  after:
+// the row that is read next.  known: a piece whose maxima are known, of this row or, in the end, of the next; without a teacher its
+// y is null.
 template <Power power, bool with_teacher, bool with_teacher_entropy, bool keep, class Real, class Between>
 RowSums<Real> sum_row(const Problem& problem, const RowPair& at, const RowPair& after, const Scale<Real>& scale, bool& in_range,
                       const Exponentials<Real>& kept, Piece<Real>& known, const Between& between) {
