@@ -22,12 +22,25 @@ KCD_INLINE Vector<float> widen(const bfloat16* p) {
   return (Vector<float>)(__builtin_convertvector(halves, Bits<float>) << 16);
 }
 // Round to nearest, ties to even; NaN stays NaN: to_bfloat16, lane by lane.
+#if defined(__AVX512BW__)
+// NaN is cut off unrounded: what arithmetic gives is quiet, so that the upper half of its bits is a NaN by itself.
+KCD_INLINE __m256i narrow(Vector<float> x, bfloat16) {
+  const __m512i bits = (__m512i)x;
+  const __mmask16 number = _mm512_cmp_ps_mask((__m512)x, (__m512)x, _CMP_ORD_Q);
+  const __mmask16 odd = _mm512_mask_test_epi32_mask(number, bits, _mm512_set1_epi32(0x10000));
+  const __m512i half_up = _mm512_mask_add_epi32(bits, number, bits, _mm512_set1_epi32(0x7fff));
+  const __m512i rounded = _mm512_mask_sub_epi32(half_up, odd, half_up, _mm512_set1_epi32(-1));
+  alignas(64) static constexpr uint16_t upper_halves[32] = {1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31};
+  return _mm512_castsi512_si256(_mm512_permutexvar_epi16(_mm512_load_si512(upper_halves), rounded));
+}
+#else
 KCD_INLINE auto narrow(Vector<float> x, bfloat16) {
   typedef uint32_t Words __attribute__((vector_size(KCD_VECTOR_BYTES)));
   typedef uint16_t Halves __attribute__((vector_size(KCD_VECTOR_BYTES / 2)));
   const Words bits = (Words)x, rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16, nan = Words{} + 0x7fc0u;
   return __builtin_convertvector(x != x ? nan : rounded, Halves);
 }
+#endif
 #if defined(__AVX512F__)
 KCD_INLINE Vector<float> widen(const float16* p) {
   return (Vector<float>)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
