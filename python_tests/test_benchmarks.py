@@ -171,7 +171,7 @@ def test_a_small_run(tmp_path):
     assert result["benchmark"] == "cpu" and result["facts"]["threads"] == 1
     assert list(result["ratios"]) == ["8x10:float32", "6x300:bfloat16:labels=0.5"]
     rows = {(row["rows"], row["direction"], row["candidate"]): row for row in result["figures"]["rows"]}
-    assert len(rows) == 2 * 2 * 3
+    assert len(rows) == 2 * 2 * 4  # ours, in place, eager, student.sum()
     for row in rows.values():
         assert row["status"] == "measured" and row["rounds"] >= 5 and 0 < row["low_us"] <= row["high_us"]
         assert row["of_floor"] == pytest.approx(row["floor_us"] / row["median_us"], abs=1e-3)

@@ -145,7 +145,9 @@ With N the bytes of the student's logits 2N are read (rows whose label is ignore
 logits takes two exponentials, since at T = 4 e^z follows from e^(z/4), and the gradient from both. Forward is the time until the
 loss is there in that same call: where kcd_ext selects at least a quarter of the rows its forward pass writes the gradient too.
 malloc is left as it is: where it hands intermediates of some MB back to the system, and where it does not, eager's time differs by
-up to half from one process to the next. In place the student's logits are copied back before each call: they are in the caches."""
+up to half from one process to the next. In place the student's logits are copied back before each call: they are in the caches.
+`student.sum()` and its backward pass compute next to nothing: where batches are small their time is the way through autograd, which
+no loss can leave out."""
 
 
 def _seconds(function: Callable[[], object]) -> float:

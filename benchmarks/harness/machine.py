@@ -32,11 +32,22 @@ def lines(*command: str) -> list[str]:
     return done.stdout.splitlines() if done.returncode == 0 else []
 
 
-def processors() -> list[str]:
-    """The model of every processor that the system has; empty where it does not tell."""
+def _cpuinfo(field: str) -> list[str]:
+    """A field of every processor that the system has; empty where it does not tell."""
     info = Path("/proc/cpuinfo")
-    text = info.read_text().splitlines() if info.exists() else []
-    return [line.partition(":")[2].strip() for line in text if line.startswith("model name")]
+    pairs = (line.partition(":") for line in info.read_text().splitlines()) if info.exists() else ()
+    return [value.strip() for name, _, value in pairs if name.strip() == field]
+
+
+def processors() -> list[str]:
+    """The model of every processor that the system has; empty where it does not tell.
+
+    With its numbers: virtual machines call processors of different generations by one name.
+    """
+    numbers = zip(_cpuinfo("cpu family"), _cpuinfo("model"), strict=True)
+    generations = [f" (family {family}, model {model})" for family, model in numbers]
+    names = _cpuinfo("model name")
+    return [name + generation for name, generation in zip(names, generations or [""] * len(names), strict=True)]
 
 
 def processor() -> str:

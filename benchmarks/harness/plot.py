@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .names import BOTH, COMPILE, EAGER, MEASURED, OWN, OWN_INPLACE
+from .names import BOTH, COMPILE, EAGER, LEAST, MEASURED, OWN, OWN_INPLACE
 from .places import DTYPES
 from .report import key_of
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 WIDE = "float32"
 
-COLOURS = {OWN: "#0072b2", OWN_INPLACE: "#56b4e9", EAGER: "#d55e00", COMPILE: "#e69f00"}
+COLOURS = {OWN: "#0072b2", OWN_INPLACE: "#56b4e9", EAGER: "#d55e00", COMPILE: "#e69f00", LEAST: "#999999"}
 
 
 def draw(rows: list[dict], title: str, path: Path) -> None:
