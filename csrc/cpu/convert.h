@@ -15,12 +15,25 @@ namespace {   // like the vectors' types
 
 // ---- a vector of 16-bit numbers, to and from float32
 
+// (gcc 12 would make one conversion of two halves.)
+#if defined(__AVX512F__)
+KCD_INLINE Vector<float> widen(const bfloat16* p) {
+  const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return (Vector<float>)_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16);
+}
+#elif defined(__AVX2__)
+KCD_INLINE Vector<float> widen(const bfloat16* p) {
+  const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return (Vector<float>)_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16);
+}
+#else
 KCD_INLINE Vector<float> widen(const bfloat16* p) {
   typedef uint16_t Halves __attribute__((vector_size(KCD_VECTOR_BYTES / 2)));
   Halves halves;
   __builtin_memcpy(&halves, p, sizeof halves);
   return (Vector<float>)(__builtin_convertvector(halves, Bits<float>) << 16);
 }
+#endif
 // Round to nearest, ties to even; NaN stays NaN: to_bfloat16, lane by lane.
 #if defined(__AVX512BW__)
 // NaN is cut off unrounded: what arithmetic gives is quiet, so that the upper half of its bits is a NaN by itself.

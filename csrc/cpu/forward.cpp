@@ -262,8 +262,8 @@ class RowGradient {
     next_ = first + n;
     alignas(64) Real z_scratch[kPiece];
     constexpr bool with_z = with_ce && power == Power::other;
-    const Factors<Real> here =
-        factors_.of_piece(kept_.student_max[first / kPiece], kept_.teacher_max[first / kPiece], scale_.units.inverse_temperature);
+    const FactorLanes<Real> here(
+        factors_.of_piece(kept_.student_max[first / kPiece], kept_.teacher_max[first / kPiece], scale_.units.inverse_temperature));
     const Real* z = with_z ? piece(problem_.student.type, student_, first, n, z_scratch) : nullptr;
     selected_ ? write_piece<true>(first, n, here, z) : write_piece<false>(first, n, here, z);
   }
@@ -275,11 +275,10 @@ class RowGradient {
  private:
   // z: null where it is not needed.
   template <bool with_kd>
-  void write_piece(int64_t first, int64_t n, const Factors<Real>& here, const Real* z) {
+  KCD_MEMBER void write_piece(int64_t first, int64_t n, const FactorLanes<Real>& here, const Real* z) {
     const Real *e = kept_.student + first, *f = kept_.teacher + first;
-    const Vector<Real> m_z = broadcast(here.student_max);
     kcd::write_piece(target_, first, n, [&](int64_t j, int64_t m) {   // exponentials may be read past the end, logits not
-      const Vector<Real> dz = with_ce && power == Power::other ? load_some(z + j, m) - m_z : Vector<Real>{};
+      const Vector<Real> dz = with_ce && power == Power::other ? load_some(z + j, m) - here.student_max : Vector<Real>{};
       return gradient_of<power, with_kd, with_ce>(load(e + j), load(f + j), dz, here, scale_);
     });
   }

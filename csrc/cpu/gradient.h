@@ -29,14 +29,26 @@ struct Factors {
   }
 };
 
+// The same in every lane, made once a piece: what is read from memory in the loop is read again after every write.
+template <class Real>
+struct FactorLanes {
+  Vector<Real> student_max, teacher_max, student, teacher, ce;
+  explicit FactorLanes(const Factors<Real>& of)
+      : student_max(broadcast(of.student_max)),
+        teacher_max(broadcast(of.teacher_max)),
+        student(broadcast(of.student)),
+        teacher(broadcast(of.teacher)),
+        ce(broadcast(of.ce)) {}
+};
+
 // One vector of classes; dz = z - m_z counts where a second exponential is needed.
 template <Power power, bool with_kd, bool with_ce, class Real>
-KCD_INLINE Vector<Real> gradient_of(Vector<Real> e, Vector<Real> f, Vector<Real> dz, const Factors<Real>& factors,
+KCD_INLINE Vector<Real> gradient_of(Vector<Real> e, Vector<Real> f, Vector<Real> dz, const FactorLanes<Real>& factors,
                                     const Scale<Real>& scale) {
-  const Vector<Real> d = with_kd ? broadcast(factors.student) * e - rounded(broadcast(factors.teacher) * f) : Vector<Real>{};
+  const Vector<Real> d = with_kd ? factors.student * e - rounded(factors.teacher * f) : Vector<Real>{};
   if (!with_ce) return d;
   const Mask<Real> counts = counts_at_temperature_1<power, Real>(e, dz);
-  return broadcast(factors.ce) * at_temperature_1<power, Real>(counts, e, dz, scale) + d;
+  return factors.ce * at_temperature_1<power, Real>(counts, e, dz, scale) + d;
 }
 
 // out[j] = element(j, m) for m = kLanes elements at j, or fewer at the ends.
@@ -113,15 +125,14 @@ KCD_INLINE void write_from_logits(const Problem& problem, const char* student, c
   alignas(64) Real z_scratch[kPiece], y_scratch[kPiece];
   const Real* z = piece(problem.student.type, student, first, n, z_scratch);
   const Real* y = with_kd ? piece(problem.teacher.type, teacher, first, n, y_scratch) : nullptr;
-  const Factors<Real> here = factors.of_piece(maximum(z, n), with_kd ? maximum(y, n) : Real(0), scale.units.inverse_temperature);
-  const Vector<Real> m_z = broadcast(here.student_max), m_y = broadcast(here.teacher_max);
+  const FactorLanes<Real> here(factors.of_piece(maximum(z, n), with_kd ? maximum(y, n) : Real(0), scale.units.inverse_temperature));
   const Ahead later_z = ahead(problem.student, student, first), later_y = ahead(problem.teacher, teacher, first);
   write_piece(target, first, n, [&](int64_t j, int64_t m) {
     later_z.fetch(j);
     if (with_kd) later_y.fetch(j);
-    const Vector<Real> dz = load_some(z + j, m) - m_z;
+    const Vector<Real> dz = load_some(z + j, m) - here.student_max;
     const Vector<Real> e = exp2(dz * scale.per_logit);
-    const Vector<Real> f = with_kd ? exp2((load_some(y + j, m) - m_y) * scale.per_logit) : Vector<Real>{};
+    const Vector<Real> f = with_kd ? exp2((load_some(y + j, m) - here.teacher_max) * scale.per_logit) : Vector<Real>{};
     return gradient_of<power, with_kd, with_ce>(e, f, dz, here, scale);
   });
 }

@@ -43,7 +43,7 @@ constexpr int64_t kPiece = 128 * kLanes<float>;
 
 template <class Real>
 KCD_INLINE Vector<Real> broadcast(Real x) {
-  return Vector<Real>{} + x;
+  return x - Vector<Real>{};   // a compiler leaves this 0 out, but not one that is added: -0 + 0 is 0
 }
 template <class Real>
 KCD_INLINE Vector<Real> load(const Real* p) {
