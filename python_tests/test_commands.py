@@ -353,6 +353,22 @@ def test_a_prefix_condenses():
     assert (teacher.method, teacher.condense.keep, teacher.label) == ("ce", 0.7, "teacher")
 
 
+def test_options_are_read_as_the_method_takes_them():
+    def options(method, *words):
+        (recipe,) = parsed("distill", "--data", "digits", "--method", method, "--options", *words)._job().recipes
+        return dict(recipe.options)
+
+    assert options("kd", "temperature", "2", "kd_weight", "1e-3") == {"temperature": 2, "kd_weight": 0.001}
+    assert options("pkt", "student_layer", "2", "teacher_layer", "1.10") == {
+        "student_layer": "2",
+        "teacher_layer": "1.10",
+    }
+    assert options("sskd", "head_milestones", "0.5,0.75") == {"head_milestones": "0.5,0.75"}
+    assert options("pwkd", "partial", "False", "widths", "0.5,1") == {"partial": False, "widths": "0.5,1"}
+    with pytest.raises(TypeError, match="kd_weight must be a finite number, got 'much'"):
+        options("kd", "kd_weight", "much")
+
+
 def test_every_field_of_a_recipe_is_an_option():
     options = "--epochs 9 --batch-size 7 --gradient-accumulation 2 --lr 0.5 --momentum 0.25 --weight-decay 0.125"
     options += " --milestones 0.5 0.75 --gamma 0.2 --seed 8 --device cpu --precision bfloat16 --compile --name it"
@@ -362,7 +378,7 @@ def test_every_field_of_a_recipe_is_an_option():
     options += " --condense.selection value --condense.batch-keep 0.75"
     assert parsed("distill", *options.split()).recipe.as_json() == {
         "method": "crd",
-        "options": {"dim": 64, "temperature": 0.5, "student_layer": "fc"},
+        "options": {"dim": "64", "temperature": "0.5", "student_layer": "fc"},
         "condense": {
             "keep": 0.5,
             "every": 2,
@@ -464,7 +480,7 @@ BAD = [
     (["--padding", "-1"], "padding must be an integer >= 0, got -1"),
     (["--padding", "8"], "padding must be < 8, the smaller side of the images, got 8"),
     (["--method", "kc-"], "method must be named after kc-, as in kc-kd, got 'kc-'"),
-    (["--method", "nothing"], "unknown method 'nothing': take ce, crd, kd, pkt, sskd"),
+    (["--method", "nothing"], "unknown method 'nothing': take ce, crd, ie-dml, iekd, kd, kr, pkt, pwkd, sskd"),
     (["--method", "kc-nothing"], "unknown method 'nothing'"),
     (["--options", "warmth", "4"], "method 'kd' has no option 'warmth'; it takes temperature, "),
     (["--options", "temperature", "-4"], "temperature must be"),
@@ -729,7 +745,7 @@ def test_bad_input_of_a_report(arguments, message, home, here, capfd):
     assert (out, error.count("\n")) == ("", 1) and message in error and names(here) == set()
 
 
-@pytest.mark.parametrize("command", ["distill", "teacher", "report", "demo", "info"])
+@pytest.mark.parametrize("command", ["distill", "teacher", "report", "evaluate", "demo", "info"])
 def test_help_fits_on_80_columns(command, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit) as end:

@@ -159,25 +159,35 @@ def test_training_is_the_loop_written_out_by_hand(condense):
 
 
 class Warm(Method):
-    """Trains a part of its own first, which then says what the student is to learn."""
+    """Trains two parts of its own first, one after the other; the second then says what the student is to learn."""
 
     def prepare(self, student, teacher, samples):
         with torch.random.fork_rng():
             torch.manual_seed(7)
             self.head = nn.Sequential(nn.Linear(FEATURES, CLASSES), nn.BatchNorm1d(CLASSES))
+            self.copy = nn.Linear(FEATURES, CLASSES)
 
     def pretraining(self):
-        return Pretraining(self.head, epochs=5, lr=0.1, milestones=(0.2, 0.6))
+        return (
+            Pretraining(self.head, self.loss_of_head, epochs=5, lr=0.1, milestones=(0.2, 0.6)),
+            Pretraining(self.copy, self.loss_of_copy, epochs=2, lr=0.2, milestones=(0.5,)),
+        )
 
-    def pretraining_loss(self, teacher, batch):
-        assert self.head.training and not teacher.training
+    def loss_of_head(self, teacher, batch):
+        assert self.head.training and not teacher.training and self.is_constant(self.copy)
         return functional.cross_entropy(self.head(batch.x), batch.label)
 
+    def loss_of_copy(self, teacher, batch):
+        assert self.copy.training and not self.head.training and self.is_constant(self.head)
+        return functional.mse_loss(self.copy(batch.x), self.head(batch.x))
+
     def forward(self, student, teacher, batch):
-        assert student.training and not self.head.training
-        assert not any(parameter.requires_grad for parameter in self.head.parameters())
+        assert student.training and not self.copy.training and self.is_constant(self.copy)
         logits = student(batch.x)
-        return Outcome(functional.mse_loss(logits, self.head(batch.x)), logits.detach(), methods.entropy(logits))
+        return Outcome(functional.mse_loss(logits, self.copy(batch.x)), logits.detach(), methods.entropy(logits))
+
+    def is_constant(self, part):
+        return not any(parameter.requires_grad for parameter in part.parameters())
 
 
 def test_pretraining_is_the_loop_written_out_by_hand(tmp_path):
@@ -187,9 +197,13 @@ def test_pretraining_is_the_loop_written_out_by_hand(tmp_path):
     method.prepare(None, None, None)
     distill(network(1), network(2), train, Blobs(20), r, output=tmp_path)
     sampler = CondensedSampler(KnowledgeCondenser(40, keep=1.0, every=99, seed=r.seed), seed=r.seed)
-    optimizer = torch.optim.SGD(method.head.parameters(), 0.1, momentum=r.momentum, weight_decay=r.weight_decay)
     lines = storage.read_lines(tmp_path / "pretraining.jsonl")
-    for epoch, rate in enumerate([0.1, 0.01, 0.01, 0.001, 0.001]):
+    assert len(lines) == 7
+    for epoch, rate in enumerate([0.1, 0.01, 0.01, 0.001, 0.001, 0.2, 0.02]):
+        part = method.head if epoch < 5 else method.copy
+        if epoch in (0, 5):
+            optimizer = torch.optim.SGD(part.parameters(), rate, momentum=r.momentum, weight_decay=r.weight_decay)
+            method.eval(), part.train()
         optimizer.param_groups[0]["lr"] = rate
         sampler.set_epoch(PREPARING + 1 + epoch)
         order, losses = [index for index, _ in sampler], []
@@ -197,7 +211,10 @@ def test_pretraining_is_the_loop_written_out_by_hand(tmp_path):
             optimizer.zero_grad()
             for batch in (order[start:middle], order[middle:end]):
                 x, y = torch.stack([train[i][0] for i in batch]), torch.tensor([train[i][1] for i in batch])
-                loss = functional.cross_entropy(method.head(x), y)
+                target = method.head(x)
+                loss = (
+                    functional.cross_entropy(target, y) if epoch < 5 else functional.mse_loss(part(x), target.detach())
+                )
                 (loss * len(batch) / (end - start)).backward()
                 losses += [loss.item()] * len(batch)
             optimizer.step()
@@ -939,7 +956,12 @@ class Broken(nn.Linear):
         ({"student": "resnet"}, {}, TypeError, "student must be a torch.nn.Module, got str"),
         ({"train": 5}, {}, TypeError, "train: dataset must have a length"),
         ({"test": []}, {}, ValueError, "test must hold at least one sample"),
-        ({}, {"method": "pkd"}, ValueError, "unknown method 'pkd': take ce, crd, kd, pkt, sskd"),
+        (
+            {},
+            {"method": "pkd"},
+            ValueError,
+            "unknown method 'pkd': take ce, crd, ie-dml, iekd, kd, kr, pkt, pwkd, sskd",
+        ),
         ({}, {"precision": "float16"}, ValueError, "precision 'float16' needs CUDA, and the device is cpu"),
         ({}, {"options": {"temperature": 0.0}}, ValueError, "temperature must be a finite number > 0"),
         ({}, {"options": {"temprature": 1.0}}, TypeError, "temprature"),

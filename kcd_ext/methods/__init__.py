@@ -2,6 +2,8 @@
 
 import inspect
 from collections.abc import Mapping
+from contextlib import suppress
+from typing import get_args
 
 from ..registry import call, resolve
 from .protocol import Batch, Method, Outcome, Pretraining, entropy
@@ -32,17 +34,47 @@ def build(name: str, options: Mapping[str, object] | None = None) -> Method:
 
 def _check_names(name: str, options: Mapping[str, object]) -> None:
     """Raises TypeError for an option that the method does not take, and says which ones it does."""
-    found = resolve("method", name, REGISTRY)
-    try:
-        parameters = inspect.signature(found).parameters.values()
-    except (TypeError, ValueError):
-        return  # no function, or one of C's that does not tell
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+    parameters = _parameters(name)
+    if parameters is None or any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
         return
-    takes = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    takes = [p.name for p in parameters.values() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     unknown = [option for option in options if option not in takes]
     if unknown:
         raise TypeError(f"method {name!r} has no option {unknown[0]!r}; it takes {', '.join(takes) or 'none'}")
 
 
-__all__ = ["REGISTRY", "Batch", "Method", "Outcome", "Pretraining", "build", "entropy"]
+def _parameters(name: str) -> Mapping[str, inspect.Parameter] | None:
+    """What the method takes; None where it is no function, or one of C's that does not tell."""
+    found = resolve("method", name, REGISTRY)
+    try:
+        return inspect.signature(found).parameters
+    except (TypeError, ValueError):
+        return None
+
+
+def as_typed(name: str, options: Mapping[str, object]) -> dict[str, object]:
+    """Options that are text, as on a command line, as what the method takes: numbers and truths where it takes them.
+
+    By its annotations: a layer's name stays text, though it looks like a number ("1.10"). What is not annotated becomes a
+    number or a truth where it is one. Raises as `build` does for a name that is unknown.
+    """
+    parameters = _parameters(name) or {}
+    others = next((p for p in parameters.values() if p.kind is p.VAR_KEYWORD), None)
+    return {option: _typed(value, parameters.get(option, others)) for option, value in options.items()}
+
+
+def _typed(value: object, parameter: inspect.Parameter | None) -> object:
+    if not isinstance(value, str):
+        return value
+    told = parameter is not None and parameter.annotation is not parameter.empty
+    takes = (get_args(parameter.annotation) or (parameter.annotation,)) if told else (int, float, bool)
+    if bool in takes and value in ("True", "False"):
+        return value == "True"
+    for kind in (int, float):
+        if kind in takes or float in takes:
+            with suppress(ValueError):
+                return kind(value)
+    return value
+
+
+__all__ = ["REGISTRY", "Batch", "Method", "Outcome", "Pretraining", "as_typed", "build", "entropy"]

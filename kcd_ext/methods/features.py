@@ -1,4 +1,4 @@
-"""The features that methods compare networks by: what goes into one layer of any network, caught while it trains.
+"""The features that methods compare networks by: what goes into a layer of any network, or comes out, caught as it trains.
 
 (For maps of every stage of this package's own networks there is `kcd_ext.models.features`.)
 """
@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from .protocol import Batch, Method
 
@@ -15,7 +16,7 @@ SMALLEST_LENGTH = 1e-7  # added to a row's length before the row is divided by i
 
 
 class Tap:
-    """Catches what goes into one layer of a network, by a forward pre-hook on the layer alone.
+    """Catches what goes into one layer of a network, or what comes out of it, by a hook on the layer alone.
 
     The network is not edited. A copy of it (`copy.deepcopy`, pickle) carries a hook that does nothing, and what is
     compiled of it afterwards (`torch.compile`) or wrapped around it passes the layer all the same. Where a layer is
@@ -26,16 +27,17 @@ class Tap:
         path: the layer's name in `network.named_modules()`. None or "": the last `torch.nn.Linear` in their order,
             the classifier, whose input are the penultimate features.
         name: what to call the network in errors; the option that sets `path` is f"{name}_layer".
+        output: whether what comes out of the layer is caught.
 
     Raises:
         ValueError: there is no such layer, or it is of TorchScript, which takes no hooks.
     """
 
-    def __init__(self, network: nn.Module, path: str | None, name: str):
+    def __init__(self, network: nn.Module, path: str | None, name: str, output: bool = False):
         self._name = name
-        self._path, layer = _layer(network, path, name)
+        self.path, layer = _layer(network, path, name)
         self._catch = _Catch()
-        self._hook = layer.register_forward_pre_hook(self._catch)
+        self._hook = (layer.register_forward_hook if output else layer.register_forward_pre_hook)(self._catch)
 
     def through(self, network: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
         """The network's output for x, and the features (b, d) on the way there: a layer's input (b, ...), flattened.
@@ -43,34 +45,51 @@ class Tap:
         `network` is the one that was tapped, or something around it. Raises RuntimeError where it does not pass the
         layer, or passes it without a tensor of at least two dimensions.
         """
-        self._catch.input = None
+        self.forget()
         return network(x), self.take()
 
     def take(self) -> Tensor:
         """The features (b, d) of the last forward pass, which are forgotten here. Raises as `through` does."""
-        features, self._catch.input = self._catch.input, None
+        features = self._take()
         if not isinstance(features, Tensor) or features.dim() < 2:
-            got = "was not passed" if features is None else f"was given {_describe(features)}"
             raise RuntimeError(
-                f"the {self._name}'s layer {self._path!r} {got} in its forward pass: set {self._name}_layer to a layer "
-                f"whose input is a tensor of features (b, ...)"
+                f"{self._told(features)}: set {self._name}_layer to a layer whose input is a tensor of features (b, ...)"
             )
         return features.flatten(1)
+
+    def take_map(self) -> Tensor:
+        """The features (b, c, h, w) of the last forward pass, which are forgotten here. Raises RuntimeError for any others."""
+        features = self._take()
+        if not isinstance(features, Tensor) or features.dim() != 4:
+            raise RuntimeError(f"{self._told(features)}: it must be one whose features are maps (b, c, h, w)")
+        return features
+
+    def forget(self) -> None:
+        """Lets go of what the last forward pass left: a layer that the next one does not pass has then caught nothing."""
+        self._catch.caught = None
+
+    def _take(self) -> object:
+        features, self._catch.caught = self._catch.caught, None
+        return features
+
+    def _told(self, features: object) -> str:
+        got = "was not passed" if features is None else f"had {_describe(features)}"
+        return f"the {self._name}'s layer {self.path!r} {got} in its forward pass"
 
     def remove(self) -> None:
         """Takes the hook off."""
         self._hook.remove()
-        self._catch.input = None
+        self.forget()
 
 
 class _Catch:
     """The hook. It is an object of its own so that a copy of the network does not copy what it caught."""
 
     def __init__(self):
-        self.input = None
+        self.caught = None
 
-    def __call__(self, module: nn.Module, arguments: tuple) -> None:
-        self.input = arguments[0] if arguments else None
+    def __call__(self, module: nn.Module, arguments: tuple, *output: object) -> None:
+        self.caught = output[0] if output else arguments[0] if arguments else None
 
     def __reduce__(self):
         return _nothing_of, ()
@@ -81,7 +100,7 @@ def _nothing_of():
     return _ignore
 
 
-def _ignore(module: nn.Module, arguments: tuple) -> None:
+def _ignore(module: nn.Module, arguments: tuple, *output: object) -> None:
     pass
 
 
@@ -115,6 +134,13 @@ def _describe(x: object) -> str:
     return f"a tensor of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
 
 
+def check_layer(name: str, layer: str | None) -> str | None:
+    """A layer's name, or None; raises TypeError."""
+    if layer is not None and not isinstance(layer, str):
+        raise TypeError(f"{name} must be a name in named_modules(), or None, got {type(layer).__name__}")
+    return layer
+
+
 class FeatureMethod(Method):
     """A method that compares features: it taps both networks from `prepare` to `release`.
 
@@ -126,11 +152,8 @@ class FeatureMethod(Method):
 
     def __init__(self, student_layer: str | None = None, teacher_layer: str | None = None):
         super().__init__()
-        for option, layer in (("student_layer", student_layer), ("teacher_layer", teacher_layer)):
-            if layer is not None and not isinstance(layer, str):
-                raise TypeError(f"{option} must be a name in named_modules(), or None, got {type(layer).__name__}")
-        self.student_layer = student_layer
-        self.teacher_layer = teacher_layer
+        self.student_layer = check_layer("student_layer", student_layer)
+        self.teacher_layer = check_layer("teacher_layer", teacher_layer)
         self._taps: dict[str, Tap] = {}
 
     def prepare(self, student: nn.Module, teacher: nn.Module | None, samples: Iterable[Batch]) -> None:
@@ -139,12 +162,19 @@ class FeatureMethod(Method):
         Raises ValueError where a layer does not exist, RuntimeError where it is not passed.
         """
         self.release()
-        self._taps["student"] = Tap(student, self.student_layer, "student")
-        self._taps["teacher"] = Tap(teacher, self.teacher_layer, "teacher")
         x = self.input_of(next(iter(samples)).x[:1])
-        with _evaluation(student), _evaluation(teacher), torch.no_grad():
-            self.student_width = self.ask_student(student, x)[1].shape[1]
-            self.teacher_width = self.ask_teacher(teacher, x)[1].shape[1]
+        self.student_width = self.probe("student", student, x)[1].shape[1]
+        self.teacher_width = self.probe("teacher", teacher, x)[1].shape[1]
+
+    def tap(self, network: nn.Module, path: str | None, name: str) -> Tap:
+        """What catches the network's features from then on; see `Tap`."""
+        return Tap(network, path, name)
+
+    def probe(self, name: str, network: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Taps the network and sends x through it, in evaluation mode and without gradients: logits and features."""
+        self._taps[name] = self.tap(network, getattr(self, f"{name}_layer"), name)
+        with evaluation(network), torch.no_grad():
+            return self._through(name, network, x)
 
     def input_of(self, x: Tensor) -> Tensor:
         """What the networks are given for a batch's x."""
@@ -155,9 +185,15 @@ class FeatureMethod(Method):
         return self._through("student", student, x)
 
     def ask_teacher(self, teacher: nn.Module | None, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits (b, classes) and features (b, d), both constants."""
+        """Logits (b, classes) and features (b, d), both constants; after `prepare`, d is at least `teacher_width`.
+
+        A teacher may have fewer features by then, as the partial ones of `pwkd`: zeros take the place of the last ones.
+        """
         with torch.no_grad():
-            return self._through("teacher", teacher, x)
+            logits, features = self._through("teacher", teacher, x)
+        missing = self.teacher_width - features.shape[1]
+        fill = (*(0, 0) * (features.dim() - 2), 0, missing)
+        return logits, functional.pad(features, fill) if missing > 0 else features
 
     def _through(self, name: str, network: nn.Module | None, x: Tensor) -> tuple[Tensor, Tensor]:
         if name not in self._taps:
@@ -171,7 +207,7 @@ class FeatureMethod(Method):
 
 
 @contextmanager
-def _evaluation(network: nn.Module) -> Iterator[None]:
+def evaluation(network: nn.Module) -> Iterator[None]:
     """Inside, the network is in evaluation mode; afterwards every module of it is in the mode it was in."""
     modes = [(module, module.training) for module in network.modules()]
     network.eval()

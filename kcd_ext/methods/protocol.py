@@ -1,6 +1,6 @@
 """What a distillation method is: a module that turns a batch into a loss, and says what every sample was worth."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -35,6 +35,8 @@ class Pretraining:
     """A part of a method that is trained before the student is, and is a constant from then on."""
 
     part: nn.Module
+    loss: Callable[[nn.Module | None, Batch], Tensor]
+    """(teacher, batch) -> (), what is minimised. The teacher is in evaluation mode and a constant, unless it is `part`."""
     epochs: int
     lr: float
     milestones: tuple[float, ...] = (0.5, 0.75)  # fractions of `epochs` at which the learning rate falls to a tenth
@@ -49,6 +51,9 @@ class Method(nn.Module):
 
     needs_teacher = True  # False: `distill` takes teacher=None
     weighs_samples = False  # True: `forward` heeds `batch.weight` and gives `Outcome.losses`
+    flops_known = (
+        True  # False: more is computed than a forward pass of the teacher, and a step of the student, a row each
+    )
 
     def prepare(self, student: nn.Module, teacher: nn.Module | None, samples: Iterable[Batch]) -> None:
         """Called once before training, also before a resumed run goes on: probe shapes, build the method's own parts.
@@ -62,13 +67,24 @@ class Method(nn.Module):
         teacher stay as they are. Most methods need nothing of this.
         """
 
-    def pretraining(self) -> Pretraining | None:
-        """What is to be trained first, asked after `prepare`. None: nothing is."""
+    def teacher_of(self, teacher: nn.Module | None) -> nn.Module | None:
+        """The network that is asked in the teacher's place from then on, asked after `prepare`; one of the method's own parts
+        where it is another than the teacher."""
+        return teacher
+
+    def pretraining(self) -> tuple[Pretraining, ...]:
+        """What is to be trained first, one after the other, asked after `prepare`."""
+        return ()
+
+    def lr_factor(self, epoch: int, epochs: int) -> float | None:
+        """What the recipe's `lr` is multiplied by in an epoch, 0 <= epoch < epochs. None: its milestones say."""
         return None
 
-    def pretraining_loss(self, teacher: nn.Module | None, batch: Batch) -> Tensor:
-        """(), what `pretraining().part` minimises. The teacher is in evaluation mode and is not trained."""
-        raise NotImplementedError
+    def begin(self, epoch: int, epochs: int) -> None:
+        """Called before every epoch of the student, 0 <= epoch < epochs, also the first one after a resume.
+
+        What changes in the course of a run is a function of these two alone, so that a run that goes on finds it again.
+        """
 
     def forward(self, student: nn.Module, teacher: nn.Module | None, batch: Batch) -> Outcome:
         """The loss of a batch. The student is in training mode, the teacher in evaluation mode.

@@ -9,7 +9,7 @@ from torch.nn import functional
 from ..condensation.checks import real, whole
 from .features import FeatureMethod, full_precision, unit_rows
 from .kd import kd_loss
-from .options import check_batch_keep, check_temperature, check_weight
+from .options import check_batch_keep, check_temperature, check_weight, fractions
 from .protocol import Batch, Outcome, Pretraining
 from .selection import choose, of_rows
 
@@ -84,7 +84,9 @@ class SelfSupervisedKnowledgeDistillation(FeatureMethod):
         self.similarity_ratio = real("similarity_ratio", similarity_ratio, "a number in [0, 1]", 0, 1)
         self.head_epochs = whole("head_epochs", head_epochs, 1)
         self.head_lr = real("head_lr", head_lr, "a finite number >= 0", 0)
-        self.head_milestones = _fractions("head_milestones", head_milestones)
+        self.head_milestones = fractions(
+            "head_milestones", head_milestones, "fractions of head_epochs in [0, 1], as 0.5,0.75"
+        )
         self.batch_keep = check_batch_keep(batch_keep)
 
     def prepare(self, student: nn.Module, teacher: nn.Module | None, samples: Iterable[Batch]) -> None:
@@ -103,11 +105,11 @@ class SelfSupervisedKnowledgeDistillation(FeatureMethod):
             raise ValueError(f"sskd turns images: x must be square ones, (b, c, h, h), got shape {tuple(x.shape)}")
         return torch.stack([x.rot90(turns, (-2, -1)) for turns in range(VIEWS)], 1).flatten(0, 1)
 
-    def pretraining(self) -> Pretraining:
+    def pretraining(self) -> tuple[Pretraining, ...]:
         """The teacher's head; 60 epochs as published."""
-        return Pretraining(self.teacher_head, self.head_epochs, self.head_lr, self.head_milestones)
+        return (Pretraining(self.teacher_head, self._head_loss, self.head_epochs, self.head_lr, self.head_milestones),)
 
-    def pretraining_loss(self, teacher: nn.Module | None, batch: Batch) -> Tensor:
+    def _head_loss(self, teacher: nn.Module | None, batch: Batch) -> Tensor:
         """(), cross entropy of the cosines (3 b, b) of transformed to normal views, each view's own image the truth."""
         _, features = self.ask_teacher(teacher, self.input_of(batch.x))
         with full_precision(features):
@@ -162,17 +164,6 @@ class SelfSupervisedKnowledgeDistillation(FeatureMethod):
         return Outcome(
             loss, normal.detach(), knowledge.entropy.detach(), {name: x.detach() for name, x in terms.items()}
         )
-
-
-def _fractions(name: str, given: Sequence[float] | float | str) -> tuple[float, ...]:
-    """Numbers in [0, 1], given as a sequence, as one number alone, or as text with commas between them."""
-    takes = "fractions of head_epochs in [0, 1], as 0.5,0.75"
-    if isinstance(given, str):
-        try:
-            given = [float(part) for part in given.split(",")] if given.strip() else []
-        except ValueError:
-            raise ValueError(f"{name} must be {takes}, got {given!r}") from None
-    return tuple(real(name, part, takes, 0, 1) for part in (given if isinstance(given, Sequence) else (given,)))
 
 
 def _head(width: int) -> nn.Sequential:

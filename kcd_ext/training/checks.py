@@ -32,6 +32,13 @@ def check_method(method: Method, recipe: Recipe) -> None:
             f"condense.batch_keep={recipe.condense.batch_keep} cannot go with selection {recipe.condense.selection!r}, which "
             f"compares losses: a sample that the teacher is not asked about has only a part of its loss"
         )
+    if method.lr_factor(0, recipe.epochs) is not None:
+        for option in ("milestones", "gamma"):
+            chosen, usual = getattr(recipe, option), Recipe.__dataclass_fields__[option].default
+            if chosen != usual:
+                raise ValueError(
+                    f"{option}={chosen!r} has no effect with method {recipe.method!r}, which has a schedule of its own"
+                )
     if condenser.sample_weight is not None and not method.weighs_samples:
         raise ValueError(
             f"condense.selection {recipe.condense.selection!r} multiplies every sample's loss by a weight, which method "

@@ -9,7 +9,7 @@ from typing import Annotated
 
 from tyro.conf import Fixed, FlagCreatePairsOff, Positional, Suppress, arg
 
-from .. import processes
+from .. import methods, processes
 from ..condensation.checks import whole
 from ..data.images import ImageData, load
 from . import pairs, teachers
@@ -60,9 +60,7 @@ class Images:
 class Said(Recipe):
     """A recipe as the command line says it."""
 
-    options: Annotated[Mapping[str, int | float | bool | str], arg(metavar="[NAME VALUE ...]")] = field(
-        default_factory=dict
-    )
+    options: Annotated[Mapping[str, str], arg(metavar="[NAME VALUE ...]")] = field(default_factory=dict)
     """Arguments of the method, as: temperature 4 kd_weight 0.9."""
     seed: int = 0
     """Decides the initial weights, the order of the samples and all other randomness."""
@@ -86,7 +84,7 @@ class Said(Recipe):
                         f"condense.{option.name}={chosen!r} has no effect with condense.keep=1: "
                         f"take --method {CONDENSED}{method}, or a --condense.keep < 1"
                     )
-        return replace(self, method=method)
+        return replace(self, method=method, options=methods.as_typed(method, self.options))
 
 
 @dataclass(frozen=True)

@@ -105,7 +105,7 @@ class Recipe:
     """
 
     method: str = "kd"
-    """What is distilled: kd, pkt, crd, sskd, ce (nothing, only the labels), or module:Class."""
+    """What is distilled: kd, pkt, crd, sskd, pwkd, iekd, ie-dml, kr, ce (nothing, only the labels), or module:Class."""
     options: Mapping[str, float | str] = field(default_factory=dict)
     """Keyword arguments of the method, as {"temperature": 4.0}."""
     condense: Condense = field(default_factory=lambda: Condense(keep=1.0))
@@ -123,7 +123,8 @@ class Recipe:
     weight_decay: float = 5e-4
     """Times a weight, added to its gradient."""
     milestones: tuple[float, ...] = (0.625, 0.75, 0.875)
-    """Fractions of `epochs` at which the learning rate is multiplied by `gamma` (150, 180 and 210 of 240)."""
+    """Fractions of `epochs` at which the learning rate is multiplied by `gamma` (150, 180 and 210 of 240); a
+    method with a schedule of its own (pwkd) takes none."""
     gamma: float = 0.1
     """What the learning rate is multiplied by at a milestone."""
     seed: int = 0

@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from .. import methods
 from ..condensation import Condensation, CondensedSampler, KnowledgeCondenser
 from ..data import IndexedDataset
 from ..data.images import ImageSet
-from ..methods import Batch, Method, Outcome
+from ..methods import Batch, Method, Outcome, Pretraining
 from . import sharding
 from .batches import Samples, cut, feed_of
 from .checkpoint import Checkpoint
@@ -163,13 +164,23 @@ class Step(nn.Module):
 class _PretrainingStep(nn.Module):
     """The part of a method that is trained first, and its loss, for several processes to wrap."""
 
-    def __init__(self, method: Method, part: nn.Module):
+    def __init__(self, plan: Pretraining):
         super().__init__()
-        self.part = part
-        self._method = [method]
+        self.part = plan.part
+        self._loss = plan.loss
 
     def forward(self, teacher: nn.Module | None, batch: Batch) -> Tensor:
-        return self._method[0].pretraining_loss(teacher, batch)
+        return self._loss(teacher, batch)
+
+
+@dataclass(frozen=True)
+class _Phase:
+    """What is trained before the student: `plan`, from epoch `start` of pretraining on."""
+
+    plan: Pretraining
+    start: int
+    step: nn.Module
+    optimizer: torch.optim.Optimizer
 
 
 class _Run:
@@ -206,26 +217,26 @@ class _Run:
         self.test_feed = feed_of(test, None, device, recipe.num_workers)
 
         x = next(iter(self.feed.plain(1))).x
-        self.flops = tuple(None if net is None else forward_flops(net, x) for net in (student, teacher))
+        self.flops = tuple(
+            forward_flops(net, x) if net is not None and method.flops_known else None for net in (student, teacher)
+        )
         method.prepare(student.to(device), teacher, Samples(self.feed, recipe.batch_size))
         method.to(device)
         for network in filter(None, (student, teacher)):
             sharding.reshard(network)
         # From here on, so that a copy that the method has made may be trained, and the teacher as a part of it is not.
         stack.enter_context(_frozen(teacher))
-        self.pretraining = method.pretraining()
-        if self.pretraining is not None:
-            self.pretraining.part.requires_grad_(True)
-            self.pretraining_step, self.pretraining_optimizer = self._prepared(
-                _PretrainingStep(method, self.pretraining.part),
-                [*self.pretraining.part.parameters()],
-                self.pretraining.lr,
-            )
-            self.pretraining.part.requires_grad_(False)  # a constant for the student's training
+        teacher = method.teacher_of(teacher)
         if x.dim() == 4:  # convolutions run faster with a pixel's channels side by side, on CPUs as on tensor cores
             for network in (student, teacher):
                 if network is not None and not sharding.is_sharded(network):
                     network.to(memory_format=torch.channels_last)
+        self.phases: list[_Phase] = []
+        for plan in method.pretraining():
+            plan.part.requires_grad_(True)
+            prepared = self._prepared(_PretrainingStep(plan), [*plan.part.parameters()], plan.lr)
+            self.phases.append(_Phase(plan, sum(phase.plan.epochs for phase in self.phases), *prepared))
+            plan.part.requires_grad_(False)  # a constant for what is trained after it
         # For any size of a batch at once: else the first two sizes met decide what is compiled, and a run that goes on
         # meets others first.
         compiled = partial(torch.compile, dynamic=True) if recipe.compile else _hookable
@@ -253,49 +264,52 @@ class _Run:
         return prepared, optimizer
 
     @property
-    def pretrained(self) -> bool:
-        """Whether nothing is left to be trained before the student."""
-        return self.pretraining is None or len(self.pretraining_history) >= self.pretraining.epochs
+    def phase(self) -> _Phase | None:
+        """What is trained next of all that comes before the student; None: nothing is left."""
+        done = len(self.pretraining_history)
+        return next((phase for phase in self.phases if done < phase.start + phase.plan.epochs), None)
 
     @property
     def finished(self) -> bool:
         """Whether all epochs are done."""
-        return self.pretrained and len(self.history) >= self.recipe.epochs
+        return self.phase is None and len(self.history) >= self.recipe.epochs
 
     def advance(self) -> dict:
         """One more epoch, of pretraining or of the student; its line of metrics."""
-        return self._advance_student() if self.pretrained else self._advance_pretraining()
+        return self._advance_student() if self.phase is None else self._advance_pretraining(self.phase)
 
     def _before(self) -> dict:
         """The running sums so far."""
         return next((lines[-1] for lines in (self.history, self.pretraining_history) if lines), NOTHING_YET)
 
-    def _advance_pretraining(self) -> dict:
-        epoch, device, plan = len(self.pretraining_history), self.accelerator.device, self.pretraining
+    def _advance_pretraining(self, phase: _Phase) -> dict:
+        epoch, device, plan = len(self.pretraining_history), self.accelerator.device, phase.plan
         before = self._before()
-        _set_lr(self.pretraining_optimizer, plan.lr * 0.1 ** passed(plan.milestones, epoch, plan.epochs))
+        _set_lr(phase.optimizer, plan.lr * 0.1 ** passed(plan.milestones, epoch - phase.start, plan.epochs))
+        if self.teacher is not None:
+            self.teacher.eval()
         plan.part.requires_grad_(True).train()
         with seeded(self.recipe.seed, PREPARING + 1 + epoch, self.accelerator.process_index, device=device):
             start = time.perf_counter()
             total, rows = torch.zeros((), device=device), 0
             with _counted(self.teacher) as teacher_rows:
                 for batch, share, closes in self._batches(PREPARING + 1 + epoch)[1]:
-                    with self._gradients(self.pretraining_step, closes):
+                    with self._gradients(phase.step, closes):
                         with self.accelerator.autocast():
-                            loss = self.pretraining_step(self.teacher, batch)
+                            loss = phase.step(self.teacher, batch)
                         self.accelerator.backward(loss if share == 1 else loss * share)
                     if closes:
-                        self._descend(self.pretraining_optimizer)
+                        self._descend(phase.optimizer)
                     total, rows = total + loss.detach() * len(batch.label), rows + len(batch.label)
             self._share_buffers()
             loss = self._sum([total])[0] / (rows * self.accelerator.num_processes)
             seconds = time.perf_counter() - start
-        plan.part.requires_grad_(False)
+        plan.part.requires_grad_(False).eval()
         self._check_finite(loss, list(plan.part.parameters()), f"pretraining epoch {epoch + 1}", plan.lr)
         asked = sum(teacher_rows) * self.accelerator.num_processes
         line = {
             "pretraining": epoch + 1,
-            "lr": self.pretraining_optimizer.param_groups[0]["lr"],
+            "lr": phase.optimizer.param_groups[0]["lr"],
             "loss": loss,
             "sample_visits": before["sample_visits"],
             "teacher_visits": before["teacher_visits"] + asked,
@@ -309,6 +323,7 @@ class _Run:
     def _advance_student(self) -> dict:
         epoch, device, ranks = len(self.history), self.accelerator.device, self.accelerator.num_processes
         before = self._before()
+        self.method.begin(epoch, self.recipe.epochs)
         # A function of the seed and the epoch: no generator needs to be saved. Ranks differ, as in dropout they should.
         with seeded(self.recipe.seed, epoch, self.accelerator.process_index, device=device):
             start = time.perf_counter()
@@ -326,7 +341,7 @@ class _Run:
         trained = None if self.flops[0] is None else 3 * self.flops[0]
         line = {
             "epoch": epoch + 1,
-            "lr": self.recipe.lr_at(epoch),
+            "lr": self._lr_at(epoch),
             **means,
             "accuracy": accuracy,
             "samples": samples,
@@ -341,6 +356,11 @@ class _Run:
         }
         self.history.append(line)
         return line
+
+    def _lr_at(self, epoch: int) -> float:
+        """By the method's own schedule, if it has one, else by the recipe's milestones."""
+        factor = self.method.lr_factor(epoch, self.recipe.epochs)
+        return self.recipe.lr_at(epoch) if factor is None else self.recipe.lr * factor
 
     def _batches(self, epoch: int) -> tuple[float, Iterator[tuple[Batch, float, bool]]]:
         """Seconds that the order took, and the epoch's batches: each with its share in its step, and whether it ends one.
@@ -364,11 +384,11 @@ class _Run:
         """An epoch: samples seen and repeats that padded on all processes, means of loss, accuracy and terms, what the
         condenser is to be told, and the seconds that the order took. Asks the device once, at the end."""
         self.step.train()
-        if self.pretraining is not None:
-            self.pretraining.part.eval()
+        for phase in self.phases:
+            phase.plan.part.eval()
         if self.teacher is not None:
             self.teacher.eval()  # should the method keep it as a part of its own
-        _set_lr(self.optimizer, self.recipe.lr_at(epoch))
+        _set_lr(self.optimizer, self._lr_at(epoch))
         weight = self.condenser.sample_weight
         ordering, batches = self._batches(epoch)
         visits, rows, totals, terms = [], 0, torch.zeros((), device=self.accelerator.device), ()
@@ -446,7 +466,7 @@ class _Run:
 
     def checkpoint(self, identity: dict) -> Checkpoint:
         """All of this that the next epoch needs. With a sharded student every process must call it."""
-        optimizer = self.optimizer if self.pretrained else self.pretraining_optimizer
+        optimizer = self.optimizer if self.phase is None else self.phase.optimizer
         scaler = self.accelerator.scaler
         return Checkpoint(
             epoch=len(self.pretraining_history) + len(self.history),
@@ -478,7 +498,7 @@ class _Run:
         self.module.load_state_dict(sharding.in_pieces_of(self.module.state_dict(), found.model))
         self.history = list(found.run["history"])
         self.pretraining_history = list(found.run["pretraining"])
-        optimizer = self.optimizer if self.pretrained else self.pretraining_optimizer
+        optimizer = self.optimizer if self.phase is None else self.phase.optimizer
         state = found.training["optimizer"]
         held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         pieces = {i: sharding.in_pieces_of(dict.fromkeys(part, held[i]), part) for i, part in state["state"].items()}
