@@ -13,6 +13,7 @@ REGISTRY = {
     "crd": "kcd_ext.methods.crd:ContrastiveRepresentationDistillation",
     "kd": "kcd_ext.methods.kd:KnowledgeDistillation",
     "pkt": "kcd_ext.methods.pkt:ProbabilisticKnowledgeTransfer",
+    "pwkd": "kcd_ext.methods.pwkd:PartialToWholeDistillation",
     "sskd": "kcd_ext.methods.sskd:SelfSupervisedKnowledgeDistillation",
 }
 
