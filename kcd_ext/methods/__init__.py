@@ -11,6 +11,8 @@ from .protocol import Batch, Method, Outcome, Pretraining, entropy
 REGISTRY = {
     "ce": "kcd_ext.methods.ce:CrossEntropy",
     "crd": "kcd_ext.methods.crd:ContrastiveRepresentationDistillation",
+    "ie-dml": "kcd_ext.methods.iekd:InheritanceExplorationMutualLearning",
+    "iekd": "kcd_ext.methods.iekd:InheritanceExplorationDistillation",
     "kd": "kcd_ext.methods.kd:KnowledgeDistillation",
     "pkt": "kcd_ext.methods.pkt:ProbabilisticKnowledgeTransfer",
     "pwkd": "kcd_ext.methods.pwkd:PartialToWholeDistillation",
