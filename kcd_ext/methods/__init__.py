@@ -14,6 +14,7 @@ REGISTRY = {
     "ie-dml": "kcd_ext.methods.iekd:InheritanceExplorationMutualLearning",
     "iekd": "kcd_ext.methods.iekd:InheritanceExplorationDistillation",
     "kd": "kcd_ext.methods.kd:KnowledgeDistillation",
+    "kr": "kcd_ext.methods.kr:KnowledgeRepresenting",
     "pkt": "kcd_ext.methods.pkt:ProbabilisticKnowledgeTransfer",
     "pwkd": "kcd_ext.methods.pwkd:PartialToWholeDistillation",
     "sskd": "kcd_ext.methods.sskd:SelfSupervisedKnowledgeDistillation",

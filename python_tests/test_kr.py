@@ -1,0 +1,519 @@
+"""KR against its formula in NumPy's float64, written out place by place, and by `distill` from end to end."""
+
+import copy
+import inspect
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy.special import softmax
+from test_methods import (
+    NoWait,
+    Samples,
+    assert_gradient,
+    chosen,
+    cross_entropies,
+    divergences,
+    entropies,
+    float64,
+    rows_seen,
+)
+from test_resume import assert_same, final, images
+from torch import nn
+
+from kcd_ext import methods, models
+from kcd_ext.methods.kr import aggregated, recoding_loss, representing_loss
+from kcd_ext.training import Condense, Recipe, distill
+
+CLASSES, ROWS = 4, 11
+DEFAULTS = {
+    "temperature": 4,
+    "ce_weight": 1,
+    "kd_weight": 0,
+    "kr_weight": 1,
+    "tau": 0.1,
+    "ratio": 0.5,
+    "batch_keep": 1,
+    "student_layers": None,
+    "teacher_layers": None,
+}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Networks of a few weights on two threads only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+# --- the formula ------------------------------------------------------------------------------------------------------
+
+
+def window(place, size, whole):
+    """The pixels that a place of `size` is the mean of."""
+    return slice(place * whole // size, -(-(place + 1) * whole // size))
+
+
+def energies(x, size):
+    """(b, c, h, w) -> (b, places), one window after the other."""
+    e = (x**2).mean(1)
+    places = [(i, j) for i in range(size[0]) for j in range(size[1])]
+    e = [e[:, window(i, size[0], x.shape[2]), window(j, size[1], x.shape[3])].mean((1, 2)) for i, j in places]
+    return np.stack(e, 1)
+
+
+def aggregates(maps, size):
+    total = 0
+    for x in maps:
+        a = energies(x, size)
+        total = total + a / (np.sqrt((a**2).sum(1, keepdims=True)) + 1e-7)
+    return total / len(maps)
+
+
+def supported(a, ratio):
+    """By a plain sort, which is stable: the lower of equals comes first."""
+    return sorted(range(len(a)), key=lambda i: -a[i])[: max(1, int(ratio * len(a)))]
+
+
+def recoded(student, teacher, tau, ratio):
+    """Of rows (b, n): probabilities of all places first, then what is left of them on the support, made to sum to 1."""
+    total = 0.0
+    for own, of_teacher in zip(student, teacher, strict=True):
+        places = supported(of_teacher, ratio)
+        p, q = softmax(of_teacher / tau)[places], softmax(own / tau)[places]
+        total -= (p / p.sum() * np.log(q / q.sum())).sum()
+    return total / len(student)
+
+
+def represented(student_maps, teacher_maps, tau=0.1, ratio=0.5):
+    sides = [[x.shape[2:] for x in maps] for maps in (student_maps, teacher_maps)]
+    size = [min(side[k] for side in sides[0] + sides[1]) for k in (0, 1)]
+    return recoded(aggregates(student_maps, size), aggregates(teacher_maps, size), tau, ratio)
+
+
+# --- networks whose maps NumPy can make -------------------------------------------------------------------------------
+
+
+class Field(nn.Module):
+    """A map that is a weight at every place times the mean of what comes in."""
+
+    def __init__(self, channels, height, width, stride):
+        super().__init__()
+        self.stride = stride
+        self.weight = nn.Parameter(torch.randn(channels, height, width))
+
+    def forward(self, x):
+        return (x[:, :, :: self.stride[0], :: self.stride[1]].mean(1, keepdim=True) * self.weight).tanh()
+
+
+class Fields(nn.Module):
+    """Images (b, 2, 7, 5), some fields and a classifier."""
+
+    def __init__(self, seed, *fields):
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.layers = nn.Sequential(*[Field(*field) for field in fields])
+            self.classifier = nn.Linear(fields[-1][0], CLASSES)
+            self.unused = nn.Conv2d(1, 1, 1)
+
+    def forward(self, x):
+        return self.classifier(self.layers(x).mean((2, 3)))
+
+    def by_hand(self, x, weights=None):
+        """The same in float64: logits and maps, with other weights of the fields where there are some."""
+        maps = []
+        for place, field in enumerate(self.layers):
+            weight = float64(field.weight) if weights is None else weights[place]
+            x = np.tanh(x[:, :, :: field.stride[0], :: field.stride[1]].mean(1, keepdims=True) * weight)
+            maps.append(x)
+        return x.mean((2, 3)) @ float64(self.classifier.weight).T + float64(self.classifier.bias), maps
+
+
+LAYERS = {"student_layers": "layers.0+layers.1,layers.2", "teacher_layers": "layers.0, layers.1 +layers.2"}
+
+
+def samples(count=ROWS):
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(count, 2, 7, 5, generator=generator) + 0.5
+    return Samples(x, torch.arange(count) * 7 % CLASSES)
+
+
+def prepared(**options):
+    """A method with its networks; heights and widths are least in different networks, and pool with windows that overlap."""
+    student = Fields(1, (3, 7, 5, (1, 1)), (4, 4, 5, (2, 1)), (2, 4, 5, (1, 1)))
+    teacher = Fields(2, (5, 7, 3, (1, 2)), (3, 4, 2, (2, 2)), (1, 4, 2, (1, 1))).eval()
+    method = methods.build("kr", {**LAYERS, **options})
+    method.prepare(student, teacher, samples())
+    return method, student, teacher
+
+
+def hooks_of(*networks):
+    return sum(
+        len(module._forward_hooks) + len(module._forward_pre_hooks) for net in networks for module in net.modules()
+    )
+
+
+@pytest.mark.parametrize(
+    ("rows", "options"),
+    [
+        (ROWS, {}),
+        (ROWS, {"batch_keep": 0.5, "kd_weight": 0.7, "temperature": 3.0, "ce_weight": 0.3, "kr_weight": 2.0}),
+        (ROWS, {"batch_keep": 0.3, "ratio": 0.8, "tau": 0.03}),
+        (1, {"kd_weight": -1.0, "ratio": 1.0}),
+    ],
+)
+def test_the_whole_loss_against_float64(rows, options):
+    rng = np.random.default_rng(0)
+    method, student, teacher = prepared(**options)
+    seen = rows_seen(student), rows_seen(teacher)
+    batch = samples().at(range(rows))
+    outcome = method(student, teacher, batch)
+
+    used = {**DEFAULTS, **options}
+    x, label = float64(batch.x), batch.label.numpy()
+    z, _ = student.by_hand(x)
+    own = chosen(z, used["batch_keep"])
+    y, target = teacher.by_hand(x[own])
+
+    def terms(weights=None):
+        z, maps = student.by_hand(x, weights)
+        maps = [of_layer[own] for of_layer in maps]
+        kr = represented(maps[:2], target[:1], used["tau"], used["ratio"])
+        kr += represented(maps[2:], target[1:], used["tau"], used["ratio"])
+        return cross_entropies(z, label).mean(), kr, divergences(z[own], y, used["temperature"]).mean()
+
+    def loss(weights=None):
+        ce, kr, kl = terms(weights)
+        kd = used["kd_weight"] * used["temperature"] ** 2 * kl
+        return used["ce_weight"] * ce + used["kr_weight"] * kr + kd
+
+    _, kr, kl = terms()
+    expected = {"kr": kr} | ({"kl": kl} if used["kd_weight"] else {})
+    assert {name: term.item() for name, term in outcome.terms.items()} == pytest.approx(expected, rel=1e-4)
+    assert outcome.loss.item() == pytest.approx(loss(), rel=1e-4)
+    np.testing.assert_allclose(float64(outcome.value), entropies(z), rtol=1e-4)
+    np.testing.assert_allclose(float64(outcome.logits), z, rtol=1e-4, atol=1e-5)
+    assert seen == ([rows], [len(own)])
+    assert not any(t.requires_grad for t in (outcome.value, outcome.logits, *outcome.terms.values()))
+
+    outcome.loss.backward()
+    for place, field in enumerate(student.layers):
+
+        def moved(weight, place=place):
+            return loss([weight if i == place else float64(f.weight) for i, f in enumerate(student.layers)])
+
+        assert_gradient(moved, float64(field.weight), float64(field.weight.grad), rng)
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+
+
+def test_the_gradient_is_exactly_zero_off_the_support():
+    generator = torch.Generator().manual_seed(0)
+    for places, ratio in ((35, 0.5), (35, 0.29), (7, 0.01), (6, 1.0), (1, 0.5)):
+        teacher = torch.randint(0, 6, (9, places), generator=generator) / 5.0  # with ties, at the cut too
+        student = torch.rand(9, places, generator=generator).requires_grad_()
+        loss = recoding_loss(student, teacher, 0.1, ratio)
+        loss.backward()
+        assert loss.item() == pytest.approx(recoded(float64(student), float64(teacher), 0.1, ratio), rel=1e-5, abs=1e-9)
+        inside = torch.zeros(9, places, dtype=torch.bool)
+        for row, of_teacher in zip(inside, teacher, strict=True):
+            row[supported(of_teacher.tolist(), ratio)] = True
+        assert (student.grad[~inside] == 0).all()
+        if inside.sum(1).min() > 1:
+            assert (student.grad[inside] != 0).all()
+        else:  # one place has the probability 1 whatever the student does
+            assert loss == 0 and (student.grad == 0).all()
+
+
+def test_places_that_the_exponential_cannot_tell_apart_are_ordered_all_the_same():
+    """At tau 0.001 all but the first have the probability 0 in float32; the cut is still by A_g."""
+    teacher = torch.tensor([[0.1, 1.0, 0.3, 0.2, 0.4]])
+    student = torch.rand(1, 5, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    recoding_loss(student, teacher, 0.001, 0.6).backward()
+    other = student.detach().clone().requires_grad_()
+    recoding_loss(other, teacher, 0.5, 0.6).backward()
+    assert other.grad.nonzero()[:, 1].tolist() == [1, 2, 4]
+    assert student.grad[0, [0, 3]].tolist() == [0, 0] and student.grad.isfinite().all()
+
+
+def maps_of(seed, *shapes, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(3, *shape, dtype=dtype, generator=generator) for shape in shapes]
+
+
+def test_gradients_of_the_group_loss():
+    """Of the student's maps, and of the teacher's within the support, which a small step does not change."""
+    student = [x.requires_grad_() for x in maps_of(0, (2, 5, 4), (3, 3, 7))]
+    teacher = [x.requires_grad_() for x in maps_of(1, (4, 6, 3))]
+    torch.autograd.gradcheck(lambda *x: representing_loss(x[:2], x[2:], tau=0.2, ratio=0.6), (*student, *teacher))
+
+
+def test_of_all_students_the_teacher_itself_has_the_least_loss():
+    teacher = maps_of(2, (4, 5, 3), (2, 7, 6))
+    a = aggregates([float64(x) for x in teacher], (5, 3))
+    entropy = 0.0
+    for row in a:
+        p = softmax(row[supported(row, 0.5)] / 0.1)
+        entropy -= (p * np.log(p)).sum() / len(a)
+    assert representing_loss(teacher, teacher).item() == pytest.approx(entropy, rel=1e-12)
+    for seed in range(20):
+        assert representing_loss(maps_of(10 + seed, (4, 5, 3), (1, 9, 4)), teacher) > entropy + 1e-6
+    closer = [(x + 0.1 * noise) for x, noise in zip(teacher, maps_of(9, (4, 5, 3), (2, 7, 6)), strict=True)]
+    assert entropy < representing_loss(closer, teacher) < representing_loss(maps_of(9, (4, 5, 3)), teacher)
+
+
+def test_maps_of_zeros_have_no_gradient_and_hide_nothing():
+    student, teacher = maps_of(3, (2, 4, 3), dtype=torch.float32), maps_of(4, (5, 3, 5), dtype=torch.float32)
+    student[0][1], teacher[0][2] = 0, 0
+    student[0].requires_grad_()
+    loss = representing_loss(student, teacher)
+    loss.backward()
+    expected = represented([float64(student[0])], [float64(teacher[0])])
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+    assert (student[0].grad[1] == 0).all() and student[0].grad.isfinite().all() and student[0].grad[2].any()
+    uniform = recoding_loss(aggregated([0 * teacher[0]], (3, 3)), aggregated(teacher, (3, 3)), 0.1, 0.5)
+    assert uniform.item() == pytest.approx(math.log(4))  # of 9 places 4, each as likely as the other
+    for broken in (math.nan, math.inf):
+        for maps in (student[0].detach(), teacher[0]):
+            kept, maps[0, 0, 0, 0] = maps[0, 0, 0, 0].clone(), broken
+            assert not representing_loss([student[0].detach()], teacher).isfinite()
+            maps[0, 0, 0, 0] = kept
+
+
+def test_large_features_and_narrow_ones_are_compared_in_float32():
+    student, teacher = maps_of(5, (2, 4, 3), dtype=torch.float32), maps_of(6, (5, 3, 5), dtype=torch.float32)
+    expected = represented([float64(student[0])], [float64(teacher[0])])
+    for factor in (1e-1, 1e3, 1e18):  # 1e18 is squared once, never twice
+        assert representing_loss([factor * student[0]], teacher).item() == pytest.approx(expected, rel=1e-3)
+    for dtype, factor in ((torch.bfloat16, 1), (torch.float16, 500)):  # whose squares are no float16
+        narrow = [(factor * student[0]).to(dtype).requires_grad_()], [teacher[0].to(dtype)]
+        wide = [x[0].detach().float() for x in narrow]
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = representing_loss(*narrow)
+        assert loss.dtype == torch.float32 and loss == representing_loss(wide[:1], wide[1:])
+        loss.backward()
+        assert narrow[0][0].grad.isfinite().all() and narrow[0][0].grad.any()
+
+
+# --- layers -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", models.REGISTRY)
+def test_groups_are_the_stages_of_every_network_of_ours(name):
+    """The last layer of a group is what ends the stage; and a step trains every network."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        student = models.build(name, in_channels=1, num_classes=CLASSES)
+        teacher = models.build(name, in_channels=1, num_classes=CLASSES)
+    data = Samples(torch.randn(2, 1, 16, 16, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 3]))
+    method = methods.build("kr")
+    method.prepare(student.eval(), teacher.eval(), data)
+    _, groups = method._ask("teacher", teacher, data.x)
+    *ends, _, _ = models.features(teacher, data.x)
+    assert len(groups) == len(ends) == len(teacher.stages)
+    for group, end in zip(groups, ends, strict=True):
+        assert torch.equal(group[-1], end)
+    if name.startswith("resnet") and name != "resnet50":
+        depth = int(name.removeprefix("resnet").split("x")[0])
+        assert [*map(len, groups)] == 3 * [(depth - 2) // 6]
+    if name.startswith("wrn"):
+        blocks = (int(name.split("_")[1]) - 4) // 6
+        assert [*map(len, groups)] == [blocks, blocks, 1]
+    if name.startswith(("cnn", "vgg")):
+        assert [*map(len, groups)] == [1] * len(ends)
+    outcome = method(student, teacher, data.at([0, 1]))
+    outcome.loss.backward()
+    assert outcome.loss.isfinite() and all(p.grad.isfinite().all() for p in student.parameters() if p.grad is not None)
+    method.release()
+    assert hooks_of(student, teacher) == 0
+
+
+def test_a_layer_that_does_not_run_is_named_even_after_it_once_did():
+    method, student, teacher = prepared()
+    batch = samples().at([0, 1])
+    student(batch.x)  # as in a validation
+    student.forward = lambda x: x.mean((2, 3)) @ x.new_ones(2, CLASSES)
+    with pytest.raises(RuntimeError, match=r"student's layer 'layers.0' was not passed in its forward pass"):
+        method(student, teacher, batch)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+def test_what_cannot_be_compared_is_refused_in_one_line():
+    def refused(error, message, student=None, teacher=None, **options):
+        student, teacher = student or prepared()[1], teacher or prepared()[2]
+        for network in (student, teacher):
+            for module in network.modules():
+                module._forward_hooks.clear()
+        method = methods.build("kr", options)
+        with pytest.raises(error, match=message) as raised:
+            method.prepare(student, teacher, samples())
+        assert "\n" not in str(raised.value)
+        method.release()
+        assert hooks_of(student, teacher) == 0
+
+    def with_layers(student, teacher):
+        return {"student_layers": student, "teacher_layers": teacher}
+
+    refused(
+        ValueError,
+        r"equally many groups, got 2 \(layers.0\+layers.1,layers.2\) and 1 \(layers.0\)",
+        **with_layers("layers.0+layers.1,layers.2", "layers.0"),
+    )
+    refused(
+        ValueError, r"student_layers must be names in student.named_modules\(\), which has no 'x'", student_layers="x"
+    )
+    refused(
+        ValueError,
+        r"teacher_layers must be names in .* no 'fc'",
+        **with_layers("layers.0,layers.1", "layers.0,layers.1+fc"),
+    )
+    refused(ValueError, r"student_layers must name layers, as .* the student, of Fields, has no stages")
+    refused(ValueError, r"teacher_layers must name layers", student_layers="layers.0")
+    other, absent = prepared()[1], prepared()[2]
+    other.stages, absent.stages = other.layers, ("layers.7",)  # the networks of others have modules of that name
+    refused(ValueError, r"student_layers must name layers, as .* of Fields, has no stages", other)
+    refused(ValueError, r"teacher_layers must be names in .* no 'layers.7'", None, absent, student_layers="layers.0")
+    refused(
+        RuntimeError,
+        r"teacher's layer 'classifier' had a tensor of shape \(1, 4\) .* maps \(b, c, h, w\)",
+        **with_layers("layers.0", "classifier"),
+    )
+    refused(RuntimeError, r"student's layer 'unused' was not passed", **with_layers("unused", "layers.0"))
+    scripted = torch.jit.script(models.build("cnn_large", in_channels=2, num_classes=CLASSES))
+    refused(
+        ValueError,
+        r"teacher's features cannot be had of TorchScript",
+        None,
+        scripted,
+        student_layers="layers.0,layers.1",
+    )
+    method = methods.build("kr", LAYERS)
+    with pytest.raises(RuntimeError, match="KnowledgeRepresenting needs prepare"):
+        method(prepared()[1], prepared()[2], samples().at([0]))
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"tau": 0}, ValueError, "tau must be a finite number > 0, got 0"),
+        ({"ratio": 0}, ValueError, r"ratio must be a number in \(0, 1\], got 0"),
+        ({"ratio": 1.5}, ValueError, r"ratio must be a number in \(0, 1\], got 1.5"),
+        ({"kr_weight": math.inf}, ValueError, "kr_weight must be a finite number, got inf"),
+        ({"kd_weight": "1"}, TypeError, "kd_weight must be a finite number, got '1' of type str"),
+        ({"ce_weight": None}, TypeError, "ce_weight must be a finite number, got None"),
+        ({"temperature": -1}, ValueError, "temperature must be a finite number > 0, got -1"),
+        ({"batch_keep": 0}, ValueError, r"batch_keep must be a number in \(0, 1\], got 0"),
+        ({"student_layers": ["layer1"]}, TypeError, r"student_layers must be names of layers, as .* of type list"),
+        ({"teacher_layers": "a,,b"}, ValueError, "teacher_layers must be names .* got 'a,,b', where a name is empty"),
+        ({"teacher_layers": "a+ "}, ValueError, "teacher_layers must be names .* where a name is empty"),
+        ({"student_layers": ""}, ValueError, "student_layers must be names .* got '', where a name is empty"),
+    ],
+)
+def test_options_are_checked(options, error, message):
+    with pytest.raises(error, match=message):
+        methods.build("kr", options)
+
+
+def test_defaults():
+    method = methods.build("kr")
+    options = inspect.signature(type(method)).parameters
+    assert {name: option.default for name, option in options.items()} == DEFAULTS
+    assert {name: getattr(method, name) for name in options} == DEFAULTS
+    assert method.flops_known and method.needs_teacher and not method.weighs_samples and not method.pretraining()
+
+
+# --- a step, and a run ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"batch_keep": 0.4, "kd_weight": 0.5}])
+def test_a_step_waits_for_nothing_and_copies_carry_nothing(options):
+    method, student, teacher = prepared(**options)
+    with NoWait():
+        method(student, teacher, samples().at([1, 2, -1, 0, 4])).loss.backward()
+    student(samples().x)  # what the taps catch is no leaf, which could not be copied
+    twin = copy.deepcopy(student)
+    assert torch.equal(twin(samples().x), student(samples().x))
+    method.prepare(student, teacher, samples())
+    assert hooks_of(student, teacher) == 6
+    method.release()
+    method.release()
+    assert hooks_of(student, teacher) == 0
+
+
+def test_what_is_compiled_is_tapped_all_the_same():
+    method, student, teacher = prepared()
+    batch = samples().at(range(ROWS))
+    expected = method(student, teacher, batch)
+    found = method(torch.compile(student, backend="aot_eager"), torch.compile(teacher, backend="aot_eager"), batch)
+    torch.testing.assert_close(found.loss, expected.loss)
+    gradients = []
+    for outcome in (expected, found):
+        student.zero_grad()
+        outcome.loss.backward()
+        gradients.append([field.weight.grad for field in student.layers])
+    torch.testing.assert_close(*gradients)
+
+
+def test_the_loss_falls():
+    method, student, teacher = prepared(ce_weight=0.0)
+    optimizer = torch.optim.Adam(student.parameters(), 0.03)
+    losses = []
+    for _ in range(80):
+        outcome = method(student, teacher, samples().at(range(ROWS)))
+        optimizer.zero_grad()
+        outcome.loss.backward()
+        optimizer.step()
+        losses.append(outcome.loss.item())
+    _, target = teacher.by_hand(float64(samples().x))
+    groups = aggregates(target[:1], (4, 3)), aggregates(target[1:], (4, 2))
+    least = sum(recoded(a, a, 0.1, 0.5) for a in groups)
+    assert least < losses[-1] < least + 0.5 * (losses[0] - least)
+
+
+@pytest.mark.parametrize(
+    ("options", "condense"),
+    [
+        ({"kd_weight": 0.9}, None),
+        ({"ratio": 0.7}, Condense(keep=0.5, every=1, stages=4, batch_keep=0.5)),
+        ({"student_layers": "0+1,2", "teacher_layers": "1,3+4"}, Condense(keep=0.6, every=2, stages=2)),
+    ],
+)
+def test_a_run_that_is_stopped_goes_on_to_the_same_bytes(tmp_path, options, condense):
+    recipe = Recipe("kr", options, condense, epochs=5, batch_size=8, lr=0.02, device="cpu", seed=5)
+    networks = []
+
+    def run(folder, resume=False, progress=None):
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            student = models.build("cnn_small", in_channels=1, num_classes=4)
+            teacher = models.build("cnn_large", in_channels=1, num_classes=4)
+        networks.extend((student, teacher))
+        before = copy.deepcopy(teacher.state_dict())
+        data = images(69), images(30, seed=1)
+        try:
+            return distill(student, teacher, *data, recipe, output=tmp_path / folder, resume=resume, progress=progress)
+        finally:
+            assert hooks_of(*networks) == 0
+            assert all(torch.equal(before[name], x) for name, x in teacher.state_dict().items())
+
+    def stop(line):
+        if line["epoch"] == 3:
+            raise InterruptedError
+
+    summary = run("whole")
+    with pytest.raises(InterruptedError):
+        run("torn", progress=stop)
+    torch.manual_seed(77)  # the caller's generator plays no part
+    again = run("torn", resume=True)
+    assert_same(final(tmp_path / "torn"), final(tmp_path / "whole"))
+
+    terms = {"kr", "kl"} if options.get("kd_weight") else {"kr"}
+    assert all(line["terms"].keys() == terms for line in summary.history)
+    samples = [line["samples"] for line in summary.history]
+    assert samples == {None: [69] * 5, 0.5: [69, 61, 53, 45, 37], 0.6: [69, 69, 56, 56, 43]}[condense and condense.keep]
+    assert again.flops == summary.flops > 0  # known, as there is no network beside the two
+    asked = summary.teacher_visits / summary.sample_visits
+    assert (asked == 1) if condense is None or condense.batch_keep == 1 else (0.4 < asked <= 0.5)
