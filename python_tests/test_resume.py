@@ -44,6 +44,10 @@ METHODS = {
     "pkt": {},
     "crd": {"negatives": 12, "dimension": 5},
     "sskd": {"head_epochs": 12, "head_lr": 0.02},
+    "pwkd": {"teacher_epochs": 12, "teacher_lr": 0.02, "widths_a_step": 3},
+    "iekd": {"factor_epochs": 12, "factor_lr": 0.02, "student_layer": "2", "teacher_layer": "2", "split": "permuted"},
+    "ie-dml": {"student_layer": "2", "peer_layer": "2"},
+    "kr": {"student_layers": "0+2", "teacher_layers": "2", "kd_weight": 0.5},
 }
 
 
@@ -63,7 +67,7 @@ def run(output, method, loaded=False, **changes):
     torch.set_num_threads(1)
     torch.manual_seed(random.SystemRandom().randrange(2**32))  # the caller's generator plays no part
     train, test = (IndexedDataset(data, shaken) if loaded else data for data in (images(69), images(30, seed=1)))
-    distill(network(1), network(2, width=9), train, test, recipe(method, **changes), output=output, resume=True)
+    distill(network(1), network(2, width=10), train, test, recipe(method, **changes), output=output, resume=True)
 
 
 def epochs_done(folder):
@@ -155,7 +159,7 @@ def _stop_after(last, output, **changes):
     torch.set_num_threads(1)
     distill(
         network(1),
-        network(2, width=9),
+        network(2, width=10),
         images(69),
         images(30, seed=1),
         recipe("kd", **changes),
