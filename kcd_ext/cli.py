@@ -92,6 +92,7 @@ def _parse(arguments: list[str]) -> Callable[[], None]:
         from .training.commands import Distill, Train
         from .training.compare import Report
         from .training.demo import Demo
+        from .training.evaluate import Evaluate
     except ImportError as error:
         if arguments == ["info"]:
             return Info().run if alone else _nothing
@@ -104,6 +105,7 @@ def _parse(arguments: list[str]) -> Callable[[], None]:
             Annotated[Distill, sub("distill", default=distill)]
             | Annotated[Train, sub("teacher", default=train)]
             | Annotated[Report, sub("report")]
+            | Annotated[Evaluate, sub("evaluate")]
             | Annotated[Demo, sub("demo")]
             | Annotated[Info, sub("info")]
         )

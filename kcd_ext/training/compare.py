@@ -11,7 +11,7 @@ from tyro.conf import Positional, arg
 from ..environment import versions
 from . import report, runs
 from .identity import FREE
-from .runs import Run
+from .runs import Run, evaluation_of
 from .summary import as_text, cells
 
 REFERENCE, BASELINE = "teacher", "kd"
@@ -31,7 +31,16 @@ class Report:
     """The page. A picture of the same name is written beside it."""
 
     def run(self) -> None:
-        """Reads JSON alone, writes the page and prints the tables.
+        """Writes the page and prints the tables. Raises as `write` does."""
+        tables, notes = self.write()
+        for table in tables:
+            print(as_text(table), end="\n\n")
+        for note in notes:
+            print(note)
+        print(f"report: {self.output}")
+
+    def write(self) -> tuple[list[Sequence[Sequence[str]]], list[str]]:
+        """Reads JSON alone and writes the page; its tables and the notes below them.
 
         Raises:
             TypeError, ValueError: there are no such runs, or a file in them is damaged.
@@ -43,7 +52,7 @@ class Report:
             raise ValueError(f"output must end in .html, got {self.output}")
         groups = _grouped(self.runs)
         summaries = [
-            replace(run.summary, method=label)
+            replace(run.summary, method=label, evaluation=evaluation_of(run.folder))
             for label, group in groups.items()
             for run in group.runs
             if run.summary is not None
@@ -67,11 +76,7 @@ class Report:
             differences=differences,
             baseline=baseline,
         )
-        for table in filter(None, (cells(summaries, baseline), differences)):
-            print(as_text(table), end="\n\n")
-        for note in notes:
-            print(note)
-        print(f"report: {self.output}")
+        return [table for table in (cells(summaries, baseline), differences) if table], notes
 
 
 @dataclass

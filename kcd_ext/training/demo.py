@@ -23,6 +23,7 @@ from .randomness import seeded
 from .recipe import Condense, Recipe
 from .staging import CONFIG, Staging
 from .summary import Summary, as_text, cells, results
+from .teachers import Teacher
 from .trainer import distill
 
 COMMAND = "kcd demo"
@@ -172,7 +173,9 @@ class Demo:
                         output=folder / "checkpoint" / f"seed-{recipe.seed}" / label,
                         resume=True,  # of a folder that is new unless the user asked to go on with it
                         progress=bar.begin(f"seed {recipe.seed}, {label}"),
-                        about=about(COMMAND, data, {"spec": self.data}, name, self.teacher if teacher else None),
+                        about=about(
+                            COMMAND, data, {"spec": self.data}, name, Teacher(self.teacher) if teacher else None
+                        ),
                     )
                     bar.end()
                     teacher = teacher or network

@@ -12,7 +12,15 @@ from . import checkpoint, storage
 from .identity import check_same
 from .summary import Summary, results
 
-ENTRIES = ("config.json", "pretraining.jsonl", "metrics.jsonl", "checkpoint", "student.safetensors", "summary.json")
+ENTRIES = (
+    "config.json",
+    "pretraining.jsonl",
+    "metrics.jsonl",
+    "checkpoint",
+    "student.safetensors",
+    "summary.json",
+    "evaluation.json",  # of `kcd evaluate`: no run may begin beside that of another student
+)
 
 
 class RunFolder:

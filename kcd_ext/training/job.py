@@ -188,10 +188,9 @@ class Job:
             of = "other images" if dataset in (None, self.data.name) else dataset
             _note(f"warning: teacher {origin} was trained on {of}, not on this {self.data.name}: its row is left out")
         elif run.summary is not None:
-            yield replace(run.summary, method=TEACHER)
+            yield replace(run.summary, method=TEACHER, evaluation=runs.evaluation_of(origin))
 
     def _distilled(self, network: str, teacher: Teacher | None, recipe: Recipe, folder: Path, bar: Bar) -> Summary:
-        of_teacher = None if teacher is None else str(self.teacher)
         summary = distill(
             teachers.build(network, self.data, recipe.seed),
             None if teacher is None else teacher.build(self.data, recipe.seed),
@@ -201,10 +200,10 @@ class Job:
             output=folder,
             resume=self.resume,
             progress=bar.begin(f"{recipe.label}, seed {recipe.seed}"),
-            about=about(self.command, self.data, self.data_options, network, of_teacher),
+            about=about(self.command, self.data, self.data_options, network, None if teacher is None else self.teacher),
         )
         bar.end()
-        return summary
+        return replace(summary, evaluation=runs.evaluation_of(folder))
 
     def _report(self, summaries: Sequence[Summary]) -> None:
         students = summaries[-len(self.recipes) :]
@@ -224,16 +223,21 @@ class Job:
 
 
 def about(
-    command: str, data: ImageData, options: Mapping[str, object], student: str, teacher: str | None
+    command: str, data: ImageData, options: Mapping[str, object], student: str, teacher: Teacher | None
 ) -> dict[str, object]:
-    """What config.json says of a run, so that it can be read without its command: `load(**data)` gives its images."""
-    views = data.train.views
+    """What config.json says of a run, so that it can be read without its command: `load(**data)` gives its images.
+
+    "teacher_path" is where the teacher's weights were read; None where the command itself has trained them, beside the run.
+    """
+    views, trained = data.train.views, teacher is not None and teacher.origin is not None
     return {
         "command": command,
         "dataset": data.name,
         "data": {"size": None, **options, "padding": views.padding, "flip": views.flip},
         "student": student,
-        "teacher": teacher,
+        "teacher": None if teacher is None else str(teacher),
+        "teacher_network": None if teacher is None else teacher.network,
+        "teacher_path": str(teacher.origin.absolute()) if trained else None,
     }
 
 

@@ -4,8 +4,10 @@ import base64
 import html
 import io
 import json
+import math
 import re
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
@@ -16,12 +18,17 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import imsave
 
+from ..evaluation import ClassAccuracy, Evaluation
 from .storage import write_bytes
 from .summary import Summary, cells
 
 # Okabe and Ito's colours, told apart by everybody: grey, blue, orange, vermilion, green, purple.
 COLOURS = ("#7f7f7f", "#0072b2", "#e69f00", "#d55e00", "#009e73", "#cc79a7")
 SHOWN = 16  # of the most and of the least valuable images
+CLASSES = 20  # that are drawn one by one
+PLACE = ("<!--evaluations-->", "<!--/evaluations-->")  # written without spaces, which comments of drawings have
+END = "</main>"  # of a page that has no such place yet
+NETWORKS = {"student": "#0072b2", "teacher": "#7f7f7f"}
 
 STYLE = """
 body { font: 16px/1.55 system-ui, sans-serif; color: #1b1f24; background: #f6f7f9; margin: 0 }
@@ -102,6 +109,35 @@ def write(
     page.parent.mkdir(parents=True, exist_ok=True)
     write_bytes(page, _page(title, runs, ranking, config, notes, differences).encode())
     write_bytes(page.with_suffix(".png"), _picture(runs, ranking))
+
+
+def check_page(page: Path) -> None:
+    """Raises ValueError where `place_evaluations` would find no place; OSError where the page cannot be read."""
+    _around_place(page)
+
+
+def place_evaluations(page: Path, summaries: Sequence[Summary]) -> None:
+    """Puts the evaluations of these runs into a page that `write` has made, in the place of those it has.
+
+    Raises:
+        ValueError: the file is no such page.
+        OSError: it cannot be read or written.
+    """
+    before, after = _around_place(page)
+    write_bytes(page, f"{before}{_evaluations(summaries)}{after}".encode())
+
+
+def _around_place(page: Path) -> tuple[str, str]:
+    if not page.is_file():
+        raise ValueError(f"{page} is no file")
+    text = page.read_bytes().decode(errors="replace")
+    start, end = text.find(PLACE[0]), text.find(PLACE[1])
+    if 0 <= start < end:
+        return text[:start], text[end + len(PLACE[1]) :]
+    if text.count(END) != 1:
+        raise ValueError(f"{page} is no page of kcd report: move it away, and it is made anew")
+    before, after = text.split(END)
+    return before, END + after
 
 
 class _Runs:
@@ -275,6 +311,7 @@ def _page(
 {_section_of_curves(runs, "flops", "FLOPs", "floating-point operations of training") if runs.flops_known else ""}
 {"".join(_section_of_values(f"values-{i}", method, runs) for i, method in enumerate(runs.stages))}
 </div>{_images(ranking) if ranking else ""}
+{_evaluations([run for group in runs.groups.values() for run in group])}
 <section><h2>Configuration</h2><pre>{html.escape(json.dumps(config, indent=2))}</pre></section>
 </main></body>
 </html>
@@ -306,3 +343,185 @@ def _images(ranking: Sequence[RankedImage]) -> str:
 <section><h2>Most valuable training images</h2><div class="images">{most}</div></section>
 <section><h2>Least valuable training images</h2><div class="images">{least}</div>
 <p class="note">Below each image its class and its value at the end, in nats (first seed).</p></section>"""
+
+
+# --- evaluations ------------------------------------------------------------------------------------------------------
+
+
+def evaluation_table(summaries: Sequence[Summary]) -> list[list[str]]:
+    """A table, its header first: a row for each run that was evaluated, with what differs between it and its teacher."""
+    found = _evaluated(summaries)
+    temperatures = _temperatures(found)
+    head = ["run", "accuracy, %", "teacher's", "agreement, %", *(f"KL, T = {t:g}" for t in temperatures)]
+    head += ["ECE, %", "teacher's", "slope of log-odds", "worst class, points"]
+    rows = []
+    for name, evaluation in found:
+        divergences = {one.temperature: one.kl for one in evaluation.divergence}
+        rows.append(
+            [
+                name,
+                *(_number(x, ".2f") for x in (evaluation.student.accuracy, evaluation.teacher.accuracy)),
+                _number(evaluation.agreement, ".2f"),
+                *(_number(divergences.get(t, math.nan), ".4g") for t in temperatures),
+                *(_number(x, ".2f") for x in (evaluation.student.ece, evaluation.teacher.ece)),
+                _number(evaluation.exaggeration.slope, ".4g"),
+                _number(evaluation.worst_class_change, "+.2f"),
+            ]
+        )
+    return [head, *rows]
+
+
+def _evaluated(summaries: Sequence[Summary]) -> list[tuple[str, Evaluation]]:
+    """Each with the name of the run: its method and, where there are several of it, its seed."""
+    runs = Counter(summary.method for summary in summaries)
+    return [
+        (summary.method if runs[summary.method] == 1 else f"{summary.method}, seed {summary.seed}", summary.evaluation)
+        for summary in summaries
+        if summary.evaluation is not None
+    ]
+
+
+def _temperatures(found: Sequence[tuple[str, Evaluation]]) -> list[float]:
+    return sorted({one.temperature for _, evaluation in found for one in evaluation.divergence})
+
+
+def _number(value: float, form: str) -> str:
+    return f"{value:{form}}" if math.isfinite(value) else "-"
+
+
+def _evaluations(summaries: Sequence[Summary]) -> str:
+    """The marked place of the page: tables of all runs that were evaluated, drawings of every method's first one."""
+    found = _evaluated(summaries)
+    if not found:
+        return "".join(PLACE)
+    first: dict[str, Evaluation] = {}
+    for summary in summaries:
+        if summary.evaluation is not None:
+            first.setdefault(summary.method, summary.evaluation)
+    drawn = "\n".join(
+        _section_of_evaluation(f"evaluation-{i}-{j}", method, one, drawing)
+        for i, (method, one) in enumerate(first.items())
+        for j, drawing in enumerate(DRAWINGS)
+    )
+    return f"""{PLACE[0]}
+<section class="wide"><h2>Evaluation: the student beside its teacher</h2>{_table(evaluation_table(summaries))}
+<p class="note">On the test set. Agreement: both have the same top class. KL: of the student from the teacher, nats, at
+ temperature T. ECE: expected calibration error, percentage points, 15 bins. Slope of log-odds: the student's of the
+ teacher's top class on the teacher's own, by least squares; above 1 the student exaggerates. Worst class: the lowest of
+ all changes of a class's accuracy from teacher to student. A dash: not finite, or not known.</p></section>
+<section class="wide"><h2>Probabilities against the labels</h2>{_table(_table_of_quality(found))}
+<p class="note">NLL: negative log-likelihood of the label, nats. Brier: mean squared distance of the probabilities from
+ the label, summed over the classes, 0 to 2.</p></section>
+<div class="pair">
+{drawn}
+</div>
+{PLACE[1]}"""
+
+
+def _table_of_quality(found: Sequence[tuple[str, Evaluation]]) -> list[list[str]]:
+    rows = [
+        [name, f"{own.temperature:g}", *(_number(x, ".4g") for x in (own.nll, other.nll, own.brier, other.brier))]
+        for name, evaluation in found
+        for own, other in zip(evaluation.student.quality, evaluation.teacher.quality, strict=False)
+    ]
+    return [["run", "temperature", "NLL", "teacher's", "Brier", "teacher's"], *rows]
+
+
+def _draw_reliability(axes: Axes, evaluation: Evaluation) -> None:
+    """Accuracy against confidence, bin by bin."""
+    axes.plot([0, 100], [0, 100], color="#333333", linestyle="--", linewidth=1)
+    for role, colour in NETWORKS.items():
+        scores = getattr(evaluation, role)
+        points = [(one.confidence, one.accuracy) for one in scores.bins if one.count]
+        label = f"{role}, ECE {_number(scores.ece, '.2f')}"
+        axes.plot(*np.array(points).reshape(-1, 2).T, "o-", color=colour, label=label, markersize=4, linewidth=1.4)
+    axes.set(xlabel="confidence, %", ylabel="accuracy, %", xlim=(0, 100), ylim=(0, 100))
+    axes.legend(loc="upper left", frameon=False)
+
+
+def _draw_classes(axes: Axes, evaluation: Evaluation) -> None:
+    """Accuracy by class of both: of all classes, or of the 20 that lost most."""
+    shown = _classes_drawn(evaluation)
+    for offset, (role, colour) in zip((-0.2, 0.2), NETWORKS.items(), strict=True):
+        heights = [getattr(one, role) if one.count else 0 for one in shown]
+        axes.bar(np.arange(len(shown)) + offset, heights, width=0.4, color=colour, label=role)
+    axes.set_xticks(range(len(shown)), [one.name for one in shown], rotation=90 if len(shown) > 10 else 45, fontsize=7)
+    for text in axes.get_xticklabels():
+        text.set_parse_math(False)
+    axes.set(ylabel="accuracy, %", ylim=(0, 100))
+    axes.legend(loc="lower right", fontsize=8)
+
+
+def _classes_drawn(evaluation: Evaluation) -> list[ClassAccuracy]:
+    if len(evaluation.classes) <= CLASSES:
+        return list(evaluation.classes)
+    held = [one for one in evaluation.classes if math.isfinite(one.lost)]
+    return sorted(held, key=lambda one: -one.lost)[:CLASSES]
+
+
+def _draw_log_odds(axes: Axes, evaluation: Evaluation) -> None:
+    """The student's log-odds of the teacher's top class against the teacher's, and the line through them."""
+    found = evaluation.exaggeration
+    points = [point for point in found.points if all(map(math.isfinite, point))]
+    x, y = np.array(points, dtype=float).reshape(-1, 2).T
+    if len(x):
+        axes.plot(x, y, ".", color=NETWORKS["student"], markersize=3)
+        ends = np.array([x.min(), x.max()])
+        axes.plot(ends, ends, color="#333333", linestyle="--", linewidth=1, label="as sure as the teacher")
+        if math.isfinite(found.slope) and math.isfinite(found.intercept):
+            line = found.intercept + found.slope * ends
+            axes.plot(ends, line, color="#d55e00", linewidth=1.4, label=f"slope {found.slope:.4g}")
+        axes.legend(loc="upper left", frameon=False, fontsize=8)
+    axes.set(xlabel="teacher's log-odds of its top class", ylabel="student's, of the same class")
+
+
+def _draw_layers(axes: Axes, evaluation: Evaluation) -> None:
+    """Linear CKA, a bar a pair of layers, the first layer on top."""
+    layers = evaluation.layers
+    heights = [one.cka if math.isfinite(one.cka) else 0 for one in layers]
+    axes.barh(np.arange(len(layers)), heights, color=NETWORKS["student"])
+    names = [one.student if one.student == one.teacher else f"{one.student} / {one.teacher}" for one in layers]
+    axes.set_yticks(range(len(layers)), names, fontsize=8)
+    for text in axes.get_yticklabels():
+        text.set_parse_math(False)
+    axes.set(xlabel="linear CKA", xlim=(0, 1))
+    axes.invert_yaxis()
+
+
+@dataclass(frozen=True)
+class _Drawing:
+    """Of an evaluation."""
+
+    heading: str
+    draw: Callable[[Axes, Evaluation], None]
+    note: Callable[[Evaluation], str]
+
+
+def _note_of_classes(evaluation: Evaluation) -> str:
+    lost = ", ".join(f"{one.name} ({one.lost:.2f})" for one in evaluation.lost_most)
+    of = "" if len(evaluation.classes) <= CLASSES else f"The {CLASSES} of {len(evaluation.classes)} that lost most. "
+    return f"{of}Lost most, percentage points: {lost or 'none lost any'}."
+
+
+def _note_of_log_odds(evaluation: Evaluation) -> str:
+    found = evaluation.exaggeration
+    below, above = (_number(x, "+.4g") for x in (found.below, found.above))
+    return (
+        f"Log-odds: log(p / (1 - p)). On the mean the student's differ by {below} where the teacher's are below their "
+        f"median, by {above} where they are above it. Of {found.count:,} samples {len(found.points)} are drawn."
+    )
+
+
+DRAWINGS = (
+    _Drawing("Reliability", _draw_reliability, lambda _: "Bins without samples are left out."),
+    _Drawing("Accuracy by class", _draw_classes, _note_of_classes),
+    _Drawing("Confidence of student and teacher", _draw_log_odds, _note_of_log_odds),
+    _Drawing("Similarity of layers", _draw_layers, lambda _: "No bar: features that are the same for all samples."),
+)
+
+
+def _section_of_evaluation(name: str, method: str, evaluation: Evaluation, drawing: _Drawing) -> str:
+    figure, (axes,) = _figure(5.6, 3.8)
+    drawing.draw(axes, evaluation)
+    return f"""<section><h2>{drawing.heading}: {html.escape(method)}</h2>{_svg(figure, name)}
+<p class="note">{html.escape(drawing.note(evaluation))}</p></section>"""

@@ -6,12 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..evaluation import Evaluation
 from .summary import Summary
 
 # In the folder of several seeds, and in that of a demo.
 PLACES = ("seed-*/config.json", "checkpoint/seed-*/*/config.json")
 # In a folder that holds such folders.
 FURTHER = ("*/config.json", *(f"*/{place}" for place in PLACES))
+EVALUATION = "evaluation.json"
 COUNTS = ("sample_visits", "teacher_visits")
 NUMBERS = ("accuracy", "seconds")
 MAY_LACK = {"flops": None, "condensation_seconds": 0.0}  # of every number: what takes its place
@@ -63,8 +65,20 @@ def find(path: Path) -> list[Path]:
     return sorted(found, key=lambda folder: [(len(part), part) for part in folder.parts])  # seed-9 before seed-10
 
 
+def pages(path: Path) -> dict[Path, list[Path]]:
+    """The runs that `find` finds, by the folder that has their page: `path`, or the folders in it that have pages each.
+
+    Raises as `find` does.
+    """
+    found: dict[Path, list[Path]] = {}
+    own = _is_run(path / "config.json") or any(_is_run(config) for place in PLACES for config in path.glob(place))
+    for folder in find(path):
+        found.setdefault(path if own else path / folder.relative_to(path).parts[0], []).append(folder)
+    return found
+
+
 def read(folder: Path) -> Run:
-    """The run in a folder.
+    """The run in a folder, without what `kcd evaluate` has left there (`evaluation_of`).
 
     Raises:
         ValueError: a file is damaged or holds something else; says which.
@@ -97,6 +111,21 @@ def config_of(folder: Path) -> dict:
         if not isinstance(part or {}, dict):
             raise ValueError(f"{path} is damaged: {name} must be an object, got {part!r}")
     return config
+
+
+def evaluation_of(folder: Path) -> Evaluation | None:
+    """What `kcd evaluate` has left in a run's folder, if anything.
+
+    Raises ValueError where the file is damaged, or of something else; OSError where it cannot be read.
+    """
+    path = folder / EVALUATION
+    if not path.exists():
+        return None
+    found = _object(path, _content(path))
+    try:
+        return Evaluation.from_json(found.get("evaluation"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
 
 
 def network_of(folder: Path) -> str:

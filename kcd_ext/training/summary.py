@@ -1,10 +1,11 @@
 """What a run came to, and a table of many."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import astuple, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from statistics import mean, stdev
 
 from ..condensation import KnowledgeCondenser
+from ..evaluation import Evaluation
 
 
 @dataclass(frozen=True)
@@ -33,10 +34,13 @@ class Summary:
     """A dictionary an epoch: the lines of metrics.jsonl."""
     condenser: KnowledgeCondenser | None = field(repr=False, compare=False, default=None)
     """Holds every sample's value at the end."""
+    evaluation: Evaluation | None = field(repr=False, compare=False, default=None)
+    """What `kcd evaluate` has found out about the student since, if anything."""
 
     def as_json(self) -> dict[str, object]:
         """An entry of `results` in summary.json."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("history", "condenser")}
+        left_out = ("history", "condenser", "evaluation")
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in left_out}
 
 
 def results(dataset: str, seeds: Sequence[int], summaries: Iterable[Summary]) -> dict[str, object]:
@@ -51,6 +55,8 @@ class Row:
     method: str
     accuracy_last: str
     accuracy_best: str
+    agreement: str
+    """With the teacher; empty where no run of any method was evaluated."""
     sample_visits: str
     teacher_visits: str
     flops: str
@@ -62,6 +68,7 @@ HEADER = Row(
     method="method",
     accuracy_last="accuracy last, %",
     accuracy_best="accuracy best, %",
+    agreement="agreement, %",
     sample_visits="sample visits",
     teacher_visits="teacher visits",
     flops="FLOPs",
@@ -79,6 +86,7 @@ def tabulate(summaries: Iterable[Summary], baseline: str = "kd") -> list[Row]:
     for summary in summaries:
         groups.setdefault(summary.method, []).append(summary)
     flops = {method: _mean_flops(group) for method, group in groups.items()}
+    evaluated = any(s.evaluation is not None for group in groups.values() for s in group)
     unit, letter = _unit(max((count for count in flops.values() if count is not None), default=0))
 
     def visits(name: str, group: list[Summary]) -> str:
@@ -91,6 +99,7 @@ def tabulate(summaries: Iterable[Summary], baseline: str = "kd") -> list[Row]:
             method=method,
             accuracy_last=_spread([s.accuracy_last for s in group], ".2f"),
             accuracy_best=_spread([s.accuracy_best for s in group], ".2f"),
+            agreement=_agreement(group) if evaluated else "",
             sample_visits=visits("sample_visits", group),
             teacher_visits=visits("teacher_visits", group),
             flops="unknown" if flops[method] is None else f"{flops[method] / unit:.4g} {letter}",
@@ -112,14 +121,24 @@ def as_text(table: Sequence[Sequence[str]]) -> str:
 
 
 def cells(summaries: Iterable[Summary], baseline: str = "kd") -> list[tuple[str, ...]]:
-    """`tabulate` as plain text, its header first."""
-    return [astuple(row) for row in (HEADER, *tabulate(summaries, baseline))]
+    """`tabulate` as plain text, its header first; without the column that nothing is known for."""
+    rows = tabulate(summaries, baseline)
+    shown = [f.name for f in fields(Row) if f.name != "agreement" or any(row.agreement for row in rows)]
+    return [tuple(getattr(row, name) for name in shown) for row in (HEADER, *rows)]
 
 
 def _spread(numbers: Sequence[float], form: str) -> str:
     if len(numbers) == 1:
         return f"{numbers[0]:{form}}"
     return f"{mean(numbers):{form}} ± {stdev(numbers):{form}}"
+
+
+def _agreement(group: Sequence[Summary]) -> str:
+    """Of the runs that were evaluated; says how many where that is not all of them."""
+    found = [s.evaluation.agreement for s in group if s.evaluation is not None]
+    if not found:
+        return "-"
+    return _spread(found, ".2f") + (f" ({len(found)} of {len(group)})" if len(found) < len(group) else "")
 
 
 def _mean_flops(group: Sequence[Summary]) -> float | None:

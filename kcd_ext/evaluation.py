@@ -1,0 +1,572 @@
+"""Whether a distillation worked: how like its teacher a student answers, and how good the answers of both are.
+
+    evaluation = evaluate(student, teacher, held_out_batches)
+    evaluation.agreement, evaluation.worst_class_change
+
+Every metric is a function of logits, (n, classes) of any floating-point dtype, and of labels, (n,) int64, over all samples
+at once; all of them compute in float64. A logit may be -inf, a class that is ruled out. Probabilities are softmaxes at
+temperature 1 where nothing else is said; of classes that tie, the first is the top class.
+
+A number of no sample is NaN, one that nothing bounds may be infinite; in JSON both are null.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from typing import get_args, get_origin, get_type_hints
+
+import torch
+from torch import Tensor, nn
+
+from .methods.features import Tap, evaluation
+from .methods.options import check_temperature
+
+TEMPERATURES = (1.0, 4.0)
+BINS = 15  # of the top class's probability, as in Guo et al.
+LOST_MOST = 10  # classes that are named
+POINTS = 300  # samples whose log-odds are kept to be drawn
+WIDEST = 8192  # features of a layer: sums over their pairs are kept, and these take half a GiB
+LARGEST = 1e100  # of a number that is read: float32 logits stay far below, and what is drawn must be finite throughout
+
+
+@dataclass(frozen=True)
+class Bin:
+    """Samples whose top class has a probability in (low, high]; all in percent."""
+
+    low: float
+    high: float
+    count: int
+    confidence: float
+    """The mean probability of the top class; NaN without samples, as the next."""
+    accuracy: float
+
+
+@dataclass(frozen=True)
+class Quality:
+    """What probabilities at a temperature are worth against the labels."""
+
+    temperature: float
+    nll: float
+    """Mean negative log-likelihood of the label, nats."""
+    brier: float
+    """Mean over the samples of sum_c (p_c - [c is the label])^2, in [0, 2]."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What one network's answers are worth."""
+
+    accuracy: float
+    """Percent."""
+    ece: float
+    """Expected calibration error, percentage points."""
+    bins: tuple[Bin, ...]
+    quality: tuple[Quality, ...]
+    """At each temperature."""
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """The mean KL(teacher || student) at a temperature, nats."""
+
+    temperature: float
+    kl: float
+
+
+@dataclass(frozen=True)
+class LayerSimilarity:
+    """Linear CKA of what comes out of a layer of each, in [0, 1]."""
+
+    student: str
+    """The layer's path; `penultimate`: what goes into the last linear layer; `logits`: what the network gives."""
+    teacher: str
+    cka: float
+    """NaN where the features of either are the same for all samples."""
+
+
+@dataclass(frozen=True)
+class ClassAccuracy:
+    """The accuracy of both on the samples of a class, percent; NaN for a class without samples."""
+
+    label: int
+    name: str
+    count: int
+    student: float
+    teacher: float
+
+    @property
+    def lost(self) -> float:
+        """The teacher's accuracy minus the student's, percentage points."""
+        return self.teacher - self.student
+
+
+@dataclass(frozen=True)
+class Exaggeration:
+    """The student's log-odds of the teacher's top class against the teacher's own; see `exaggeration`."""
+
+    count: int
+    """Samples with finite log-odds of both, which the rest is made of."""
+    slope: float
+    intercept: float
+    median: float
+    """Of the teacher's log-odds."""
+    below: float
+    """Mean difference, student's minus teacher's, where the teacher's are below their median."""
+    above: float
+    """The same where they are above."""
+    points: tuple[tuple[float, float], ...]
+    """(teacher's, student's) of at most 300 samples, evenly spread over the set, to be drawn."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A student beside its teacher on held-out data."""
+
+    samples: int
+    agreement: float
+    """Percent of the samples for which both have the same top class."""
+    divergence: tuple[Divergence, ...]
+    """At each temperature."""
+    student: Scores
+    teacher: Scores
+    layers: tuple[LayerSimilarity, ...]
+    """From the first layer to the last."""
+    classes: tuple[ClassAccuracy, ...]
+    """By label."""
+    exaggeration: Exaggeration
+
+    @property
+    def lost_most(self) -> tuple[ClassAccuracy, ...]:
+        """The classes on which the student is worse than its teacher, at most 10, the greatest loss first."""
+        worse = [one for one in self.classes if one.lost > 0]
+        return tuple(sorted(worse, key=lambda one: -one.lost)[:LOST_MOST])
+
+    @property
+    def worst_class_change(self) -> float:
+        """The lowest of all classes' changes, student's accuracy minus teacher's, percentage points."""
+        return min((-one.lost for one in self.classes if math.isfinite(one.lost)), default=math.nan)
+
+    @property
+    def worst_class_accuracy(self) -> tuple[float, float]:
+        """The student's accuracy on the class that it knows least, and the teacher's on that which it knows least."""
+        held = [(one.student, one.teacher) for one in self.classes if one.count]
+        return (math.nan, math.nan) if not held else tuple(map(min, zip(*held, strict=True)))
+
+    def as_json(self) -> dict[str, object]:
+        """All fields and, for whoever reads them, the properties; null for what is not finite."""
+        student, teacher = self.worst_class_accuracy
+        derived = {
+            "worst_class_change": self.worst_class_change,
+            "worst_class_accuracy": {"student": student, "teacher": teacher},
+            "lost_most": [{"label": one.label, "name": one.name, "lost": one.lost} for one in self.lost_most],
+        }
+        return _without_nan({**asdict(self), **derived})
+
+    @classmethod
+    def from_json(cls, found: object) -> "Evaluation":
+        """What `as_json` made it of; null becomes NaN. Raises ValueError, naming the part, where it is anything else."""
+        return _decoded(cls, found, "evaluation")
+
+
+def evaluate(
+    student: nn.Module,
+    teacher: nn.Module,
+    batches: Iterable[Sequence[Tensor]],
+    *,
+    temperatures: Sequence[float] = TEMPERATURES,
+    layers: Sequence[tuple[str, str]] | None = None,
+    class_names: Sequence[str] = (),
+) -> Evaluation:
+    """Runs both networks once over held-out data, without gradients, in evaluation mode; modes are restored.
+
+    The logits of all samples are kept, on the CPU; all else is batch by batch.
+
+    Args:
+        student, teacher: a batch of x -> logits (b, classes), on the device of the batches.
+        batches: (x, labels) or more, as a `Batch`; labels (b,) int64 in [0, classes). Each sample once.
+        temperatures: those of the divergence and of the quality of the probabilities; finite, > 0, different.
+        layers: (student's path, teacher's path) of layers whose outputs are compared, by `named_modules()`. None: the
+            stages of both (`kcd_ext.models.features`), paired from the last one backwards as far as both have any, then
+            the penultimate features and the logits; of networks without stages, or without a linear layer, what there
+            is. Maps (b, c, h, w) are averaged over h and w, all others flattened.
+        class_names: what the labels stand for; empty: `class 0` and so on.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; there is no sample; a network gives other logits than said, or
+            NaN, or infinity; a label is no class.
+        RuntimeError: a layer is not passed, or gives no features of so many samples.
+    """
+    temperatures = _checked_temperatures(temperatures)
+    logits, labels = ([], []), []
+    with ExitStack() as stack, torch.no_grad():
+        compared = _compared(student, teacher, layers, stack)
+        for network in (student, teacher):
+            stack.enter_context(evaluation(network))
+        for x, label, *_ in batches:
+            given = student(x), teacher(x)
+            for name, kept, one in zip(("student", "teacher"), logits, given, strict=True):
+                _check_logits(name, one, label)
+                kept.append(one.cpu())
+            labels.append(label.cpu())
+            for pair in compared:
+                pair.take(*given)
+    if not labels:
+        raise ValueError("batches must hold at least one sample, got none")
+    of_student, of_teacher, labels = torch.cat(logits[0]), torch.cat(logits[1]), torch.cat(labels)
+    _check_all(of_student, of_teacher, labels, class_names)
+    return Evaluation(
+        samples=len(labels),
+        agreement=agreement(of_student, of_teacher),
+        divergence=tuple(Divergence(t, divergence(of_student, of_teacher, t)) for t in temperatures),
+        student=_scores(of_student, labels, temperatures),
+        teacher=_scores(of_teacher, labels, temperatures),
+        layers=tuple(pair.similarity for pair in compared),
+        classes=class_accuracies(of_student, of_teacher, labels, class_names),
+        exaggeration=exaggeration(of_student, of_teacher),
+    )
+
+
+# --- metrics of logits ------------------------------------------------------------------------------------------------
+
+
+def accuracy(logits: Tensor, labels: Tensor) -> float:
+    """Percent of the samples whose label is the top class."""
+    return _percent(logits.argmax(-1) == labels)
+
+
+def agreement(student: Tensor, teacher: Tensor) -> float:
+    """Percent of the samples for which both have the same top class (Stanton et al., 2021, arXiv 2106.05945)."""
+    return _percent(student.argmax(-1) == teacher.argmax(-1))
+
+
+def divergence(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> float:
+    """The mean over the samples of KL(teacher || student) = sum_c p_c (log p_c - log q_c), in nats, without T^2.
+
+    A class of teacher's probability 0 adds 0; one that the student alone rules out makes it infinite. (Stanton et al.,
+    2021, arXiv 2106.05945, at temperature 1.)
+    """
+    q, p = _log_softmax(student, temperature), _log_softmax(teacher, temperature)
+    return _weighted(p.exp(), p - q).sum(-1).mean().item()
+
+
+def quality(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> Quality:
+    """Negative log-likelihood and Brier score of the probabilities at a temperature.
+
+    That a teacher helps by the quality of its probabilities, rather than by its accuracy, is of Menon et al., 2020
+    (arXiv 2005.10419); labels stand in here for the true probabilities, which nobody has.
+    """
+    log_p = _log_softmax(logits, temperature)
+    of_label = log_p.gather(1, labels[:, None])
+    error = log_p.exp().scatter_add(1, labels[:, None], torch.full_like(of_label, -1))
+    return Quality(float(temperature), -of_label.mean().item(), error.square().sum(-1).mean().item())
+
+
+def calibration(logits: Tensor, labels: Tensor, bins: int = BINS) -> tuple[float, tuple[Bin, ...]]:
+    """The expected calibration error in percentage points, and its bins (Guo et al., 2017, arXiv 1706.04599, Eq. 3).
+
+    Bin m of M holds the samples whose top class has a probability in ((m - 1) / M, m / M]; the error is the mean over
+    all samples of |accuracy - mean confidence| of their bin. Empty bins add nothing.
+    """
+    confidence, right = _log_softmax(logits, 1.0).amax(-1).exp(), (logits.argmax(-1) == labels).double()
+    edges = torch.arange(bins + 1, dtype=torch.float64) / bins
+    place = torch.bucketize(confidence, edges[1:-1])
+    counts = torch.bincount(place, minlength=bins)
+    means = [100 * torch.bincount(place, weights=x, minlength=bins) / counts for x in (confidence, right)]  # 0/0: NaN
+    gaps = (means[0] - means[1]).abs()
+    error = (counts * gaps)[counts > 0].sum() / len(labels)
+    edges = (100 * edges).tolist()
+    columns = (edges[:-1], edges[1:], counts.tolist(), *(x.tolist() for x in means))
+    return error.item(), tuple(Bin(*row) for row in zip(*columns, strict=True))
+
+
+def class_accuracies(
+    student: Tensor, teacher: Tensor, labels: Tensor, class_names: Sequence[str] = ()
+) -> tuple[ClassAccuracy, ...]:
+    """The accuracy of both class by class.
+
+    That a student may lose in some classes what it wins in the mean is of Lukasik et al., 2021 (arXiv 2106.10494), who
+    compare it with a student of the labels; that it is compared with its teacher here is ours.
+    """
+    classes = student.shape[1]
+    counts = torch.bincount(labels, minlength=classes)
+    right = [
+        100 * torch.bincount(labels, weights=(x.argmax(-1) == labels).double(), minlength=classes) / counts
+        for x in (student, teacher)
+    ]
+    names = class_names or [f"class {label}" for label in range(classes)]
+    columns = (range(classes), names, counts.tolist(), *(x.tolist() for x in right))
+    return tuple(ClassAccuracy(*row) for row in zip(*columns, strict=True))
+
+
+def log_odds(logits: Tensor, classes: Tensor) -> Tensor:
+    """log(p / (1 - p)) of one class of every sample, classes (n,) int64: (n,) float64.
+
+    It is the class's logit minus the logsumexp of all others, which is exact where p rounds to 1. Infinite where the
+    class, or all others, are ruled out.
+    """
+    logits, place = logits.double(), classes[:, None]
+    return logits.gather(1, place)[:, 0] - logits.scatter(1, place, -math.inf).logsumexp(-1)
+
+
+def exaggeration(student: Tensor, teacher: Tensor) -> Exaggeration:
+    """Whether the student is surer than its teacher where that is sure, and less sure where it is not.
+
+    Log-odds of both networks at the teacher's top class are what Nagarajan et al., 2023 (arXiv 2301.12923) plot against
+    each other. Ours are the numbers made of them: the slope and intercept of the student's on the teacher's by least
+    squares over all samples (a slope above 1 exaggerates), and the mean difference below and above the teacher's
+    median. Samples for which either is infinite are left out of all of them.
+    """
+    top = teacher.argmax(-1)
+    x, y = log_odds(teacher, top), log_odds(student, top)
+    finite = x.isfinite() & y.isfinite()
+    x, y = x[finite], y[finite]
+    median, slope, intercept = math.nan, math.nan, math.nan
+    if len(x):
+        ordered = x.sort().values
+        median = (ordered[(len(x) - 1) // 2] + ordered[len(x) // 2]).item() / 2
+        if ordered[0] < ordered[-1]:  # all alike, rounding would make up a slope
+            dx, dy = x - x.mean(), y - y.mean()
+            slope = ((dx * dy).sum() / dx.square().sum()).item()
+            intercept = (y.mean() - slope * x.mean()).item()
+    below, above = ((y - x)[part].mean().item() for part in (x < median, x > median))
+    drawn = torch.linspace(0, max(len(x) - 1, 0), min(len(x), POINTS)).long()
+    points = tuple(zip(x[drawn].tolist(), y[drawn].tolist(), strict=True))
+    return Exaggeration(len(x), slope, intercept, median, below, above, points)
+
+
+def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
+    logits = logits.double()
+    return ((logits - logits.amax(-1, keepdim=True)) / temperature).log_softmax(-1)  # no T makes the largest infinite
+
+
+def _weighted(p: Tensor, x: Tensor) -> Tensor:
+    """p x, and 0 where p is."""
+    return torch.where(p > 0, p * x, 0)
+
+
+def _percent(true: Tensor) -> float:
+    return 100 * true.sum().item() / len(true)
+
+
+def _scores(logits: Tensor, labels: Tensor, temperatures: Sequence[float]) -> Scores:
+    ece, bins = calibration(logits, labels)
+    return Scores(accuracy(logits, labels), ece, bins, tuple(quality(logits, labels, t) for t in temperatures))
+
+
+# --- layers -----------------------------------------------------------------------------------------------------------
+
+
+class LinearCKA:
+    """Linear centred kernel alignment (Kornblith et al., 2019, arXiv 1905.00414) of features that come batch by batch.
+
+    Over all samples, with every feature centred, CKA = ||Y'X||_F^2 / (||X'X||_F ||Y'Y||_F), X (n, d), Y (n, e). Products
+    are summed in float64 around the mean so far, whose moves are made up for, so that a large mean costs no digits.
+    """
+
+    def __init__(self):
+        self._count = 0
+
+    def update(self, x: Tensor, y: Tensor) -> None:
+        """Takes features (b, d) and (b, e) of the same samples. Raises ValueError where they are of other shapes."""
+        if x.dim() != 2 or y.dim() != 2 or len(x) != len(y):
+            raise ValueError(f"x and y must be features (b, d) and (b, e), got {tuple(x.shape)} and {tuple(y.shape)}")
+        if not len(x):
+            return
+        features, sizes = torch.cat([x.double(), y.double()], 1), (x.shape[1], y.shape[1])
+        if not self._count:
+            self._sizes, self._origin = sizes, features[0].clone()
+            self._mean = torch.zeros_like(self._origin)
+            self._products = [features.new_zeros(len(a), len(b)) for a, b in self._parts(self._mean)]
+        elif sizes != self._sizes:
+            raise ValueError(f"x and y must have {self._sizes} features as before, got {sizes}")
+        features = features - self._origin  # what never changes is exactly 0
+        mean, count = features.mean(0), self._count + len(x)
+        step = mean - self._mean
+        moved = self._parts(step * (self._count * len(x) / count)), self._parts(step)
+        for total, (a, b), (s, _), (_, t) in zip(self._products, self._parts(features - mean), *moved, strict=True):
+            total.addmm_(a.T, b).addr_(s, t)
+        self._mean, self._count = self._mean + step * (len(x) / count), count
+
+    def value(self) -> float:
+        """In [0, 1] up to rounding; NaN where either's features are the same for all samples, or there are none."""
+        if not self._count:
+            return math.nan
+        xx, yy, yx = (torch.linalg.matrix_norm(product) for product in self._products)
+        return ((yx / xx) * (yx / yy)).item()
+
+    def _parts(self, features: Tensor) -> tuple[tuple[Tensor, Tensor], ...]:
+        """The factors of X'X, Y'Y and Y'X out of features (..., d + e)."""
+        x, y = features.split(self._sizes, dim=-1)
+        return (x, x), (y, y), (y, x)
+
+
+class _Pooled(Tap):
+    """A tap whose features are vectors, whatever the layer."""
+
+    def take_pooled(self, samples: int) -> Tensor:
+        """(b, d): maps averaged over h and w, all others flattened. Raises RuntimeError where there are no such features."""
+        features = self._take()
+        if not isinstance(features, Tensor) or features.dim() < 2 or len(features) != samples:
+            raise RuntimeError(
+                f"{self._told(features)}: layers must give features ({samples}, ...) of {samples} samples"
+            )
+        features = features.double()
+        return features.mean((2, 3)) if features.dim() == 4 else features.flatten(1)
+
+
+class _Pair:
+    """A layer of each network, and what their features have come to so far. A tap of None is for the logits."""
+
+    def __init__(self, names: tuple[str, str], taps: tuple[_Pooled | None, _Pooled | None]):
+        self.names = names
+        self._taps = taps
+        self._cka = LinearCKA()
+
+    def take(self, *logits: Tensor) -> None:
+        """What the last forward pass of both has left."""
+        features = [
+            one if tap is None else tap.take_pooled(len(one)) for tap, one in zip(self._taps, logits, strict=True)
+        ]
+        for role, name, one in zip(("student", "teacher"), self.names, features, strict=True):
+            if one.shape[1] > WIDEST:
+                raise ValueError(
+                    f"layers: the {role}'s {name} has {one.shape[1]} features, and products of all pairs are summed: take "
+                    f"layers with at most {WIDEST}, maps averaged over h and w"
+                )
+        self._cka.update(*features)
+
+    @property
+    def similarity(self) -> LayerSimilarity:
+        return LayerSimilarity(*self.names, self._cka.value())
+
+
+def _compared(
+    student: nn.Module, teacher: nn.Module, layers: Sequence[tuple[str, str]] | None, stack: ExitStack
+) -> list[_Pair]:
+    """The pairs of layers, tapped until the stack closes. Raises ValueError where `layers` names what there is not."""
+    networks = {"student": student, "teacher": teacher}
+    for role, network in networks.items():
+        if not isinstance(network, nn.Module):
+            raise TypeError(f"{role} must be a torch.nn.Module, got {type(network).__name__}")
+
+    def tapped(paths: tuple[str | None, str | None], names: tuple[str, str], output: bool) -> _Pair:
+        taps = tuple(_Pooled(networks[role], path, role, output) for role, path in zip(networks, paths, strict=True))
+        for tap in taps:
+            stack.callback(tap.remove)
+        return _Pair(names, taps)
+
+    if layers is not None:
+        _check_layers(networks, layers)
+        return [tapped(pair, pair, True) for pair in map(tuple, layers)]
+    logits = _Pair(("logits", "logits"), (None, None))
+    if any(isinstance(network, torch.jit.ScriptModule) for network in networks.values()):
+        return [logits]  # which takes no hooks
+    stages = [_stages(network) for network in networks.values()]
+    depth = min(map(len, stages))
+    pairs = [tapped(pair, pair, True) for pair in zip(*(paths[len(paths) - depth :] for paths in stages), strict=True)]
+    if all(any(isinstance(module, nn.Linear) for module in network.modules()) for network in networks.values()):
+        pairs.append(tapped((None, None), ("penultimate", "penultimate"), False))
+    return [*pairs, logits]
+
+
+def _stages(network: nn.Module) -> tuple[str, ...]:
+    """Those that the network says it has; other libraries call other things so."""
+    stages, known = getattr(network, "stages", ()), dict(network.named_modules())
+    said = isinstance(stages, tuple) and all(isinstance(path, str) and path and path in known for path in stages)
+    return stages if said else ()
+
+
+def _check_layers(networks: dict[str, nn.Module], layers: Sequence[tuple[str, str]]) -> None:
+    for pair in layers:
+        if isinstance(pair, str) or len(pair) != 2:
+            raise ValueError(f"layers must be pairs of a path in the student and one in the teacher, got {pair!r}")
+        for (role, network), path in zip(networks.items(), pair, strict=True):
+            if not path or path not in dict(network.named_modules()):
+                raise ValueError(f"layers must name a path in {role}.named_modules(), which has no {path!r}")
+
+
+# --- checks -----------------------------------------------------------------------------------------------------------
+
+
+def _checked_temperatures(temperatures: Sequence[float]) -> tuple[float, ...]:
+    checked = tuple(float(check_temperature("temperatures", t)) for t in temperatures)
+    if not checked or len(set(checked)) < len(checked):
+        raise ValueError(f"temperatures must be one or more different numbers, got {list(checked)}")
+    return checked
+
+
+def _check_logits(name: str, logits: object, label: Tensor) -> None:
+    if not isinstance(logits, Tensor) or logits.dim() != 2 or not logits.is_floating_point():
+        got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ValueError(f"{name} must give logits (b, classes), got {got}")
+    if label.dtype != torch.int64 or label.shape != logits.shape[:1]:
+        raise ValueError(f"labels must be int64 ({len(logits)},), got {label.dtype} {tuple(label.shape)}")
+
+
+def _check_all(student: Tensor, teacher: Tensor, labels: Tensor, class_names: Sequence[str]) -> None:
+    if not len(labels):
+        raise ValueError("batches must hold at least one sample, got none")
+    if student.shape != teacher.shape:
+        raise ValueError(
+            f"student and teacher must have as many classes, got {student.shape[1]} and {teacher.shape[1]}"
+        )
+    for name, logits in (("student", student), ("teacher", teacher)):
+        top = logits.amax(-1) if logits.shape[1] else logits.new_full((1,), math.nan)  # NaN where any is
+        if not top.isfinite().all():
+            raise ValueError(f"{name} must give logits that are finite, or -inf for a part of the classes, got others")
+    low, high = labels.min().item(), labels.max().item()
+    if low < 0 or high >= student.shape[1]:
+        raise ValueError(f"labels must lie in [0, {student.shape[1]}), got {low} to {high}")
+    if class_names and len(class_names) != student.shape[1]:
+        raise ValueError(f"class_names must hold {student.shape[1]} names, got {len(class_names)}")
+
+
+# --- JSON -------------------------------------------------------------------------------------------------------------
+
+
+def _without_nan(value: object) -> object:
+    """As JSON: null for what is not finite, or no reader would take."""
+    if isinstance(value, dict):
+        return {name: _without_nan(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(part) for part in value]
+    return None if isinstance(value, float) and not abs(value) <= LARGEST else value
+
+
+def _decoded(kind: type, found: object, where: str) -> object:
+    """The JSON as a value of this kind: one of the classes above, or what their fields are. Raises ValueError."""
+    if is_dataclass(kind):
+        if not isinstance(found, dict):
+            raise ValueError(f"{where} must be an object, got {found!r:.40}")
+        hints = get_type_hints(kind)
+        return kind(*(_decoded(hints[f.name], found.get(f.name), f"{where}.{f.name}") for f in fields(kind)))
+    if get_origin(kind) is tuple:
+        first, last = get_args(kind)
+        if not isinstance(found, list) or (last is not ... and len(found) != 2):
+            raise ValueError(f"{where} must be a list, got {found!r:.40}")
+        return tuple(_decoded(first, part, f"{where}[{i}]") for i, part in enumerate(found))
+    return _READERS[kind](found, where)
+
+
+def _number(found: object, where: str) -> float:
+    if found is None:
+        return math.nan
+    if isinstance(found, bool) or not isinstance(found, int | float) or not abs(found) <= LARGEST:
+        raise ValueError(f"{where} must be a finite number or null, got {found!r:.40}")
+    return float(found)
+
+
+def _count(found: object, where: str) -> int:
+    if type(found) is not int or not 0 <= found < 2**53:
+        raise ValueError(f"{where} must be a whole number >= 0, got {found!r:.40}")
+    return found
+
+
+def _text(found: object, where: str) -> str:
+    if not isinstance(found, str) or found != found.encode(errors="replace").decode():  # halves of characters
+        raise ValueError(f"{where} must be text, got {found!r:.40}")
+    return found
+
+
+_READERS = {float: _number, int: _count, str: _text}
