@@ -739,6 +739,35 @@ def test_a_layer_that_cannot_be_tapped_is_named():
         methods.build("pkt", {"student_layer": 3})
 
 
+def test_a_tap_holds_nothing_that_nobody_asked_for():
+    network = maps(1)
+    tap = Tap(network, "0", "student", output=True)
+    x = images().x
+    tap.listen()
+    network(x)
+    assert tap.take_map().shape == (SAMPLES, 4, PIXELS, PIXELS) and tap._catch.caught is None
+    network(x)  # a validation
+    assert tap._catch.caught is None
+    tap.remove()
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_what_a_later_layer_changes_in_place_is_not_taken_for_what_was_there(inference):
+    network = nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(36, CLASSES))
+    tap = Tap(network, "0", "student", output=True)
+    tap.listen()
+    with torch.inference_mode(inference):
+        network(images().x)
+    if inference:  # nobody counts there; no method trains so
+        assert tap.take_map().min() == 0
+        return
+    with pytest.raises(RuntimeError, match=r"student's layer '0' had its features changed in place .* inplace=False"):
+        tap.take_map()
+    tap = Tap(network, "1", "student", output=True)
+    network(images().x)
+    assert tap.take_map().min() == 0
+
+
 @pytest.mark.filterwarnings("ignore:.*torch.jit")
 def test_torchscript_takes_no_hooks():
     x = images().x
@@ -897,6 +926,34 @@ def test_defaults_are_those_published(name):
 
 def test_constants_are_those_published():
     assert pkt.EPSILON == features.SMALLEST_LENGTH == 1e-7
+
+
+class Own(kd.KnowledgeDistillation):
+    def __init__(
+        self, plain=1, scale: "float" = 1.0, on: "bool" = True, anything: object = None, layer: "str | None" = None
+    ):
+        super().__init__()
+
+
+class Unknown(kd.KnowledgeDistillation):
+    def __init__(self, scale: "NotThere" = 1.0):  # noqa: F821
+        super().__init__()
+
+
+def test_text_becomes_what_a_method_takes():
+    read = partial(methods.as_typed, f"{__name__}:Own")
+    assert read({"plain": "2", "scale": "2.5", "on": "false"}) == {"plain": 2, "scale": 2.5, "on": False}
+    assert read({"plain": "x", "anything": "True", "layer": "1.10"}) == {
+        "plain": "x",
+        "anything": True,
+        "layer": "1.10",
+    }
+    assert read({"scale": 3, "other": "4"}) == {"scale": 3, "other": 4}
+    assert methods.as_typed(f"{__name__}:Unknown", {"scale": "2"}) == {"scale": 2}
+    assert methods.as_typed("sskd", {"head_epochs": "2.5", "head_milestones": "0.5,1"}) == {
+        "head_epochs": 2.5,
+        "head_milestones": "0.5,1",
+    }
 
 
 def test_build_names_the_options_that_there_are():

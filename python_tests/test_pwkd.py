@@ -382,12 +382,24 @@ def prepared(options=None, teacher=None, data=None):
     return method, student, teacher, data
 
 
-def run(base, output=None, progress=None, resume=False, condense=None, teacher=None, precision="auto", **options):
+def run(
+    base,
+    output=None,
+    progress=None,
+    resume=False,
+    condense=None,
+    teacher=None,
+    precision="auto",
+    compile=False,
+    **options,
+):
     epochs = options.pop("epochs", 5)
     own = {"crd": {"negatives": 12, "dimension": 5}, "sskd": {"head_epochs": 2, "head_lr": 0.02}}.get(base, {})
     own |= {"teacher_epochs": 2} if options.get("partial", True) else {}
     options = {"base": base, "widths": (0.3, 0.5, 1), "lr_min": 0.1, **own, **options}
-    recipe = Recipe("pwkd", options, condense, epochs, 8, lr=0.02, device="cpu", seed=5, precision=precision)
+    recipe = Recipe(
+        "pwkd", options, condense, epochs, 8, lr=0.02, device="cpu", seed=5, precision=precision, compile=compile
+    )
     student, teacher = network(1), teacher or network(2, width=9)
     torch.manual_seed(np.random.SeedSequence().entropy % 2**32)  # the caller's generator plays no part
     arguments = {"output": output, "progress": progress, "resume": resume}
@@ -639,6 +651,20 @@ def test_two_processes_that_draw_different_widths_do_not_wait_for_each_other(tmp
     assert steps[0] == sum(steps[1:]) == 2 * 3  # of the first process: 19 samples, 8 a batch
 
 
+def test_compiled_it_resumes_in_the_same_bytes(tmp_path):
+    """The growing teacher is left alone: else what is compiled would depend on which widths a process has met."""
+
+    def stop(line):
+        if line.get("epoch") == 3:
+            raise KeyboardInterrupt
+
+    whole, _ = run("kd", tmp_path / "whole", compile=True)
+    with pytest.raises(KeyboardInterrupt):
+        run("kd", tmp_path / "torn", stop, compile=True)
+    torn, _ = run("kd", tmp_path / "torn", resume=True, compile=True)
+    assert all(torch.equal(part, torn.state_dict()[name]) for name, part in whole.state_dict().items())
+
+
 def test_it_runs_in_bfloat16():
     _, summary = run("sskd", precision="bfloat16", widths_a_step=2)
     assert math.isfinite(summary.history[-1]["loss"])
@@ -676,11 +702,21 @@ def test_defaults():
         ({"base": "ce"}, ValueError, "base must be a method that asks a teacher, got 'ce', which asks none"),
         ({"base": "pwkd"}, ValueError, "got 'pwkd', which chooses the teacher"),
         ({"base": f"{__name__}:Restarts"}, ValueError, "Restarts', which has learning rates of its own"),
-        ({"base": "nothing"}, ValueError, "unknown method 'nothing'"),
+        ({"base": "nothing"}, ValueError, "unknown base 'nothing'"),
         ({"partial": False, "teacher_epochs": 3}, ValueError, "teacher_epochs=3 has no effect with partial=False"),
         ({"partial": False, "in_place": False}, ValueError, "in_place=False has no effect with partial=False"),
-        ({"temprature": 4}, TypeError, "method 'kd' has no option 'temprature'; it takes temperature"),
-        ({"base": "pkt", "temperature": 4}, TypeError, "method 'pkt' has no option 'temperature'"),
+        (
+            {"temprature": 4},
+            TypeError,
+            "has no option 'temprature', nor has its base 'kd': it takes base, .* base temperature",
+        ),
+        (
+            {"teacher_epoch": 4},
+            TypeError,
+            "'pwkd' has no option 'teacher_epoch', .*: it takes base, widths, teacher_epochs",
+        ),
+        ({"teacher_epochs": 2.5}, TypeError, "teacher_epochs must be an integer >= 1, got 2.5"),
+        ({"base": "pkt", "temperature": 4}, TypeError, "no option 'temperature', nor has its base 'pkt'"),
         ({"temperature": 0}, ValueError, "temperature must be a finite number > 0, got 0"),
     ],
 )
@@ -700,6 +736,17 @@ class Two(nn.Module):
         return self.first(x.flatten(1))
 
 
+class Asserting(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Conv2d(1, 8, 3), nn.Linear(128, CLASSES)
+
+    def forward(self, x):
+        x = self.first(x)
+        assert x.shape[1] == 8, "8 channels"
+        return self.last(x.flatten(1))
+
+
 def test_a_teacher_that_cannot_be_narrower_is_told_before_anything_is_written(tmp_path):
     for teacher, message in (
         (Two(), r"teacher must give logits \(1, 4\) at every width, got \(1, 2\) at width 0.5"),
@@ -707,8 +754,13 @@ def test_a_teacher_that_cannot_be_narrower_is_told_before_anything_is_written(tm
             nn.Sequential(
                 nn.Conv2d(1, 8, 3), nn.Flatten(), nn.Unflatten(1, (8, 16)), nn.Flatten(), nn.Linear(128, CLASSES)
             ),
-            r"widths must suit the teacher, which does not run at 0.5: ",
+            r"widths must suit the teacher, which does not run at 0.5 .* last layer that ran was '1', a Flatten: \(1, 4, 4, 4\) ->",
         ),
+        (
+            Asserting(),
+            r"does not run at 0.5 \(8 channels\): the last layer that ran was 'first', a Conv2d: .* -> \(1, 4, 4, 4\)",
+        ),
+        (nn.Sequential(nn.Flatten(), nn.Linear(36, CLASSES)), r"leave the teacher as it is: .*'1': \(4, 4, 4\)"),
         (nn.Sequential(nn.Flatten(), nn.LayerNorm(36), nn.Linear(36, CLASSES)), r"layer '1', a LayerNorm with"),
     ):
         with pytest.raises(ValueError, match=message) as caught:

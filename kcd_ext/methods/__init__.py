@@ -38,47 +38,58 @@ def build(name: str, options: Mapping[str, object] | None = None) -> Method:
 
 def _check_names(name: str, options: Mapping[str, object]) -> None:
     """Raises TypeError for an option that the method does not take, and says which ones it does."""
-    parameters = _parameters(name)
-    if parameters is None or any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
-        return
-    takes = [p.name for p in parameters.values() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-    unknown = [option for option in options if option not in takes]
+    takes = options_of(name)
+    unknown = [] if takes is None else [option for option in options if option not in takes]
     if unknown:
         raise TypeError(f"method {name!r} has no option {unknown[0]!r}; it takes {', '.join(takes) or 'none'}")
+
+
+def options_of(name: str) -> list[str] | None:
+    """The names of the method's options; None where it takes any, or does not tell. Raises as `build` for an unknown name."""
+    parameters = _parameters(name)
+    if parameters is None or any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return None
+    return [p.name for p in parameters.values() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
 
 
 def _parameters(name: str) -> Mapping[str, inspect.Parameter] | None:
     """What the method takes; None where it is no function, or one of C's that does not tell."""
     found = resolve("method", name, REGISTRY)
-    try:
-        return inspect.signature(found).parameters
-    except (TypeError, ValueError):
-        return None
+    for as_written in (False, True):  # annotations that are text are looked up, where that can be done
+        try:
+            return inspect.signature(found, eval_str=not as_written).parameters
+        except (TypeError, ValueError, NameError, AttributeError, SyntaxError):
+            continue
+    return None
 
 
 def as_typed(name: str, options: Mapping[str, object]) -> dict[str, object]:
     """Options that are text, as on a command line, as what the method takes: numbers and truths where it takes them.
 
-    By its annotations: a layer's name stays text, though it looks like a number ("1.10"). What is not annotated becomes a
-    number or a truth where it is one. Raises as `build` does for a name that is unknown.
+    By its annotations: a layer's name stays text, though it looks like a number ("1.10"). What is annotated by nothing that
+    is known here becomes a number or a truth where it is one. Raises as `build` does for a name that is unknown.
     """
     parameters = _parameters(name) or {}
     others = next((p for p in parameters.values() if p.kind is p.VAR_KEYWORD), None)
     return {option: _typed(value, parameters.get(option, others)) for option, value in options.items()}
 
 
+KINDS = (int, float, bool, str)
+
+
 def _typed(value: object, parameter: inspect.Parameter | None) -> object:
     if not isinstance(value, str):
         return value
-    told = parameter is not None and parameter.annotation is not parameter.empty
-    takes = (get_args(parameter.annotation) or (parameter.annotation,)) if told else (int, float, bool)
-    if bool in takes and value in ("True", "False"):
-        return value == "True"
-    for kind in (int, float):
-        if kind in takes or float in takes:
+    annotation = None if parameter is None else parameter.annotation
+    told = [kind for kind in KINDS if kind in (get_args(annotation) or (annotation,))]
+    takes = told or KINDS
+    if bool in takes and value.lower() in ("true", "false"):
+        return value.lower() == "true"
+    if int in takes or float in takes:
+        for kind in (int, float):
             with suppress(ValueError):
                 return kind(value)
     return value
 
 
-__all__ = ["REGISTRY", "Batch", "Method", "Outcome", "Pretraining", "as_typed", "build", "entropy"]
+__all__ = ["REGISTRY", "Batch", "Method", "Outcome", "Pretraining", "as_typed", "build", "entropy", "options_of"]

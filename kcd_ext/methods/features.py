@@ -20,7 +20,8 @@ class Tap:
 
     The network is not edited. A copy of it (`copy.deepcopy`, pickle) carries a hook that does nothing, and what is
     compiled of it afterwards (`torch.compile`) or wrapped around it passes the layer all the same. Where a layer is
-    passed more than once, the last time counts.
+    passed more than once, the last time counts. Between `take` and the next `listen` nothing is caught: what passes then, as
+    in a validation, is not held.
 
     Args:
         network: what is tapped.
@@ -45,12 +46,13 @@ class Tap:
         `network` is the one that was tapped, or something around it. Raises RuntimeError where it does not pass the
         layer, or passes it without a tensor of at least two dimensions.
         """
-        self.forget()
+        self.listen()
         return network(x), self.take()
 
     def take(self) -> Tensor:
         """The features (b, d) of the last forward pass, which are forgotten here. Raises as `through` does."""
         features = self._take()
+        self._catch.listening = False
         if not isinstance(features, Tensor) or features.dim() < 2:
             raise RuntimeError(
                 f"{self._told(features)}: set {self._name}_layer to a layer whose input is a tensor of features (b, ...)"
@@ -60,16 +62,23 @@ class Tap:
     def take_map(self) -> Tensor:
         """The features (b, c, h, w) of the last forward pass, which are forgotten here. Raises RuntimeError for any others."""
         features = self._take()
+        self._catch.listening = False
         if not isinstance(features, Tensor) or features.dim() != 4:
             raise RuntimeError(f"{self._told(features)}: it must be one whose features are maps (b, c, h, w)")
         return features
 
-    def forget(self) -> None:
-        """Lets go of what the last forward pass left: a layer that the next one does not pass has then caught nothing."""
-        self._catch.caught = None
+    def listen(self) -> None:
+        """Before a forward pass that is to be caught. Lets go of what an earlier one left."""
+        self._catch.caught, self._catch.listening = None, True
 
     def _take(self) -> object:
+        """What was caught, whatever it is; goes on listening. Raises RuntimeError where it is no longer what it was then."""
         features, self._catch.caught = self._catch.caught, None
+        if features is not None and self._catch.version is not None and features._version != self._catch.version:
+            raise RuntimeError(
+                f"the {self._name}'s layer {self.path!r} had its features changed in place by what came after it: name that "
+                f"layer (or inplace=False there)"
+            )
         return features
 
     def _told(self, features: object) -> str:
@@ -79,20 +88,29 @@ class Tap:
     def remove(self) -> None:
         """Takes the hook off."""
         self._hook.remove()
-        self.forget()
+        self._catch.caught = None
 
 
 class _Catch:
     """The hook. It is an object of its own so that a copy of the network does not copy what it caught."""
 
     def __init__(self):
-        self.caught = None
+        self.listening = True
+        self.caught = self.version = None
 
     def __call__(self, module: nn.Module, arguments: tuple, *output: object) -> None:
-        self.caught = output[0] if output else arguments[0] if arguments else None
+        if self.listening:
+            self.caught = output[0] if output else arguments[0] if arguments else None
+            self.version = _version(self.caught)
 
     def __reduce__(self):
         return _nothing_of, ()
+
+
+def _version(x: object) -> int | None:
+    """How often a tensor has been changed in place; None where nobody counts, as in compiled code, which changes copies."""
+    counted = isinstance(x, Tensor) and not torch.compiler.is_compiling() and not x.is_inference()
+    return x._version if counted else None
 
 
 def _nothing_of():

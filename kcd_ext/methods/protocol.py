@@ -51,9 +51,8 @@ class Method(nn.Module):
 
     needs_teacher = True  # False: `distill` takes teacher=None
     weighs_samples = False  # True: `forward` heeds `batch.weight` and gives `Outcome.losses`
-    flops_known = (
-        True  # False: more is computed than a forward pass of the teacher, and a step of the student, a row each
-    )
+    flops_known = True  # False: more is computed than one pass of the teacher and one step of the student a row
+    compiles_teacher = True  # False: a recipe's `compile` leaves the teacher alone
 
     def prepare(self, student: nn.Module, teacher: nn.Module | None, samples: Iterable[Batch]) -> None:
         """Called once before training, also before a resumed run goes on: probe shapes, build the method's own parts.

@@ -2,7 +2,8 @@
 
 import inspect
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
@@ -10,11 +11,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..condensation.checks import flag, real, whole
-from ..registry import one_line
-from . import as_typed, build
+from ..registry import one_line, resolve
+from . import REGISTRY, as_typed, build, options_of
 from .features import full_precision
 from .protocol import Batch, Method, Outcome, Pretraining
-from .slimmable import check_widths, slimmable
+from .slimmable import SLIMMABLE, check_widths, slimmable
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,7 @@ class PartialToWholeDistillation(Method):
         self.partial = flag("partial", partial)
         if not self.partial:
             self._check_untouched("teacher_epochs", "teacher_lr", "in_place", "widths_a_step")
+        self._check_names(base, base_options)
         self.base = build(base, as_typed(base, base_options))
         if not self.base.needs_teacher:
             raise ValueError(f"base must be a method that asks a teacher, got {base!r}, which asks none")
@@ -138,8 +140,22 @@ class PartialToWholeDistillation(Method):
             if getattr(type(self.base), overridden) is not getattr(Method, overridden):
                 raise ValueError(f"base must be a method that leaves that to pwkd, got {base!r}, which {meaning}")
         self.weighs_samples = self.base.weighs_samples
+        self.compiles_teacher = not self.partial  # every width, in either mode, would be one more compilation
         self.flops_known = self.base.flops_known and not self.partial  # a width's cost is not the teacher's
         self.slimmable = None
+
+    def _check_names(self, base: str, options: Iterable[str]) -> None:
+        """Raises TypeError for an option of neither, ValueError for a base that there is not."""
+        resolve("base", base, REGISTRY)
+        takes = options_of(base)
+        unknown = [] if takes is None else [option for option in options if option not in takes]
+        if unknown:
+            own = [p.name for p in inspect.signature(type(self)).parameters.values() if p.kind is not p.VAR_KEYWORD]
+            theirs = [option for option in takes if option != "batch_keep"]  # condense.batch_keep says it
+            raise TypeError(
+                f"method 'pwkd' has no option {unknown[0]!r}, nor has its base {base!r}: it takes {', '.join(own)}, and "
+                f"for the base {', '.join(theirs) or 'none'}"
+            )
 
     def _check_untouched(self, *options: str) -> None:
         """Raises ValueError for an option that the control has no use for."""
@@ -158,6 +174,11 @@ class PartialToWholeDistillation(Method):
         if self.partial:
             x = next(iter(samples)).x[:1]
             self.slimmable = slimmable(teacher, self.widths).to(x.device).eval()
+            outputs = self.slimmable.outputs
+            if len(self.widths) > 1 and all(len({*channels}) == 1 for channels in outputs.values()):
+                raise ValueError(
+                    f"widths {_listed(self.widths)} leave the teacher as it is: no layer gets narrower, of {outputs}"
+                )
             logits = {width: self._logits_at(width, x).shape for width in reversed(self.widths)}
             for width, shape in logits.items():
                 if shape != logits[1.0]:
@@ -169,12 +190,17 @@ class PartialToWholeDistillation(Method):
 
     def _logits_at(self, width: float, x: Tensor) -> Tensor:
         self.slimmable.use(width)
+        passed: list[str] = []
         try:
-            with torch.no_grad():
+            with torch.no_grad(), ExitStack() as hooks:
+                for path, layer in self.slimmable.network.named_modules():
+                    if not [*layer.children()]:
+                        hooks.callback(layer.register_forward_hook(_noted(passed, path)).remove)
                 return self.slimmable(x)
-        except (RuntimeError, ValueError) as error:
+        except Exception as error:  # the teacher is the user's, and says what it likes
             raise ValueError(
-                f"widths must suit the teacher, which does not run at {width:g}: {one_line(error)}"
+                f"widths must suit the teacher, which does not run at {width:g} ({one_line(error)}): "
+                f"the last layer that ran was {passed[-1] if passed else 'none'}"
             ) from error
 
     def teacher_of(self, teacher: nn.Module | None) -> nn.Module | None:
@@ -231,6 +257,17 @@ class PartialToWholeDistillation(Method):
     def release(self) -> None:
         """Releases `base`."""
         self.base.release()
+
+
+def _noted(passed: list[str], path: str) -> Callable[..., None]:
+    """A hook that writes down a layer and the shapes of what goes into it and comes out."""
+
+    def note(layer: nn.Module, given: tuple, output: object) -> None:
+        shapes = [str(tuple(part.shape)) for part in (*given[:1], output) if isinstance(part, Tensor)]
+        kind = next((kind for kind, sliced in SLIMMABLE.items() if isinstance(layer, sliced)), type(layer))
+        passed.append(f"{path!r}, a {kind.__name__}: {' -> '.join(shapes)}")
+
+    return note
 
 
 def _listed(widths: tuple[float, ...]) -> str:

@@ -54,6 +54,11 @@ class Slimmable(nn.Module):
         """What the network gives at the width in use."""
         return self.network(*args, **kwargs)
 
+    @property
+    def outputs(self) -> dict[str, tuple[int, ...]]:
+        """Of every layer that slices its weight how many channels it has at each width, by its path."""
+        return {path: layer.outputs for path, layer in self.network.named_modules() if hasattr(layer, "outputs")}
+
     def zero_of_others(self, widths: Sequence[float]) -> Tensor | float:
         """0 with gradient 0 for the normalisations of all other narrow widths, ().
 

@@ -134,7 +134,7 @@ class Recipe:
     precision: str = "auto"
     """float32, bfloat16 or float16 autocast of the networks; auto: what accelerate was launched with, else float32."""
     compile: bool = False
-    """Compiles student and teacher with torch.compile, for batches of any size."""
+    """Compiles student and teacher with torch.compile, for batches of any size; not the growing teacher of pwkd."""
     num_workers: int = 0
     """Processes that load data that does not lie in memory. What its transforms draw depends on how many they are."""
     name: str = ""

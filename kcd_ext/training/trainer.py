@@ -240,7 +240,8 @@ class _Run:
         # For any size of a batch at once: else the first two sizes met decide what is compiled, and a run that goes on
         # meets others first.
         compiled = partial(torch.compile, dynamic=True) if recipe.compile else _hookable
-        self.called, self.teacher = compiled(student), None if teacher is None else compiled(teacher)
+        self.called = compiled(student)
+        self.teacher = None if teacher is None else (compiled if method.compiles_teacher else _hookable)(teacher)
         self.module = Step(student, method, self.called)  # not the wrapped one: names in checkpoints stay the same
         self.trained = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
         self.parameters = [*self.trained.values()]
