@@ -13,20 +13,25 @@ A number of no sample is NaN, one that nothing bounds may be infinite; in JSON b
 import math
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
+from copy import deepcopy
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from typing import get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor, nn
 
+from .condensation.checks import real
 from .methods.features import Tap, evaluation
-from .methods.options import check_temperature
 
 TEMPERATURES = (1.0, 4.0)
+COLDEST, HOTTEST = 1e-3, 1e3  # beyond, probabilities are those of the top class alone, or all alike
 BINS = 15  # of the top class's probability, as in Guo et al.
 LOST_MOST = 10  # classes that are named
 POINTS = 300  # samples whose log-odds are kept to be drawn
-WIDEST = 8192  # features of a layer: sums over their pairs are kept, and these take half a GiB
+WIDEST = 8192  # features of a layer: a pair of layers keeps three sums of products, each of up to half a GiB
+BLOCK = 512  # features whose products are summed at once: of a symmetric sum one half is enough
+PENULTIMATE, LOGITS = "penultimate", "logits"  # layers of any network, beside its own paths
+LISTED = 8  # paths of a network that an error names
 LARGEST = 1e100  # of a number that is read: float32 logits stay far below, and what is drawn must be finite throughout
 
 
@@ -79,7 +84,8 @@ class LayerSimilarity:
     """Linear CKA of what comes out of a layer of each, in [0, 1]."""
 
     student: str
-    """The layer's path; `penultimate`: what goes into the last linear layer; `logits`: what the network gives."""
+    """The layer's path; `penultimate`: what goes into the last linear layer; `logits`: what the network gives. (A path of
+    the network that is called so comes first.)"""
     teacher: str
     cka: float
     """NaN where the features of either are the same for all samples."""
@@ -118,6 +124,11 @@ class Exaggeration:
     points: tuple[tuple[float, float], ...]
     """(teacher's, student's) of at most 300 samples, evenly spread over the set, to be drawn."""
 
+    @property
+    def exaggerates(self) -> bool:
+        """Whether the student is less sure than its teacher in the lower half, and surer in the upper one."""
+        return self.below < 0 < self.above
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -145,7 +156,8 @@ class Evaluation:
     @property
     def worst_class_change(self) -> float:
         """The lowest of all classes' changes, student's accuracy minus teacher's, percentage points."""
-        return min((-one.lost for one in self.classes if math.isfinite(one.lost)), default=math.nan)
+        changes = (one.student - one.teacher for one in self.classes)  # and not -lost, which may be -0
+        return min((change for change in changes if math.isfinite(change)), default=math.nan)
 
     @property
     def worst_class_accuracy(self) -> tuple[float, float]:
@@ -166,7 +178,9 @@ class Evaluation:
     @classmethod
     def from_json(cls, found: object) -> "Evaluation":
         """What `as_json` made it of; null becomes NaN. Raises ValueError, naming the part, where it is anything else."""
-        return _decoded(cls, found, "evaluation")
+        evaluation = _decoded(cls, found, "evaluation")
+        _check_consistent(evaluation)
+        return evaluation
 
 
 def evaluate(
@@ -185,11 +199,12 @@ def evaluate(
     Args:
         student, teacher: a batch of x -> logits (b, classes), on the device of the batches.
         batches: (x, labels) or more, as a `Batch`; labels (b,) int64 in [0, classes). Each sample once.
-        temperatures: those of the divergence and of the quality of the probabilities; finite, > 0, different.
-        layers: (student's path, teacher's path) of layers whose outputs are compared, by `named_modules()`. None: the
-            stages of both (`kcd_ext.models.features`), paired from the last one backwards as far as both have any, then
-            the penultimate features and the logits; of networks without stages, or without a linear layer, what there
-            is. Maps (b, c, h, w) are averaged over h and w, all others flattened.
+        temperatures: those of the divergence and of the quality of the probabilities; in [0.001, 1000], different.
+        layers: (student's path, teacher's path) of layers whose outputs are compared, by `named_modules()`, or
+            `penultimate`, what goes into the last linear layer, or `logits`. None: the stages of both
+            (`kcd_ext.models.features`), paired from the last one backwards as far as both have any, then the
+            penultimate features and the logits; of networks without stages, or without a linear layer, what there is.
+            Maps (b, c, h, w) are averaged over h and w, all others flattened.
         class_names: what the labels stand for; empty: `class 0` and so on.
 
     Raises:
@@ -197,7 +212,7 @@ def evaluate(
             NaN, or infinity; a label is no class.
         RuntimeError: a layer is not passed, or gives no features of so many samples.
     """
-    temperatures = _checked_temperatures(temperatures)
+    temperatures = checked_temperatures(temperatures)
     logits, labels = ([], []), []
     with ExitStack() as stack, torch.no_grad():
         compared = _compared(student, teacher, layers, stack)
@@ -210,7 +225,9 @@ def evaluate(
                 kept.append(one.cpu())
             labels.append(label.cpu())
             for pair in compared:
-                pair.take(*given)
+                pair.catch(*given)
+            for pair in compared:
+                pair.add()
     if not labels:
         raise ValueError("batches must hold at least one sample, got none")
     of_student, of_teacher, labels = torch.cat(logits[0]), torch.cat(logits[1]), torch.cat(labels)
@@ -314,8 +331,9 @@ def exaggeration(student: Tensor, teacher: Tensor) -> Exaggeration:
 
     Log-odds of both networks at the teacher's top class are what Nagarajan et al., 2023 (arXiv 2301.12923) plot against
     each other. Ours are the numbers made of them: the slope and intercept of the student's on the teacher's by least
-    squares over all samples (a slope above 1 exaggerates), and the mean difference below and above the teacher's
-    median. Samples for which either is infinite are left out of all of them.
+    squares over all samples, and the mean difference below and above the teacher's median. A slope above 1 is steeper
+    than the teacher's, which may come of a student that is less sure everywhere; one exaggerates that is less sure below
+    the median and surer above it. Samples for which either is infinite are left out of all of them.
     """
     top = teacher.argmax(-1)
     x, y = log_odds(teacher, top), log_odds(student, top)
@@ -361,7 +379,8 @@ class LinearCKA:
     """Linear centred kernel alignment (Kornblith et al., 2019, arXiv 1905.00414) of features that come batch by batch.
 
     Over all samples, with every feature centred, CKA = ||Y'X||_F^2 / (||X'X||_F ||Y'Y||_F), X (n, d), Y (n, e). Products
-    are summed in float64 around the mean so far, whose moves are made up for, so that a large mean costs no digits.
+    are summed in float64 around the mean so far, whose moves are made up for, so that a large mean costs no digits. Of
+    X'X and Y'Y, which are symmetric, the upper triangles are.
     """
 
     def __init__(self):
@@ -383,22 +402,38 @@ class LinearCKA:
         features = features - self._origin  # what never changes is exactly 0
         mean, count = features.mean(0), self._count + len(x)
         step = mean - self._mean
-        moved = self._parts(step * (self._count * len(x) / count)), self._parts(step)
-        for total, (a, b), (s, _), (_, t) in zip(self._products, self._parts(features - mean), *moved, strict=True):
-            total.addmm_(a.T, b).addr_(s, t)
+        moved = math.sqrt(self._count * len(x) / count) * step  # one more row, which makes up for it
+        parts = self._parts(torch.cat([features - mean, moved[None]]))
+        for total, (a, b) in zip(self._products, parts, strict=True):
+            _add_products(total, a, b)
         self._mean, self._count = self._mean + step * (len(x) / count), count
 
     def value(self) -> float:
         """In [0, 1] up to rounding; NaN where either's features are the same for all samples, or there are none."""
         if not self._count:
             return math.nan
-        xx, yy, yx = (torch.linalg.matrix_norm(product) for product in self._products)
+        xx, yy = (_norm_of_symmetric(product) for product in self._products[:2])
+        yx = torch.linalg.matrix_norm(self._products[2])
         return ((yx / xx) * (yx / yy)).item()
 
     def _parts(self, features: Tensor) -> tuple[tuple[Tensor, Tensor], ...]:
         """The factors of X'X, Y'Y and Y'X out of features (..., d + e)."""
         x, y = features.split(self._sizes, dim=-1)
         return (x, x), (y, y), (y, x)
+
+
+def _add_products(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """Adds A'B to total (d, e), A (b, d), B (b, e); where A is B, in blocks, and below the diagonal not all of it."""
+    if a is not b:
+        total.addmm_(a.T, b)
+        return
+    for start in range(0, len(total), BLOCK):
+        total[start : start + BLOCK, start:].addmm_(a[:, start : start + BLOCK].T, a[:, start:])
+
+
+def _norm_of_symmetric(total: Tensor) -> Tensor:
+    """The Frobenius norm of a matrix whose upper triangle this is."""
+    return torch.hypot(math.sqrt(2) * total.triu(1).norm(), total.diagonal().norm())
 
 
 class _Pooled(Tap):
@@ -416,29 +451,53 @@ class _Pooled(Tap):
 
 
 class _Pair:
-    """A layer of each network, and what their features have come to so far. A tap of None is for the logits."""
+    """A layer of each network, and what their features have come to so far. A tap of None is for the logits.
 
-    def __init__(self, names: tuple[str, str], taps: tuple[_Pooled | None, _Pooled | None]):
+    `like` is a pair whose features may be the same, as what the last stage gives is often what goes into the classifier:
+    as long as they are, its sums are not made twice.
+    """
+
+    def __init__(
+        self, names: tuple[str, str], taps: tuple[_Pooled | None, _Pooled | None], like: "_Pair | None" = None
+    ):
         self.names = names
         self._taps = taps
+        self._like = like
         self._cka = LinearCKA()
+        self._features: list[Tensor] = []
 
-    def take(self, *logits: Tensor) -> None:
-        """What the last forward pass of both has left."""
-        features = [
+    def catch(self, *logits: Tensor) -> None:
+        """What the last forward pass of both has left; every pair catches before any adds."""
+        self._features = [
             one if tap is None else tap.take_pooled(len(one)) for tap, one in zip(self._taps, logits, strict=True)
         ]
-        for role, name, one in zip(("student", "teacher"), self.names, features, strict=True):
+        for role, name, one in zip(("student", "teacher"), self.names, self._features, strict=True):
             if one.shape[1] > WIDEST:
                 raise ValueError(
                     f"layers: the {role}'s {name} has {one.shape[1]} features, and products of all pairs are summed: take "
                     f"layers with at most {WIDEST}, maps averaged over h and w"
                 )
-        self._cka.update(*features)
+        if self._like is not None and not all(map(_alike, self._features, self._like._features)):
+            self._cka, self._like = deepcopy(self._like.cka), None  # up to here they were
+
+    def add(self) -> None:
+        """Takes what was caught into the sums."""
+        if self._like is None:
+            self._cka.update(*self._features)
+
+    @property
+    def cka(self) -> LinearCKA:
+        """Of all that was added."""
+        return self._cka if self._like is None else self._like.cka
 
     @property
     def similarity(self) -> LayerSimilarity:
-        return LayerSimilarity(*self.names, self._cka.value())
+        return LayerSimilarity(*self.names, self.cka.value())
+
+
+def _alike(x: Tensor, y: Tensor) -> bool:
+    """Whether features differ by no more than float32 rounds: means may have been made in other orders."""
+    return x.shape == y.shape and bool(((x - y).abs().amax() <= 1e-6 * x.abs().amax()).item() if x.numel() else True)
 
 
 def _compared(
@@ -450,24 +509,39 @@ def _compared(
         if not isinstance(network, nn.Module):
             raise TypeError(f"{role} must be a torch.nn.Module, got {type(network).__name__}")
 
-    def tapped(paths: tuple[str | None, str | None], names: tuple[str, str], output: bool) -> _Pair:
-        taps = tuple(_Pooled(networks[role], path, role, output) for role, path in zip(networks, paths, strict=True))
+    def tapped(names: tuple[str, str], like: _Pair | None = None) -> _Pair:
+        taps = tuple(_tap(network, name, role) for (role, network), name in zip(networks.items(), names, strict=True))
         for tap in taps:
-            stack.callback(tap.remove)
-        return _Pair(names, taps)
+            if tap is not None:
+                stack.callback(tap.remove)
+        return _Pair(names, taps, like)
 
     if layers is not None:
         _check_layers(networks, layers)
-        return [tapped(pair, pair, True) for pair in map(tuple, layers)]
-    logits = _Pair(("logits", "logits"), (None, None))
+        return [tapped(pair) for pair in map(tuple, layers)]
+    logits = _Pair((LOGITS, LOGITS), (None, None))
     if any(isinstance(network, torch.jit.ScriptModule) for network in networks.values()):
         return [logits]  # which takes no hooks
     stages = [_stages(network) for network in networks.values()]
     depth = min(map(len, stages))
-    pairs = [tapped(pair, pair, True) for pair in zip(*(paths[len(paths) - depth :] for paths in stages), strict=True)]
-    if all(any(isinstance(module, nn.Linear) for module in network.modules()) for network in networks.values()):
-        pairs.append(tapped((None, None), ("penultimate", "penultimate"), False))
+    pairs = [tapped(pair) for pair in zip(*(paths[len(paths) - depth :] for paths in stages), strict=True)]
+    if all(map(_has_linear, networks.values())):
+        taps = tuple(_Pooled(network, None, role) for role, network in networks.items())
+        for tap in taps:
+            stack.callback(tap.remove)
+        pairs.append(_Pair((PENULTIMATE, PENULTIMATE), taps, pairs[-1] if pairs else None))
     return [*pairs, logits]
+
+
+def _tap(network: nn.Module, name: str, role: str) -> _Pooled | None:
+    """What catches a layer's features; None for the logits. A path comes before the other two names."""
+    if name in dict(network.named_modules()):
+        return _Pooled(network, name, role, output=True)
+    return None if name == LOGITS else _Pooled(network, None, role)
+
+
+def _has_linear(network: nn.Module) -> bool:
+    return any(isinstance(module, nn.Linear) for module in network.modules())
 
 
 def _stages(network: nn.Module) -> tuple[str, ...]:
@@ -478,19 +552,38 @@ def _stages(network: nn.Module) -> tuple[str, ...]:
 
 
 def _check_layers(networks: dict[str, nn.Module], layers: Sequence[tuple[str, str]]) -> None:
+    if not layers:
+        raise ValueError("layers must be one or more pairs of a path in the student and one in the teacher, got none")
     for pair in layers:
         if isinstance(pair, str) or len(pair) != 2:
             raise ValueError(f"layers must be pairs of a path in the student and one in the teacher, got {pair!r}")
         for (role, network), path in zip(networks.items(), pair, strict=True):
-            if not path or path not in dict(network.named_modules()):
-                raise ValueError(f"layers must name a path in {role}.named_modules(), which has no {path!r}")
+            paths = [name for name, _ in network.named_modules() if name]
+            if path in paths or path == LOGITS:
+                continue
+            if path != PENULTIMATE:
+                raise ValueError(
+                    f"layers must name a path in {role}.named_modules(), {PENULTIMATE} or {LOGITS}; the {role} has no "
+                    f"{path!r}, but {_listed(paths)}"
+                )
+            if not _has_linear(network):
+                raise ValueError(f"layers: the {role} has no torch.nn.Linear, which {PENULTIMATE} features go into")
+
+
+def _listed(paths: Sequence[str]) -> str:
+    """Some of the paths, those of the fewest parts."""
+    shown = sorted(paths, key=lambda path: path.count("."))[:LISTED]
+    return ", ".join(shown) + (f" and {len(paths) - len(shown)} more" if len(paths) > len(shown) else "")
 
 
 # --- checks -----------------------------------------------------------------------------------------------------------
 
 
-def _checked_temperatures(temperatures: Sequence[float]) -> tuple[float, ...]:
-    checked = tuple(float(check_temperature("temperatures", t)) for t in temperatures)
+def checked_temperatures(temperatures: Sequence[float]) -> tuple[float, ...]:
+    """One or more different numbers in [0.001, 1000]. Raises TypeError or ValueError for others."""
+    checked = tuple(
+        real("temperatures", t, f"numbers in [{COLDEST}, {HOTTEST:g}]", COLDEST, HOTTEST) for t in temperatures
+    )
     if not checked or len(set(checked)) < len(checked):
         raise ValueError(f"temperatures must be one or more different numbers, got {list(checked)}")
     return checked
@@ -520,6 +613,27 @@ def _check_all(student: Tensor, teacher: Tensor, labels: Tensor, class_names: Se
         raise ValueError(f"labels must lie in [0, {student.shape[1]}), got {low} to {high}")
     if class_names and len(class_names) != student.shape[1]:
         raise ValueError(f"class_names must hold {student.shape[1]} names, got {len(class_names)}")
+
+
+def _check_consistent(found: Evaluation) -> None:
+    """Raises ValueError where the parts of an evaluation that was read cannot be of one."""
+    temperatures = [one.temperature for one in found.divergence]
+    checked_temperatures(temperatures)
+    if not found.samples or not found.layers or not found.classes:
+        raise ValueError("evaluation must have samples, layers and classes")
+    if sum(one.count for one in found.classes) != found.samples:
+        raise ValueError(f"evaluation.classes must hold all {found.samples} samples")
+    percents = {"agreement": found.agreement}
+    for role in ("student", "teacher"):
+        scores: Scores = getattr(found, role)
+        percents[f"{role}.accuracy"] = scores.accuracy
+        if sum(one.count for one in scores.bins) != found.samples:
+            raise ValueError(f"evaluation.{role}.bins must hold all {found.samples} samples")
+        if [one.temperature for one in scores.quality] != temperatures:
+            raise ValueError(f"evaluation.{role}.quality must be at temperatures {temperatures}")
+    for name, percent in percents.items():
+        if not 0 <= percent <= 100:
+            raise ValueError(f"evaluation.{name} must be a number in [0, 100], got {percent}")
 
 
 # --- JSON -------------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from statistics import mean, stdev
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -20,8 +21,8 @@ from kcd_ext import evaluation as metrics
 from kcd_ext.data.images import load
 from kcd_ext.evaluation import Evaluation, LinearCKA, evaluate
 from kcd_ext.methods import Batch
-from kcd_ext.training import Summary
-from kcd_ext.training.summary import cells
+from kcd_ext.training import Summary, report
+from kcd_ext.training.summary import ComparedWith, cells
 
 SMALL = ["--data", "digits", "--epochs", "2", "--threads", "1", "--device", "cpu"]
 
@@ -280,6 +281,68 @@ def test_evaluate_against_the_outputs_of_the_networks():
     assert [one.temperature for one in other.divergence] == [2.0]
 
 
+def test_layers_by_the_names_that_are_told():
+    student, teacher = network((3, 5), stages=("3",)), network((4, 6), stages=("3",), seed=1)
+    pairs = [("penultimate", "penultimate"), ("logits", "logits"), ("logits", "3")]
+    found = evaluate(student, teacher, batches(), layers=pairs).layers
+    assert [(one.student, one.teacher) for one in found] == pairs
+    usual = evaluate(student, teacher, batches()).layers
+    assert [one.cka for one in found[:2]] == [one.cka for one in usual[1:]]
+    x = torch.cat([x for x, _ in batches()])
+    a, b = outputs(student, x)[6], outputs(teacher, x)[3].mean((2, 3))
+    assert found[2].cka == pytest.approx(by_hand_cka(a, b), rel=1e-5)
+    student.add_module("penultimate", nn.Identity())  # behind the classifier: a path comes first
+    first = evaluate(student, teacher, batches(), layers=[("penultimate", "logits")]).layers[0].cka
+    assert first == pytest.approx(by_hand_cka(a, outputs(teacher, x)[6]), rel=1e-5)
+
+
+class Pooling(nn.Module):
+    """Its last stage, averaged, goes into its classifier; where `parts`, another vector does for some samples."""
+
+    stages = ("conv",)
+
+    def __init__(self, width, parts, seed):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.conv, self.linear, self.parts = nn.Conv2d(1, width, 3), nn.Linear(width, 3), parts
+
+    def forward(self, x):
+        pooled = self.conv(x).mean((3, 2))  # in another order
+        return self.linear(pooled + self.parts * (x.mean((1, 2, 3), keepdim=True)[:, :, 0, 0] > 0.5))
+
+
+@pytest.mark.parametrize(("parts", "summed"), [(0, 6), (1, 8)])
+def test_features_that_are_the_same_are_summed_once(parts, summed, monkeypatch):
+    """Three batches of two pairs and, from the second on, of the third that has parted from the first."""
+    calls, real = [], LinearCKA.update
+    monkeypatch.setattr(LinearCKA, "update", lambda self, x, y: calls.append(self) or real(self, x, y))
+    student, teacher = Pooling(4, parts, 0), Pooling(6, 0, 1)
+    held = batches()
+    x = torch.cat([x - x.mean((1, 2, 3), keepdim=True) + i * torch.ones(1) for i, (x, _) in enumerate(held)])
+    held = list(zip(x.split([4, 1, 8]), (y for _, y in held), strict=True))
+    found = evaluate(student, teacher, held).layers
+    with torch.no_grad():
+        stage = student.conv(x).mean((2, 3)), teacher.conv(x).mean((2, 3))
+    shifted = stage[0] + parts * (torch.arange(3).repeat_interleave(torch.tensor([4, 1, 8])) > 0)[:, None]
+    assert [one.student for one in found] == ["conv", "penultimate", "logits"] and len(calls) == summed
+    assert found[0].cka == pytest.approx(by_hand_cka(*stage), rel=1e-5)
+    assert found[1].cka == pytest.approx(by_hand_cka(shifted, stage[1]), rel=1e-5)
+
+
+@pytest.mark.parametrize("block", [1, 2, 5])
+def test_symmetric_sums_are_made_in_blocks(block, monkeypatch):
+    monkeypatch.setattr(metrics, "BLOCK", block)
+    test_linear_cka_of_batches(3.0)
+
+
+def test_a_student_exaggerates_where_it_is_surer_above_and_less_sure_below():
+    teacher = torch.tensor([[x, 0.0] for x in (1.0, 2.0, 3.0, 4.0)])
+    steep = metrics.exaggeration(2 * teacher - torch.tensor([2.5, 0.0]), teacher)
+    less_sure = metrics.exaggeration(1.1 * teacher - torch.tensor([5.0, 0.0]), teacher)
+    assert (steep.slope, steep.exaggerates) == (pytest.approx(2), True)
+    assert (less_sure.slope, less_sure.exaggerates) == (pytest.approx(1.1), False) and less_sure.above < 0
+
+
 def test_a_student_that_is_its_teacher():
     made = network((3, 5), stages=("1", "3"))
     for stay in (made, network((3, 5), stages=("1", "3"))):
@@ -326,6 +389,16 @@ def test_json_goes_there_and_back():
         ({"layers": 3}, r"evaluation.layers must be a list, got 3"),
         ({"layers": [{"student": "\ud800"}]}, r"evaluation.layers\[0\].student must be text"),
         ({"student": None}, r"evaluation.student must be an object, got None"),
+        ({"agreement": None}, r"evaluation.agreement must be a number in \[0, 100\], got nan"),
+        ({"samples": 0}, "must have samples, layers and classes"),
+        ({"layers": []}, "must have samples, layers and classes"),
+        ({"classes": []}, "must have samples, layers and classes"),
+        ({"classes": content["classes"][1:]}, "evaluation.classes must hold all 23 samples"),
+        ({"divergence": []}, "temperatures must be one or more"),
+        ({"divergence": [{"temperature": None}]}, "temperatures must be numbers in"),
+        ({"student": {**content["student"], "bins": []}}, "evaluation.student.bins must hold all 23 samples"),
+        ({"teacher": {**content["teacher"], "quality": []}}, "evaluation.teacher.quality must be at temperatures"),
+        ({"teacher": {**content["teacher"], "accuracy": None}}, "evaluation.teacher.accuracy must be a number in"),
     ):
         with pytest.raises(ValueError, match=message):
             Evaluation.from_json({**content, **change})
@@ -338,8 +411,15 @@ def test_json_goes_there_and_back():
         ({"batches": []}, "batches must hold at least one sample, got none"),
         ({"temperatures": ()}, "temperatures must be one or more different numbers"),
         ({"temperatures": (2, 2.0)}, "temperatures must be one or more different numbers"),
-        ({"temperatures": (0,)}, "temperatures must be a finite number > 0"),
-        ({"layers": [("9", "1")]}, r"layers must name a path in student.named_modules\(\), which has no '9'"),
+        ({"temperatures": (0,)}, r"temperatures must be numbers in \[0.001, 1000\], got 0"),
+        ({"temperatures": (1e4,)}, r"temperatures must be numbers in \[0.001, 1000\], got 10000.0"),
+        (
+            {"layers": [("9", "1")]},
+            r"layers must name a path in student.named_modules\(\), penultimate or logits; the student has no '9', but 0, 1, 2, "
+            r"3, 4, 5, 6$",
+        ),
+        ({"layers": ()}, "layers must be one or more pairs"),
+        ({"layers": [("penultimate", "1")], "student": nn.Identity()}, "layers: the student has no torch.nn.Linear"),
         ({"layers": ["11"]}, "layers must be pairs"),
         ({"class_names": "ab"}, "class_names must hold 3 names, got 2"),
         ({"teacher": nn.Sequential(nn.Flatten(), nn.Linear(16, 4))}, "as many classes, got 3 and 4"),
@@ -506,7 +586,7 @@ def test_the_section_of_the_page(home, evaluated):
     assert [heading for heading in page.headings if heading not in before.headings] == [
         "Evaluation: the student beside its teacher",
         "Probabilities against the labels",
-        *(f"{section}: kd" for section in SECTIONS),
+        *(f"{section}: kd, seed 5" for section in SECTIONS),
     ]
     assert page.drawings == before.drawings + 4
     assert all(reference.startswith(("#", "data:image/png;base64,")) for reference in page.references)
@@ -533,9 +613,12 @@ def test_later_reports_have_the_section_and_the_column(evaluated, tmp_path, monk
     ):
         assert kcd(*arguments) == 0
         out, page = capfd.readouterr().out, Page(tmp_path / path)
-        assert [h for h in page.headings if h.startswith(SECTIONS)] == [f"{section}: kd" for section in SECTIONS]
+        assert [h for h in page.headings if h.startswith(SECTIONS)] == [
+            f"{section}: kd, seed 5" for section in SECTIONS
+        ]
         if arguments[0] == "evaluate":
             assert page.headings == before.headings and page.drawings == before.drawings
+            assert page.rows == before.rows
         else:
             row = next(dict(zip(page.rows[0], row, strict=True)) for row in page.rows if row[0] == "kd")
             assert row["agreement, %"] == shown and shown in out
@@ -554,6 +637,164 @@ def test_seeds_that_were_not_evaluated_are_told():
     assert "evaluation" not in run("a", 0, 80.0).as_json()
 
 
+# --- what is drawn and told of an evaluation --------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=[6, 31])
+def drawn_one(request):
+    """An evaluation in which no two numbers of student and teacher are alike, and its logits and labels."""
+    student, teacher, labels = drawn(n=500, classes=request.param, scale=1.5)
+    known = (np.arange(500) % 3 > 0) & (teacher.argmax(1) < request.param - 1)  # the last class stays without samples
+    s, t, y = tensors((1.4 * student - 0.3, teacher, np.where(known, teacher.argmax(1), labels)))
+    names = [f"name {label}" for label in range(request.param)]
+    return evaluate(nn.Identity(), Fixed(t), [(s, y)], temperatures=(1, 2.5), class_names=names), s, t, y
+
+
+def axes_of(draw, evaluation):
+    axes = Figure().subplots()
+    draw(axes, evaluation)
+    return axes
+
+
+def test_the_reliability_that_is_drawn(drawn_one):
+    found, s, t, y = drawn_one
+    axes = axes_of(report._draw_reliability, found)
+    lines = {line.get_label().partition(",")[0]: line for line in axes.lines}
+    marks = {marks.get_label(): marks for marks in axes.collections}
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("confidence, %", "accuracy, %")
+    for role, logits in (("student", s), ("teacher", t)):
+        ece, counts, points = by_hand_ece(logits.numpy(), y.numpy())
+        points = [point for point, count in zip(points, counts, strict=True) if count]
+        np.testing.assert_allclose(lines[role].get_xydata(), points, rtol=1e-9)
+        np.testing.assert_allclose(marks[f"_{role}"].get_offsets(), points, rtol=1e-9)
+        areas = marks[f"_{role}"].get_sizes()
+        np.testing.assert_allclose(areas / areas.sum(), [count / len(y) for count in counts if count])
+        assert lines[role].get_label() == f"{role}, ECE {ece:.2f}"
+        colours = (lines[role].get_color(), marks[f"_{role}"].get_facecolor()[0][:3])
+        assert colours[0] == report.NETWORKS[role] and report.matplotlib.colors.to_hex(colours[1]) == colours[0]
+
+
+def test_the_classes_that_are_drawn(drawn_one):
+    found, s, t, y = drawn_one
+    axes = axes_of(report._draw_classes, found)
+    rates = {"student": [], "teacher": []}
+    for role, x in (("student", s), ("teacher", t)):
+        for c in range(s.shape[1]):
+            right, held = int((x.argmax(1) == c)[y == c].sum()), int((y == c).sum())
+            rates[role].append(100 * right / held if held else np.nan)
+    lost = {c: b - a for c, (a, b) in enumerate(zip(*rates.values(), strict=True)) if not np.isnan(a)}
+    order = sorted(lost, key=lambda c: -lost[c])
+    shown = order[:20] if s.shape[1] > 20 else range(s.shape[1])
+    assert [text.get_text() for text in axes.get_xticklabels()] == [f"name {c}" for c in shown]
+    for bars in axes.containers:
+        heights = [0 if np.isnan(x) else x for x in (rates[bars.get_label()][c] for c in shown)]
+        np.testing.assert_allclose([bar.get_height() for bar in bars], heights, rtol=1e-9)
+        assert {report.matplotlib.colors.to_hex(bar.get_facecolor()) for bar in bars} == {
+            report.NETWORKS[bars.get_label()]
+        }
+    assert {bars.get_label() for bars in axes.containers} == {"student", "teacher"}
+    worse = [f"name {c} ({lost[c]:.2f})" for c in order if lost[c] > 0][:10]
+    assert len(worse) > 1 and report._note_of_classes(found).endswith(f"points: {', '.join(worse)}.")
+    axes.figure.canvas.draw()
+    assert axes.get_legend().get_window_extent().y0 >= axes.get_window_extent().y1  # above all bars
+
+
+def test_the_log_odds_that_are_drawn(drawn_one):
+    found, s, t, _ = drawn_one
+    axes = axes_of(report._draw_log_odds, found)
+    tops = t.argmax(1).tolist()
+    x, y = (np.array([by_hand_log_odds(row.numpy(), c) for row, c in zip(z, tops, strict=True)]) for z in (t, s))
+    points, alike, line = axes.lines
+    assert len(points.get_xdata()) == 300 and "teacher's" in axes.get_xlabel() and "student's" in axes.get_ylabel()
+    np.testing.assert_allclose(points.get_xydata()[[0, -1]], [(x[0], y[0]), (x[-1], y[-1])], rtol=1e-9)
+    assert (alike.get_xdata() == alike.get_ydata()).all()
+    slope, intercept = np.polyfit(x, y, 1)
+    np.testing.assert_allclose(line.get_ydata(), slope * np.array(line.get_xdata()) + intercept, rtol=1e-6)
+    assert line.get_label() == f"slope {slope:.4g}"
+    below, above = ((y - x)[part].mean() for part in (x < np.median(x), x > np.median(x)))
+    note = report._note_of_log_odds(found)
+    assert (
+        f"by {below:+.4g} where the teacher's are below their median, by {above:+.4g} where they are above it." in note
+    )
+    assert ("The student exaggerates" in note) == (below < 0 < above)
+    other = dataclasses.replace(found.exaggeration, below=-0.5, above=0.25)
+    assert "The student exaggerates" in report._note_of_log_odds(dataclasses.replace(found, exaggeration=other))
+
+
+def test_the_layers_that_are_drawn(drawn_one):
+    layers = tuple(metrics.LayerSimilarity(*row) for row in (("a", "b", 0.25), ("c", "c", 0.75), ("d", "d", np.nan)))
+    axes = axes_of(report._draw_layers, dataclasses.replace(drawn_one[0], layers=layers))
+    assert [bar.get_width() for bar in axes.patches] == [0.25, 0.75, 0]
+    assert [text.get_text() for text in axes.get_yticklabels()] == ["a / b", "c", "d"]
+    assert axes.yaxis_inverted() and axes.get_xlim() == (0, 1)
+
+
+def test_the_tables_of_evaluations(drawn_one):
+    found, s, t, y = drawn_one
+    summary = Summary("kd", 0, 1.0, 1.0, 1, 1, 1.0, evaluation=found)
+    head, row = report.evaluation_table([summary])
+    assert len(set(head)) == len(head)
+    told, one = dict(zip(head, row, strict=True)), found.exaggeration
+    rates = [100 * np.mean((x.argmax(1) == y).numpy()) for x in (s, t)]
+    worst = min(a - b for a, b in ((c.student, c.teacher) for c in found.classes if c.count))
+    assert told == {
+        "run": "kd",
+        "accuracy, %": f"{rates[0]:.2f}",
+        "teacher's accuracy, %": f"{rates[1]:.2f}",
+        "agreement, %": f"{100 * np.mean((s.argmax(1) == t.argmax(1)).numpy()):.2f}",
+        "KL, T = 1": f"{by_hand_kl(s.numpy(), t.numpy(), 1):.4g}",
+        "KL, T = 2.5": f"{by_hand_kl(s.numpy(), t.numpy(), 2.5):.4g}",
+        "ECE, %": f"{by_hand_ece(s.numpy(), y.numpy())[0]:.2f}",
+        "teacher's ECE, %": f"{by_hand_ece(t.numpy(), y.numpy())[0]:.2f}",
+        "slope of log-odds": f"{one.slope:.4g}",
+        "halves of log-odds": f"{one.below:+.4g} / {one.above:+.4g}",
+        "worst class, points": f"{worst:+.2f}",
+    }
+    head, *rows = report._table_of_quality([("kd", summary)])
+    assert head == ["run", "temperature", "NLL", "teacher's NLL", "Brier", "teacher's Brier"]
+    for row, temperature in zip(rows, (1, 2.5), strict=True):
+        p = [torch.softmax(x / temperature, 1) for x in (s, t)]
+        nll = [-x.gather(1, y[:, None]).log().mean().item() for x in p]
+        brier = [(x - nn.functional.one_hot(y, x.shape[1])).square().sum(1).mean().item() for x in p]
+        assert row == ["kd", f"{temperature:g}", *(f"{x:.4g}" for x in (*nll, *brier))]
+
+
+def test_what_rounds_to_nothing_has_no_sign(drawn_one):
+    same = evaluate(nn.Identity(), Fixed(drawn_one[1]), [(drawn_one[1], drawn_one[3])])
+    assert str(same.worst_class_change) == "0.0" and json.dumps(same.as_json()).count('"worst_class_change": 0.0') == 1
+    told = report.evaluation_table([Summary("kd", 0, 1.0, 1.0, 1, 1, 1.0, evaluation=same)])[1]
+    assert told[-2:] == ["0 / 0", "0.00"] and [report._number(x, "+.2f") for x in (-0.001, 0.001, -1)] == [
+        "0.00",
+        "0.00",
+        "-1.00",
+    ]
+
+
+def test_temperatures_that_are_almost_the_same_have_labels_of_their_own(drawn_one):
+    _, s, t, y = drawn_one
+    found = evaluate(nn.Identity(), Fixed(t), [(s, y)], temperatures=(1, 1.0000001, 4))
+    summary = Summary("kd", 0, 1.0, 1.0, 1, 1, 1.0, evaluation=found)
+    assert report.evaluation_table([summary])[0][4:7] == ["KL, T = 1", "KL, T = 1.0000001", "KL, T = 4"]
+    assert [row[1] for row in report._table_of_quality([("kd", summary)])[1:]] == ["1", "1.0000001", "4"]
+
+
+def test_agreements_of_different_teachers_are_told(drawn_one):
+    def run(method, seed, weights, own=True):
+        with_whom = ComparedWith("net", f"at-{weights}", weights, own)
+        return Summary(method, seed, 1.0, 1.0, 1, 1, 1.0, evaluation=drawn_one[0], compared_with=with_whom)
+
+    assert report.notes_on_agreement([run("a", 0, "x"), run("a", 1, "x"), run("b", 0, "x")]) == []
+    several = "Not all agreements are with the same teacher: the evaluation says with which."
+    assert report.notes_on_agreement([run("a", 0, "x"), run("b", 0, "y")]) == [several]
+    assert report.notes_on_agreement([run("a", 0, "x"), run("a", 1, "y")]) == [
+        several,
+        "The agreement of a is the mean over different teachers.",
+    ]
+    assert report.notes_on_agreement([run("a", 0, "x", own=False)]) == [
+        "The agreement of a is with net of at-x (weights x), not with a teacher that it was distilled from."
+    ]
+
+
 def test_a_teacher_elsewhere_is_found_and_a_student_alone_left_out(here, capfd):
     assert kcd("report", "shelf", "--output", "before.html") == 0
     assert "agreement" not in capfd.readouterr().out and "agreement" not in (here / "before.html").read_text()
@@ -561,7 +802,7 @@ def test_a_teacher_elsewhere_is_found_and_a_student_alone_left_out(here, capfd):
     assert kcd("evaluate", "shelf", "--threads", 1, "--layers", "0=2", "--temperatures", 3) == 0
     out = capfd.readouterr().out
     assert out.endswith("\nreport: shelf/kd/report.html\n") and not (here / "shelf" / "alone" / "report.html").exists()
-    assert "left out: shelf/alone was distilled from no teacher: --teacher says whom" in out
+    assert "left out: shelf/alone: was distilled from no teacher: --teacher says whom" in out
     content = written(here / "shelf" / "kd")
     assert content["teacher_network"] == "cnn_large" and content["teacher_path"].endswith("far/elsewhere")
     assert [one["temperature"] for one in content["evaluation"]["divergence"]] == [3]
@@ -580,7 +821,7 @@ def test_a_run_without_a_teacher_is_compared_with_one_that_is_named(here, capfd)
     out, error = capfd.readouterr()
     assert (out, error) == (
         "",
-        "kcd: shelf/alone was distilled from no teacher: --teacher says whom to compare its student with\n",
+        "kcd: shelf/alone: was distilled from no teacher: --teacher says whom to compare its student with\n",
     )
     assert contents(here) == before
     weights = here / "weights.safetensors"
@@ -629,14 +870,24 @@ def other_weights(path):
             ["two", "--layers", "0"],
             "layers must be as STUDENT=TEACHER, a path in each network, got '0'",
         ),
-        (lambda here: None, ["two", "--layers", "99=0"], "named_modules(), which has no '99'"),
-        (lambda here: None, ["two", "--temperatures", "0"], "temperatures must be a finite number > 0, got 0.0"),
+        (
+            lambda here: None,
+            ["two", "--layers", "99=0"],
+            "two/seed-5: layers must name a path in student.named_modules()",
+        ),
+        (lambda here: None, ["two/seed-6", "--layers", "0=99"], "kcd: two/seed-6: layers must name a path in teacher."),
+        (lambda here: None, ["two", "--temperatures", "0"], "temperatures must be numbers in [0.001, 1000], got 0.0"),
+        (lambda here: (here / "two/seed-6/evaluation.json").mkdir(), ["two"], "two/seed-6/evaluation.json is no file"),
         (lambda here: None, ["two", "--device", "gpu"], "device"),
         (lambda here: None, ["two", "--threads", "0"], "threads must be"),
         (lambda here: None, [], "kcd evaluate needs the folder of a run at least"),
-        (lambda here: None, ["far"], "nothing to evaluate: far/elsewhere was distilled from no teacher"),
+        (lambda here: None, ["far"], "nothing to evaluate: far/elsewhere: was distilled from no teacher"),
         (lambda here: (here / "two/seed-6/student.safetensors").unlink(), ["two/seed-6"], "is no finished run"),
-        (lambda here: (here / "two/seed-6/student.safetensors").write_text("x"), ["two"], "cannot be read as weights"),
+        (
+            lambda here: (here / "two/seed-6/student.safetensors").write_text("x"),
+            ["two/seed-6"],
+            "cannot be read as weights",
+        ),
         (
             lambda here: (here / "two/report.html").write_text("mine"),
             ["two"],
@@ -644,23 +895,28 @@ def other_weights(path):
         ),
         (
             lambda here: edited(here / "two/seed-6/config.json", lambda c: c.update(test_samples="0")),
-            ["two"],
-            "two/seed-6 was tested on other images than those that 'digits' holds now",
+            ["two/seed-6"],
+            "two/seed-6: was tested on other images than those that 'digits' holds now",
         ),
         (
             lambda here: edited(here / "two/seed-6/config.json", lambda c: c["about"]["data"].update(command="rm")),
-            ["two"],
-            "two/seed-6/config.json is damaged: data must not hold command='rm'",
+            ["two/seed-6"],
+            "two/seed-6: config.json is damaged: data must not hold command='rm'",
         ),
         (
             lambda here: edited(here / "two/seed-6/config.json", lambda c: c["about"].update(teacher_path=[1])),
-            ["two"],
-            "two/seed-6/config.json is damaged: teacher_path must be text, got [1]",
+            ["two/seed-6"],
+            "two/seed-6: config.json is damaged: teacher_path must be text, got [1]",
         ),
         (
             lambda here: edited(here / "two/seed-6/config.json", lambda c: c["about"].pop("student")),
-            ["two"],
-            "two/seed-6/config.json does not say which network was trained",
+            ["two/seed-6"],
+            "two/seed-6: config.json does not say which network was trained",
+        ),
+        (
+            lambda here: edited(here / "two/seed-6/config.json", lambda c: c.update(about={})),
+            ["two/seed-6"],
+            "which images the run was tested on: kcd_ext.evaluation.evaluate takes networks and images themselves",
         ),
     ],
 )
@@ -671,6 +927,108 @@ def test_bad_input_is_one_line_and_nothing_is_written(change, arguments, message
     out, error = capfd.readouterr()
     assert (out, error.count("\n")) == ("", 1) and message in error
     assert contents(here) == before
+
+
+def test_a_run_that_cannot_be_evaluated_does_not_stop_the_others(here, capfd):
+    """One whose teacher is gone, one that was made without a command; one that the layers do not fit."""
+    shutil.copytree(here / "shelf" / "kd", here / "shelf" / "kd-2")
+    edited(here / "shelf" / "kd-2" / "config.json", lambda c: c.update(about={}))
+    shutil.copytree(here / "two" / "seed-5", here / "shelf" / "beside")
+    shutil.copytree(here / "two" / "teacher", here / "shelf" / "teacher")
+    edited(here / "shelf" / "kd" / "config.json", lambda c: c["about"].update(teacher_path="moved"))
+    assert kcd("evaluate", "shelf", "--threads", 1) == 0
+    out = capfd.readouterr().out
+    for reason in (
+        "kd: the teacher that it was distilled from",
+        "kd-2: config.json does not say which images",
+        "teacher: was",
+    ):
+        assert f"\nleft out: shelf/{reason}" in out
+    assert [path.parent.name for path in sorted((here / "shelf").glob("*/evaluation.json"))] == ["beside"]
+    (here / "shelf" / "beside" / "evaluation.json").unlink()
+    edited(here / "two" / "seed-6" / "config.json", lambda c: c["about"].update(student="cnn_large"))
+    assert kcd("evaluate", "two", "--threads", 1) == 0
+    assert "left out: two/seed-6: weights in " in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["student.safetensors", "metrics.jsonl"])
+def test_the_evaluation_of_another_student_is_refused(name, evaluated, here, capfd):
+    evaluation = (evaluated / "two" / "seed-5" / "evaluation.json").read_bytes()
+    (here / "two" / "seed-6" / "evaluation.json").write_bytes(evaluation)
+    assert kcd("report", "two") == 2
+    assert capfd.readouterr().err.startswith(
+        "kcd: two/seed-6/evaluation.json is of another student: metrics.jsonl is not"
+    )
+    (here / "two" / "seed-6" / "evaluation.json").unlink()
+    (here / "two" / "seed-5" / "evaluation.json").write_bytes(evaluation)
+    assert kcd("report", "two") == 0
+    other = here / "two" / "seed-6" / name
+    if name == "metrics.jsonl":
+        shutil.copy(other, here / "two" / "seed-5" / name)
+    else:
+        other_weights(here / "two" / "seed-5" / name)
+    capfd.readouterr()
+    assert kcd("report", "two") == 2
+    assert capfd.readouterr().err.startswith(f"kcd: two/seed-5/evaluation.json is of another student: {name} is not")
+    assert kcd("evaluate", "two", "--threads", 1) == 0  # made anew
+
+
+def test_a_teacher_that_was_evaluated_is_still_the_teacher_of_a_page(here, capfd):
+    """Its row is drawn as a level, and what it agrees with another network is not of that page."""
+    assert kcd("evaluate", "far/elsewhere", "--teacher", "two/teacher", "--threads", 1) == 0
+    assert kcd("evaluate", "shelf/kd", "--threads", 1) == 0
+    for arguments in ([], ["distill", *SMALL, "--teacher", "far/elsewhere", "--output", "shelf/kd", "--resume"]):
+        assert not arguments or kcd(*arguments) == 0
+        page = Page(here / "shelf" / "kd" / "report.html")
+        rows = {row[0]: dict(zip(page.rows[0], row, strict=True)) for row in page.rows[1:3]}
+        agreement = written(here / "shelf" / "kd")["evaluation"]["agreement"]
+        assert {name: row["agreement, %"] for name, row in rows.items()} == {"teacher": "-", "kd": f"{agreement:.2f}"}
+        assert [h for h in page.headings if h.startswith(SECTIONS)] == [f"{section}: kd" for section in SECTIONS]
+
+
+def test_whom_a_student_was_compared_with_is_told(here, capfd):
+    notes = ("not with a teacher that it was distilled from", "Not all agreements are with the same teacher")
+    assert kcd("evaluate", "two", "--threads", 1) == 0
+    out, text = capfd.readouterr().out, (here / "two" / "report.html").read_text()
+    weights = json.loads((here / "two" / "seed-5" / "config.json").read_text())["teacher"]
+    assert f"the teacher of their own, cnn_large (weights {weights}): kd, seed 5; kd, seed 6." in text
+    assert f"the teacher of their own, cnn_large (weights {weights}): two/seed-5; two/seed-6." in out
+    assert "student and teacher have the same top class" in text
+    assert not [note for note in notes if note in text]
+    assert kcd("evaluate", "two/seed-6", "--teacher", "far/elsewhere", "--threads", 1) == 0
+    capfd.readouterr()
+    assert kcd("report", "two", "--output", "page.html") == 0
+    out, pages = capfd.readouterr().out, [here / "two" / "report.html", here / "page.html"]
+    weights = json.loads((here / "shelf" / "kd" / "config.json").read_text())["teacher"]
+    note = f"The agreement of kd, seed 6 is with cnn_large of far/elsewhere (weights {weights}), not with a teacher that it was"
+    for text in (out, *(page.read_text() for page in pages)):
+        assert note in text and "Not all agreements are with the same teacher" in text
+        assert "The agreement of kd is the mean over different teachers." in text
+    assert f"another teacher, cnn_large of far/elsewhere (weights {weights}): kd, seed 6." in text
+
+
+def test_pages_of_a_seed_and_of_all_seeds_tell_the_same(here, monkeypatch, capfd):
+    """And the table of results has the agreement, whoever made the page; what else is in it stays."""
+    page = here / "two" / "report.html"
+    before = Page(page)
+    assert kcd("evaluate", "two/seed-5", "--threads", 1) == 0
+    out = capfd.readouterr().out
+    assert "report: two/seed-5/report.html\nreport: two/report.html\n" in out
+    one = written(here / "two" / "seed-5")["evaluation"]["agreement"]
+    assert kcd("evaluate", "two", "--threads", 1, "--temperatures", 3) == 0
+    assert "report: two/seed-5/report.html\n" in capfd.readouterr().out
+    seed, both = Page(here / "two" / "seed-5" / "report.html"), Page(page)
+    assert "KL, T = 3" in next(row for row in seed.rows if row[0] == "run")
+    assert [row[3] for row in seed.rows[:2]] == ["agreement, %", f"{one:.2f}"]
+    two = mean([one, (other := written(here / "two" / "seed-6")["evaluation"]["agreement"])])
+    assert [row[3] for row in both.rows[:3]] == ["agreement, %", "-", f"{two:.2f} ± {stdev([one, other]):.2f}"]
+    assert [row[:3] + row[4:] for row in both.rows[:3]] == before.rows[:3]
+    page.write_text(page.read_text().replace("<!--results-->", ""))  # as an older version made it
+    monkeypatch.chdir(here / "two" / "seed-5")
+    assert kcd("evaluate", ".", "--threads", 1) == 0
+    out = capfd.readouterr().out
+    assert "\nseed-5 " in out and "two/report.html (an older page, whose table of results kcd report alone" in out
+    assert both.rows[:3] == Page(page).rows[:3]
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"evaluation": {"samples": 1}}'])

@@ -11,7 +11,7 @@ from tyro.conf import Positional, arg
 from ..environment import versions
 from . import report, runs
 from .identity import FREE
-from .runs import Run, evaluation_of
+from .runs import Run
 from .summary import as_text, cells
 
 REFERENCE, BASELINE = "teacher", "kd"
@@ -52,7 +52,7 @@ class Report:
             raise ValueError(f"output must end in .html, got {self.output}")
         groups = _grouped(self.runs)
         summaries = [
-            replace(run.summary, method=label, evaluation=evaluation_of(run.folder))
+            runs.evaluated(replace(run.summary, method=label), run.folder)
             for label, group in groups.items()
             for run in group.runs
             if run.summary is not None
@@ -76,7 +76,8 @@ class Report:
             differences=differences,
             baseline=baseline,
         )
-        return [table for table in (cells(summaries, baseline), differences) if table], notes
+        tables = [table for table in (cells(summaries, baseline), differences) if table]
+        return tables, [*notes, *report.notes_on_agreement(summaries)]
 
 
 @dataclass

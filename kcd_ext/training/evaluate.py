@@ -14,7 +14,7 @@ from tyro.conf import Positional, arg
 from ..condensation.checks import whole
 from ..data.images import ImageData, load
 from ..environment import versions
-from ..evaluation import TEMPERATURES, Evaluation, evaluate
+from ..evaluation import TEMPERATURES, Evaluation, checked_temperatures, evaluate
 from . import report, runs, storage, teachers
 from .batches import feed_of
 from .compare import Report
@@ -26,6 +26,13 @@ from .teachers import WEIGHTS, Teacher
 from .trainer import EVALUATED
 
 SEED = 0  # of weights that those of a file replace
+CANNOT = (
+    TypeError,
+    ValueError,
+    RuntimeError,
+    ImportError,
+    OSError,
+)  # be evaluated: what a run that does not fit raises
 DATA = {"spec": str, "size": int | None, "padding": int | None, "flip": bool | None}  # what `load` takes
 
 
@@ -44,53 +51,80 @@ class Evaluate:
     teacher_network: str | None = None
     """Whose weights --teacher holds. None: what the folder says, else that of the run's own teacher."""
     temperatures: tuple[float, ...] = TEMPERATURES
-    """Those at which probabilities are compared."""
+    """Those at which probabilities are compared, from 0.001 to 1000."""
     layers: Annotated[tuple[str, ...], arg(metavar="[STUDENT=TEACHER ...]")] = ()
-    """Layers whose outputs are compared, by their paths in both networks. None given: the stages of both, paired from
-    the last one backwards, the features before the classifier, and the logits."""
+    """Layers whose outputs are compared, by their paths in both networks, or penultimate (what goes into the last linear
+    layer) or logits. None given: the stages of both, paired from the last one backwards, these two after them."""
     device: str = "auto"
     """auto (CUDA where there is one), cpu or cuda."""
     threads: int | None = None
     """Threads of torch on the CPU. None: as many as torch takes."""
 
     def run(self) -> None:
-        """Checks everything, evaluates, writes and prints a table.
+        """Checks everything, evaluates, writes and prints a table. Of several runs those that cannot be are left out.
 
         Networks and data that config.json calls `module:function` are imported, as `kcd distill` has imported them.
 
         Raises:
-            TypeError, ValueError, RuntimeError, ImportError: an option or a run does not fit; nothing is written then.
+            TypeError, ValueError: an option does not fit, a run that was named itself cannot be evaluated, none of those in
+                a folder can, or a file that the page needs is damaged; nothing is written then.
             FileExistsError: another command is running in a folder.
             OSError: a file cannot be read or written.
         """
         pairs = self._checked()
-        pages: dict[Path, list[Path]] = {}
-        for path in self.runs:
-            pages |= runs.pages(path)
+        asked: dict[Path, Path] = {}
+        pages = self._pages(asked)
         with ExitStack() as stack:
             for home in pages:
                 stack.enter_context(storage.alone_in(home))
-                if (home / REPORT[0]).exists():
-                    report.check_page(home / REPORT[0])
-            plans, left_out = self._plans([folder for folders in pages.values() for folder in folders])
+            plans, left_out = self._plans(list(asked.values()))
+            _check_targets(pages, plans)
             stack.enter_context(threads(self.threads))
             device = stack.enter_context(accelerator_on(self.device, "no")).device
-            found = [plan.evaluated(device, self.temperatures, pairs) for plan in plans]
-            for plan, evaluation in zip(plans, found, strict=True):
+            found: list[tuple[_Plan, Evaluation]] = []
+            for plan in plans:
+                try:
+                    found.append((plan, plan.evaluated(device, self.temperatures, pairs)))
+                except CANNOT as error:
+                    left_out.append(self._left_out(plan.run.folder, error))
+            if not found:
+                raise ValueError(f"there is nothing to evaluate: {left_out[0]}")
+            _check_targets(pages, [plan for plan, _ in found])
+            for plan, evaluation in found:
                 plan.write(evaluation)
-            done = {plan.run.folder.resolve() for plan in plans}
+            done = {plan.run.folder.resolve() for plan, _ in found}
             pages = {home: held for home, held in pages.items() if done & {folder.resolve() for folder in held}}
-            for home, folders in pages.items():
-                _write_page(home / REPORT[0], folders)
-        summaries = [plan.named(evaluation) for plan, evaluation in zip(plans, found, strict=True)]
+            whole = {home: _write_page(home / REPORT[0], folders) for home, folders in pages.items()}
+            summaries = [plan.named() for plan, _ in found]
         print(as_text(report.evaluation_table(summaries)), end="\n\n")
-        for note in left_out:
-            print(f"left out: {note}")
-        for home in pages:
-            print(f"report: {home / REPORT[0]}")
+        for note in (*report.notes_on_teachers(summaries), *(f"left out: {note}" for note in left_out)):
+            print(note)
+        for home, has_column in whole.items():
+            older = "" if has_column else " (an older page, whose table of results kcd report alone makes anew)"
+            print(f"report: {home / REPORT[0]}{older}")
+
+    def _pages(self, asked: dict[Path, Path]) -> dict[Path, list[Path]]:
+        """The runs by the folder that has their page; `asked` takes those to be evaluated, each once.
+
+        A page that is there already and shows one of them too, as that of all seeds does, is among these.
+        """
+        pages: dict[Path, list[Path]] = {}
+        for path in self.runs:
+            pages |= runs.pages(path)
+        for folders in pages.values():
+            for folder in folders:
+                asked.setdefault(folder.resolve(), folder)
+        known = {home.resolve() for home in pages}
+        for folder in asked.values():
+            for home in runs.homes(folder):
+                if (home / REPORT[0]).exists() and home.resolve() not in known:
+                    known.add(home.resolve())
+                    pages[home] = runs.find(home)
+        return pages
 
     def _checked(self) -> list[tuple[str, str]] | None:
         """The pairs of layers; raises TypeError or ValueError for what takes no run to find out."""
+        checked_temperatures(self.temperatures)
         if not self.runs:
             raise ValueError("kcd evaluate needs the folder of a run at least")
         if self.teacher_network is not None and self.teacher is None:
@@ -103,41 +137,40 @@ class Evaluate:
         return [tuple(text.split("=")) for text in self.layers] or None
 
     def _plans(self, folders: Sequence[Path]) -> tuple[list["_Plan"], list[str]]:
-        """What is to be done, once for every run; and what there is nothing to do for, and why.
+        """What is to be done; and what there is nothing to do for, and why.
 
         Raises ValueError where that was named itself, not found in a folder of several, or where there is nothing else.
         """
-        unique: dict[Path, Path] = {}
-        for folder in folders:
-            unique.setdefault(folder.resolve(), folder)
         loaded, found = cache(_loaded), cache(teachers.find)  # runs of several seeds share both
         plans, left_out = [], []
-        for folder in unique.values():
-            run, told = runs.read(folder), _Told.by(folder)
-            why = self._why_not(run, told)
-            if not why:
-                plans.append(self._plan(run, told, loaded, found))
-            elif folder in self.runs:
-                raise ValueError(f"{folder} {why}")
-            else:
-                left_out.append(f"{folder} {why}")
-                runs.evaluation_of(folder)  # damaged, it would keep the page from being written
+        for folder in folders:
+            run = runs.read(folder)
+            try:
+                plans.append(self._plan(run, loaded, found))
+            except CANNOT as error:
+                left_out.append(self._left_out(folder, error))
         if not plans:
             raise ValueError(f"there is nothing to evaluate: {left_out[0]}")
         return plans, left_out
 
-    def _why_not(self, run: runs.Run, told: "_Told") -> str:
-        if run.summary is None or run.unfinished or not (run.folder / WEIGHTS).is_file():
-            return f"is no finished run: it has no {WEIGHTS}, or fewer epochs than it was to have"
-        if self.teacher is None and told.digest is None:
-            return "was distilled from no teacher: --teacher says whom to compare its student with"
-        return ""
+    def _left_out(self, folder: Path, error: Exception) -> str:
+        """Which run, and why, in one line. Raises it as a ValueError where the run was named itself."""
+        why = str(error).partition("\n")[0]
+        told = f"{_shown(folder)}: {why}"
+        if folder in self.runs:
+            raise ValueError(told) from error
+        return told
 
-    def _plan(self, run: runs.Run, told: "_Told", loaded: Callable, found: Callable) -> "_Plan":
+    def _plan(self, run: runs.Run, loaded: Callable, found: Callable) -> "_Plan":
+        """Raises one of CANNOT where the run cannot be evaluated."""
+        weights, told = run.folder / WEIGHTS, _Told.by(run)
+        if run.summary is None or run.unfinished or not weights.is_file():
+            raise ValueError(f"is no finished run: it has no {WEIGHTS}, or fewer epochs than it was to have")
+        if self.teacher is None and told.digest is None:
+            raise ValueError("was distilled from no teacher: --teacher says whom to compare its student with")
         data = loaded(**told.checked_data())
         if told.test_samples != digest_of_samples(data.test):
-            raise ValueError(f"{run.folder} was tested on other images than those that {told.data['spec']!r} holds now")
-        weights = run.folder / WEIGHTS
+            raise ValueError(f"was tested on other images than those that {told.data['spec']!r} holds now")
         student = Teacher(told.checked_student(), teachers.read(weights), weights)
         if self.teacher is None:
             teacher = _own_teacher(run.folder, told, data, found)
@@ -154,7 +187,6 @@ class Evaluate:
 class _Told:
     """What a run's config.json says; nothing of it was tried yet."""
 
-    path: Path
     student: object
     data: Mapping[str, object]
     test_samples: object
@@ -164,9 +196,9 @@ class _Told:
     teacher_path: str | None
 
     @classmethod
-    def by(cls, folder: Path) -> "_Told":
+    def by(cls, run: runs.Run) -> "_Told":
         """Raises ValueError where the file is damaged."""
-        config = runs.config_of(folder)
+        config = run.config
         about = config.get("about") or {}
         network, path = about.get("teacher_network"), about.get("teacher_path")
         teacher = about.get("teacher")
@@ -175,23 +207,26 @@ class _Told:
         texts = {"teacher": config.get("teacher"), "teacher_network": network or None, "teacher_path": path or None}
         for name, text in texts.items():
             if text is not None and not isinstance(text, str):
-                raise ValueError(f"{folder / 'config.json'} is damaged: {name} must be text, got {text!r:.40}")
+                raise ValueError(f"config.json is damaged: {name} must be text, got {text!r:.40}")
         data = about.get("data") or {}
-        return cls(folder / "config.json", about.get("student"), data, config.get("test_samples"), *texts.values())
+        return cls(about.get("student"), data, config.get("test_samples"), *texts.values())
 
     def checked_student(self) -> str:
         """The student's network. Raises ValueError where it is not told."""
         if not isinstance(self.student, str):
-            raise ValueError(f"{self.path} does not say which network was trained, so its weights cannot be read")
+            raise ValueError("config.json does not say which network was trained, so its weights cannot be read")
         return self.student
 
     def checked_data(self) -> dict[str, object]:
         """What `load` takes. Raises ValueError where it is something else."""
         if "spec" not in self.data:
-            raise ValueError(f"{self.path} does not say which images the run was tested on")
+            raise ValueError(
+                "config.json does not say which images the run was tested on: kcd_ext.evaluation.evaluate takes networks and "
+                "images themselves"
+            )
         for name, value in self.data.items():
             if name not in DATA or not isinstance(value, DATA[name]):
-                raise ValueError(f"{self.path} is damaged: data must not hold {name}={value!r:.40}")
+                raise ValueError(f"config.json is damaged: data must not hold {name}={value!r:.40}")
         return dict(self.data)
 
 
@@ -209,18 +244,15 @@ class _Plan:
     def evaluated(
         self, device: torch.device, temperatures: Sequence[float], layers: Sequence[tuple[str, str]] | None
     ) -> Evaluation:
-        """Raises as `evaluate` does, and names the run."""
-        try:
-            return evaluate(
-                self.student.to(device),
-                self.teacher.to(device),
-                feed_of(self.data.test, None, device, 0).plain(EVALUATED),
-                temperatures=temperatures,
-                layers=layers,
-                class_names=self.data.class_names,
-            )
-        except RuntimeError as error:  # of the layers: what does not fit is bad input here
-            raise ValueError(f"{self.run.folder}: {error}") from error
+        """Raises as `evaluate` does."""
+        return evaluate(
+            self.student.to(device),
+            self.teacher.to(device),
+            feed_of(self.data.test, None, device, 0).plain(EVALUATED),
+            temperatures=temperatures,
+            layers=layers,
+            class_names=self.data.class_names,
+        )
 
     def write(self, evaluation: Evaluation) -> None:
         content = {
@@ -231,14 +263,20 @@ class _Plan:
             "teacher_network": self.of_teacher.network,
             "teacher_path": str(self.of_teacher.origin),
             "teacher": digest(self.teacher.state_dict()),
+            "run": runs.student_of(self.run.folder),
             "evaluation": evaluation.as_json(),
             "versions": versions(),
         }
         storage.write_json(self.run.folder / runs.EVALUATION, content)
 
-    def named(self, evaluation: Evaluation) -> Summary:
-        """By its folder, which tells runs of all commands apart."""
-        return replace(self.run.summary, method=str(self.run.folder), evaluation=evaluation)
+    def named(self) -> Summary:
+        """What was written, by its folder, which tells runs of all commands apart."""
+        return runs.evaluated(replace(self.run.summary, method=_shown(self.run.folder)), self.run.folder)
+
+
+def _shown(folder: Path) -> str:
+    """The folder as it was given; by its own name where that was `.` or `..`."""
+    return folder.resolve().name if folder.name in ("", "..") else str(folder)
 
 
 def _loaded(**options: object) -> ImageData:
@@ -269,15 +307,37 @@ def _own_teacher(folder: Path, told: _Told, data: ImageData, found: Callable) ->
         looked.append(f"{path} has other weights ({has})")
     where = "; ".join(looked) or f"none is in {', '.join(map(str, places))}"
     raise ValueError(
-        f"{folder}: the teacher that it was distilled from (weights {told.digest}) is not found, {where}: --teacher says which"
+        f"the teacher that it was distilled from (weights {told.digest}) is not found, {where}: --teacher says which"
     )
 
 
-def _write_page(page: Path, folders: Sequence[Path]) -> None:
-    """Puts the evaluations of these runs into their page, which is made where there is none."""
+def _check_targets(pages: Mapping[Path, Sequence[Path]], plans: Sequence[_Plan]) -> None:
+    """Raises ValueError where what is about to be written cannot be, or the pages cannot show what is there already."""
+    planned = {plan.run.folder.resolve() for plan in plans}
+    for home, folders in pages.items():
+        if (home / REPORT[0]).exists():
+            report.check_page(home / REPORT[0])
+        elif (home / REPORT[1]).is_dir():
+            raise ValueError(f"{home / REPORT[1]} is no file")
+        for folder in folders:
+            if folder.resolve() not in planned:
+                _shown_on_page(folder)
+            elif (folder / runs.EVALUATION).is_dir():
+                raise ValueError(f"{folder / runs.EVALUATION} is no file")
+
+
+def _shown_on_page(folder: Path) -> Summary | None:
+    run = runs.read(folder)
+    return None if run.summary is None else runs.evaluated(run.summary, folder)
+
+
+def _write_page(page: Path, folders: Sequence[Path]) -> bool:
+    """Puts the evaluations of these runs into their page, which is made where there is none.
+
+    Says whether its table of results has them too, which one that an older version has made has not.
+    """
     if not page.exists():
         Report((page.parent,), page).write()
-        return
-    found = [runs.read(folder) for folder in folders]
-    summaries = [replace(run.summary, evaluation=runs.evaluation_of(run.folder)) for run in found if run.summary]
-    report.place_evaluations(page, summaries)
+        return True
+    summaries = [summary for summary in map(_shown_on_page, folders) if summary is not None]
+    return report.place_evaluations(page, summaries)

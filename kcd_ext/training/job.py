@@ -94,7 +94,7 @@ class Job:
                 raise KeyboardInterrupt(f"--resume goes on with what is in {self.output}") from None
             if first:
                 self._report(summaries)
-                print(as_text(cells(summaries)))
+                print("\n".join([as_text(cells(summaries)), *report.notes_on_agreement(summaries)]))
                 print(f"\nreport: {self.output / REPORT[0]}")
 
     def _check_output(self) -> None:
@@ -188,7 +188,7 @@ class Job:
             of = "other images" if dataset in (None, self.data.name) else dataset
             _note(f"warning: teacher {origin} was trained on {of}, not on this {self.data.name}: its row is left out")
         elif run.summary is not None:
-            yield replace(run.summary, method=TEACHER, evaluation=runs.evaluation_of(origin))
+            yield replace(run.summary, method=TEACHER)  # whomever it was compared with, that is not of this page
 
     def _distilled(self, network: str, teacher: Teacher | None, recipe: Recipe, folder: Path, bar: Bar) -> Summary:
         summary = distill(
@@ -203,7 +203,7 @@ class Job:
             about=about(self.command, self.data, self.data_options, network, None if teacher is None else self.teacher),
         )
         bar.end()
-        return replace(summary, evaluation=runs.evaluation_of(folder))
+        return runs.evaluated(summary, folder)
 
     def _report(self, summaries: Sequence[Summary]) -> None:
         students = summaries[-len(self.recipes) :]

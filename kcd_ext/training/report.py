@@ -8,7 +8,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from statistics import mean
 
@@ -20,13 +20,16 @@ from matplotlib.image import imsave
 
 from ..evaluation import ClassAccuracy, Evaluation
 from .storage import write_bytes
-from .summary import Summary, cells
+from .summary import HEADER, Row, Summary, cells, tabulate
 
 # Okabe and Ito's colours, told apart by everybody: grey, blue, orange, vermilion, green, purple.
 COLOURS = ("#7f7f7f", "#0072b2", "#e69f00", "#d55e00", "#009e73", "#cc79a7")
 SHOWN = 16  # of the most and of the least valuable images
 CLASSES = 20  # that are drawn one by one
-PLACE = ("<!--evaluations-->", "<!--/evaluations-->")  # written without spaces, which comments of drawings have
+LARGEST_MARKER = 300  # square points, of a bin that holds all samples
+# What is between them is made anew when runs are evaluated; without spaces, which comments of drawings have.
+PLACE = ("<!--evaluations-->", "<!--/evaluations-->")
+RESULTS = ("<!--results-->", "<!--/results-->")
 END = "</main>"  # of a page that has no such place yet
 NETWORKS = {"student": "#0072b2", "teacher": "#7f7f7f"}
 
@@ -36,7 +39,12 @@ main { max-width: 68rem; margin: 0 auto; padding: 1.25rem }
 h1 { font-size: 1.6rem; line-height: 1.25; margin: .5rem 0 } h2 { font-size: 1.1rem; margin: 0 0 .6rem }
 section { background: #fff; border: 1px solid #e1e4e8; border-radius: 10px; padding: 1rem; margin: 1rem 0 }
 .pair { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)) }
-.pair section { margin: 0 } .wide { overflow-x: auto } svg { width: 100%; height: auto; display: block }
+.pair section { margin: 0 } svg { width: 100%; height: auto; display: block }
+.wide { overflow-x: auto; background: linear-gradient(90deg, #fff 40%, #fff0) left / 3rem 100% no-repeat local,
+linear-gradient(270deg, #fff 40%, #fff0) right / 3rem 100% no-repeat local,
+linear-gradient(90deg, #1b1f2433, #1b1f2400) left / .9rem 100% no-repeat scroll,
+linear-gradient(270deg, #1b1f2433, #1b1f2400) right / .9rem 100% no-repeat scroll, #fff }
+.wide::-webkit-scrollbar { height: .6rem } .wide::-webkit-scrollbar-thumb { background: #afb8c1; border-radius: .3rem }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; white-space: nowrap }
 th, td { padding: .4rem .7rem; border-bottom: 1px solid #e8eaed; text-align: right; font-weight: 400 }
 th { color: #57606a; font-size: .85rem } th:first-child, td:first-child { text-align: left }
@@ -116,15 +124,23 @@ def check_page(page: Path) -> None:
     _around_place(page)
 
 
-def place_evaluations(page: Path, summaries: Sequence[Summary]) -> None:
+def place_evaluations(page: Path, summaries: Sequence[Summary]) -> bool:
     """Puts the evaluations of these runs into a page that `write` has made, in the place of those it has.
+
+    Says whether the table of results has them too: one of a page that an older version has made is left as it is.
 
     Raises:
         ValueError: the file is no such page.
         OSError: it cannot be read or written.
     """
     before, after = _around_place(page)
+    head, start, rest = before.partition(RESULTS[0])
+    results, end, tail = rest.partition(RESULTS[1])
+    table = _read_table(results) if start and end else []
+    if table:
+        before = f"{head}{_results(_with_agreement(table, summaries), summaries)}{tail}"
     write_bytes(page, f"{before}{_evaluations(summaries)}{after}".encode())
+    return bool(table)
 
 
 def _around_place(page: Path) -> tuple[str, str]:
@@ -140,10 +156,26 @@ def _around_place(page: Path) -> tuple[str, str]:
     return before, END + after
 
 
+def _read_table(text: str) -> list[list[str]]:
+    """What `_table` has made the first table of."""
+    rows = re.findall(r"<tr>(.*?)</tr>", text.partition("</table>")[0], re.DOTALL)
+    return [list(map(html.unescape, re.findall(r"<t[hd]>(.*?)</t[hd]>", row, re.DOTALL))) for row in rows]
+
+
+def _with_agreement(table: Sequence[Sequence[str]], summaries: Sequence[Summary]) -> list[list[str]]:
+    """The table of results, with what these runs agree with their teachers; rows of other methods stay."""
+    place = [f.name for f in fields(Row)].index("agreement")
+    if HEADER.agreement not in table[0]:
+        table = [[*row[:place], HEADER.agreement if row is table[0] else "-", *row[place:]] for row in table]
+    found = {row.method: row.agreement or "-" for row in tabulate(summaries)}
+    return [[*row[:place], found.get(row[0], row[place]), *row[place + 1 :]] for row in table]
+
+
 class _Runs:
     """The runs by method, averaged over seeds epoch by epoch."""
 
     def __init__(self, summaries: Sequence[Summary], reference: str, baseline: str):
+        self.summaries = summaries
         self.table = cells(summaries, baseline)
         self.groups: dict[str, list[Summary]] = {}
         for summary in summaries:
@@ -299,8 +331,8 @@ def _page(
 </head>
 <body><main>
 <h1>{html.escape(title)}</h1>
-<section class="wide"><h2>Results, {over}</h2>{_table(runs.table)}
-{"".join(f'<p class="note">{html.escape(note)}</p>' for note in notes)}
+<section class="wide"><h2>Results, {over}</h2>{_results(runs.table, runs.summaries)}
+{_paragraphs(notes)}
 <p class="note">Accuracy on the test set, after the last epoch and in the best one. A sample visit is one sample
  trained on once; a teacher visit one that the teacher was asked about; percentages are of KD's. FLOPs are estimated: a
  forward pass of the teacher for every teacher visit, three of the student for every sample visit. Seconds are of
@@ -316,6 +348,19 @@ def _page(
 </main></body>
 </html>
 """
+
+
+def _results(table: Sequence[Sequence[str]], summaries: Sequence[Summary]) -> str:
+    """The marked place of the table of results, and of what is to be said of the agreement in it."""
+    said = ""
+    if any(summary.evaluation is not None for summary in summaries):
+        meaning = "Agreement: of how many test samples, in percent, student and teacher have the same top class (kcd evaluate)."
+        said = _paragraphs([" ".join([meaning, *notes_on_agreement(summaries)])])
+    return f"{RESULTS[0]}{_table(table)}{said}{RESULTS[1]}"
+
+
+def _paragraphs(notes: Sequence[str]) -> str:
+    return "".join(f'<p class="note">{html.escape(note)}</p>' for note in notes)
 
 
 def _section_of_differences(table: Sequence[Sequence[str]]) -> str:
@@ -352,11 +397,13 @@ def evaluation_table(summaries: Sequence[Summary]) -> list[list[str]]:
     """A table, its header first: a row for each run that was evaluated, with what differs between it and its teacher."""
     found = _evaluated(summaries)
     temperatures = _temperatures(found)
-    head = ["run", "accuracy, %", "teacher's", "agreement, %", *(f"KL, T = {t:g}" for t in temperatures)]
-    head += ["ECE, %", "teacher's", "slope of log-odds", "worst class, points"]
+    labels = _labels(temperatures)
+    head = ["run", "accuracy, %", "teacher's accuracy, %", "agreement, %", *(f"KL, T = {label}" for label in labels)]
+    head += ["ECE, %", "teacher's ECE, %", "slope of log-odds", "halves of log-odds", "worst class, points"]
     rows = []
-    for name, evaluation in found:
+    for name, evaluation in ((name, summary.evaluation) for name, summary in found):
         divergences = {one.temperature: one.kl for one in evaluation.divergence}
+        of_log_odds = evaluation.exaggeration
         rows.append(
             [
                 name,
@@ -364,29 +411,75 @@ def evaluation_table(summaries: Sequence[Summary]) -> list[list[str]]:
                 _number(evaluation.agreement, ".2f"),
                 *(_number(divergences.get(t, math.nan), ".4g") for t in temperatures),
                 *(_number(x, ".2f") for x in (evaluation.student.ece, evaluation.teacher.ece)),
-                _number(evaluation.exaggeration.slope, ".4g"),
+                _number(of_log_odds.slope, ".4g"),
+                " / ".join(_number(x, "+.4g") for x in (of_log_odds.below, of_log_odds.above)),
                 _number(evaluation.worst_class_change, "+.2f"),
             ]
         )
     return [head, *rows]
 
 
-def _evaluated(summaries: Sequence[Summary]) -> list[tuple[str, Evaluation]]:
-    """Each with the name of the run: its method and, where there are several of it, its seed."""
+def notes_on_teachers(summaries: Sequence[Summary]) -> list[str]:
+    """A sentence for each teacher: which runs were compared with it, and whether it is their own."""
+    found = [(name, summary.compared_with) for name, summary in _evaluated(summaries) if summary.compared_with]
+    names: dict[str, list[str]] = {}
+    for name, one in found:
+        of = (
+            f"the teacher of their own, {one.network} (weights {one.weights})" if one.own else f"another teacher, {one}"
+        )
+        names.setdefault(of, []).append(name)
+    return [f"Compared with {of}: {'; '.join(runs)}." for of, runs in names.items()]
+
+
+def notes_on_agreement(summaries: Sequence[Summary]) -> list[str]:
+    """What keeps agreements from being compared: whose is not with the run's own teacher, and where teachers differ."""
+    found = [(name, summary) for name, summary in _evaluated(summaries) if summary.compared_with]
+    notes = [
+        f"The agreement of {name} is with {summary.compared_with}, not with a teacher that it was distilled from."
+        for name, summary in found
+        if not summary.compared_with.own
+    ]
+    teachers: dict[str, set[str]] = {}
+    for _, summary in found:
+        teachers.setdefault(summary.method, set()).add(summary.compared_with.weights)
+    if len(set().union(*teachers.values())) > 1:
+        notes.append("Not all agreements are with the same teacher: the evaluation says with which.")
+    notes += [
+        f"The agreement of {method} is the mean over different teachers."
+        for method, of in teachers.items()
+        if len(of) > 1
+    ]
+    return notes
+
+
+def _evaluated(summaries: Sequence[Summary]) -> list[tuple[str, Summary]]:
+    """Those that were, each with the name of the run: its method and, where there are several of it, its seed."""
     runs = Counter(summary.method for summary in summaries)
     return [
-        (summary.method if runs[summary.method] == 1 else f"{summary.method}, seed {summary.seed}", summary.evaluation)
+        (summary.method if runs[summary.method] == 1 else f"{summary.method}, seed {summary.seed}", summary)
         for summary in summaries
         if summary.evaluation is not None
     ]
 
 
-def _temperatures(found: Sequence[tuple[str, Evaluation]]) -> list[float]:
-    return sorted({one.temperature for _, evaluation in found for one in evaluation.divergence})
+def _temperatures(found: Sequence[tuple[str, Summary]]) -> list[float]:
+    return sorted({one.temperature for _, summary in found for one in summary.evaluation.divergence})
+
+
+def _labels(temperatures: Sequence[float]) -> list[str]:
+    """With as many digits as tell them apart."""
+    for digits in range(6, 17):
+        labels = [f"{t:.{digits}g}" for t in temperatures]
+        if len(set(labels)) == len(set(temperatures)):
+            return labels
+    return [repr(t) for t in temperatures]
 
 
 def _number(value: float, form: str) -> str:
-    return f"{value:{form}}" if math.isfinite(value) else "-"
+    if not math.isfinite(value):
+        return "-"
+    text = f"{value:{form}}"
+    return text if float(text) else text.lstrip("+-")  # what rounds to 0 has no sign
 
 
 def _evaluations(summaries: Sequence[Summary]) -> str:
@@ -394,21 +487,23 @@ def _evaluations(summaries: Sequence[Summary]) -> str:
     found = _evaluated(summaries)
     if not found:
         return "".join(PLACE)
-    first: dict[str, Evaluation] = {}
-    for summary in summaries:
-        if summary.evaluation is not None:
-            first.setdefault(summary.method, summary.evaluation)
+    first: dict[str, tuple[str, Evaluation]] = {}
+    for name, summary in found:
+        first.setdefault(summary.method, (name, summary.evaluation))
     drawn = "\n".join(
-        _section_of_evaluation(f"evaluation-{i}-{j}", method, one, drawing)
-        for i, (method, one) in enumerate(first.items())
+        _section_of_evaluation(f"evaluation-{i}-{j}", name, one, drawing)
+        for i, (name, one) in enumerate(first.values())
         for j, drawing in enumerate(DRAWINGS)
     )
     return f"""{PLACE[0]}
 <section class="wide"><h2>Evaluation: the student beside its teacher</h2>{_table(evaluation_table(summaries))}
+{_paragraphs(notes_on_teachers(summaries))}
 <p class="note">On the test set. Agreement: both have the same top class. KL: of the student from the teacher, nats, at
  temperature T. ECE: expected calibration error, percentage points, 15 bins. Slope of log-odds: the student's of the
- teacher's top class on the teacher's own, by least squares; above 1 the student exaggerates. Worst class: the lowest of
- all changes of a class's accuracy from teacher to student. A dash: not finite, or not known.</p></section>
+ teacher's top class on the teacher's own, by least squares; above 1 it is steeper than the teacher's. Halves of
+ log-odds: their mean difference, student's minus teacher's, where the teacher's are below / above their median; the
+ student exaggerates where the first is below 0 and the second above. Worst class: the lowest of all changes of a
+ class's accuracy from teacher to student. A dash: not finite, or not known.</p></section>
 <section class="wide"><h2>Probabilities against the labels</h2>{_table(_table_of_quality(found))}
 <p class="note">NLL: negative log-likelihood of the label, nats. Brier: mean squared distance of the probabilities from
  the label, summed over the classes, 0 to 2.</p></section>
@@ -418,23 +513,27 @@ def _evaluations(summaries: Sequence[Summary]) -> str:
 {PLACE[1]}"""
 
 
-def _table_of_quality(found: Sequence[tuple[str, Evaluation]]) -> list[list[str]]:
+def _table_of_quality(found: Sequence[tuple[str, Summary]]) -> list[list[str]]:
+    temperatures = _temperatures(found)
+    labels = dict(zip(temperatures, _labels(temperatures), strict=True))
     rows = [
-        [name, f"{own.temperature:g}", *(_number(x, ".4g") for x in (own.nll, other.nll, own.brier, other.brier))]
-        for name, evaluation in found
-        for own, other in zip(evaluation.student.quality, evaluation.teacher.quality, strict=False)
+        [name, labels[own.temperature], *(_number(x, ".4g") for x in (own.nll, other.nll, own.brier, other.brier))]
+        for name, summary in found
+        for own, other in zip(summary.evaluation.student.quality, summary.evaluation.teacher.quality, strict=True)
     ]
-    return [["run", "temperature", "NLL", "teacher's", "Brier", "teacher's"], *rows]
+    return [["run", "temperature", "NLL", "teacher's NLL", "Brier", "teacher's Brier"], *rows]
 
 
 def _draw_reliability(axes: Axes, evaluation: Evaluation) -> None:
-    """Accuracy against confidence, bin by bin."""
+    """Accuracy against confidence, bin by bin; the area of a marker is the bin's share of the samples."""
     axes.plot([0, 100], [0, 100], color="#333333", linestyle="--", linewidth=1)
     for role, colour in NETWORKS.items():
         scores = getattr(evaluation, role)
-        points = [(one.confidence, one.accuracy) for one in scores.bins if one.count]
-        label = f"{role}, ECE {_number(scores.ece, '.2f')}"
-        axes.plot(*np.array(points).reshape(-1, 2).T, "o-", color=colour, label=label, markersize=4, linewidth=1.4)
+        bins = [one for one in scores.bins if one.count]
+        x, y = np.array([(one.confidence, one.accuracy) for one in bins]).reshape(-1, 2).T
+        axes.plot(x, y, color=colour, label=f"{role}, ECE {_number(scores.ece, '.2f')}", linewidth=1.4)
+        areas = [LARGEST_MARKER * one.count / evaluation.samples for one in bins]
+        axes.scatter(x, y, s=areas, color=colour, alpha=0.75, linewidth=0, clip_on=False, label=f"_{role}")
     axes.set(xlabel="confidence, %", ylabel="accuracy, %", xlim=(0, 100), ylim=(0, 100))
     axes.legend(loc="upper left", frameon=False)
 
@@ -449,7 +548,7 @@ def _draw_classes(axes: Axes, evaluation: Evaluation) -> None:
     for text in axes.get_xticklabels():
         text.set_parse_math(False)
     axes.set(ylabel="accuracy, %", ylim=(0, 100))
-    axes.legend(loc="lower right", fontsize=8)
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False, fontsize=8)  # above all bars
 
 
 def _classes_drawn(evaluation: Evaluation) -> list[ClassAccuracy]:
@@ -506,22 +605,23 @@ def _note_of_classes(evaluation: Evaluation) -> str:
 def _note_of_log_odds(evaluation: Evaluation) -> str:
     found = evaluation.exaggeration
     below, above = (_number(x, "+.4g") for x in (found.below, found.above))
+    exaggerates = "The student exaggerates: it is less sure below, surer above. " if found.exaggerates else ""
     return (
         f"Log-odds: log(p / (1 - p)). On the mean the student's differ by {below} where the teacher's are below their "
-        f"median, by {above} where they are above it. Of {found.count:,} samples {len(found.points)} are drawn."
+        f"median, by {above} where they are above it. {exaggerates}Of {found.count:,} samples {len(found.points)} are drawn."
     )
 
 
 DRAWINGS = (
-    _Drawing("Reliability", _draw_reliability, lambda _: "Bins without samples are left out."),
+    _Drawing("Reliability", _draw_reliability, lambda _: "A marker's area: its bin's share of the samples."),
     _Drawing("Accuracy by class", _draw_classes, _note_of_classes),
     _Drawing("Confidence of student and teacher", _draw_log_odds, _note_of_log_odds),
     _Drawing("Similarity of layers", _draw_layers, lambda _: "No bar: features that are the same for all samples."),
 )
 
 
-def _section_of_evaluation(name: str, method: str, evaluation: Evaluation, drawing: _Drawing) -> str:
+def _section_of_evaluation(name: str, run: str, evaluation: Evaluation, drawing: _Drawing) -> str:
     figure, (axes,) = _figure(5.6, 3.8)
     drawing.draw(axes, evaluation)
-    return f"""<section><h2>{drawing.heading}: {html.escape(method)}</h2>{_svg(figure, name)}
+    return f"""<section><h2>{drawing.heading}: {html.escape(run)}</h2>{_svg(figure, name)}
 <p class="note">{html.escape(drawing.note(evaluation))}</p></section>"""

@@ -3,17 +3,20 @@
 import json
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from hashlib import sha256
 from pathlib import Path
 
 from ..evaluation import Evaluation
-from .summary import Summary
+from .summary import ComparedWith, Summary
 
 # In the folder of several seeds, and in that of a demo.
 PLACES = ("seed-*/config.json", "checkpoint/seed-*/*/config.json")
 # In a folder that holds such folders.
 FURTHER = ("*/config.json", *(f"*/{place}" for place in PLACES))
 EVALUATION = "evaluation.json"
+TEACHER = ("teacher_network", "teacher_path", "teacher")  # what it says of the teacher
+OF_A_STUDENT = ("metrics.jsonl", "student.safetensors")  # files that no two students have the same of
 COUNTS = ("sample_visits", "teacher_visits")
 NUMBERS = ("accuracy", "seconds")
 MAY_LACK = {"flops": None, "condensation_seconds": 0.0}  # of every number: what takes its place
@@ -77,8 +80,19 @@ def pages(path: Path) -> dict[Path, list[Path]]:
     return found
 
 
+def homes(folder: Path) -> list[Path]:
+    """The folders whose page shows a run: its own, that of its seeds, that of its demo."""
+    found = [folder]
+    for place in PLACES:
+        steps = place.count("/")
+        if (folder.resolve() / "config.json").match(place):
+            plain = folder if len(folder.parts) >= steps and ".." not in folder.parts else folder.resolve()
+            found.append(plain.parents[steps - 1])
+    return [home for home in found if folder.resolve() in [held.resolve() for held in find(home)]]
+
+
 def read(folder: Path) -> Run:
-    """The run in a folder, without what `kcd evaluate` has left there (`evaluation_of`).
+    """The run in a folder, without what `kcd evaluate` has left there (`evaluated`).
 
     Raises:
         ValueError: a file is damaged or holds something else; says which.
@@ -113,19 +127,38 @@ def config_of(folder: Path) -> dict:
     return config
 
 
-def evaluation_of(folder: Path) -> Evaluation | None:
-    """What `kcd evaluate` has left in a run's folder, if anything.
+def evaluated(summary: Summary, folder: Path) -> Summary:
+    """The summary of the run in a folder with what `kcd evaluate` has left there, if anything.
 
-    Raises ValueError where the file is damaged, or of something else; OSError where it cannot be read.
+    Raises ValueError where that file is damaged, or of another student; OSError where a file cannot be read.
     """
     path = folder / EVALUATION
     if not path.exists():
-        return None
+        return summary
     found = _object(path, _content(path))
     try:
-        return Evaluation.from_json(found.get("evaluation"))
+        evaluation = Evaluation.from_json(found.get("evaluation"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged: {error}") from error
+    for name, of in {**dict.fromkeys(TEACHER, found), **dict.fromkeys(OF_A_STUDENT, found.get("run"))}.items():
+        if not isinstance(of, dict) or not isinstance(of.get(name), str):
+            raise ValueError(
+                f"{path} is damaged: {name} must be text, got {of.get(name) if isinstance(of, dict) else of!r:.40}"
+            )
+    for name, has in student_of(folder).items():
+        if found["run"][name] != has:
+            raise ValueError(
+                f"{path} is of another student: {name} is not the one that was evaluated; kcd evaluate makes it anew"
+            )
+    network, origin, weights = (_readable(found[name]) for name in TEACHER)
+    own = config_of(folder).get("teacher") == weights
+    return replace(summary, evaluation=evaluation, compared_with=ComparedWith(network, origin, weights, own))
+
+
+def student_of(folder: Path) -> dict[str, str]:
+    """What tells the student in a folder from all others: file -> 16 hexadecimal digits, of the files that there are."""
+    files = {name: folder / name for name in OF_A_STUDENT}
+    return {name: sha256(_content(path)).hexdigest()[:16] for name, path in files.items() if path.exists()}
 
 
 def network_of(folder: Path) -> str:

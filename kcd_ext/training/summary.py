@@ -9,6 +9,22 @@ from ..evaluation import Evaluation
 
 
 @dataclass(frozen=True)
+class ComparedWith:
+    """The teacher that a student was compared with when it was evaluated."""
+
+    network: str
+    path: str
+    """Where its weights were read."""
+    weights: str
+    """Their digest."""
+    own: bool
+    """Whether it is the one that the student was distilled from."""
+
+    def __str__(self) -> str:
+        return f"{self.network} of {self.path} (weights {self.weights})"
+
+
+@dataclass(frozen=True)
 class Summary:
     """The result of one `distill`."""
 
@@ -36,10 +52,12 @@ class Summary:
     """Holds every sample's value at the end."""
     evaluation: Evaluation | None = field(repr=False, compare=False, default=None)
     """What `kcd evaluate` has found out about the student since, if anything."""
+    compared_with: ComparedWith | None = field(repr=False, compare=False, default=None)
+    """Whom it was compared with there."""
 
     def as_json(self) -> dict[str, object]:
         """An entry of `results` in summary.json."""
-        left_out = ("history", "condenser", "evaluation")
+        left_out = ("history", "condenser", "evaluation", "compared_with")
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in left_out}
 
 
