@@ -434,14 +434,18 @@ def notes_on_teachers(summaries: Sequence[Summary]) -> list[str]:
 def notes_on_agreement(summaries: Sequence[Summary]) -> list[str]:
     """What keeps agreements from being compared: whose is not with the run's own teacher, and where teachers differ."""
     found = [(name, summary) for name, summary in _evaluated(summaries) if summary.compared_with]
-    notes = [
-        f"The agreement of {name} is with {summary.compared_with}, not with a teacher that it was distilled from."
-        for name, summary in found
-        if not summary.compared_with.own
-    ]
     teachers: dict[str, set[str]] = {}
     for _, summary in found:
         teachers.setdefault(summary.method, set()).add(summary.compared_with.weights)
+    others: dict[str, list[str]] = {}
+    for name, summary in found:
+        if not summary.compared_with.own:  # a method by its name where that says it of all its seeds
+            who = summary.method if len(teachers[summary.method]) == 1 else name
+            others.setdefault(str(summary.compared_with), []).append(who)
+    notes = [
+        f"The agreement of {'; '.join(dict.fromkeys(names))} is with {of}, not with a teacher that it was distilled from."
+        for of, names in others.items()
+    ]
     if len(set().union(*teachers.values())) > 1:
         notes.append("Not all agreements are with the same teacher: the evaluation says with which.")
     notes += [
