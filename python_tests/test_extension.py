@@ -50,32 +50,38 @@ def test_the_environment_chooses_the_instruction_set():
     assert done.returncode != 0 and re.search(r"KCD_ISA must be one of .*baseline.* got 'sse9'", done.stderr)
 
 
+OTHER_SETS = [n for n in ops.build_info["instruction_sets"] if n != ops.build_info["instruction_set_in_use"]]
+
+
+@pytest.fixture(scope="session")
+def conformance_runs():
+    """Of all other instruction sets that this processor has, side by side: name -> process."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_conformance.py"]
+    started = {
+        name: subprocess.Popen(
+            [*command, "-k", "cpu or any_numbers"],
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=TESTS,
+            env={**os.environ, "KCD_ISA": name, "KCD_CONFORMANCE_RUN": "1"},
+        )
+        for name in OTHER_SETS
+        if name in usable_sets()
+    }
+    yield started
+    for process in started.values():
+        process.kill()
+        process.wait()
+
+
 @pytest.mark.skipif("KCD_CONFORMANCE_RUN" in os.environ, reason="this is that run")
-@pytest.mark.parametrize(
-    "name", [n for n in ops.build_info["instruction_sets"] if n != ops.build_info["instruction_set_in_use"]]
-)
-def test_conformance_on_every_instruction_set(name):
-    if name not in usable_sets():
+@pytest.mark.parametrize("name", OTHER_SETS)
+def test_conformance_on_every_instruction_set(name, conformance_runs):
+    if name not in conformance_runs:
         pytest.skip(f"this processor has no {name}")
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-p",
-            "no:cacheprovider",
-            "test_conformance.py",
-            "-k",
-            "cpu or any_numbers",
-        ],
-        capture_output=True,
-        text=True,
-        cwd=TESTS,
-        env={**os.environ, "KCD_ISA": name, "KCD_CONFORMANCE_RUN": "1"},
-    )
-    assert done.returncode == 0, done.stdout[-4000:]
-    assert int(re.search(r"(\d+) passed", done.stdout).group(1)) > 200
+    said, _ = conformance_runs[name].communicate()
+    assert conformance_runs[name].returncode == 0, said[-4000:]
+    assert int(re.search(r"(\d+) passed", said).group(1)) > 200
 
 
 STATE = """

@@ -112,7 +112,7 @@ def assert_same(one, other, path="run"):
         ("sskd", 1, False, 10),
         ("pwkd", 1, False, 4),
         ("iekd", 1, False, 4),
-        ("ie-dml", 1, False, 4),
+        ("ie-dml", 1, False, 2),
         ("kr", 1, True, 4),
     ],
 )
