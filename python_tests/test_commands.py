@@ -484,6 +484,11 @@ BAD = [
     (["--method", "kc-nothing"], "unknown method 'nothing'"),
     (["--options", "warmth", "4"], "method 'kd' has no option 'warmth'; it takes temperature, "),
     (["--options", "temperature", "-4"], "temperature must be"),
+    (["--method", "iekd", "--options", "student_layer", "5"], r"student's layer '5' had a tensor of shape \(1, 10\)"),
+    (
+        ["--method", "kr", "--options", "student_layers", "0,2", "teacher_layers", "1"],
+        r"groups, got 2 \(0,2\) and 1 \(1\)",
+    ),
     (["--options", "temperature"], "--options"),
     (["--method", "pkt", "--student", f"{__name__}:needs_stages"], "Linear"),
     (["--method", "pkt", "--condense.selection", "infobatch", "--condense.keep", ".5"], "method 'pkt' does not"),

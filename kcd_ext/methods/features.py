@@ -15,6 +15,10 @@ from .protocol import Batch, Method
 SMALLEST_LENGTH = 1e-7  # added to a row's length before the row is divided by it, as in the published code of PKT
 
 
+class LayerError(ValueError, RuntimeError):
+    """A tapped layer was not passed, or had other features than are wanted: which is found out when the network runs."""
+
+
 class Tap:
     """Catches what goes into one layer of a network, or what comes out of it, by a hook on the layer alone.
 
@@ -54,7 +58,7 @@ class Tap:
         features = self._take()
         self._catch.listening = False
         if not isinstance(features, Tensor) or features.dim() < 2:
-            raise RuntimeError(
+            raise LayerError(
                 f"{self._told(features)}: set {self._name}_layer to a layer whose input is a tensor of features (b, ...)"
             )
         return features.flatten(1)
@@ -64,7 +68,7 @@ class Tap:
         features = self._take()
         self._catch.listening = False
         if not isinstance(features, Tensor) or features.dim() != 4:
-            raise RuntimeError(f"{self._told(features)}: it must be one whose features are maps (b, c, h, w)")
+            raise LayerError(f"{self._told(features)}: it must be one whose features are maps (b, c, h, w)")
         return features
 
     def listen(self) -> None:
@@ -75,7 +79,7 @@ class Tap:
         """What was caught, whatever it is; goes on listening. Raises RuntimeError where it is no longer what it was then."""
         features, self._catch.caught = self._catch.caught, None
         if features is not None and self._catch.version is not None and features._version != self._catch.version:
-            raise RuntimeError(
+            raise LayerError(
                 f"the {self._name}'s layer {self.path!r} had its features changed in place by what came after it: name that "
                 f"layer (or inplace=False there)"
             )
