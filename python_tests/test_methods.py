@@ -978,6 +978,10 @@ def test_build_names_the_options_that_there_are():
         ("pkt", {"batch_keep": 1.5}, ValueError, r"batch_keep must be a number in \(0, 1\], got 1.5"),
         ("pkt", {"pkt_weight": "1"}, TypeError, "pkt_weight must be a finite number, got '1'"),
         ("crd", {"dimension": 0}, ValueError, "dimension must be an integer >= 1, got 0"),
+        ("iekd", {"temperature": 2}, ValueError, "temperature=2 has no effect with kd_weight=0"),
+        ("kr", {"temperature": 2}, ValueError, "temperature=2 has no effect with kd_weight=0"),
+        ("iekd", {"split_seed": 1}, ValueError, "split_seed=1 has no effect with split='natural'"),
+        ("ie-dml", {"split_seed": 1}, ValueError, "split_seed=1 has no effect with split='natural'"),
         ("crd", {"negatives": 2.0}, TypeError, "negatives must be an integer >= 1, got 2.0"),
         ("crd", {"momentum": 1.1}, ValueError, r"momentum must be a number in \[0, 1\], got 1.1"),
         (

@@ -1,7 +1,7 @@
 """Methods of distillation behind one protocol. A recipe names one; the trainer knows none."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from typing import get_args
 
@@ -38,18 +38,21 @@ def build(name: str, options: Mapping[str, object] | None = None) -> Method:
 
 def _check_names(name: str, options: Mapping[str, object]) -> None:
     """Raises TypeError for an option that the method does not take, and says which ones it does."""
-    takes = options_of(name)
-    unknown = [] if takes is None else [option for option in options if option not in takes]
+    unknown, takes = unknown_of(name, options)
     if unknown:
         raise TypeError(f"method {name!r} has no option {unknown[0]!r}; it takes {', '.join(takes) or 'none'}")
 
 
-def options_of(name: str) -> list[str] | None:
-    """The names of the method's options; None where it takes any, or does not tell. Raises as `build` for an unknown name."""
+def unknown_of(name: str, options: Iterable[str]) -> tuple[list[str], list[str]]:
+    """Those of the options that the method does not take, and the names of those it does.
+
+    None are unknown where it takes any, or does not tell. Raises as `build` does for a name that is unknown.
+    """
     parameters = _parameters(name)
     if parameters is None or any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
-        return None
-    return [p.name for p in parameters.values() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+        return [], []
+    takes = [p.name for p in parameters.values() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    return [option for option in options if option not in takes], takes
 
 
 def _parameters(name: str) -> Mapping[str, inspect.Parameter] | None:
@@ -92,4 +95,4 @@ def _typed(value: object, parameter: inspect.Parameter | None) -> object:
     return value
 
 
-__all__ = ["REGISTRY", "Batch", "Method", "Outcome", "Pretraining", "as_typed", "build", "entropy", "options_of"]
+__all__ = ["REGISTRY", "Batch", "Method", "Outcome", "Pretraining", "as_typed", "build", "entropy", "unknown_of"]

@@ -12,7 +12,7 @@ from .. import models
 from ..condensation.checks import real, whole
 from .features import FeatureMethod, Tap, check_layer, full_precision, unit_rows
 from .kd import kd_loss
-from .options import check_batch_keep, check_temperature, check_weight
+from .options import check_batch_keep, check_temperature, check_used, check_weight
 from .protocol import Batch, Outcome, Pretraining, entropy
 from .selection import choose, of_rows
 
@@ -180,6 +180,7 @@ class _FactorMethod(FeatureMethod):
         self.distance = _one_of("distance", distance, DISTANCES)
         self.split = _one_of("split", split, SPLITS)
         self.split_seed = whole("split_seed", split_seed, 0, 2**63 - 1)
+        check_used("split_seed", split_seed, 0, split == "natural", "split='natural'")
 
     def tap(self, network: nn.Module, path: str | None, name: str) -> Tap:
         """Maps that come out of a layer."""
@@ -229,7 +230,7 @@ class InheritanceExplorationDistillation(_FactorMethod):
     Args:
         ce_weight, inheritance_weight, exploration_weight: finite.
         kd_weight: of KD = T^2 * mean KL(teacher || student), which is added; finite. 0: there is none.
-        temperature: T > 0 of KD.
+        temperature: T > 0 of KD; chosen beside kd_weight = 0 it is refused, as split_seed is beside the natural split.
         distance: "l1" or "cosine".
         split: "natural", the first half of the channels inherits and the second explores, or "permuted", in a fixed order.
         split_seed: of the permuted order, >= 0.
@@ -271,6 +272,7 @@ class InheritanceExplorationDistillation(_FactorMethod):
             split_seed=split_seed,
         )
         self.kd_weight = check_weight("kd_weight", kd_weight)
+        check_used("temperature", temperature, 4, kd_weight == 0, "kd_weight=0")
         self.factor_epochs = whole("factor_epochs", factor_epochs, 1)
         self.factor_lr = real("factor_lr", factor_lr, "a finite number >= 0", 0)
         self.batch_keep = check_batch_keep(batch_keep)

@@ -9,7 +9,7 @@ from torch.nn import functional
 from ..condensation.checks import real
 from .features import Tap, evaluation, full_precision, unit_rows
 from .kd import kd_loss
-from .options import check_batch_keep, check_temperature, check_weight
+from .options import check_batch_keep, check_temperature, check_used, check_weight
 from .protocol import Batch, Method, Outcome, entropy
 from .selection import choose, of_rows
 
@@ -41,7 +41,7 @@ class KnowledgeRepresenting(Method):
     - A map of zeros has no direction: its a_l is zeros, and passes no gradient.
 
     Args:
-        temperature: T > 0 of the KL.
+        temperature: T > 0 of the KL; chosen beside kd_weight = 0 it is refused.
         ce_weight, kd_weight, kr_weight: finite. Where kd_weight is 0 no KL is computed.
         tau: > 0, of the softmax over places.
         ratio: the support's share of the places, in (0, 1]; max(1, int(ratio * places)) of them, by the teacher's A_g, the
@@ -78,6 +78,7 @@ class KnowledgeRepresenting(Method):
         self.tau = check_temperature("tau", tau)
         self.ratio = real("ratio", ratio, "a number in (0, 1]", 5e-324, 1)
         self.batch_keep = check_batch_keep(batch_keep)
+        check_used("temperature", temperature, 4, kd_weight == 0, "kd_weight=0")
         self.student_layers = student_layers
         self.teacher_layers = teacher_layers
         self._named = {

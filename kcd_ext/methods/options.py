@@ -16,6 +16,12 @@ def check_weight(name: str, value: float) -> float:
     return real(name, value, "a finite number", -math.inf)
 
 
+def check_used(name: str, value: object, usual: object, unused: bool, reason: str) -> None:
+    """Raises ValueError for an option that was chosen where nothing uses it."""
+    if unused and value != usual:
+        raise ValueError(f"{name}={value!r} has no effect with {reason}")
+
+
 def check_batch_keep(batch_keep: float) -> float:
     """A number in (0, 1], which `selection.choose` takes; raises TypeError or ValueError."""
     return real("batch_keep", batch_keep, "a number in (0, 1]", 5e-324, 1)

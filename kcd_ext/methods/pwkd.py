@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from ..condensation.checks import flag, real, whole
 from ..registry import one_line, resolve
-from . import REGISTRY, as_typed, build, options_of
+from . import REGISTRY, as_typed, build, unknown_of
 from .features import full_precision
 from .protocol import Batch, Method, Outcome, Pretraining
 from .slimmable import SLIMMABLE, check_widths, slimmable
@@ -147,8 +147,7 @@ class PartialToWholeDistillation(Method):
     def _check_names(self, base: str, options: Iterable[str]) -> None:
         """Raises TypeError for an option of neither, ValueError for a base that there is not."""
         resolve("base", base, REGISTRY)
-        takes = options_of(base)
-        unknown = [] if takes is None else [option for option in options if option not in takes]
+        unknown, takes = unknown_of(base, options)
         if unknown:
             own = [p.name for p in inspect.signature(type(self)).parameters.values() if p.kind is not p.VAR_KEYWORD]
             theirs = [option for option in takes if option != "batch_keep"]  # condense.batch_keep says it
