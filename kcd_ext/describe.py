@@ -1,0 +1,61 @@
+"""Short descriptions of values, for error messages: never a whole tensor, array or container."""
+
+import sys
+from collections.abc import Collection
+
+LENGTH = 60  # characters of a value that a message shows
+ARRAYS = (("torch", "Tensor", "tensor"), ("numpy", "ndarray", "array"))
+
+
+def describe(x: object) -> str:
+    """Return the type of `x` and what it is, in one line: `int 3`, `str 'a'`, `list of length 2`, `class Tensor`.
+
+    A tensor or array is described by its dtype and shape. A value longer than 60 characters is cut, and one that does not
+    fit in a line is left out.
+    """
+    summary = _summary(x)
+    if summary is not None:
+        return summary
+    value = brief(x)
+    kind = "class" if isinstance(x, type) else type(x).__name__
+    return value if value == kind or value.startswith(f"{kind}(") else f"{kind} {value}"
+
+
+def brief(x: object) -> str:
+    """Return `repr(x)` where it is short; of a longer one its beginning, of a tensor, array or container `describe(x)`.
+
+    For messages in which the type of `x` is known.
+    """
+    summary = _summary(x)
+    if summary is not None:
+        return summary
+    if isinstance(x, str):
+        return repr(x) if len(x) <= LENGTH else f"{x[:LENGTH]!r}... ({len(x)} characters)"
+    name = getattr(x, "__qualname__", None)
+    if isinstance(name, str):  # a class or a function: what it is called says more than where it lies in memory
+        return name
+    try:
+        value = repr(x)
+    except Exception:  # an object of the caller's, or an int of more digits than Python writes
+        return type(x).__name__
+    if "\n" in value or value.startswith("<"):
+        return type(x).__name__
+    return value if len(value) <= LENGTH else f"{value[:LENGTH]}..."
+
+
+def _summary(x: object) -> str | None:
+    """Return dtype and shape of a tensor or array, type and length of a container, None for anything else."""
+    for module, name, noun in ARRAYS:  # without importing either
+        array = getattr(sys.modules.get(module), name, None)
+        if array is not None and isinstance(x, array):
+            try:
+                article = "an" if str(x.dtype).startswith(("i", "o")) else "a"
+                return f"{article} {x.dtype} {noun} of shape {tuple(x.shape)}"
+            except Exception:  # a tensor that has no shape yet, or one of rows of several lengths
+                return type(x).__name__
+    if isinstance(x, Collection) and not isinstance(x, str | type):
+        try:
+            return f"{type(x).__name__} of length {len(x)}"
+        except Exception:
+            return type(x).__name__
+    return None
