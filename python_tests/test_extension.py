@@ -355,6 +355,48 @@ def test_other_platforms_stop_with_one_line(tmp_path):
         )
 
 
+NVCC = """#!/bin/sh
+echo "{note}"
+echo "error: -- unsupported GNU version! gcc versions later than 9 are not supported!" >&2
+exit 1
+"""
+
+
+@pytest.mark.parametrize(
+    "place", ["PATH", "CUDACXX", "KCD_CUDA=ON", "CUDACXX that is not there", "KCD_CUDA=OFF", "ends without a word"]
+)
+def test_an_nvcc_that_does_not_work_is_no_missing_one(tmp_path, place):
+    """A warning with nvcc's first error, and an error where CUDA was asked for."""
+    if not shutil.which("cmake") or not shutil.which("ninja"):
+        pytest.skip("needs cmake and ninja")
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for tool in ("cmake", "ninja", "c++", "g++", "gcc", "cc", "ar", "ranlib", "nm", "ld", "as", "sh", "python3"):
+        if found := shutil.which(tool):
+            (tools / tool).symlink_to(found)
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text("#!/bin/sh\nexit 3\n" if place == "ends without a word" else NVCC.format(note="nvcc: a note"))
+    nvcc.chmod(0o755)
+    environment = {**os.environ, "PATH": str(tools)}
+    if place.startswith("CUDACXX"):
+        environment["CUDACXX"] = str(tmp_path / "none" if "not there" in place else nvcc)
+    else:
+        environment["PATH"] = f"{tmp_path}:{tools}"
+    define = [f"-D{place}"] if place.startswith("KCD") else []
+    command = [shutil.which("cmake"), "-G", "Ninja", "-S", str(ROOT), "-B", str(tmp_path / "build"), *define]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    said = " ".join(done.stderr.split())
+    asked = place.startswith("CUDACXX") or place == "KCD_CUDA=ON"
+    assert (done.returncode != 0) == asked, done.stdout + done.stderr
+    assert "No nvcc" not in done.stdout
+    if place == "KCD_CUDA=OFF":
+        assert "CUDA" not in done.stdout + said
+        return
+    assert ("CMake Error" if asked else "CMake Warning") in said and "nvcc (" in said
+    reason = {"CUDACXX that is not there": "No such file", "ends without a word": "it ended with: 3"}
+    assert reason.get(place, "unsupported GNU version! gcc versions later than 9") in said
+
+
 def test_the_build_against_torchs_own_headers(tmp_path):
     if not (shutil.which("cmake") and shutil.which("ninja")):
         pytest.skip("needs cmake and ninja")
