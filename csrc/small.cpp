@@ -17,7 +17,8 @@ using dlpack::Array;
 using dlpack::ManagedTensor;
 
 const dlpack::ExchangeApi* api;
-PyObject *to_save, *saved_tensors, *materialize_grads, *state_name, *is_inference;   // interned names
+PyTypeObject *tensor_type, *parameter_type;
+PyObject *to_save, *saved_tensors, *materialize_grads, *state_name, *is_inference, *is_neg;   // interned names
 
 constexpr const char* kState = "kcd_ext.small";
 constexpr int kMostDimensions = 8;
@@ -58,8 +59,18 @@ dlpack::DataType type_of(int32_t dtype) {
 
 constexpr int32_t kCpu = 0, kIndex = 0;   // every tensor here is on the CPU
 
-// A tensor that is alive as long as its object is.
+// Whether torch.Tensor's method says True of a tensor.
+bool holds(PyObject* tensor, PyObject* method) {
+  const Reference answer(PyObject_CallMethodNoArgs(tensor, method));
+  if (!answer) PyErr_Clear();
+  return !answer || answer.get() == Py_True;
+}
+
+// A tensor that is alive as long as its object is.  DLPack's view of one that torch has yet to negate (its lazy negative bit)
+// shows the numbers as they are stored, and a subclass may hold its numbers elsewhere.
 View view(PyObject* object) {
+  serve_only(Py_TYPE(object) == tensor_type || Py_TYPE(object) == parameter_type);
+  serve_only(!holds(object, is_neg));
   Array array;
   if (api->view(object, &array) != 0) {
     PyErr_Clear();
@@ -233,8 +244,7 @@ bool set(PyObject* object, PyObject* name, PyObject* value) { return PyObject_Se
 // What autograd saves of a tensor, or None; the rest is put into `constant`.
 PyObject* to_be_saved(PyObject* tensor, Reference& constant) {
   if (tensor == Py_None) return tensor;
-  const Reference inference(PyObject_CallMethodNoArgs(tensor, is_inference));
-  if (inference.get() != Py_True) return tensor;
+  if (!holds(tensor, is_inference)) return tensor;
   constant.reset(Py_NewRef(tensor));
   return Py_None;
 }
@@ -248,8 +258,9 @@ PyObject* attach(PyObject* ctx, PyObject* student, PyObject* inputs, PyObject* c
   return loss_of(capsule);
 }
 
-// The student's logits, the teacher's and the labels or None, borrowed; Python's error is set where `tensors` is null: the graph
-// was freed, or the logits were changed.
+// The student's logits, the teacher's and the labels or None, borrowed. Python's error is set where `tensors` is null: the graph
+// was freed, or the logits were changed. Constructing it runs the unpack hooks of saved tensors, which a backward pass must do
+// once: activation checkpointing raises at a second time.
 struct Saved {
   const State& state;
   Reference tensors;
@@ -260,22 +271,14 @@ struct Saved {
   }
 };
 
-constexpr const char* kSavedDoc =
-    "small_saved(ctx) -> (student, teacher, labels or None, selected, stats, counts, options)\n\n"
-    "What the operators' backward pass takes, for a ctx that small_attach has filled.";
-
 PyObject* copy(const void* data, std::initializer_list<int64_t> sizes, int32_t dtype, int64_t bytes) {
   Made made = make(sizes.begin(), static_cast<int64_t>(sizes.size()), dtype, bytes);
   std::memcpy(made.data, data, static_cast<size_t>(bytes));
   return made.object.release();
 }
 
-PyObject* saved(PyObject* ctx) {
-  const Reference capsule(PyObject_GetAttr(ctx, state_name));
-  if (!capsule) return nullptr;
-  const State& state = state_of(capsule.get());
-  const Saved saved(ctx, state);
-  if (!saved.tensors) return nullptr;
+// (student, teacher, labels or None, selected, stats, counts, options), which the operators' backward pass takes.
+PyObject* for_operator(const State& state, const Saved& saved) {
   const int64_t rows = state.rows, wide = sizeof(int64_t);
   const Reference selected(copy(state.selected(), {rows}, dtypes().boolean, rows));
   const Reference stats(copy(state.stats(), {kStatsRows, rows}, state.accumulator, kStatsRows * rows * state.width()));
@@ -284,9 +287,10 @@ PyObject* saved(PyObject* ctx) {
 }
 
 constexpr const char* kBackwardDoc =
-    "small_backward(ctx, grad_output) -> gradient, or NotImplemented\n\n"
-    "With respect to the student's logits, for a ctx that small_attach has filled; not differentiable itself.\n"
-    "NotImplemented where grad_output is no plain tensor on the CPU.";
+    "small_backward(ctx, grad_output, differentiable) -> gradient, or a tuple\n\n"
+    "The gradient with respect to the student's logits, for a ctx that small_attach has filled. Where it is to be differentiable,\n"
+    "or a tensor is not one that is served, a tuple of what the operators' backward pass takes instead: (student, teacher,\n"
+    "labels or None, selected, stats, counts, options), in whatever layout the unpack hooks of saved tensors gave them.";
 
 template <class Real>
 double number(const View& x) {
@@ -298,31 +302,29 @@ void multiply(Real* x, int64_t n, Real factor) {
   for (int64_t i = 0; i < n; ++i) x[i] *= factor;
 }
 
-PyObject* backward(PyObject* ctx, PyObject* grad_object) {
-  const Reference capsule(PyObject_GetAttr(ctx, state_name));
-  if (!capsule) return nullptr;
-  State& state = state_of(capsule.get());
+// The gradient that the forward pass wrote, times grad_output; once. Null where there is none or the product would not be exact.
+PyObject* hand_over(State& state, PyObject* grad_object) {
+  if (!state.gradient) return nullptr;
   const View grad_output = view(grad_object);
+  if (grad_output.dtype() != state.accumulator || grad_output.dim() != 0) return nullptr;
+  const double factor = state.width() == 8 ? number<double>(grad_output) : number<float>(grad_output);
+  if (factor == 1) return state.gradient.release();
+  // Scaling would round bfloat16 once more; what is not finite would make rows NaN that are not selected.
+  if (!state.scales || !std::isfinite(factor)) return nullptr;
+  Reference object = std::move(state.gradient);   // nobody else's from here on
+  const View gradient = view(object.get());
+  void* data = const_cast<void*>(gradient.data<void>());
+  const int64_t n = gradient.numel();
+  without_python([&] {
+    state.width() == 8 ? multiply(static_cast<double*>(data), n, factor)
+                       : multiply(static_cast<float*>(data), n, static_cast<float>(factor));
+  });
+  return object.release();
+}
+
+PyObject* compute_gradient(const State& state, const Saved& saved, PyObject* grad_object) {
+  const View grad_output = view(grad_object), student = view(saved[0]), teacher = view(saved[1]);
   serve_only(grad_output.dtype() == state.accumulator);
-  if (state.gradient && grad_output.dim() == 0) {
-    const double factor = state.width() == 8 ? number<double>(grad_output) : number<float>(grad_output);
-    // Scaling would round bfloat16 once more; what is not finite would make rows NaN that are not selected.
-    if (factor == 1) return state.gradient.release();   // handed over, once
-    if (state.scales && std::isfinite(factor)) {
-      Reference object = std::move(state.gradient);   // nobody else's from here on
-      const View gradient = view(object.get());
-      void* data = const_cast<void*>(gradient.data<void>());
-      const int64_t n = gradient.numel();
-      without_python([&] {
-        state.width() == 8 ? multiply(static_cast<double*>(data), n, factor)
-                           : multiply(static_cast<float*>(data), n, static_cast<float>(factor));
-      });
-      return object.release();
-    }
-  }
-  const Saved saved(ctx, state);
-  if (!saved.tensors) return nullptr;
-  const View student = view(saved[0]), teacher = view(saved[1]);
   const int64_t rows = state.rows, stats_sizes[2] = {kStatsRows, rows}, stats_strides[2] = {rows, 1}, two = 2, one = 1;
   const int32_t boolean = dtypes().boolean, int64 = dtypes().int64;
   const BackwardCall a{grad_output,
@@ -343,10 +345,7 @@ PyObject* backward(PyObject* ctx, PyObject* grad_object) {
   return gradient.object.release();
 }
 
-// ---- Python's side of them
-
-// What a function gives, or NotImplemented where it does not serve.  An exception of C++ is of a call that the operator refuses
-// too.
+// What a function gives, or null where it does not serve. An exception of C++ is of a call that the operator refuses too.
 template <class Function>
 PyObject* served(const Function& function) {
   try {
@@ -354,7 +353,29 @@ PyObject* served(const Function& function) {
   } catch (const NotServed&) {
   } catch (const std::exception&) {
   }
-  if (PyErr_Occurred()) return nullptr;
+  return nullptr;
+}
+
+PyObject* backward(PyObject* ctx, PyObject* grad_object, bool differentiable) {
+  const Reference capsule(PyObject_GetAttr(ctx, state_name));
+  if (!capsule) return nullptr;
+  State& state = state_of(capsule.get());
+  if (!differentiable)
+    if (PyObject* gradient = served([&] { return hand_over(state, grad_object); })) return gradient;
+  const Saved saved(ctx, state);
+  if (!saved.tensors) return nullptr;
+  if (!differentiable)
+    if (PyObject* gradient = served([&] { return compute_gradient(state, saved, grad_object); })) return gradient;
+  return for_operator(state, saved);
+}
+
+// ---- Python's side of them
+
+// As `served`, with NotImplemented in the place of null.
+template <class Function>
+PyObject* served_or_not_implemented(const Function& function) {
+  PyObject* result = served(function);
+  if (result || PyErr_Occurred()) return result;
   Py_RETURN_NOTIMPLEMENTED;
 }
 
@@ -366,21 +387,21 @@ bool takes(Py_ssize_t given, Py_ssize_t wanted) {
 
 PyObject* small_forward(PyObject*, PyObject* const* args, Py_ssize_t n) {
   if (!takes(n, 7)) return nullptr;
-  return served([&] { return forward(args[0], args[1], args[2], args[3], args[4], args[5], args[6] == Py_True); });
+  return served_or_not_implemented(
+      [&] { return forward(args[0], args[1], args[2], args[3], args[4], args[5], args[6] == Py_True); });
 }
 PyObject* small_loss(PyObject*, PyObject* state) {
-  return served([&] { return loss_of(state); });
+  return served_or_not_implemented([&] { return loss_of(state); });
 }
 PyObject* small_attach(PyObject*, PyObject* const* args, Py_ssize_t n) {
   if (!takes(n, 4)) return nullptr;
-  return served([&] { return attach(args[0], args[1], args[2], args[3]); });
-}
-PyObject* small_saved(PyObject*, PyObject* ctx) {
-  return served([&] { return saved(ctx); });
+  return served_or_not_implemented([&] { return attach(args[0], args[1], args[2], args[3]); });
 }
 PyObject* small_backward(PyObject*, PyObject* const* args, Py_ssize_t n) {
-  if (!takes(n, 2)) return nullptr;
-  return served([&] { return backward(args[0], args[1]); });
+  if (!takes(n, 3)) return nullptr;
+  PyObject* result = served([&] { return backward(args[0], args[1], args[2] == Py_True); });
+  if (!result && !PyErr_Occurred()) PyErr_SetString(PyExc_MemoryError, "kcd_ext: no memory for what a backward pass takes");
+  return result;
 }
 
 template <class Function>
@@ -394,6 +415,9 @@ int add_to(PyObject* module) {
   const Reference torch(PyImport_ImportModule("torch"));
   const Reference tensor(torch ? PyObject_GetAttrString(torch.get(), "Tensor") : nullptr);
   if (!tensor) return -1;
+  const Reference nn(PyImport_ImportModule("torch.nn"));
+  const Reference parameter(nn ? PyObject_GetAttrString(nn.get(), "Parameter") : nullptr);
+  if (!parameter) return -1;
   const Reference capsule(PyObject_GetAttrString(tensor.get(), "__dlpack_c_exchange_api__"));
   if (!capsule) {
     PyErr_Clear();
@@ -409,10 +433,14 @@ int add_to(PyObject* module) {
   materialize_grads = PyUnicode_InternFromString("materialize_grads");
   state_name = PyUnicode_InternFromString("state");
   is_inference = PyUnicode_InternFromString("is_inference");
-  static PyMethodDef functions[] = {
-      {"small_forward", plain(small_forward), METH_FASTCALL, kForwardDoc},    {"small_loss", small_loss, METH_O, kLossDoc},
-      {"small_attach", plain(small_attach), METH_FASTCALL, kAttachDoc},       {"small_saved", small_saved, METH_O, kSavedDoc},
-      {"small_backward", plain(small_backward), METH_FASTCALL, kBackwardDoc}, {nullptr, nullptr, 0, nullptr}};
+  is_neg = PyUnicode_InternFromString("is_neg");
+  tensor_type = reinterpret_cast<PyTypeObject*>(Py_NewRef(tensor.get()));
+  parameter_type = reinterpret_cast<PyTypeObject*>(Py_NewRef(parameter.get()));
+  static PyMethodDef functions[] = {{"small_forward", plain(small_forward), METH_FASTCALL, kForwardDoc},
+                                    {"small_loss", small_loss, METH_O, kLossDoc},
+                                    {"small_attach", plain(small_attach), METH_FASTCALL, kAttachDoc},
+                                    {"small_backward", plain(small_backward), METH_FASTCALL, kBackwardDoc},
+                                    {nullptr, nullptr, 0, nullptr}};
   return PyModule_AddFunctions(module, functions);
 }
 

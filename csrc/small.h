@@ -5,7 +5,7 @@
 
 namespace kcd::small {
 
-// Adds small_forward, small_loss, small_attach, small_saved and small_backward to a module, each with its own docstring; nothing
+// Adds small_forward, small_loss, small_attach and small_backward to a module, each with its own docstring; nothing
 // where this torch does not publish what they need.  -1: Python's error is set.
 int add_to(PyObject* module);
 

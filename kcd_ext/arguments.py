@@ -3,15 +3,20 @@
 import functools
 import math
 import numbers
+import warnings
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .describe import brief, describe
+
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 VALUES = ("entropy", "teacher_entropy", "kl", "cross_entropy")
 REDUCTIONS = ("mean", "sum", "none")
 INT64_MAX = 2**63 - 1
+FLOAT32_MAX = float(torch.finfo(torch.float32).max)
+TEMPERATURES = 1e-18, 1e18  # T, 1/T and T² are normal numbers in float32
 
 
 class Keep(NamedTuple):
@@ -34,37 +39,79 @@ class Weights(NamedTuple):
     ce: float
 
 
-def _describe(x: object) -> str:
-    return f"{type(x).__name__} {x!r}" if not isinstance(x, Tensor) else f"a {x.dtype} tensor of shape {tuple(x.shape)}"
-
-
-def check_logits(name: str, logits: Tensor) -> None:
-    """A floating-point tensor of shape (..., C), C >= 1."""
+def check_logits(name: str, logits: Tensor, class_dim: int | None = None) -> None:
+    """A floating-point tensor of shape (..., C), C >= 1, or with its classes in `class_dim`."""
     if not isinstance(logits, Tensor):
-        raise TypeError(f"{name} must be a tensor of logits (..., classes), got {_describe(logits)}")
+        raise TypeError(f"{name} must be a tensor of logits (..., classes), got {describe(logits)}")
     if logits.dtype not in DTYPES:
         raise TypeError(f"{name} must be float32, float64, float16 or bfloat16, got {logits.dtype}")
     if logits.layout is not torch.strided:
         raise TypeError(f"{name} must be a strided tensor, got layout {logits.layout}; use {name}.to_dense()")
-    if logits.dim() == 0 or logits.shape[-1] == 0:
+    if logits.dim() == 0 or logits.shape[class_dim_of(logits, class_dim)] == 0:
         raise ValueError(f"{name} must have shape (..., classes) with at least one class, got {tuple(logits.shape)}")
 
 
-def check_both_logits(student: Tensor, teacher: Tensor, rows: Tensor | None) -> None:
-    """`check_logits` of both, and teacher logits of the student's shape, or (m, C) beside `rows` (m,)."""
-    check_logits("student_logits", student)
-    check_logits("teacher_logits", teacher)
+def check_class_dim(class_dim: int | None) -> None:
+    """An int (NumPy's too), bool excepted, or None."""
+    if class_dim is not None and (isinstance(class_dim, bool) or not isinstance(class_dim, (int, numbers.Integral))):
+        raise TypeError(f"class_dim must be an int or None, got {describe(class_dim)}")
+
+
+def class_dim_of(student: Tensor, class_dim: int | None) -> int:
+    """Return the dimension of the classes, counted from 0."""
+    check_class_dim(class_dim)
+    n = student.dim()
+    if class_dim is None:
+        return n - 1
+    if not -n <= class_dim < n:
+        raise ValueError(
+            f"class_dim must lie in [-{n}, {n}) for student_logits of shape {tuple(student.shape)}, got {brief(class_dim)}"
+        )
+    return int(class_dim) % n
+
+
+def warn_about_classes(student: Tensor, class_dim: int | None) -> None:
+    """Warn where the classes are probably not what the caller takes them for. Call it from a public function alone.
+
+    Under torch.compile nothing is said: a warning would break the graph.
+    """
+    if torch.compiler.is_compiling():
+        return
+    if class_dim is None and student.dim() > 3:
+        warnings.warn(
+            f"student_logits of shape {tuple(student.shape)} are read with their classes in the last dimension: pass class_dim=1"
+            " for (batch, classes, height, width), or class_dim=-1 if the classes are last",
+            stacklevel=3,
+        )
+    if student.shape[class_dim_of(student, class_dim)] == 1:
+        warnings.warn(
+            f"student_logits of shape {tuple(student.shape)} have one class, whose probability is always 1: loss and gradient are"
+            " 0. A binary classifier needs two logits, as in torch.stack((torch.zeros_like(z), z), -1)",
+            stacklevel=3,
+        )
+
+
+def check_both_logits(student: Tensor, teacher: Tensor, rows: Tensor | None, class_dim: int | None = None) -> int:
+    """`check_logits` of both, and teacher logits of the student's shape, or (m, C) beside `rows` (m,).
+
+    Returns the dimension of the student's classes, counted from 0.
+    """
+    check_logits("student_logits", student, class_dim)
+    check_logits("teacher_logits", teacher, class_dim if rows is None else None)
+    dim = class_dim_of(student, class_dim)
     if rows is None and teacher.shape == student.shape and teacher.device == student.device:
-        return  # the rest says what is wrong
+        return dim  # the rest says what is wrong
     if teacher.device != student.device:
         raise ValueError(
             f"teacher_logits are on {teacher.device}, student_logits on {student.device}: move one of them"
         )
-    if teacher.shape[-1] != student.shape[-1]:
-        c = min(teacher.shape[-1], student.shape[-1])
+    of_teacher = dim if rows is None and teacher.dim() == student.dim() else -1
+    if teacher.shape[of_teacher] != student.shape[dim]:
+        c = min(teacher.shape[of_teacher], student.shape[dim])
+        place = "..., " if dim == student.dim() - 1 else ":, " * dim
         raise ValueError(
-            f"teacher_logits have {teacher.shape[-1]} classes, student_logits {student.shape[-1]}: where the first {c} classes"
-            f" mean the same in both (a padded vocabulary), slice them, as in logits[..., :{c}]"
+            f"teacher_logits have {teacher.shape[of_teacher]} classes, student_logits {student.shape[dim]}: where the first {c}"
+            f" classes mean the same in both (a padded vocabulary), slice them, as in logits[{place}:{c}]"
         )
     if rows is None:
         if teacher.shape != student.shape:
@@ -72,67 +119,84 @@ def check_both_logits(student: Tensor, teacher: Tensor, rows: Tensor | None) -> 
                 f"teacher_logits must have the shape of student_logits, {tuple(student.shape)}, got {tuple(teacher.shape)}"
                 " (a teacher that ran on some rows only needs rows=)"
             )
-        return
+        return dim
     check_rows(student, rows)
     if teacher.dim() != 2 or teacher.shape[0] != rows.shape[0]:
         raise ValueError(
-            f"teacher_logits must be ({rows.shape[0]}, {student.shape[-1]}), one row for each entry of rows,"
+            f"teacher_logits must be ({rows.shape[0]}, {student.shape[dim]}), one row for each entry of rows,"
             f" got {tuple(teacher.shape)}"
         )
+    return dim
 
 
 def check_rows(student: Tensor, rows: Tensor) -> None:
     """int64 (m,), on the student's device; the entries themselves are checked by the kernel."""
     if not isinstance(rows, Tensor) or rows.dtype != torch.int64:
-        raise TypeError(f"rows must be an int64 tensor (m,), got {_describe(rows)}")
+        raise TypeError(f"rows must be an int64 tensor (m,), got {describe(rows)}")
     if rows.dim() != 1:
         raise ValueError(f"rows must have one dimension, got shape {tuple(rows.shape)}")
     if rows.device != student.device:
         raise ValueError(f"rows are on {rows.device}, student_logits on {student.device}: move one of them")
 
 
-def _check_per_row(name: str, x: Tensor, student: Tensor) -> None:
-    if x.shape != student.shape[:-1]:
-        raise ValueError(f"{name} must have one entry a row, shape {tuple(student.shape[:-1])}, got {tuple(x.shape)}")
+def _rows_of(student: Tensor, class_dim: int) -> tuple[int, ...]:
+    return (*student.shape[:class_dim], *student.shape[class_dim + 1 :])
+
+
+def _check_per_row(name: str, x: Tensor, student: Tensor, class_dim: int) -> None:
+    shape = _rows_of(student, class_dim)
+    if x.shape != shape:
+        fits = [d for d in range(student.dim()) if d != class_dim and _rows_of(student, d) == x.shape]
+        advice = ""
+        if fits:
+            here = "the last dimension" if class_dim == student.dim() - 1 else f"dimension {class_dim}"
+            there = 1 if 1 in fits else fits[0]
+            advice = (
+                f": the classes of student_logits {tuple(student.shape)} are read from {here}; if they are in dimension {there},"
+                f" pass class_dim={there}"
+            )
+        raise ValueError(f"{name} must have one entry a row, shape {shape}, got {tuple(x.shape)}{advice}")
     if x.device != student.device:
         raise ValueError(f"{name} is on {x.device}, student_logits on {student.device}: move one of them")
 
 
-def check_labels(student: Tensor, labels: Tensor) -> None:
+def check_labels(student: Tensor, labels: Tensor, class_dim: int) -> None:
     """int64 (...), one class index a row."""
     if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
-        raise TypeError(f"labels must be an int64 tensor of class indices, got {_describe(labels)}")
-    _check_per_row("labels", labels, student)
+        raise TypeError(f"labels must be an int64 tensor of class indices, got {describe(labels)}")
+    _check_per_row("labels", labels, student, class_dim)
 
 
-def check_row_weight(student: Tensor, row_weight: Tensor) -> None:
+def check_row_weight(student: Tensor, row_weight: Tensor, class_dim: int) -> None:
     """A floating-point or bool tensor (...)."""
     if not isinstance(row_weight, Tensor) or not (row_weight.is_floating_point() or row_weight.dtype == torch.bool):
-        raise TypeError(f"row_weight must be a floating-point or bool tensor, got {_describe(row_weight)}")
-    _check_per_row("row_weight", row_weight, student)
+        raise TypeError(f"row_weight must be a floating-point or bool tensor, got {describe(row_weight)}")
+    _check_per_row("row_weight", row_weight, student, class_dim)
 
 
-def check_value(student: Tensor, value: str | Tensor, labels: Tensor | None) -> None:
+def check_value(student: Tensor, value: str | Tensor, labels: Tensor | None, class_dim: int) -> None:
     """One of VALUES, or a floating-point tensor (...) of scores."""
     if isinstance(value, Tensor):
         if value.dtype not in DTYPES:
-            raise TypeError(f"value must be a name or a floating-point tensor of scores, got {_describe(value)}")
-        _check_per_row("value", value, student)
+            raise TypeError(f"value must be a name or a floating-point tensor of scores, got {describe(value)}")
+        _check_per_row("value", value, student, class_dim)
         return
     if not isinstance(value, str):
-        raise TypeError(f"value must be a name or a floating-point tensor of scores, got {_describe(value)}")
+        raise TypeError(f"value must be a name or a floating-point tensor of scores, got {describe(value)}")
     if value not in VALUES:
-        raise ValueError(f"value must be one of {', '.join(VALUES)} or a tensor of scores, got {value!r}")
+        raise ValueError(f"value must be one of {', '.join(VALUES)} or a tensor of scores, got {brief(value)}")
     if value == "cross_entropy" and labels is None:
         raise ValueError("value='cross_entropy' needs labels, got labels=None")
 
 
 def check_number(name: str, x: float) -> float:
-    """A finite real number (NumPy's too), bool excepted."""
+    """A finite real number that float32 can hold (NumPy's too), bool excepted."""
     if type(x) not in (float, int) and (isinstance(x, bool) or not isinstance(x, numbers.Real)):
-        raise TypeError(f"{name} must be a number, got {_describe(x)}")
+        raise TypeError(f"{name} must be a number, got {describe(x)}")
     if not -math.inf < x < math.inf:  # unlike math.isfinite, torch.compile traces it
-        raise ValueError(f"{name} must be finite, got {x}")
+        raise ValueError(f"{name} must be finite, got {brief(x)}")
+    if not -FLOAT32_MAX <= x <= FLOAT32_MAX:
+        raise ValueError(f"{name} must be a number that float32 can hold, got {brief(x)}")
     return float(x)
 
 
@@ -141,19 +205,22 @@ def check_temperature(temperature: float) -> float:
     temperature = check_number("temperature", temperature)
     if temperature <= 0:
         raise ValueError(f"temperature must be > 0, got {temperature}")
+    low, high = TEMPERATURES
+    if not low <= temperature <= high:
+        raise ValueError(f"temperature must lie in [{low:g}, {high:g}], got {temperature}")
     return temperature
 
 
 def check_keep(keep: float | int) -> Keep:
     """A float in (0, 1] is a fraction of the candidates, an int >= 1 a number of rows."""
     if isinstance(keep, bool) or not (isinstance(keep, (float, int)) or isinstance(keep, numbers.Real)):
-        raise TypeError(f"keep must be a float in (0, 1] or an int >= 1, got {_describe(keep)}")
+        raise TypeError(f"keep must be a float in (0, 1] or an int >= 1, got {describe(keep)}")
     if isinstance(keep, int) or isinstance(keep, numbers.Integral):
         if keep < 1:
-            raise ValueError(f"keep as a number of rows must be >= 1, got {keep}")
+            raise ValueError(f"keep as a number of rows must be >= 1, got {brief(keep)}")
         return Keep(1.0, min(int(keep), INT64_MAX))
     if not 0 < keep <= 1:
-        raise ValueError(f"keep as a fraction must lie in (0, 1], got {keep} (a number of rows is an int)")
+        raise ValueError(f"keep as a fraction must lie in (0, 1], got {brief(keep)} (a number of rows is an int)")
     return Keep(float(keep), 0)
 
 
@@ -168,17 +235,19 @@ def check_weights(kd_weight: float | None, ce_weight: float | None, with_labels:
 
 def check_reduction(reduction: str) -> str:
     """One of REDUCTIONS."""
+    if not isinstance(reduction, str):
+        raise TypeError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {describe(reduction)}")
     if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+        raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {brief(reduction)}")
     return reduction
 
 
 def check_ignore_index(ignore_index: int) -> int:
     """An int that a label can be (NumPy's too), bool excepted."""
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, (int, numbers.Integral)):
-        raise TypeError(f"ignore_index must be an int, got {_describe(ignore_index)}")
+        raise TypeError(f"ignore_index must be an int, got {describe(ignore_index)}")
     if not -INT64_MAX - 1 <= ignore_index <= INT64_MAX:
-        raise ValueError(f"ignore_index must fit an int64 label, got {ignore_index}")
+        raise ValueError(f"ignore_index must fit an int64 label, got {brief(ignore_index)}")
     return int(ignore_index)
 
 
@@ -191,9 +260,7 @@ def check_group(group: object) -> None:
     if not dist.is_available() or not dist.is_initialized():
         raise ValueError("group needs torch.distributed to be initialised; leave it None on one process")
     if not isinstance(group, dist.ProcessGroup):
-        raise TypeError(
-            f"group must be a torch.distributed process group of this rank, or None, got {_describe(group)}"
-        )
+        raise TypeError(f"group must be a torch.distributed process group of this rank, or None, got {describe(group)}")
 
 
 class LossOptions(NamedTuple):
@@ -241,14 +308,21 @@ def check_loss_tensors(
     row_weight: Tensor | None,
     rows: Tensor | None,
     group: object,
-) -> None:
-    """The others."""
-    check_both_logits(student, teacher, rows)
+    class_dim: int | None,
+) -> int:
+    """The others. Returns the dimension of the student's classes, counted from 0."""
+    dim = check_both_logits(student, teacher, rows, class_dim)
     if not (isinstance(value, str) and value == "entropy"):
-        check_value(student, value, labels)
+        check_value(student, value, labels, dim)
     if labels is not None:
-        check_labels(student, labels)
+        check_labels(student, labels, dim)
     if row_weight is not None:
-        check_row_weight(student, row_weight)
+        check_row_weight(student, row_weight, dim)
     if group is not None:
         check_group(group)
+    return dim
+
+
+def classes_last(logits: Tensor, class_dim: int) -> Tensor:
+    """Return the logits with the classes moved last: a view."""
+    return logits if class_dim == logits.dim() - 1 else logits.movedim(class_dim, -1)

@@ -1,5 +1,6 @@
 """The distillation loss that knows what is worth distilling: KL, knowledge value, selection and gradient in one operator."""
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -8,6 +9,7 @@ from torch.autograd import forward_ad
 
 from . import arguments, ops
 from .arguments import LossOptions
+from .describe import describe
 from .knowledge import Knowledge
 
 if TYPE_CHECKING:
@@ -33,6 +35,7 @@ def condensed_kd_loss(
     reduction: str = "mean",
     group: "ProcessGroup | None" = None,
     inplace: bool = False,
+    class_dim: int | None = None,
     return_knowledge: bool = False,
 ) -> Tensor | tuple[Tensor, Knowledge]:
     """Distillation of the rows worth it: temperature-scaled KL over the `keep` rows of highest knowledge value.
@@ -47,8 +50,9 @@ def condensed_kd_loss(
     Selection by the student's entropy is Knowledge Condensation Distillation's (Li et al., ECCV 2022, Eq. 7).
 
     Args:
-        student_logits: (..., C), float32, float64, float16 or bfloat16; differentiable. Read in place where the classes of
-            a row lie side by side and the rows at no more than two strides, so that `logits[:, :-1]` is not copied.
+        student_logits: (..., C), or with the classes in `class_dim`; float32, float64, float16 or bfloat16; differentiable.
+            Read in place where the classes of a row lie side by side and the rows at no more than two strides, so that
+            `logits[:, :-1]` is not copied.
         teacher_logits: as student_logits, of any of these dtypes; a constant. With `rows`, (m, C).
         temperature: T > 0.
         keep: a float in (0, 1]: k = max(1, int(keep * n)) of the n candidates; an int >= 1: k = min(keep, n). Candidates
@@ -70,6 +74,8 @@ def condensed_kd_loss(
             of rows; scaled so that DistributedDataParallel's averaged gradient is that of one process on all rows.
         inplace: the backward pass overwrites the student's logits with the gradient and allocates none. They must not be a
             leaf nor be needed by anything else; a second backward pass raises.
+        class_dim: the dimension of the classes: 1 for segmentation logits (B, C, H, W), whose rows are then the pixels
+            (B, H, W). None: the last one. Logits whose classes lie apart in memory are copied once.
         return_knowledge: also return the rows' Knowledge.
 
     Returns:
@@ -84,8 +90,13 @@ def condensed_kd_loss(
         RuntimeError: a second or a forward derivative is asked for, or one inside a torch.func transform; use
             `kcd_ext.reference.condensed_kd_loss`.
 
-    Under torch.compile an option that changes from call to call (an annealed temperature) compiles anew each time, as any
-    Python number does; a weight that changes is better multiplied outside.
+    Warns:
+        UserWarning: logits of four dimensions or more come without `class_dim`, or there is only one class, whose probability
+            is always 1. Not under torch.compile.
+
+    Under torch.jit.trace the graph calls the operator, with its derivative, and takes batches of any size; `inplace` and `group`
+    raise there. Under torch.compile an option that changes from call to call (an annealed temperature) compiles anew each
+    time, as any Python number does; a weight that changes is better multiplied outside.
     """
     options = arguments.check_loss_options(
         temperature, keep, kd_weight, ce_weight, labels is not None, ignore_index, reduction
@@ -94,30 +105,43 @@ def condensed_kd_loss(
         ops.has_small_loss
         and (row_weight is None and rows is None and group is None)
         and not (inplace or return_knowledge or torch.compiler.is_compiling())
-        and (loss := _small(student_logits, teacher_logits, labels, value, options)) is not None
+        and (loss := _small(student_logits, teacher_logits, labels, value, options, class_dim)) is not None
     ):
         return loss
-    arguments.check_loss_tensors(
-        student_logits, teacher_logits, value=value, labels=labels, row_weight=row_weight, rows=rows, group=group
+    classes = arguments.check_loss_tensors(
+        student_logits,
+        teacher_logits,
+        value=value,
+        labels=labels,
+        row_weight=row_weight,
+        rows=rows,
+        group=group,
+        class_dim=class_dim,
     )
     _check_kernels(student_logits)
+    arguments.warn_about_classes(student_logits, class_dim)
+    student_logits = arguments.classes_last(student_logits, classes)
+    if rows is None:
+        teacher_logits = arguments.classes_last(teacher_logits, classes)
     differentiable = student_logits.requires_grad and torch.is_grad_enabled()
     if inplace:
         _check_inplace(student_logits, teacher_logits, differentiable)
+    if group is not None and ops.is_tracing():
+        raise RuntimeError("group cannot be traced by torch.jit.trace, which records no collectives: leave it None")
 
     absent = ops.absent(student_logits)
-    student = student_logits if student_logits.is_contiguous() else _readable(student_logits)
+    student = ops.readable(student_logits)
     teacher = teacher_logits.detach() if teacher_logits.requires_grad else teacher_logits
     inputs = (
-        teacher if teacher.is_contiguous() else _readable(teacher),
+        ops.readable(teacher),
         absent if labels is None else labels.contiguous(),
         absent if isinstance(value, str) else _score(value),
         absent if row_weight is None else row_weight.detach().to(ops.accumulator_of(student)).contiguous(),
         absent if rows is None else rows.contiguous(),
     )
     value_kind = arguments.VALUES.index(value) if isinstance(value, str) else _SCORES
-    if torch.compiler.is_compiling() and group is None:
-        compute = _compiled
+    if (torch.compiler.is_compiling() or ops.is_tracing()) and group is None:
+        compute = _recorded
     else:
         _refuse_transforms(student)
         compute = _eager if group is None else _over_group
@@ -129,10 +153,12 @@ def condensed_kd_loss(
     else:
         loss, ranked, stats, selected, counts, backward = compute(student, inputs, value_kind, options, group)
     if differentiable and backward is not None:
-        teacher, labels, _, row_weight, rows = inputs
-        saved = (teacher, labels, row_weight, rows, selected, stats, counts)
-        loss = ops.with_gradient(loss, student, saved, backward, inplace, gradient)
-    return (loss, _knowledge(ranked, stats, selected, value)) if return_knowledge else loss
+        given, state = (inputs[0], inputs[1], *inputs[3:]), (selected, stats, counts)
+        loss = ops.with_gradient(loss, student, given, state, backward, inplace, gradient)
+    if not return_knowledge:
+        return loss
+    valid = _valid(labels, options.ignore_index)
+    return loss, _knowledge(ranked, stats, selected, value, valid, _candidates(valid, rows, selected))
 
 
 # Three ways to compute one loss: (student, (teacher, labels, score, row_weight, rows), value, options, group) -> loss, values,
@@ -141,11 +167,19 @@ def condensed_kd_loss(
 
 
 def _small(
-    student: Tensor, teacher: Tensor, labels: Tensor | None, value: str | Tensor, options: LossOptions
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor | None,
+    value: str | Tensor,
+    options: LossOptions,
+    class_dim: int | None,
 ) -> Tensor | None:
     """The loss of a small batch, where it needs nothing that its door lacks; checks are those of the operators."""
     if not (isinstance(student, Tensor) and isinstance(value, str) and value in arguments.VALUES):
         return None
+    last = type(class_dim) is int and class_dim == -1
+    if not (last or (class_dim is None and student.dim() < 4)) or student.shape[-1:] == (1,):
+        return None  # other dimensions, and what is warned of
     differentiable = student.requires_grad and torch.is_grad_enabled()
     ahead = differentiable and student.dim() > 0 and _writes_gradient(student, options)
     value_kind = arguments.VALUES.index(value)
@@ -172,8 +206,8 @@ def _eager(student: Tensor, inputs: tuple[Tensor, ...], value: int, options: Los
     return *out, options.operators
 
 
-def _compiled(student: Tensor, inputs: tuple[Tensor, ...], value: int, options: LossOptions, _: None):
-    """Under torch.compile: the operator that carries its derivative, one node of the graph a direction."""
+def _recorded(student: Tensor, inputs: tuple[Tensor, ...], value: int, options: LossOptions, _: None):
+    """Under torch.compile and torch.jit.trace: the operator that carries its derivative, one node of the graph a direction."""
     return *ops.condensed_kd(student, *inputs, *options.keep, value, *options.operators), None
 
 
@@ -203,9 +237,36 @@ def _over_group(student: Tensor, inputs: tuple[Tensor, ...], value: int, options
     return loss, ranked, stats, selected, counts, backward
 
 
-def _knowledge(ranked: Tensor, stats: Tensor, selected: Tensor, value: str | Tensor) -> Knowledge:
-    """Copies, so that the caller may change them, or keep them without the rest."""
-    entropy, kl = (stats[i].clone().view(selected.shape) for i in (ops.ENTROPY, ops.KL))
+def _valid(labels: Tensor | None, ignore_index: int) -> Tensor | None:
+    """bool (...), or None where all rows are valid."""
+    return None if labels is None else labels != ignore_index
+
+
+def _candidates(valid: Tensor | None, rows: Tensor | None, like: Tensor) -> Tensor | None:
+    """bool (...): the valid rows that the teacher holds; None where all rows are candidates."""
+    if rows is None:
+        return valid
+    n = like.numel()
+    named = torch.where((rows >= 0) & (rows < n), rows, n)  # rows that there are not: one past the end
+    held = like.new_zeros(n + 1).index_fill(0, named, True)[:n].view(like.shape)
+    return held if valid is None else held & valid
+
+
+def _knowledge(
+    ranked: Tensor,
+    stats: Tensor,
+    selected: Tensor,
+    value: str | Tensor,
+    valid: Tensor | None,
+    candidate: Tensor | None,
+) -> Knowledge:
+    """Copies, so that the caller may change them, or keep them without the rest.
+
+    `valid`, `candidate`: bool (...), None for all. The operators give 0 for rows that are not; Knowledge has NaN there.
+    """
+    entropy, kl = (stats[i].view(selected.shape) for i in (ops.ENTROPY, ops.KL))
+    entropy = entropy.clone() if valid is None else torch.where(valid, entropy, math.nan)
+    kl, ranked = (x.clone() if candidate is None else torch.where(candidate, x, math.nan) for x in (kl, ranked))
     ranked = ranked.to(value.dtype) if isinstance(value, Tensor) else ranked
     return Knowledge(ranked, entropy, kl, selected.clone(), selected.sum())
 
@@ -217,6 +278,7 @@ def select_rows(
     value: str | Tensor = "entropy",
     labels: Tensor | None = None,
     ignore_index: int = -100,
+    class_dim: int | None = None,
 ) -> tuple[Tensor, Knowledge]:
     """The rows worth asking the teacher about, before it runs: the entropy-first half of `condensed_kd_loss`.
 
@@ -228,7 +290,7 @@ def select_rows(
 
     Args:
         student_logits: (..., C), as in `condensed_kd_loss`; nothing is differentiated.
-        keep, labels, ignore_index: as in `condensed_kd_loss`.
+        keep, labels, ignore_index, class_dim: as in `condensed_kd_loss`.
         value: "entropy", "cross_entropy" (with labels) or a floating-point tensor (...) of scores.
 
     Returns:
@@ -239,11 +301,16 @@ def select_rows(
 
     Raises:
         TypeError, ValueError, IndexError: as `condensed_kd_loss`; a value that needs a teacher is a ValueError.
+        RuntimeError: under torch.jit.trace, which would fix the length of `index`.
+
+    Warns:
+        UserWarning: as `condensed_kd_loss`.
     """
-    arguments.check_logits("student_logits", student_logits)
-    arguments.check_value(student_logits, value, labels)
+    arguments.check_logits("student_logits", student_logits, class_dim)
+    classes = arguments.class_dim_of(student_logits, class_dim)
+    arguments.check_value(student_logits, value, labels, classes)
     if labels is not None:
-        arguments.check_labels(student_logits, labels)
+        arguments.check_labels(student_logits, labels, classes)
     _check_kernels(student_logits)
     if isinstance(value, str) and value in ("teacher_entropy", "kl"):
         raise ValueError(
@@ -251,8 +318,15 @@ def select_rows(
         )
     kept = arguments.check_keep(keep)
     ignore_index = arguments.check_ignore_index(ignore_index)
+    if ops.is_tracing():
+        raise RuntimeError(
+            "select_rows cannot be traced by torch.jit.trace, which would fix the length of the index: use torch.compile or"
+            " torch.export"
+        )
+    arguments.warn_about_classes(student_logits, class_dim)
 
-    student, absent = _readable(student_logits.detach()), ops.absent(student_logits)
+    student = ops.readable(arguments.classes_last(student_logits.detach(), classes))
+    absent, valid = ops.absent(student_logits), _valid(labels, ignore_index)
     labels = absent if labels is None else labels.contiguous()
     score, value_kind = (absent, arguments.VALUES.index(value)) if isinstance(value, str) else (_score(value), _SCORES)
     ranked, stats, _, candidate = ops.row_stats(student, absent, labels, score, absent, 1.0, value_kind, ignore_index)
@@ -260,7 +334,8 @@ def select_rows(
     # Selected rows first, in order; how many entries there are depends on the number of rows alone.
     order = torch.sort(selected.reshape(-1), descending=True, stable=True).indices[: kept.of(selected.numel())]
     position = torch.arange(order.shape[0], device=order.device)
-    knowledge = _knowledge(ranked, stats, selected, value)
+    knowledge = _knowledge(ranked, stats, selected, value, valid, valid)
+    knowledge = knowledge._replace(kl=torch.full_like(knowledge.entropy, math.nan))  # no teacher was read
     return torch.where(position < knowledge.n_selected, order, torch.full_like(order, -1)), knowledge
 
 
@@ -283,14 +358,15 @@ class CondensedKDLoss(nn.Module):
         reduction: str = "mean",
         group: "ProcessGroup | None" = None,
         inplace: bool = False,
+        class_dim: int | None = None,
         return_knowledge: bool = False,
     ) -> None:
         super().__init__()
         arguments.check_temperature(temperature)
         arguments.check_keep(keep)
-        if value not in arguments.VALUES:
+        if not isinstance(value, str) or value not in arguments.VALUES:
             raise ValueError(
-                f"value must be one of {', '.join(arguments.VALUES)}, got {value!r}; pass scores to the call"
+                f"value must be one of {', '.join(arguments.VALUES)}, got {describe(value)}; pass scores to the call"
             )
         for name, weight in (("kd_weight", kd_weight), ("ce_weight", ce_weight)):
             if weight is not None:
@@ -298,6 +374,7 @@ class CondensedKDLoss(nn.Module):
         arguments.check_ignore_index(ignore_index)
         arguments.check_reduction(reduction)
         arguments.check_group(group)
+        arguments.check_class_dim(class_dim)
         self.options = {
             "temperature": temperature,
             "keep": keep,
@@ -308,6 +385,7 @@ class CondensedKDLoss(nn.Module):
             "reduction": reduction,
             "group": group,
             "inplace": inplace,
+            "class_dim": class_dim,
             "return_knowledge": return_knowledge,
         }
 
@@ -338,28 +416,6 @@ def _score(value: Tensor) -> Tensor:
     return value.detach().to(dtype).contiguous()
 
 
-def _lies_in_place(logits: Tensor) -> bool:
-    """Whether the kernels can read the logits where they lie: classes side by side, rows at no more than two strides."""
-    if logits.is_contiguous():
-        return True
-    sizes, strides = logits.shape, logits.stride()
-    if sizes[-1] > 1 and strides[-1] != 1:
-        return False
-    runs = 0
-    expected = None
-    for size, stride in zip(reversed(sizes[:-1]), reversed(strides[:-1]), strict=True):
-        if size == 1:
-            continue
-        if stride != expected:
-            runs += 1
-        expected = size * stride
-    return runs <= 2
-
-
-def _readable(logits: Tensor) -> Tensor:
-    return logits if _lies_in_place(logits) else logits.contiguous()
-
-
 def _check_kernels(student: Tensor) -> None:
     if ops.has_kernels_for(student):
         return
@@ -371,16 +427,17 @@ def _check_kernels(student: Tensor) -> None:
 
 
 def _check_inplace(student: Tensor, teacher: Tensor, differentiable: bool) -> None:
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or ops.is_tracing():
         raise ValueError(
-            "inplace=True is not possible under torch.compile, which plans memory by itself: leave it False"
+            "inplace=True is not possible under torch.compile, which plans memory by itself, nor under torch.jit.trace: leave"
+            " it False"
         )
     if not differentiable:
         return
     base = student if student._base is None else student._base
     if student.is_leaf or (base.is_leaf and base.requires_grad):
         raise ValueError("inplace=True would overwrite student_logits, a leaf that requires grad (or a view of one)")
-    if not _lies_in_place(student) or _overlaps_itself(student):
+    if not ops.lies_in_place(student) or _overlaps_itself(student):
         raise ValueError(
             f"inplace=True needs student_logits whose rows lie apart and whose classes lie side by side, got shape"
             f" {tuple(student.shape)} with strides {student.stride()}"

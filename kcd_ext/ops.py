@@ -4,6 +4,8 @@ The operators themselves are in csrc/torch/ops.cpp.  They take a tensor that is 
 """
 
 import math
+import re
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -23,15 +25,52 @@ build_info, _small = _extension.load()
 has_small_loss = _small is not None
 _WITH_CUDA = bool(build_info["cuda_architectures"]) and torch.version.hip is None  # ROCm's devices call themselves cuda
 
+_ALLOCATION = re.compile(r"kcd_ext: allocating (-?\d+) bytes on .* failed")  # csrc/torch/abi.h
+
+
+def _raising_out_of_memory(operator: Callable) -> Callable:
+    """Return the operator as a function that raises torch.OutOfMemoryError, or on the CPU what torch raises, without memory."""
+
+    def call(*arguments):
+        try:
+            return operator(*arguments)
+        except RuntimeError as error:
+            found = _ALLOCATION.search(str(error))
+            if found is None:
+                raise
+            device = next(x.device for x in arguments if isinstance(x, Tensor))
+            torch.empty(int(found[1]), dtype=torch.uint8, device=device)  # raises in torch's own words
+            raise torch.OutOfMemoryError(str(error)) from error  # there was too little, and by now there is enough
+
+    return call
+
+
+# Carry their derivative: for torch.compile and torch.jit.trace.
 condensed_kd = torch.ops.kcd_ext.condensed_kd.default
-condensed_kd_forward = torch.ops.kcd_ext.condensed_kd_forward.default
-condensed_kd_with_gradient = torch.ops.kcd_ext.condensed_kd_with_gradient.default  # on the CPU alone
 condensed_kd_backward = torch.ops.kcd_ext.condensed_kd_backward.default
-condensed_kd_gradient = torch.ops.kcd_ext.condensed_kd_gradient.default
-condensed_kd_gradient_ = torch.ops.kcd_ext.condensed_kd_gradient_.default
-row_stats = torch.ops.kcd_ext.row_stats.default
-select_topk = torch.ops.kcd_ext.select_topk.default
-reduce_rows = torch.ops.kcd_ext.reduce_rows.default
+# Carry none.
+condensed_kd_forward = _raising_out_of_memory(torch.ops.kcd_ext.condensed_kd_forward.default)
+condensed_kd_with_gradient = _raising_out_of_memory(torch.ops.kcd_ext.condensed_kd_with_gradient.default)  # on the CPU alone
+condensed_kd_gradient = _raising_out_of_memory(torch.ops.kcd_ext.condensed_kd_gradient.default)
+condensed_kd_gradient_ = _raising_out_of_memory(torch.ops.kcd_ext.condensed_kd_gradient_.default)
+row_stats = _raising_out_of_memory(torch.ops.kcd_ext.row_stats.default)
+select_topk = _raising_out_of_memory(torch.ops.kcd_ext.select_topk.default)
+reduce_rows = _raising_out_of_memory(torch.ops.kcd_ext.reduce_rows.default)
+
+
+def register_recorded_operators(device: str) -> torch.library.Library:
+    """Give the operators that carry their derivative the kernels of those that carry none, out of memory handled.
+
+    A compiled graph calls them by the dispatcher, so that only a kernel in Python can raise torch.OutOfMemoryError there. On
+    CUDA they have no other. Returns the registration, which lasts as long as it does.
+    """
+    library = torch.library.Library("kcd_ext", "IMPL")
+    library.impl(condensed_kd, condensed_kd_forward, device)
+    library.impl(condensed_kd_backward, condensed_kd_gradient, device)
+    return library
+
+
+_recorded_operators = register_recorded_operators("CUDA") if build_info["cuda_architectures"] else None
 
 with torch.inference_mode(False):  # a tensor made in that mode could never be saved for a backward pass
     _ABSENT = torch.empty(0, dtype=torch.bool, device="cpu")
@@ -67,6 +106,40 @@ def accumulator_of(student: Tensor) -> torch.dtype:
     return torch.float64 if student.dtype == torch.float64 else torch.float32
 
 
+def is_tracing() -> bool:
+    """Return whether torch.jit.trace records operators."""
+    return not torch.compiler.is_compiling() and _get_tracing_state() is not None
+
+
+# ---- memory layouts
+
+
+def lies_in_place(logits: Tensor) -> bool:
+    """Return whether the kernels can read logits (..., C) in place: classes side by side, rows at no more than two strides."""
+    if logits.is_contiguous():
+        return True
+    sizes, strides = logits.shape, logits.stride()
+    if sizes[-1] > 1 and strides[-1] != 1:
+        return False
+    runs = 0
+    expected = None
+    for size, stride in zip(reversed(sizes[:-1]), reversed(strides[:-1]), strict=True):
+        if size == 1:
+            continue
+        if stride != expected:
+            runs += 1
+        expected = size * stride
+    return runs <= 2
+
+
+def readable(logits: Tensor) -> Tensor:
+    """Return the logits, copied where the kernels could not read them.
+
+    A graph that torch.jit.trace records copies in any case: what it records must read logits of every layout.
+    """
+    return logits if lies_in_place(logits) and not is_tracing() else logits.contiguous()
+
+
 # ---- fake kernels
 
 
@@ -86,42 +159,42 @@ def _fake_loss(student: Tensor, reduction: int) -> Tensor:
 
 
 @torch.library.register_fake(condensed_kd)
-@torch.library.register_fake(condensed_kd_forward)
+@torch.library.register_fake("kcd_ext::condensed_kd_forward")
 def _fake_forward(student, teacher, labels, score, row_weight, rows, *options):
     value, stats = _fake_rows(student, score)
     loss = _fake_loss(student, reduction=options[-2])
     return loss, value, stats, _per_row(student, torch.bool), student.new_empty(2, dtype=torch.int64)
 
 
-@torch.library.register_fake(condensed_kd_with_gradient)
+@torch.library.register_fake("kcd_ext::condensed_kd_with_gradient")
 def _fake_forward_with_gradient(student, *arguments):
     return *_fake_forward(student, *arguments), student.new_empty(student.shape)
 
 
 @torch.library.register_fake(condensed_kd_backward)
-@torch.library.register_fake(condensed_kd_gradient)
+@torch.library.register_fake("kcd_ext::condensed_kd_gradient")
 def _fake_gradient(grad_output, student, *_):
     return student.new_empty(student.shape)
 
 
-@torch.library.register_fake(condensed_kd_gradient_)
+@torch.library.register_fake("kcd_ext::condensed_kd_gradient_")
 def _fake_gradient_in_place(*_):
     return None
 
 
-@torch.library.register_fake(row_stats)
+@torch.library.register_fake("kcd_ext::row_stats")
 def _fake_row_stats(student, teacher, labels, score, *_):
     value, stats = _fake_rows(student, score)
     cross_entropy = student.new_empty(0 if labels.dtype == torch.bool else student.shape[:-1], dtype=stats.dtype)
     return value, stats, cross_entropy, _per_row(student, torch.bool)
 
 
-@torch.library.register_fake(select_topk)
+@torch.library.register_fake("kcd_ext::select_topk")
 def _fake_select(value, *_):
     return value.new_empty(value.shape, dtype=torch.bool)
 
 
-@torch.library.register_fake(reduce_rows)
+@torch.library.register_fake("kcd_ext::reduce_rows")
 def _fake_reduce(student, *options):
     return _fake_loss(student, reduction=options[-2])
 
@@ -142,8 +215,14 @@ def _save_for_backward(ctx, inputs, output):
 def _backward(ctx, grad_output, *_):
     gradient = None
     if grad_output is not None:
-        gradient = condensed_kd_backward(grad_output.contiguous(), *ctx.saved_tensors, *ctx.options)
+        gradient = _gradient(condensed_kd_backward, grad_output, *ctx.saved_tensors, ctx.options)
     return gradient, *(None,) * (ctx.n_inputs - 1)
+
+
+def _gradient(operator, grad_output, student, teacher, labels, row_weight, rows, selected, stats, counts, options):
+    """Call a backward operator with saved tensors, which an unpack hook may return in any memory layout."""
+    per_row = (x.contiguous() for x in (labels, row_weight, rows, selected, stats, counts))
+    return operator(grad_output.contiguous(), readable(student), readable(teacher), *per_row, *options)
 
 
 def _no_second_derivative(ctx, *_):
@@ -166,7 +245,7 @@ class GradientOfStudent(torch.autograd.Function):
     @staticmethod
     def forward(ctx, student: Tensor, computed: tuple) -> Tensor:
         """The loss, out of what `with_gradient` puts together: in a tuple, since autograd handles every tensor it sees."""
-        loss, saved, ctx.constants, ctx.options, ctx.inplace, ctx.gradient = computed
+        loss, saved, ctx.constants, ctx.state, ctx.options, ctx.inplace, ctx.gradient = computed
         ctx.ahead = ctx.gradient is not None
         ctx.scales = student.dtype != torch.bfloat16
         ctx.save_for_backward(student, *saved)
@@ -184,20 +263,20 @@ class GradientOfStudent(torch.autograd.Function):
             if factor == 1 or (math.isfinite(factor) and ctx.scales):
                 gradient, ctx.gradient = ctx.gradient, None  # handed over, once
                 if gradient is None:  # another backward pass through a graph that is kept: the same bits
-                    student, saved = _saved(ctx)
-                    gradient = condensed_kd_gradient(torch.ones_like(grad_output), student, *saved, *ctx.options)
+                    gradient = _gradient(condensed_kd_gradient, torch.ones_like(grad_output), *_saved(ctx), ctx.options)
                 return gradient if factor == 1 else gradient.mul_(factor), None
-        student, saved = _saved(ctx)  # raises where an earlier backward pass overwrote the logits
-        grad_output = grad_output.contiguous()
+        student, *saved = _saved(ctx)  # raises where an earlier backward pass overwrote the logits
         if ctx.inplace:
             if torch.is_grad_enabled():
                 _no_second_derivative(ctx)
-            student = student.detach()
-            condensed_kd_gradient_(grad_output, student, *saved, *ctx.options)
+            # The dispatcher cannot negate lazily for an operator that returns nothing.
+            grad_output, student, *saved = (x.detach().resolve_neg() for x in (grad_output, student, *saved))
+            student = readable(student)
+            _gradient(condensed_kd_gradient_, grad_output, student, *saved, ctx.options)
             torch.autograd.graph.increment_version(student)
             return student, None
-        gradient = condensed_kd_backward if torch.is_grad_enabled() else condensed_kd_gradient
-        return gradient(grad_output, student, *saved, *ctx.options), None
+        operator = condensed_kd_backward if torch.is_grad_enabled() else condensed_kd_gradient
+        return _gradient(operator, grad_output, student, *saved, ctx.options), None
 
 
 def _number(grad_output: Tensor) -> float:
@@ -208,12 +287,11 @@ def _number(grad_output: Tensor) -> float:
         return math.nan
 
 
-def _saved(ctx) -> tuple[Tensor, list[Tensor]]:
-    """The student's logits, and the others in the order in which they were given."""
+def _saved(ctx) -> list[Tensor]:
+    """Return what a backward operator takes behind grad_output. Unpacks the saved tensors: call it once."""
     student, *saved = ctx.saved_tensors
-    if ctx.constants:
-        saved = [constant if x is None else x for x, constant in zip(saved, ctx.constants, strict=True)]
-    return student, saved
+    saved = [constant if x is None else x for x, constant in zip(saved, ctx.constants, strict=True)]
+    return [student, *saved, *ctx.state]
 
 
 class GradientOfSmall(torch.autograd.Function):
@@ -227,12 +305,12 @@ class GradientOfSmall(torch.autograd.Function):
         if grad_output is None:
             return None, None, None
         differentiable = torch.is_grad_enabled()
-        gradient = NotImplemented if differentiable else _small.small_backward(ctx, grad_output)
-        if gradient is NotImplemented:
-            student, teacher, labels, selected, stats, counts, options = _small.small_saved(ctx)
+        gradient = _small.small_backward(ctx, grad_output, differentiable)
+        if type(gradient) is tuple:  # what the operators take in its place
+            student, teacher, labels, *rest, options = gradient
             operator = condensed_kd_backward if differentiable else condensed_kd_gradient
-            constants = (teacher, _ABSENT if labels is None else labels, _ABSENT, _ABSENT, selected, stats, counts)
-            gradient = operator(grad_output.contiguous(), student, *constants, *options)
+            saved = (student, teacher, _ABSENT if labels is None else labels, _ABSENT, _ABSENT, *rest)
+            gradient = _gradient(operator, grad_output, *saved, options)
         return gradient, None, None
 
 
@@ -279,7 +357,8 @@ def small_loss(
 def with_gradient(
     loss: Tensor,
     student: Tensor,
-    saved: tuple[Tensor, ...],
+    inputs: tuple[Tensor, ...],
+    state: tuple[Tensor, ...],
     options: tuple,
     inplace: bool,
     gradient: Tensor | None = None,
@@ -289,15 +368,15 @@ def with_gradient(
     Args:
         loss: computed without autograd.
         student: the logits it is a function of.
-        saved: teacher, labels, row_weight, rows, selected, stats, counts, as the operators take them.
+        inputs: teacher, labels, row_weight, rows, as the operators take them.
+        state: selected, stats, counts, as the operators take them.
         options: the operators' temperature, kd_weight, ce_weight, ignore_index, reduction and number of processes.
         inplace: whether the gradient overwrites the logits.
         gradient: that of the loss, where it is at hand.
     """
-    constants = None
-    if any(map(Tensor.is_inference, saved)):
-        # Tensors made in inference mode cannot be saved for a backward pass; nor can they be changed before it.
-        constants = [x if x.is_inference() else None for x in saved]
-        saved = [None if x.is_inference() else x for x in saved]
+    # Saved are the same tensors as by the door for small calls, since activation checkpointing may compute a loss by one way and
+    # again by the other. Tensors made in inference mode cannot be saved for a backward pass; nor can they be changed before it.
+    constants = [x if x.dtype == torch.bool or x.is_inference() else None for x in inputs]
+    saved = [x if constant is None else None for x, constant in zip(inputs, constants, strict=True)]
     apply = GradientOfStudent.apply if torch.compiler.is_compiling() else _apply_without_transforms
-    return apply(student, (loss, saved, constants, options, inplace, gradient))
+    return apply(student, (loss, saved, constants, state, options, inplace, gradient))

@@ -108,20 +108,32 @@ def condensed_kd_loss(
     reduction: str = "mean",
     group: "ProcessGroup | None" = None,
     inplace: bool = False,
+    class_dim: int | None = None,
     return_knowledge: bool = False,
 ) -> Tensor | tuple[Tensor, Knowledge]:
     """The function of the same name in `kcd_ext`, in plain PyTorch; see there for arguments, shapes and errors.
 
     Any device and any differentiable order.  `inplace=True` raises ValueError: autograd needs the logits it read.
     """
-    arguments.check_loss_tensors(
-        student_logits, teacher_logits, value=value, labels=labels, row_weight=row_weight, rows=rows, group=group
+    class_dim_from_0 = arguments.check_loss_tensors(
+        student_logits,
+        teacher_logits,
+        value=value,
+        labels=labels,
+        row_weight=row_weight,
+        rows=rows,
+        group=group,
+        class_dim=class_dim,
     )
     options = arguments.check_loss_options(
         temperature, keep, kd_weight, ce_weight, labels is not None, ignore_index, reduction
     )
     if inplace:
         raise ValueError("inplace=True is not possible in the reference: plain autograd needs the logits it read")
+    arguments.warn_about_classes(student_logits, class_dim)
+    student_logits = arguments.classes_last(student_logits, class_dim_from_0)
+    if rows is None:
+        teacher_logits = arguments.classes_last(teacher_logits, class_dim_from_0)
 
     shape, classes = student_logits.shape[:-1], student_logits.shape[-1]
     accumulator = torch.float64 if student_logits.dtype == torch.float64 else torch.float32

@@ -1,8 +1,13 @@
 """Wrong arguments: refused before anything is computed, in words that name the argument, what it got and what it takes."""
 
+import re
+import warnings
+from fractions import Fraction
+
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 import kcd_ext
 from kcd_ext import condensed_kd_loss, reference, select_rows
@@ -19,6 +24,17 @@ CASES = [
     (dict(temperature="4"), TypeError, "temperature must be a number, got str '4'"),
     (dict(temperature=True), TypeError, "temperature must be a number, got bool"),
     (dict(temperature=torch.tensor(4.0)), TypeError, "temperature must be a number, got a torch.float32 tensor"),
+    (dict(temperature=10**5000), ValueError, "temperature must be a number that float32 can hold, got int"),
+    (dict(temperature=1e-300), ValueError, "temperature must lie in .1e-18, 1e.18., got 1e-300"),
+    (dict(temperature=1e30), ValueError, "temperature must lie in"),
+    (dict(temperature=Fraction(1, 10**400)), ValueError, "temperature must be > 0, got 0.0"),
+    (dict(temperature=np.longdouble("1e400")), ValueError, "temperature must be a number that float32 can hold"),
+    (dict(kd_weight=-(10**400)), ValueError, "kd_weight must be a number that float32 can hold, got -1000"),
+    (dict(kd_weight=1e39), ValueError, r"kd_weight must be a number that float32 can hold, got 1e\+39"),
+    (dict(ce_weight=10**400, labels=LABELS), ValueError, "ce_weight must be a number that float32 can hold"),
+    (dict(keep=-(10**5000)), ValueError, "keep as a number of rows must be >= 1, got int"),
+    (dict(keep=Fraction(10**400 + 1, 10**400)), ValueError, "keep as a fraction must lie in"),
+    (dict(ignore_index=10**5000), ValueError, "ignore_index must fit an int64 label, got int"),
     (dict(keep=0.0), ValueError, r"keep as a fraction must lie in \(0, 1\], got 0.0"),
     (dict(keep=-0.5), ValueError, r"keep as a fraction must lie in \(0, 1\], got -0.5"),
     (dict(keep=1.5), ValueError, r"keep as a fraction must lie in \(0, 1\], got 1.5"),
@@ -65,6 +81,23 @@ CASES = [
     (dict(rows=torch.arange(4)[None]), ValueError, r"rows must have one dimension, got shape \(1, 4\)"),
     (dict(rows=torch.arange(4).int()), TypeError, "rows must be an int64 tensor"),
     (dict(rows=[0, 1, 2, 3]), TypeError, r"rows must be an int64 tensor \(m,\), got list"),
+    (dict(class_dim=True), TypeError, "class_dim must be an int or None, got bool True"),
+    (dict(class_dim=1.0), TypeError, "class_dim must be an int or None, got float 1.0"),
+    (dict(class_dim=2), ValueError, r"class_dim must lie in \[-2, 2\) for student_logits of shape \(4, 6\), got 2"),
+    (dict(class_dim=-3), ValueError, "class_dim must lie in"),
+    (
+        dict(labels=torch.arange(6) % 4),
+        ValueError,
+        r"labels must have one entry a row, shape \(4,\), got \(6,\): the classes of student_logits \(4, 6\) are read from the "
+        "last dimension; if they are in dimension 0, pass class_dim=0",
+    ),
+    (dict(row_weight=torch.ones(6)), ValueError, "pass class_dim=0"),
+    (
+        dict(value=torch.ones(4), class_dim=0),
+        ValueError,
+        "are read from dimension 0; if they are in dimension 1, pass class_dim=1",
+    ),
+    (dict(reduction=torch.zeros(3)), TypeError, "reduction must be one of mean, sum, none, got a torch.float32 tensor"),
     (dict(reduction="avg"), ValueError, "reduction must be one of mean, sum, none, got 'avg'"),
     (dict(ignore_index=1.0), TypeError, "ignore_index must be an int, got float 1.0"),
     (dict(ignore_index=2**70), ValueError, "ignore_index must fit an int64 label, got 1180591620717411303424"),
@@ -91,7 +124,7 @@ def test_refused_options(function, options, error, message):
 LOGITS = [
     (Z.long(), Y, TypeError, "student_logits must be float32, float64, float16 or bfloat16, got torch.int64"),
     (Z, Y.int(), TypeError, "teacher_logits must be float32, .* got torch.int32"),
-    (Z.numpy(), Y, TypeError, "student_logits must be a tensor of logits .* got ndarray"),
+    (Z.numpy(), Y, TypeError, "student_logits must be a tensor of logits .* got a float32 array of shape"),
     (Z, None, TypeError, "teacher_logits must be a tensor of logits .* got NoneType"),
     (Z.to_sparse(), Y, TypeError, "student_logits must be a strided tensor, got layout torch.sparse_coo"),
     (torch.tensor(1.0), Y, ValueError, r"student_logits must have shape \(..., classes\) .* got \(\)"),
@@ -230,3 +263,118 @@ def test_the_keep_and_the_ignored_label_of_numpy():
     labels = torch.tensor([0, 1, 2, 3])
     got = condensed_kd_loss(Z, Y, labels=labels, keep=np.int64(2), ignore_index=np.int64(3))
     assert got.equal(condensed_kd_loss(Z, Y, labels=labels, keep=2, ignore_index=3))
+
+
+LONG = "x" * 100_000
+
+
+@pytest.mark.parametrize(
+    "argument",
+    [
+        "temperature",
+        "keep",
+        "value",
+        "labels",
+        "kd_weight",
+        "ce_weight",
+        "row_weight",
+        "rows",
+        "ignore_index",
+        "reduction",
+        "group",
+        "class_dim",
+        "student_logits",
+        "teacher_logits",
+    ],
+)
+@pytest.mark.parametrize(
+    "bad",
+    [
+        list(range(10_000)),
+        dict.fromkeys(range(10_000)),
+        LONG,
+        np.arange(10_000),
+        torch.arange(10_000.0),
+        10**100_000,
+        (1.5,) * 10_000,
+        object(),
+    ],
+    ids=lambda bad: type(bad).__name__,
+)
+def test_a_message_never_shows_the_whole_of_what_it_got(argument, bad):
+    for function in (condensed_kd_loss, reference.condensed_kd_loss):
+        arguments = {"student_logits": Z, "teacher_logits": Y, argument: bad}
+        if argument == "keep" and isinstance(bad, int):
+            continue  # a number of rows, and all of them are fewer
+        with pytest.raises((TypeError, ValueError)) as raised:
+            function(**arguments)
+        assert argument in str(raised.value) and len(str(raised.value)) < 400
+
+
+def test_class_dim():
+    """Segmentation, sequences and volumes with their classes second, against PyTorch's own formulas in float64."""
+    generator = torch.Generator().manual_seed(0)
+    for shape, dim in (
+        ((2, 5, 3, 4), 1),
+        ((3, 7, 6), 1),
+        ((2, 5, 2, 3, 2), -4),
+        ((6, 9), 0),
+        ((2, 3, 4, 5), -1),
+        ((4, 1, 3), 0),
+    ):
+        z, y = (3 * torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(2))
+        d = dim % len(shape)
+        rows = shape[:d] + shape[d + 1 :]
+        labels = torch.randint(-1, shape[d], rows, generator=generator)
+        weight = torch.rand(rows, generator=generator, dtype=torch.float64)
+        p = F.softmax(y / 2, d)
+        kl = (p * (F.log_softmax(y / 2, d) - F.log_softmax(z / 2, d))).sum(d)
+        ce = F.cross_entropy(z.movedim(d, 1) if d else z.movedim(0, 1), labels, ignore_index=-1)
+        valid = labels != -1
+        expected = 0.1 * ce + 0.9 * 4 * (weight * kl)[valid].mean()
+        for layout in (torch.contiguous_format, torch.channels_last) if len(shape) == 4 else (torch.contiguous_format,):
+            options = dict(class_dim=dim, labels=labels, ignore_index=-1, temperature=2, row_weight=weight)
+            gradients = []
+            for function in (condensed_kd_loss, reference.condensed_kd_loss):
+                leaf = z.clone(memory_format=layout).requires_grad_()
+                loss, knowledge = function(leaf, y.to(memory_format=layout), return_knowledge=True, **options)
+                gradients += torch.autograd.grad(loss, leaf)
+                assert torch.allclose(loss, expected) and knowledge.kl.shape == rows
+                assert torch.allclose(knowledge.kl[valid], kl[valid]) and knowledge.kl[~valid].isnan().all()
+            assert gradients[0].shape == shape and torch.allclose(*gradients)
+            module = kcd_ext.CondensedKDLoss(class_dim=dim, ignore_index=-1, temperature=2)
+            assert torch.allclose(module(z, y, labels=labels, row_weight=weight), expected)
+            index, chosen = select_rows(z, keep=2, class_dim=dim, labels=labels, ignore_index=-1)
+            teacher = y.movedim(d, -1).flatten(0, -2)[index]
+            some = condensed_kd_loss(z, teacher, rows=index, class_dim=dim, temperature=2)
+            assert torch.allclose(some, 4 * kl.flatten()[index].mean()) and chosen.selected.shape == rows
+    logits = torch.randn(2, 5, 3, 3).to(memory_format=torch.channels_last)
+    student = (logits * 1).requires_grad_()
+    of_model = student * 1
+    condensed_kd_loss(
+        of_model, logits, class_dim=1, inplace=True
+    ).backward()  # in this layout the classes lie side by side
+    expected = student.grad.clone()
+    assert torch.allclose(of_model, expected)
+
+
+@pytest.mark.parametrize("function", [condensed_kd_loss, reference.condensed_kd_loss], ids=["fused", "reference"])
+def test_logits_that_are_probably_meant_otherwise_are_warned_of(function):
+    z = torch.randn(2, 8, 8, 8)
+    for options in ({}, {"labels": torch.zeros(2, 8, 8, dtype=torch.int64)}, {"keep": 0.5, "return_knowledge": True}):
+        with pytest.warns(UserWarning, match="pass class_dim=1 for .* class_dim=-1") as caught:
+            function(z, z, **options)
+        assert [w.filename for w in caught] == [__file__]  # where the caller is
+    with pytest.warns(UserWarning, match="have one class, whose probability is always 1"):
+        assert function(z[..., :1], z[..., :1], class_dim=-1) == 0
+    with pytest.warns(UserWarning, match="one class"):
+        function(z[0, 0, :1], z[0, 0, :1], class_dim=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for dim in (-1, 1, 3):
+            function(z, z, class_dim=dim)
+        function(z[0], z[0])
+    with pytest.raises(ValueError, match=re.escape("slice them, as in logits[:, :6]")):
+        function(z, z[:, :6], class_dim=1)
+    with pytest.warns(UserWarning, match="class_dim=1"):
+        select_rows(z, keep=1)

@@ -10,6 +10,7 @@ import textwrap
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import kcd_ext
 from kcd_ext import condensed_kd_loss, reference, select_rows
@@ -346,6 +347,43 @@ def test_ten_thousand_calls_leak_nothing():
     assert resident() - before < 4_000_000  # 10 000 leaked tensors would be over 10 MB
 
 
+def test_too_little_memory_is_what_torch_says_of_it():
+    """By a tensor of 2^45 rows in two numbers; a compiled graph as on CUDA, whose kernels in Python are put in the CPU's place."""
+    code = textwrap.dedent("""
+        import torch
+        from kcd_ext import condensed_kd_loss, ops, select_rows
+
+        huge = torch.zeros(1, 2).expand(2**45, 2)
+        score = torch.zeros(1).expand(2**45)
+        try:
+            torch.empty(2**45, 4)
+        except RuntimeError as error:
+            kind, said = type(error), str(error).split(":")[0]
+        library = ops.register_recorded_operators("CPU")
+        compiled = torch.compile(lambda z, y: condensed_kd_loss(z, y), backend="aot_eager")
+        student, teacher = torch.randn(8, 10, requires_grad=True), torch.randn(8, 10)
+        (gradient,) = torch.autograd.grad(compiled(student, teacher), student)
+        assert torch.allclose(gradient, torch.autograd.grad(condensed_kd_loss(student, teacher), student)[0])
+        calls = {
+            "loss": lambda: condensed_kd_loss(huge, huge),
+            "knowledge": lambda: condensed_kd_loss(huge, huge, keep=0.1, return_knowledge=True),
+            "gradient": lambda: condensed_kd_loss(huge.detach().requires_grad_(), huge),
+            "rows": lambda: select_rows(huge, keep=1),
+            "topk": lambda: ops.select_topk(score, score.bool(), 0.5, 0),
+            "compiled": lambda: compiled(huge, huge),
+        }
+        for name, call in calls.items():
+            try:
+                call()
+            except kind as error:
+                assert str(error).split(":")[0] == said, (name, error)
+            else:
+                raise AssertionError(name)
+    """)
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, cwd="/")
+    assert done.returncode == 0, done.stderr
+
+
 # ---- torch.compile, torch.library
 
 
@@ -377,13 +415,111 @@ def test_opcheck(grad):
     torch.library.opcheck(
         ops.reduce_rows.default, (plain[0], labels, ABSENT, selected, stats, torch.rand(3, 4), counts, *options)
     )
-    # Without a teacher every KL is NaN, which opcheck's last comparison takes for a difference.
-    without_teacher = (plain[0], ABSENT, ABSENT, score, ABSENT, 4.0, 4, -100)
-    torch.library.opcheck(
-        ops.row_stats.default,
-        without_teacher,
-        test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
-    )
+
+
+class OperatorCalls(TorchDispatchMode):
+    """Collects the calls of this package's operators."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "kcd_ext":
+            self.calls.append((function, tuple(x.clone() if isinstance(x, torch.Tensor) else x for x in args)))
+        return function(*args, **(kwargs or {}))
+
+
+def test_opcheck_of_every_call_that_the_package_makes():
+    """With ignored labels, rows without a teacher and no teacher at all: no operator returns a NaN of its own making."""
+    student, teacher = torch.randn(12, 17), torch.randn(12, 17)
+    labels, rows = torch.randint(17, (12,)), torch.tensor([3, -1, 0, 7, 11])
+    labels[::3] = -100
+    with OperatorCalls() as mode:
+        for options in (
+            {"keep": 0.2},
+            {"keep": 0.7},
+            {"reduction": "none"},
+            {"value": "teacher_entropy"},
+            {"inplace": True},
+        ):
+            for more in (
+                {},
+                {"labels": labels},
+                {"rows": rows},
+                {"labels": labels, "rows": rows, "row_weight": torch.rand(12)},
+            ):
+                leaf = student.clone().requires_grad_()
+                y = teacher[: len(rows)] if "rows" in more else teacher
+                condensed_kd_loss(leaf * 1, y, return_knowledge=True, **options, **more)[0].sum().backward()
+        for options in (
+            {},
+            {"labels": labels},
+            {"value": torch.rand(12)},
+            {"value": "cross_entropy", "labels": labels},
+        ):
+            select_rows(student, keep=0.5, **options)
+    torch.compile(lambda z: condensed_kd_loss(z, teacher, labels=labels), backend="eager")(student)
+    names = {function.name().split("::")[1] for function, _ in mode.calls}
+    assert names == {
+        *("condensed_kd_forward", "condensed_kd_with_gradient", "condensed_kd_gradient", "condensed_kd_gradient_"),
+        *("row_stats", "select_topk"),
+    }
+    # One call of each kind: by the tensors that are there.
+    kinds = {(f, *(x.numel() > 0 for x in args if isinstance(x, torch.Tensor))): (f, args) for f, args in mode.calls}
+    for function, arguments in kinds.values():
+        torch.library.opcheck(function, arguments)
+
+
+@pytest.mark.filterwarnings("ignore")  # tracing is on its way out
+@pytest.mark.parametrize("rows, classes", [(8, 10), (300, 1000)])
+@pytest.mark.parametrize("inputs", ["", "labels", "row_weight", "rows", "value"])
+def test_jit_trace_takes_other_batches_than_the_traced_one(rows, classes, inputs):
+    """Values and gradients are those of the reference for another batch size and another layout."""
+
+    def batch(rows, seed):
+        generator = torch.Generator().manual_seed(seed)
+        z, y = (torch.randn(rows, classes, generator=generator) for _ in range(2))
+        more = {
+            "labels": torch.randint(-1, classes, (rows,), generator=generator),
+            "row_weight": torch.rand(rows, generator=generator),
+            "rows": torch.randperm(rows, generator=generator)[: rows // 2],
+            "value": torch.rand(rows, generator=generator),
+        }
+        y = y[: rows // 2] if inputs == "rows" else y
+        return z, y, *([more[inputs]] if inputs else [])
+
+    for options in ({"keep": 0.3}, {"keep": 2, "temperature": 2.0}, {"reduction": "none"}, {"class_dim": -1}):
+        options = {**options, "ignore_index": -1}
+
+        def function(z, y, *more, loss=condensed_kd_loss, options=options):
+            return loss(z, y, **options, **({inputs: more[0]} if inputs else {}))
+
+        z, *rest = batch(rows, 0)
+        traced = torch.jit.trace(function, (z.requires_grad_(), *rest))
+        for other_rows, layout in ((rows, lambda z: z), (rows + 3, lambda z: z.t().contiguous().t())):
+            z, *rest = batch(other_rows, 1)
+            leaf, expected_leaf = layout(z.clone()).requires_grad_(), z.requires_grad_()
+            loss, expected = traced(leaf, *rest), function(expected_leaf, *rest, loss=reference.condensed_kd_loss)
+            torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-5)
+            loss.sum().backward()
+            expected.sum().backward()
+            torch.testing.assert_close(leaf.grad, expected_leaf.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_jit_trace_refuses_what_it_would_record_wrongly():
+    z, y = torch.randn(6, 5, requires_grad=True), torch.randn(6, 5)
+    for function, error, message in (
+        (
+            lambda z: condensed_kd_loss(z * 1, y, inplace=True),
+            ValueError,
+            "inplace=True is not possible .* torch.jit.trace",
+        ),
+        (lambda z: select_rows(z, keep=0.5)[0], RuntimeError, "select_rows cannot be traced by torch.jit.trace"),
+    ):
+        with pytest.raises(error, match=message):
+            torch.jit.trace(function, (z,))
 
 
 def test_compile_is_one_graph_of_one_node_a_direction():

@@ -126,3 +126,14 @@ def test_simt_refuses_wrong_calls_before_anything_runs():
     student = logits(4, 6, seed=11)
     with operators.in_place(), pytest.raises(ValueError, match="same number of rows"):
         ops.condensed_kd_forward(student, student[:2], *(ABSENT,) * 4, 0.5, 0, 0, 4.0, 1.0, 0.0, -100, 0, 1.0)
+
+
+def test_a_driver_older_than_the_compiler_is_named_with_it():
+    problem = operators.module().version_problem
+    for driver, runtime in ((13000, 13000), (13010, 13000), (13000, 13020), (14000, 13000), (12000, 12080)):
+        assert problem(driver, runtime) == ""
+    assert problem(12080, 13000) == (
+        "kcd_ext was built by CUDA 13.0, but the driver is one for CUDA 12.8: install a driver for CUDA 13, or build kcd_ext"
+        " with the nvcc of an older CUDA"
+    )
+    assert "built by CUDA 12.9, but no NVIDIA driver is there: install" in problem(0, 12090)

@@ -11,6 +11,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.fx.experimental.proxy_tensor
+import torch.utils.checkpoint
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kcd_ext import condensed_kd_loss, ops
@@ -71,7 +72,7 @@ def test_served_calls_are_the_operators_bit_for_bit(dtype, keep, reduction):
             {"value": "kl"},
             {"value": "teacher_entropy"},
         ):
-            options |= {"keep": keep, "reduction": reduction}
+            options |= {"keep": keep, "reduction": reduction, "class_dim": -1}
             per_row = logits(*shape[:-1], seed=2).to(torch.float64 if dtype == torch.float64 else torch.float32)
             for factor in (None, per_row if reduction == "none" else per_row.flatten()[0]):
                 with watched() as served:
@@ -137,9 +138,16 @@ def test_what_is_not_served_goes_to_the_operators():
             (torch._to_functional_tensor(student.clone()), teacher),
             (logits(0, 17), logits(0, 17)),
             (logits(*[1] * 8, 17), logits(*[1] * 8, 17)),
+            (torch._neg_view(student), teacher),  # contiguous, unlike the two above
+            (student, torch._neg_view(teacher)),
         ):
-            condensed_kd_loss(z, y, keep=0.5)
-    assert served == [False] * 8
+            condensed_kd_loss(z, y, keep=0.5, class_dim=-1)
+        with pytest.warns(UserWarning, match="classes in the last dimension"):
+            condensed_kd_loss(student.view(1, 2, 3, 17), teacher.view(1, 2, 3, 17))
+        with pytest.warns(UserWarning, match="one class"):
+            condensed_kd_loss(student[:, :1], teacher[:, :1])
+        condensed_kd_loss(student, teacher, labels=torch._neg_view(-torch.arange(6)))
+    assert served == [False] * 11  # the door is not asked about what is warned of
     with by_operators():
         expected = loss_and_gradient(teacher, negative.resolve_neg().clone(), keep=0.5)
     assert same(loss_and_gradient(teacher, negative, keep=0.5), expected)
@@ -241,6 +249,87 @@ def test_saved_tensors_go_through_hooks(keep):
     assert packed == [(9, 17), (9, 17), (9,)]
     gradients = [torch.autograd.grad(loss, student, retain_graph=True)[0] for _ in range(2)]
     assert same(gradients[:1], gradients[1:])
+
+
+def every_other(x):
+    wide = x.new_zeros([2 * n for n in x.shape])
+    view = wide[tuple(slice(None, None, 2) for _ in x.shape)]
+    return view.copy_(x)
+
+
+def made_in_inference_mode(x):
+    with torch.inference_mode():
+        return x.clone()
+
+
+UNPACK = {  # what a hook may return of x: equal in value, size, dtype and device
+    "as it is": lambda x: x,
+    "transposed": lambda x: x.t().contiguous().t() if x.dim() == 2 else x,
+    "every other": every_other,
+    "lazily negated": lambda x: torch._neg_view(-x),
+    "imaginary part of a conjugate": lambda x: torch.complex(x, -x).conj().imag if x.dtype in DTYPES[:2] else x,
+    "parameter": lambda x: torch.nn.Parameter(x) if x.is_floating_point() else x,
+    "subclass": lambda x: x.as_subclass(Subclass),
+    "made in inference mode": made_in_inference_mode,
+}
+
+
+@pytest.mark.parametrize("unpack", UNPACK.values(), ids=UNPACK)
+@pytest.mark.parametrize("rows, classes", [(9, 17), (300, 1000)], ids=["small", "large"])
+@pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
+def test_saved_tensors_are_unpacked_once_in_any_layout(unpack, rows, classes, dtype):
+    """Small calls, and those of the operators: one backward pass each, with every way that an incoming gradient can have."""
+    labels = torch.arange(rows) % classes
+    for options in (
+        {"keep": 0.2},
+        {"keep": 0.7, "labels": labels},
+        {"reduction": "none"},
+        {"keep": 0.1, "inplace": True},
+    ):
+        for factor in (1.0, 0.5, math.nan):
+            leaf, teacher = logits(rows, classes, dtype=dtype).requires_grad_(), logits(rows, classes, seed=1)
+            packed, unpacked = [], []
+            with torch.autograd.graph.saved_tensors_hooks(
+                lambda x, packed=packed: packed.append(1) or x,
+                lambda x, unpacked=unpacked: unpacked.append(1) or unpack(x),
+            ):
+                loss = condensed_kd_loss(leaf * 1.0, teacher, **options)
+            (loss.sum() * factor).backward()  # of reduction "none" the gradient is an expanded number
+            assert len(unpacked) in (0, len(packed))  # none where the gradient is at hand
+            (expected,) = torch.autograd.grad(
+                condensed_kd_loss(leaf, teacher, **{**options, "inplace": False}).sum() * factor, leaf
+            )
+            assert same([leaf.grad], [expected])
+
+
+@pytest.mark.parametrize("rows, classes", [(8, 10), (300, 1000)])
+@pytest.mark.parametrize(
+    "options", [{}, {"keep": 0.1}, {"reduction": "none"}, {"reduction": "none", "keep": 0.5}], ids=str
+)
+def test_activation_checkpointing(rows, classes, options):
+    """Also where a mode sees the forward pass and not its recomputation, or the other way round."""
+    x, teacher, weight = logits(rows, 16), logits(rows, classes, seed=1), logits(16, classes, seed=2).requires_grad_()
+
+    def loss(weight, x):
+        return condensed_kd_loss(x @ weight, teacher, **options).sum()
+
+    (expected,) = torch.autograd.grad(loss(weight, x), weight)
+    for forward_mode in (contextlib.nullcontext, Seen):
+        for backward_mode in (contextlib.nullcontext, Seen):
+            with forward_mode():
+                again = torch.utils.checkpoint.checkpoint(loss, weight, x, use_reentrant=False)
+            with backward_mode():
+                assert torch.allclose(torch.autograd.grad(again, weight)[0], expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("keep", [0.2, 0.7])
+def test_an_incoming_gradient_that_is_lazily_negated(keep):
+    student, teacher = logits(8, 10).requires_grad_(), logits(8, 10, seed=1)
+    (expected,) = torch.autograd.grad(condensed_kd_loss(student, teacher, keep=keep), student)
+    for factor in (torch.tensor(0.5j).conj().imag, torch._neg_view(torch.tensor(0.5))):
+        assert factor.is_neg()
+        (gradient,) = torch.autograd.grad(condensed_kd_loss(student, teacher, keep=keep), student, factor)
+        assert torch.allclose(gradient, -0.5 * expected)
 
 
 @pytest.mark.parametrize("keep", [0.2, 0.7])

@@ -1,5 +1,8 @@
 """What nvcc makes of the CUDA kernels: registers, spills, the width of every load, exponentials and instructions for each logit."""
 
+import re
+from pathlib import Path
+
 import pytest
 import static_checks
 from static_checks import EXPONENTIAL, PAIRS, STREAMED, WORD_LOAD, WORDS, Work
@@ -45,6 +48,7 @@ PAIR = {
 EXPONENTIALS_IN_ALL = {FORWARD: 12, BACKWARD: 3}
 TWICE = 0.1  # of an exponential: what a compiler short of registers may take again
 
+SOURCES = Path(__file__).resolve().parents[1] / "csrc" / "cuda"
 READ = ("80", "90")  # architectures whose machine code is read
 
 
@@ -72,6 +76,15 @@ def disassemble():
 def machine_code(request, builds, disassemble):
     """Every kernel's instructions for one architecture."""
     return disassemble(builds[request.param])
+
+
+def test_every_kernel_is_loaded_by_the_first_call():
+    """launch.cu loads what it lists: all that the headers define, in each type that is compiled."""
+    defined = "".join(path.read_text() for path in SOURCES.glob("*.cuh"))
+    names = set(re.findall(r"__global__ void __launch_bounds__\(.*\)\s+(\w+)\(", defined))
+    listed = re.search(r"kKernels\[\] = \{(.*?)\};", (SOURCES / "launch.cu").read_text(), re.S)[1]
+    loaded = set(re.findall(r"&(\w+(?:<\w+>)?)", listed))
+    assert loaded == set(REGISTERS) and names == {name.split("<")[0] for name in REGISTERS}
 
 
 def test_nothing_is_warned_of(builds):

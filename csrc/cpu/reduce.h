@@ -11,9 +11,8 @@ int64_t mark_candidates(const Problem& problem, uint8_t* candidate);
 int64_t count_valid(const Problem& problem);
 
 template <class Score, class Real>
-void rank(const Score* value, const Real* entropy, const Real* kl, bool with_kl, const uint8_t* candidate, int64_t rows,
-          Score* ranked) {
-  for (int64_t i = 0; i < rows; ++i) ranked[i] = kcd::ranked(candidate[i] != 0, value[i], entropy[i], kl[i], with_kl);
+void rank(const Score* value, const Real* entropy, const Real* kl, const uint8_t* candidate, int64_t rows, Score* ranked) {
+  for (int64_t i = 0; i < rows; ++i) ranked[i] = kcd::ranked(candidate[i] != 0, value[i], entropy[i], kl[i]);
 }
 
 // loss: one number, or one a row for Reduction::none.  Sums run over the rows in order, in double.

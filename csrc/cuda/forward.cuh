@@ -273,12 +273,13 @@ KCD_DEVICE void finish_row(const ForwardArguments<Real>& a, int64_t i, const Row
   Real label_logit = Limits<Real>::nan();
   if (valid && p.with_labels && p.labels[i] >= 0 && p.labels[i] < p.classes)
     label_logit = load_logit<Real>(row_of(p.student, i).at(static_cast<int>(p.labels[i])), p.student.type);
-  const RowResults<Real> row = write_row(p, a.outputs, i, with_teacher, sums, label_logit, a.scale.units);
+  const Real without_kl = candidate && p.with_teacher ? Limits<Real>::nan() : 0;   // named twice
+  const RowResults<Real> row = write_row(p, a.outputs, i, with_teacher, sums, label_logit, a.scale.units, without_kl);
   if (a.candidate) a.candidate[i] = candidate;
   if (a.value == Value::score) {
     const auto copy = [&](auto* out) {
       using Score = std::remove_reference_t<decltype(*out)>;
-      out[i] = ranked(candidate, static_cast<const Score*>(a.score)[i], row.entropy, row.kl, p.with_teacher);
+      out[i] = ranked(candidate, static_cast<const Score*>(a.score)[i], row.entropy, row.kl);
     };
     a.ranking.is_double ? copy(static_cast<double*>(a.ranked)) : copy(static_cast<float*>(a.ranked));
     return;
@@ -287,7 +288,7 @@ KCD_DEVICE void finish_row(const ForwardArguments<Real>& a, int64_t i, const Row
                      : a.value == Value::cross_entropy   ? row.cross_entropy
                      : a.value == Value::teacher_entropy ? row.teacher_entropy
                                                          : row.entropy;
-  static_cast<Real*>(a.ranked)[i] = ranked(candidate, value, row.entropy, row.kl, p.with_teacher);
+  static_cast<Real*>(a.ranked)[i] = ranked(candidate, value, row.entropy, row.kl);
 }
 
 // Where a thread stands.

@@ -1,6 +1,7 @@
 // The launcher unit: shapes, workspace, launches.
 #include "cuda/launch.h"
 
+#include <mutex>
 #include <stdexcept>
 #include <string>
 
@@ -228,8 +229,61 @@ bool is_double(const Problem& p) { return p.student.type == Type::float64; }
 
 }   // namespace
 
+namespace {
+std::string version(int number) { return std::to_string(number / 1000) + "." + std::to_string(number % 1000 / 10); }
+}   // namespace
+
+std::string version_problem(int driver, int runtime) {
+  if (driver / 1000 >= runtime / 1000) return "";
+  const std::string found = driver == 0 ? "no NVIDIA driver is there" : "the driver is one for CUDA " + version(driver);
+  return "kcd_ext was built by CUDA " + version(runtime) + ", but " + found + ": install a driver for CUDA " +
+         std::to_string(runtime / 1000) + ", or build kcd_ext with the nvcc of an older CUDA";
+}
+
 #ifdef __CUDACC__
+namespace {
+
+const void* const kKernels[] = {
+    reinterpret_cast<const void*>(&forward_rows<float>),  reinterpret_cast<const void*>(&forward_rows<double>),
+    reinterpret_cast<const void*>(&backward_rows<float>), reinterpret_cast<const void*>(&backward_rows<double>),
+    reinterpret_cast<const void*>(&reduce_rows<float>),   reinterpret_cast<const void*>(&reduce_rows<double>),
+    reinterpret_cast<const void*>(&select_by_one_block),  reinterpret_cast<const void*>(&select_digit),
+    reinterpret_cast<const void*>(&select_mark),          reinterpret_cast<const void*>(&map_rows)};
+
+// CUDA loads a kernel when it is first asked for.  That is refused while a graph is captured, unless this thread says that it
+// knows what it does.
+void load_kernels(int device) {
+  int driver = 0;
+  gpu::returned(cudaDriverGetVersion(&driver));
+  const std::string problem = version_problem(driver, CUDART_VERSION);
+  if (!problem.empty()) throw std::runtime_error(problem);
+  cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+  gpu::returned(cudaThreadExchangeStreamCaptureMode(&mode));
+  cudaError_t error = cudaSuccess;
+  for (const void* kernel : kKernels) {
+    cudaFuncAttributes attributes;
+    if (error == cudaSuccess) error = gpu::returned(cudaFuncGetAttributes(&attributes, kernel));
+  }
+  gpu::returned(cudaThreadExchangeStreamCaptureMode(&mode));
+  if (error != cudaSuccess)
+    throw std::runtime_error("kcd_ext: the kernels cannot be loaded on CUDA device " + std::to_string(device) + ": " +
+                             cudaGetErrorString(error) + " (built by CUDA " + version(CUDART_VERSION) + " for " + architectures() +
+                             "; the driver is one for CUDA " + version(driver) + ")");
+}
+
+void load_kernels_once(int device) {
+  constexpr int kDevices = 64;   // of a process; of more than that, each call looks whether all is loaded
+  static std::once_flag loaded[kDevices];
+  if (device < kDevices)
+    std::call_once(loaded[device], load_kernels, device);
+  else
+    load_kernels(device);
+}
+
+}   // namespace
+
 Machine machine_of(int device, void* stream) {
+  load_kernels_once(device);
   int processors = 0;
   const cudaError_t error = gpu::returned(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
   if (error != cudaSuccess)

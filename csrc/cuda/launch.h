@@ -15,7 +15,13 @@ struct Machine {
   int threads;   // of a block where nothing asks for more; 256 but in tests
 };
 
+// The current device's number, and its stream.  The first call for a device loads every kernel there, so that a CUDA graph that is
+// captured later loads none.
 Machine machine_of(int device, void* stream);
+
+// Why a driver for CUDA `driver` cannot run kernels built by CUDA `runtime`, as CUDA numbers its versions (13000 is 13.0; a driver
+// of 0: there is none); empty where it can: within a major version every driver serves every runtime.
+std::string version_problem(int driver, int runtime);
 
 // What the kernels were compiled by, such as "nvcc 13.0.88", and for, such as "sm_75 sm_80".
 std::string compiler();

@@ -12,11 +12,12 @@ KCD_INLINE int64_t number_to_keep(double fraction, int64_t count, int64_t n) {
   return share > 1 ? share : 1;
 }
 
-// A row whose entropy or KL is not a number ranks first, whatever is asked for, so that it reaches the loss.
+// What a row is ranked by; 0 where it is no candidate.  A row whose entropy or KL is not a number ranks first, whatever is asked
+// for, so that it reaches the loss.
 template <class Score, class Real>
-KCD_INLINE Score ranked(bool candidate, Score value, Real entropy, Real kl, bool with_kl) {
-  const bool number = candidate && entropy == entropy && !(with_kl && kl != kl);
-  return number ? value : Limits<Score>::nan();
+KCD_INLINE Score ranked(bool candidate, Score value, Real entropy, Real kl) {
+  if (!candidate) return 0;
+  return entropy == entropy && kl == kl ? value : Limits<Score>::nan();
 }
 
 // A weight of 0 takes a row out, whatever its divergence, unless that is not a number: NaN is never hidden.

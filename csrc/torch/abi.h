@@ -84,6 +84,20 @@ inline void check_torch(int32_t error, const char* call) {
 }
 #define KCD_CALL(name, ...) ::kcd::check_torch(name(__VA_ARGS__), #name)
 
+// The C ABI does not say why an allocation failed.  kcd_ext/ops.py finds it out: it knows this message, repeats the allocation and
+// so raises what torch raises, torch.OutOfMemoryError on CUDA.
+inline void check_allocation(int32_t error, const int64_t* sizes, int64_t dim, int32_t dtype, int32_t device_type,
+                             int32_t device_index) {
+  if (error == 0) return;
+  const bool wide = dtype == aoti_torch_dtype_float64() || dtype == aoti_torch_dtype_int64();
+  const bool half = dtype == aoti_torch_dtype_float16() || dtype == aoti_torch_dtype_bfloat16();
+  int64_t bytes = wide ? 8 : half ? 2 : dtype == aoti_torch_dtype_bool() ? 1 : 4;
+  for (int64_t i = 0; i < dim; ++i) bytes *= sizes[i];
+  constexpr int32_t kCpu = 0;
+  throw std::runtime_error("kcd_ext: allocating " + std::to_string(bytes) + " bytes on " +
+                           (device_type == kCpu ? "the CPU" : "device " + std::to_string(device_index)) + " failed");
+}
+
 // What a call needs to know of a tensor that somebody else keeps alive.
 class View {
  public:
@@ -135,7 +149,8 @@ class Tensor : public View {
   static Tensor empty(const int64_t* sizes, int64_t dim, int32_t dtype, const View& like) {
     const Strides strides(sizes, dim);
     AtenTensorHandle handle;
-    KCD_CALL(aoti_torch_empty_strided, dim, sizes, strides.of, dtype, like.device_type(), like.device_index(), &handle);
+    check_allocation(aoti_torch_empty_strided(dim, sizes, strides.of, dtype, like.device_type(), like.device_index(), &handle),
+                     sizes, dim, dtype, like.device_type(), like.device_index());
     return Tensor(handle);
   }
   // The same over memory of one's own, which `deleter` is called with when torch gives it up.

@@ -329,11 +329,11 @@ inline Tensor cross_entropy_like(const Call& call, const View& student) {
 
 // ---- operators
 
-// The boxed kernels of one device.
+// The boxed kernels of one device; null: it has none.
 using BoxedKernel = void (*)(StableIValue* stack, uint64_t inputs, uint64_t outputs);
 struct OperatorKernels {
-  BoxedKernel condensed_kd, condensed_kd_with_gradient, condensed_kd_backward, condensed_kd_gradient_, row_stats, select_topk,
-      reduce_rows;
+  BoxedKernel condensed_kd, condensed_kd_forward, condensed_kd_with_gradient, condensed_kd_backward, condensed_kd_gradient,
+      condensed_kd_gradient_, row_stats, select_topk, reduce_rows;
 };
 const OperatorKernels& cpu_operators();
 const OperatorKernels& cuda_operators();

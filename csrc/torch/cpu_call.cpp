@@ -39,8 +39,8 @@ constexpr int64_t kRead = 28672, kWrite = 8 * kRead;   // classes that take abou
 template <class Score, class Real>
 void rank(const Problem& p, const void* value, const Rows& rows) {
   const Real* stats = static_cast<const Real*>(rows.stats);
-  cpu::rank(static_cast<const Score*>(value), stats + kEntropy * p.rows, stats + kKl * p.rows, p.with_teacher, rows.candidate,
-            p.rows, static_cast<Score*>(rows.value));
+  cpu::rank(static_cast<const Score*>(value), stats + kEntropy * p.rows, stats + kKl * p.rows, rows.candidate, p.rows,
+            static_cast<Score*>(rows.value));
 }
 
 template <class Real>

@@ -34,7 +34,7 @@ struct Outputs {
   }
 };
 
-void condensed_kd(StableIValue* stack, uint64_t, uint64_t) {
+void condensed_kd_forward(StableIValue* stack, uint64_t, uint64_t) {
   Arguments arguments(stack);
   const ForwardCall a = ForwardCall::of(arguments);
   const CpuCall call(a.call());
@@ -89,7 +89,7 @@ void reduce_rows(StableIValue* stack, uint64_t, uint64_t) {
   give_back(stack, loss);
 }
 
-void condensed_kd_backward(StableIValue* stack, uint64_t, uint64_t) {
+void condensed_kd_gradient(StableIValue* stack, uint64_t, uint64_t) {
   Arguments arguments(stack);
   const BackwardCall a = BackwardCall::of(arguments);
   const CpuCall call(a.call());
@@ -107,8 +107,15 @@ void condensed_kd_gradient_(StableIValue* stack, uint64_t, uint64_t) {
 }   // namespace
 
 const OperatorKernels& cpu_operators() {
-  static const OperatorKernels kernels{
-      condensed_kd, condensed_kd_with_gradient, condensed_kd_backward, condensed_kd_gradient_, row_stats, select_topk, reduce_rows};
+  static const OperatorKernels kernels{condensed_kd_forward,
+                                       condensed_kd_forward,
+                                       condensed_kd_with_gradient,
+                                       condensed_kd_gradient,
+                                       condensed_kd_gradient,
+                                       condensed_kd_gradient_,
+                                       row_stats,
+                                       select_topk,
+                                       reduce_rows};
   return kernels;
 }
 

@@ -56,7 +56,7 @@ void run(const cuda::Forward& forward, const View& like, const cuda::Machine& ma
   cuda::forward(forward, machine, workspace.mutable_data<void>());
 }
 
-void condensed_kd(StableIValue* stack, uint64_t, uint64_t) {
+void condensed_kd_forward(StableIValue* stack, uint64_t, uint64_t) {
   Arguments arguments(stack);
   const ForwardCall a = ForwardCall::of(arguments);
   const CudaCall call(a.call(), a.student);
@@ -129,7 +129,7 @@ void write_gradient(const BackwardCall& a, const CudaCall& call, const Logits& o
   cuda::backward(backward, call.machine());
 }
 
-void condensed_kd_backward(StableIValue* stack, uint64_t, uint64_t) {
+void condensed_kd_gradient(StableIValue* stack, uint64_t, uint64_t) {
   Arguments arguments(stack);
   const BackwardCall a = BackwardCall::of(arguments);
   const CudaCall call(a.call(), a.student);
@@ -147,8 +147,9 @@ void condensed_kd_gradient_(StableIValue* stack, uint64_t, uint64_t) {
 }   // namespace
 
 const OperatorKernels& cuda_operators() {
-  static const OperatorKernels kernels{condensed_kd, nullptr,    condensed_kd_backward, condensed_kd_gradient_, row_stats,
-                                       select_topk,  reduce_rows};
+  static const OperatorKernels kernels{nullptr,   condensed_kd_forward,  nullptr,
+                                       nullptr,   condensed_kd_gradient, condensed_kd_gradient_,
+                                       row_stats, select_topk,           reduce_rows};
   return kernels;
 }
 

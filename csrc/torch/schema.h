@@ -13,13 +13,14 @@
 
 // name, kernel, schema.  Each direction has two names: condensed_kd and condensed_kd_backward carry the derivatives that
 // kcd_ext/ops.py registers, for torch.compile and for whoever calls torch.ops.kcd_ext himself; condensed_kd_forward and
-// condensed_kd_gradient carry none, and spare the eager path the Python in which torch.library wraps a derivative.
+// condensed_kd_gradient carry none, and spare the eager path the Python in which torch.library wraps a derivative.  On CUDA the
+// former two have no kernel here: ops.py registers one, which calls the latter two.
 #define KCD_OPERATORS(X)                                                                                                  \
   X(condensed_kd, condensed_kd, KCD_FORWARD_SCHEMA(""))                                                                   \
-  X(condensed_kd_forward, condensed_kd, KCD_FORWARD_SCHEMA(""))                                                           \
+  X(condensed_kd_forward, condensed_kd_forward, KCD_FORWARD_SCHEMA(""))                                                   \
   X(condensed_kd_with_gradient, condensed_kd_with_gradient, KCD_FORWARD_SCHEMA(", Tensor gradient"))                      \
   X(condensed_kd_backward, condensed_kd_backward, KCD_BACKWARD_SCHEMA("Tensor", "Tensor gradient"))                       \
-  X(condensed_kd_gradient, condensed_kd_backward, KCD_BACKWARD_SCHEMA("Tensor", "Tensor gradient"))                       \
+  X(condensed_kd_gradient, condensed_kd_gradient, KCD_BACKWARD_SCHEMA("Tensor", "Tensor gradient"))                       \
   X(condensed_kd_gradient_, condensed_kd_gradient_, KCD_BACKWARD_SCHEMA("Tensor(a!)", "()"))                              \
   X(row_stats, row_stats,                                                                                                 \
     "(Tensor student, Tensor teacher, Tensor labels, Tensor score, Tensor rows, float temperature, int value, "           \

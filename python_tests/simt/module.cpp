@@ -38,6 +38,7 @@ PYBIND11_MODULE(module, m) {
   m.def(
       "set_machine", [](int processors, int threads) { kcd::set_machine = {processors, nullptr, threads}; },
       "Multiprocessors, and threads of a block, that launches are laid out for.");
+  m.def("version_problem", kcd::cuda::version_problem, "Why a driver cannot run kernels; empty where it can.");
   m.def(
       "set_schedule",
       [](const std::string& order, unsigned seed, int resident_blocks) {
