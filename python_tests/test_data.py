@@ -5,19 +5,27 @@ import hashlib
 import io
 import os
 import pickle
+import shutil
+import signal
+import socket
 import struct
 import sys
 import tarfile
+import tempfile
 import types
+import unicodedata
 import warnings
 import zipfile
 import zlib
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from scipy import stats
 
@@ -38,6 +46,15 @@ def one_thread():
 
 def random_images(*shape, seed=0):
     return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def load_with_warnings(spec, **options):
+    """The data set, and the text of every warning."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        data = load(spec, **options)
+    assert all(warning.category is UserWarning for warning in caught)
+    return data, [str(warning.message) for warning in caught]
 
 
 def one_line(error, *words):
@@ -830,14 +847,19 @@ def arrays(*shape):
 def test_npz(shape, save, tmp_path):
     held, path = arrays(*shape), tmp_path / "own.npz"
     save(path, **held, other=np.arange(3), of_objects=np.array([object()]))
-    data = load(str(path))
+    data, notes = load_with_warnings(str(path))
     assert (data.name, data.num_classes, data.class_names) == ("own", 4, ())
+    assert notes == ["data set 'own': 1 of 4 classes have no training images: 3"]
     for part, name in ((data.train, "train"), (data.test, "test")):
         assert np.array_equal(part.images, held[f"x_{name}"].reshape(-1, 5, 4, data.in_channels))
         assert part.labels.tolist() == held[f"y_{name}"].tolist()
     assert data.train.views == data.test.views == Views.of(data.train.images)
     save(path, **held, class_names=np.array(["a", "bb", "ccc", "ä", "none"]))
-    named = load(path, padding=1)
+    named, notes = load_with_warnings(path, padding=1)
+    assert notes == [
+        "data set 'own': 2 of 5 classes have no training images: 'ä', 'none'; "
+        "1 of 5 classes have no test images: 'none'"
+    ]
     assert named.num_classes == 5 and named.class_names == ("a", "bb", "ccc", "ä", "none")
     assert named.train.views.padding == 1
 
@@ -851,7 +873,14 @@ def test_npz(shape, save, tmp_path):
         ({"x_test": np.zeros((0, 5, 4), dtype=np.uint8), "y_test": np.arange(0)}, "x_test must be .* not empty"),
         ({"x_test": random_images(4, 5, 5)}, "images of train and test must agree"),
         ({"y_train": np.zeros(6)}, "y_train must be 6 integers, as many as x_train, got float64"),
-        ({"y_test": np.zeros((4, 1), dtype=int)}, "y_test must be 4 integers, as many as x_test, got int64 \\(4, 1\\)"),
+        ({"y_test": np.zeros((1, 4), dtype=int)}, "y_test must be 4 integers, as many as x_test, got int64 \\(1, 4\\)"),
+        ({"y_test": np.zeros((4, 1))}, "y_test must be 4 integers, as many as x_test, got float64 \\(4, 1\\)"),
+        ({"y_test": np.array(["0", "1", "2", "1"])}, "y_test must be 4 integers, as many as x_test, got <U1 \\(4,\\)"),
+        (
+            {"y_test": np.eye(4, dtype=np.float32)},
+            r"y_test must be 4 integers, .* got float32 \(4, 4\); of one-hot labels y_test.argmax\(1\) gives them",
+        ),
+        ({"y_train": np.eye(6, 3, dtype=bool)}, r"got bool \(6, 3\); of one-hot labels y_train.argmax\(1\)"),
         ({"y_test": np.array([0, 1, 2, -1])}, "y_test must be integers from 0 on, got -1"),
         ({"y_train": np.full(6, -3), "y_test": np.full(4, -3)}, "y_train must be integers from 0 on, got -3"),
         ({"y_train": np.array([0, 1, 2, 0, 1, 1.5])}, "y_train must be 6 integers, as many as x_train, got float64"),
@@ -876,6 +905,28 @@ def test_npz_of_the_wrong_kind(changes, message, tmp_path):
     with pytest.raises(ValueError, match=message) as caught:
         load(path)
     assert one_line(caught, path)
+
+
+@pytest.mark.parametrize("dtype", ["u1", "i2", ">i4", "u8", "?"])
+@pytest.mark.parametrize("shape", [(-1,), (-1, 1)])
+def test_npz_labels_of_every_integer_kind(dtype, shape, tmp_path):
+    held = arrays(5, 4) | {"y_train": np.array([0, 1, 1, 0, 1, 1]), "y_test": np.array([1, 1, 0, 1])}
+    files = {name: array.astype(dtype).reshape(shape) if name[0] == "y" else array for name, array in held.items()}
+    np.savez(tmp_path / "x.npz", **files)
+    data, notes = load_with_warnings(tmp_path / "x.npz")
+    assert (data.train.labels.tolist(), data.test.labels.tolist()) == ([0, 1, 1, 0, 1, 1], [1, 1, 0, 1])
+    assert data.num_classes == 2 and notes == []
+
+
+def test_classes_without_images_are_named_once(monkeypatch):
+    images = random_images(6, 4, 4, 1)
+    parts = (images, np.arange(6) + 1), (images[:5], np.arange(5) * 2)
+    monkeypatch.setitem(sys.modules, "a_module", types.SimpleNamespace(own=lambda: assemble("own", *parts, 10)))
+    assert load_with_warnings("a_module:own", flip=True)[1] == [
+        "data set 'own': 4 of 10 classes have no training images: 0, 7, 8, 9; "
+        "5 of 10 classes have no test images: 1, 3, 5, 7 and 1 more"
+    ]
+    assert load_with_warnings("digits")[1] == []
 
 
 def test_npz_that_is_damaged(tmp_path):
@@ -924,14 +975,16 @@ def write_images(root, part, count=2, *, classes=("cat", "ant", "Bee"), size=(6,
     return written
 
 
-@pytest.mark.parametrize("second", ["test", "val"])
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [("train", "test"), ("Training", "TESTING"), ("TRAIN", "val"), ("train", "Valid"), ("training", "validation")],
+)
 @pytest.mark.parametrize(("mode", "channels"), [("RGB", 3), ("L", 1)])
-def test_folder_of_images(second, mode, channels, tmp_path):
-    train, test = write_images(tmp_path, "train", 3, mode=mode), write_images(tmp_path, second, 2, mode=mode)
-    (tmp_path / "train" / ".cache").mkdir()
-    (tmp_path / "train" / "ant" / ".thumbs").write_text("no image")
+def test_folder_of_images(first, second, mode, channels, tmp_path):
+    train, test = write_images(tmp_path, first, 3, mode=mode), write_images(tmp_path, second, 2, mode=mode)
     (tmp_path / "readme.txt").write_text("no class")
-    data = load(tmp_path)
+    data, notes = load_with_warnings(tmp_path)
+    assert notes == []
     assert data.class_names == ("Bee", "ant", "cat") and data.num_classes == 3 and data.in_channels == channels
     assert data.name == tmp_path.name and (data.train.views.padding, data.train.views.flip) == (0, False)
     for part, written in ((data.train, train), (data.test, test)):
@@ -1036,10 +1089,11 @@ def test_images_are_scaled_to_one_size(tmp_path):
     stripes[:, 2::3] = 240
     Image.fromarray(stripes).save(odd)
     with pytest.raises(
-        ValueError, match=r"must be 6x5 pixels as .* is, got 24x24; size scales all to one size"
+        ValueError,
+        match=r"images must have one size, got 2, from 6x5 \(train/a/0.png\) to 24x24 \(test/a/1.png\); size \(--size\)",
     ) as caught:
         load(tmp_path)
-    assert one_line(caught, odd, tmp_path / "train" / "a" / "0.png")
+    assert one_line(caught, tmp_path)
     data = load(tmp_path, size=8)
     assert data.train.images.shape == (2, 8, 8, 3)
     assert (
@@ -1056,31 +1110,302 @@ def test_folders_that_are_no_data_set(tmp_path):
             load(tmp_path)
         return one_line(caught, *words)
 
-    assert told("must have a folder train", tmp_path)
+    assert told("must have a folder train .*; it has no folders; the layout is train/<class>/<images>", tmp_path)
+    write_images(tmp_path, ".", classes=("ant", "bee"))
+    assert told("must have a folder train .*; it has the folders 'ant', 'bee'; the layout is", tmp_path)
     write_images(tmp_path, "train")
-    assert told("must have a test set, a folder test or val beside train", tmp_path)
+    assert told(r"must have a folder test \(or testing, val, valid, validation\)", tmp_path)
     (tmp_path / "val").mkdir()
     assert told("must have a folder of images for every class", tmp_path / "val")
     write_images(tmp_path, "test", classes=("ant", "cat", "owl"))
-    assert told("train and test must have the same classes, only one has 'Bee'", tmp_path)
+    shutil.rmtree(tmp_path / "val")
+    assert told("every class must have a folder in train too, which has none for 'owl'$", tmp_path / "test")
+    for part in ("ant", "cat", "owl"):
+        shutil.rmtree(tmp_path / "test" / part)
     bee = tmp_path / "test" / "Bee"
-    (tmp_path / "test" / "owl" / "0.png").unlink()
-    (tmp_path / "test" / "owl" / "1.png").unlink()
-    (tmp_path / "test" / "owl").rename(bee)
-    assert told("must hold images, there is none", bee)
+    bee.mkdir()
+    assert told("must hold images, there is none", tmp_path / "test")
+    write_images(tmp_path, "test", classes=("ant", "cat"))
     path = bee / "x.png"
-    for raw in (b"no image", (tmp_path / "test" / "ant" / "0.png").read_bytes()[:60]):
-        path.write_bytes(raw)
-        assert told("cannot be read as an image", path)
+    truncated = (tmp_path / "test" / "ant" / "0.png").read_bytes()[:60]
+    for name in ("x.png", "x.JPG", "x.heic", "x.tga", "x.svg"):
+        for raw in (b"", b"no image", truncated):
+            (bee / name).write_bytes(raw)
+            assert told("cannot be read as an image", bee / name)
+        (bee / name).unlink()
+    (bee / "photo.png?width=100").write_bytes(truncated)  # an image by its first bytes
+    assert told("cannot be read as an image", bee / "photo")
+    (bee / "photo.png?width=100").unlink()
     Image.fromarray(np.zeros((5, 6), dtype=np.uint16)).save(path)
     assert told("must have 8 bits a channel, got I;16", path)
     path.unlink()
-    path.mkdir()
-    assert told("Is a directory", path)
-    path.rmdir()
+    path.symlink_to(tmp_path / "nowhere.png")
+    assert told(f"is a link to {tmp_path}/nowhere.png, where there is nothing", path)
+    path.unlink()
     write_images(tmp_path, "more", classes=("Bee",))
     (tmp_path / "more" / "Bee" / "0.png").rename(path)
-    assert len(load(tmp_path).test) == 5
+    data, notes = load_with_warnings(tmp_path)
+    assert len(data.test) == 5 and notes == []
+
+
+NAMES = ["a", "b", "a b", "a-", "a.png", "é", unicodedata.normalize("NFD", "é"), "ee", "10", "9", "ö.v1", "Z"]
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.dictionaries(
+        st.lists(st.sampled_from(NAMES), min_size=1, max_size=4).map(tuple),
+        st.sampled_from(["0.png", "1.png", "é.PNG", "x.jpg?w=1", "no_suffix"]),
+        min_size=2,
+        max_size=8,
+    )
+)
+def test_nested_images_belong_to_the_class_above_them(places):
+    def nfc(name):
+        return unicodedata.normalize("NFC", name)
+
+    files = {(nfc(place[0]), *place[1:], name) for place, name in places.items()}
+    names = sorted({parts[0] for parts in files})
+    expected = sorted(files, key=lambda parts: [(nfc(name), name) for name in parts])
+    with tempfile.TemporaryDirectory() as folder:
+        for number, parts in enumerate(expected):
+            for part, form in (("train", "NFC"), ("test", "NFD")):
+                path = Path(folder, part, unicodedata.normalize(form, parts[0]), *parts[1:])
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.new("RGB", (3, 2), (number, 0, 0)).save(path, "PNG")
+        data, notes = load_with_warnings(folder)
+    assert notes == [] and data.class_names == tuple(names)
+    for part in (data.train, data.test):
+        assert part.labels.tolist() == [names.index(parts[0]) for parts in expected]
+        assert part.images[:, 1, 2, 0].tolist() == list(range(len(expected)))
+
+
+JUNK = {
+    ".DS_Store": b"\0\0\0\1Bud1",
+    "._0.png": b"\0\5\x16\7\0\2\0\0Mac OS X",  # AppleDouble: what macOS keeps beside a file elsewhere
+    ".gitkeep": b"",
+    "Thumbs.db": b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1",
+    "desktop.ini": b"[.ShellClassInfo]",
+    "Icon\r": b"",
+    "0.png:Zone.Identifier": b"[ZoneTransfer]",
+    "README": b"BM25 and P6 are no images",
+    "README.txt": b"II. How the images were made",
+    "labels.csv": b"0.png,cat",
+    "0.json": b"{}",
+    "0.png.xml": b"<annotation/>",
+    "images.zip": b"PK\3\4",
+    "images.h5": b"\x89HDF\r\n\x1a\n",
+    "film.mp4": b"\0\0\0\x18ftypisom",
+    "paper.pdf": b"%PDF-1.4",
+    "labels.bin": b"\0\1\1\0\0\0\0\0\x18\0\0\0\0\0\6\0\5\0\x18\0",  # as a TGA header is, which has no signature
+    "@eaDir": {"SYNOPHOTO_THUMB_M.jpg"},
+    "__MACOSX": {"._0.png", "1.png"},
+    ".ipynb_checkpoints": {"0-checkpoint.png"},
+    "$RECYCLE.BIN": {"2.png"},
+}
+
+
+def plant(place, name):
+    """An entry of `JUNK`; a folder of that name gets images."""
+    if isinstance(JUNK[name], bytes):
+        (place / name).write_bytes(JUNK[name])
+        return
+    (place / name).mkdir()
+    for image in JUNK[name]:
+        Image.new("RGB", (6, 5)).save(place / name / image)
+
+
+def test_files_of_systems_and_people_are_skipped_with_one_warning(tmp_path):
+    write_images(tmp_path, "train")
+    write_images(tmp_path, "test")
+    (tmp_path / "train" / "cat" / "more" / "still").mkdir(parents=True)
+    (tmp_path / "test" / "Bee" / "0.png").rename(tmp_path / "test" / "Bee" / "in no suffix")
+    clean, notes = load_with_warnings(tmp_path)
+    assert notes == []
+    places = [tmp_path / place for place in ("train", "train/cat", "train/cat/more/still", "test", "test/Bee")]
+    for name in JUNK:
+        for place in places:
+            plant(place, name)
+        data, notes = load_with_warnings(tmp_path)
+        assert notes == [f"{tmp_path}: skipped what is hidden or no image: {name} (5 times)"]
+        assert data.class_names == clean.class_names == ("Bee", "ant", "cat")
+        for part, same in ((data.train, clean.train), (data.test, clean.test)):
+            assert np.array_equal(part.images, same.images) and np.array_equal(part.labels, same.labels)
+        for place in places:
+            shutil.rmtree(place / name) if (place / name).is_dir() else (place / name).unlink()
+    for name in JUNK:
+        plant(tmp_path / "train" / "cat", name)
+    plant(tmp_path / "test" / "cat", "README")
+    shutil.copy(tmp_path / "train" / "ant" / "0.png", tmp_path / "test" / "stray.png")
+    (note,) = load_with_warnings(tmp_path)[1]
+    assert note == (
+        f"{tmp_path}: skipped images outside the folders of classes: test/stray.png; "
+        "what is hidden or no image: README (2 times), $RECYCLE.BIN, .DS_Store, ._0.png and 17 more"
+    )
+
+
+def test_links_are_followed_and_their_loops_end(tmp_path):
+    elsewhere = write_images(tmp_path / "pool", ".", 2, classes=("x", "y"))
+    root = tmp_path / "set"
+    train = write_images(root, "train", 1, classes=("a", "b"))
+    write_images(root, "test", 1, classes=("a", "b"))
+    a = root / "train" / "a"
+    (a / "1.png").symlink_to(tmp_path / "pool" / "x" / "1.png")
+    (a / "2").symlink_to(tmp_path / "pool" / "y")
+    (root / "train" / "c").symlink_to("../../pool/x")
+    (root / "test" / "c").symlink_to("../train/c")
+    x0, x1, y0, y1 = (elsewhere[tmp_path / "pool" / name] for name in ("x/0.png", "x/1.png", "y/0.png", "y/1.png"))
+    a0, b0 = train[a / "0.png"], train[root / "train" / "b" / "0.png"]
+    data, notes = load_with_warnings(root)
+    assert notes == [] and np.array_equal(data.train.images, np.stack([a0, x1, y0, y1, b0, x0, x1]))
+    (a / "again").symlink_to(".")
+    (a / "part").symlink_to("..")
+    (a / "root").symlink_to("/")
+    (tmp_path / "pool" / "y" / "back").symlink_to(a)
+    for name in "mn":  # each leads to the other, and both to all
+        (a / name).mkdir()
+    for name in "mn":
+        for target in "mna":
+            (a / name / f"to {target}").symlink_to(f"../../a/{target}" if target != "a" else "..")
+    looped, notes = load_with_warnings(root)
+    assert np.array_equal(looped.train.images, data.train.images)
+    (note,) = notes
+    assert note == (
+        f"{root}: skipped links to folders that are read already or contain the data set: "
+        "train/a/2/back, train/a/again, train/a/m/to a, train/a/m/to m and 6 more"
+    )
+    (a / "itself.png").symlink_to("itself.png")
+    with pytest.raises(OSError, match="Too many levels of symbolic links"):
+        load(root)
+
+
+def test_of_several_test_parts_one_is_read(tmp_path):
+    counts = {"train": 1, "training": 2, "Val": 3, "valid": 4, "test": 5}
+    for part, count in counts.items():
+        write_images(tmp_path, part, count, classes=("a",))
+    data, notes = load_with_warnings(tmp_path)
+    assert (len(data.train), len(data.test)) == (1, 5)
+    assert notes == [f"{tmp_path}: read train and left out training", f"{tmp_path}: read test and left out Val, valid"]
+    shutil.rmtree(tmp_path / "test")
+    assert len(load_with_warnings(tmp_path)[0].test) == 3
+    write_images(tmp_path, "val", 1, classes=("a",))
+    with pytest.raises(ValueError, match="must have one folder val, got Val and val") as caught:
+        load_with_warnings(tmp_path)
+    assert one_line(caught, tmp_path)
+
+
+def test_names_of_classes_are_compared_in_one_form(tmp_path):
+    nfc, nfd = (unicodedata.normalize(form, "café") for form in ("NFC", "NFD"))
+    odd = ["10", "9", "a\nb", "\x1b[31mred", " cat", "cat ", "Cat", "猫", "ﬁ"]
+    write_images(tmp_path, "train", 1, classes=(nfd, "cafz", *odd))
+    write_images(tmp_path, "test", 1, classes=(nfc, "cafz", *odd))
+    data, notes = load_with_warnings(tmp_path)
+    assert notes == [] and data.class_names == tuple(sorted([nfc, "cafz", *odd]))
+    for part, more, message in (
+        ("train", [nfc], r"'cafe\\u0301' and 'caf\\xe9' are one name in Unicode's form NFC"),
+        ("test", ["caT"], "none for 'caT'; it has ' cat', 'Cat', 'cat ': names must agree in case and spaces$"),
+        ("test", ["1 0"], "none for '1 0'; it has '10': names must agree"),
+        ("test", ["new\nline", "x"], r"none for 'new\\nline', 'x'$"),
+    ):
+        write_images(tmp_path, part, 1, classes=more)
+        with pytest.raises(ValueError, match=message) as caught:
+            load(tmp_path)
+        assert one_line(caught, tmp_path / part)
+        for name in more:
+            shutil.rmtree(tmp_path / part / name)
+    for part in ("train", "test"):
+        write_images(tmp_path, part, 1, classes=("in latin-1: caf\udce9",))
+    (tmp_path / "train" / "cafz" / "0.png").write_bytes(b"not read before the names are checked")
+    with pytest.raises(ValueError, match=r"class name 'in latin-1: caf\\udce9' is no text in UTF-8"):
+        load(tmp_path)
+
+
+def test_classes_without_images_keep_their_numbers(tmp_path):
+    write_images(tmp_path, "train", 1, classes=("a", "c", "d"))
+    write_images(tmp_path, "test", 2, classes=("b", "d", "e"))
+    for name in ("b", "e"):
+        (tmp_path / "train" / name / "deep").mkdir(parents=True)
+    (tmp_path / "test" / "a").mkdir()
+    data, notes = load_with_warnings(tmp_path, flip=True)
+    assert data.class_names == ("a", "b", "c", "d", "e")
+    assert (data.train.labels.tolist(), data.test.labels.tolist()) == ([0, 2, 3], [1, 1, 3, 3, 4, 4])
+    assert notes == [
+        f"data set {tmp_path.name!r}: 2 of 5 classes have no training images: 'b', 'e'; "
+        "2 of 5 classes have no test images: 'a', 'c'"
+    ]
+    for name in "acd":
+        (tmp_path / "train" / name / "0.png").unlink()
+    with pytest.raises(ValueError, match="must hold images, there is none") as caught:
+        load(tmp_path)
+    assert one_line(caught, tmp_path / "train")
+
+
+def test_images_of_several_sizes_are_told_before_any_is_decoded(tmp_path):
+    for name, size in (("a", (8, 8)), ("b", (20, 3)), ("c", (3, 20)), ("d", (9, 8))):
+        write_images(tmp_path, "train", 1, classes=(name,), size=size)
+    write_images(tmp_path, "test", 1, classes=("a", "b", "c", "d"), size=(8, 8))
+    path = tmp_path / "test" / "d" / "0.png"
+    path.write_bytes(path.read_bytes()[:45])  # its header alone
+    with pytest.raises(ValueError, match=r"got 3, from 20x3 \(train/b/0.png\) to 9x8 \(train/d/0.png\)") as caught:
+        load(tmp_path)
+    assert one_line(caught, tmp_path, "size (--size) scales all to one size")
+    with pytest.raises(ValueError, match="cannot be read as an image"):
+        load(tmp_path, size=4)
+    write_images(tmp_path / "turned", "train", 1, classes=("a", "b"), size=(20, 3))
+    write_images(tmp_path / "turned", "test", 1, classes=("a", "b"), size=(3, 20))
+    with pytest.raises(ValueError, match=r"must be 20x3 pixels as .* is, got 3x20; size \(--size\) scales"):
+        load(tmp_path / "turned")
+
+
+@contextmanager
+def within(seconds):
+    """Fail where the body waits for ever."""
+
+    def fail(*_):
+        raise AssertionError("still waiting")
+
+    before = signal.signal(signal.SIGALRM, fail)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def bind(path):
+    with socket.socket(socket.AF_UNIX) as made:
+        made.bind(str(path))
+
+
+SPECIAL = {"a FIFO": os.mkfifo, "a device": lambda path: os.symlink("/dev/zero", path), "a socket": bind}
+
+
+@pytest.mark.parametrize("kind", SPECIAL)
+def test_what_is_no_file_is_never_opened(kind, tmp_path, monkeypatch):
+    write_images(tmp_path, "train", 1, classes=("a",))
+    write_images(tmp_path, "test", 1, classes=("a",))
+    names = ["train/a/x.png", "train/a/x", "train/x.txt", "x.npz", "x.tar.gz", "cifar-10-python.tar.gz"]
+    edition = cifar.EDITIONS[1]
+    (tmp_path / edition.folder).mkdir()
+    names.append(f"{edition.folder}/{edition.train[0].name}")
+    monkeypatch.setenv("KCD_DATA", str(tmp_path))
+    for name in names:
+        path = tmp_path / name
+        SPECIAL[kind](path)
+        specs = [path] if name[0] == "x" else [tmp_path]
+        if "cifar" in name:
+            specs = ["cifar10", path.parent if name.endswith(".bin") else path]
+        for spec in specs:
+            with within(10), pytest.raises(ValueError, match=f"must be a regular file, is {kind}") as caught:
+                load(spec)
+            assert one_line(caught, path)
+        path.unlink()
+        shutil.rmtree(path.parent) if name.endswith(".bin") else None
+    link = tmp_path / "link"
+    link.symlink_to("nowhere")
+    with pytest.raises(FileNotFoundError, match="there is no file or folder"):
+        load(link)
 
 
 def test_folders_of_images_need_pillow(tmp_path, monkeypatch):

@@ -18,6 +18,7 @@ import numpy as np
 from ..registry import one_line
 from .images import ImageData, assemble
 from .plain_pickle import unpickle
+from .regular import check_regular
 
 URL = "https://www.cs.toronto.edu/~kriz/"
 SIDE = 32
@@ -206,6 +207,7 @@ def read(path: Path, editions: Sequence[Edition] = EDITIONS) -> ImageData:
         if edition is None:
             raise ValueError(f"{path}: must be {' or '.join(edition.folder for edition in editions)}")
         return _collect(edition, path, _in_folder(edition, path))
+    check_regular(path)
     with path.open("rb") as file:
         edition = _published(path, file, editions)
         return _collect(edition, path, _in_archive(edition, path, file))
@@ -248,6 +250,7 @@ def _published(path: Path, file: BinaryIO, editions: Sequence[Edition]) -> Editi
 def _in_folder(edition: Edition, path: Path) -> Iterator[tuple[str, bytes]]:
     """Name and contents of every file there should be."""
     for file in (*edition.train, edition.test, edition.names):
+        check_regular(path / file.name)
         raw = (path / file.name).read_bytes()
         md5 = hashlib.md5(raw, usedforsecurity=False).hexdigest()
         if file.md5 not in (None, md5):

@@ -1,6 +1,8 @@
 """Data sets of images that fit in memory: by name, out of a file or folder, or anybody's own."""
 
 import os
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -106,26 +108,33 @@ class ImageData:
                 f"data set {self.name!r}: test must have views with padding=0 and flip=False, "
                 f"got padding={self.test.views.padding} and flip={self.test.views.flip}"
             )
-        self._check_class_names()
-
-    def _check_class_names(self) -> None:
-        names = self.class_names
-        if not isinstance(names, tuple) or not all(isinstance(name, str) for name in names):
-            raise TypeError(f"data set {self.name!r}: class_names must be a tuple of strings, got {names!r}")
-        for name in names:
-            try:
-                name.encode()
-            except UnicodeEncodeError as error:  # of a file's name in another encoding; no report could be written
-                raise ValueError(f"data set {self.name!r}: class name {name!r} is no text in UTF-8") from error
-        if names and len(names) != self.num_classes:
+        check_class_names(self.name, self.class_names)
+        if self.class_names and len(self.class_names) != self.num_classes:
             raise ValueError(
-                f"data set {self.name!r}: class_names must hold {self.num_classes} names, got {len(names)}"
+                f"data set {self.name!r}: class_names must hold {self.num_classes} names, got {len(self.class_names)}"
             )
 
     @property
     def in_channels(self) -> int:
         """Channels of an image."""
         return self.train.images.shape[-1]
+
+
+def check_class_names(data_set: str, names: tuple[str, ...]) -> None:
+    """Raise TypeError or ValueError unless `names` is a tuple of strings that can be written in UTF-8."""
+    if not isinstance(names, tuple) or not all(isinstance(name, str) for name in names):
+        raise TypeError(f"data set {data_set!r}: class_names must be a tuple of strings, got {names!r}")
+    for name in names:
+        try:
+            name.encode()
+        except UnicodeEncodeError as error:  # of a file's name in another encoding; no report could be written
+            raise ValueError(f"data set {data_set!r}: class name {name!r} is no text in UTF-8") from error
+
+
+def some(names: Sequence[str], limit: int = 4) -> str:
+    """Join the first names for a message, and count the others."""
+    rest = len(names) - limit
+    return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def assemble(
@@ -174,6 +183,9 @@ def load(
             and True for CIFAR, 0 and False for all others here.
         size: for a folder of images: height and width in pixels that all are scaled to. None: they must agree.
 
+    Warns:
+        UserWarning: a class has no training or no test images, or a folder holds what is skipped; names them.
+
     Raises:
         ValueError: the name is unknown, the function fails, a file does not hold what it should, or `padding` is not
             smaller than the images.
@@ -189,6 +201,7 @@ def load(
         data = call("data set", spec, REGISTRY)
     if not isinstance(data, ImageData):
         raise TypeError(f"data set {spec!r} must give a kcd_ext.data.images.ImageData, got {type(data).__name__}")
+    _warn_of_classes_without_images(data)
     asked = {name: value for name, value in (("padding", padding), ("flip", flip)) if value is not None}
     if not asked:
         return data
@@ -196,6 +209,17 @@ def load(
     if padding is not None and padding >= side:  # crops of black alone
         raise ValueError(f"padding must be < {side}, the smaller side of the images, got {padding}")
     return replace(data, train=ImageSet(data.train.images, data.train.labels, views))
+
+
+def _warn_of_classes_without_images(data: ImageData) -> None:
+    names = list(map(repr, data.class_names or range(data.num_classes)))
+    notes = []
+    for part, held in (("training", data.train), ("test", data.test)):
+        counts = np.bincount(held.labels, minlength=data.num_classes)
+        if empty := [names[label] for label in np.flatnonzero(counts == 0)]:
+            notes.append(f"{len(empty)} of {data.num_classes} classes have no {part} images: {some(empty)}")
+    if notes:
+        warnings.warn(f"data set {data.name!r}: {'; '.join(notes)}", stacklevel=3)
 
 
 def _is_path(spec: object) -> bool:

@@ -7,6 +7,7 @@ import numpy as np
 
 from ..registry import one_line
 from .images import ImageData, assemble
+from .regular import check_regular
 
 REQUIRED = ("x_train", "y_train", "x_test", "y_test")
 
@@ -14,9 +15,9 @@ REQUIRED = ("x_train", "y_train", "x_test", "y_test")
 def read(path: Path) -> ImageData:
     """The data set in the file; training images are neither cropped nor flipped.
 
-    x_train, x_test: uint8 (n, h, w, c), or (n, h, w) for one channel; y_train, y_test: (n,) integers from 0 on;
-    class_names: (classes,) strings, without which there are as many classes as the largest label says, and no more than
-    images. Nothing is unpickled.
+    x_train, x_test: uint8 (n, h, w, c), or (n, h, w) for one channel; y_train, y_test: (n,) or (n, 1), integers from 0
+    on or booleans, of which False is class 0 and True class 1; class_names: (classes,) strings, without which there are
+    as many classes as the largest label says, and no more than images. Nothing is unpickled.
 
     Raises:
         ValueError: the file is damaged, an array is missing, or of another kind; names the file and the array.
@@ -37,6 +38,7 @@ def read(path: Path) -> ImageData:
 
 def _arrays(path: Path) -> dict[str, np.ndarray]:
     """Those that a data set has, by name."""
+    check_regular(path)
     with path.open("rb") as file:
         if not zipfile.is_zipfile(file):
             raise ValueError(f"{path}: damaged, or no .npz file at all: it is no zip archive")
@@ -68,10 +70,15 @@ def _images(path: Path, name: str, arrays: dict[str, np.ndarray]) -> np.ndarray:
 
 def _labels(path: Path, part: str, arrays: dict[str, np.ndarray]) -> np.ndarray:
     labels, images = arrays[f"y_{part}"], arrays[f"x_{part}"]
+    kind = f"{labels.dtype} {labels.shape}"
+    if labels.shape == (len(images), 1):  # as databases and TensorFlow write them
+        labels = labels[:, 0]
+    if labels.dtype == np.bool_:
+        labels = labels.astype(np.int64)
     if labels.shape != images.shape[:1] or not np.issubdtype(labels.dtype, np.integer):
-        raise ValueError(
-            f"{path}: y_{part} must be {len(images)} integers, as many as x_{part}, got {labels.dtype} {labels.shape}"
-        )
+        one_hot = labels.ndim == 2 and len(labels) == len(images)
+        hint = f"; of one-hot labels y_{part}.argmax(1) gives them" if one_hot else ""
+        raise ValueError(f"{path}: y_{part} must be {len(images)} integers, as many as x_{part}, got {kind}{hint}")
     if labels.min() < 0:
         raise ValueError(f"{path}: y_{part} must be integers from 0 on, got {labels.min()}")
     return labels

@@ -37,7 +37,7 @@ class Images:
     no_flip: Annotated[bool, FlagCreatePairsOff] = False
     """None are."""
     size: int | None = None
-    """Images of a folder are resized to so many pixels a side."""
+    """Images of a folder are resized to so many pixels a side. None: all must have one size."""
 
     def load(self) -> ImageData:
         """Raises TypeError, ValueError, ImportError, OSError where there are no such images."""
