@@ -1320,6 +1320,15 @@ def test_names_of_classes_are_compared_in_one_form(tmp_path):
         load(tmp_path)
 
 
+def test_names_of_data_sets_can_be_written(tmp_path):
+    folder = tmp_path / "caf\udce9"
+    for part in ("train", "test"):
+        write_images(folder, part, 1, classes=("a",))
+    np.savez(f"{folder}.npz", **arrays(5, 4) | {"y_test": np.arange(4) % 3})
+    for path in (folder, f"{folder}.npz"):
+        assert load(path).name == r"caf\udce9"
+
+
 def test_classes_without_images_keep_their_numbers(tmp_path):
     write_images(tmp_path, "train", 1, classes=("a", "c", "d"))
     write_images(tmp_path, "test", 2, classes=("b", "d", "e"))

@@ -147,7 +147,11 @@ def assemble(
     padding: int = 0,
     flip: bool = False,
 ) -> ImageData:
-    """`ImageData` of (images, labels) pairs, normalised by the training images; `padding` and `flip` as in `Views`."""
+    """`ImageData` of (images, labels) pairs, normalised by the training images; `padding` and `flip` as in `Views`.
+
+    Bytes of a file's name that are no UTF-8 are written as escapes in the name, so that a report can hold it.
+    """
+    name = name.encode(errors="backslashreplace").decode()
     views = Views.of(train[0], padding=padding, flip=flip)
     plain = replace(views, padding=0, flip=False)
     return ImageData(name, ImageSet(*train, views), ImageSet(*test, plain), num_classes, class_names)
