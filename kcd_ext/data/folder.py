@@ -173,7 +173,10 @@ def _classes(part: Path, skipped: Skipped) -> dict[str, Path]:
             raise ValueError(f"{part}: {both} are one name in Unicode's form NFC; join or rename these folders")
         classes[name] = folder
     for file in files:
-        skipped.add(OUTSIDE, f"{part.name}/{file.name}") if _is_image(file) else skipped.add(FOREIGN, file.name)
+        if _is_image(file):
+            skipped.add(OUTSIDE, f"{part.name}/{file.name}")
+        else:
+            skipped.add(FOREIGN, file.name)
     if not classes:
         raise ValueError(f"{part}: must have a folder of images for every class, there is none")
     return classes
