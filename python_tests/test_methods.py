@@ -56,10 +56,10 @@ PUBLISHED = {
         "head_lr": 0.05,
         "head_milestones": (0.5, 0.75),
     },
-    # By the authors' code and abstract, as far as they say; the rest is this package's own choice.
+    # By the authors' config/ie_kd.yaml and main.py; other options are this package's own.
     "iekd": {
-        "inheritance_weight": 50,
-        "exploration_weight": 50,
+        "inheritance_weight": 1,
+        "exploration_weight": 1,
         "factor_epochs": 30,
         "factor_lr": 0.1,
         "distance": "l1",
@@ -337,6 +337,15 @@ def test_unit_rows_hides_nothing():
     torch.testing.assert_close(y[0], torch.tensor([0.6, 0.8]))
     assert y[1].tolist() == [0, 0] and y[2].isnan().any() and y[3].isnan().all() and 0 < y[4, 0] < 1e-22
     assert unit_rows(x.bfloat16()).dtype == torch.float32 and unit_rows(x.double()).dtype == torch.float64
+    exact = unit_rows(x, offset=0)
+    exact[[0, 1, 4]].sum().backward()
+    assert (
+        exact[1].tolist() == [0, 0]
+        and exact[4].tolist() == [1, 0]
+        and exact[2].isnan().any()
+        and exact[3].isnan().all()
+    )
+    assert x.grad[[0, 1, 4]].isfinite().all() and not x.grad[1].any()
 
 
 # --- crd --------------------------------------------------------------------------------------------------------------

@@ -245,10 +245,10 @@ def full_precision(like: Tensor) -> torch.autocast:
     return torch.autocast(like.device.type, enabled=False)
 
 
-def unit_rows(x: Tensor) -> Tensor:
-    """x (r, d) with every row divided by its length + 1e-7, so that products of rows are cosines; at least float32.
+def unit_rows(x: Tensor, offset: float = SMALLEST_LENGTH) -> Tensor:
+    """x (r, d) with every row divided by its length + offset, so that products of rows are cosines; at least float32.
 
-    A row of zeros has no direction: it stays zeros, and passes no gradient. Lengths beyond the range of squares in
+    offset: >= 0. A row of zeros has no direction: it stays zeros, and passes no gradient. Lengths beyond the range of squares in
     float32 are no trouble; a row that holds an infinity or a NaN becomes NaN.
     """
     x = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -256,5 +256,5 @@ def unit_rows(x: Tensor) -> Tensor:
     zero = largest == 0
     scale = largest.masked_fill(zero, 1)  # cancels: it only keeps the squares in range
     x = x / scale
-    length = torch.linalg.vector_norm(x, dim=1, keepdim=True)
-    return (x / (length + SMALLEST_LENGTH / scale)).masked_fill(zero, 0)
+    length = torch.linalg.vector_norm(x, dim=1, keepdim=True).masked_fill(zero, 1)
+    return (x / (length + offset / scale)).masked_fill(zero, 0)
