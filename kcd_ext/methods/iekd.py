@@ -234,15 +234,16 @@ class InheritanceExplorationDistillation(_FactorMethod):
     - README.md and the paper split the student, as this class does. processors/IE_KD.py and config/ie_kd.yaml exchange the
       names: they split and train the "teacher", a resnet56, and encode the maps of the constant "student", a resnet20.
     - The weights are 1, by config/ie_kd.yaml. Summaries of the paper say 50, which we could not check in the paper itself.
-    - The distance is "l1" for both. config/ie_kd.yaml names only FTLoss, which is that of INH; DDTLoss, in the same file,
-      subtracts the same distance for EXP.
+    - The distance is "l1" for both. processors/IE_KD.py reads one loss for each, and config/ie_kd.yaml names only FTLoss,
+      which is "l1" for INH. DDTLoss, beside it in loss/factor_transfer.py, subtracts the same distance for EXP.
 
     The rest is rebuilt, or this package's own:
 
     - There are half as many factors as channels, whatever their number. Their configurations of factor transfer have 32.
     - Factors of maps of different sizes are averaged (adaptive average pooling) to the lesser height and width; theirs must
       have one size. An odd number of channels is refused.
-    - A sample of zeros gets no gradient. A length below 1e-12 divides as it is; theirs becomes 1e-12.
+    - A sample of zeros gets no gradient, and its 1 - cos is 1/2; theirs is 1. A length below 1e-12 divides as it is; theirs
+      becomes 1e-12.
     - The permuted order depends on `split_seed` alone.
     - The optimizer is the run's, which has no Nesterov momentum; theirs has it.
     - `batch_keep` and `kd_weight` are additions. The paper's numbers are not claimed.
