@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 from ..condensation.checks import whole
 from ..registry import call
-from .views import Views
+from .views import Views, check_normalisation
 
 REGISTRY = {
     "cifar10": "kcd_ext.data.cifar:cifar10",
@@ -174,7 +174,13 @@ def split(name: str, images: np.ndarray, labels: np.ndarray, test_fraction: floa
 
 
 def load(
-    spec: str | os.PathLike, *, padding: int | None = None, flip: bool | None = None, size: int | None = None
+    spec: str | os.PathLike,
+    *,
+    padding: int | None = None,
+    flip: bool | None = None,
+    size: int | None = None,
+    mean: str | float | Sequence[float] | None = None,
+    std: str | float | Sequence[float] | None = None,
 ) -> ImageData:
     """The data set that `spec` stands for.
 
@@ -186,17 +192,21 @@ def load(
         padding, flip: how training images are cropped and flipped (`Views`). None: as the data set has it, which is 4
             and True for CIFAR, 0 and False for all others here.
         size: for a folder of images: height and width in pixels that all are scaled to. None: they must agree.
+        mean, std: networks take (pixels / 255 - mean) / std: a number each, in [0, 1], or one for every channel; or
+            mean="imagenet" (0.485, 0.456, 0.406 and 0.229, 0.224, 0.225) or mean="half" (0.5 and 0.5), alone. None: as
+            the data set has it, which is the mean and standard deviation of its training images for all here.
 
     Warns:
         UserWarning: a class has no training or no test images, or a folder holds what is skipped; names them.
 
     Raises:
-        ValueError: the name is unknown, the function fails, a file does not hold what it should, or `padding` is not
-            smaller than the images.
+        ValueError: the name is unknown, the function fails, a file does not hold what it should, `padding` is not
+            smaller than the images, or one of `mean` and `std` is missing, out of range or for other channels.
         OSError: a file or folder is missing or cannot be read.
         ImportError: the package that holds or reads the images is not installed; says which extra installs it.
         TypeError: an argument is of another kind, or the function gives something else.
     """
+    normalisation = check_normalisation(mean, std)
     if _is_path(spec):
         data = call("data set", PATHS, {}, path=Path(spec), size=size)
     elif size is not None:
@@ -206,13 +216,23 @@ def load(
     if not isinstance(data, ImageData):
         raise TypeError(f"data set {spec!r} must give a kcd_ext.data.images.ImageData, got {type(data).__name__}")
     _warn_of_classes_without_images(data)
+    if normalisation is not None:
+        try:
+            train, test = (part.views.normalised_by(*normalisation) for part in (data.train, data.test))
+        except ValueError as error:
+            raise ValueError(f"{error} (images of {spec})") from error
+        data = replace(data, train=_viewed(data.train, train), test=_viewed(data.test, test))
     asked = {name: value for name, value in (("padding", padding), ("flip", flip)) if value is not None}
     if not asked:
         return data
     views, side = replace(data.train.views, **asked), min(data.train.images.shape[1:3])
     if padding is not None and padding >= side:  # crops of black alone
         raise ValueError(f"padding must be < {side}, the smaller side of the images, got {padding}")
-    return replace(data, train=ImageSet(data.train.images, data.train.labels, views))
+    return replace(data, train=_viewed(data.train, views))
+
+
+def _viewed(images: ImageSet, views: Views) -> ImageSet:
+    return ImageSet(images.images, images.labels, views)
 
 
 def _warn_of_classes_without_images(data: ImageData) -> None:

@@ -1,7 +1,8 @@
 """From raw images to what networks take: flip, crop and normalise whole batches, wherever they lie."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -11,6 +12,11 @@ from torch.nn import functional
 from ..condensation.checks import flag, real, whole
 from ..condensation.random_keys import MAX_SEED, VIEWS, random_keys
 
+# By name: mean and std of the pixels / 255, for three channels, or one number for any.
+NORMALISATIONS = {
+    "half": ((0.5,), (0.5,)),  # to [-1, 1]
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),  # torchvision's and timm's
+}
 FIELD = 2**31 - 1  # 31 bits: times the number of crops, they stay within int64
 
 
@@ -69,6 +75,25 @@ class Views:
             deviations.append(math.sqrt(size * squares - total**2) / (255 * size) or 1.0)
         return cls(tuple(means), tuple(deviations), padding, flip)
 
+    def normalised_by(self, mean: tuple[float, ...], std: tuple[float, ...]) -> "Views":
+        """The same views with another mean and std; a single number is that of every channel.
+
+        Raises ValueError where their number is neither 1 nor that of the channels, or where they differ from what they were
+        and are not within the range of pixels / 255: mean in [0, 1], std in (0, 1].
+        """
+        channels, changed = len(self.mean), {}
+        for name, numbers in (("mean", mean), ("std", std)):
+            if len(numbers) not in (1, channels):
+                raise ValueError(
+                    f"{name} must hold a number for every channel, {channels} or 1 for all, got {len(numbers)}"
+                )
+            changed[name] = numbers * (channels // len(numbers))
+            outside = [x for x in numbers if not 0 <= x <= 1 or (x == 0 and name == "std")]
+            if outside and changed[name] != getattr(self, name):
+                bracket = "(" if name == "std" else "["
+                raise ValueError(f"{name} must be of pixels / 255, in {bracket}0, 1], got {outside[0]}")
+        return replace(self, **changed)
+
     def plain(self, images: Tensor) -> Tensor:
         """Normalised alone, as for a test set: uint8 (b, h, w, c) -> float32 (b, c, h, w)."""
         self._check(images)
@@ -115,6 +140,41 @@ class Views:
             raise ValueError(
                 f"images must be uint8 (b, h, w, {len(self.mean)}), got {images.dtype} of shape {tuple(images.shape)}"
             )
+
+
+def check_normalisation(
+    mean: str | float | Sequence[float] | None, std: str | float | Sequence[float] | None
+) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """`mean` and `std` as a number, or one for every channel; None where both are.
+
+    Args:
+        mean: finite numbers, or a key of NORMALISATIONS, which brings its own std.
+        std: finite numbers > 0, or the same key, or None with one.
+
+    Raises TypeError or ValueError where it is something else, or one of them is missing.
+    """
+    names = ", ".join(NORMALISATIONS)
+    if isinstance(mean, str):
+        if mean not in NORMALISATIONS:
+            raise ValueError(f"mean must be numbers or one of {names}, got {mean!r}")
+        if std is not None and std != mean:
+            raise ValueError(f"mean={mean!r} brings its own std, got std={std!r} beside it: leave that out")
+        return NORMALISATIONS[mean]
+    if isinstance(std, str):
+        raise ValueError(f"std must be numbers, got {std!r}: the names {names} are given as mean")
+    for name, one, other in (("mean", mean, std), ("std", std, mean)):
+        if one is None and other is not None:
+            raise ValueError(f"mean and std must be given together, got no {name}")
+    if mean is None:
+        return None
+    return _numbers("mean", mean), _numbers("std", std)
+
+
+def _numbers(name: str, value: float | Sequence[float]) -> tuple[float, ...]:
+    numbers = value if isinstance(value, list | tuple | np.ndarray) else [value]
+    if not numbers:
+        raise ValueError(f"{name} must be a number, or one for every channel, got none")
+    return tuple(real(name, number, "finite numbers", -math.inf) for number in numbers)
 
 
 def _bits(index: Tensor, seed: int, epoch: int) -> Tensor:
