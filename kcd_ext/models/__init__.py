@@ -6,6 +6,7 @@
 from torch import nn
 
 from ..registry import call
+from .normalisation import renormalise
 from .stages import features
 
 REGISTRY = {
@@ -34,10 +35,22 @@ REGISTRY = {
     "wrn_40_1": "kcd_ext.models.wide_resnet:wrn_40_1",
     "wrn_40_2": "kcd_ext.models.wide_resnet:wrn_40_2",
 }
+# What RepDistiller calls those of its 22 networks that have another name here.
+ALIASES = {
+    "MobileNetV2": "mobilenet_v2",
+    "ResNet50": "resnet50",
+    "ShuffleV1": "shufflenet_v1",
+    "ShuffleV2": "shufflenet_v2",
+}
+
+
+def canonical(name: str) -> str:
+    """The key of REGISTRY that an alias stands for; any other name as it is."""
+    return ALIASES.get(name, name) if isinstance(name, str) else name
 
 
 def build(name: str, *, in_channels: int, num_classes: int) -> nn.Module:
-    """The network called `name` (a key of REGISTRY, or `module:function`), with fresh weights from torch's generator.
+    """The network called `name` (a key of REGISTRY or ALIASES, or `module:function`), with fresh weights from torch's generator.
 
     A `module:function` is called with the same two keyword arguments.
 
@@ -45,10 +58,10 @@ def build(name: str, *, in_channels: int, num_classes: int) -> nn.Module:
         ValueError: the name is unknown, or the function fails.
         TypeError: the function does not take these arguments, or gives no `torch.nn.Module`.
     """
-    model = call("model", name, REGISTRY, in_channels=in_channels, num_classes=num_classes)
+    model = call("model", canonical(name), REGISTRY, in_channels=in_channels, num_classes=num_classes)
     if not isinstance(model, nn.Module):
         raise TypeError(f"model {name!r} must give a torch.nn.Module, got {type(model).__name__}")
     return model
 
 
-__all__ = ["REGISTRY", "build", "features"]
+__all__ = ["ALIASES", "REGISTRY", "build", "canonical", "features", "renormalise"]
