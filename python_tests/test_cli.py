@@ -77,7 +77,7 @@ def test_what_the_demo_leaves(demo):
     assert (summary["dataset"], summary["seeds"]) == ("digits", [3, 1])
     assert [(r["seed"], r["method"]) for r in summary["results"]] == [(s, m) for s in (3, 1) for m in METHODS]
     fields = ["method", "seed", "accuracy_last", "accuracy_best", "sample_visits", "teacher_visits", "seconds"]
-    assert all(list(r) == [*fields, "condensation_seconds", "flops"] for r in summary["results"])
+    assert all(list(r) == [*fields, "condensation_seconds", "flops", "teacher_accuracy"] for r in summary["results"])
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [(r["seed"], r["method"], r["epoch"]) for r in lines] == [
         (s, m, e) for s in (3, 1) for m in METHODS for e in range(1, 7)

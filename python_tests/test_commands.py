@@ -157,7 +157,10 @@ def test_what_several_seeds_leave(home):
 
     about = json.loads((folder / "seed-5" / "config.json").read_text())["about"]
     assert (about["dataset"], about["student"], about["teacher"]) == ("digits", "cnn_small", "cnn_large")
-    assert about["data"] == {"spec": "digits", "size": None, "padding": 0, "flip": False}
+    views = load("digits").train.views
+    normalisation = {"mean": [*views.mean], "std": [*views.std]}
+    assert about["data"] == {"spec": "digits", "size": None, "padding": 0, "flip": False, **normalisation}
+    assert about["teacher_normalisation"] == normalisation
     assert np.array_equal(load(**about["data"]).train.images, load("digits").train.images)
 
 
@@ -269,7 +272,7 @@ def test_two_processes_are_one_command(here):
     assert config["processes"] == 2
     assert result(here / "run")[0]["sample_visits"] == 4 * 1083
     assert len(re.findall(r"^kd ", done.stdout, re.MULTILINE)) == 1 and done.stdout.count("report: ") == 1
-    assert lines(here / "run" / "teacher")[-1]["accuracy"] > 80
+    assert result(here / "run")[0]["teacher_accuracy"] == lines(here / "run" / "teacher")[-1]["accuracy"] > 80
 
     refused = process("distill", *SMALL, "--output", "run", cwd=here, launcher=TORCHRUN, env=ALONE)
     said = [line for line in refused.stderr.splitlines() if line.startswith("kcd:")]
@@ -312,8 +315,11 @@ def test_a_file_of_weights_teaches_as_its_run_does(home, here):
     file = ["--teacher", "teacher.pth", "--teacher-network", "cnn_large"]
     assert cli.main([*common, *file, "--output", "file"]) == 0
     assert outcome(here / "folder") == outcome(here / "file") and not (here / "file" / "teacher").exists()
-    assert [row[0] for row in Page(here / "folder" / "report.html").rows[1:]] == ["teacher", "kd"]
-    assert [row[0] for row in Page(here / "file" / "report.html").rows[1:]] == ["kd"]
+    (trained, _), (measured, _) = (Page(here / name / "report.html").rows[1:] for name in ("folder", "file"))
+    accuracy = lines(home / "teacher")[-1]["accuracy"]
+    assert trained[:3] == ["teacher", *cells(result(home / "teacher"))[:2]] and trained[1] == f"{accuracy:.2f}"
+    assert measured == ["teacher", trained[1], *["-"] * 6]
+    assert [result(here / name)[0]["teacher_accuracy"] for name in ("folder", "file")] == [accuracy, accuracy]
 
 
 def inverted():
@@ -322,12 +328,24 @@ def inverted():
     return split("inverted", 255 - data.train.images, data.train.labels, 0.2)
 
 
-def test_a_teacher_of_other_images_is_not_compared(home, here, capfd):
+def test_a_teacher_of_other_images_is_measured_on_these(home, here, capfd):
     other = ["--data", f"{__name__}:inverted", "--student", "cnn_small", "--teacher", str(home / "teacher")]
     assert cli.main(["distill", *SMALL, *other, "--epochs", "1", "--output", "run"]) == 0
-    said = "was trained on digits, not on this inverted: its row is left out\n"
-    assert capfd.readouterr().err == f"kcd: warning: teacher {home / 'teacher'} {said}"
-    assert [row[0] for row in Page(here / "run" / "report.html").rows[1:]] == ["kd"]
+    told, trained_on, warned = capfd.readouterr().err.splitlines()
+    assert told.startswith(
+        f"kcd: teacher {home / 'teacher'} is given images as it was trained on them, of mean 0.3056 and"
+    )
+    assert trained_on == f"kcd: warning: teacher {home / 'teacher'} was trained on digits, not on this inverted"
+    data, network = inverted().test, models.build("cnn_large", in_channels=1, num_classes=10)
+    network.load_state_dict(load_file(home / "teacher" / "student.safetensors"))
+    x = load("digits").train.views.plain(torch.from_numpy(data.images))
+    with torch.no_grad():
+        accuracy = 100 * (network.eval()(x).argmax(1).numpy() == data.labels).mean()
+    assert warned.startswith(
+        f"kcd: warning: the teacher's accuracy on the test set is {accuracy:.1f} %, where the most"
+    )
+    row, _ = Page(here / "run" / "report.html").rows[1:]
+    assert row[:2] == ["teacher", f"{accuracy:.2f}"]
 
 
 def test_a_method_without_a_teacher_trains_none(here):
@@ -534,7 +552,7 @@ BAD = [
     (["--teacher", "bare"], "bare/config.json"),
     (["--teacher", "text.pt"], "text.pt cannot be read as weights: damaged, or more than tensors in it"),
     (["--teacher", "text.safetensors"], "text.safetensors cannot be read as weights"),
-    (["--teacher", "bomb.pt"], "bomb.pt cannot be read as weights: damaged, or more than tensors in it"),
+    (["--teacher", "bomb.pt"], r"bomb.pt cannot be read as weights: it names posix.mkdir, which is neither a"),
     (["--teacher", "numbers.pt"], r"numbers.pt must hold tensors by name \(a state_dict\)"),
     (
         ["--teacher", "{two}/seed-5", "--teacher-network", "cnn_large"],
@@ -636,13 +654,14 @@ def test_a_report_compares_runs(shelf, here, capfd):
     page = Page(here / "page.html")
     visits = [r["sample_visits"] for r in (*result(shelf / "two"), *result(shelf / "kd"))]
     assert visits[0] == visits[1] < visits[2]
-    rows = {row[0]: row[1:] for row in page.rows[1:3]}
+    rows = {row[0]: row[1:] for row in page.rows[1:4]}
+    assert rows["teacher"] == [f"{result(shelf / 'kd')[0]['teacher_accuracy']:.2f}", *["-"] * 6]
     part = f"{visits[0]:,} ({100 * visits[0] / visits[2]:.1f} %)"
     assert rows["kc-kd"] == [*cells(result(shelf / "two"))[:2], part, part, *cells(result(shelf / "two"))[4:]]
     full = f"{visits[2]:,} (100.0 %)"
     assert rows["kd"] == [*cells(result(shelf / "kd"))[:2], full, full, *cells(result(shelf / "kd"))[4:]]
     trained = json.loads((shelf / "kd" / "config.json").read_text())["about"]["teacher"]
-    assert page.rows[3:] == [
+    assert page.rows[4:] == [
         ["run", "lr", "condense.keep", "teacher"],
         ["kc-kd", "0.05", "0.7", "cnn_large"],
         ["kd", "0.04", "1.0", trained],
@@ -673,7 +692,7 @@ def test_unfinished_runs_are_called_so(shelf, here, capfd):
     for text in (out, (here / "report.html").read_text()):
         assert f"Unfinished: {shelf / 'half'}: 3 of 4 epochs." in text
         assert f"Unfinished: {shelf / 'begun'}: 0 of 4 epochs." in text
-    row = Page(here / "report.html").rows[1]
+    row = Page(here / "report.html").rows[2]
     assert row[0] == f"kd ({shelf / 'half'})"
     third = json.loads((shelf / "kd" / "metrics.jsonl").read_text().splitlines()[2])
     assert row[1] == f"{third['accuracy']:.2f}" and row[3] == f"{third['sample_visits']:,}"
@@ -690,8 +709,8 @@ def test_a_report_of_a_folder_of_runs_takes_names_as_they_are(shelf, here, capfd
     assert cli.main(["report", "runs", "--output", "new/folder/page.html"]) == 0
     error = capfd.readouterr().err
     page = Page(here / "new" / "folder" / "page.html")
-    assert error == "" and [row[0] for row in page.rows[1:4]] == ["kd", "$\\foo$ <b>", "?"]
-    assert not any("%" in cell for row in page.rows[1:4] for cell in row[3:5])  # of other data there is no percentage
+    assert error == "" and [row[0] for row in page.rows[1:5]] == ["teacher", "kd", "$\\foo$ <b>", "?"]
+    assert not any("%" in cell for row in page.rows[1:5] for cell in row[3:5])  # of other data there is no percentage
     assert page.headings[1] == "Results, seeds 0, 5, 6"
     ids = re.findall(r' id="([^"]*)"', (here / "new" / "folder" / "page.html").read_text())
     assert len(ids) == len(set(ids)) > 100

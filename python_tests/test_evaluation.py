@@ -810,8 +810,8 @@ def test_a_teacher_elsewhere_is_found_and_a_student_alone_left_out(here, capfd):
     assert not (here / "shelf" / "alone" / "evaluation.json").exists() and not (here / "shelf" / "report.html").exists()
     assert "Reliability: kd" in Page(here / "shelf" / "kd" / "report.html").headings
     assert kcd("report", "shelf") == 0
-    rows = {row[0]: row for row in Page(here / "report.html").rows[:3]}
-    assert rows["method"][3] == "agreement, %" and rows["ce"][3] == "-"
+    rows = {row[0]: row for row in Page(here / "report.html").rows[:4]}
+    assert rows["method"][3] == "agreement, %" and rows["ce"][3] == rows["teacher"][3] == "-"
     assert rows["kd"][3] == f"{content['evaluation']['agreement']:.2f}"
 
 
@@ -1019,7 +1019,7 @@ def test_pages_of_a_seed_and_of_all_seeds_tell_the_same(here, monkeypatch, capfd
     assert "report: two/seed-5/report.html\n" in capfd.readouterr().out
     seed, both = Page(here / "two" / "seed-5" / "report.html"), Page(page)
     assert "KL, T = 3" in next(row for row in seed.rows if row[0] == "run")
-    assert [row[3] for row in seed.rows[:2]] == ["agreement, %", f"{one:.2f}"]
+    assert [row[3] for row in seed.rows[:3]] == ["agreement, %", "-", f"{one:.2f}"]
     two = mean([one, (other := written(here / "two" / "seed-6")["evaluation"]["agreement"])])
     assert [row[3] for row in both.rows[:3]] == ["agreement, %", "-", f"{two:.2f} ± {stdev([one, other]):.2f}"]
     assert [row[:3] + row[4:] for row in both.rows[:3]] == before.rows[:3]

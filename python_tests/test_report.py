@@ -271,7 +271,7 @@ def test_a_run_that_does_not_rank_by_value_is_reported_without_a_histogram(folde
     for page, methods in ((both, ["infobatch", "kc-kd"]), (alone, ["infobatch"])):
         last = [lines(folders / method)[-1] for method in methods]
         expected = [(m, f"{x['accuracy']:.2f}", f"{x['sample_visits']:,}") for m, x in zip(methods, last, strict=True)]
-        assert [(row[0], row[1], row[3]) for row in page.rows[1 : 1 + len(methods)]] == expected
+        assert [(row[0], row[1], row[3]) for row in page.rows if row[0] in methods][: len(methods)] == expected
     shown = [heading for heading in both.headings if heading.startswith("Knowledge values")]
     assert shown == ["Knowledge values of kc-kd, stage by stage"]
     assert not [heading for heading in alone.headings if "alues" in heading]

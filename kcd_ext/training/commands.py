@@ -9,7 +9,7 @@ from typing import Annotated
 
 from tyro.conf import Fixed, FlagCreatePairsOff, Positional, Suppress, arg
 
-from .. import methods, processes
+from .. import methods, models, processes
 from ..condensation.checks import whole
 from ..data.images import ImageData, load
 from . import pairs, teachers
@@ -38,13 +38,19 @@ class Images:
     """None are."""
     size: int | None = None
     """Images of a folder are resized to so many pixels a side. None: all must have one size."""
+    mean: Annotated[tuple[str, ...] | None, arg(metavar="NUMBER [NUMBER ...]")] = None
+    """Networks take (pixels / 255 - mean) / std: one number or one for every channel, or imagenet or half (0.5), which
+    bring their std. None: the mean and standard deviation of the training images."""
+    std: Annotated[tuple[str, ...] | None, arg(metavar="NUMBER [NUMBER ...]")] = None
+    """See --mean, with which it is given."""
 
     def load(self) -> ImageData:
         """Raises TypeError, ValueError, ImportError, OSError where there are no such images."""
         if self.flip and self.no_flip:
             raise ValueError("take --flip or --no-flip, not both")
         flip = True if self.flip else False if self.no_flip else None
-        return load(self.data, padding=self.padding, flip=flip, size=self.size)
+        mean, std = _numbers(self.mean), _numbers(self.std)
+        return load(self.data, padding=self.padding, flip=flip, size=self.size, mean=mean, std=std)
 
     def as_json(self) -> dict[str, object]:
         """What `load` made the images of, but for their views, which they know themselves."""
@@ -201,7 +207,7 @@ class Distill:
             named = getattr(self._pair, role)
         if named is None:
             raise ValueError(f"--{role} must be given: no pair of networks goes with data {self.images.data!r}")
-        return named
+        return models.canonical(named) if role == "student" else named
 
     def _default_output(self, student: str, recipes: list[Recipe]) -> Path:
         seeds = "-".join(dict.fromkeys((str(recipes[0].seed), str(recipes[-1].seed))))
@@ -236,7 +242,7 @@ class Train:
 
     def _job(self) -> Job:
         data, pair = self.images.load(), pairs.OF_DATA.get(self.images.data)
-        network = pair.teacher if self.network is None and pair else self.network
+        network = pair.teacher if self.network is None and pair else models.canonical(self.network)
         if network is None:
             raise ValueError(f"--network must be given: none goes with data {self.images.data!r}")
         recipe = replace(self.recipe.of_method(), name=self.recipe.name or TEACHER)
@@ -256,6 +262,16 @@ class Train:
             resume=self.resume,
             threads=_checked_threads(self.threads),
         )
+
+
+def _numbers(words: tuple[str, ...] | None) -> list[float] | str | None:
+    """Words, or parts of them between commas, as numbers; as text where one of them is none."""
+    if words is None:
+        return None
+    try:
+        return [float(part) for word in words for part in word.split(",")]
+    except ValueError:
+        return " ".join(words)
 
 
 def _checked_threads(threads: int | None) -> int | None:

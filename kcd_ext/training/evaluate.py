@@ -21,6 +21,8 @@ from .compare import Report
 from .device import accelerator_on, threads
 from .identity import digest, digest_of_samples
 from .job import REPORT, TEACHER
+from .progress import note
+from .runs import Normalisation
 from .summary import Summary, as_text
 from .teachers import WEIGHTS, Teacher
 from .trainer import EVALUATED
@@ -33,7 +35,9 @@ CANNOT = (
     ImportError,
     OSError,
 )  # be evaluated: what a run that does not fit raises
-DATA = {"spec": str, "size": int | None, "padding": int | None, "flip": bool | None}  # what `load` takes
+# What `load` takes.
+DATA = {"spec": str, "size": int | None, "padding": int | None, "flip": bool | None}
+DATA |= dict.fromkeys(Normalisation._fields, tuple | None)
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,8 @@ class Evaluate:
                 stack.enter_context(storage.alone_in(home))
             plans, left_out = self._plans(list(asked.values()))
             _check_targets(pages, plans)
+            for line in dict.fromkeys(line for plan in plans for line in plan.of_teacher.told(plan.data)):
+                note(line)
             stack.enter_context(threads(self.threads))
             device = stack.enter_context(accelerator_on(self.device, "no")).device
             found: list[tuple[_Plan, Evaluation]] = []
@@ -97,8 +103,8 @@ class Evaluate:
             whole = {home: _write_page(home / REPORT[0], folders) for home, folders in pages.items()}
             summaries = [plan.named() for plan, _ in found]
         print(as_text(report.evaluation_table(summaries)), end="\n\n")
-        for note in (*report.notes_on_teachers(summaries), *(f"left out: {note}" for note in left_out)):
-            print(note)
+        for line in (*report.notes_on_teachers(summaries), *(f"left out: {line}" for line in left_out)):
+            print(line)
         for home, has_column in whole.items():
             older = "" if has_column else " (an older page, whose table of results kcd report alone makes anew)"
             print(f"report: {home / REPORT[0]}{older}")
@@ -171,7 +177,7 @@ class Evaluate:
         data = loaded(**told.checked_data())
         if told.test_samples != digest_of_samples(data.test):
             raise ValueError(f"was tested on other images than those that {told.data['spec']!r} holds now")
-        student = Teacher(told.checked_student(), teachers.read(weights), weights)
+        student = Teacher(told.checked_student(), teachers.read(weights).tensors, weights)
         if self.teacher is None:
             teacher = _own_teacher(run.folder, told, data, found)
         else:
@@ -180,7 +186,11 @@ class Evaluate:
                 raise ValueError(
                     f"teacher must be the folder of a trained run or a file of weights, got {self.teacher!r}"
                 )
-        return _Plan(run, data, student, teacher, student.build(data, SEED), teacher.build(data, SEED))
+        network = teacher.build(data, SEED)
+        if told.teacher_normalisation is not None and digest(network.state_dict()) == told.digest:
+            teacher = replace(teacher, normalisation=told.teacher_normalisation)  # given images as in training
+            network = teacher.build(data, SEED)
+        return _Plan(run, data, student, teacher, student.build(data, SEED), network)
 
 
 @dataclass(frozen=True)
@@ -194,6 +204,8 @@ class _Told:
     """Of the teacher's weights; None: there was no teacher."""
     teacher_network: str | None
     teacher_path: str | None
+    teacher_normalisation: Normalisation | None
+    """Of the images that the teacher was given; None: a run of before it was recorded, or no teacher."""
 
     @classmethod
     def by(cls, run: runs.Run) -> "_Told":
@@ -208,8 +220,12 @@ class _Told:
         for name, text in texts.items():
             if text is not None and not isinstance(text, str):
                 raise ValueError(f"config.json is damaged: {name} must be text, got {text!r:.40}")
-        data = about.get("data") or {}
-        return cls(about.get("student"), data, config.get("test_samples"), *texts.values())
+        data, path = about.get("data") or {}, run.folder / "config.json"
+        found = about.get("teacher_normalisation")
+        given = None if found is None else runs.checked_normalisation(path, found)
+        if data.get("mean") is not None:
+            data = {**data, **runs.checked_normalisation(path, data)._asdict()}
+        return cls(about.get("student"), data, config.get("test_samples"), *texts.values(), given)
 
     def checked_student(self) -> str:
         """The student's network. Raises ValueError where it is not told."""

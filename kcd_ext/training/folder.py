@@ -65,10 +65,11 @@ class RunFolder:
         found, self._found = self._found, None
         return found
 
-    def begin(self, label: str, about: Mapping[str, object]) -> None:
+    def begin(self, label: str, about: Mapping[str, object], teacher_accuracy: float | None) -> None:
         """Before the first epoch, so that a folder that cannot be written costs nothing."""
         self.path.mkdir(parents=True, exist_ok=True)
-        config = {**self.identity, "label": label, "about": dict(about), "versions": versions()}
+        measured = {"teacher_accuracy": teacher_accuracy}
+        config = {**self.identity, **measured, "label": label, "about": dict(about), "versions": versions()}
         storage.write_json(self.path / "config.json", config)
 
     def keep(self, pretraining: Sequence[dict], history: Sequence[dict], state: checkpoint.Checkpoint) -> None:

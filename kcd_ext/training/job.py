@@ -2,7 +2,6 @@
 
 import json
 import os
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -11,7 +10,7 @@ from pathlib import Path
 import torch
 
 from .. import processes
-from ..data.images import ImageData
+from ..data.images import ImageData, ImageSet
 from ..environment import versions
 from . import report, runs, storage, teachers
 from .batches import Samples, feed_of
@@ -19,9 +18,10 @@ from .checks import check_networks
 from .device import threads
 from .folder import ENTRIES
 from .identity import check_same, digest_of_samples
-from .progress import Bar, bar_over
+from .progress import Bar, bar_over, note, warnings_as_notes
 from .randomness import seeded
 from .recipe import Recipe
+from .runs import Normalisation
 from .summary import Summary, as_text, cells, results
 from .teachers import Teacher
 from .trainer import build_method, distill
@@ -86,10 +86,12 @@ class Job:
             if first:
                 self._check_output()
                 if self.resume and not self._taken():
-                    _note(f"nothing to resume in {self.output}: starting anew")
+                    note(f"nothing to resume in {self.output}: starting anew")
+                for line in [] if self.teacher is None else self.teacher.told(self.data):
+                    note(line)
             try:
-                with threads(self.threads):
-                    summaries = list(self._summaries())
+                with threads(self.threads), warnings_as_notes():
+                    summaries = _as_measured(list(self._summaries()))
             except KeyboardInterrupt:
                 raise KeyboardInterrupt(f"--resume goes on with what is in {self.output}") from None
             if first:
@@ -174,19 +176,22 @@ class Job:
                 network, recipe, folder = to_do.pop(0)
                 yield replace(self._distilled(network, None, recipe, folder, bar), method=TEACHER)
                 # As every process finds it, and every later run: the file of the first one.
-                found = replace(found, weights=teachers.read(folder / teachers.WEIGHTS), origin=folder)
+                found = replace(found, weights=teachers.read(folder / teachers.WEIGHTS).tensors, origin=folder)
             for network, recipe, folder in to_do:
                 yield self._distilled(network, found, recipe, folder, bar)
 
     def _teacher_summary(self, origin: Path) -> Iterator[Summary]:
-        """That of the teacher's own run, where its folder still has it and it is of these images."""
+        """That of the teacher's own run, where its folder still has it and it is of these images, however normalised."""
         if not (origin / "metrics.jsonl").exists():
             return
-        run = runs.read(origin)
-        if run.config.get("test_samples") != digest_of_samples(self.data.test):
+        run, images = runs.read(origin), self.data.test
+        own = self.teacher.differing(self.data)
+        if own is not None:
+            images = ImageSet(images.images, images.labels, replace(images.views, mean=own.mean, std=own.std))
+        if run.config.get("test_samples") != digest_of_samples(images):
             dataset = (run.config.get("about") or {}).get("dataset")
             of = "other images" if dataset in (None, self.data.name) else dataset
-            _note(f"warning: teacher {origin} was trained on {of}, not on this {self.data.name}: its row is left out")
+            note(f"warning: teacher {origin} was trained on {of}, not on this {self.data.name}")
         elif run.summary is not None:
             yield replace(run.summary, method=TEACHER)  # whomever it was compared with, that is not of this page
 
@@ -206,7 +211,7 @@ class Job:
         return runs.evaluated(summary, folder)
 
     def _report(self, summaries: Sequence[Summary]) -> None:
-        students = summaries[-len(self.recipes) :]
+        students, views = summaries[-len(self.recipes) :], self.data.test.views
         if len(students) > 1:
             seeds = [recipe.seed for recipe in self.recipes]
             storage.write_json(self.output / "summary.json", results(self.data.name, seeds, students))
@@ -218,8 +223,21 @@ class Job:
             ranking=report.rank_images(
                 students[0], self.data.train.images, self.data.train.labels, self.data.class_names
             ),
-            config={"command": self.command, "options": self.options, "versions": versions()},
+            config={
+                "command": self.command,
+                "options": self.options,
+                "normalisation": {"mean": views.mean, "std": views.std},
+                "versions": versions(),
+            },
         )
+
+
+def _as_measured(summaries: list[Summary]) -> list[Summary]:
+    """The same, the teacher's own with the accuracy that it had when it taught: on these images, normalised as there."""
+    teacher, measured = summaries[0], summaries[-1].teacher_accuracy
+    if teacher.method != TEACHER or measured is None:
+        return summaries
+    return [replace(teacher, accuracy_last=measured), *summaries[1:]]
 
 
 def about(
@@ -228,20 +246,22 @@ def about(
     """What config.json says of a run, so that it can be read without its command: `load(**data)` gives its images.
 
     "teacher_path" is where the teacher's weights were read; None where the command itself has trained them, beside the run.
+    "teacher_normalisation" is that of the images which the teacher was given.
     """
     views, trained = data.train.views, teacher is not None and teacher.origin is not None
+    own = Normalisation(views.mean, views.std)
+    alike = own == Normalisation(data.test.views.mean, data.test.views.std)  # else no two numbers give both parts again
+    given = None if teacher is None else teacher.differing(data) or own
     return {
         "command": command,
         "dataset": data.name,
-        "data": {"size": None, **options, "padding": views.padding, "flip": views.flip},
+        "data": {
+            **{"size": None, **options, "padding": views.padding, "flip": views.flip},
+            **{name: list(numbers) if alike else None for name, numbers in own._asdict().items()},
+        },
         "student": student,
         "teacher": None if teacher is None else str(teacher),
         "teacher_network": None if teacher is None else teacher.network,
         "teacher_path": str(teacher.origin.absolute()) if trained else None,
+        "teacher_normalisation": None if given is None else given._asdict(),
     }
-
-
-def _note(text: str) -> None:
-    """A line for whoever watches, before the work begins."""
-    if processes.number() == 0:
-        print(f"kcd: {text}", file=sys.stderr)

@@ -1,5 +1,7 @@
 """A bar over the epochs of all runs of a command."""
 
+import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -42,3 +44,24 @@ def bar_over(runs: int, epochs: int) -> Iterator[Bar]:
     hidden = True if processes.number() else None
     with tqdm(total=runs * epochs, unit="epoch", disable=hidden) as bar:
         yield Bar(bar, epochs)
+
+
+def note(text: str) -> None:
+    """A line for whoever watches, above the bar where there is one."""
+    if processes.number() == 0:
+        tqdm.write(f"kcd: {' '.join(text.split())}", file=sys.stderr)
+
+
+@contextmanager
+def warnings_as_notes() -> Iterator[None]:
+    """Inside, a warning is a line as soon as it is raised, each text once: some are about hours that lie ahead."""
+    seen = set()
+
+    def show(message: Warning, *_: object) -> None:
+        if str(message) not in seen:
+            seen.add(str(message))
+            note(f"warning: {message}")
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield

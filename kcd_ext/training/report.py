@@ -20,7 +20,7 @@ from matplotlib.image import imsave
 
 from ..evaluation import ClassAccuracy, Evaluation
 from .storage import write_bytes
-from .summary import HEADER, Row, Summary, cells, tabulate
+from .summary import HEADER, Row, Summary, cells, measured_teachers, tabulate
 
 # Okabe and Ito's colours, told apart by everybody: grey, blue, orange, vermilion, green, purple.
 COLOURS = ("#7f7f7f", "#0072b2", "#e69f00", "#d55e00", "#009e73", "#cc79a7")
@@ -104,6 +104,7 @@ def write(
         title: the headline.
         summaries: runs of several methods and seeds; those of one method are averaged up to the shortest.
         reference: the method that is drawn as a level instead of a curve (the teacher), unless it is the only one.
+            Teachers that were only measured are such levels too.
         config: shown at the end; JSON.
         ranking: training images, the most valuable first.
         notes: sentences about the results.
@@ -181,6 +182,10 @@ class _Runs:
         for summary in summaries:
             self.groups.setdefault(summary.method, []).append(summary)
         self.reference = self.groups.get(reference, []) if len(self.groups) > 1 else []
+        self.levels = {
+            method: mean(run.accuracy_last for run in self.reference) for method in [reference] if self.reference
+        }
+        self.levels |= {name: mean(accuracies) for name, accuracies in measured_teachers(self.groups).items()}
         self.drawn = [method for method, group in self.groups.items() if group is not self.reference]
         self.colours = dict(zip(self.drawn, COLOURS * len(self.drawn), strict=False))
 
@@ -210,9 +215,8 @@ def _draw_accuracy(axes: Axes, runs: _Runs, against: str, label: str) -> None:
     for method in runs.drawn:
         x, y = runs.curve(method, against), runs.curve(method, "accuracy")
         axes.plot(x, y, color=runs.colours[method], label=method, linewidth=1.6)
-    if runs.reference:
-        level = mean(run.accuracy_last for run in runs.reference)
-        axes.axhline(level, color="#333333", linestyle="--", linewidth=1, label=runs.reference[0].method)
+    for (name, level), style in zip(runs.levels.items(), ["--", ":", "-."] * len(runs.levels), strict=False):
+        axes.axhline(level, color="#333333", linestyle=style, linewidth=1, label=name)
     axes.set(xlabel=label, ylabel="test accuracy, %")
     axes.xaxis.set_major_formatter(lambda x, _position: _short(x))
     for text in axes.legend(loc="lower right", frameon=False).get_texts():
@@ -333,7 +337,8 @@ def _page(
 <h1>{html.escape(title)}</h1>
 <section class="wide"><h2>Results, {over}</h2>{_results(runs.table, runs.summaries)}
 {_paragraphs(notes)}
-<p class="note">Accuracy on the test set, after the last epoch and in the best one. A sample visit is one sample
+<p class="note">Accuracy on the test set, after the last epoch and in the best one; of a teacher that was not trained
+ here, as measured before it taught. A sample visit is one sample
  trained on once; a teacher visit one that the teacher was asked about; percentages are of KD's. FLOPs are estimated: a
  forward pass of the teacher for every teacher visit, three of the student for every sample visit. Seconds are of
  training alone, without validation; of them condensation took the part in the last column.</p></section>

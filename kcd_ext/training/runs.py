@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
+from typing import NamedTuple
 
 from ..evaluation import Evaluation
 from .summary import ComparedWith, Summary
@@ -20,6 +21,13 @@ OF_A_STUDENT = ("metrics.jsonl", "student.safetensors")  # files that no two stu
 COUNTS = ("sample_visits", "teacher_visits")
 NUMBERS = ("accuracy", "seconds")
 MAY_LACK = {"flops": None, "condensation_seconds": 0.0}  # of every number: what takes its place
+
+
+class Normalisation(NamedTuple):
+    """Networks take (pixels / 255 - mean) / std, a number each for every channel."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -106,7 +114,8 @@ def read(folder: Path) -> Run:
     method = _label(folder / "summary.json") or run.label
     if len(lines) > run.epochs:
         raise ValueError(f"{folder / 'metrics.jsonl'} is damaged: {len(lines)} epochs of {run.epochs}")
-    return Run(folder, config, run.epochs, _summary(method, seed, lines) if lines else None)
+    accuracy = _teacher_accuracy(folder / "config.json", config)
+    return Run(folder, config, run.epochs, _summary(method, seed, lines, accuracy) if lines else None)
 
 
 def config_of(folder: Path) -> dict:
@@ -170,7 +179,41 @@ def network_of(folder: Path) -> str:
     return network
 
 
-def _summary(method: str, seed: int, lines: list[dict]) -> Summary:
+def normalisation_of(folder: Path) -> Normalisation | None:
+    """That of the images which a run's folder says it was trained on; None where it does not say.
+
+    Raises ValueError where its config.json is damaged.
+    """
+    path = folder / "config.json"
+    if not path.exists():
+        return None
+    data = (config_of(folder).get("about") or {}).get("data") or {}
+    return None if data.get("mean") is None else checked_normalisation(path, data)
+
+
+def checked_normalisation(path: Path, found: object) -> Normalisation:
+    """What a config.json says of one. Raises ValueError, naming the file, where that is none."""
+    holder = found if isinstance(found, dict) else {}
+    for name in Normalisation._fields:
+        numbers = holder.get(name)
+        if not isinstance(numbers, list) or not numbers or len(numbers) != len(holder["mean"]):
+            raise ValueError(f"{path} is damaged: {name} must be a list of numbers, got {numbers!r:.40}")
+    each = ([_number(path, {name: x}, name, float) for x in holder[name]] for name in Normalisation._fields)
+    found = Normalisation(*map(tuple, each))
+    if min(found.std) <= 0:
+        raise ValueError(f"{path} is damaged: std must be numbers > 0, got {min(found.std)}")
+    return found
+
+
+def _teacher_accuracy(path: Path, config: Mapping[str, object]) -> float | None:
+    """In percent; None where there was no teacher, or it was not measured."""
+    found = config.get("teacher_accuracy")
+    if found is not None and not 0 <= _number(path, config, "teacher_accuracy", float) <= 100:
+        raise ValueError(f"{path} is damaged: teacher_accuracy must lie in [0, 100], got {found}")
+    return found
+
+
+def _summary(method: str, seed: int, lines: list[dict], teacher_accuracy: float | None) -> Summary:
     accuracies, last = [line["accuracy"] for line in lines], lines[-1]
     return Summary(
         method=method,
@@ -178,6 +221,7 @@ def _summary(method: str, seed: int, lines: list[dict]) -> Summary:
         accuracy_last=accuracies[-1],
         accuracy_best=max(accuracies),
         **{name: last[name] for name in (*COUNTS, "seconds", *MAY_LACK)},
+        teacher_accuracy=teacher_accuracy,
         history=lines,
     )
 

@@ -1,6 +1,7 @@
 """What a run came to, and a table of many."""
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from statistics import mean, stdev
 
@@ -54,6 +55,9 @@ class Summary:
     """What `kcd evaluate` has found out about the student since, if anything."""
     compared_with: ComparedWith | None = field(repr=False, compare=False, default=None)
     """Whom it was compared with there."""
+    teacher_accuracy: float | None = None
+    """The teacher's test accuracy on the same images, percent, measured before training. None: there is no teacher, or an
+    older version has made the run."""
 
     def as_json(self) -> dict[str, object]:
         """An entry of `results` in summary.json."""
@@ -64,6 +68,10 @@ class Summary:
 def results(dataset: str, seeds: Sequence[int], summaries: Iterable[Summary]) -> dict[str, object]:
     """The content of summary.json."""
     return {"dataset": dataset, "seeds": list(seeds), "results": [summary.as_json() for summary in summaries]}
+
+
+TEACHER = "teacher"  # what tables call it
+SAME = 0.5  # percentage points: two accuracies of one network on one set are no further apart, on whatever device
 
 
 @dataclass(frozen=True)
@@ -98,7 +106,8 @@ HEADER = Row(
 def tabulate(summaries: Iterable[Summary], baseline: str = "kd") -> list[Row]:
     """A row for each method, in the order of their first appearance; mean ± sample standard deviation over seeds.
 
-    Visits are also given in percent of those of `baseline`, where it was run; condensation in percent of the seconds.
+    Before them is one for each teacher that was measured and is none of the methods (`measured_teachers`). Visits are also
+    given in percent of those of `baseline`, where it was run; condensation in percent of the seconds.
     """
     groups: dict[str, list[Summary]] = {}
     for summary in summaries:
@@ -112,7 +121,12 @@ def tabulate(summaries: Iterable[Summary], baseline: str = "kd") -> list[Row]:
         full = mean(getattr(s, name) for s in groups[baseline]) if baseline in groups else 0
         return f"{count:,.0f}" + (f" ({100 * count / full:.1f} %)" if full and count else "")
 
-    return [
+    rest = fields(Row)[2:]
+    teachers = [
+        Row(name, _spread(accuracies, ".2f"), *("" if f.name == "agreement" and not evaluated else "-" for f in rest))
+        for name, accuracies in measured_teachers(groups).items()
+    ]
+    return teachers + [
         Row(
             method=method,
             accuracy_last=_spread([s.accuracy_last for s in group], ".2f"),
@@ -126,6 +140,22 @@ def tabulate(summaries: Iterable[Summary], baseline: str = "kd") -> list[Row]:
         )
         for method, group in groups.items()
     ]
+
+
+def measured_teachers(groups: Mapping[str, Sequence[Summary]]) -> dict[str, list[float]]:
+    """The accuracies of the teachers of these runs by method, as they were measured: name -> percent, those that differ.
+
+    Left out are those that the runs called TEACHER have: they are in the table by themselves. Where methods have different
+    teachers each is named after those it taught.
+    """
+    trained = [s.accuracy_last for s in groups.get(TEACHER, ())]
+    found: dict[tuple[float, ...], list[str]] = {}
+    for method, group in groups.items():
+        accuracies = {s.teacher_accuracy for s in group if s.teacher_accuracy is not None}
+        if any(min((abs(x - y) for y in trained), default=math.inf) > SAME for x in accuracies):
+            found.setdefault(tuple(sorted(accuracies)), []).append(method)
+    alone = len(found) == 1 and not trained
+    return {TEACHER if alone else f"{TEACHER} of {', '.join(methods)}": [*key] for key, methods in found.items()}
 
 
 def as_text(table: Sequence[Sequence[str]]) -> str:

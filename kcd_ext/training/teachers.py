@@ -1,22 +1,18 @@
 """Where a teacher comes from: a trained run, a file of weights, or a network that is still to be trained."""
 
-import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import safetensors.torch
-import torch
 from torch import Tensor, nn
 
 from .. import models
 from ..data.images import ImageData
 from .randomness import seeded
-from .runs import network_of
+from .runs import Normalisation, network_of, normalisation_of
+from .weights import fitted, read
 
 WEIGHTS = "student.safetensors"
-WRAPPERS = ("model", "state_dict")  # what checkpoints of other projects call the weights in them (RepDistiller: model)
-PARALLEL = "module."  # before every name in the checkpoint of a torch.nn.DataParallel
 
 
 @dataclass(frozen=True)
@@ -27,6 +23,10 @@ class Teacher:
     weights: Mapping[str, Tensor] | None = field(default=None, repr=False)
     origin: Path | None = None
     """Where the weights were read; None: they have still to be trained."""
+    normalisation: Normalisation | None = None
+    """Of the images that it was trained on; None: that of the student's images."""
+    notes: tuple[str, ...] = ()
+    """What a user is to be told about the file of weights, a line each."""
 
     def __str__(self) -> str:
         return self.network if self.origin is None else f"{self.network} of {self.origin}"
@@ -34,29 +34,46 @@ class Teacher:
     def build(self, data: ImageData, seed: int) -> nn.Module:
         """For these images; without weights of its own those that the seed gives.
 
+        One that was trained on images of another normalisation gets them in its own (`kcd_ext.models.renormalise`).
+
         Raises:
             TypeError, ValueError, ImportError: as `models.build`, or the weights are not of such a network.
         """
-        network = build(self.network, data, seed)
-        if self.weights is not None:
-            self._check(network.state_dict(), data)
-            network.load_state_dict(self.weights)
-        return network
+        return self._built(data, seed)[0]
 
-    def _check(self, own: Mapping[str, Tensor], data: ImageData) -> None:
-        """One line for the first difference; torch's own message has one for each."""
-        what = (
-            f"weights in {self.origin} are not of network {self.network!r} for {data.name} ({data.num_classes} classes)"
-        )
-        for name, tensor in own.items():
-            if name not in self.weights:
-                raise ValueError(f"{what}: they have no {name}")
-            if self.weights[name].shape != tensor.shape:
-                shapes = tuple(self.weights[name].shape), tuple(tensor.shape)
-                raise ValueError(f"{what}: {name} has shape {shapes[0]}, the network's has {shapes[1]}")
-        for name in self.weights:
-            if name not in own:
-                raise ValueError(f"{what}: they have {name}, which the network has not")
+    def told(self, data: ImageData) -> list[str]:
+        """What a user is to be told before it teaches, a line each. Raises as `build` does."""
+        _, notes = self._built(data, 0)
+        return [*self.notes, *notes]
+
+    def differing(self, data: ImageData) -> Normalisation | None:
+        """Its normalisation, where that is another than that of these images."""
+        views = data.test.views
+        return None if self.normalisation == Normalisation(views.mean, views.std) else self.normalisation
+
+    def _built(self, data: ImageData, seed: int) -> tuple[nn.Module, list[str]]:
+        network, notes = build(self.network, data, seed), []
+        if self.weights is not None:
+            what = f"weights in {self.origin} are not of network {self.network!r} for {data.name} ({data.num_classes} classes)"
+            state = fitted(what, network.state_dict(), self.weights)
+            network.load_state_dict(state.tensors)
+            notes += [f"{self.origin}: {note}" for note in state.notes]
+        own, views = self.differing(data), data.test.views
+        if own is not None:
+            if len(own.mean) != len(views.mean):
+                raise ValueError(
+                    f"teacher {self.origin} was trained on images of {len(own.mean)} channels, {data.name} has {len(views.mean)}"
+                )
+            models.renormalise(network, given=(views.mean, views.std), own=own)
+            notes.append(
+                f"teacher {self.origin} is given images as it was trained on them, of mean {_shown(own.mean)} and std "
+                f"{_shown(own.std)}; the student of mean {_shown(views.mean)} and std {_shown(views.std)}"
+            )
+        return network, notes
+
+
+def _shown(numbers: Sequence[float]) -> str:
+    return " ".join(f"{number:.4g}" for number in numbers)
 
 
 def build(network: str, data: ImageData, seed: int) -> nn.Module:
@@ -70,7 +87,7 @@ def find(spec: str, network: str | None, usual: str | None) -> Teacher:
 
     Args:
         spec: a network by name or module:function, to be trained; the folder of a run, whose student it is; or a file
-            of weights, .safetensors or what `torch.save` made of a state_dict, alone or inside RepDistiller's checkpoint.
+            of weights (`weights.read`).
         network: of the weights, where the user has said so.
         usual: of a file of weights, where nobody has.
 
@@ -79,44 +96,25 @@ def find(spec: str, network: str | None, usual: str | None) -> Teacher:
             says whose they are.
         OSError: a file cannot be read.
     """
-    path = Path(spec)
-    if spec in models.REGISTRY or (":" in spec and not path.exists()):
+    path, network = Path(spec), None if network is None else models.canonical(network)
+    if models.canonical(spec) in models.REGISTRY or (":" in spec and not path.exists()):
         if network is not None:
             raise ValueError(f"teacher_network={network!r} has no effect with teacher {spec!r}, a network by name")
-        return Teacher(spec)
+        return Teacher(models.canonical(spec))
     if path.is_dir():
         weights = path / WEIGHTS
         if not weights.exists():
             raise ValueError(f"teacher {spec} is no folder of a finished run: it has no {WEIGHTS}")
-        return Teacher(network or network_of(path), read(weights), path)
+        found = read(weights)
+        return Teacher(network or network_of(path), found.tensors, path, normalisation_of(path), found.notes)
     if not path.exists():
         raise ValueError(
-            f"unknown teacher {spec!r}: no such file or folder, and no network out of {', '.join(sorted(models.REGISTRY))}"
+            f"unknown teacher {spec!r}: no such file or folder, and no network out of {', '.join(sorted(models.REGISTRY))} "
+            f"(or {', '.join(models.ALIASES)}, as RepDistiller has it)"
         )
+    if not path.is_file():
+        raise ValueError(f"teacher {spec} is no regular file")
     if network is None and usual is None:
         raise ValueError(f"teacher_network must name the network of the weights in {spec}")
-    return Teacher(network or usual, read(path), path)
-
-
-def read(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file by name, on the CPU. Nothing in the file is executed.
-
-    Raises:
-        ValueError: it holds anything else.
-        OSError: it cannot be read.
-    """
-    content = path.read_bytes()  # readers of formats have errors of their own, and no path that is no text in UTF-8
-    try:
-        if path.suffix == ".safetensors":
-            return safetensors.torch.load(content)
-        held = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except Exception as error:  # each format has exceptions of its own, and torch's advises to execute the file
-        raise ValueError(f"{path} cannot be read as weights: damaged, or more than tensors in it") from error
-    for wrapper in WRAPPERS:
-        if isinstance(held, Mapping) and isinstance(held.get(wrapper), Mapping):
-            held = held[wrapper]
-    if not isinstance(held, Mapping) or not held or not all(isinstance(tensor, Tensor) for tensor in held.values()):
-        raise ValueError(f"{path} must hold tensors by name (a state_dict), alone or under {' or '.join(WRAPPERS)}")
-    if all(name.startswith(PARALLEL) for name in held):
-        held = {name.removeprefix(PARALLEL): tensor for name, tensor in held.items()}
-    return dict(held)
+    found = read(path)
+    return Teacher(network or usual, found.tensors, path, notes=found.notes)

@@ -2,7 +2,8 @@
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -57,7 +58,8 @@ def distill(
             no gradient. Ends on the training device, in evaluation mode, the weights of its convolutions in
             channels-last memory. One that `fully_shard` has cut into pieces (FSDP) is trained so.
         teacher: the same, or None where the method asks no teacher. Never trained, its parameters require no gradient
-            meanwhile, always in evaluation mode; ends as the student does. It shares no parameters with the student.
+            meanwhile, always in evaluation mode; ends as the student does. It shares no parameters with the student. Its
+            accuracy on `test` is measured before training, once (`Summary.teacher_accuracy`).
         train, test: map-style data sets of `(x, label)`, labels int64 in [0, classes); an `IndexedDataset` is taken as
             it is, so that raw items can be mixed before they are transformed. An `ImageSet` (of
             `kcd_ext.data.images.load`, say) is moved to the training device as a whole and needs no loader: mixed,
@@ -80,6 +82,10 @@ def distill(
     have equally many ("padding" in metrics.jsonl), and left out of the value table. Every parameter of the student must
     then have a part in the loss, or require no gradient. Running statistics (buffers) are each process's own during an
     epoch and the first one's after it.
+
+    Warns (UserWarning) before training where the teacher is hardly better on `test` than the most frequent class, or no better
+    than the student is already: then its images are normalised otherwise than those it was trained on, or its classes are in
+    another order.
 
     Python's, NumPy's and torch's generators and torch's settings are afterwards as they were before.
 
@@ -112,10 +118,11 @@ def distill(
             run.check_all_see(folder)
             if (found := folder.take()) is not None:
                 run.restore(found)
+        run.measure_teacher()
         accelerator.wait_for_everyone()  # all have looked into the folder before one writes there
         writes = folder is not None and accelerator.is_main_process
         if writes:
-            folder.begin(recipe.label, about or {})
+            folder.begin(recipe.label, about or {}, run.teacher_accuracy)
         while not run.finished:
             line = run.advance()
             checkpoint = run.checkpoint(identity) if folder is not None else None
@@ -204,6 +211,8 @@ class _Run:
         self.recipe = recipe
         self.student = student
         self.method = method
+        self.given_teacher = teacher
+        self.teacher_accuracy: float | None = None
         self.history: list[dict] = []
         self.pretraining_history: list[dict] = []
 
@@ -461,9 +470,31 @@ class _Run:
                     torch.distributed.broadcast(buffer, src=0)
 
     def _accuracy(self) -> float:
+        return accuracy_of(self.called, self._test_batches(), self._sum)
+
+    def _test_batches(self) -> Iterator[Batch]:
         rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
-        batches = self.test_feed.plain(max(EVALUATED, self.recipe.batch_size), rank, ranks)
-        return accuracy_of(self.called, batches, self._sum)
+        return self.test_feed.plain(max(EVALUATED, self.recipe.batch_size), rank, ranks)
+
+    def measure_teacher(self) -> None:
+        """Measures the teacher as it was given, unless that is done, and warns where it can teach little.
+
+        Every process must call it.
+        """
+        if self.given_teacher is None or self.teacher_accuracy is not None:
+            return
+        labels = torch.zeros(self.classes, dtype=torch.int64, device=self.accelerator.device)
+        accuracy = accuracy_of(self.given_teacher, _counting(self._test_batches(), labels), self._sum)
+        counts = self._sum(labels)
+        self.teacher_accuracy = accuracy
+        student = None
+        if not self.history and not self.pretraining_history:
+            student = accuracy_of(self.student, self._test_batches(), self._sum)
+        for network in (self.student, self.given_teacher):
+            sharding.reshard(network)
+        doubt = doubt_about(accuracy, student, counts)
+        if doubt and self.accelerator.is_main_process:
+            warnings.warn(doubt, stacklevel=3)
 
     def checkpoint(self, identity: dict) -> Checkpoint:
         """All of this that the next epoch needs. With a sharded student every process must call it."""
@@ -478,7 +509,12 @@ class _Run:
                 "condenser": self.condenser.state_dict(),
                 "trained": [*self.trained],
             },
-            run={**identity, "pretraining": self.pretraining_history, "history": self.history},
+            run={
+                **identity,
+                "teacher_accuracy": self.teacher_accuracy,
+                "pretraining": self.pretraining_history,
+                "history": self.history,
+            },
         )
 
     def check_all_see(self, folder: RunFolder) -> None:
@@ -499,6 +535,7 @@ class _Run:
         self.module.load_state_dict(sharding.in_pieces_of(self.module.state_dict(), found.model))
         self.history = list(found.run["history"])
         self.pretraining_history = list(found.run["pretraining"])
+        self.teacher_accuracy = found.run.get("teacher_accuracy")
         optimizer = self.optimizer if self.phase is None else self.phase.optimizer
         state = found.training["optimizer"]
         held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -518,6 +555,7 @@ class _Run:
             accuracy_last=accuracy[-1],
             accuracy_best=max(accuracy),
             **{name: last[name] for name in NOTHING_YET},
+            teacher_accuracy=self.teacher_accuracy,
             history=self.history,
             condenser=self.condenser,
         )
@@ -541,6 +579,42 @@ def accuracy_of(network: nn.Module, batches: Iterable[Batch], summed: Callable[[
             count.append(own.sum())
     right, all_of_them = summed([torch.stack(correct).sum(), torch.stack(count).sum()])
     return round(100 * right / all_of_them, 4)
+
+
+def _counting(batches: Iterable[Batch], counts: Tensor) -> Iterator[Batch]:
+    """The same batches; `counts` (classes,) int64 is raised by the labels of those that were used, repeats left out."""
+    for batch in batches:
+        yield batch
+        labels = batch.label[batch.index >= 0]
+        counts += labels[(labels >= 0) & (labels < len(counts))].bincount(minlength=len(counts))
+
+
+def doubt_about(teacher: float, student: float | None, labels: Sequence[float]) -> str:
+    """Why a teacher can teach little, in one line; empty where nothing says so.
+
+    Args:
+        teacher: its accuracy on the test set, percent.
+        student: that of the student before training; None: not known.
+        labels: how many test samples each class has.
+
+    Chance is the share of the most frequent class, or one of all classes. A teacher is near it if it has gone less than a
+    tenth of the way from there to 100 %, or not two standard errors of a guesser's accuracy.
+    """
+    samples = sum(labels)
+    if not samples:
+        return ""
+    chance = max(max(labels) / samples, 1 / len(labels))
+    near = chance + max(0.1 * (1 - chance), 2 * math.sqrt(chance * (1 - chance) / samples))
+    if teacher <= 100 * near:
+        than = f"where the most frequent class alone has {100 * chance:.1f} %"
+    elif student is not None and teacher <= student:
+        than = f"no more than the student before training ({student:.1f} %)"
+    else:
+        return ""
+    return (
+        f"the teacher's accuracy on the test set is {teacher:.1f} %, {than}: is it given images normalised as those it was "
+        f"trained on (--mean and --std, or mean and std of kcd_ext.data.load), and are its classes in this order?"
+    )
 
 
 @contextmanager
