@@ -9,11 +9,14 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.data_loader import prepare_data_loader, skip_first_batches
+from accelerate.utils import DataLoaderConfiguration
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from kcd_ext.condensation import CondensedSampler, KnowledgeCondenser, RandomCondenser, mix_images
 from kcd_ext.condensation.mixing import overwrite
@@ -649,6 +652,139 @@ def test_iterators_are_fresh_and_settled_when_made():
     sampler.set_epoch(1)
     condenser.step()
     assert list(two) == expected and list(one) == expected[1:]
+
+
+# --- The sampler in the loaders of other libraries -----------------------------------------------------------------
+
+
+class FabricLoader:
+    """What Lightning Fabric's loader does: `set_epoch` on the sampler with the number of iterators begun, then iterate."""
+
+    def __init__(self, loader):
+        self.loader, self.begun = loader, 0
+
+    def __len__(self):
+        return len(self.loader)
+
+    def __iter__(self):
+        for sampler in {id(s): s for s in (self.loader.sampler, self.loader.batch_sampler.sampler)}.values():
+            if callable(getattr(sampler, "set_epoch", None)):
+                sampler.set_epoch(self.begun)
+        self.begun += 1
+        yield from self.loader
+
+
+def by_accelerate(**options):
+    def prepare(loader):
+        configuration = DataLoaderConfiguration(**options)
+        return Accelerator(cpu=True, dataloader_config=configuration).prepare(loader)
+
+    return prepare
+
+
+def as_process(rank, **options):
+    return lambda loader: prepare_data_loader(loader, num_processes=2, process_index=rank, **options)
+
+
+LOADERS = {
+    "torch": (lambda loader: loader, {}),
+    "accelerate": (by_accelerate(), {}),
+    "seedable": (by_accelerate(use_seedable_sampler=True), {}),
+    "dispatched": (by_accelerate(dispatch_batches=True, split_batches=True), {}),
+    "workers": (by_accelerate(), {"num_workers": 2, "prefetch_factor": 2, "persistent_workers": True}),
+    "uneven": (as_process(1, even_batches=False), {}),
+    "even": (as_process(0, even_batches=True), {}),
+    "split": (as_process(1, split_batches=True), {}),
+    "fabric": (FabricLoader, {}),
+}
+
+
+@pytest.mark.parametrize("prepare, options", LOADERS.values(), ids=LOADERS)
+def test_the_users_epoch_is_the_one_that_any_loader_yields(prepare, options):
+    """The oracle is a sampler of its own for every pass, in a torch loader that was wrapped the same way."""
+    condenser = condensed()
+    items = IndexedDataset(TensorDataset(torch.zeros(103, 1), torch.zeros(103)))
+
+    def made():
+        sampler = CondensedSampler(condenser, seed=4)
+        return sampler, prepare(DataLoader(items, batch_size=8, sampler=sampler, **options))
+
+    def indices(loader):
+        return [i for _, _, index in loader for i in index.tolist()]
+
+    def expected(epoch, consumed=0):
+        sampler, loader = made()
+        sampler.set_epoch(epoch, consumed=consumed)
+        return indices(loader)
+
+    assert len({tuple(expected(epoch)) for epoch in range(6)}) == 6
+    sampler, loader = made()
+    for epoch, consumed in ((3, 16), (4, 0), (0, 0), (0, 8), (1, 0), (1, 0), (0, 0)):
+        sampler.set_epoch(5)  # another mind, changed at once
+        sampler.set_epoch(epoch, consumed)
+        length, batches = len(loader), [index.tolist() for _, _, index in loader]
+        assert [i for batch in batches for i in batch] == expected(epoch, consumed) and len(batches) == length
+    for epoch in (1, 7, 2, 0, 0):
+        sampler.set_epoch(epoch)
+        first = next(iter(loader))[2].tolist()  # an epoch that is left early
+        assert first == expected(epoch)[: len(first)]
+        sampler.set_epoch(epoch)
+        assert indices(loader) == expected(epoch)
+    for _ in range(3):  # a sampler that was in use elsewhere, and a loader prepared later
+        sampler.set_epoch(9)
+        list(sampler)
+    loader = prepare(DataLoader(items, batch_size=8, sampler=sampler, **options))
+    sampler.set_epoch(2)
+    assert indices(loader) == expected(2)
+
+
+@pytest.mark.parametrize("prepare, options", [LOADERS["accelerate"], LOADERS["dispatched"], LOADERS["fabric"]])
+def test_without_a_call_of_the_users_every_pass_of_a_library_has_its_own_order(prepare, options):
+    sampler = CondensedSampler(condensed(), seed=4)
+    items = IndexedDataset(TensorDataset(torch.zeros(103, 1), torch.zeros(103)))
+    loader = prepare(DataLoader(items, batch_size=8, sampler=sampler))
+    passes = [[i for _, _, index in loader for i in index.tolist()] for _ in range(3)]
+    alone = CondensedSampler(condensed(), seed=4)
+    for epoch, got in enumerate(passes):
+        alone.set_epoch(epoch)
+        assert got == [index for index, _ in alone]
+
+
+def test_batches_that_accelerate_skips_are_those_of_the_users_epoch():
+    sampler = CondensedSampler(condensed(), seed=4)
+    sampler.set_epoch(3)
+    want = [index for index, _ in sampler]
+    items = IndexedDataset(TensorDataset(torch.zeros(103, 1), torch.zeros(103)))
+    loader = by_accelerate()(DataLoader(items, batch_size=8, sampler=sampler))
+    sampler.set_epoch(3)
+    assert [i for _, _, index in skip_first_batches(loader, 2) for i in index.tolist()] == want[16:]
+    loader.set_epoch(3)  # accelerate's own way to choose
+    assert [i for _, _, index in loader for i in index.tolist()] == want
+
+
+def test_the_last_call_decides_unless_it_could_be_a_librarys():
+    condenser = condensed()
+    sampler, kept = CondensedSampler(condenser), len(condenser.kept)
+
+    def epoch_of(*calls):
+        for call in calls:
+            sampler.set_epoch(*call)
+        got = [index for index, _ in sampler]
+        for epoch in range(8):
+            alone = CondensedSampler(condenser)
+            alone.set_epoch(epoch)
+            if [index for index, _ in alone][kept - len(got) :] == got:
+                return epoch, kept - len(got)
+
+    assert epoch_of((0,), (1,), (2,)) == (2, 0)  # epochs of a resumed run that are passed over
+    assert epoch_of((7,), (5,)) == (5, 0)
+    assert epoch_of((5,), (0,)) == (5, 0)
+    assert epoch_of((5,), (0, 0)) == (0, 0)
+    assert epoch_of((6,), (5, 3), (0,)) == (5, 3)
+    assert epoch_of((0,)) == (0, 0)
+    sampler.set_epoch(5)
+    sampler.order()  # a loop over images on the device has used it
+    assert epoch_of((0,)) == (0, 0)
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

@@ -28,6 +28,11 @@ class CondensedSampler(Sampler):
     many, the last entries of some ranks are repeats: these carry the index -1, which `KnowledgeCondenser.update` skips,
     while their recipe names the sample. `padding` says how many this rank has.
 
+    **Loaders of Accelerate and Lightning Fabric** call `set_epoch` themselves, directly before every iterator, with the
+    number of passes that they have counted, as any sampler with this method gets it. Such a call never replaces yours:
+    after `set_epoch(3, consumed=16)` their next iterator yields the rest of epoch 3. Without a call of yours their
+    number counts, so every pass has an order of its own. See `set_epoch` for the rule.
+
     Args:
         condenser: its kept set and recipes are read whenever an iterator is made or a length asked for.
         seed: of the order, in [0, 2^64).
@@ -56,20 +61,32 @@ class CondensedSampler(Sampler):
         self._shuffle = flag("shuffle", shuffle)
         self._epoch = 0
         self._consumed = 0
+        self._passes = 0  # iterators made so far
+        self._last: tuple[int, int] | None = None  # the last call of set_epoch since an iterator was made
 
-    def set_epoch(self, epoch: int, consumed: int = 0) -> None:
-        """Chooses the epoch that the next iterator yields, `consumed` of this rank's samples already behind it.
+    def set_epoch(self, epoch: int, consumed: int | None = None) -> None:
+        """Choose the epoch that the next iterator yields, and how many of this rank's samples it leaves out.
 
         To resume in mid-epoch, set `consumed` to the number of samples this rank has trained on (not the number a
         loader has fetched ahead).
 
+        The last call before an iterator (or `order`) is made decides, with one exception: that call does not replace an
+        earlier one since the previous iterator if it could be a library's. A library gives no `consumed`, and an
+        `epoch` that is at most the number of iterators made so far, because it counts those. To go back to such an epoch
+        after another choice that no iterator has used, name both: `set_epoch(0, consumed=0)`.
+
+        Args:
+            epoch: in [0, 2^64).
+            consumed: in [0, samples of the epoch on this rank]. None: 0, and the call may be a library's.
+
         Raises:
-            TypeError, ValueError: not integers, negative, or more consumed than the epoch has. Nothing has changed
-                then.
+            TypeError, ValueError: an argument is not an integer or is out of range. Nothing has changed then.
         """
         epoch = whole("epoch", epoch, 0, MAX_SEED)
-        self._consumed = whole("consumed", consumed, 0, self._share())
-        self._epoch = epoch
+        chosen = epoch, 0 if consumed is None else whole("consumed", consumed, 0, self._share())
+        may_be_a_librarys = consumed is None and epoch <= self._passes
+        self._epoch, self._consumed = self._last if may_be_a_librarys and self._last is not None else chosen
+        self._last = chosen
 
     @property
     def padding(self) -> int:
@@ -81,6 +98,7 @@ class CondensedSampler(Sampler):
         return max(0, self._share() - self._consumed)
 
     def __iter__(self) -> Iterator[tuple[int, Recipe]]:
+        self._passes += 1
         recipes = self._condenser.recipes  # a stage makes new ones and leaves these as they are
         indices, samples = (part.tolist() for part in self.order())
         return ((index, recipes.get(sample, sample)) for index, sample in zip(indices, samples, strict=True))
@@ -92,6 +110,7 @@ class CondensedSampler(Sampler):
             index: (n,) int64 original indices, -1 where the entry is a repeat that only pads: for `update`.
             sample: (n,) int64, whose image, label and weight it is, also of a repeat.
         """
+        self._last = None
         positions = np.arange(self._start, self._share() * self._world_size, self._world_size)
         sample = self._shuffled().take(positions, mode="wrap")  # behind the last one come the first ones again
         index = sample.copy()

@@ -378,7 +378,7 @@ class _Run:
         A step is the mean over all its samples, however they were cut into batches.
         """
         start = time.perf_counter()
-        self.sampler.set_epoch(epoch)
+        self.sampler.set_epoch(epoch, consumed=0)
         entries = self.feed.entries(self.sampler)
         ordering = time.perf_counter() - start
         size, batches, shares, closes = self.recipe.batch_size, [], [], []
