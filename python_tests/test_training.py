@@ -716,7 +716,7 @@ def test_a_checkpoint_of_another_version_is_left_alone(tmp_path):
     for written in ('"format":99', '"form":1'):
         path.write_text(re.sub(r'"form\w*": ?\d+', written, path.read_text()))
         with pytest.raises(
-            ValueError, match=r"epoch-0004 is of another version of kcd_ext \(format (99|None), this one reads 1"
+            ValueError, match=r"epoch-0004 is of another version of kcd_ext \(format (99|None), this one reads 2"
         ):
             distill(network(), *arguments, recipe(), output=tmp_path, resume=True)
 

@@ -309,6 +309,8 @@ class KnowledgeCondenser:
             TypeError, ValueError: `state` is not of a condenser built with the same arguments, or is damaged. Nothing
                 has changed then.
         """
+        if not isinstance(state, Mapping):
+            raise TypeError(f"state_dict must be a mapping, got {type(state).__name__}")
         state = dict(state)
         self._check_state(state)
         with torch.inference_mode(False), torch.no_grad():
@@ -372,10 +374,10 @@ class KnowledgeCondenser:
             missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys(), key=str)
             raise ValueError(f"state_dict is none of a condenser: entries missing {missing}, unknown {unknown}")
         for name in ("version", "condenser", *self._arguments):
-            if state[name] != own[name]:
+            if type(state[name]) is not type(own[name]) or state[name] != own[name]:
                 raise ValueError(f"state_dict has {name}={state[name]!r}, this condenser has {name}={own[name]!r}")
         for name in ("epoch", "stage"):
-            whole(f"state_dict['{name}']", state[name], 0)
+            whole(f"state_dict['{name}']", state[name], 0, MAX_SEED)
         self._table.check_state(state)
         check_tensor("kept", state["kept"], torch.int64, (None,))
         if not 1 <= len(state["kept"]) <= self._num_samples or len(state["kept"].unique()) != len(state["kept"]):

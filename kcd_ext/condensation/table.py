@@ -165,6 +165,10 @@ def check_tensor(name: str, tensor: object, dtype: torch.dtype, shape: tuple[int
     takes = f"a {dtype} tensor of shape {tuple('any' if size is None else size for size in shape)}"
     if not isinstance(tensor, Tensor):
         raise TypeError(f"state_dict['{name}'] must be {takes}, got {type(tensor).__name__}")
+    if tensor.layout != torch.strided or tensor.is_meta:
+        raise TypeError(
+            f"state_dict['{name}'] must be {takes}, got one that is {'meta' if tensor.is_meta else 'sparse'}"
+        )
     fits = tensor.ndim == len(shape) and all(want in (None, got) for want, got in zip(shape, tensor.shape, strict=True))
     if tensor.dtype != dtype or not fits:
         raise ValueError(f"state_dict['{name}'] must be {takes}, got {tensor.dtype} of shape {tuple(tensor.shape)}")

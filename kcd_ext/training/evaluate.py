@@ -177,6 +177,7 @@ class Evaluate:
         data = loaded(**told.checked_data())
         if told.test_samples != digest_of_samples(data.test):
             raise ValueError(f"was tested on other images than those that {told.data['spec']!r} holds now")
+        runs.check_weights(run.folder)
         student = Teacher(told.checked_student(), teachers.read(weights).tensors, weights)
         if self.teacher is None:
             teacher = _own_teacher(run.folder, told, data, found)

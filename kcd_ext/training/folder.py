@@ -3,12 +3,14 @@
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from hashlib import sha256
 from pathlib import Path
 
 from torch import Tensor
 
 from ..environment import versions
-from . import checkpoint, storage
+from ..files import read_regular
+from . import checkpoint, runs, storage
 from .identity import check_same
 from .summary import Summary, results
 
@@ -17,7 +19,7 @@ ENTRIES = (
     "pretraining.jsonl",
     "metrics.jsonl",
     "checkpoint",
-    "student.safetensors",
+    runs.WEIGHTS,
     "summary.json",
     "evaluation.json",  # of `kcd evaluate`: no run may begin beside that of another student
 )
@@ -41,6 +43,7 @@ class RunFolder:
             )
         self._found = checkpoint.load(path / "checkpoint") if resume else None
         if self._found is not None:
+            self._found.check(self.identity)
             check_same(self._found.run, self.identity, path)
         elif taken:
             self._check_only_begun(taken)
@@ -82,18 +85,25 @@ class RunFolder:
     def finish(self, student: Mapping[str, Tensor], dataset: str, summary: Summary) -> None:
         """After the last, with the student's state_dict."""
         storage.write_lines(self.path / "metrics.jsonl", summary.history)
-        storage.write_bytes(self.path / "student.safetensors", checkpoint.tensors_as_bytes(student))
-        storage.write_json(self.path / "summary.json", results(dataset, [summary.seed], [summary]))
+        weights = checkpoint.tensors_as_bytes(student)
+        storage.write_bytes(self.path / runs.WEIGHTS, weights)
+        content = {
+            **results(dataset, [summary.seed], [summary]),
+            runs.SUMS: {runs.WEIGHTS: sha256(weights).hexdigest()},
+        }
+        storage.write_json(self.path / "summary.json", content)
 
     def _check_only_begun(self, taken: Sequence[str]) -> None:
         """Without a checkpoint, what is there must be of this run, killed in its first epoch."""
         begun = {"config.json"} <= set(taken) <= {"config.json", "pretraining.jsonl", "metrics.jsonl", "checkpoint"}
         try:
-            config = json.loads((self.path / "config.json").read_text()) if begun else None
-        except ValueError as error:
+            config = json.loads(read_regular(self.path / "config.json")) if begun else None
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{self.path / 'config.json'} is damaged ({error}): choose another folder") from error
         if not isinstance(config, dict) or not isinstance(config.get("recipe"), dict):
             raise FileExistsError(
                 f"output {self.path} holds a {taken[0]} and no checkpoint to resume from: choose another folder"
             )
+        if "checkpoint" in taken and not (self.path / "checkpoint").is_dir():
+            raise FileExistsError(f"output {self.path} holds a checkpoint that is no folder: choose another folder")
         check_same(config, self.identity, self.path)

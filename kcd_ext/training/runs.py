@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..evaluation import Evaluation
+from ..files import read_regular
 from .summary import ComparedWith, Summary
 
 # In the folder of several seeds, and in that of a demo.
@@ -16,8 +17,10 @@ PLACES = ("seed-*/config.json", "checkpoint/seed-*/*/config.json")
 # In a folder that holds such folders.
 FURTHER = ("*/config.json", *(f"*/{place}" for place in PLACES))
 EVALUATION = "evaluation.json"
+WEIGHTS = "student.safetensors"
+SUMS = "sha256"  # in summary.json: file -> SHA-256 of its content
 TEACHER = ("teacher_network", "teacher_path", "teacher")  # what it says of the teacher
-OF_A_STUDENT = ("metrics.jsonl", "student.safetensors")  # files that no two students have the same of
+OF_A_STUDENT = ("metrics.jsonl", WEIGHTS)  # files that no two students have the same of
 COUNTS = ("sample_visits", "teacher_visits")
 NUMBERS = ("accuracy", "seconds")
 MAY_LACK = {"flops": None, "condensation_seconds": 0.0}  # of every number: what takes its place
@@ -170,6 +173,23 @@ def student_of(folder: Path) -> dict[str, str]:
     return {name: sha256(_content(path)).hexdigest()[:16] for name, path in files.items() if path.exists()}
 
 
+def check_weights(folder: Path) -> None:
+    """Check that the student of a finished run is the one that the run wrote, by the SHA-256 in its summary.json.
+
+    Of a folder whose summary.json holds none, as another program's, nothing is said.
+
+    Raises:
+        ValueError: it is another one, or summary.json is damaged.
+        OSError: a file cannot be read.
+    """
+    path = folder / "summary.json"
+    sums = _object(path, _content(path)).get(SUMS, {}) if path.exists() else {}
+    if not isinstance(sums, dict):
+        raise ValueError(f"{path} is damaged: {SUMS} must be an object, got {type(sums).__name__}")
+    if WEIGHTS in sums and sha256(_content(folder / WEIGHTS)).hexdigest() != sums[WEIGHTS]:
+        raise ValueError(f"{folder / WEIGHTS} is not as the run wrote it: its SHA-256 is not that in {path.name}")
+
+
 def network_of(folder: Path) -> str:
     """The network that was trained in a run's folder. Raises ValueError where its config.json does not say."""
     about = config_of(folder).get("about")
@@ -302,9 +322,9 @@ def _number(path: Path, holder: Mapping, name: str, kind: type) -> int | float:
 
 
 def _content(path: Path) -> bytes:
-    if path.exists() and not path.is_file():  # a pipe, which would be waited for
+    if path.is_dir():
         raise ValueError(f"{path} is no file")
-    return path.read_bytes()
+    return read_regular(path)
 
 
 def _readable(name: object) -> str:

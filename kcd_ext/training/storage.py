@@ -81,7 +81,8 @@ def write_bytes(path: Path, content: bytes) -> None:
     """
     beside = path.with_name(f".{path.name}.partial")
     try:
-        with open(beside, "wb") as file:
+        beside.unlink(missing_ok=True)  # of a process that was killed; whatever it is, it is not written through
+        with open(beside, "xb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
@@ -96,7 +97,12 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 def write_json(path: Path, content: Mapping[str, object]) -> None:
     """As `write_bytes`. Raises ValueError for NaN and infinity, which are no JSON."""
-    write_bytes(path, (json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
+    write_bytes(path, json_bytes(content))
+
+
+def json_bytes(content: Mapping[str, object]) -> bytes:
+    """Return the content of a JSON file. Raises ValueError for NaN and infinity, which are no JSON."""
+    return (json.dumps(content, indent=2, allow_nan=False) + "\n").encode()
 
 
 def write_lines(path: Path, lines: Iterable[Mapping[str, object]]) -> None:

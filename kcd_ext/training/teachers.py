@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from .. import models
 from ..data.images import ImageData
 from .randomness import seeded
-from .runs import Normalisation, network_of, normalisation_of
+from .runs import Normalisation, check_weights, network_of, normalisation_of
 from .weights import fitted, read
 
 WEIGHTS = "student.safetensors"
@@ -105,6 +105,7 @@ def find(spec: str, network: str | None, usual: str | None) -> Teacher:
         weights = path / WEIGHTS
         if not weights.exists():
             raise ValueError(f"teacher {spec} is no folder of a finished run: it has no {WEIGHTS}")
+        check_weights(path)
         found = read(weights)
         return Teacher(network or network_of(path), found.tensors, path, normalisation_of(path), found.notes)
     if not path.exists():

@@ -21,6 +21,7 @@ from ..condensation import Condensation, CondensedSampler, KnowledgeCondenser
 from ..data import IndexedDataset
 from ..data.images import ImageSet
 from ..methods import Batch, Method, Outcome, Pretraining
+from ..registry import one_line
 from . import sharding
 from .batches import Samples, cut, feed_of
 from .checkpoint import Checkpoint
@@ -504,7 +505,7 @@ class _Run:
             epoch=len(self.pretraining_history) + len(self.history),
             model=sharding.whole(self.module.state_dict()),
             training={
-                "optimizer": sharding.whole(optimizer.state_dict()),
+                "optimizer": _complete(sharding.whole(optimizer.state_dict())),
                 "scaler": {} if scaler is None else scaler.state_dict(),
                 "condenser": self.condenser.state_dict(),
                 "trained": [*self.trained],
@@ -512,6 +513,7 @@ class _Run:
             run={
                 **identity,
                 "teacher_accuracy": self.teacher_accuracy,
+                "threads": torch.get_num_threads(),
                 "pretraining": self.pretraining_history,
                 "history": self.history,
             },
@@ -527,23 +529,51 @@ class _Run:
             )
 
     def restore(self, found: Checkpoint) -> None:
-        """Goes on from there. Raises ValueError where the networks or the condenser are others."""
-        _check_same_parts(found.model, self.module.state_dict())
+        """Go on from there.
+
+        Raises ValueError where the networks or the condenser are others, or an entry is missing or of another kind.
+
+        Warns:
+            RuntimeWarning: on the CPU, where torch has another number of threads than before.
+        """
+        _check_same_parts(found, self.module.state_dict())
         for name in sorted({*found.training["trained"]} ^ self.trained.keys()):
             now, then = ("is", "was not") if name in self.trained else ("is not", "was")
             raise ValueError(f"{name} {now} to be trained, but {then} before: requires_grad must be as it was")
-        self.module.load_state_dict(sharding.in_pieces_of(self.module.state_dict(), found.model))
-        self.history = list(found.run["history"])
-        self.pretraining_history = list(found.run["pretraining"])
-        self.teacher_accuracy = found.run.get("teacher_accuracy")
+        history, pretraining = list(found.run["history"]), list(found.run["pretraining"])
+        planned = sum(phase.plan.epochs for phase in self.phases)
+        if len(history) > self.recipe.epochs or len(pretraining) > planned or (history and len(pretraining) < planned):
+            epochs = f"{len(pretraining)} epochs of pretraining and {len(history)} of training"
+            raise found.damage("run.json", f"it has {epochs} of {planned} and {self.recipe.epochs}")
+        self.history, self.pretraining_history = history, pretraining
+        self.teacher_accuracy = found.run["teacher_accuracy"]
         optimizer = self.optimizer if self.phase is None else self.phase.optimizer
-        state = found.training["optimizer"]
         held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        pieces = {i: sharding.in_pieces_of(dict.fromkeys(part, held[i]), part) for i, part in state["state"].items()}
-        optimizer.load_state_dict({**state, "state": pieces})
-        if self.accelerator.scaler is not None and found.training["scaler"]:
-            self.accelerator.scaler.load_state_dict(found.training["scaler"])
-        self.condenser.load_state_dict(found.training["condenser"])
+        momenta = found.momenta(held)
+        scaler, scale = self.accelerator.scaler, found.training["scaler"]
+        if scaler is not None and scale and not _is_of_scaler(scale, scaler.state_dict()):
+            raise found.damage("training.pt", f"scaler must hold finite numbers {[*scaler.state_dict()]}")
+        state = found.training["condenser"]
+        if (done := state.get("epoch")) != len(history):
+            raise found.damage("training.pt", f"condenser.epoch must be {len(history)}, got {done!r:.40}")
+        try:
+            self.condenser.load_state_dict(state)
+        except (TypeError, ValueError, LookupError, RuntimeError) as error:  # one of the user's own can raise anything
+            raise found.damage("training.pt", f"condenser: {one_line(error)}") from error
+        self.module.load_state_dict(sharding.in_pieces_of(self.module.state_dict(), found.model))
+        pieces = {i: {"momentum_buffer": sharding.pieces_as(held[i], buffer)} for i, buffer in momenta.items()}
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": pieces})
+        if scaler is not None and scale:
+            scaler.load_state_dict(scale)
+        threads = torch.get_num_threads()
+        on_cpu = self.accelerator.device.type == "cpu"
+        if on_cpu and not self.finished and found.run["threads"] != threads:
+            warnings.warn(
+                f"{found.source} was written with {found.run['threads']} threads of torch, this process has {threads}: "
+                "the run goes on, but not bit for bit as it would have with as many",
+                RuntimeWarning,
+                stacklevel=3,
+            )
 
     def summary(self) -> Summary:
         """What the run came to so far."""
@@ -630,13 +660,28 @@ def _frozen(network: nn.Module | None) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def _check_same_parts(there: Mapping[str, Tensor], here: Mapping[str, Tensor]) -> None:
+def _check_same_parts(found: Checkpoint, here: Mapping[str, Tensor]) -> None:
     """Raises ValueError, naming the first difference, where a checkpoint is of another student or method."""
-    for name in [*here, *sorted(there)]:
-        shapes = [tuple(state[name].shape) if name in state else None for state in (there, here)]
+    for name in [*here, *sorted(found.model)]:
+        shapes = [tuple(state[name].shape) if name in state else None for state in (found.model, here)]
         if shapes[0] != shapes[1]:
             was, is_ = ("missing" if shape is None else f"of shape {shape}" for shape in shapes)
             raise ValueError(f"student is not the one of the checkpoint: {name} is {was} there, {is_} here")
+        if found.model[name].dtype != here[name].dtype:
+            dtypes = f"{found.model[name].dtype} there, {here[name].dtype} here"
+            raise ValueError(f"student is not the one of the checkpoint: {name} is {dtypes}")
+
+
+def _complete(state: dict) -> dict:
+    """An optimizer's state_dict with an entry for every parameter: one that got no gradient yet has no momentum."""
+    count = sum(len(group["params"]) for group in state["param_groups"])
+    without = {"momentum_buffer": None}
+    return {**state, "state": {position: state["state"].get(position) or without for position in range(count)}}
+
+
+def _is_of_scaler(state: Mapping[str, object], own: Mapping[str, object]) -> bool:
+    numbers = [value for value in state.values() if type(value) in (int, float) and 0 <= value < math.inf]
+    return state.keys() == own.keys() and len(numbers) == len(state)
 
 
 class _Scripted(nn.Module):
