@@ -1,6 +1,7 @@
 """The trainer against a loop written out by hand, killed processes, and everything a run promises to leave alone."""
 
 import copy
+import hashlib
 import json
 import math
 import os
@@ -237,7 +238,7 @@ class Slow(KnowledgeCondenser):
 
 def test_seconds_add_up_and_condensation_is_a_part_of_them(monkeypatch):
     slow = CondensedSampler.set_epoch
-    monkeypatch.setattr(CondensedSampler, "set_epoch", lambda *arguments: (time.sleep(0.01), slow(*arguments))[1])
+    monkeypatch.setattr(CondensedSampler, "set_epoch", lambda *a, **b: (time.sleep(0.01), slow(*a, **b))[1])
     start = time.perf_counter()
     settings = recipe(condense=Condense(selection=f"{__name__}:Slow", every=1, stages=3))
     history = distill(network(1), network(2), Blobs(40), Blobs(20), settings).history
@@ -570,6 +571,8 @@ def test_what_a_run_leaves(tmp_path):
     assert [path.name for path in (folder / "checkpoint").iterdir()] == ["epoch-0004"]
     assert storage.read_lines(folder / "metrics.jsonl") == seen == list(summary.history)
     written = json.loads((folder / "summary.json").read_text())
+    student_file = hashlib.sha256((folder / "student.safetensors").read_bytes()).hexdigest()
+    assert written.pop("sha256") == {"student.safetensors": student_file}
     assert written == {"dataset": "Blobs", "seeds": [3], "results": [summary.as_json()]}
     config = json.loads((folder / "config.json").read_text())
     assert Recipe.from_json(config["recipe"]) == recipe() and config["versions"]["torch"] == torch.__version__
@@ -713,6 +716,7 @@ def test_a_checkpoint_of_another_version_is_left_alone(tmp_path):
     arguments = (network(2), Blobs(20), Blobs(20))
     distill(network(), *arguments, recipe(), output=tmp_path)
     path = tmp_path / "checkpoint" / "epoch-0004" / "run.json"
+    (path.parent / checkpoint.SUMS).unlink()  # where that one keeps them is not known
     for written in ('"format":99', '"form":1'):
         path.write_text(re.sub(r'"form\w*": ?\d+', written, path.read_text()))
         with pytest.raises(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
 import numpy as np
@@ -12,14 +12,28 @@ from torch import Tensor
 
 from ..arguments import check_group
 from .checks import flag, real, whole
+from .classes import checked_labels, with_minimum
 from .condensation import Condensation
 from .mixing import Recipe, build_recipes, mix_strength, overwrite, pixel_weight
 from .random_keys import MAX_SEED
 from .schedules import SCHEDULES, final_size, stage_size
 from .table import ValueTable, check_tensor
 
-STATE_VERSION = 1
-CONFIG = ("num_samples", "keep", "every", "stages", "schedule", "alpha", "epsilon", "accumulate", "convex", "seed")
+STATE_VERSION = 2
+CONFIG = (
+    "num_samples",
+    "keep",
+    "every",
+    "stages",
+    "schedule",
+    "alpha",
+    "epsilon",
+    "accumulate",
+    "convex",
+    "warmup",
+    "min_per_class",
+    "seed",
+)
 
 
 class KnowledgeCondenser:
@@ -45,6 +59,13 @@ class KnowledgeCondenser:
             that was mixed, dropped and comes back is still mixed. False: at every E-step all mixes start over from the
             raw images.
         convex: blend (1 - e)·own + e·dropped (the authors' code); False: own + e·dropped (the paper's Eq. 14).
+        warmup: no E-step before the end of epoch `warmup` (the first is 1), as the authors' `--warmup`: E-steps stay at the
+            multiples of `every`, those before are left out, and the first that is not is stage 1. So a run of the same
+            length has fewer stages, and keeps more in the end.
+        labels: (N,) integers >= 0, the class of every sample, as a tensor, an array or a list. None: unknown. They are for
+            `min_per_class`, `kept_per_class` and the warning of a class that is no longer kept.
+        min_per_class: at least so many samples of every class stay, or all where a class has fewer: those of highest score.
+            They replace the lowest-ranked others, so the sizes stay those of the schedule. 0: ranking alone decides.
         seed: for rankings that draw random numbers (`RandomCondenser`); ranking by knowledge value draws none.
         device: where the value table lives. None: where the first values given to `update` are.
         group: the `torch.distributed` process group that `step` sums over. None: the default group if one is
@@ -52,7 +73,8 @@ class KnowledgeCondenser:
             alone keeps a condenser to itself.
 
     Raises:
-        TypeError, ValueError: an argument is out of range, named with what it got and what it takes.
+        TypeError, ValueError: an argument is out of range, named with what it got and what it takes; `min_per_class` without
+            `labels`, or so large that the classes of `labels` together take more than the final size.
 
     **Another ranking** at the same sizes is a subclass that overrides `score` and nothing else (see `RandomCondenser`).
 
@@ -89,6 +111,9 @@ class KnowledgeCondenser:
         epsilon: float = 0.3,
         accumulate: bool = True,
         convex: bool = True,
+        warmup: int = 0,
+        labels: Tensor | np.ndarray | Sequence[int] | None = None,
+        min_per_class: int = 0,
         seed: int = 0,
         device: torch.device | str | None = None,
         group: torch.distributed.ProcessGroup | None = None,
@@ -104,6 +129,10 @@ class KnowledgeCondenser:
         self._epsilon = real("epsilon", epsilon, "a number in [0, 1]", 0, 1)
         self._accumulate = flag("accumulate", accumulate)
         self._convex = flag("convex", convex)
+        self._warmup = whole("warmup", warmup, 0)
+        self._min_per_class = whole("min_per_class", min_per_class, 0)
+        self._labels = None if labels is None else checked_labels(labels, self._num_samples)
+        self._check_min_per_class()
         self._seed = whole("seed", seed, 0, MAX_SEED)
         check_group(group)
         self._group = group
@@ -113,6 +142,7 @@ class KnowledgeCondenser:
         self._recipes: dict[int, Recipe] | None = None
         self._epoch = 0
         self._stage = 0
+        self._has_warned_of_classes = False
         self._warn_if_nothing_is_ever_dropped()
 
     def update(self, index: Tensor, value: Tensor) -> None:
@@ -147,18 +177,18 @@ class KnowledgeCondenser:
             change.
 
         Warns:
-            RuntimeWarning: once, of values that were not finite; at the first E-step, of samples never visited; and of
-                out-of-range indices on a GPU.
+            RuntimeWarning: once, of values that were not finite; at the first E-step, of samples never visited; once, of
+                classes that an E-step keeps no sample of, where `labels` are known; and of out-of-range indices on a GPU.
         """
         with torch.inference_mode(False), torch.no_grad():
             messages = self._table.fold(self._communicator())
             epoch, stage, condensation = self._epoch + 1, self._stage, None
-            if epoch % self._every == 0:
+            if epoch % self._every == 0 and epoch >= self._warmup:
                 stage, selection = stage + 1, self.select()
                 if selection is not None:
                     condensation = self._condensation(*selection, stage, epoch)
                     self._adopt(condensation)
-                messages += self._of_never_visited(stage)
+                messages += [*self._of_never_visited(stage), *self._of_vanished_classes()]
             self._epoch, self._stage = epoch, stage
         for message in messages:
             warnings.warn(message, RuntimeWarning, stacklevel=2)
@@ -176,6 +206,8 @@ class KnowledgeCondenser:
     def select(self) -> tuple[Tensor, Tensor] | None:
         """What an E-step keeps and what it gives up: the ranking, cut where the schedule says.
 
+        Where `min_per_class` asks for it, samples of the classes that would have fewer come before the lowest-ranked others.
+
         This is the seam for other selections: a subclass overrides it with a function of what `score` is a function of,
         and of `ranking` and `kept` (before this E-step). It may keep any number of samples, more than before too.
 
@@ -185,6 +217,9 @@ class KnowledgeCondenser:
         """
         order, before = self.ranking(), len(self._kept)
         size = stage_size(self._schedule, self._stage + 1, before, self._num_samples, self._keep, self._stages)
+        if self._min_per_class:
+            stays = with_minimum(order, size, self._labels, self._min_per_class)
+            order = torch.cat((order[stays], order[~stays]))
         return order[:size], order[size:before]
 
     def ranking(self) -> Tensor:
@@ -210,6 +245,29 @@ class KnowledgeCondenser:
     def kept(self) -> Tensor:
         """(n,) int64 original indices of what is distilled, most valuable first (at the start: 0 … N - 1)."""
         return self._kept.clone()
+
+    @property
+    def labels(self) -> Tensor | None:
+        """(N,) int64 class of every sample, on the CPU; None: unknown."""
+        return None if self._labels is None else self._labels.clone()
+
+    def set_labels(self, labels: Tensor | np.ndarray | Sequence[int]) -> None:
+        """Tell the class of every sample where that was not known at first, as of a data set that is loaded item by item.
+
+        Raises:
+            TypeError, ValueError: not (N,) integers >= 0, or others than those that are known. Nothing has changed then.
+        """
+        labels = checked_labels(labels, self._num_samples)
+        if self._labels is not None and not torch.equal(labels, self._labels):
+            raise ValueError("labels must be those that this condenser has, got others")
+        self._labels = labels
+
+    @property
+    def kept_per_class(self) -> Tensor | None:
+        """(largest label + 1,) int64 on the CPU: how many samples of each class are kept; None without labels."""
+        if self._labels is None:
+            return None
+        return torch.bincount(self._labels[self._kept], minlength=int(self._labels.max()) + 1)
 
     @property
     def ascending(self) -> np.ndarray:
@@ -298,6 +356,7 @@ class KnowledgeCondenser:
             "epoch": self._epoch,
             "stage": self._stage,
             "kept": self._kept.clone(),
+            "labels": _NO_LABELS.clone() if self._labels is None else self._labels.clone(),
             **{name: tensor.clone() for name, tensor in self._log.items()},
             **self._table.state_dict(),
         }
@@ -317,6 +376,8 @@ class KnowledgeCondenser:
             self._table.load_state_dict(state)
             self._set_kept(state["kept"].detach().cpu().clone())
             self._set_log({name: state[name].detach().cpu().clone() for name in self._log})
+            if len(state["labels"]):
+                self._labels = state["labels"].detach().cpu().clone()
         self._epoch, self._stage = state["epoch"], state["stage"]
 
     def __repr__(self) -> str:
@@ -346,6 +407,33 @@ class KnowledgeCondenser:
         return [
             f"{unknown} of {self._num_samples} samples were never visited before the first E-step and {self._unvisited}"
         ]
+
+    def _of_vanished_classes(self) -> list[str]:
+        """What is said of classes without a sample in the kept set, the first time that there are any."""
+        if self._labels is None or self._has_warned_of_classes:
+            return []
+        there = torch.bincount(self._labels) > 0
+        gone = (there & (self.kept_per_class == 0)).nonzero().flatten().tolist()
+        if not gone:
+            return []
+        self._has_warned_of_classes = True
+        names = ", ".join(map(str, gone[:10])) + (", ..." if len(gone) > 10 else "")
+        return [
+            f"{len(gone)} of {int(there.sum())} classes have no sample in the kept set any more (labels {names}); "
+            f"min_per_class keeps some of each"
+        ]
+
+    def _check_min_per_class(self) -> None:
+        least = self._min_per_class
+        if least and self._labels is None:
+            raise ValueError(f"min_per_class={least} needs labels, the class of every sample, got None")
+        classes = 0 if self._labels is None else len(self._labels.unique())
+        final = final_size(self._num_samples, self._keep)
+        if least * classes > final:
+            raise ValueError(
+                f"min_per_class must be at most {final // classes}, so that {classes} classes fit into the final size "
+                f"{final} (keep={self._keep}), got {least}"
+            )
 
     def _adopt(self, condensation: Condensation) -> None:
         new = {name: getattr(condensation, name) for name in self._log}
@@ -386,6 +474,11 @@ class KnowledgeCondenser:
             check_tensor(name, state[name], dtype, (None,))
             if len(state[name]) != len(state["mixed"]):
                 raise ValueError(f"state_dict['{name}'] must be as long as 'mixed', got {len(state[name])} entries")
+        check_tensor("labels", state["labels"], torch.int64, (None,))
+        if len(state["labels"]):
+            labels = checked_labels(state["labels"], self._num_samples)
+            if self._labels is not None and not torch.equal(labels, self._labels):
+                raise ValueError("state_dict has other labels than this condenser")
         for name in ("kept", "mixed", "partner"):
             if ((state[name] < 0) | (state[name] >= self._num_samples)).any():
                 raise ValueError(f"state_dict['{name}'] must hold indices in [0, {self._num_samples})")
@@ -403,6 +496,9 @@ class KnowledgeCondenser:
                 RuntimeWarning,
                 stacklevel=3,
             )
+
+
+_NO_LABELS = torch.empty(0, dtype=torch.int64, device="cpu")
 
 
 def _no_mixes() -> dict[str, Tensor]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,6 +28,9 @@ class RandomCondenser(KnowledgeCondenser):
         every: int = 40,
         stages: int = 6,
         schedule: str = "reference",
+        warmup: int = 0,
+        labels: Tensor | np.ndarray | Sequence[int] | None = None,
+        min_per_class: int = 0,
         seed: int = 0,
         device: torch.device | str | None = None,
         group: torch.distributed.ProcessGroup | None = None,
@@ -36,6 +42,9 @@ class RandomCondenser(KnowledgeCondenser):
             stages=stages,
             schedule=schedule,
             epsilon=0.0,
+            warmup=warmup,
+            labels=labels,
+            min_per_class=min_per_class,
             seed=seed,
             device=device,
             group=group,

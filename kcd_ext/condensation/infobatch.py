@@ -22,6 +22,8 @@ class InfoBatch(KnowledgeCondenser):
     sample at or above the mean always stays and counts once. In the last `anneal` of the run, from epoch
     floor((1 - anneal)·epochs) on (the first is 0), all samples stay and count once; the authors' delta is 1 - anneal.
 
+    It takes neither `min_per_class` nor `warmup`: what is left out of one epoch is drawn anew for the next.
+
     Every epoch is a stage. `update` is to be fed with losses (`measure`), and the loss of every sample is to be
     multiplied by its `sample_weight` before the mean over the batch. `values` are the last losses: of several in one
     epoch their mean, of a sample not visited the one it had. Nothing is mixed.

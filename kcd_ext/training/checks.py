@@ -26,7 +26,7 @@ def indexed(name: str, dataset: Dataset) -> IndexedDataset | ImageSet:
 
 def check_method(method: Method, recipe: Recipe) -> None:
     """Raises ValueError where the method cannot do what the recipe's selection asks of it."""
-    condenser = recipe.condense.build(1, seed=recipe.seed, device="cpu", epochs=recipe.epochs)
+    condenser = recipe.condense.example(recipe.epochs)
     if condenser.measure == "losses" and recipe.condense.batch_keep < 1:
         raise ValueError(
             f"condense.batch_keep={recipe.condense.batch_keep} cannot go with selection {recipe.condense.selection!r}, which "

@@ -14,7 +14,7 @@ from ..condensation.random_keys import MAX_SEED
 from ..condensation.schedules import stage_size
 from ..data.images import ImageData, load
 from ..environment import versions
-from . import report, storage, teachers
+from . import report, runs, storage, teachers
 from .checks import check_networks
 from .device import threads
 from .job import REPORT, TEACHER, about
@@ -142,7 +142,9 @@ class Demo:
         """A demo goes on only with the options it was started with."""
         if not path.exists():
             return
-        saved = json.loads(path.read_text())["options"]
+        saved = runs.content_of(path).get("options")
+        if not isinstance(saved, dict):
+            raise ValueError(f"{path} is damaged: it has no options")
         for name, value in json.loads(json.dumps(config["options"])).items():
             if name not in FREE and saved.get(name) != value:
                 raise ValueError(
@@ -193,6 +195,7 @@ class Demo:
             summaries=summaries,
             reference=TEACHER,
             ranking=report.rank_images(first, data.train.images, data.train.labels, data.class_names),
+            class_names=data.class_names,
             config=config,
         )
 

@@ -65,7 +65,8 @@ class Job:
         student, teacher = self._student(recipe.seed), self._teacher()
         with seeded(recipe.seed):
             check_networks(student, teacher, self.data.train, self.data.test, torch.device("cpu"))
-            recipe.condense.build(len(self.data.train), seed=recipe.seed, device="cpu", epochs=recipe.epochs)
+            labels = self.data.train.labels
+            recipe.condense.build(len(labels), seed=recipe.seed, device="cpu", epochs=recipe.epochs, labels=labels)
             try:
                 method.prepare(
                     student, teacher, Samples(feed_of(self.data.train, None, torch.device("cpu"), 0), recipe.batch_size)
@@ -223,6 +224,7 @@ class Job:
             ranking=report.rank_images(
                 students[0], self.data.train.images, self.data.train.labels, self.data.class_names
             ),
+            class_names=self.data.class_names,
             config={
                 "command": self.command,
                 "options": self.options,

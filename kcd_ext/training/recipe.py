@@ -1,7 +1,7 @@
 """What a run is: every number that decides its result, checked when it is written down."""
 
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 
 from ..condensation import KnowledgeCondenser
@@ -52,6 +52,11 @@ class Condense:
     selection: str = "value"
     """Who ranks: value (the student's entropy), random (the same sizes, for comparison), infobatch (Qin et al., 2024:
     anew in every epoch, `keep` the probability of a sample of low loss to stay) or module:Class."""
+    warmup: int = 0
+    """No condensation before the end of this epoch, as the authors' --warmup: those at earlier multiples of `every` are
+    left out, and so `keep` may not be reached."""
+    min_per_class: int = 0
+    """At least so many training samples of every class are kept, or all where a class has fewer."""
     batch_keep: float = 1.0
     """The fraction of every batch, of highest student's entropy, that the teacher is asked about, in (0, 1]."""
 
@@ -60,24 +65,47 @@ class Condense:
         if self.every is not None:
             whole("every", self.every, 1)
         whole("stages", self.stages, 1)
-        self.build(1, seed=0, device="cpu", epochs=1)  # the condenser knows what it takes
+        whole("warmup", self.warmup, 0)
+        whole("min_per_class", self.min_per_class, 0)
+        self.example()  # the condenser knows what it takes
 
     @property
     def shrinks_the_set(self) -> bool:
         """Whether an epoch visits fewer samples than there are."""
         return self.keep < 1
 
-    def build(self, num_samples: int, *, seed: int, device: object, epochs: int) -> KnowledgeCondenser:
+    def interval(self, epochs: int) -> int:
+        """Return the epochs from one condensation to the next in a run of this many."""
+        # A set that stays whole waits for an epoch that never comes; else `stages` parts of the run.
+        return self.every or (-(-epochs // self.stages) if self.shrinks_the_set else epochs + 1)
+
+    def build(
+        self, num_samples: int, *, seed: int, device: object, epochs: int, labels: object = None
+    ) -> KnowledgeCondenser:
         """The condenser of a training set of this many samples, for a run of this many epochs.
 
+        `labels`, the class of every sample as `KnowledgeCondenser` takes them, are needed where `min_per_class` > 0.
+
         Raises:
-            TypeError, ValueError: an option is out of range, or has no effect with this selection.
+            TypeError, ValueError: an option is out of range, has no effect with this selection, or does not fit `labels`.
         """
+        condenser, options = self._arguments(epochs)
+        if self.min_per_class:
+            options["labels"] = labels
+        return condenser(num_samples, seed=seed, device=device, **options)
+
+    def example(self, epochs: int = 1) -> KnowledgeCondenser:
+        """Return a condenser of one sample, which shows what kind this selection is. Raises as `build` does."""
+        condenser, options = self._arguments(epochs)
+        options.pop("min_per_class", None)  # how large it may be depends on the labels
+        return condenser(1, seed=0, device="cpu", **options)
+
+    def _arguments(self, epochs: int) -> tuple[Callable[..., KnowledgeCondenser], dict[str, object]]:
+        """The class that selects, and the arguments that it gets of these options."""
         condenser = resolve("selection", self.selection, SELECTIONS)
         parameters = inspect.signature(condenser).parameters
         takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-        # A set that stays whole waits for an epoch that never comes; else `stages` parts of the run.
-        every = self.every or (-(-epochs // self.stages) if self.shrinks_the_set else epochs + 1)
+        every = self.interval(epochs)
         # Equal parts: rounded up to whole epochs there can be fewer of them.
         given = {"every": every, "stages": self.stages if self.every else -(-epochs // every), "epochs": epochs}
         options = {}
@@ -90,8 +118,7 @@ class Condense:
                 options[option.name] = value
             elif chosen != option.default:
                 raise ValueError(f"{option.name}={chosen!r} has no effect with selection {self.selection!r}")
-        options |= {name: value for name, value in given.items() if name in parameters}
-        return condenser(num_samples, seed=seed, device=device, **options)
+        return condenser, options | {name: value for name, value in given.items() if name in parameters}
 
 
 @dataclass(frozen=True)
@@ -169,6 +196,12 @@ class Recipe:
             if (self.condense.every or 1) >= self.epochs:
                 raise ValueError(
                     f"condense.every must be < epochs={self.epochs}, got {self.condense.every}: nothing would be condensed"
+                )
+            last = (self.epochs - 1) // self.condense.interval(self.epochs) * self.condense.interval(self.epochs)
+            if self.condense.warmup > last:
+                raise ValueError(
+                    f"condense.warmup must be <= {last}, the last condensation before the end of epochs={self.epochs}, "
+                    f"got {self.condense.warmup}: nothing would be condensed"
                 )
         if not isinstance(self.options, Mapping):
             raise TypeError(f"options must be a mapping of the method's arguments, got {type(self.options).__name__}")

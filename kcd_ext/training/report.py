@@ -26,6 +26,7 @@ from .summary import HEADER, Row, Summary, cells, measured_teachers, tabulate
 COLOURS = ("#7f7f7f", "#0072b2", "#e69f00", "#d55e00", "#009e73", "#cc79a7")
 SHOWN = 16  # of the most and of the least valuable images
 CLASSES = 20  # that are drawn one by one
+STAGES = 8  # of a table, at most
 LARGEST_MARKER = 300  # square points, of a bin that holds all samples
 # What is between them is made anew when runs are evaluated; without spaces, which comments of drawings have.
 PLACE = ("<!--evaluations-->", "<!--/evaluations-->")
@@ -95,6 +96,7 @@ def write(
     ranking: Sequence[RankedImage] = (),
     notes: Sequence[str] = (),
     differences: Sequence[Sequence[str]] = (),
+    class_names: Sequence[str] = (),
     baseline: str = "kd",
 ) -> None:
     """Writes the page, and its picture beside it as .png, in a folder that is made where there is none.
@@ -109,6 +111,7 @@ def write(
         ranking: training images, the most valuable first.
         notes: sentences about the results.
         differences: a table, its header first, of what differs between the methods.
+        class_names: what the labels stand for; empty: unknown.
         baseline: the method whose visits are a hundred percent; empty where there is none to compare with.
 
     Raises:
@@ -116,7 +119,7 @@ def write(
     """
     runs = _Runs(summaries, reference, baseline)
     page.parent.mkdir(parents=True, exist_ok=True)
-    write_bytes(page, _page(title, runs, ranking, config, notes, differences).encode())
+    write_bytes(page, _page(title, runs, ranking, config, notes, differences, class_names).encode())
     write_bytes(page.with_suffix(".png"), _picture(runs, ranking))
 
 
@@ -206,6 +209,16 @@ class _Runs:
         for method, (first, *_) in self.groups.items():
             steps = [step for line in first.history if (step := line["condensation"]) and step["values"] is not None]
             if any(step["mixed"] for step in steps):
+                found[method] = steps
+        return found
+
+    @property
+    def steps_by_class(self) -> dict[str, list[dict]]:
+        """The E-steps of the first run of every method whose lines say what is kept of every class."""
+        found = {}
+        for method, (first, *_) in self.groups.items():
+            steps = [step for line in first.history if (step := line["condensation"]) and step.get("classes")]
+            if steps:
                 found[method] = steps
         return found
 
@@ -320,6 +333,7 @@ def _page(
     config: Mapping[str, object],
     notes: Sequence[str],
     differences: Sequence[Sequence[str]],
+    class_names: Sequence[str],
 ) -> str:
     seeds = list(dict.fromkeys(run.seed for method in runs.drawn for run in runs.groups[method]))
     over = f"{'seeds' if len(seeds) > 1 else 'seed'} {', '.join(map(str, seeds))}"
@@ -347,7 +361,9 @@ def _page(
 {_section_of_curves(runs, "seconds", "seconds", "seconds of training")}
 {_section_of_curves(runs, "flops", "FLOPs", "floating-point operations of training") if runs.flops_known else ""}
 {"".join(_section_of_values(f"values-{i}", method, runs) for i, method in enumerate(runs.stages))}
-</div>{_images(ranking) if ranking else ""}
+</div>
+{"".join(_section_of_classes(method, steps, class_names) for method, steps in runs.steps_by_class.items())}
+{_images(ranking) if ranking else ""}
 {_evaluations([run for group in runs.groups.values() for run in group])}
 <section><h2>Configuration</h2><pre>{html.escape(json.dumps(config, indent=2))}</pre></section>
 </main></body>
@@ -385,6 +401,29 @@ def _section_of_values(name: str, method: str, runs: _Runs) -> str:
     return f"""<section><h2>Knowledge values of {html.escape(method)}, stage by stage</h2>{_svg(figure, name)}
 <p class="note">How the values of all samples visited so far are spread when a stage ends. A value is the student's
  mean entropy over its visits to the sample (seed {runs.groups[method][0].seed}).</p></section>"""
+
+
+def kept_by_class(steps: Sequence[Mapping], class_names: Sequence[str] = ()) -> list[list[str]]:
+    """Return a table, its header first: a row for each class, the samples of it that each E-step keeps.
+
+    Of more than CLASSES classes those of which the last step keeps fewest, of more than STAGES steps that many of them.
+    """
+    shown = [steps[i] for i in np.unique(np.linspace(0, len(steps) - 1, min(len(steps), STAGES)).astype(int))]
+    last = shown[-1]["classes"]
+    fewest = sorted(range(len(last)), key=lambda label: last[label])[:CLASSES]
+    names = class_names if len(class_names) == len(last) else [f"class {label}" for label in range(len(last))]
+    rows = [[names[label], *(f"{step['classes'][label]:,}" for step in shown)] for label in sorted(fewest)]
+    totals = ["all", *(f"{sum(step['classes']):,}" for step in shown)]
+    return [["class", *(f"stage {step['stage']}" for step in shown)], *rows, totals]
+
+
+def _section_of_classes(method: str, steps: Sequence[Mapping], class_names: Sequence[str]) -> str:
+    count, gone = len(steps[-1]["classes"]), steps[-1]["classes"].count(0)
+    of = f"The {CLASSES} of {count} classes of which fewest are kept. " if count > CLASSES else ""
+    vanished = f"{gone} of {count} classes are no longer kept. " if gone else ""
+    table = _table(kept_by_class(steps, class_names))
+    return f"""<section class="wide"><h2>Kept of every class by {html.escape(method)}</h2>{table}
+<p class="note">{of}{vanished}Samples that are trained on after each stage (first seed).</p></section>"""
 
 
 def _images(ranking: Sequence[RankedImage]) -> str:

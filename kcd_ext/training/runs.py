@@ -121,10 +121,15 @@ def read(folder: Path) -> Run:
     return Run(folder, config, run.epochs, _summary(method, seed, lines, accuracy) if lines else None)
 
 
+def content_of(path: Path) -> dict:
+    """Return the object in a JSON file. Raises ValueError where it holds anything else, OSError where it cannot be read."""
+    return _object(path, _content(path))
+
+
 def config_of(folder: Path) -> dict:
     """Its config.json. Raises ValueError where that is damaged, or not of a run; OSError where it cannot be read."""
     path = folder / "config.json"
-    config = _object(path, _content(path))
+    config = content_of(path)
     recipe, about = config.get("recipe"), config.get("about") or {}
     if not isinstance(recipe, dict):
         raise ValueError(f"{path} is not that of a run: it has no recipe")
@@ -147,7 +152,7 @@ def evaluated(summary: Summary, folder: Path) -> Summary:
     path = folder / EVALUATION
     if not path.exists():
         return summary
-    found = _object(path, _content(path))
+    found = content_of(path)
     try:
         evaluation = Evaluation.from_json(found.get("evaluation"))
     except (ValueError, RecursionError) as error:
@@ -183,7 +188,7 @@ def check_weights(folder: Path) -> None:
         OSError: a file cannot be read.
     """
     path = folder / "summary.json"
-    sums = _object(path, _content(path)).get(SUMS, {}) if path.exists() else {}
+    sums = content_of(path).get(SUMS, {}) if path.exists() else {}
     if not isinstance(sums, dict):
         raise ValueError(f"{path} is damaged: {SUMS} must be an object, got {type(sums).__name__}")
     if WEIGHTS in sums and sha256(_content(folder / WEIGHTS)).hexdigest() != sums[WEIGHTS]:
@@ -262,7 +267,7 @@ def _label(path: Path) -> str:
     """What a finished run is called."""
     if not path.exists():
         return ""
-    results = _object(path, _content(path)).get("results")
+    results = content_of(path).get("results")
     try:
         return _readable(results[0]["method"])
     except (TypeError, LookupError) as error:
@@ -283,6 +288,9 @@ def _history(path: Path) -> list[dict]:
         for name, replacement in MAY_LACK.items():
             numbers[name] = replacement if line.get(name) is None else _number(path, line, name, float)
         lines.append({**line, **numbers, "condensation": _condensation(path, line.get("condensation"))})
+    steps = [line["condensation"]["classes"] for line in lines if line["condensation"] is not None]
+    if len({len(classes) for classes in steps if classes is not None}) > 1:
+        raise ValueError(f"{path} is damaged: classes must be as many in every line")
     return lines
 
 
@@ -296,7 +304,10 @@ def _condensation(path: Path, found: object) -> dict | None:
     if not isinstance(found, dict) or "values" not in found:
         raise ValueError(f"{path} is damaged: condensation without a histogram of values")
     sizes = {name: _number(path, found, name, int) for name in ("stage", "kept", "mixed")}
-    return {**found, **sizes, "values": _histogram(path, found["values"])}
+    classes = found.get("classes")  # None: of an older version, or not known
+    if classes is not None and not (isinstance(classes, list) and all(map(_is_count, classes))):
+        raise ValueError(f"{path} is damaged: classes must be counts, got {classes!r:.60}")
+    return {**found, **sizes, "classes": classes, "values": _histogram(path, found["values"])}
 
 
 def _histogram(path: Path, found: object) -> dict | None:

@@ -219,7 +219,12 @@ class _Run:
 
         device, ranks = accelerator.device, accelerator.num_processes
         # Without condensation the same condenser keeps everything: one order of samples for all.
-        self.condenser = recipe.condense.build(len(train), seed=recipe.seed, device=device, epochs=recipe.epochs)
+        labels = self._labels_known_of(train)
+        self.condenser = recipe.condense.build(
+            len(train), seed=recipe.seed, device=device, epochs=recipe.epochs, labels=labels
+        )
+        if labels is not None:
+            self.condenser.set_labels(labels)
         self.sampler = CondensedSampler(
             self.condenser, seed=recipe.seed, rank=accelerator.process_index, world_size=ranks
         )
@@ -257,6 +262,31 @@ class _Run:
         self.parameters = [*self.trained.values()]
         self.step, self.optimizer = self._prepared(self.module, self.parameters, recipe.lr)
         self._checked = False
+
+    def _labels_known_of(self, train: IndexedDataset | ImageSet) -> Tensor | np.ndarray | None:
+        """The class of every sample, (N,) int64; None: nothing needs it, or the first epoch will show it.
+
+        Where `min_per_class` asks for the labels of items, all of them are loaded once.
+        """
+        condense, ranks = self.recipe.condense, self.accelerator.num_processes
+        if not condense.shrinks_the_set:
+            return None
+        if isinstance(train, ImageSet):
+            return train.labels
+        if not condense.min_per_class:
+            return None
+        feed = feed_of(train, None, self.accelerator.device, self.recipe.num_workers)
+        batches = feed.plain(self.recipe.batch_size, self.accelerator.process_index, ranks)
+        return self._labels_in([(batch.index, batch.label) for batch in batches], len(train))
+
+    def _labels_in(self, seen: Iterable[tuple[Tensor, Tensor]], count: int) -> Tensor:
+        """The class of each of `count` samples, (count,) int64 on the CPU, from what all processes have seen of them."""
+        index, label = map(torch.cat, zip(*seen, strict=True))
+        labels = torch.zeros(count, dtype=torch.int64, device=index.device)
+        labels[index[index >= 0]] = label[index >= 0]
+        if self.accelerator.num_processes > 1:
+            torch.distributed.all_reduce(labels)  # every sample is on one process, the repeats left out
+        return labels.cpu()
 
     def _prepared(
         self, module: nn.Module, parameters: list[nn.Parameter], lr: float
@@ -339,10 +369,14 @@ class _Run:
         with seeded(self.recipe.seed, epoch, self.accelerator.process_index, device=device):
             start = time.perf_counter()
             with _counted(self.called) as student_rows, _counted(self.teacher) as teacher_rows:
-                samples, padding, means, visits, ordering = self._train(epoch)
+                samples, padding, means, visits, seen, ordering = self._train(epoch)
             condensing = time.perf_counter()
             # A whole epoch's visits at once: a few operations on long tensors instead of many on short ones.
             self.condenser.update(*map(torch.cat, zip(*visits, strict=True)))
+            if seen:
+                labels = self._labels_in(seen, self.condenser.num_samples)
+                if labels.min() >= 0:  # negative ones are no classes
+                    self.condenser.set_labels(labels)
             condensation = self.condenser.step()
             end = time.perf_counter()
             self._share_buffers()
@@ -391,9 +425,12 @@ class _Run:
             closes += [part is parts[-1] for part in parts]
         return ordering, zip(self.feed.epoch(entries, batches, self.recipe.seed, epoch), shares, closes, strict=True)
 
-    def _train(self, epoch: int) -> tuple[int, int, dict, list[tuple[Tensor, Tensor]], float]:
+    def _train(
+        self, epoch: int
+    ) -> tuple[int, int, dict, list[tuple[Tensor, Tensor]], list[tuple[Tensor, Tensor]], float]:
         """An epoch: samples seen and repeats that padded on all processes, means of loss, accuracy and terms, what the
-        condenser is to be told, and the seconds that the order took. Asks the device once, at the end."""
+        condenser is to be told, labels by index that it has still to learn, and the seconds that the order took. Asks the
+        device once, at the end."""
         self.step.train()
         for phase in self.phases:
             phase.plan.part.eval()
@@ -402,6 +439,9 @@ class _Run:
         _set_lr(self.optimizer, self._lr_at(epoch))
         weight = self.condenser.sample_weight
         ordering, batches = self._batches(epoch)
+        # Of items that are loaded one by one: in the first epoch all of them are seen.
+        collects = self.recipe.condense.shrinks_the_set and self.condenser.labels is None and epoch == 0
+        seen = []
         visits, rows, totals, terms = [], 0, torch.zeros((), device=self.accelerator.device), ()
         for batch, share, closes in batches:
             if weight is not None:
@@ -424,6 +464,8 @@ class _Run:
                     f"method {self.recipe.method!r} must give the terms {[*terms]}, got {[*outcome.terms]}"
                 )
             visits.append((batch.index, getattr(outcome, self.condenser.measure)))
+            if collects:
+                seen.append((batch.index, batch.label))
             terms = outcome.terms
             totals = totals + len(batch.label) * torch.stack([outcome.loss.detach(), correct, *terms.values()])
         padding = self.sampler.padding
@@ -431,7 +473,7 @@ class _Run:
         loss, accuracy, *rest = (x / rows for x in sums)
         terms = {name: x if math.isfinite(x) else None for name, x in zip(terms, rest, strict=True)}  # JSON has no NaN
         means = {"loss": loss, "train_accuracy": accuracy, "terms": terms}
-        return int(rows - padding), int(padding), means, visits, ordering
+        return int(rows - padding), int(padding), means, visits, seen, ordering
 
     @contextmanager
     def _gradients(self, module: nn.Module, closes: bool) -> Iterator[None]:
@@ -554,8 +596,10 @@ class _Run:
         if scaler is not None and scale and not _is_of_scaler(scale, scaler.state_dict()):
             raise found.damage("training.pt", f"scaler must hold finite numbers {[*scaler.state_dict()]}")
         state = found.training["condenser"]
-        if (done := state.get("epoch")) != len(history):
-            raise found.damage("training.pt", f"condenser.epoch must be {len(history)}, got {done!r:.40}")
+        done = state.get("epoch")
+        if type(done) is not int or done != len(history):
+            got = done if isinstance(done, int) else type(done).__name__
+            raise found.damage("training.pt", f"condenser.epoch must be {len(history)}, got {got}")
         try:
             self.condenser.load_state_dict(state)
         except (TypeError, ValueError, LookupError, RuntimeError) as error:  # one of the user's own can raise anything
@@ -730,7 +774,7 @@ def _name_of(dataset: IndexedDataset | ImageSet) -> str:
 
 
 def _describe(condensation: Condensation | None, condenser: KnowledgeCondenser, classes: int) -> dict | None:
-    """An E-step in numbers, with the histogram of the knowledge values of all samples visited so far.
+    """An E-step in numbers, with the samples kept of every class and the histogram of all knowledge values so far.
 
     Its bins are the same at every stage, from 0 to the largest entropy there is; other values count in the outer ones.
     Where samples are selected by something else there is none.
@@ -742,10 +786,14 @@ def _describe(condensation: Condensation | None, condenser: KnowledgeCondenser, 
         values, high = condenser.values[condenser.counts > 0].cpu().numpy(), math.log(max(classes, 2))
         counts, edges = np.histogram(values.clip(0, high), bins=40, range=(0, high))
         histogram = {"low": float(edges[0]), "high": float(edges[-1]), "counts": counts.tolist()}
+    per_class = condenser.kept_per_class
+    if per_class is not None:
+        per_class = [*per_class.tolist(), *[0] * (classes - len(per_class))]
     return {
         "stage": condensation.stage,
         "kept": len(condensation.kept),
         "dropped": len(condensation.dropped),
         "mixed": len(condensation.mixed),
+        "classes": per_class,
         "values": histogram,
     }
