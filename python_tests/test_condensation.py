@@ -559,6 +559,112 @@ def test_random_control_has_the_same_sizes_and_its_ranking_depends_on_seed_and_s
     assert abs((large < 5000).sum() - 2500) < 5 * 25
 
 
+# --- Classes and warm-up -------------------------------------------------------------------------------------------
+
+
+def with_minimum_by_hand(order, size, labels, least):
+    """Takes the best of every class, then fills up, one sample at a time."""
+    taken = set()
+    for label in set(labels):
+        taken |= set([i for i in order if labels[i] == label][:least])
+    for i in order:
+        if len(taken) < size:
+            taken.add(i)
+    return [i for i in order if i in taken]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    labels=st.lists(st.sampled_from([0, 1, 1, 1, 4]), min_size=6, max_size=60),
+    keep=st.floats(0.3, 1.0),
+    schedule=st.sampled_from(["reference", "cosine", "immediate"]),
+    kind=st.sampled_from([KnowledgeCondenser, RandomCondenser]),
+    form=st.sampled_from([list, torch.tensor, np.array, lambda labels: torch.tensor(labels, dtype=torch.int32)]),
+    seed=st.integers(0, 2**32),
+)
+def test_a_minimum_of_every_class_is_kept_at_the_sizes_of_the_schedule(labels, keep, schedule, kind, form, seed):
+    n, classes = len(labels), len(set(labels))
+    least = max(1, int(keep * n)) // classes
+    options = {"keep": keep, "every": 1, "stages": 3, "schedule": schedule, "seed": seed}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        plain, guarded = kind(n, **options), kind(n, labels=form(labels), min_per_class=least, **options)
+        random = np.random.default_rng(seed)
+        for _ in range(5):
+            value = torch.from_numpy(random.integers(0, 4, n) / 4)  # with ties
+            sizes = []
+            before = len(guarded.kept)
+            for condenser in (plain, guarded):
+                condenser.update(torch.arange(n), value)
+                order = condenser.ranking().tolist()
+                step = condenser.step()
+                sizes.append([len(getattr(step, part)) for part in ("kept", "dropped", "mixed", "partner")])
+            assert sizes[0] == sizes[1]
+            kept = step.kept.tolist()
+            assert kept == with_minimum_by_hand(order, len(kept), labels, least)
+            left = [i for i in order if i not in kept]
+            assert step.dropped.tolist() == left[: before - len(kept)]
+            assert step.mixed.tolist() == kept[len(kept) - len(step.mixed) :]
+            assert step.partner.tolist() == step.dropped.tolist()[: len(step.partner)]
+            for label, held in enumerate(guarded.kept_per_class.tolist()):
+                assert held == sum(labels[i] == label for i in kept) >= min(least, labels.count(label))
+        again = kind(n, labels=labels, min_per_class=least, **options)
+    again.load_state_dict(guarded.state_dict())
+    assert again.kept.tolist() == kept and again.labels.tolist() == labels
+
+
+def test_without_a_minimum_labels_change_nothing():
+    labels = torch.arange(103) % 7
+    one, other = condensed(), condensed(labels=labels)
+    assert torch.equal(one.kept, other.kept) and one.recipes == other.recipes
+    late = condensed()
+    assert late.kept_per_class is None and late.labels is None
+    late.set_labels(labels.tolist())
+    assert torch.equal(late.kept_per_class, torch.bincount(labels[late.kept]))
+    with pytest.raises(ValueError, match="labels must be those that this condenser has"):
+        late.set_labels(labels.flip(0))
+    fresh = condensed()
+    fresh.load_state_dict(late.state_dict())  # a run that goes on need not look at the data set again
+    assert torch.equal(fresh.labels, labels)
+    with pytest.raises(ValueError, match="other labels"):
+        condensed(labels=labels.flip(0)).load_state_dict(late.state_dict())
+
+
+def test_a_class_that_vanishes_is_warned_of_once():
+    condenser = KnowledgeCondenser(30, keep=0.3, every=1, schedule="immediate", labels=[0] * 10 + [3] * 20)
+    value = torch.linspace(0, 1, 30)
+    condenser.update(torch.arange(30), value)
+    with pytest.warns(RuntimeWarning, match=r"1 of 2 classes have no sample in the kept set any more \(labels 0\)"):
+        condenser.step()
+    assert condenser.kept_per_class.tolist() == [0, 0, 0, 9]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        condenser.step()
+        guarded = KnowledgeCondenser(
+            30, keep=0.3, every=1, schedule="immediate", labels=condenser.labels, min_per_class=2
+        )
+        guarded.update(torch.arange(30), value)
+        assert guarded.step().kept.tolist() == [*range(29, 22, -1), 9, 8]
+
+
+@pytest.mark.parametrize("every", [1, 2, 3])
+@pytest.mark.parametrize("warmup", [0, 1, 2, 5, 6])
+def test_warmup_leaves_out_the_first_condensations_as_the_authors_do(warmup, every):
+    """Their loop: `for epoch in range(1, epochs + 1): ... if epoch % purification == 0 and epoch >= warmup`."""
+    for kind in (KnowledgeCondenser, RandomCondenser):
+        condenser = kind(60, keep=0.5, every=every, stages=3, warmup=warmup)
+        stage, remaining = 0, 60
+        for epoch in range(1, 13):
+            condenser.update(torch.arange(60), torch.rand(60))
+            step = condenser.step()
+            if epoch % every == 0 and epoch >= warmup:
+                stage, remaining = stage + 1, max(30, remaining - int(60 * (1 - 0.5) / 3))
+                assert (step.stage, step.epoch, len(step.kept)) == (stage, epoch, remaining)
+            else:
+                assert step is None
+        assert condenser.stage == stage
+
+
 # --- The sampler ---------------------------------------------------------------------------------------------------
 
 
@@ -964,6 +1070,20 @@ def test_mixes_made_on_a_gpu_are_those_of_the_cpu(dtype):
         (dict(convex="yes"), TypeError, "convex"),
         (dict(seed=-1), ValueError, "seed"),
         (dict(group="all"), (TypeError, ValueError), "group"),
+        (dict(warmup=-1), ValueError, "warmup must be an integer >= 0"),
+        (dict(min_per_class=1), ValueError, "min_per_class=1 needs labels"),
+        (
+            dict(num_samples=9, min_per_class=3, labels=[0, 1, 2] * 3, keep=0.7),
+            ValueError,
+            "min_per_class must be at most 2, so that 3 classes fit into the final size 6",
+        ),
+        (dict(num_samples=9, min_per_class=0.5, labels=[0] * 9), TypeError, "min_per_class must be an integer"),
+        (dict(num_samples=9, labels=[0] * 8), ValueError, r"labels must be 9 integers >= 0, .*, got shape \(8,\)"),
+        (dict(num_samples=9, labels=[0.0] * 9), TypeError, "labels must be .* got list of float64"),
+        (dict(num_samples=9, labels=[True] * 9), TypeError, "labels must be .* got list of bool"),
+        (dict(num_samples=9, labels=[-1] * 9), ValueError, "labels must be .* got -1 to -1"),
+        (dict(num_samples=2, labels=[[1], [2, 3]]), TypeError, "labels must be .* got list"),
+        (dict(num_samples=9, labels=torch.zeros(9, 1, dtype=torch.int64)), ValueError, r"got shape \(9, 1\)"),
     ],
 )
 def test_bad_options_are_named(options, error, message):

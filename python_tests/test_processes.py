@@ -6,11 +6,12 @@ from functools import partial
 import pytest
 import torch
 from processes import Crew
-from test_resume import images, network, recipe
+from test_resume import images, network, recipe, shaken
 from torch import nn
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from kcd_ext import IndexedDataset
 from kcd_ext.methods import Method, Outcome
 from kcd_ext.training import Condense, Recipe, checkpoint, distill, storage
 
@@ -42,16 +43,21 @@ class Recorder(Method):
         return Outcome(functional.cross_entropy(logits, batch.label), logits.detach(), value)
 
 
-def record(folder, rank):
+def record(folder, loaded, least, rank):
     torch.set_num_threads(1)
     marks = []
+    train = IndexedDataset(images(SIZE), shaken) if loaded else images(SIZE)
     summary = distill(
         plain_network(0),
         plain_network(1),
-        images(SIZE),
-        images(20, seed=1),
+        train,
+        IndexedDataset(images(20, seed=1), shaken) if loaded else images(20, seed=1),
         Recipe(
-            f"{__name__}:Recorder", condense=Condense(keep=0.4, every=2, stages=3), epochs=8, batch_size=8, device="cpu"
+            f"{__name__}:Recorder",
+            condense=Condense(keep=0.4, every=2, stages=3, min_per_class=least),
+            epochs=8,
+            batch_size=8,
+            device="cpu",
         ),
         output=folder / "run",
         progress=lambda line: marks.append(len(Recorder.seen)),
@@ -68,12 +74,18 @@ def record(folder, rank):
 
 def test_two_processes_cover_the_kept_set_once_and_keep_what_one_does(tmp_path):
     found = {}
-    for processes in (1, 2):
-        folder = tmp_path / str(processes)
+    # Images in memory; items, whose labels the first epoch shows; items, all loaded once before it.
+    for name, processes, loaded, least in (("one", 1, False, 0), ("two", 2, True, 0), ("minimum", 2, True, 2)):
+        folder = tmp_path / name
         folder.mkdir()
-        assert Crew(partial(record, folder), processes).wait() == [0] * processes
-        found[processes] = [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(processes)]
-    (one,), (first, second) = found[1], found[2]
+        assert Crew(partial(record, folder, loaded, least), processes).wait() == [0] * processes
+        found[name] = [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(processes)]
+    (one,), (first, second) = found["one"], found["two"]
+    labels = torch.arange(SIZE) % 4
+    for ranks in found.values():
+        steps = [line["condensation"] for line in ranks[0]["lines"] if line["condensation"]]
+        assert steps[-1]["classes"] == labels[one["kept"]].bincount(minlength=4).tolist()
+        assert [sum(step["classes"]) for step in steps] == [step["kept"] for step in steps]
     for name in ("kept", "counts"):
         assert torch.equal(one[name], first[name]) and torch.equal(first[name], second[name])
 
@@ -105,7 +117,7 @@ def test_two_processes_cover_the_kept_set_once_and_keep_what_one_does(tmp_path):
             marks = [0, *ranks[0]["marks"]]
             batches = [b for rank in ranks for b in rank["seen"][marks[epoch] : marks[epoch + 1]]]
             sets.append({i for batch in batches for i in batch if i >= 0})
-        assert sets[0] == sets[1]
+        assert sets[0] == sets[1] == sets[2]
 
 
 def trained(output, student=plain_network, resume=False, progress=None, **changes):

@@ -8,6 +8,7 @@ import os
 import random
 import re
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -27,6 +28,7 @@ from kcd_ext.methods import Batch, Method, Outcome, Pretraining
 from kcd_ext.registry import call, resolve
 from kcd_ext.training import Condense, Recipe, Summary, checkpoint, distill, storage
 from kcd_ext.training.batches import cut
+from kcd_ext.training.compare import Report
 from kcd_ext.training.folder import ENTRIES
 from kcd_ext.training.identity import digest_of_samples
 from kcd_ext.training.randomness import seeded
@@ -270,6 +272,74 @@ def test_gradients_that_the_caller_left_play_no_part():
         distill(student, network(2), Blobs(40), Blobs(20), recipe(epochs=1))
         weights.append(student[0].weight)
     assert torch.equal(*weights)
+
+
+class FirstOnes(KnowledgeCondenser):
+    """Ranks by index, the lowest first."""
+
+    def score(self):
+        return -torch.arange(self.num_samples, dtype=torch.float64)
+
+
+class Uneven(Blobs):
+    """More samples of class 1, and they come first."""
+
+    def __init__(self, size, seed=0):
+        super().__init__(size, seed)
+        self.y = torch.arange(size) * CLASSES // (size + 1) % CLASSES
+        self.y[: size // 2] = 1
+
+    def as_images(self):
+        pixels = np.random.default_rng(3).integers(0, 256, (len(self), 2, 3, 1), dtype=np.uint8)
+        return ImageSet(pixels, self.y.numpy(), Views((0.5,), (0.5,)))
+
+
+@pytest.mark.parametrize("selection", [f"{__name__}:FirstOnes", "random"])
+@pytest.mark.parametrize("loaded", [True, False])
+@pytest.mark.parametrize("least", [0, 3])
+def test_the_metrics_say_what_is_kept_of_every_class(tmp_path, selection, loaded, least):
+    data = Uneven(40) if loaded else Uneven(40).as_images()
+    student = network() if loaded else nn.Sequential(nn.Flatten(), network())
+    settings = recipe(
+        method="ce", condense=Condense(0.5, every=1, stages=2, selection=selection, min_per_class=least), epochs=4
+    )
+    vanish = selection != "random" and not least
+    with pytest.warns(RuntimeWarning, match="1 of 3 classes .*labels 3") if vanish else nullcontext():
+        summary = distill(student, None, data, data, settings, output=tmp_path)
+    labels = torch.as_tensor(data.y if loaded else data.labels)
+    steps = [line["condensation"] for line in summary.history]
+    assert [step["kept"] for step in steps] == [30, 20, 20, 20]
+    for step in steps:
+        assert sum(step["classes"]) == step["kept"] and len(step["classes"]) == CLASSES
+        assert all(kept >= min(least, size) for kept, size in zip(step["classes"], labels.bincount(), strict=True))
+    assert steps[-1]["classes"] == labels[summary.condenser.kept].bincount(minlength=CLASSES).tolist()
+    page = tmp_path / "report.html"
+    Report((tmp_path,), page).write()
+    (cells,) = re.findall(r"<tr><td>class 1</td>(.*?)</tr>", page.read_text())
+    assert re.findall(r"<td>(\d+)</td>", cells) == [str(step["classes"][1]) for step in steps]
+
+
+def test_labels_of_items_are_known_to_a_run_that_goes_on(tmp_path):
+    """They were seen in the first epoch, which is not trained again."""
+
+    def stop(line):
+        if line["epoch"] == 1:
+            raise KeyboardInterrupt
+
+    settings = recipe(method="ce", condense=Condense(0.5, every=2, stages=2))
+    whole = distill(network(), None, Uneven(40), Uneven(40), settings, output=tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        distill(network(), None, Uneven(40), Uneven(40), settings, output=tmp_path / "torn", progress=stop)
+    torn = distill(network(), None, Uneven(40), Uneven(40), settings, output=tmp_path / "torn", resume=True)
+    assert [line["condensation"] for line in torn.history] == [line["condensation"] for line in whole.history]
+    assert sum(torn.history[1]["condensation"]["classes"]) == 30
+
+
+def test_warmup_of_a_run():
+    settings = recipe(method="ce", condense=Condense(0.5, stages=6, warmup=5), epochs=12)
+    summary = distill(network(), None, Blobs(60), Blobs(20), settings)
+    assert [line["samples"] for line in summary.history] == [60] * 6 + [55] * 2 + [50] * 2 + [45] * 2
+    assert [line["epoch"] for line in summary.history if line["condensation"]] == [6, 8, 10, 12]
 
 
 def test_random_selection_visits_as_many_and_mixes_nothing():
@@ -831,6 +901,8 @@ def test_tied_weights_are_saved(tmp_path):
         ({"lr": 1e39}, ValueError, "lr must be a finite number"),
         ({"lr": float("nan")}, ValueError, "lr must be a finite number >= 0, got nan"),
         ({"milestones": (0.5, 150)}, ValueError, "milestones must be fractions"),
+        ({"epochs": 6, "condense": Condense(warmup=6)}, ValueError, "condense.warmup must be <= 5, .* got 6: nothing"),
+        ({"epochs": 9, "condense": Condense(every=4, warmup=9)}, ValueError, "condense.warmup must be <= 8"),
         ({"seed": -1}, ValueError, r"seed must be an integer in \[0, "),
         ({"seed": 10**22}, ValueError, r"seed must be an integer in \[0, "),
         ({"milestones": 5}, TypeError, "milestones must be fractions of the epochs in .*, got 5"),
@@ -869,6 +941,14 @@ def test_losses_of_half_a_batch_are_no_losses_to_select_by():
         ({"selection": "best"}, ValueError, "unknown selection 'best': take infobatch, random, value"),
         ({"selection": "random", "epsilon": 0.1}, ValueError, "epsilon=0.1 has no effect with selection 'random'"),
         ({"selection": "infobatch", "stages": 3}, ValueError, "stages=3 has no effect with selection 'infobatch'"),
+        (
+            {"selection": "infobatch", "min_per_class": 1},
+            ValueError,
+            "min_per_class=1 has no effect with .* 'infobatch'",
+        ),
+        ({"selection": "infobatch", "warmup": 1}, ValueError, "warmup=1 has no effect with selection 'infobatch'"),
+        ({"min_per_class": -1}, ValueError, "min_per_class must be an integer >= 0"),
+        ({"warmup": True}, TypeError, "warmup must be an integer >= 0"),
         ({"batch_keep": 0}, ValueError, r"batch_keep must be a number in \(0, 1\]"),
         ({"every": 0}, ValueError, "every must be an integer >= 1, got 0"),
         ({"alpha": 10**400}, ValueError, "alpha must be .*, got an integer beyond the largest double"),
