@@ -14,7 +14,7 @@ from torch import nn
 
 from kcd_ext.files import check_regular, open_regular, read_regular
 from kcd_ext.methods import Method, Outcome, Pretraining, entropy
-from kcd_ext.training import Condense, Recipe, checkpoint, distill, storage
+from kcd_ext.training import Condense, Recipe, checkpoint, distill, storage, teachers
 from kcd_ext.training.folder import RunFolder
 
 FILES = ("model.safetensors", "training.pt", "run.json")
@@ -334,3 +334,22 @@ def test_what_lies_in_the_place_of_a_half_written_file_is_not_written_through(tm
         assert (tmp_path / name).read_bytes() == b"new"
     assert (tmp_path / "precious").read_text() == "precious"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "precious"]
+
+
+def test_a_student_that_changed_since_is_no_teacher(tmp_path, whole):
+    run(tmp_path)
+    path = tmp_path / "student.safetensors"
+    assert path.read_bytes() == whole and teachers.find(str(tmp_path), "cnn_small", None).origin == tmp_path
+    path.write_bytes(whole[:-3] + bytes([whole[-3] ^ 1]) + whole[-2:])  # one bit of a weight
+    with pytest.raises(
+        ValueError, match=r"student\.safetensors is not as the run wrote it: its SHA-256 is not that in"
+    ):
+        teachers.find(str(tmp_path), "cnn_small", None)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    for sums_, message in (("x", "sha256 must be an object"), (None, "sha256 must be an object"), ({}, None)):
+        (tmp_path / "summary.json").write_text(json.dumps({**summary, "sha256": sums_}))
+        if message is None:
+            assert teachers.find(str(tmp_path), "cnn_small", None)  # of another program
+            continue
+        with pytest.raises(ValueError, match=message):
+            teachers.find(str(tmp_path), "cnn_small", None)

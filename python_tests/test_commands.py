@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from kcd_ext import cli, models
 from kcd_ext.data.images import load, split
-from kcd_ext.training import teachers
+from kcd_ext.training import storage, teachers
 
 TIMEOUT = 180
 SMALL = ["--data", "digits", "--epochs", "4", "--threads", "1", "--device", "cpu"]
@@ -88,13 +88,19 @@ def here(tmp_path, monkeypatch):
 
 
 class Page(html.parser.HTMLParser):
-    """The rows of all tables, all text, and everything the page refers to."""
+    """The rows of all tables, those of what is kept of every class apart, and everything the page refers to."""
 
     def __init__(self, path):
         super().__init__()
         self.open, self.rows, self.references, self.headings, self.drawings, self.images = [], [], [], [], 0, 0
         self.feed(path.read_text())
         assert self.open == []
+        self.by_class: list[list[list[str]]] = []
+        while ["class"] in (heads := [row[:1] for row in self.rows]):
+            start = heads.index(["class"])
+            end = heads.index(["all"], start) + 1
+            self.by_class.append(self.rows[start:end])
+            del self.rows[start:end]
 
     def handle_starttag(self, tag, attributes):
         self.references += [value for name, value in attributes if name in ("src", "href", "xlink:href")]
@@ -151,6 +157,11 @@ def test_what_several_seeds_leave(home):
     assert all(reference.startswith(("data:image/png;base64,", "#")) for reference in page.references)
     rows = {"teacher": cells(result(folder / "teacher")), "kc-kd": cells(summary["results"])}
     assert {row[0]: row[1:] for row in page.rows[1:]} == rows
+    (by_class,) = page.by_class  # of the first seed; the digits have no names
+    steps = [step for line in storage.read_lines(runs[0] / "metrics.jsonl") if (step := line["condensation"])]
+    assert by_class[0] == ["class", *(f"stage {step['stage']}" for step in steps)]
+    assert by_class[4] == ["class 3", *(str(step["classes"][3]) for step in steps)]
+    assert by_class[-1] == ["all", *(f"{step['kept']:,}" for step in steps)]
     assert (page.drawings, page.images) == (4, 32)
     printed = [re.split(r" {2,}", line) for line in (home / "printed").read_text().splitlines()]
     assert {row[0]: row[1:] for row in printed if row[0] in rows} == rows
@@ -394,6 +405,7 @@ def test_every_field_of_a_recipe_is_an_option():
     options += " --condense.keep 0.5 --condense.every 2 --condense.stages 3 --condense.schedule cosine"
     options += " --condense.alpha 0.5 --condense.epsilon 0.25 --condense.no-accumulate --condense.no-convex"
     options += " --condense.selection value --condense.batch-keep 0.75"
+    options += " --condense.warmup 3 --condense.min-per-class 4"
     assert parsed("distill", *options.split()).recipe.as_json() == {
         "method": "crd",
         "options": {"dim": "64", "temperature": "0.5", "student_layer": "fc"},
@@ -407,6 +419,8 @@ def test_every_field_of_a_recipe_is_an_option():
             "accumulate": False,
             "convex": False,
             "selection": "value",
+            "warmup": 3,
+            "min_per_class": 4,
             "batch_keep": 0.75,
         },
         "epochs": 9,

@@ -324,3 +324,13 @@ def test_a_damaged_line_is_named(change, message, folders, tmp_path):
         runs.read(tmp_path)
     assert str(error.value).startswith(f"{tmp_path / 'metrics.jsonl'} is damaged: ")
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_of_many_classes_and_stages_the_table_shows_those_that_lost_most():
+    steps = [{"stage": s, "kept": 0, "classes": [1000 + s, *[1200 - s] * 28, 3 - s % 3]} for s in range(1, 31)]
+    head, *rows, totals = report.kept_by_class(steps, [f"<{label}>" for label in range(30)])
+    assert head == ["class", *(f"stage {s}" for s in (1, 5, 9, 13, 17, 21, 25, 30))]
+    assert len(rows) == 20 and [row[0] for row in rows] == [*(f"<{label}>" for label in range(19)), "<29>"]
+    assert rows[0][1:] == ["1,001", "1,005", "1,009", "1,013", "1,017", "1,021", "1,025", "1,030"]
+    assert totals[1] == f"{sum(steps[0]['classes']):,}"
+    assert report.kept_by_class(steps[:1])[1] == ["class 0", "1,001"]
