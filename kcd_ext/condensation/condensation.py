@@ -15,7 +15,7 @@ class Condensation:
         kept: (n_keep,) K1, what is distilled from now on, most valuable first.
         dropped: (|K0|,) K0, the ranks n_keep … n_before - 1, what this stage gives up, most valuable first. Ranks
             count all samples, so one that was kept before can also lie deeper, and one of these can have been dropped
-            before.
+            before. With `min_per_class` the samples that it keeps count as ranked before all that it does not.
         mixed: (m,) K1L, the last m of `kept`, m = min(|K0|, n_keep): the samples whose image takes something over.
         partner: (m,) the dropped sample each of them is blended with: the first m of `dropped`.
         mix: (m,) float64, e_i = epsilon·i/|K0| (Eq. 15).
