@@ -859,7 +859,19 @@ def other_weights(path):
 @pytest.mark.parametrize(
     ("change", "arguments", "message"),
     [
-        (lambda here: other_weights(here / "two" / "teacher" / "student.safetensors"), ["two"], "has other weights"),
+        (
+            lambda here: other_weights(here / "two" / "teacher" / "student.safetensors"),
+            ["two"],
+            "two/teacher/student.safetensors is not as the run wrote it",
+        ),
+        (
+            lambda here: (
+                other_weights(here / "two" / "teacher" / "student.safetensors"),
+                (here / "two" / "teacher" / "summary.json").unlink(),
+            ),
+            ["two"],
+            "has other weights",
+        ),
         (lambda here: shutil.rmtree(here / "two" / "teacher"), ["two"], "is not found, none is in "),
         (lambda here: None, ["two", "--teacher", "cnn_large"], "must be the folder of a trained run or a file"),
         (lambda here: None, ["two", "--teacher", "nowhere"], "unknown teacher 'nowhere'"),
@@ -886,7 +898,7 @@ def other_weights(path):
         (
             lambda here: (here / "two/seed-6/student.safetensors").write_text("x"),
             ["two/seed-6"],
-            "cannot be read as weights",
+            "two/seed-6/student.safetensors is not as the run wrote it",
         ),
         (
             lambda here: (here / "two/report.html").write_text("mine"),
@@ -970,6 +982,10 @@ def test_the_evaluation_of_another_student_is_refused(name, evaluated, here, cap
     capfd.readouterr()
     assert kcd("report", "two") == 2
     assert capfd.readouterr().err.startswith(f"kcd: two/seed-5/evaluation.json is of another student: {name} is not")
+    if name == "student.safetensors":  # damaged, as far as anybody knows
+        assert kcd("evaluate", "two/seed-5", "--threads", 1) == 2
+        assert "seed-5/student.safetensors is not as the run wrote it" in capfd.readouterr().err
+        edited(here / "two" / "seed-5" / "summary.json", lambda summary: summary.pop("sha256"))
     assert kcd("evaluate", "two", "--threads", 1) == 0  # made anew
 
 

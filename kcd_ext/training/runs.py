@@ -165,7 +165,7 @@ def evaluated(summary: Summary, folder: Path) -> Summary:
     for name, has in student_of(folder).items():
         if found["run"][name] != has:
             raise ValueError(
-                f"{path} is of another student: {name} is not the one that was evaluated; kcd evaluate makes it anew"
+                f"{path} is of another student: {name} is not the one that was evaluated; remove it, or kcd evaluate makes it anew"
             )
     network, origin, weights = (_readable(found[name]) for name in TEACHER)
     own = config_of(folder).get("teacher") == weights
