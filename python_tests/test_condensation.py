@@ -11,6 +11,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.data_loader import prepare_data_loader, skip_first_batches
+from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DataLoaderConfiguration
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -763,6 +764,14 @@ def test_iterators_are_fresh_and_settled_when_made():
 # --- The sampler in the loaders of other libraries -----------------------------------------------------------------
 
 
+@pytest.fixture
+def no_accelerator_is_left():
+    """Accelerate keeps its state for the whole process, and processes that other tests fork would have it too."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
 class FabricLoader:
     """What Lightning Fabric's loader does: `set_epoch` on the sampler with the number of iterators begun, then iterate."""
 
@@ -805,6 +814,7 @@ LOADERS = {
 }
 
 
+@pytest.mark.usefixtures("no_accelerator_is_left")
 @pytest.mark.parametrize("prepare, options", LOADERS.values(), ids=LOADERS)
 def test_the_users_epoch_is_the_one_that_any_loader_yields(prepare, options):
     """The oracle is a sampler of its own for every pass, in a torch loader that was wrapped the same way."""
@@ -844,6 +854,7 @@ def test_the_users_epoch_is_the_one_that_any_loader_yields(prepare, options):
     assert indices(loader) == expected(2)
 
 
+@pytest.mark.usefixtures("no_accelerator_is_left")
 @pytest.mark.parametrize("prepare, options", [LOADERS["accelerate"], LOADERS["dispatched"], LOADERS["fabric"]])
 def test_without_a_call_of_the_users_every_pass_of_a_library_has_its_own_order(prepare, options):
     sampler = CondensedSampler(condensed(), seed=4)
@@ -856,6 +867,7 @@ def test_without_a_call_of_the_users_every_pass_of_a_library_has_its_own_order(p
         assert got == [index for index, _ in alone]
 
 
+@pytest.mark.usefixtures("no_accelerator_is_left")
 def test_batches_that_accelerate_skips_are_those_of_the_users_epoch():
     sampler = CondensedSampler(condensed(), seed=4)
     sampler.set_epoch(3)
