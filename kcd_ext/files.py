@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 _KINDS: tuple[tuple[Callable[[int], bool], str], ...] = (
-    (stat.S_ISFIFO, "a named pipe"),
+    (stat.S_ISFIFO, "a FIFO"),
     (stat.S_ISSOCK, "a socket"),
     (stat.S_ISCHR, "a device"),
     (stat.S_ISBLK, "a device"),
@@ -19,14 +19,20 @@ def check_regular(path: str | os.PathLike) -> None:
     """Check that `path` leads to a regular file; links are followed, nothing is opened.
 
     Raises:
-        ValueError: it leads to a named pipe, a socket or a device.
-        OSError: it leads nowhere, or to a folder (IsADirectoryError).
+        ValueError: it leads to a FIFO, a socket or a device, or is a link to nothing.
+        OSError: there is nothing at `path`, or a folder (IsADirectoryError).
     """
-    _check(os.stat(path).st_mode, path)
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError as error:
+        if not os.path.islink(path):
+            raise
+        raise ValueError(f"{path}: is a link to {os.readlink(path)}, where there is nothing") from error
+    _check(mode, path)
 
 
 def open_regular(path: str | os.PathLike) -> BinaryIO:
-    """Return a regular file opened for reading, in binary mode. A named pipe is refused, not waited for.
+    """Return a regular file opened for reading, in binary mode. A FIFO is refused, not waited for.
 
     Raises as `check_regular` does, and OSError where the file cannot be opened.
     """
@@ -56,4 +62,4 @@ def _check(mode: int, path: str | os.PathLike) -> None:
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(Path(path)))
     if not stat.S_ISREG(mode):
         kind = next((name for is_one, name in _KINDS if is_one(mode)), "something else")
-        raise ValueError(f"{path} is no file that can be read, but {kind}")
+        raise ValueError(f"{path}: must be a regular file, is {kind}")

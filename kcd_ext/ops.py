@@ -50,7 +50,9 @@ condensed_kd = torch.ops.kcd_ext.condensed_kd.default
 condensed_kd_backward = torch.ops.kcd_ext.condensed_kd_backward.default
 # Carry none.
 condensed_kd_forward = _raising_out_of_memory(torch.ops.kcd_ext.condensed_kd_forward.default)
-condensed_kd_with_gradient = _raising_out_of_memory(torch.ops.kcd_ext.condensed_kd_with_gradient.default)  # on the CPU alone
+condensed_kd_with_gradient = _raising_out_of_memory(
+    torch.ops.kcd_ext.condensed_kd_with_gradient.default
+)  # on the CPU alone
 condensed_kd_gradient = _raising_out_of_memory(torch.ops.kcd_ext.condensed_kd_gradient.default)
 condensed_kd_gradient_ = _raising_out_of_memory(torch.ops.kcd_ext.condensed_kd_gradient_.default)
 row_stats = _raising_out_of_memory(torch.ops.kcd_ext.row_stats.default)

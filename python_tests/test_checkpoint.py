@@ -123,7 +123,7 @@ def test_any_byte_that_changed_and_any_end_that_is_missing_is_found(begun, name)
     with pytest.raises(ValueError, match=r"epoch-0004 is damaged \(.*\): remove it"):
         checkpoint.load(folder.parent)
     os.mkfifo(path)  # nobody ever writes into it
-    with pytest.raises(ValueError, match=r"epoch-0004 is damaged \(.*a named pipe"):
+    with pytest.raises(ValueError, match=r"epoch-0004 is damaged \(.*a FIFO"):
         checkpoint.load(folder.parent)
     path.unlink()
     path.mkdir()
@@ -313,9 +313,9 @@ def test_only_regular_files_are_opened(tmp_path):
         assert read_regular(tmp_path / name) == b"content"
         with open_regular(str(tmp_path / name)) as file:
             assert file.read(3) == b"con"
-    for path, kind in ((tmp_path / "pipe", "a named pipe"), ("/dev/null", "a device")):
+    for path, kind in ((tmp_path / "pipe", "a FIFO"), ("/dev/null", "a device")):
         for function in (check_regular, open_regular, read_regular):
-            with pytest.raises(ValueError, match=f"{path} is no file that can be read, but {kind}"):
+            with pytest.raises(ValueError, match=f"{path}: must be a regular file, is {kind}"):
                 function(path)
     with pytest.raises(IsADirectoryError) as caught:
         read_regular(tmp_path)

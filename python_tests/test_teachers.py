@@ -280,7 +280,7 @@ REFUSED = {
     "protocol.pth": r"pickled by another protocol than that of torch.save \(2\)$",
     "text.pth": r"text.pth cannot be read as weights: damaged, or more than tensors in it$",
     "cut.pth": r"cut.pth cannot be read as weights: damaged, or more than tensors in it$",
-    "pipe.pth": r"teacher pipe.pth is no regular file$",
+    "pipe.pth": r"pipe.pth: must be a regular file, is a FIFO$",
 }
 
 
@@ -295,7 +295,7 @@ def test_anything_else_is_refused_in_one_line(here, data):
     assert not (here / "executed").exists()
     (here / "run").mkdir()
     os.mkfifo(here / "run" / teachers.WEIGHTS)
-    with pytest.raises(ValueError, match=r"student.safetensors is no regular file$"):
+    with pytest.raises(ValueError, match=r"student.safetensors: must be a regular file, is a FIFO$"):
         teachers.find("run", "resnet8", None)
 
 

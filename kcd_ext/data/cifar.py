@@ -15,10 +15,10 @@ from typing import BinaryIO
 
 import numpy as np
 
+from ..files import check_regular
 from ..registry import one_line
 from .images import ImageData, assemble
 from .plain_pickle import unpickle
-from .regular import check_regular
 
 URL = "https://www.cs.toronto.edu/~kriz/"
 SIDE = 32

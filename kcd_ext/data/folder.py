@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 
 from ..condensation.checks import whole
+from ..files import check_regular
 from ..registry import one_line
 from .images import ImageData, assemble, check_class_names, some
-from .regular import check_regular
 
 # Names of the folder of a part, the preferred one first.
 TRAIN = ("train", "training")

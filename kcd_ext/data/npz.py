@@ -5,9 +5,9 @@ from pathlib import Path
 
 import numpy as np
 
+from ..files import check_regular
 from ..registry import one_line
 from .images import ImageData, assemble
-from .regular import check_regular
 
 REQUIRED = ("x_train", "y_train", "x_test", "y_test")
 

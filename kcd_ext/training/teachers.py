@@ -113,8 +113,6 @@ def find(spec: str, network: str | None, usual: str | None) -> Teacher:
             f"unknown teacher {spec!r}: no such file or folder, and no network out of {', '.join(sorted(models.REGISTRY))} "
             f"(or {', '.join(models.ALIASES)}, as RepDistiller has it)"
         )
-    if not path.is_file():
-        raise ValueError(f"teacher {spec} is no regular file")
     if network is None and usual is None:
         raise ValueError(f"teacher_network must name the network of the weights in {spec}")
     found = read(path)

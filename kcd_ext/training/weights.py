@@ -12,6 +12,8 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from ..files import read_regular
+
 # Where checkpoints keep the weights: the first of these names that holds any is taken. Moving averages come last, because
 # what a checkpoint tells beside the weights (its accuracy, its optimizer) belongs to the network that was trained.
 WRAPPERS = (
@@ -132,9 +134,7 @@ def read(path: Path) -> Weights:
         ValueError: the file is no regular one, is damaged, holds no weights, or anything beside them that is no plain value.
         OSError: it cannot be read.
     """
-    if path.exists() and not path.is_file():
-        raise ValueError(f"{path} is no regular file")
-    content = path.read_bytes()  # readers of formats have errors of their own, and no path that is no text in UTF-8
+    content = read_regular(path)  # readers of formats have errors of their own, and no path that is no text in UTF-8
     notes: list[str] = []
     tensors = _tensors(path, _unwrapped(path, _loaded(path, content), notes), notes)
     return Weights(tensors, tuple(notes))
