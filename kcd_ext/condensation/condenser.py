@@ -54,7 +54,8 @@ class KnowledgeCondenser:
             that 240 epochs cost 87.5 %, not 70 %, of full training); "cosine", along half a cosine to `keep` at stage
             `stages`; "immediate", `keep` from the first stage on. See `schedules.py`.
         alpha: exponent of the visits in the score V·F^alpha (Eq. 13), >= 0.
-        epsilon: the largest share of a dropped image in a mix (Eq. 15), in [0, 1]. 0 mixes nothing.
+        epsilon: the largest share of a dropped image in a mix (Eq. 15), in [0, 1]. 0 mixes nothing: raw items
+            may then differ in shape.
         accumulate: mixes of several stages pile up, as in the authors' code, which overwrites its images; a sample
             that was mixed, dropped and comes back is still mixed. False: at every E-step all mixes start over from the
             raw images.

@@ -80,7 +80,8 @@ def blend(first: Tensor, second: Tensor, weight: float | Tensor, own: float | Te
     if first.shape != second.shape or first.dtype != second.dtype:
         raise ValueError(
             f"items that are mixed must have one shape and dtype, got {first.dtype} of shape {tuple(first.shape)} "
-            f"and {second.dtype} of shape {tuple(second.shape)}"
+            f"and {second.dtype} of shape {tuple(second.shape)}: resize them before they are mixed and crop them after it "
+            f"(in the transform of IndexedDataset), or take epsilon=0, which condenses without mixing"
         )
     if first.dtype not in _ARITHMETIC:
         takes = ", ".join(str(dtype).removeprefix("torch.") for dtype in _ARITHMETIC)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import operator
 import sys
 from collections.abc import Callable
@@ -18,6 +19,16 @@ from ..condensation.mixing import Recipe, blend
 PIL_MODES = ("L", "LA", "RGB", "RGBA", "F")
 
 
+REMEDY = (
+    "resize them in the data set and leave crops and flips to the transform of IndexedDataset, or take epsilon=0, which "
+    "condenses without mixing"
+)
+
+
+class UnlikeItemsError(ValueError):
+    """Raw items that are to be mixed differ in shape, dtype or kind."""
+
+
 class IndexedDataset(Dataset):
     """Wraps a map-style data set of (x, label): item (index, recipe) is (x, label, index).
 
@@ -27,7 +38,8 @@ class IndexedDataset(Dataset):
 
     Mixing needs x to be a tensor, a NumPy array or a PIL image (modes L, LA, RGB, RGBA, F), and gives the same kind
     back: uint8 cut off as the authors do, floating point in its own dtype. Give random augmentation as `transform`
-    here rather than to `dataset`, or mixes are made of augmented images.
+    here rather than to `dataset`, or mixes are made of augmented images. Raw items that are mixed must have one shape and
+    dtype: resize them in `dataset`, or let the condenser have epsilon=0, which mixes nothing.
 
     Args:
         dataset: anything with `len` and integer items (x, label).
@@ -40,6 +52,8 @@ class IndexedDataset(Dataset):
         ValueError: on access: the shapes or dtypes that are to be mixed differ.
     """
 
+    _like: str | None = None  # what every raw item must be; None: anything
+
     def __init__(self, dataset: Any, transform: Callable[[Any], Any] | None = None):
         if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
             raise TypeError(f"dataset must have a length and integer items, got {type(dataset).__name__}")
@@ -47,6 +61,23 @@ class IndexedDataset(Dataset):
             raise TypeError(f"transform must be callable or None, got {type(transform).__name__}")
         self.dataset = dataset
         self.transform = transform
+
+    def for_mixing(self) -> IndexedDataset:
+        """Return a copy all of whose raw items must be like the first one, so that any two can be mixed.
+
+        Raises:
+            TypeError, ValueError: the first item cannot be mixed.
+            UnlikeItemsError: (on access) an item has another shape or dtype, or is of another kind, than the first one.
+        """
+        first, _ = self._item(0)
+        try:
+            _mixed(first, first, 0.5)
+        except (TypeError, ValueError) as error:
+            without = "" if "epsilon=0" in str(error) else "; epsilon=0 condenses without mixing"
+            raise type(error)(f"{error}{without}") from error
+        alike = copy.copy(self)
+        alike._like = _described(first)
+        return alike
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -87,6 +118,11 @@ class IndexedDataset(Dataset):
         if not isinstance(item, tuple | list) or len(item) != 2:
             got = f"{len(item)} entries" if isinstance(item, tuple | list) else type(item).__name__
             raise TypeError(f"dataset must give pairs (x, label), got {got} at index {index}")
+        if self._like is not None and (found := _described(item[0])) != self._like:
+            raise UnlikeItemsError(
+                f"raw items that are to be mixed must be alike, got {self._like} at index 0 and {found} at index {index}: "
+                f"{REMEDY}"
+            )
         return item[0], item[1]
 
 
@@ -108,6 +144,15 @@ def _mixed(first: Any, second: Any, weight: float, own: float | None = None) -> 
         f"items that are mixed must both be tensors, NumPy arrays or PIL images, "
         f"got {type(first).__name__} and {type(second).__name__}"
     )
+
+
+def _described(x: Any) -> str:
+    """Return what must be the same of two items that are mixed."""
+    if isinstance(x, Tensor | np.ndarray):
+        return f"{'tensor' if isinstance(x, Tensor) else 'array'} of {x.dtype} {tuple(x.shape)}"
+    if _is_pil(x):
+        return f"PIL image of mode {x.mode} and size {x.size}"
+    return type(x).__name__
 
 
 def _is_pil(item: Any) -> bool:

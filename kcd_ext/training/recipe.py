@@ -44,7 +44,7 @@ class Condense:
     alpha: float = 0.03
     """Weight of the number of visits in the ranking (Eq. 13)."""
     epsilon: float = 0.3
-    """Largest share of a dropped image in a mixed one (Eq. 14)."""
+    """Largest share of a dropped image in a mixed one (Eq. 14); 0: nothing is mixed, and images may differ in size."""
     accumulate: bool = True
     """Mixed images are mixed again at the next condensation, as in the authors' code."""
     convex: bool = True
@@ -163,7 +163,8 @@ class Recipe:
     compile: bool = False
     """Compiles student and teacher with torch.compile, for batches of any size; not the growing teacher of pwkd."""
     num_workers: int = 0
-    """Processes that load data that does not lie in memory. What its transforms draw depends on how many they are."""
+    """Processes that load data that does not lie in memory, started once a run: so many for training, so many for
+    testing. What its transforms draw depends on how many they are."""
     name: str = ""
     """What tables and files call the run; empty: the method, with kc- before it where samples are condensed, or their
     selection (random, random-crd)."""
