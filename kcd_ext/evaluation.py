@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from .condensation.checks import real
 from .methods.features import Tap, evaluation
+from .networks import logits_alone, usual_modes
 
 TEMPERATURES = (1.0, 4.0)
 COLDEST, HOTTEST = 1e-3, 1e3  # beyond, probabilities are those of the top class alone, or all alike
@@ -183,6 +184,7 @@ class Evaluation:
         return evaluation
 
 
+@usual_modes()
 def evaluate(
     student: nn.Module,
     teacher: nn.Module,
@@ -197,7 +199,9 @@ def evaluate(
     The logits of all samples are kept, on the CPU; all else is batch by batch.
 
     Args:
-        student, teacher: a batch of x -> logits (b, classes), on the device of the batches.
+        student, teacher: a batch of x -> logits (b, classes), on the device of the batches. Of networks that give more the
+            logits are used, with a UserWarning (`kcd_ext.networks.LogitsAlone`). They are called in the precision of their
+            weights: the caller's autocast, gradient and inference modes, default dtype and device have no effect.
         batches: (x, labels) or more, as a `Batch`; labels (b,) int64 in [0, classes). Each sample once.
         temperatures: those of the divergence and of the quality of the probabilities; in [0.001, 1000], different.
         layers: (student's path, teacher's path) of layers whose outputs are compared, by `named_modules()`, or
@@ -214,12 +218,18 @@ def evaluate(
     """
     temperatures = checked_temperatures(temperatures)
     logits, labels = ([], []), []
-    with ExitStack() as stack, torch.no_grad():
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
         compared = _compared(student, teacher, layers, stack)
         for network in (student, teacher):
             stack.enter_context(evaluation(network))
+        outputs = [
+            stack.enter_context(logits_alone(name, network))
+            for name, network in (("student", student), ("teacher", teacher))
+        ]
+        networks = [output.network.eval() for output in outputs]
         for x, label, *_ in batches:
-            given = student(x), teacher(x)
+            given = tuple(called(x) for called in networks)
             for name, kept, one in zip(("student", "teacher"), logits, given, strict=True):
                 _check_logits(name, one, label)
                 kept.append(one.cpu())
@@ -228,6 +238,8 @@ def evaluate(
                 pair.catch(*given)
             for pair in compared:
                 pair.add()
+        for output in outputs:
+            output.report()
     if not labels:
         raise ValueError("batches must hold at least one sample, got none")
     of_student, of_teacher, labels = torch.cat(logits[0]), torch.cat(logits[1]), torch.cat(labels)
@@ -247,16 +259,19 @@ def evaluate(
 # --- metrics of logits ------------------------------------------------------------------------------------------------
 
 
+@usual_modes()
 def accuracy(logits: Tensor, labels: Tensor) -> float:
     """Percent of the samples whose label is the top class."""
     return _percent(logits.argmax(-1) == labels)
 
 
+@usual_modes()
 def agreement(student: Tensor, teacher: Tensor) -> float:
     """Percent of the samples for which both have the same top class (Stanton et al., 2021, arXiv 2106.05945)."""
     return _percent(student.argmax(-1) == teacher.argmax(-1))
 
 
+@usual_modes()
 def divergence(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> float:
     """The mean over the samples of KL(teacher || student) = sum_c p_c (log p_c - log q_c), in nats, without T^2.
 
@@ -267,6 +282,7 @@ def divergence(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> fl
     return _weighted(p.exp(), p - q).sum(-1).mean().item()
 
 
+@usual_modes()
 def quality(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> Quality:
     """Negative log-likelihood and Brier score of the probabilities at a temperature.
 
@@ -279,6 +295,7 @@ def quality(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> Quality
     return Quality(float(temperature), -of_label.mean().item(), error.square().sum(-1).mean().item())
 
 
+@usual_modes()
 def calibration(logits: Tensor, labels: Tensor, bins: int = BINS) -> tuple[float, tuple[Bin, ...]]:
     """The expected calibration error in percentage points, and its bins (Guo et al., 2017, arXiv 1706.04599, Eq. 3).
 
@@ -297,6 +314,7 @@ def calibration(logits: Tensor, labels: Tensor, bins: int = BINS) -> tuple[float
     return error.item(), tuple(Bin(*row) for row in zip(*columns, strict=True))
 
 
+@usual_modes()
 def class_accuracies(
     student: Tensor, teacher: Tensor, labels: Tensor, class_names: Sequence[str] = ()
 ) -> tuple[ClassAccuracy, ...]:
@@ -326,6 +344,7 @@ def log_odds(logits: Tensor, classes: Tensor) -> Tensor:
     return logits.gather(1, place)[:, 0] - logits.scatter(1, place, -math.inf).logsumexp(-1)
 
 
+@usual_modes()
 def exaggeration(student: Tensor, teacher: Tensor) -> Exaggeration:
     """Whether the student is surer than its teacher where that is sure, and less sure where it is not.
 

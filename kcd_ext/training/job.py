@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,6 +12,7 @@ import torch
 from .. import processes
 from ..data.images import ImageData, ImageSet
 from ..environment import versions
+from ..networks import logits_alone
 from . import report, runs, storage, teachers
 from .batches import Samples, feed_of
 from .checks import check_networks
@@ -63,7 +64,10 @@ class Job:
         recipe = self.recipes[0]
         method = build_method(recipe)
         student, teacher = self._student(recipe.seed), self._teacher()
-        with seeded(recipe.seed):
+        networks = [("student", student)] + ([] if teacher is None else [("teacher", teacher)])
+        with seeded(recipe.seed), ExitStack() as stack:
+            for name, network in networks:
+                stack.enter_context(logits_alone(name, network))
             check_networks(student, teacher, self.data.train, self.data.test, torch.device("cpu"))
             labels = self.data.train.labels
             recipe.condense.build(len(labels), seed=recipe.seed, device="cpu", epochs=recipe.epochs, labels=labels)
