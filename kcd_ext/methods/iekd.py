@@ -11,7 +11,7 @@ from torch.nn import functional
 from .. import models
 from ..condensation.checks import real, whole
 from ..models.layers import initialise_convolutions
-from .features import FeatureMethod, Tap, check_layer, full_precision, unit_rows
+from .features import FeatureMethod, Tap, check_layer, evaluation, full_precision, unit_rows
 from .kd import kd_loss
 from .options import check_batch_keep, check_temperature, check_used, check_weight
 from .protocol import Batch, Outcome, Pretraining, entropy
@@ -433,7 +433,7 @@ class InheritanceExplorationMutualLearning(_FactorMethod):
         logits, maps = self.probe("student", student, x)
         if peer is None:
             peer = models.build(self.peer, in_channels=x.shape[1], num_classes=logits.shape[1])
-        self.peer_network = _placed(peer, x.device).requires_grad_(True).train()
+        self.peer_network = _placed_as_it_runs(peer, x).requires_grad_(True).train()
         peer_logits, peer_maps = self.probe("peer", self.peer_network, x)
         if peer_logits.shape != logits.shape:
             raise ValueError(
@@ -507,6 +507,18 @@ def _cross_entropy(logits: Tensor, label: Tensor) -> Tensor:
 def _placed(part: nn.Module, device: torch.device) -> nn.Module:
     """On this device, and with a pixel's channels side by side, as the networks' maps have them."""
     return part.to(device, memory_format=torch.channels_last)
+
+
+def _placed_as_it_runs(network: nn.Module, x: Tensor) -> nn.Module:
+    """Return it as `_placed` does, or in the memory layout in which it came if it does not run in the other one."""
+    as_it_was = copy.deepcopy(network)
+    placed = _placed(network, x.device)
+    try:
+        with evaluation(placed), torch.no_grad():
+            placed(x)
+    except RuntimeError:
+        return as_it_was.to(x.device)
+    return placed
 
 
 def _one_of(name: str, value: str, choices: Mapping[str, object]) -> str:

@@ -88,7 +88,9 @@ class Method(nn.Module):
     def forward(self, student: nn.Module, teacher: nn.Module | None, batch: Batch) -> Outcome:
         """The loss of a batch. The student is in training mode, the teacher in evaluation mode.
 
-        Nothing here may wait for the device: no `.item()`, no branch on a tensor's value.
+        Nothing here may wait for the device: no `.item()`, no branch on a tensor's value. Before the first epoch the
+        trainer calls it, after `begin`, for a step on a few samples that it undoes: parameters, buffers and attributes of
+        the method and the networks are then what they were.
         """
         raise NotImplementedError
 

@@ -44,6 +44,18 @@ def accelerator_on(device: str, mixed_precision: str | None = None) -> Iterator[
 
 
 @contextmanager
+def autocast(accelerator: Accelerator) -> Iterator[None]:
+    """Call networks in the accelerator's precision inside the context.
+
+    Casts of weights that autocast keeps for the next operator end with it, also where the caller is inside an autocast
+    of their own: that one would keep them, and training would go on with the weights of the first step.
+    """
+    with accelerator.autocast():
+        yield
+    torch.clear_autocast_cache()
+
+
+@contextmanager
 def threads(count: int | None) -> Iterator[None]:
     """So many threads of torch's inside; None: as many as it has."""
     before = torch.get_num_threads()

@@ -5,8 +5,8 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -21,20 +21,24 @@ from ..condensation import Condensation, CondensedSampler, KnowledgeCondenser
 from ..data import IndexedDataset
 from ..data.images import ImageSet
 from ..methods import Batch, Method, Outcome, Pretraining
+from ..networks import LogitsAlone, hookable, logits_alone, usual_modes
 from ..registry import one_line
 from . import sharding
 from .batches import Samples, cut, feed_of
 from .checkpoint import Checkpoint
-from .checks import check_gradients, check_method, check_networks, check_outcome, check_storable, indexed
-from .device import accelerator_on
+from .checks import broken, check_method, check_networks, check_outcome, check_storable, indexed, is_sound
+from .device import accelerator_on, autocast
 from .flops import forward_flops
 from .folder import RunFolder
 from .identity import identity_of
+from .layout import Layout
 from .randomness import seeded
 from .recipe import PRECISIONS, Recipe, passed
+from .rehearsal import Rehearsal, rehearse
 from .summary import Summary
 
 PREPARING = 2**32  # in the place of an epoch's number: before the first epoch, and from here on pretraining's epochs
+REHEARSAL = PREPARING - 1  # for the step that is undone
 EVALUATED = 250  # samples of a batch without gradients, at least
 NOTHING_YET = {"sample_visits": 0, "teacher_visits": 0, "flops": 0, "seconds": 0.0, "condensation_seconds": 0.0}
 
@@ -56,15 +60,20 @@ def distill(
     Args:
         student: any module, a batch of x -> logits (b, classes). All of it is trained in training mode, in whatever
             mode it comes (a part that must stay in evaluation mode overrides `train`), except parameters that require
-            no gradient. Ends on the training device, in evaluation mode, the weights of its convolutions in
-            channels-last memory. One that `fully_shard` has cut into pieces (FSDP) is trained so.
+            no gradient. Ends on the training device, in evaluation mode, its tensors in the memory layout in which they
+            came; meanwhile those of its convolutions are channels-last, unless it cannot run so. One that `fully_shard`
+            has cut into pieces (FSDP) is trained so. Where it gives more, in training mode or always, the logits in it
+            are used, with a UserWarning: `logits` of a mapping, a named tuple or a `ModelOutput` of transformers, the
+            first element of another tuple or list. A method that takes all of it in training mode gets all of it.
         teacher: the same, or None where the method asks no teacher. Never trained, its parameters require no gradient
             meanwhile, always in evaluation mode; ends as the student does. It shares no parameters with the student. Its
             accuracy on `test` is measured before training, once (`Summary.teacher_accuracy`).
-        train, test: map-style data sets of `(x, label)`, labels int64 in [0, classes); an `IndexedDataset` is taken as
-            it is, so that raw items can be mixed before they are transformed. An `ImageSet` (of
-            `kcd_ext.data.images.load`, say) is moved to the training device as a whole and needs no loader: mixed,
-            cropped, flipped and normalised there, a batch at a time.
+        train, test: map-style data sets of `(x, label)`, labels int64 in [0, classes), which collate to (b,) or (b, 1);
+            an `IndexedDataset` is taken as it is, so that raw items can be mixed before they are transformed: they must
+            have one shape and dtype, unless `condense.epsilon` is 0. An `ImageSet` (of `kcd_ext.data.images.load`, say)
+            is moved to the training device as a whole and needs no loader: mixed, cropped, flipped and normalised
+            there, a batch at a time. Worker processes (`num_workers`) hold a copy of the data set from the beginning of
+            the run to its end.
         recipe: every number of the run.
         output: a folder for config.json, metrics.jsonl and checkpoint/, written after every epoch, and
             student.safetensors (the last epoch's) and summary.json at the end. None: nothing is written. Several
@@ -88,13 +97,18 @@ def distill(
     than the student is already: then its images are normalised otherwise than those it was trained on, or its classes are in
     another order.
 
-    Python's, NumPy's and torch's generators and torch's settings are afterwards as they were before.
+    Python's, NumPy's and torch's generators and torch's settings are afterwards as they were before. The caller's autocast,
+    gradient and inference modes, default dtype and default device have no effect inside.
+
+    Before anything is written, one training step is taken on the first samples, in the precision of the run, and undone.
+    It also settles in which memory layout each network runs.
 
     Raises:
-        TypeError, ValueError: an argument does not fit. What one sample shows is checked before anything is written.
+        TypeError, ValueError: an argument does not fit, or the student, the teacher or the method fails in that step.
+            What it shows is found before anything is written.
         FileExistsError: `output` holds a run and `resume` is False, or files of something else, or another process is
             running there.
-        FloatingPointError: the loss or a weight is no longer finite; the last checkpoint is intact.
+        FloatingPointError: the loss or a weight is no longer finite, or a sample is not; the last checkpoint is intact.
         OSError: a file cannot be written; those of the last epoch are intact.
     """
     method = build_method(recipe)
@@ -102,9 +116,18 @@ def distill(
     if teacher is None and method.needs_teacher:
         raise ValueError(f"teacher must be a torch.nn.Module: method {recipe.method!r} asks one, got None")
     with ExitStack() as stack:
+        stack.enter_context(usual_modes())
+        networks = {"student": student} | ({} if teacher is None else {"teacher": teacher})
+        outputs = {name: stack.enter_context(logits_alone(name, network)) for name, network in networks.items()}
+        layouts = {name: Layout(network) for name, network in networks.items()}
+        for layout in layouts.values():
+            stack.callback(layout.restore)
         accelerator = stack.enter_context(accelerator_on(recipe.device, PRECISIONS[recipe.precision]))
         stack.enter_context(seeded(recipe.seed, PREPARING, device=accelerator.device))
-        classes = check_networks(student, teacher, train, test, accelerator.device)
+        called = [outputs[name].network if name in outputs else None for name in ("student", "teacher")]
+        classes = check_networks(*called, train, test, accelerator.device)
+        for hook in outputs.values():
+            hook.act_where_found()
         if output is not None:
             check_storable("student", student)
         identity = identity_of(recipe, teacher, train, test, accelerator) if output is not None else {}
@@ -113,7 +136,10 @@ def distill(
             opened = RunFolder.opened(Path(output), identity, resume, accelerator.is_main_process)
             folder = stack.enter_context(opened)
         stack.callback(method.release)
-        run = _Run(accelerator, student, teacher, method, train, test, recipe, classes, stack)
+        resumed = folder is not None and folder.epoch > 0
+        run = _Run(
+            accelerator, student, teacher, method, train, test, recipe, classes, outputs, layouts, resumed, stack
+        )
         if folder is not None:
             check_storable("method", method)
             run.check_all_see(folder)
@@ -204,9 +230,15 @@ class _Run:
         test: IndexedDataset | ImageSet,
         recipe: Recipe,
         classes: int,
+        outputs: Mapping[str, LogitsAlone],
+        layouts: Mapping[str, Layout],
+        resumed: bool,
         stack: ExitStack,
     ):
-        """`stack` ends with the run, and gives back what is taken here."""
+        """`stack` ends with the run, and gives back what is taken here. `resumed`: a checkpoint's weights are to come.
+
+        Raises what `Rehearsal.take` does.
+        """
         self.accelerator = accelerator
         self.classes = classes
         self.recipe = recipe
@@ -216,6 +248,7 @@ class _Run:
         self.teacher_accuracy: float | None = None
         self.history: list[dict] = []
         self.pretraining_history: list[dict] = []
+        self._unsound = 0  # test samples of the last epoch whose logits are not finite
 
         device, ranks = accelerator.device, accelerator.num_processes
         # Without condensation the same condenser keeps everything: one order of samples for all.
@@ -228,8 +261,12 @@ class _Run:
         self.sampler = CondensedSampler(
             self.condenser, seed=recipe.seed, rank=accelerator.process_index, world_size=ranks
         )
-        self.feed = feed_of(train, self.condenser, device, recipe.num_workers)
-        self.test_feed = feed_of(test, None, device, recipe.num_workers)
+        workers = recipe.num_workers
+        mixes = recipe.condense.shrinks_the_set and self.condenser.config.get("epsilon", 0) > 0
+        self.feed = feed_of(train, self.condenser, device, workers, name="train", mixes=mixes)
+        self.test_feed = feed_of(test, None, device, workers, name="test")
+        for feed in (self.feed, self.test_feed):
+            stack.callback(feed.close)
 
         x = next(iter(self.feed.plain(1))).x
         self.flops = tuple(
@@ -241,27 +278,89 @@ class _Run:
             sharding.reshard(network)
         # From here on, so that a copy that the method has made may be trained, and the teacher as a part of it is not.
         stack.enter_context(_frozen(teacher))
-        teacher = method.teacher_of(teacher)
-        if x.dim() == 4:  # convolutions run faster with a pixel's channels side by side, on CPUs as on tensor cores
-            for network in (student, teacher):
-                if network is not None and not sharding.is_sharded(network):
-                    network.to(memory_format=torch.channels_last)
+        given, teacher = teacher, method.teacher_of(teacher)
+        self.asked = None  # the network that is called for the teacher's logits
+        if teacher is not None:
+            self.asked = outputs["teacher"].network if teacher is given else hookable(teacher)
+            if teacher is not given:
+                layouts = {**layouts, "teacher": Layout(teacher)}
+        plans = method.pretraining()
+        # For any size of a batch at once: else the first two sizes met decide what is compiled, and a run that goes on
+        # meets others first.
+        compiled = partial(torch.compile, dynamic=True) if recipe.compile else _as_it_is
+        self.called = compiled(outputs["student"].network)
+        self.teacher = self.asked if self.asked is None or not method.compiles_teacher else compiled(self.asked)
+        self.module = Step(student, method, self.called)  # not the wrapped one: names in checkpoints stay the same
+        # Convolutions run faster with a pixel's channels side by side, on CPUs as on tensor cores.
+        self._rehearse(plans, layouts if x.dim() == 4 else {}, outputs, resumed)
         self.phases: list[_Phase] = []
-        for plan in method.pretraining():
+        for plan in plans:
             plan.part.requires_grad_(True)
             prepared = self._prepared(_PretrainingStep(plan), [*plan.part.parameters()], plan.lr)
             self.phases.append(_Phase(plan, sum(phase.plan.epochs for phase in self.phases), *prepared))
             plan.part.requires_grad_(False)  # a constant for what is trained after it
-        # For any size of a batch at once: else the first two sizes met decide what is compiled, and a run that goes on
-        # meets others first.
-        compiled = partial(torch.compile, dynamic=True) if recipe.compile else _hookable
-        self.called = compiled(student)
-        self.teacher = None if teacher is None else (compiled if method.compiles_teacher else _hookable)(teacher)
-        self.module = Step(student, method, self.called)  # not the wrapped one: names in checkpoints stay the same
         self.trained = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
         self.parameters = [*self.trained.values()]
         self.step, self.optimizer = self._prepared(self.module, self.parameters, recipe.lr)
-        self._checked = False
+
+    def _rehearse(
+        self,
+        plans: Sequence[Pretraining],
+        layouts: Mapping[str, Layout],
+        outputs: Mapping[str, LogitsAlone],
+        resumed: bool,
+    ) -> None:
+        """Chooses the layouts by a step that is undone, and warns of what networks give beside their logits."""
+        student, ranks = outputs["student"].network, self.accelerator.num_processes
+        rehearsal = Rehearsal(
+            step=Step(self.student, self.method, student),
+            student=student,
+            teacher=self.asked,
+            method=self.method,
+            label=self.recipe.method,
+            plans=plans,
+            epochs=self.recipe.epochs,
+            autocast=partial(autocast, self.accelerator),
+            scaled=self.accelerator.scaler is not None,
+            measure=self.condenser.measure,
+            every_gradient=ranks > 1,
+            fresh=not resumed,
+        )
+
+        first_of = cache(lambda feed, size: feed.first(size))
+
+        def take(size: int, rehearsal: Rehearsal = rehearsal, tests: bool = True) -> None:
+            with seeded(self.recipe.seed, REHEARSAL, device=self.accelerator.device):
+                batch = self._weighed(first_of(self.feed, size))
+                rehearsal.take(batch, first_of(self.test_feed, size) if tests else None)
+
+        self.sampler.set_epoch(0)
+        first = cut(len(self.sampler), self.recipe.batch_size * self.recipe.gradient_accumulation)[0]
+        whole = cut(first.stop, self.recipe.batch_size)[0].stop  # the first batch of the run
+        # What is in pieces is in no state for another attempt after one that failed.
+        sizes = [whole] if sharding.is_sharded(self.student) else sorted({min(2, whole), whole})
+        rehearse(take, sizes, [*layouts.values()], [*outputs.values()])
+        for output in outputs.values():
+            if not output.acts_in:
+                output.remove()  # torch.compile would split a network there
+        if self.recipe.compile and ranks == 1:
+            # Once more what is compiled, at the size that is then trained with, for it is compiled for this size. Several
+            # processes compile other parts of it, inside their wrapper.
+            as_compiled = replace(
+                rehearsal,
+                step=Step(self.student, self.method, self.called),
+                student=self.called,
+                teacher=self.teacher,
+            )
+            take(whole, as_compiled, tests=False)
+        if self.accelerator.is_main_process:
+            for output in outputs.values():
+                output.report()
+
+    def _weighed(self, batch: Batch) -> Batch:
+        """With the weights that the condenser gives its samples in this epoch."""
+        weight = self.condenser.sample_weight
+        return batch if weight is None else _with_weight(batch, weight)
 
     def _labels_known_of(self, train: IndexedDataset | ImageSet) -> Tensor | np.ndarray | None:
         """The class of every sample, (N,) int64; None: nothing needs it, or the first epoch will show it.
@@ -336,7 +435,7 @@ class _Run:
             with _counted(self.teacher) as teacher_rows:
                 for batch, share, closes in self._batches(PREPARING + 1 + epoch)[1]:
                     with self._gradients(phase.step, closes):
-                        with self.accelerator.autocast():
+                        with autocast(self.accelerator):
                             loss = phase.step(self.teacher, batch)
                         self.accelerator.backward(loss if share == 1 else loss * share)
                     if closes:
@@ -382,6 +481,7 @@ class _Run:
             self._share_buffers()
             accuracy = self._accuracy()
         self._check_finite(means["loss"], self.parameters, f"epoch {epoch + 1}", self.recipe.lr)
+        self._check_answers(f"epoch {epoch + 1}")
         shown, asked = ranks * sum(student_rows), ranks * sum(teacher_rows)
         trained = None if self.flops[0] is None else 3 * self.flops[0]
         line = {
@@ -445,17 +545,14 @@ class _Run:
         visits, rows, totals, terms = [], 0, torch.zeros((), device=self.accelerator.device), ()
         for batch, share, closes in batches:
             if weight is not None:
-                batch = batch._replace(weight=weight[batch.index].where(batch.index >= 0, 1))
+                batch = _with_weight(batch, weight)
             with self._gradients(self.step, closes):
-                with self.accelerator.autocast():
+                with autocast(self.accelerator):
                     outcome = self.step(self.teacher, batch)
                 if not visits:
                     check_outcome(outcome, batch, self.condenser.measure, self.recipe.method)
                 self.accelerator.backward(outcome.loss if share == 1 else outcome.loss * share)
             if closes:
-                if not self._checked and self.accelerator.num_processes > 1:
-                    check_gradients(self.trained)
-                self._checked = True
                 self._descend(self.optimizer)
             rows += len(batch.label)
             correct = 100 * (outcome.logits.argmax(-1) == batch.label).double().mean()
@@ -499,11 +596,18 @@ class _Run:
         return self.accelerator.reduce(numbers, "sum").tolist()
 
     def _check_finite(self, loss: float, parameters: list[nn.Parameter], when: str, lr: float) -> None:
-        if not math.isfinite(loss):
-            raise FloatingPointError(f"the loss is not finite after {when} ({loss}): a smaller lr than {lr}?")
-        broken = torch.stack([~sharding.local(parameter).isfinite().all() for parameter in parameters]).any()
-        if self._sum([broken])[0]:
-            raise FloatingPointError(f"weights are not finite after {when}: a smaller lr than {lr}?")
+        """Raises FloatingPointError, with the cause, where the loss or a parameter is not finite."""
+        what = f"the loss is not finite after {when} ({loss})"
+        if math.isfinite(loss):
+            found = torch.stack([~sharding.local(parameter).isfinite().all() for parameter in parameters]).any()
+            if not self._sum([found])[0]:
+                return
+            what = f"weights are not finite after {when}"
+        trained, asked = {*map(id, parameters)}, {}
+        if self.asked is not None and trained.isdisjoint(map(id, self.asked.parameters())):
+            asked = {"teacher": self.asked}  # no answer for what has just made it so
+        cause = broken("train", self.feed.plain(self.recipe.batch_size), asked)
+        raise FloatingPointError(f"{what}: {cause or f'a smaller lr than {lr}?'}")
 
     def _share_buffers(self) -> None:
         """The first process's running statistics for all: they are validated and saved, and a resumed run has them."""
@@ -513,7 +617,7 @@ class _Run:
                     torch.distributed.broadcast(buffer, src=0)
 
     def _accuracy(self) -> float:
-        return accuracy_of(self.called, self._test_batches(), self._sum)
+        return accuracy_of(self.called, self._test_batches(), self._sum, self._note_unsound)
 
     def _test_batches(self) -> Iterator[Batch]:
         rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
@@ -538,6 +642,25 @@ class _Run:
         doubt = doubt_about(accuracy, student, counts)
         if doubt and self.accelerator.is_main_process:
             warnings.warn(doubt, stacklevel=3)
+
+    def _note_unsound(self, count: int) -> None:
+        self._unsound = count
+
+    def _check_answers(self, when: str) -> None:
+        """Raises FloatingPointError where a test sample is not finite; warns where only the student's answer is not."""
+        count, self._unsound = self._unsound, 0
+        if not count:
+            return
+        size = max(EVALUATED, self.recipe.batch_size)
+        if (cause := broken("test", self.test_feed.plain(size), {})) is not None:
+            raise FloatingPointError(f"the accuracy after {when} means nothing: {cause}")
+        cause = broken(
+            "test", self.test_feed.plain(size), {"student": self.called}
+        )  # every process: it can be in pieces
+        if self.accelerator.is_main_process:
+            warnings.warn(
+                f"after {when} {count} test samples have no finite logits: {cause}", RuntimeWarning, stacklevel=3
+            )
 
     def checkpoint(self, identity: dict) -> Checkpoint:
         """All of this that the next epoch needs. With a sharded student every process must call it."""
@@ -635,23 +758,32 @@ class _Run:
         )
 
 
-def accuracy_of(network: nn.Module, batches: Iterable[Batch], summed: Callable[[list], list[float]]) -> float:
+def accuracy_of(
+    network: nn.Module,
+    batches: Iterable[Batch],
+    summed: Callable[[list], list[float]],
+    unsound: Callable[[int], None] = lambda count: None,
+) -> float:
     """Percent of the samples whose label has the highest logit, to four decimals; repeats (index -1) do not count.
 
-    `summed` adds numbers over all processes. Leaves evaluation mode on. Raises ValueError for labels that are not one
-    number a sample.
+    `summed` adds numbers over all processes. `unsound` is called with the number of samples whose highest logit is not
+    finite, if there are any. Leaves evaluation mode on. Raises ValueError for labels that are not one number a sample.
     """
     network.eval()
-    correct, count = [], []
+    correct, count, broken_ones = [], [], []
     with torch.no_grad():
         for batch in batches:
-            predicted = network(batch.x).argmax(-1)
+            logits = network(batch.x)
+            predicted = logits.argmax(-1)
             if batch.label.shape != predicted.shape:
                 raise ValueError(f"labels must have shape {tuple(predicted.shape)}, got {tuple(batch.label.shape)}")
             own = batch.index >= 0
             correct.append(((predicted == batch.label) & own).sum())
             count.append(own.sum())
-    right, all_of_them = summed([torch.stack(correct).sum(), torch.stack(count).sum()])
+            broken_ones.append((~is_sound(logits) & own).sum())
+    right, all_of_them, number = summed([torch.stack(part).sum() for part in (correct, count, broken_ones)])
+    if number:
+        unsound(int(number))
     return round(100 * right / all_of_them, 4)
 
 
@@ -728,19 +860,12 @@ def _is_of_scaler(state: Mapping[str, object], own: Mapping[str, object]) -> boo
     return state.keys() == own.keys() and len(numbers) == len(state)
 
 
-class _Scripted(nn.Module):
-    """A TorchScript network, as one that takes hooks."""
-
-    def __init__(self, network: torch.jit.ScriptModule):
-        super().__init__()
-        self.network = network
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.network(x)
+def _as_it_is(network: nn.Module) -> nn.Module:
+    return network
 
 
-def _hookable(network: nn.Module) -> nn.Module:
-    return _Scripted(network) if isinstance(network, torch.jit.ScriptModule) else network
+def _with_weight(batch: Batch, weight: Tensor) -> Batch:
+    return batch._replace(weight=weight[batch.index].where(batch.index >= 0, 1))
 
 
 @contextmanager
@@ -750,7 +875,9 @@ def _counted(network: nn.Module | None) -> Iterator[list[int]]:
     if network is None:
         yield rows
         return
-    hook = network.register_forward_hook(lambda _module, _inputs, logits: rows.append(len(logits)))
+    hook = network.register_forward_hook(
+        lambda _module, inputs, given: rows.append(len(given if isinstance(given, Tensor) else inputs[0]))
+    )
     try:
         yield rows
     finally:
