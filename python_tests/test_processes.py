@@ -34,6 +34,10 @@ class Recorder(Method):
     def prepare(self, student, teacher, samples):
         self.teacher = teacher  # a part of this now, and yet not trained
 
+    def begin(self, epoch, epochs):
+        if epoch == 0:  # what was seen before was a step that is undone
+            Recorder.seen.clear(), Recorder.drawn.clear()
+
     def forward(self, student, teacher, batch):
         logits = student(batch.x)
         teacher(batch.x)

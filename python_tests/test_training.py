@@ -1032,7 +1032,7 @@ class Broken(nn.Linear):
             r"test must give labels in \[0, 4\), got -1",
         ),
         ({"test": [(torch.zeros(3), 0)]}, {}, ValueError, r"does not take x of torch.float32 \(1, 3\) from test"),
-        ({"test": [(torch.zeros(6), torch.tensor([1]))]}, {}, ValueError, r"test must give labels .* \(1, 1\)"),
+        ({"test": [(torch.zeros(6), torch.tensor([1, 0]))]}, {}, ValueError, r"test must give labels .* \(1, 2\)"),
         ({"train": [(torch.zeros(6), np.int32(1))]}, {}, ValueError, r"train must give labels .* torch.int32 \(1,\)"),
         ({"train": [(torch.zeros(6), 4)]}, {}, ValueError, r"train must give labels in \[0, 4\), got 4"),
         ({"train": IndexedDataset(Blobs(9), {}.__getitem__)}, {}, ValueError, r"train\[0\] cannot be loaded: "),
@@ -1060,8 +1060,8 @@ def test_distill_checks_before_it_writes(tmp_path, arguments, changes, error, me
 
 def test_labels_of_another_shape_further_on_are_no_accuracy():
     x, size = torch.zeros(FEATURES), EVALUATED
-    test = [(x, torch.tensor(0))] * size + [(x, torch.tensor([0]))] * size
-    with pytest.raises(ValueError, match=rf"labels must have shape \({size},\), got \({size}, 1\)"):
+    test = [(x, torch.tensor(0))] * size + [(x, torch.tensor([0, 0]))] * size
+    with pytest.raises(ValueError, match=rf"labels must have shape \({size},\), got \({size}, 2\)"):
         distill(network(), network(2), Blobs(20), test, recipe())
 
 

@@ -1,0 +1,961 @@
+"""Networks, data and callers of all kinds, as `distill` meets them: what it takes, refuses by name, and leaves alone."""
+
+import copy
+import math
+import multiprocessing
+import os
+import warnings
+from collections import OrderedDict, namedtuple
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from processes import Crew
+from test_resume import images
+from torch import nn
+from torch.nn import functional
+from torch.utils.data import DataLoader, TensorDataset
+
+from kcd_ext import IndexedDataset, methods, models
+from kcd_ext.evaluation import evaluate
+from kcd_ext.methods import Batch, Method, Outcome
+from kcd_ext.networks import LogitsAlone, logits_alone, usual_modes
+from kcd_ext.training import Condense, Recipe, checkpoint, distill, rehearsal, trainer
+from kcd_ext.training.batches import LoadedFeed
+from kcd_ext.training.randomness import seeded
+
+TRAIN, TEST = images(24), images(12, seed=1)
+OPTIONS = {
+    "ce": {},
+    "kd": {},
+    "pkt": {},
+    "crd": {"negatives": 4, "dimension": 3},
+    "sskd": {"head_epochs": 1, "head_lr": 0.01},
+    "pwkd": {"teacher_epochs": 1, "teacher_lr": 0.01, "widths": "0.5,1"},
+    "iekd": {"factor_epochs": 1, "factor_lr": 0.01, "student_layer": "relu", "teacher_layer": "relu"},
+    "ie-dml": {"student_layer": "relu", "peer_layer": "relu"},
+    "kr": {"student_layers": "relu", "teacher_layers": "relu"},
+}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+class Net(nn.Module):
+    """With batch statistics and dropout; `gives` says what comes out, in which of the modes `where`."""
+
+    def __init__(self, seed=0, gives=lambda y: y, where=(True, False), flatten=lambda x: x.flatten(1)):
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.conv = nn.Conv2d(1, 6, 3, 2, padding=1)
+            self.norm = nn.BatchNorm2d(6)
+            self.relu = nn.ReLU()
+            self.drop = nn.Dropout(0.2)
+            self.fc = nn.Linear(54, 4)
+        self.gives, self.where, self.flatten = gives, where, flatten
+
+    def forward(self, x):
+        logits = self.fc(self.drop(self.flatten(self.relu(self.norm(self.conv(x))))))
+        return self.gives(logits) if self.training in self.where else logits
+
+
+def run(student, teacher, method="kd", train=TRAIN, test=TEST, output=None, **changes):
+    options = OPTIONS.get(method, {}) | changes.pop("options", {})
+    settings = {"epochs": 2, "batch_size": 8, "device": "cpu", "lr": 0.02, "seed": 5} | changes
+    return distill(
+        student,
+        None if method in ("ce", "ie-dml") else teacher,
+        train,
+        test,
+        Recipe(method, options, **settings),
+        output=output,
+    )
+
+
+def bits(network):
+    return {name: tensor.clone() for name, tensor in network.state_dict().items()}
+
+
+def assert_equal(one, other):
+    assert one.keys() == other.keys()
+    for name in one:
+        torch.testing.assert_close(one[name], other[name], rtol=0, atol=0, equal_nan=True)
+
+
+# --- the step that is undone ------------------------------------------------------------------------------------------
+
+
+def without_a_step(take, sizes, layouts, outputs):
+    for layout in layouts:
+        layout.to_channels_last()
+
+
+@pytest.mark.parametrize("changes", [{}, {"precision": "bfloat16"}, {"condense": Condense(every=1, batch_keep=0.4)}])
+@pytest.mark.parametrize("method", OPTIONS)
+def test_the_step_leaves_no_trace_in_the_result(method, changes, monkeypatch):
+    """Against the same run without it: batch statistics, memory banks, heads and generators are what they were."""
+    if changes.get("condense") and method in ("ce", "ie-dml"):
+        changes = {"condense": Condense(every=1)}
+    found = []
+    for patched in (False, True):
+        if patched:
+            monkeypatch.setattr(trainer, "rehearse", without_a_step)
+        student, teacher = Net(1), Net(2)
+        history = run(student, teacher, method, **changes).history
+        lines = [{name: x for name, x in line.items() if not name.endswith("seconds")} for line in history]
+        found.append((bits(student), bits(teacher), lines))
+    for one, other in zip(*(part[:2] for part in found), strict=True):
+        assert_equal(one, other)
+    assert found[0][2] == found[1][2]
+
+
+class Restless(nn.Module):
+    """Changes everything that a module has when it is called."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(3, 2)
+        self.norm = nn.BatchNorm1d(3)
+        self.register_buffer("calls", torch.zeros(()))
+        self.register_buffer("last", None)
+        self.steps, self.eager = 0, False
+
+    def forward(self, x):
+        self.steps += 1
+        self.calls += 1
+        self.last = x.detach().clone()
+        self.fc.weight.data.mul_(2)
+        self.fc.bias.requires_grad_(False)
+        self.norm.num_batches_tracked = self.norm.num_batches_tracked + 1
+        self.cached = x
+        return self.fc(self.norm(x))
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_undone_restores_tensors_gradients_modes_and_attributes(fails):
+    module = Restless()
+    module.fc.weight.grad = torch.full((2, 3), 7.0)
+    module.norm.eval()
+    module.norm.running_mean[0] = math.nan
+
+    def held():
+        return (module.calls, module.fc.weight, module.norm.running_mean, module.fc.weight.grad)
+
+    objects = held()
+
+    def state():
+        parameters = {name: p.requires_grad for name, p in module.named_parameters()}
+        modes = {name: part.training for name, part in module.named_modules()}
+        return parameters, modes, module.steps, module.eager, hasattr(module, "cached"), module.last
+
+    before, tensors = state(), copy.deepcopy(module.state_dict())
+    with pytest.raises(KeyError) if fails else nullcontext(), rehearsal.undone(module):
+        module.train()
+        module(torch.randn(4, 3)).sum().backward()
+        module.eager = True
+        assert state() != before
+        if fails:
+            raise KeyError
+    assert state() == before
+    assert_equal(tensors, module.state_dict())
+    assert all(one is other for one, other in zip(objects, held(), strict=True)) and (objects[3] == 7).all()
+
+
+class Fails(Net):
+    def __init__(self, how, seed=0):
+        super().__init__(seed)
+        self.how = how
+
+    def forward(self, x):
+        return self.how(self, x, super().forward(x))
+
+
+def raises_in_training(net, x, y):
+    if net.training:
+        raise KeyError("aux\nand a second line")
+    return y
+
+
+def fails_in_pairs(net, x, y):
+    if len(x) > 1:
+        raise RuntimeError("one at a time, please")
+    return y
+
+
+class BackwardFails(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        raise RuntimeError("no way back")
+
+
+def spoiled(net, path, value):
+    with torch.no_grad():
+        net.get_parameter(path).view(-1)[-1] = value
+    return net
+
+
+def infinite_slope(net, x, y):
+    return y + (y - y.detach()).abs().sqrt()
+
+
+class Crooked(Method):
+    def forward(self, student, teacher, batch):
+        logits = student(batch.x)
+        loss = functional.cross_entropy(logits, batch.label)
+        return Outcome(loss / 0 if loss > 0 else loss, logits.detach(), methods.entropy(logits))
+
+
+class Alone(Method):
+    """Trains a part of its own."""
+
+    def prepare(self, student, teacher, samples):
+        self.part = nn.Linear(4, 4)
+
+    def forward(self, student, teacher, batch):
+        logits = student(batch.x)
+        loss = functional.cross_entropy(self.part(logits), batch.label)
+        return Outcome(loss, logits.detach(), methods.entropy(logits))
+
+
+class Odd(Method):
+    def forward(self, student, teacher, batch):
+        student(batch.x)
+        raise LookupError("nothing of the kind\n  at all")
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "method", "message"),
+    [
+        (
+            Fails(raises_in_training),
+            Net(),
+            "kd",
+            r"^student fails in a training step on x of torch\.float32 \(8, 1, 6, 6",
+        ),
+        (
+            Net(),
+            Fails(fails_in_pairs),
+            "kd",
+            "^teacher fails in a training step .*: RuntimeError: one at a time, please$",
+        ),
+        (
+            Fails(lambda net, x, y: BackwardFails.apply(y)),
+            Net(),
+            "kd",
+            "^student fails in a training step on x .*: no way back$",
+        ),
+        (Fails(lambda net, x, y: y.detach()), Net(), "kd", "must give loss with a gradient"),
+        (
+            Fails(lambda net, x, y: y.detach() if net.training else y),
+            Net(),
+            f"{__name__}:Alone",
+            "^student has no part in the loss of method '.*:Alone'",
+        ),
+        (spoiled(Net(), "fc.weight", math.nan), Net(), "kd", r"the student's fc\.weight holds NaN before training$"),
+        (Net(), spoiled(Net(), "conv.weight", math.inf), "kd", r"the teacher's conv\.weight holds an infinity before"),
+        (Net(), Fails(lambda net, x, y: y / 0), "kd", r"the teacher gives logits that are not finite for train\[0\]"),
+        (Fails(lambda net, x, y: y * math.nan), Net(), "kd", "student gives logits that are not finite, from finite"),
+        (Fails(infinite_slope), Net(), "kd", r"gives student\.\S+ a gradient that is not finite$"),
+        (Net(), Net(), f"{__name__}:Crooked", "Crooked' gives a loss of inf, from finite logits"),
+        (Net(), Net(), f"{__name__}:Odd", "Odd' fails in a training step .*: LookupError: nothing of the kind$"),
+    ],
+)
+def test_what_fails_is_named_in_one_line_and_leaves_nothing(tmp_path, student, teacher, method, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        run(student, teacher, method, output=tmp_path / "a" / "run")
+    assert "\n" not in str(caught.value) and not [*tmp_path.iterdir()]
+
+
+class Pixel(nn.Sequential):
+    """Ends in maps of one pixel with batch statistics: one sample is not enough in training."""
+
+    def __init__(self):
+        super().__init__(nn.Conv2d(1, 4, 6), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 4))
+
+
+class Neighbours(Method):
+    """Needs more samples than two."""
+
+    def forward(self, student, teacher, batch):
+        logits = student(batch.x)
+        near = torch.cdist(logits, logits).topk(5).values.mean()
+        return Outcome(functional.cross_entropy(logits, batch.label) + near, logits.detach(), methods.entropy(logits))
+
+
+def test_a_step_that_needs_more_than_two_samples_gets_a_whole_batch(tmp_path):
+    run(Pixel(), Pixel())
+    run(Net(), Net(), f"{__name__}:Neighbours")
+    keep = {
+        "condense": Condense(keep=1.0, batch_keep=0.5)
+    }  # of two samples one, in the batch normalisation of an encoder
+    layers = {"student_layer": "0", "teacher_layer": "0"}
+    run(Pixel(), Pixel(), "iekd", options=layers, **keep)
+    with pytest.raises(ValueError, match=r"^student fails .* \(1, 1, 6, 6\): ValueError: Expected more than 1 value"):
+        run(Pixel(), Pixel(), batch_size=1, output=tmp_path / "run")
+    one = TensorDataset(torch.rand(1, 1, 6, 6), torch.tensor([2]))
+    assert run(Net(), Net(), train=one).sample_visits == 2
+
+
+def test_a_resumed_run_takes_the_weights_of_the_checkpoint(tmp_path):
+    """Those that are handed in may be anything."""
+    recipe = Recipe("kd", epochs=2, batch_size=8, device="cpu")
+    whole = distill(Net(1), Net(2), TRAIN, TEST, recipe, output=tmp_path / "whole")
+
+    class StopError(Exception):
+        pass
+
+    def stop(line):
+        raise StopError
+
+    with pytest.raises(StopError):
+        distill(Net(1), Net(2), TRAIN, TEST, recipe, output=tmp_path / "torn", progress=stop)
+    empty = spoiled(Net(3), "fc.weight", math.nan)
+    again = distill(empty, Net(2), TRAIN, TEST, recipe, output=tmp_path / "torn", resume=True)
+    assert again.accuracy_last == whole.accuracy_last
+    names = [tmp_path / name / "student.safetensors" for name in ("whole", "torn")]
+    assert names[0].read_bytes() == names[1].read_bytes()
+
+
+# --- memory layouts ---------------------------------------------------------------------------------------------------
+
+
+def viewed(x):
+    return x.view(len(x), -1)
+
+
+class Centred(Net):
+    """Reads a weight through `.view`, and only while it trains."""
+
+    def forward(self, x):
+        if self.training:
+            self.conv.weight.view(6, -1)
+            self.deep.weight.view(6, -1)
+        return super().forward(x) + 0 * (self.deep.weight.sum() + self.spare.sum())
+
+    def __init__(self, seed=0):
+        super().__init__(seed)
+        self.deep = nn.Conv2d(6, 6, 3)
+        self.spare = nn.Parameter(torch.rand(2, 3, 4, 5))
+        self.register_buffer("table", torch.rand(2, 3, 4, 5))
+
+
+@pytest.mark.parametrize("method", [*OPTIONS])
+def test_networks_that_use_view_are_trained(method):
+    """And are as good as if they did not."""
+    results = []
+    for flatten in (viewed, lambda x: x.flatten(1)):
+        student = Net(1, flatten=flatten)
+        run(student, Net(2, flatten=flatten), method)
+        results.append(student)
+        student.eval()(TEST.views.plain(torch.from_numpy(TEST.images)))
+    for one, other in zip(*(bits(net).values() for net in results), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+
+
+def strides(network):
+    return {name: x.stride() for name, x in [*network.named_parameters(), *network.named_buffers()]}
+
+
+def mixed_layout(network):
+    network.spare.data = network.spare.data.to(memory_format=torch.channels_last)
+    network.table = network.table.transpose(0, 3)
+    return network
+
+
+def zoo(seed):
+    return models.build("cnn_small", in_channels=1, num_classes=4)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("build", [lambda seed: mixed_layout(Centred(seed)), Centred, zoo])
+def test_networks_come_back_in_the_layout_in_which_they_came(build, fails):
+    student, teacher = build(1), build(2)
+    before, seen = (strides(student), strides(teacher)), []
+
+    def look(line):
+        seen.append(strides(student))
+        if fails:
+            raise KeyError
+
+    with pytest.raises(KeyError) if fails else nullcontext():
+        distill(student, teacher, TRAIN, TEST, Recipe("kd", epochs=1, device="cpu"), progress=look)
+    assert (strides(student), strides(teacher)) == before
+    assert (seen[0] != before[0]) == (build is zoo)  # channels-last meanwhile, where it can be
+
+
+class DeepNet(Net):
+    """Of two channels inside, so that layouts differ."""
+
+    def __init__(self, seed, **options):
+        super().__init__(seed, **options)
+        self.first = nn.Conv2d(1, 2, 1)
+        self.conv = nn.Conv2d(2, 6, 3, 2, padding=1)
+
+    def forward(self, x):
+        return super().forward(self.first(x))
+
+
+class Looks(Method):
+    """At whether the first convolutions of student and teacher lie as they came."""
+
+    seen: list = []  # noqa: RUF012 - of the last epoch
+
+    def forward(self, student, teacher, batch):
+        Looks.seen = [network.conv.weight.is_contiguous() for network in (student, teacher)]
+        logits = student(batch.x)
+        teacher(batch.x)
+        return Outcome(functional.cross_entropy(logits, batch.label), logits.detach(), methods.entropy(logits))
+
+
+@pytest.mark.parametrize("own", [(True, False), (False, True), (False, False), (True, True)])
+def test_one_network_that_cannot_be_channels_last_does_not_keep_the_other_from_it(own):
+    student, teacher = (DeepNet(1, flatten=viewed if one else lambda x: x.flatten(1)) for one in own)
+    run(student, teacher, f"{__name__}:Looks")
+    assert Looks.seen == list(own)
+
+
+# --- more than logits -------------------------------------------------------------------------------------------------
+
+Both = namedtuple("Both", "aux logits")
+
+
+class ModelOutput(OrderedDict):
+    """As that of transformers."""
+
+    @property
+    def logits(self):
+        return self["logits"]
+
+
+KINDS = {
+    "tuple": lambda y: (y, 2 * y),
+    "list": lambda y: [y],
+    "named tuple": lambda y: Both(2 * y, y),
+    "dict": lambda y: {"loss": None, "logits": y},
+    "ModelOutput": lambda y: ModelOutput(loss=None, logits=y),
+    "object": lambda y: SimpleNamespace(logits=y, hidden=None),
+}
+
+
+@pytest.mark.parametrize("where", [(True,), (False,), (True, False)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_logits_are_found_in_what_networks_give(kind, where, tmp_path):
+    results = []
+    for gives in (KINDS[kind], lambda y: y):
+        student, teacher = Net(1, gives, where), Net(2, gives, (True, False))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            summary = run(student, teacher, output=tmp_path / str(len(results)))
+        told = [str(warning.message) for warning in caught if warning.category is UserWarning]
+        results.append((bits(student), summary.history[-1]["loss"], summary.teacher_visits, summary.flops, told))
+    assert_equal(results[0][0], results[1][0])
+    assert results[0][1:4] == results[1][1:4] and not results[1][4]
+    assert [text.split(" gives ")[0] for text in results[0][4]] == ["student", "teacher"]
+    saved = [checkpoint.load(tmp_path / name / "checkpoint").model.keys() for name in "01"]
+    assert saved[0] == saved[1]
+    assert type(student.eval()(torch.zeros(1, 1, 6, 6))) is torch.Tensor  # of the second, plain pair
+    student = Net(1, KINDS[kind])
+    with pytest.warns(UserWarning, match="^student gives "):
+        run(student, Net(2))
+    assert not isinstance(student(torch.zeros(2, 1, 6, 6)), torch.Tensor)  # afterwards as before
+
+
+@pytest.mark.parametrize("method", OPTIONS)
+def test_every_method_takes_networks_that_give_more_than_logits(method):
+    results = []
+    for gives in (KINDS["named tuple"], lambda y: y):
+        student, teacher = Net(1, gives), Net(2, gives)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            run(student, teacher, method, condense=Condense(keep=0.5, every=1))
+        results.append(bits(student))
+    assert_equal(*results)
+
+
+class Auxiliary(Method):
+    """Takes everything that the student gives in training, and more of the teacher by an option."""
+
+    def forward(self, student, teacher, batch):
+        logits, aux = student(batch.x)
+        with torch.no_grad():
+            answer, features = teacher(batch.x, features=True)
+        loss = functional.cross_entropy(logits, batch.label) + functional.mse_loss(aux, answer) + 0 * features.sum()
+        return Outcome(loss, logits.detach(), methods.entropy(logits))
+
+
+class Features(Net):
+    def forward(self, x, features=False):
+        return (super().forward(x), x) if features else super().forward(x)
+
+
+def test_a_method_that_takes_more_than_logits_gets_all_of_it():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        assert run(Net(1, lambda y: (y, 3 * y), (True,)), Features(2), f"{__name__}:Auxiliary").sample_visits == 48
+
+
+@pytest.mark.parametrize(
+    ("gives", "message"),
+    [
+        (lambda y: {"out": y, "aux": y}, "got a dict with 'out', 'aux' in {} mode"),
+        (lambda y: {"logits": [y]}, "got a dict with 'logits' in {} mode"),
+        (lambda y: ({"logits": y}, y), "got a tuple of dict, Tensor in {} mode"),
+        (lambda y: (), "got a tuple of nothing in {} mode"),
+        (lambda y: None, "got a NoneType in {} mode"),
+        (
+            lambda y: (y[:, :, None, None], y),
+            r"got a tuple of Tensor, Tensor, its first element of shape \(\d+, 4, 1, 1\)",
+        ),
+        (lambda y: y[:, :, None], r"got \(\d+, 4, 1\) in {} mode"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("name", "mode"), [("student", "training"), ("student", "evaluation"), ("teacher", "evaluation")]
+)
+def test_what_holds_no_logits_is_refused(name, mode, gives, message, tmp_path):
+    odd = Net(1, gives, (mode == "training",))
+    student, teacher = (odd, Net()) if name == "student" else (Net(), odd)
+    with pytest.raises(ValueError, match=rf"^{name} must give logits \(b, classes\), {message.format(mode)}") as caught:
+        run(student, teacher, output=tmp_path / "run")
+    assert "\n" not in str(caught.value) and not [*tmp_path.iterdir()]
+
+
+def test_several_processes_and_sharded_students_take_them_too(tmp_path):
+    def job(rank):
+        torch.set_num_threads(1)
+        warnings.simplefilter("ignore")
+        from accelerate import PartialState
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        PartialState(cpu=True)
+        for sharded in (False, True):
+            found = []
+            for gives in (KINDS["dict"], lambda y: y):
+                torch.manual_seed(0)
+                student = nn.Sequential(nn.Flatten(), nn.Linear(36, 8), Head(gives))
+                if sharded:
+                    fully_shard(student, mesh=init_device_mesh("cpu", (2,)))
+                run(student, Net(2, gives))
+                found.append({name: checkpoint_of(x) for name, x in student.state_dict().items()})
+            assert_equal(*found)
+
+    assert Crew(job, 2).wait() == [0, 0]
+
+
+class Head(nn.Module):
+    def __init__(self, gives):
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(3)
+            self.fc = nn.Linear(8, 4)
+        self.gives = gives
+
+    def forward(self, x):
+        return self.gives(self.fc(x))
+
+
+def checkpoint_of(x):
+    return x.full_tensor() if hasattr(x, "full_tensor") else x
+
+
+class Scripted(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(1, 3, 3)
+        self.norm = nn.BatchNorm2d(3)
+        self.fc = nn.Linear(48, 4)
+
+    def forward(self, x):
+        maps = self.norm(self.conv(x))
+        return self.fc(maps.view(maps.size(0), -1)), x
+
+
+def scripted():
+    with warnings.catch_warnings(), torch.random.fork_rng():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        torch.manual_seed(0)
+        return torch.jit.script(Scripted())
+
+
+def test_scripted_networks_may_give_more_than_logits_and_use_view(monkeypatch):
+    with pytest.warns(
+        UserWarning, match="^teacher gives a tuple of Tensor, Tensor in evaluation mode: its first element"
+    ):
+        assert run(Net(), scripted()).teacher_visits == 48
+    found = []
+    for patched in (False, True):
+        if patched:
+            monkeypatch.setattr(trainer, "rehearse", lambda take, sizes, layouts, outputs: None)
+            monkeypatch.setattr(LogitsAlone, "act_where_found", lambda hook: False)
+        with pytest.warns(UserWarning, match="^student gives a tuple of Tensor, Tensor in evaluation mode: its first"):
+            student = scripted()
+            run(student, Net(2))
+        found.append(bits(student))
+    assert_equal(*found)
+
+
+def test_evaluation_takes_them_too():
+    x, label = torch.rand(9, 1, 6, 6), torch.arange(9) % 4
+    plain = repr(evaluate(Net(1), Net(2), [(x, label)]))
+    with pytest.warns(
+        UserWarning, match="^student gives a dict with 'loss', 'logits' in evaluation mode: its 'logits'"
+    ):
+        assert repr(evaluate(Net(1, KINDS["dict"]), Net(2), [(x, label)])) == plain
+    with pytest.raises(ValueError, match=r"^teacher must give logits"):
+        evaluate(Net(1), Net(2, lambda y: {"out": y}), [(x, label)])
+
+
+def test_copies_share_the_hook_while_it_is_there():
+    network = Net(0, KINDS["tuple"])
+    x = torch.zeros(2, 1, 6, 6)
+    with logits_alone("student", network):
+        twin = copy.deepcopy(network)
+        assert isinstance(network(x), torch.Tensor) and isinstance(twin(x), torch.Tensor)
+    assert isinstance(network(x), tuple) and isinstance(twin(x), tuple)
+    with pytest.raises(TypeError, match=r"student must be a torch.nn.Module, got int"):
+        LogitsAlone("student", 3)
+
+
+# --- the caller's modes -----------------------------------------------------------------------------------------------
+
+
+class Dtype:
+    def __init__(self, dtype):
+        self.dtype = dtype
+
+    def __enter__(self):
+        self.before = torch.get_default_dtype()
+        torch.set_default_dtype(self.dtype)
+
+    def __exit__(self, *_):
+        torch.set_default_dtype(self.before)
+
+
+MODES = {
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "autocast without a cache": lambda: torch.autocast("cpu", torch.bfloat16, cache_enabled=False),
+    "no_grad": torch.no_grad,
+    "inference": torch.inference_mode,
+    "float64": lambda: Dtype(torch.float64),
+    "bfloat16": lambda: Dtype(torch.bfloat16),
+    "device": lambda: torch.device("meta"),
+}
+
+
+def modes():
+    return (
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        torch.is_autocast_enabled("cpu"),
+        torch.get_autocast_dtype("cpu"),
+        torch.is_autocast_cache_enabled(),
+        torch.get_default_dtype(),
+        torch.get_default_device(),
+    )
+
+
+@pytest.mark.parametrize("changes", [{}, {"precision": "bfloat16"}, {"method": "crd"}])
+@pytest.mark.parametrize("mode", MODES)
+def test_the_callers_modes_play_no_part(mode, changes):
+    x, label = torch.rand(9, 1, 6, 6), torch.arange(9) % 4
+    results = []
+    for context in (nullcontext, MODES[mode]):
+        student, teacher = Net(1), Net(2)
+        with context():
+            before = modes()
+            summary = run(student, teacher, **changes)
+            found = evaluate(student, teacher, [(x, label)])
+            assert modes() == before
+        results.append((bits(student), summary.history[-1]["loss"], repr(found)))
+    assert_equal(results[0][0], results[1][0])
+    assert results[0][1:] == results[1][1:]
+    assert modes()[:3] == (True, False, False)
+
+
+def test_weights_that_the_callers_autocast_has_cast_are_cast_anew():
+    network, x = nn.Linear(3, 2), torch.ones(1, 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        network(x)
+        with usual_modes(), torch.no_grad():
+            network.weight.zero_()
+            network.bias.zero_()
+        assert (network(x) == 0).all()
+
+
+# --- worker processes -------------------------------------------------------------------------------------------------
+
+
+def shaken(image):
+    """Random in every way that a transform can be; says which process it is in."""
+    noise = torch.randn(()) + float(np.random.rand()) + __import__("random").random()
+    return torch.cat(
+        [torch.from_numpy(image.transpose(2, 0, 1)) / 255 + noise, torch.full((1, 6, 6), float(os.getpid()))]
+    )
+
+
+SHAKEN = IndexedDataset(TRAIN, shaken)
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_passes_are_those_of_a_loader_that_starts_anew(workers):
+    """The oracle: torch's own loader, made for every pass, under the same seed. What is broken off or read twice at once
+    disturbs nothing."""
+    entries = [(i, i) for i in range(24)]
+    parts = [slice(i, i + 5) for i in range(0, 24, 5)]
+    feed = LoadedFeed(SHAKEN, torch.device("cpu"), workers)
+    pids, drawn = set(), []
+    try:
+        for epoch in range(3):
+            with seeded(7, epoch):
+                found = list(feed.epoch(entries, parts, 0, 0))
+                after = torch.rand(())
+            with seeded(7, epoch):
+                own = DataLoader(SHAKEN, batch_sampler=[entries[part] for part in parts], num_workers=workers)
+                expected = [Batch(*batch) for batch in own]
+                assert torch.rand(()) == after
+            for one, other in zip(found, expected, strict=True):
+                assert torch.equal(one.x[:, 0], other.x[:, 0]) and torch.equal(one.label, other.label)
+            pids |= {float(pid) for batch in found for pid in batch.x[:, 1].unique()}
+            drawn.append(torch.cat([batch.x[:, 0] for batch in found]))
+            next(iter(feed.plain(4)))  # broken off
+            held = feed.plain(4)
+            next(held)
+            assert len([*feed.plain(7)]) == 4  # while another one is being read
+            del held
+        assert not torch.equal(drawn[0], drawn[1])
+        assert len(pids) == max(workers, 1)
+    finally:
+        feed.close()
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_workers_are_started_once_and_end_with_the_run(fails, monkeypatch, tmp_path):
+    starts = []
+    start = multiprocessing.process.BaseProcess.start
+    monkeypatch.setattr(
+        multiprocessing.process.BaseProcess, "start", lambda process: (starts.append(process), start(process))[1]
+    )
+
+    def stop(line):
+        if fails and line["epoch"] == 2:
+            raise KeyError
+
+    data = IndexedDataset(TRAIN, lambda image: shaken(image)[:1])
+    with pytest.raises(KeyError) if fails else nullcontext():
+        recipe = Recipe("crd", OPTIONS["crd"], epochs=3, batch_size=8, device="cpu", num_workers=1)
+        distill(Net(1), Net(2), data, data, recipe, progress=stop)
+    assert len(starts) == 2 and not multiprocessing.active_children()
+
+
+class Breaks:
+    def __len__(self):
+        return 9
+
+    def __getitem__(self, index):
+        if index == 7:
+            raise KeyError(index)
+        return torch.rand(1, 6, 6), index % 4
+
+
+def test_workers_end_with_a_data_set_that_fails():
+    with pytest.raises(KeyError) as caught:
+        run(Net(1), Net(2), train=Breaks(), num_workers=2)
+    assert caught.tb and not multiprocessing.active_children()
+    with pytest.raises(ValueError, match=r"^test\[7\] cannot be loaded: KeyError: 7$"):
+        run(Pixel(), Pixel(), f"{__name__}:Neighbours", test=Breaks(), num_workers=2)
+
+
+def test_workers_that_import_torch_anew_load_the_same():
+    """Items and mixes travel to a process that was not forked."""
+
+    def job(rank):
+        found = []
+        for method in ("fork", "spawn"):
+            multiprocessing.set_start_method(method, force=True)
+            feed = LoadedFeed(SHAKEN, torch.device("cpu"), 1)
+            with seeded(1):
+                entries = [(0, 0), (1, (1, (2, 3, 0.5), 0.25))]
+                passes = [list(feed.epoch(entries, [slice(0, 2)], 0, epoch)) for epoch in range(2)]
+            feed.close()
+            found.append([batch.x[:, 0] for batches in passes for batch in batches])
+        assert all(map(torch.equal, *found)) and not torch.equal(*found[0])
+
+    assert Crew(job).wait() == [0]
+
+
+def test_with_workers_a_run_goes_on_bit_for_bit(tmp_path):
+    class StopError(Exception):
+        pass
+
+    def stop(line):
+        if line["epoch"] == 2:
+            raise StopError
+
+    data = IndexedDataset(TRAIN, lambda image: shaken(image)[:1])
+    recipe = Recipe("kd", condense=Condense(keep=0.5, every=1), epochs=5, batch_size=8, device="cpu", num_workers=2)
+    weights = []
+    for torn in (False, True):
+        output = tmp_path / str(torn)
+        if torn:
+            with pytest.raises(StopError):
+                distill(Net(1), Net(2), data, data, recipe, output=output, progress=stop)
+        distill(Net(1), Net(2), data, data, recipe, output=output, resume=True)
+        weights.append((output / "student.safetensors").read_bytes())
+    assert weights[0] == weights[1]
+
+
+# --- numbers that are none --------------------------------------------------------------------------------------------
+
+
+def with_number(place, value, size=24):
+    x = torch.rand(size, 1, 6, 6, generator=torch.Generator().manual_seed(1))
+    if place is not None:
+        x[place, 0, 3, 3] = value
+    return TensorDataset(x, torch.arange(size) % 4)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("place", [0, 17])
+def test_data_that_are_not_finite_are_named(place, value, tmp_path):
+    what = "NaN" if math.isnan(value) else "an infinity"
+    error = ValueError if place == 0 else FloatingPointError  # found before anything is written
+    with warnings.catch_warnings(), pytest.raises(error, match=rf"train\[{place}\] holds {what}$"):
+        warnings.simplefilter("ignore", RuntimeWarning)
+        run(Net(1), Net(2), train=with_number(place, value), output=tmp_path / "run")
+    assert (tmp_path / "run").exists() == (place > 0)
+    with pytest.raises(
+        FloatingPointError, match=rf"^the accuracy after epoch 1 means nothing: test\[{place}\] holds {what}$"
+    ):
+        run(Net(1), Net(2), test=with_number(place, value))
+
+
+def test_a_teacher_that_answers_with_nan_is_named():
+    """One sample of a kind that it cannot answer."""
+    data = with_number(17, 100.0)
+    fussy = Fails(lambda net, x, y: y.where((x.amax((1, 2, 3)) < 50)[:, None], math.nan))
+    message = (
+        r"^the loss is not finite after epoch 1 \(nan\): the teacher gives logits that are not finite for train\[17\]"
+    )
+    with warnings.catch_warnings(), pytest.raises(FloatingPointError, match=message):
+        warnings.simplefilter("ignore", RuntimeWarning)
+        run(Net(1), fussy, train=data)
+    masked = Fails(lambda net, x, y: y.masked_fill(torch.tensor([False, False, False, True]), -math.inf))
+    assert math.isfinite(run(Net(1), masked, "kd", train=data).history[-1]["loss"])  # a class that cannot be
+
+
+def test_a_teacher_that_is_being_trained_is_not_the_cause():
+    with pytest.raises(FloatingPointError, match=r"after pretraining epoch 1.*: a smaller lr than"):
+        run(Net(1), Net(2), "pwkd", options={"teacher_lr": 1e30})
+
+
+def test_a_student_whose_answers_alone_are_not_finite_is_warned_of():
+    student = Fails(lambda net, x, y: y if net.training else y.where((x.amax((1, 2, 3)) < 50)[:, None], math.nan))
+    with pytest.warns(
+        RuntimeWarning, match=r"^after epoch 1 1 test samples have no finite logits: the student .* test\[3\]"
+    ):
+        run(student, Net(2), test=with_number(3, 100.0), epochs=1)
+
+
+# --- labels and shapes ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_labels_in_a_column_are_labels(workers):
+    x, label = torch.rand(20, 1, 6, 6, generator=torch.Generator().manual_seed(1)), torch.arange(20) % 4
+    results = []
+    for column in (False, True):
+        data = TensorDataset(x, label[:, None] if column else label)
+        student = Net(1)
+        run(student, Net(2), "crd", train=IndexedDataset(data), test=data, num_workers=workers)
+        results.append(bits(student))
+    assert_equal(*results)
+
+
+class Sizes:
+    """Raw items of `sizes` in turn; `cut` makes them all one."""
+
+    def __init__(self, sizes, kind=torch.zeros):
+        self.sizes, self.kind = sizes, kind
+
+    def __len__(self):
+        return len(self.sizes)
+
+    def __getitem__(self, index):
+        return self.kind((1, self.sizes[index], self.sizes[index])), index % 4
+
+
+def cut(x):
+    return torch.as_tensor(x)[:, :6, :6].float()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("kind", [torch.rand, np.zeros])
+def test_raw_items_that_could_not_be_mixed_are_found_in_the_first_epoch(kind, workers, tmp_path):
+    data = IndexedDataset(Sizes([8] * 21 + [9] + [8] * 2, kind), cut)
+    condense = {"condense": Condense(keep=0.5, every=2), "epochs": 4}
+    message = r"^train: raw items that are to be mixed must be alike, got .*8, 8\) at index 0 and .*9, 9\) at index 21: resize"
+    seen = []
+    with pytest.raises(ValueError, match=message + ".*epsilon=0") as caught:
+        distill(
+            Net(1),
+            Net(2),
+            data,
+            TEST,
+            Recipe(batch_size=8, device="cpu", num_workers=workers, **condense),
+            progress=seen.append,
+        )
+    assert not seen and "\n" not in str(caught.value)
+    for without in ({"epsilon": 0.0}, {"selection": "random"}):
+        condense["condense"] = Condense(keep=0.5, every=2, **without)
+        assert run(Net(1), Net(2), train=data, num_workers=workers, **condense).condenser.stage == 2
+    run(Net(1), Net(2), train=data, num_workers=workers, epochs=1)
+
+
+def test_items_that_cannot_be_mixed_at_all_are_found_before_anything_is_written(tmp_path):
+    class Words(Sizes):
+        def __getitem__(self, index):
+            return "word", 0
+
+    data = IndexedDataset(Words([6] * 9), lambda word: torch.zeros(1, 6, 6))
+    condense = {"condense": Condense(keep=0.5, every=1)}
+    with pytest.raises(
+        TypeError, match=r"must both be tensors, .* got str and str; epsilon=0 condenses without mixing"
+    ):
+        run(Net(1), Net(2), train=data, output=tmp_path / "run", **condense)
+    whole = IndexedDataset(TensorDataset(torch.zeros(9, 1, 6, 6, dtype=torch.int64), torch.zeros(9).long()), cut)
+    with pytest.raises(TypeError, match=r"items of dtype torch.int64 cannot be mixed, .* epsilon=0"):
+        run(Net(1), Net(2), train=whole, output=tmp_path / "run", **condense)
+    assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_items_that_make_no_batch_are_told_in_one_line(workers, tmp_path):
+    condense = {"condense": Condense(keep=0.5, every=1, epsilon=0.0)}
+    with pytest.raises(
+        ValueError, match=r"^train: item 0 has shape \(1, 6, 6\) and item 1 \(1, 7, 7\), which make no batch"
+    ):
+        run(Net(1), Net(2), train=Sizes([6, 7] * 9), output=tmp_path / "run", num_workers=workers, **condense)
+    assert not [*tmp_path.iterdir()]
+    with pytest.raises(ValueError, match=r"^test: item \d+ has shape .*, which make no batch: resize them") as caught:
+        run(Net(1), Net(2), test=Sizes([6] * 11 + [7]), num_workers=workers)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_loop_of_ones_own_is_told_the_remedy():
+    data = IndexedDataset(Sizes([6, 7], torch.rand))
+    with pytest.raises(ValueError, match=r"\(1, 6, 6\) and .*\(1, 7, 7\): resize them .* IndexedDataset.* epsilon=0"):
+        data[0, (0, 1, 0.3)]
