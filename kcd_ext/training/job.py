@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,20 +12,16 @@ import torch
 from .. import processes
 from ..data.images import ImageData, ImageSet
 from ..environment import versions
-from ..networks import logits_alone
 from . import report, runs, storage, teachers
-from .batches import Samples, feed_of
-from .checks import check_networks
 from .device import threads
 from .folder import ENTRIES
 from .identity import check_same, digest_of_samples
 from .progress import Bar, bar_over, note, warnings_as_notes
-from .randomness import seeded
 from .recipe import Recipe
 from .runs import Normalisation
 from .summary import Summary, as_text, cells, results
 from .teachers import Teacher
-from .trainer import build_method, distill
+from .trainer import check_run, distill
 
 TEACHER = "teacher"
 REPORT = ("report.html", "report.png")
@@ -61,22 +57,13 @@ class Job:
             FileExistsError: `output` holds a run and is not to be resumed, or something else.
         """
         self._check_output()
-        recipe = self.recipes[0]
-        method = build_method(recipe)
-        student, teacher = self._student(recipe.seed), self._teacher()
-        networks = [("student", student)] + ([] if teacher is None else [("teacher", teacher)])
-        with seeded(recipe.seed), ExitStack() as stack:
-            for name, network in networks:
-                stack.enter_context(logits_alone(name, network))
-            check_networks(student, teacher, self.data.train, self.data.test, torch.device("cpu"))
-            labels = self.data.train.labels
-            recipe.condense.build(len(labels), seed=recipe.seed, device="cpu", epochs=recipe.epochs, labels=labels)
+        recipe, data = self.recipes[0], self.data
+        if self._trains_teacher:
             try:
-                method.prepare(
-                    student, teacher, Samples(feed_of(self.data.train, None, torch.device("cpu"), 0), recipe.batch_size)
-                )
-            finally:
-                method.release()
+                check_run(self._teacher(), None, data.train, data.test, self.teacher_recipe)
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"teacher {self.teacher}, which is trained first as a student is: {error}") from error
+        check_run(self._student(recipe.seed), self._teacher(), data.train, data.test, recipe)
 
     def run(self) -> None:
         """Trains, writes the report and prints the table.

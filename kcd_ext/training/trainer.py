@@ -111,40 +111,9 @@ def distill(
         FloatingPointError: the loss or a weight is no longer finite, or a sample is not; the last checkpoint is intact.
         OSError: a file cannot be written; those of the last epoch are intact.
     """
-    method = build_method(recipe)
-    train, test = indexed("train", train), indexed("test", test)
-    if teacher is None and method.needs_teacher:
-        raise ValueError(f"teacher must be a torch.nn.Module: method {recipe.method!r} asks one, got None")
     with ExitStack() as stack:
-        stack.enter_context(usual_modes())
-        networks = {"student": student} | ({} if teacher is None else {"teacher": teacher})
-        outputs = {name: stack.enter_context(logits_alone(name, network)) for name, network in networks.items()}
-        layouts = {name: Layout(network) for name, network in networks.items()}
-        for layout in layouts.values():
-            stack.callback(layout.restore)
-        accelerator = stack.enter_context(accelerator_on(recipe.device, PRECISIONS[recipe.precision]))
-        stack.enter_context(seeded(recipe.seed, PREPARING, device=accelerator.device))
-        called = [outputs[name].network if name in outputs else None for name in ("student", "teacher")]
-        classes = check_networks(*called, train, test, accelerator.device)
-        for hook in outputs.values():
-            hook.act_where_found()
-        if output is not None:
-            check_storable("student", student)
-        identity = identity_of(recipe, teacher, train, test, accelerator) if output is not None else {}
-        folder = None
-        if output is not None:
-            opened = RunFolder.opened(Path(output), identity, resume, accelerator.is_main_process)
-            folder = stack.enter_context(opened)
-        stack.callback(method.release)
-        resumed = folder is not None and folder.epoch > 0
-        run = _Run(
-            accelerator, student, teacher, method, train, test, recipe, classes, outputs, layouts, resumed, stack
-        )
-        if folder is not None:
-            check_storable("method", method)
-            run.check_all_see(folder)
-            if (found := folder.take()) is not None:
-                run.restore(found)
+        run, folder, identity = _opened_run(stack, student, teacher, train, test, recipe, output, resume)
+        accelerator = run.accelerator
         run.measure_teacher()
         accelerator.wait_for_everyone()  # all have looked into the folder before one writes there
         writes = folder is not None and accelerator.is_main_process
@@ -163,6 +132,60 @@ def distill(
             folder.finish(weights, str((about or {}).get("dataset", _name_of(train))), summary)
         accelerator.wait_for_everyone()
         return summary
+
+
+def check_run(student: nn.Module, teacher: nn.Module | None, train: Dataset, test: Dataset, recipe: Recipe) -> None:
+    """Raise what `distill` raises with these arguments before it writes anything.
+
+    For whoever has other work to do first, such as training the teacher. Nothing is compiled.
+    """
+    with ExitStack() as stack:
+        _opened_run(stack, student, teacher, train, test, replace(recipe, compile=False), None, False)
+
+
+def _opened_run(
+    stack: ExitStack,
+    student: nn.Module,
+    teacher: nn.Module | None,
+    train: Dataset,
+    test: Dataset,
+    recipe: Recipe,
+    output: str | Path | None,
+    resume: bool,
+) -> tuple["_Run", RunFolder | None, dict]:
+    """Everything that comes before the first epoch and writes nothing: the run, its folder, and what it resumes by."""
+    method = build_method(recipe)
+    train, test = indexed("train", train), indexed("test", test)
+    if teacher is None and method.needs_teacher:
+        raise ValueError(f"teacher must be a torch.nn.Module: method {recipe.method!r} asks one, got None")
+    stack.enter_context(usual_modes())
+    networks = {"student": student} | ({} if teacher is None else {"teacher": teacher})
+    outputs = {name: stack.enter_context(logits_alone(name, network)) for name, network in networks.items()}
+    layouts = {name: Layout(network) for name, network in networks.items()}
+    for layout in layouts.values():
+        stack.callback(layout.restore)
+    accelerator = stack.enter_context(accelerator_on(recipe.device, PRECISIONS[recipe.precision]))
+    stack.enter_context(seeded(recipe.seed, PREPARING, device=accelerator.device))
+    called = [outputs[name].network if name in outputs else None for name in ("student", "teacher")]
+    classes = check_networks(*called, train, test, accelerator.device)
+    for hook in outputs.values():
+        hook.act_where_found()
+    if output is not None:
+        check_storable("student", student)
+    identity = identity_of(recipe, teacher, train, test, accelerator) if output is not None else {}
+    folder = None
+    if output is not None:
+        opened = RunFolder.opened(Path(output), identity, resume, accelerator.is_main_process)
+        folder = stack.enter_context(opened)
+    stack.callback(method.release)
+    resumed = folder is not None and folder.epoch > 0
+    run = _Run(accelerator, student, teacher, method, train, test, recipe, classes, outputs, layouts, resumed, stack)
+    if folder is not None:
+        check_storable("method", method)
+        run.check_all_see(folder)
+        if (found := folder.take()) is not None:
+            run.restore(found)
+    return run, folder, identity
 
 
 def build_method(recipe: Recipe) -> Method:
@@ -244,7 +267,8 @@ class _Run:
         self.recipe = recipe
         self.student = student
         self.method = method
-        self.given_teacher = teacher
+        self.given_teacher = None if teacher is None else outputs["teacher"].network
+        self.given_student = outputs["student"].network
         self.teacher_accuracy: float | None = None
         self.history: list[dict] = []
         self.pretraining_history: list[dict] = []
@@ -334,7 +358,7 @@ class _Run:
                 batch = self._weighed(first_of(self.feed, size))
                 rehearsal.take(batch, first_of(self.test_feed, size) if tests else None)
 
-        self.sampler.set_epoch(0)
+        self.sampler.set_epoch(0, consumed=0)
         first = cut(len(self.sampler), self.recipe.batch_size * self.recipe.gradient_accumulation)[0]
         whole = cut(first.stop, self.recipe.batch_size)[0].stop  # the first batch of the run
         # What is in pieces is in no state for another attempt after one that failed.
@@ -374,9 +398,12 @@ class _Run:
             return train.labels
         if not condense.min_per_class:
             return None
-        feed = feed_of(train, None, self.accelerator.device, self.recipe.num_workers)
-        batches = feed.plain(self.recipe.batch_size, self.accelerator.process_index, ranks)
-        return self._labels_in([(batch.index, batch.label) for batch in batches], len(train))
+        feed = feed_of(train, None, self.accelerator.device, self.recipe.num_workers, name="train")
+        try:
+            batches = feed.plain(self.recipe.batch_size, self.accelerator.process_index, ranks)
+            return self._labels_in([(batch.index, batch.label) for batch in batches], len(train))
+        finally:
+            feed.close()
 
     def _labels_in(self, seen: Iterable[tuple[Tensor, Tensor]], count: int) -> Tensor:
         """The class of each of `count` samples, (count,) int64 on the CPU, from what all processes have seen of them."""
@@ -636,8 +663,8 @@ class _Run:
         self.teacher_accuracy = accuracy
         student = None
         if not self.history and not self.pretraining_history:
-            student = accuracy_of(self.student, self._test_batches(), self._sum)
-        for network in (self.student, self.given_teacher):
+            student = accuracy_of(self.given_student, self._test_batches(), self._sum)
+        for network in (self.given_student, self.given_teacher):
             sharding.reshard(network)
         doubt = doubt_about(accuracy, student, counts)
         if doubt and self.accelerator.is_main_process:
