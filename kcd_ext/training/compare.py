@@ -8,6 +8,7 @@ from typing import Annotated
 
 from tyro.conf import Positional, arg
 
+from .. import terminal
 from ..environment import versions
 from . import report, runs
 from .identity import FREE
@@ -34,10 +35,8 @@ class Report:
         """Writes the page and prints the tables. Raises as `write` does."""
         tables, notes = self.write()
         for table in tables:
-            print(as_text(table), end="\n\n")
-        for note in notes:
-            print(note)
-        print(f"report: {self.output}")
+            terminal.show(*as_text(table), "")
+        terminal.show(*notes, f"report: {self.output}")
 
     def write(self) -> tuple[list[Sequence[Sequence[str]]], list[str]]:
         """Reads JSON alone and writes the page; its tables and the notes below them.

@@ -8,11 +8,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .. import processes
+from .. import processes, terminal
 from ..condensation.checks import whole
 from ..condensation.random_keys import MAX_SEED
 from ..condensation.schedules import stage_size
 from ..data.images import ImageData, load
+from ..describe import describe
 from ..environment import versions
 from . import report, runs, storage, teachers
 from .checks import check_networks
@@ -65,9 +66,9 @@ class Demo:
     lr: float = 0.05
     """The learning rate at the start."""
     teacher: str = "cnn_large"
-    """A network by name, or module:function."""
+    """A network by name (`kcd distill --help` lists them), or module:function."""
     student: str = "cnn_small"
-    """A network by name, or module:function."""
+    """As --teacher."""
     device: str = "auto"
     """auto (CUDA where there is one), cpu or cuda."""
     threads: int = 1
@@ -117,14 +118,13 @@ class Demo:
                 raise KeyboardInterrupt(message) from None
             self._report(staging.partial, summaries, data, config)
             staging.publish()
-        print(as_text(cells(summaries)))
-        print(f"\nreport: {self.output / REPORT[0]}")
+        terminal.show(*as_text(cells(summaries)), "", f"report: {self.output / REPORT[0]}")
 
     def _plan(self) -> list[dict[str, Recipe]]:
         for seed in self.seeds:
             whole("seeds", seed, 0, MAX_SEED)
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
-            raise ValueError(f"seeds must be one or more different integers, got {list(self.seeds)}")
+            raise ValueError(f"seeds must be one or more different integers, got {describe(self.seeds)}")
         whole("epochs", self.epochs, 2)
         whole("threads", self.threads, 1)
         return [self.recipes(seed) for seed in self.seeds]

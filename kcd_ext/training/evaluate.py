@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from tyro.conf import Positional, arg
 
+from .. import terminal
 from ..condensation.checks import whole
 from ..data.images import ImageData, load
 from ..environment import versions
@@ -102,12 +103,11 @@ class Evaluate:
             pages = {home: held for home, held in pages.items() if done & {folder.resolve() for folder in held}}
             whole = {home: _write_page(home / REPORT[0], folders) for home, folders in pages.items()}
             summaries = [plan.named() for plan, _ in found]
-        print(as_text(report.evaluation_table(summaries)), end="\n\n")
-        for line in (*report.notes_on_teachers(summaries), *(f"left out: {line}" for line in left_out)):
-            print(line)
+        terminal.show(*as_text(report.evaluation_table(summaries)), "")
+        terminal.show(*report.notes_on_teachers(summaries), *(f"left out: {note}" for note in left_out))
         for home, has_column in whole.items():
             older = "" if has_column else " (an older page, whose table of results kcd report alone makes anew)"
-            print(f"report: {home / REPORT[0]}{older}")
+            terminal.show(f"report: {home / REPORT[0]}{older}")
 
     def _pages(self, asked: dict[Path, Path]) -> dict[Path, list[Path]]:
         """The runs by the folder that has their page; `asked` takes those to be evaluated, each once.

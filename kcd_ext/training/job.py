@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from .. import processes
+from .. import processes, terminal
 from ..data.images import ImageData, ImageSet
 from ..environment import versions
 from . import report, runs, storage, teachers
@@ -88,8 +88,8 @@ class Job:
                 raise KeyboardInterrupt(f"--resume goes on with what is in {self.output}") from None
             if first:
                 self._report(summaries)
-                print("\n".join([as_text(cells(summaries)), *report.notes_on_agreement(summaries)]))
-                print(f"\nreport: {self.output / REPORT[0]}")
+                terminal.show(*as_text(cells(summaries)), *report.notes_on_agreement(summaries), "")
+                terminal.show(f"report: {self.output / REPORT[0]}")
 
     def _check_output(self) -> None:
         for path in (self.output, *self.output.parents):

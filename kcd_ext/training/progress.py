@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from tqdm import tqdm
 
 from .. import processes
+from ..terminal import printable, say
 
 
 class Bar:
@@ -20,7 +21,7 @@ class Bar:
 
     def begin(self, label: str) -> Callable[[dict], None]:
         """The next run; what `distill` is to call after its epochs."""
-        self._bar.set_description(label)
+        self._bar.set_description(printable(label))
         before = self._done
 
         def show(line: dict) -> None:
@@ -49,7 +50,8 @@ def bar_over(runs: int, epochs: int) -> Iterator[Bar]:
 def note(text: str) -> None:
     """A line for whoever watches, above the bar where there is one."""
     if processes.number() == 0:
-        tqdm.write(f"kcd: {' '.join(text.split())}", file=sys.stderr)
+        with tqdm.external_write_mode(file=sys.stderr):
+            say(" ".join(text.split()))
 
 
 @contextmanager

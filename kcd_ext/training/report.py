@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import imsave
 
 from ..evaluation import ClassAccuracy, Evaluation
+from ..terminal import printable
 from .storage import write_bytes
 from .summary import HEADER, Row, Summary, cells, measured_teachers, tabulate
 
@@ -119,7 +120,8 @@ def write(
     """
     runs = _Runs(summaries, reference, baseline)
     page.parent.mkdir(parents=True, exist_ok=True)
-    write_bytes(page, _page(title, runs, ranking, config, notes, differences, class_names).encode())
+    content = _page(title, runs, ranking, config, notes, differences, class_names)
+    write_bytes(page, content.encode(errors="replace"))  # no halves of characters
     write_bytes(page.with_suffix(".png"), _picture(runs, ranking))
 
 
@@ -143,7 +145,7 @@ def place_evaluations(page: Path, summaries: Sequence[Summary]) -> bool:
     table = _read_table(results) if start and end else []
     if table:
         before = f"{head}{_results(_with_agreement(table, summaries), summaries)}{tail}"
-    write_bytes(page, f"{before}{_evaluations(summaries)}{after}".encode())
+    write_bytes(page, f"{before}{_evaluations(summaries)}{after}".encode(errors="replace"))
     return bool(table)
 
 
@@ -227,9 +229,9 @@ def _draw_accuracy(axes: Axes, runs: _Runs, against: str, label: str) -> None:
     """Accuracy of every method after every epoch, against a running sum: whole curves, from the first epoch on."""
     for method in runs.drawn:
         x, y = runs.curve(method, against), runs.curve(method, "accuracy")
-        axes.plot(x, y, color=runs.colours[method], label=method, linewidth=1.6)
+        axes.plot(x, y, color=runs.colours[method], label=printable(method), linewidth=1.6)
     for (name, level), style in zip(runs.levels.items(), ["--", ":", "-."] * len(runs.levels), strict=False):
-        axes.axhline(level, color="#333333", linestyle=style, linewidth=1, label=name)
+        axes.axhline(level, color="#333333", linestyle=style, linewidth=1, label=printable(name))
     axes.set(xlabel=label, ylabel="test accuracy, %")
     axes.xaxis.set_major_formatter(lambda x, _position: _short(x))
     for text in axes.legend(loc="lower right", frameon=False).get_texts():

@@ -7,6 +7,7 @@ from statistics import mean, stdev
 
 from ..condensation import KnowledgeCondenser
 from ..evaluation import Evaluation
+from ..terminal import printable
 
 
 @dataclass(frozen=True)
@@ -158,14 +159,15 @@ def measured_teachers(groups: Mapping[str, Sequence[Summary]]) -> dict[str, list
     return {TEACHER if alone else f"{TEACHER} of {', '.join(methods)}": [*key] for key, methods in found.items()}
 
 
-def as_text(table: Sequence[Sequence[str]]) -> str:
-    """A table, its header first, for a terminal: columns padded to their widest entry, numbers to the right."""
+def as_text(table: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a table, its header first, for a terminal: columns padded to their widest entry, numbers to the right."""
+    table = [[printable(cell) for cell in row] for row in table]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     lines = [
         "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))])
         for line in table
     ]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+    return [lines[0], "-" * len(lines[0]), *lines[1:]]
 
 
 def cells(summaries: Iterable[Summary], baseline: str = "kd") -> list[tuple[str, ...]]:
