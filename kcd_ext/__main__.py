@@ -2,7 +2,8 @@
 
 import sys
 
-from .cli import main
+from .cli import main, without_current_folder
 
 if __name__ == "__main__":
+    without_current_folder()
     sys.exit(main())

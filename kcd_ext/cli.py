@@ -1,5 +1,8 @@
 """The command `kcd`: a thin shell that turns options into calls, and errors into one line and an exit code."""
 
+import codecs
+import importlib
+import inspect
 import io
 import itertools
 import os
@@ -8,17 +11,37 @@ import shutil
 import sys
 import textwrap
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
-from typing import Annotated
+from functools import reduce
+from operator import or_
+from typing import Annotated, Any
 
-from . import processes  # what imports torch comes later: Ctrl-C before `main` shows where it struck
+from . import processes, terminal  # what imports torch comes later: Ctrl-C before `main` shows where it struck
+from .describe import LENGTH, brief
+from .import_path import searching
 from .processes import BAD_INPUT
+from .registry import did_you_mean, unknown
 
-DESCRIPTION = "Knowledge Condensation Distillation: distil only what the student has still to learn."
+DESCRIPTION = """Knowledge Condensation Distillation: distil only what the student has still to learn.
+
+kcd COMMAND --help describes a command, kcd --version prints the version."""
+COMMANDS = {
+    "distill": "kcd_ext.training.commands:Distill",
+    "teacher": "kcd_ext.training.commands:Train",
+    "report": "kcd_ext.training.compare:Report",
+    "evaluate": "kcd_ext.training.evaluate:Evaluate",
+    "demo": "kcd_ext.training.demo:Demo",
+    "info": f"{__name__}:Info",
+}
+TOGETHER = ("distill", "teacher")  # the work of several processes; the others are that of the first
+HELP = ("-h", "--help")
+OPTION = r"(?<![\w.-])--[a-z][\w.-]*"
 INTERRUPTED = 130
-INSIDE = r"^Error parsing __tyro\S*: "  # before what a dataclass says of its own fields
+NARROWEST = 40  # columns of a terminal; in fewer lines are broken by the terminal itself
+UNBROKEN = 1_000_000
+INSIDE = r"^Error parsing (?!-)\S+: "  # before what a dataclass says of its own fields
 
 
 @dataclass(frozen=True)
@@ -31,24 +54,24 @@ class Info:
 
         facts = environment.describe()
         width = max(map(len, facts))
-        for name, fact in facts.items():
-            print(f"{name.ljust(width)}  {fact}")
+        terminal.show(*(f"{name.ljust(width)}  {fact}" for name, fact in facts.items()))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; `arguments` default to those of the process.
 
+    The current folder is searched for a `module:function` that the user names, and for no other import.
+
     Returns:
         0, with a line on stderr for every warning; 2 for bad input or a file that cannot be written, with one line on
         stderr; 130 after Ctrl-C. The environment variable KCD_TRACEBACK=1 shows where such an error comes from.
     """
+    _open_streams()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal without ± is no reason to fail
-    if not {"", os.getcwd()} & set(sys.path):
-        sys.path.append(os.getcwd())  # module:function finds the user's file, as with `python -m`
     try:
-        with warnings.catch_warnings(record=True) as caught, _interrupts_show():
+        with warnings.catch_warnings(record=True) as caught, _interrupts_show(), _searching_here():
             with processes.first_one_says():
                 command = _parse(sys.argv[1:] if arguments is None else list(arguments))
             command()
@@ -65,74 +88,234 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, TypeError, IndexError, ArithmeticError, ImportError) as error:
         if os.environ.get("KCD_TRACEBACK"):
             raise
-        return _fail(str(error), code=BAD_INPUT)
+        return _fail(str(error).strip(), code=BAD_INPUT)
     except RuntimeError as error:
         if os.environ.get("KCD_TRACEBACK") or not processes.is_left_alone(error):
             raise
         if processes.number() == 0:
-            _say("another process of this command has ended")
+            terminal.say("another process of this command has ended")
         return BAD_INPUT
     for text in dict.fromkeys(str(warning.message) for warning in caught if processes.number() == 0):
-        _say("warning", text)
+        terminal.say("warning", " ".join(text.split()))
     return 0
+
+
+def without_current_folder() -> None:
+    """Take away the current folder that `python -m` puts before all other places that modules are imported from."""
+    if not sys.flags.safe_path and sys.path and sys.path[0] == _current_folder():
+        del sys.path[0]
+
+
+def _searching_here() -> Any:
+    folder = _current_folder()
+    return nullcontext() if folder is None else searching(folder)
+
+
+def _current_folder() -> str | None:
+    """Return it, or None where it has been deleted."""
+    try:
+        return os.getcwd()
+    except OSError:
+        return None
+
+
+def _open_streams() -> None:
+    """Open os.devnull where the process was started without stdout or stderr, lest a file of ours takes their place."""
+    if sys.stdout is None or sys.stderr is None:
+        while os.open(os.devnull, os.O_RDWR) < 2:
+            pass
+        sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))
 
 
 def _parse(arguments: list[str]) -> Callable[[], None]:
     """What the arguments ask for, ready to be called. Only runs are the work of several processes together."""
-    for before, argument in zip(["", *arguments], arguments, strict=False):
+    before, option = "", ""
+    for argument in arguments:
         # The value of an option of the method may be empty; it stands behind the option's name.
-        if (not argument and (not before or before.startswith("-"))) or re.fullmatch("--[^=]*=", argument):
-            raise ValueError(f"{argument[:-1] or before or 'the command'} must not be empty")
+        is_value = option == "--options" != before
+        if (not argument and not is_value) or re.fullmatch("--[^=]*=", argument):
+            last = before if before.startswith("-") else f"the argument after {before}" if before else "the command"
+            raise ValueError(f"{argument[:-1] or last} must not be empty")
+        before, option = argument, argument if argument.startswith("--") else option
     alone = processes.number() == 0
     if arguments == ["--version"]:
         return _version if alone else _nothing
+    if arguments == ["info"]:
+        return Info().run if alone else _nothing
+    name, *options = arguments or [""]
+    overview = name in HELP or name.startswith("--tyro-")  # of its own: completions for shells
+    if name not in COMMANDS and not overview:
+        raise _no_command(name, options)
     try:
+        import tyro  # noqa: F401
+
+        kinds = {command: _kind(command) for command in COMMANDS if overview or command == name}
+    except ImportError as error:
+        raise ImportError(f'kcd needs the package {error.name}: pip install "kcd-ext[train]"') from error
+    if overview:
+        text = _overview(kinds, arguments)
+        return (lambda: terminal.show(*text)) if alone else _nothing
+    command = _Command(name, kinds[name])
+    if not {*HELP}.isdisjoint(options):
+        text = command.help([option for option in options if option not in HELP])
+        return (lambda: terminal.show(*text)) if alone else _nothing
+    asked = command.read(options)
+    return asked.run if alone or name in TOGETHER else _nothing
+
+
+def _kind(command: str) -> type:
+    module, _, name = COMMANDS[command].partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def _no_command(name: str, options: Sequence[str]) -> ValueError:
+    """Return the error for what is in the place of a command."""
+    if not name:
+        return ValueError(f"a command must be given: {', '.join(COMMANDS)} (see kcd --help)")
+    if name == "help":
+        return ValueError(f"unknown command 'help': did you mean kcd {' '.join([*options[:1], '--help'])}?")
+    if name == "--version":
+        return ValueError(f"--version goes alone, got {brief(options[0])} after it")
+    if name.startswith("-"):
+        nearest = did_you_mean(name, (*HELP, "--version")) or ": a command comes before its options"
+        return ValueError(f"unrecognized option {_cut(name)}{nearest} (see kcd --help)")
+    return ValueError(f"{unknown('command', name, COMMANDS)} (see kcd --help)")
+
+
+def _overview(kinds: Mapping[str, type], arguments: list[str]) -> list[str]:
+    """Return the help of `kcd` itself: every command in a sentence."""
+    from tyro.conf import subcommand
+
+    commands = [
+        Annotated[kind, subcommand(name, description=inspect.getdoc(kind).partition("\n")[0])]
+        for name, kind in kinds.items()
+    ]
+    return _printed(lambda tyro: tyro.cli(reduce(or_, commands), args=arguments, prog="kcd", description=DESCRIPTION))
+
+
+@dataclass(frozen=True)
+class _Command:
+    """A command and what tyro makes of it."""
+
+    name: str
+    kind: type
+
+    @property
+    def see(self) -> str:
+        return f"(see kcd {self.name} --help)"
+
+    def read(self, options: list[str]) -> Any:
+        """Return the command that these options ask for. Raises ValueError, TypeError: they ask for none."""
+        command, others = self._read(options)
+        if others:
+            raise self._unexpected(others[0], command)
+        return command
+
+    def help(self, options: list[str]) -> list[str]:
+        """Return the lines of the command's help, with the defaults that go with the other options where these can be read.
+
+        Raises ValueError, TypeError, ImportError: they name a method or RECIPE that there is not.
+        """
+        try:
+            command, _ = self._read(options, implied=False)
+        except (ValueError, TypeError):  # so much as `--epochs` without its number, which the help is there for
+            command, _ = self._read([], implied=False)
+        default = command.implied() if hasattr(command, "implied") else None
+        lines = _printed(lambda tyro: self._tyro(tyro, ["--help"], default))
+        return lines + (
+            _method_help(self.name, *command.method_options()) if hasattr(command, "method_options") else []
+        )
+
+    def _read(self, options: list[str], implied: bool = True) -> tuple[Any, list[str]]:
+        """Return the command, and the options that it has not."""
+        command, others = self._parsed(options, None)
+        if implied and not others and hasattr(command, "implied"):
+            command, others = self._parsed(options, command.implied())
+        return command, others
+
+    def _parsed(self, options: list[str], default: object) -> tuple[Any, list[str]]:
         import tyro
 
-        from .training.commands import Distill, Train
-        from .training.compare import Report
-        from .training.demo import Demo
-        from .training.evaluate import Evaluate
-    except ImportError as error:
-        if arguments == ["info"]:
-            return Info().run if alone else _nothing
-        raise ImportError(f'kcd needs the package {error.name}: pip install "kcd-ext[train]"') from error
+        # What tyro draws its frames with is what stdout can hold; in lines of any length it breaks none.
+        stdout, stderr = io.TextIOWrapper(io.BytesIO(), "utf-8"), io.StringIO()
+        try:
+            with redirect_stdout(stdout), redirect_stderr(stderr), _columns(UNBROKEN):
+                return self._tyro(tyro, options, default)
+        except SystemExit as end:
+            if not end.code:  # tyro has written completions for a shell
+                raise
+            raise ValueError(f"{_unboxed(stderr.getvalue())} {self.see}") from end
 
-    sub = tyro.conf.subcommand
+    def _tyro(self, tyro: Any, options: list[str], default: object) -> tuple[Any, list[str]]:
+        given = {} if default is None else {"default": default}
+        return tyro.cli(self.kind, args=options, prog=f"kcd {self.name}", return_unknown_args=True, **given)
 
-    def parse(distill: Distill, train: Train) -> object:
-        commands = (
-            Annotated[Distill, sub("distill", default=distill)]
-            | Annotated[Train, sub("teacher", default=train)]
-            | Annotated[Report, sub("report")]
-            | Annotated[Evaluate, sub("evaluate")]
-            | Annotated[Demo, sub("demo")]
-            | Annotated[Info, sub("info")]
-        )
-        return tyro.cli(commands, args=arguments, prog="kcd", description=DESCRIPTION)
+    def _unexpected(self, option: str, command: Any) -> ValueError:
+        """Return the error for an option, or another word, that the command has not."""
+        name = option.partition("=")[0]
+        if not name.startswith("-"):
+            return ValueError(f"unexpected argument {brief(option)} {self.see}")
+        help_text = _printed(lambda tyro: self._tyro(tyro, ["--help"], None))
+        names = [found for line in help_text if re.match("[│| ] -", line) for found in re.findall(OPTION, line)]
+        nearest = did_you_mean(name, names)
+        if not nearest and hasattr(command, "method_options"):
+            method, options = command.method_options()
+            argument = name.lstrip("-").replace("-", "_")
+            if argument in [option.name for option in options]:
+                nearest = f": method {method} takes it, as --options {argument} VALUE"
+        return ValueError(f"unrecognized option {_cut(name)}{nearest} {self.see}")
 
-    said, complaint = io.TextIOWrapper(io.BytesIO(), "utf-8"), io.StringIO()  # tyro's frames are what this can hold
+
+def _method_help(command: str, method: str, options: Sequence[Any]) -> list[str]:
+    """Return the lines with the options of a method."""
+    other = f"for those of another: kcd {command} --method METHOD --help"
+    if not options:
+        return ["", *_folded(f"Method {method} has no options ({other}).")]
+    rows = [(f"{option.name} {option.default}".rstrip(), option.text) for option in options]
+    indent = " " * 22
+    lines = [
+        "",
+        *_folded(f"Options of method {method}, with their defaults, given as --options NAME VALUE ... ({other}):"),
+    ]
+    for name, text in rows:
+        start = f"  {name}"
+        if len(start) >= len(indent) - 1 and text:
+            lines.append(start)
+            start = ""
+        lines += _folded(text, start.ljust(len(indent)) if text else start, indent)
+    return lines
+
+
+def _printed(call: Callable[[Any], object]) -> list[str]:
+    """Return the lines that tyro prints before it ends the process, folded to the terminal's width."""
+    import tyro
+
+    encoding = codecs.lookup(getattr(sys.stdout, "encoding", None) or "utf-8").name
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding, errors="replace")
+    with suppress(SystemExit), redirect_stdout(stdout):
+        call(tyro)
+    stdout.seek(0)
+    return [folded for line in stdout.read().splitlines() for folded in _folded(line)]
+
+
+@contextmanager
+def _columns(number: int) -> Iterator[None]:
+    """As wide as this a terminal seems inside."""
+    before = os.environ.get("COLUMNS")
+    os.environ["COLUMNS"] = str(number)
     try:
-        with redirect_stdout(said), redirect_stderr(complaint):
-            command = parse(Distill(), Train())
-            if isinstance(command, Distill):
-                command = parse(command.implied(), Train())
-            elif isinstance(command, Train):
-                command = parse(Distill(), command.implied())
-            return command.run if alone or isinstance(command, Distill | Train) else _nothing
-    except SystemExit as end:
-        if end.code:
-            raise ValueError(_unboxed(complaint.getvalue())) from end
-        said.seek(0)
-        if alone:
-            print(_folded(said.read()))  # --help
-        raise
+        yield
+    finally:
+        if before is None:
+            del os.environ["COLUMNS"]
+        else:
+            os.environ["COLUMNS"] = before
 
 
 def _version() -> None:
     from . import __version__
 
-    print(f"kcd {__version__}")
+    terminal.show(f"kcd {__version__}")
 
 
 def _nothing() -> None:
@@ -154,28 +337,32 @@ def _interrupts_show() -> Iterator[None]:
         raise
 
 
-def _folded(text: str) -> str:
-    """What tyro writes outside of its frames is as long as it is; here it ends where the screen does."""
-    width = shutil.get_terminal_size().columns
-    return "\n".join(line if line[:1] in "╭│╰" else textwrap.fill(line, width) for line in text.splitlines())
+def _folded(text: str, start: str = "", indent: str = "") -> list[str]:
+    """Return the lines of a paragraph, which end where the screen does; those of tyro's frames end there already."""
+    if text[:1] in {*"╭│╰+|"}:
+        return [text]
+    width = max(shutil.get_terminal_size().columns, NARROWEST)
+    return textwrap.wrap(text, width, initial_indent=start, subsequent_indent=indent, break_on_hyphens=False) or [
+        start.rstrip()
+    ]
 
 
 def _unboxed(text: str) -> str:
     """What tyro complains about, out of the frame it draws; its advice, behind a rule inside the frame, is left out."""
     framed = [line.strip("│ ") for line in text.splitlines() if line.startswith("│")]
     sentence = " ".join(itertools.takewhile(lambda line: line.strip("─"), framed))
-    return f"{re.sub(INSIDE, '', sentence) or text} (see kcd --help)"
+    return re.sub(INSIDE, "", sentence) or text
+
+
+def _cut(option: str) -> str:
+    return option if len(option) <= LENGTH else f"{option[:LENGTH]}..."
 
 
 def _fail(*parts: str, code: int) -> int:
-    _say(*parts)
+    terminal.say(*parts)
     return code
 
 
-def _say(*parts: str) -> None:
-    name = f"kcd: process {processes.number()}" if processes.number() else "kcd"
-    print(": ".join([name, *(" ".join(part.split()) for part in parts if part)]), file=sys.stderr)
-
-
 if __name__ == "__main__":
+    without_current_folder()
     sys.exit(main())

@@ -1,7 +1,12 @@
 """Names for things that live elsewhere: a short one, or `module:attribute` for what this package never heard of."""
 
+import difflib
 import importlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
+
+from .describe import brief, describe
+from .import_path import resolving
 
 
 def resolve(kind: str, name: str, registry: Mapping[str, str]) -> object:
@@ -18,12 +23,13 @@ def resolve(kind: str, name: str, registry: Mapping[str, str]) -> object:
         ImportError: the module exists and needs another one that is not installed.
     """
     if not isinstance(name, str):
-        raise TypeError(f"{kind} must be a name or module:attribute, got {type(name).__name__} {name!r}")
+        raise TypeError(f"{kind} must be a name or module:attribute, got {describe(name)}")
     module_name, colon, attribute = registry.get(name, name).partition(":")
     if not colon or not module_name or not attribute:
-        raise ValueError(f"unknown {kind} {name!r}: take {', '.join(sorted(registry))}, or write module:attribute")
+        raise unknown(kind, name, sorted(registry), "write module:attribute")
     try:
-        found = importlib.import_module(module_name)
+        with nullcontext() if name in registry else resolving():
+            found = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
             raise  # the module is there, something that it imports is not
@@ -34,7 +40,7 @@ def resolve(kind: str, name: str, registry: Mapping[str, str]) -> object:
         raise ValueError(f"{kind} {name!r}: import of {module_name} raised {_told(error)}") from error
     for part in attribute.split("."):
         if not hasattr(found, part):
-            raise ValueError(f"{kind} {name!r}: {module_name!r} has no {attribute!r}")
+            raise ValueError(f"{kind} {name!r}: {module_name!r} has no {attribute!r}{did_you_mean(part, dir(found))}")
         found = getattr(found, part)
     return found
 
@@ -48,11 +54,43 @@ def call(kind: str, name: str, registry: Mapping[str, str], /, **arguments: obje
     """
     function = resolve(kind, name, registry)
     try:
-        return function(**arguments)
+        with nullcontext() if name in registry else resolving():
+            return function(**arguments)
     except (TypeError, ValueError, ImportError, OSError):
         raise
     except (Exception, SystemExit) as error:
         raise ValueError(f"{kind} {name!r} raised {_told(error)}") from error
+
+
+def unknown(
+    kind: str, name: str, names: Iterable[str], otherwise: str = "", variants: Iterable[str] = ()
+) -> ValueError:
+    """Return the error for a name that is none of `names`: which one is nearest, all of them, and what else is taken.
+
+    `variants` of the names are not listed, but may be the nearest.
+    """
+    names = list(names)
+    nearest = did_you_mean(name, [*names, *variants])
+    others = ", ".join(names) + (f", or {otherwise}" if otherwise else "")
+    return ValueError(f"unknown {kind} {brief(name)}{f'{nearest} Else' if nearest else ':'} take {others}")
+
+
+def did_you_mean(name: object, names: Iterable[str]) -> str:
+    """Return `: did you mean X?` with the nearest of `names`, or nothing where none is near or `name` is no string.
+
+    The last part of a name with dots is enough: keep is near to condense.keep.
+    """
+    if not isinstance(name, str):
+        return ""
+    names = list(names)
+    by_form = {_form(other).rpartition(".")[2]: other for other in names} | {_form(other): other for other in names}
+    nearest = difflib.get_close_matches(_form(name), by_form, n=1)
+    return f": did you mean {by_form[nearest[0]]}?" if nearest else ""
+
+
+def _form(name: str) -> str:
+    """Return what spellings of one name have in common."""
+    return name.lower().replace("_", "-").lstrip("-")
 
 
 def one_line(error: BaseException) -> str:

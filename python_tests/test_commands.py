@@ -394,7 +394,7 @@ def test_options_are_read_as_the_method_takes_them():
     }
     assert options("sskd", "head_milestones", "0.5,0.75") == {"head_milestones": "0.5,0.75"}
     assert options("pwkd", "partial", "False", "widths", "0.5,1") == {"partial": False, "widths": "0.5,1"}
-    with pytest.raises(TypeError, match="kd_weight must be a finite number, got 'much'"):
+    with pytest.raises(TypeError, match="kd_weight must be a finite number, got str 'much'"):
         options("kd", "kd_weight", "much")
 
 
@@ -513,7 +513,7 @@ BAD = [
     (["--padding", "8"], "padding must be < 8, the smaller side of the images, got 8"),
     (["--method", "kc-"], "method must be named after kc-, as in kc-kd, got 'kc-'"),
     (["--method", "nothing"], "unknown method 'nothing': take ce, crd, ie-dml, iekd, kd, kr, pkt, pwkd, sskd"),
-    (["--method", "kc-nothing"], "unknown method 'nothing'"),
+    (["--method", "kc-nothing"], "unknown method 'kc-nothing'"),
     (["--options", "warmth", "4"], "method 'kd' has no option 'warmth'; it takes temperature, "),
     (["--options", "temperature", "-4"], "temperature must be"),
     (["--method", "iekd", "--options", "student_layer", "5"], r"student's layer '5' had a tensor of shape \(1, 10\)"),
@@ -529,7 +529,7 @@ BAD = [
     (["--condense.selection", "infobatch", "--condense.epsilon", "0.5"], "epsilon=0.5 has no effect with selection"),
     (["--lr", "-1"], "lr must be a finite number >= 0, got -1.0"),
     (["--lr", "fast"], "--lr"),
-    (["--num-workers", "1"], "Unrecognized options: --num-workers"),
+    (["--num-workers", "1"], "unrecognized option --num-workers "),
     (["--name", "teacher"], "name must not be 'teacher'"),
     (["--method", "ce", "--teacher", "cnn_large"], "teacher='cnn_large' has no effect with method 'ce', which asks no"),
     (
@@ -749,7 +749,7 @@ def replaced(name, old, new):
         (replaced("config.json", '"recipe"', '"cake"'), "is no folder of a run"),
         (replaced("config.json", '"epochs": 4', '"epochs": "4"'), "config.json is damaged: epochs must be a number"),
         (replaced("config.json", '"epochs": 4', '"epochs": 2'), "metrics.jsonl is damaged: 4 epochs of 2"),
-        (replaced("config.json", '"options": {}', '"options": 3'), "damaged: options must be an object, got 3"),
+        (replaced("config.json", '"options": {}', '"options": 3'), "damaged: options must be an object, got int 3"),
         (replaced("metrics.jsonl", '"accuracy"', '"precision"'), "accuracy must be a number, got None"),
         (replaced("metrics.jsonl", '"epoch": 3', '"epoch": 4'), "metrics.jsonl is damaged: line 3 is not of epoch 3"),
         (replaced("metrics.jsonl", '"counts"', '"count"'), "condensation without a histogram of values"),
@@ -786,8 +786,7 @@ def test_bad_input_of_a_report(arguments, message, home, here, capfd):
 @pytest.mark.parametrize("command", ["distill", "teacher", "report", "evaluate", "demo", "info"])
 def test_help_fits_on_80_columns(command, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "80")
-    with pytest.raises(SystemExit) as end:
-        cli.main([command, "--help"])
+    assert cli.main([command, "--help"]) == 0
     out = capsys.readouterr().out
-    assert end.value.code == 0 and out.startswith("usage: kcd") and max(map(len, out.splitlines())) <= 80
+    assert out.startswith("usage: kcd") and max(map(len, out.splitlines())) <= 80
     assert ("cifar100-vgg13-mobilenet_v2" in out) == (command == "distill")

@@ -5,7 +5,10 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from typing import get_args
 
-from ..registry import call, resolve
+from ..describe import brief
+from ..registry import call, did_you_mean, resolve
+from .documented import Option
+from .documented import options_of as _options_of
 from .protocol import Batch, Method, Outcome, Pretraining, entropy
 
 REGISTRY = {
@@ -40,7 +43,11 @@ def _check_names(name: str, options: Mapping[str, object]) -> None:
     """Raises TypeError for an option that the method does not take, and says which ones it does."""
     unknown, takes = unknown_of(name, options)
     if unknown:
-        raise TypeError(f"method {name!r} has no option {unknown[0]!r}; it takes {', '.join(takes) or 'none'}")
+        nearest = did_you_mean(unknown[0], takes)
+        raise TypeError(
+            f"method {name!r} has no option {brief(unknown[0])}{f'{nearest} It' if nearest else '; it'} takes "
+            f"{', '.join(takes) or 'none'}"
+        )
 
 
 def unknown_of(name: str, options: Iterable[str]) -> tuple[list[str], list[str]]:
@@ -53,6 +60,14 @@ def unknown_of(name: str, options: Iterable[str]) -> tuple[list[str], list[str]]
         return [], []
     takes = [p.name for p in parameters.values() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     return [option for option in options if option not in takes], takes
+
+
+def options_of(name: str) -> list[Option]:
+    """What the method takes: names, defaults and, out of its docstring, what they mean. None where it does not tell.
+
+    Raises as `build` does for a name that is unknown.
+    """
+    return _options_of(_parameters(name) or {}, resolve("method", name, REGISTRY))
 
 
 def _parameters(name: str) -> Mapping[str, inspect.Parameter] | None:
@@ -95,4 +110,16 @@ def _typed(value: object, parameter: inspect.Parameter | None) -> object:
     return value
 
 
-__all__ = ["REGISTRY", "Batch", "Method", "Outcome", "Pretraining", "as_typed", "build", "entropy", "unknown_of"]
+__all__ = [
+    "REGISTRY",
+    "Batch",
+    "Method",
+    "Option",
+    "Outcome",
+    "Pretraining",
+    "as_typed",
+    "build",
+    "entropy",
+    "options_of",
+    "unknown_of",
+]

@@ -44,7 +44,7 @@ class ContrastiveRepresentationDistillation(FeatureMethod):
 
     Args:
         dimension: of the embeddings.
-        negatives: K.
+        negatives: K, the number of them for every sample.
         temperature: T > 0.
         momentum: in [0, 1].
         ce_weight, crd_weight: finite; 1 and 0.8 in the comparison of RepDistiller, which KCD builds on.

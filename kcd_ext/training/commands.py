@@ -12,6 +12,7 @@ from tyro.conf import Fixed, FlagCreatePairsOff, Positional, Suppress, arg
 from .. import methods, models, processes
 from ..condensation.checks import whole
 from ..data.images import ImageData, load
+from ..registry import unknown
 from . import pairs, teachers
 from .job import TEACHER, Job
 from .recipe import Condense, Recipe
@@ -20,6 +21,7 @@ from .trainer import build_method
 
 CONDENSED = "kc-"  # before a method: condensed as in the paper
 ALONE = "ce"  # the method that trains a teacher
+NETWORKS = ", ".join(models.REGISTRY)
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ class Said(Recipe):
     """A recipe as the command line says it."""
 
     options: Annotated[Mapping[str, str], arg(metavar="[NAME VALUE ...]")] = field(default_factory=dict)
-    """Arguments of the method, as: temperature 4 kd_weight 0.9."""
+    """Arguments of the method, as: temperature 4 kd_weight 0.9. With --method, --help lists those of a method."""
     seed: int = 0
     """Decides the initial weights, the order of the samples and all other randomness."""
     num_workers: Suppress[Fixed[int]] = 0
@@ -77,11 +79,27 @@ class Said(Recipe):
         """The defaults of what is not given, which the method decides."""
         return replace(Said(), condense=Condense()) if self.method.startswith(CONDENSED) else Said()
 
-    def of_method(self) -> "Said":
-        """With the method's own name, what goes before it taken away."""
+    @property
+    def plain_method(self) -> str:
+        """The method's own name, without what goes before it. Raises ValueError for a name that is unknown."""
         method = self.method.removeprefix(CONDENSED)
         if not method:
             raise ValueError(f"method must be named after {CONDENSED}, as in {CONDENSED}kd, got {self.method!r}")
+        if method not in methods.REGISTRY and ":" not in method:
+            condensed = [f"{CONDENSED}{name}" for name in methods.REGISTRY]
+            otherwise = f"write module:Class, each with {CONDENSED} before it or not"
+            raise unknown("method", self.method, methods.REGISTRY, otherwise, condensed)
+        return method
+
+    def method_options(self) -> tuple[str, list[methods.Option]]:
+        """The method's name, and the options that `--options` takes for it. Raises as `methods.build` does."""
+        own = {option.name for option in fields(Condense)}  # a command has them already
+        found = methods.options_of(self.plain_method)
+        return self.method, [option for option in found if option.name not in own]
+
+    def of_method(self) -> "Said":
+        """With the method's own name, what goes before it taken away."""
+        method = self.plain_method
         if method == self.method and not self.condense.shrinks_the_set:  # where keep is 1 because nobody gave it
             for option in fields(self.condense):
                 chosen = getattr(self.condense, option.name)
@@ -107,14 +125,16 @@ class Distill:
     ] = ""
     images: Annotated[Images, arg(name="")] = Images()
     teacher: str | None = None
-    """The folder of a trained run, a file of weights (.safetensors, .pt, .pth), or a network, by name or as
-    module:function, that is trained first. None: the recipe's, or that which goes with the data (digits, mnist5k)."""
+    """The folder of a trained run, a file of weights (.safetensors, .pt, .pth), or a network, by name (see --student) or
+    as module:function, that is trained first. None: the recipe's, or that which goes with the data (digits, mnist5k)."""
     teacher_network: str | None = None
     """Whose weights --teacher holds. None: what the folder says, else the network of the recipe or the data."""
     teacher_lr: float | None = None
     """The learning rate of a teacher that is trained first. None: --lr."""
-    student: str | None = None
-    """A network by name or module:function. None: the recipe's, or that which goes with the data."""
+    student: Annotated[
+        str | None,
+        arg(help=f"A network: {NETWORKS}, or module:function. None: the recipe's, or that which goes with the data."),
+    ] = None
     seeds: int = 1
     """How many runs: with --seed, the one after it, and so on. They share their teacher."""
     output: Path | None = None
@@ -139,6 +159,10 @@ class Distill:
             default = replace(default, recipe=recipe, images=images, **own)
         return default
 
+    def method_options(self) -> tuple[str, list[methods.Option]]:
+        """As `Said.method_options`."""
+        return self.recipe.method_options()
+
     def run(self) -> None:
         """Checks everything, trains, writes the report and prints the table.
 
@@ -158,7 +182,7 @@ class Distill:
         if not self.preset:
             return pairs.OF_DATA.get(self.images.data)
         if self.preset not in pairs.RECIPES:
-            raise ValueError(f"unknown recipe {self.preset!r}: take {', '.join(pairs.RECIPES)}")
+            raise unknown("recipe", self.preset, pairs.RECIPES)
         return pairs.RECIPES[self.preset]
 
     def _job(self) -> Job:
@@ -218,8 +242,10 @@ class Distill:
 class Train:
     """Trains a teacher with cross entropy. Its folder is what --teacher of `kcd distill` takes."""
 
-    network: str | None = None
-    """A network by name or module:function. None: that which goes with the data (digits, mnist5k)."""
+    network: Annotated[
+        str | None,
+        arg(help=f"A network: {NETWORKS}, or module:function. None: that which goes with the data (digits, mnist5k)."),
+    ] = None
     output: Path | None = None
     """The folder for the results. None: runs/DATA-NETWORK-teacher-SEED."""
     resume: Annotated[bool, FlagCreatePairsOff] = False
@@ -232,6 +258,10 @@ class Train:
     def implied(self) -> "Train":
         """The defaults of all options that are not given."""
         return Train(recipe=replace(self.recipe.implied(), method=ALONE))
+
+    def method_options(self) -> tuple[str, list[methods.Option]]:
+        """As `Said.method_options`."""
+        return self.recipe.method_options()
 
     def run(self) -> None:
         """As `Distill.run`."""

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from .. import models
 from ..data.images import ImageData
+from ..registry import did_you_mean
 from .randomness import seeded
 from .runs import Normalisation, check_weights, network_of, normalisation_of
 from .weights import fitted, read
@@ -111,7 +112,7 @@ def find(spec: str, network: str | None, usual: str | None) -> Teacher:
     if not path.exists():
         raise ValueError(
             f"unknown teacher {spec!r}: no such file or folder, and no network out of {', '.join(sorted(models.REGISTRY))} "
-            f"(or {', '.join(models.ALIASES)}, as RepDistiller has it)"
+            f"(or {', '.join(models.ALIASES)}, as RepDistiller has it){did_you_mean(spec, [*models.REGISTRY, *models.ALIASES])}"
         )
     if network is None and usual is None:
         raise ValueError(f"teacher_network must name the network of the weights in {spec}")

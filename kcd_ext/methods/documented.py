@@ -1,0 +1,70 @@
+"""What a method takes, out of its signature and its docstring, for `--help`."""
+
+import inspect
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ..describe import brief
+
+ENTRY = re.compile(r"(\w+(?:, \w+)*)(?: \([^)]*\))?: (.*)")  # of a docstring's Args: one name or several, and the text
+
+
+@dataclass(frozen=True)
+class Option:
+    """An option of a method."""
+
+    name: str
+    default: str
+    """As a command takes it; empty for arguments of any other name."""
+    text: str
+    """What the docstring says of it; empty where it says nothing."""
+
+
+def options_of(parameters: Mapping[str, inspect.Parameter], method: object) -> list[Option]:
+    """Return an `Option` for each parameter of a method, in the order of its signature."""
+    texts = arguments_of(method)
+    return [
+        Option(name if p.kind is not p.VAR_KEYWORD else "...", _default(p), texts.get(name, ""))
+        for name, p in parameters.items()
+        if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY, p.VAR_KEYWORD)
+    ]
+
+
+def arguments_of(method: object) -> dict[str, str]:
+    """Return the section `Args` of a docstring: name -> text, in one line.
+
+    The docstring is that of the class or function; of a class without such a section that of its `__init__`.
+    """
+    for documented in (method, getattr(method, "__init__", None)):
+        _, found, section = (inspect.getdoc(documented) or "").partition("Args:\n")
+        if found:
+            return _entries(section)
+    return {}
+
+
+def _entries(section: str) -> dict[str, str]:
+    entries: dict[str, str] = {}
+    names: list[str] = []
+    for line in section.splitlines():
+        if line and not line.startswith(" "):  # the next section
+            break
+        started = ENTRY.fullmatch(line.strip())
+        if started and len(line) - len(line.lstrip()) == 4:
+            names = started[1].split(", ")
+            entries |= dict.fromkeys(names, started[2])
+        elif line.strip():
+            entries |= {name: f"{entries[name]} {line.strip()}" for name in names}
+        else:
+            names = []
+    return entries
+
+
+def _default(parameter: inspect.Parameter) -> str:
+    if parameter.kind is parameter.VAR_KEYWORD:
+        return ""
+    if parameter.default is parameter.empty:
+        return "(required)"
+    if isinstance(parameter.default, tuple | list):
+        return ",".join(map(str, parameter.default))
+    return brief(parameter.default).strip("'") or "''"
