@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from .condensation.checks import real
+from .describe import describe
 from .methods.features import Tap, evaluation
 from .networks import logits_alone, usual_modes
 
@@ -575,7 +576,9 @@ def _check_layers(networks: dict[str, nn.Module], layers: Sequence[tuple[str, st
         raise ValueError("layers must be one or more pairs of a path in the student and one in the teacher, got none")
     for pair in layers:
         if isinstance(pair, str) or len(pair) != 2:
-            raise ValueError(f"layers must be pairs of a path in the student and one in the teacher, got {pair!r}")
+            raise ValueError(
+                f"layers must be pairs of a path in the student and one in the teacher, got {describe(pair)}"
+            )
         for (role, network), path in zip(networks.items(), pair, strict=True):
             paths = [name for name, _ in network.named_modules() if name]
             if path in paths or path == LOGITS:
@@ -604,7 +607,7 @@ def checked_temperatures(temperatures: Sequence[float]) -> tuple[float, ...]:
         real("temperatures", t, f"numbers in [{COLDEST}, {HOTTEST:g}]", COLDEST, HOTTEST) for t in temperatures
     )
     if not checked or len(set(checked)) < len(checked):
-        raise ValueError(f"temperatures must be one or more different numbers, got {list(checked)}")
+        raise ValueError(f"temperatures must be one or more different numbers, got {describe(checked)}")
     return checked
 
 

@@ -213,14 +213,14 @@ def test_views_are_normalised_by_the_channels_of_the_training_images():
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        (([0.5], (1.0,)), TypeError, "mean must be a tuple with a number for every channel, got \\[0.5\\]"),
+        (([0.5], (1.0,)), TypeError, "mean must be a tuple with a number for every channel, got list of length 1"),
         (((), ()), TypeError, "mean must be a tuple"),
-        (((0.5,), ("a",)), TypeError, "std must be finite numbers, got 'a'"),
+        (((0.5,), ("a",)), TypeError, "std must be finite numbers, got str 'a'"),
         (((float("nan"),), (1.0,)), ValueError, "mean must be finite numbers, got nan"),
         (((0.5,), (1.0, 1.0)), ValueError, "std must hold 1 numbers > 0, as many as mean"),
         (((0.5,), (0.0,)), ValueError, "std must hold 1 numbers > 0"),
         (((0.5,), (1.0,), -1), ValueError, "padding must be an integer >= 0, got -1"),
-        (((0.5,), (1.0,), 0, 1), TypeError, "flip must be True or False, got 1"),
+        (((0.5,), (1.0,), 0, 1), TypeError, "flip must be True or False, got int 1"),
     ],
 )
 def test_views_of_the_wrong_kind(arguments, error, message):

@@ -285,7 +285,7 @@ def test_another_selection_is_a_subclass_with_its_own_sizes():
         (dict(keep=0), ValueError, r"keep must be a number in \(0, 1\], got 0"),
         (dict(keep=1.1), ValueError, "keep"),
         (dict(epochs=0), ValueError, "epochs must be an integer >= 1, got 0"),
-        (dict(epochs=2.0), TypeError, "epochs must be an integer >= 1, got 2.0 of type float"),
+        (dict(epochs=2.0), TypeError, "epochs must be an integer >= 1, got float 2.0"),
         (dict(anneal=-0.1), ValueError, r"anneal must be a number in \[0, 1\], got -0.1"),
         (dict(anneal=True), TypeError, "anneal"),
         (dict(anneal=math.nan), ValueError, "anneal"),

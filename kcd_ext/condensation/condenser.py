@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from ..arguments import check_group
+from ..describe import brief
+from ..registry import did_you_mean
 from .checks import flag, real, whole
 from .classes import checked_labels, with_minimum
 from .condensation import Condensation
@@ -124,7 +126,10 @@ class KnowledgeCondenser:
         self._every = whole("every", every, 1)
         self._stages = whole("stages", stages, 1)
         if not isinstance(schedule, str) or schedule not in SCHEDULES:
-            raise ValueError(f"schedule must be one of {', '.join(map(repr, SCHEDULES))}, got {schedule!r}")
+            raise ValueError(
+                f"schedule must be one of {', '.join(map(repr, SCHEDULES))}, got {brief(schedule)}"
+                f"{did_you_mean(schedule, SCHEDULES)}"
+            )
         self._schedule = schedule
         self._alpha = real("alpha", alpha, "a finite number >= 0", 0)
         self._epsilon = real("epsilon", epsilon, "a number in [0, 1]", 0, 1)
@@ -461,10 +466,13 @@ class KnowledgeCondenser:
         own = self.state_dict()
         if state.keys() != own.keys():
             missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys(), key=str)
-            raise ValueError(f"state_dict is none of a condenser: entries missing {missing}, unknown {unknown}")
+            wrong = f"entry {missing[0]!r} is missing" if missing else f"entry {brief(unknown[0])} is unknown"
+            raise ValueError(f"state_dict is none of a condenser: {wrong}")
         for name in ("version", "condenser", *self._arguments):
             if type(state[name]) is not type(own[name]) or state[name] != own[name]:
-                raise ValueError(f"state_dict has {name}={state[name]!r}, this condenser has {name}={own[name]!r}")
+                raise ValueError(
+                    f"state_dict has {name}={brief(state[name])}, this condenser has {name}={brief(own[name])}"
+                )
         for name in ("epoch", "stage"):
             whole(f"state_dict['{name}']", state[name], 0, MAX_SEED)
         self._table.check_state(state)

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..condensation.checks import whole
+from ..describe import describe
 from ..registry import call
 from .views import Views, check_normalisation
 
@@ -123,7 +124,7 @@ class ImageData:
 def check_class_names(data_set: str, names: tuple[str, ...]) -> None:
     """Raise TypeError or ValueError unless `names` is a tuple of strings that can be written in UTF-8."""
     if not isinstance(names, tuple) or not all(isinstance(name, str) for name in names):
-        raise TypeError(f"data set {data_set!r}: class_names must be a tuple of strings, got {names!r}")
+        raise TypeError(f"data set {data_set!r}: class_names must be a tuple of strings, got {describe(names)}")
     for name in names:
         try:
             name.encode()

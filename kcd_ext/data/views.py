@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from ..condensation.checks import flag, real, whole
 from ..condensation.random_keys import MAX_SEED, VIEWS, random_keys
+from ..describe import describe
 
 # By name: mean and std of the pixels / 255, for three channels, or one number for any.
 NORMALISATIONS = {
@@ -47,7 +48,7 @@ class Views:
         for name in ("mean", "std"):
             numbers = getattr(self, name)
             if not isinstance(numbers, tuple) or not numbers:
-                raise TypeError(f"{name} must be a tuple with a number for every channel, got {numbers!r}")
+                raise TypeError(f"{name} must be a tuple with a number for every channel, got {describe(numbers)}")
             for number in numbers:
                 real(name, number, "finite numbers", -math.inf)
         if len(self.mean) != len(self.std) or min(self.std) <= 0:

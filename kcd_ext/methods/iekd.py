@@ -10,7 +10,9 @@ from torch.nn import functional
 
 from .. import models
 from ..condensation.checks import real, whole
+from ..describe import brief
 from ..models.layers import initialise_convolutions
+from ..registry import did_you_mean
 from .features import FeatureMethod, Tap, check_layer, evaluation, full_precision, unit_rows
 from .kd import kd_loss
 from .options import check_batch_keep, check_temperature, check_used, check_weight
@@ -523,7 +525,9 @@ def _placed_as_it_runs(network: nn.Module, x: Tensor) -> nn.Module:
 
 def _one_of(name: str, value: str, choices: Mapping[str, object]) -> str:
     if not isinstance(value, str) or value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+        raise ValueError(
+            f"{name} must be one of {', '.join(map(repr, choices))}, got {brief(value)}{did_you_mean(value, choices)}"
+        )
     return value
 
 

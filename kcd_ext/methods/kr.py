@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..condensation.checks import real
+from ..describe import brief, describe
 from .features import Tap, evaluation, full_precision, unit_rows
 from .kd import kd_loss
 from .options import check_batch_keep, check_temperature, check_used, check_weight
@@ -218,10 +219,10 @@ def _groups_in(option: str, given: str | None) -> list[list[str]] | None:
     if given is None:
         return None
     if not isinstance(given, str):
-        raise TypeError(f"{option} must be {takes}, got {given!r} of type {type(given).__name__}")
+        raise TypeError(f"{option} must be {takes}, got {describe(given)}")
     groups = [[path.strip() for path in group.split("+")] for group in given.split(",")]
     if not all(path for group in groups for path in group):
-        raise ValueError(f"{option} must be {takes}, got {given!r}, where a name is empty")
+        raise ValueError(f"{option} must be {takes}, got {brief(given)}, where a name is empty")
     return groups
 
 

@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 
 from ..condensation.checks import real
+from ..describe import brief
 
 
 def check_temperature(name: str, value: float) -> float:
@@ -19,7 +20,7 @@ def check_weight(name: str, value: float) -> float:
 def check_used(name: str, value: object, usual: object, unused: bool, reason: str) -> None:
     """Raises ValueError for an option that was chosen where nothing uses it."""
     if unused and value != usual:
-        raise ValueError(f"{name}={value!r} has no effect with {reason}")
+        raise ValueError(f"{name}={brief(value)} has no effect with {reason}")
 
 
 def check_batch_keep(batch_keep: float) -> float:
@@ -37,5 +38,5 @@ def fractions(name: str, given: Sequence[float] | float | str, takes: str) -> tu
         try:
             given = [float(part) for part in given.split(",")] if given.strip() else []
         except ValueError:
-            raise ValueError(f"{name} must be {takes}, got {given!r}") from None
+            raise ValueError(f"{name} must be {takes}, got {brief(given)}") from None
     return tuple(real(name, part, takes, 0, 1) for part in (given if isinstance(given, Sequence) else (given,)))

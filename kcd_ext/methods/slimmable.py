@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _NormBase
 
+from ..describe import brief
 from .options import fractions
 
 
@@ -18,7 +19,7 @@ def check_widths(name: str, widths: Sequence[float] | float | str) -> tuple[floa
     takes = "ascending fractions in (0, 1] that end with 1, as 0.25,0.5,0.75,1"
     found = fractions(name, widths, takes)
     if not found or found[0] <= 0 or found[-1] != 1 or any(a >= b for a, b in pairwise(found)):
-        raise ValueError(f"{name} must be {takes}, got {widths!r}")
+        raise ValueError(f"{name} must be {takes}, got {brief(widths)}")
     return found
 
 
@@ -44,7 +45,7 @@ class Slimmable(nn.Module):
     def use(self, width: float) -> None:
         """Every forward pass from now on is at this width. Raises ValueError where it is none of `widths`."""
         if width not in self.widths:
-            raise ValueError(f"width must be one of {', '.join(map(str, self.widths))}, got {width!r}")
+            raise ValueError(f"width must be one of {', '.join(map(str, self.widths))}, got {brief(width)}")
         self._at = self.widths.index(width)
         for layer in self.network.modules():
             if isinstance(layer, tuple(SLIMMABLE.values())):

@@ -11,6 +11,7 @@ from torch.utils.data import default_collate
 
 from ..data import IndexedDataset
 from ..data.images import ImageSet
+from ..describe import brief
 from .randomness import seeded
 from .recipe import Recipe
 from .sharding import whole
@@ -47,7 +48,22 @@ def check_same(saved: Mapping, mine: Mapping, path: object) -> None:
     pairs += [(key, saved["recipe"].get(key), value) for key, value in mine["recipe"].items() if key not in free]
     for key, old, new in pairs:
         if old != new:
-            raise ValueError(f"{path} was run with {key}={old!r}, got {key}={new!r}: a run resumes only as it began")
+            key, old, new = _first_difference(key, old, new)
+            raise ValueError(
+                f"{path} was run with {key}={brief(old)}, got {key}={brief(new)}: a run resumes only as it began"
+            )
+
+
+def _first_difference(key: str, old: object, new: object) -> tuple[str, object, object]:
+    """Return where two unequal JSON values differ first, as condense.keep or milestones[1], and both values there."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        parts = [(f"{key}.{name}", old.get(name), new.get(name)) for name in {**old, **new}]
+    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        parts = [(f"{key}[{index}]", *pair) for index, pair in enumerate(zip(old, new, strict=True))]
+    else:
+        return key, old, new
+    # An entry that is None in one and missing in the other makes a difference, too.
+    return next((_first_difference(*part) for part in parts if part[1] != part[2]), (key, old, new))
 
 
 def digest(tensors: Mapping[str, object]) -> str:

@@ -7,8 +7,9 @@ from dataclasses import asdict, dataclass, field, fields
 from ..condensation import KnowledgeCondenser
 from ..condensation.checks import flag, real, whole
 from ..condensation.random_keys import MAX_SEED
+from ..describe import brief, describe
 from ..methods.options import check_batch_keep
-from ..registry import resolve
+from ..registry import did_you_mean, resolve
 
 SELECTIONS = {
     "value": "kcd_ext.condensation:KnowledgeCondenser",
@@ -174,18 +175,19 @@ class Recipe:
             whole(name, getattr(self, name), least)
         whole("seed", self.seed, 0, MAX_SEED)
         if not isinstance(self.name, str):
-            raise TypeError(f"name must be a string, got {type(self.name).__name__} {self.name!r}")
+            raise TypeError(f"name must be a string, got {describe(self.name)}")
         for name in ("lr", "momentum", "weight_decay", "gamma"):
             real(name, getattr(self, name), "a finite number >= 0", 0.0, 3e38)  # in single precision
         if isinstance(self.milestones, str) or not isinstance(self.milestones, Iterable):
-            raise TypeError(f"milestones must be fractions of the epochs in [0, 1], got {self.milestones!r}")
+            raise TypeError(f"milestones must be fractions of the epochs in [0, 1], got {describe(self.milestones)}")
         object.__setattr__(self, "milestones", tuple(self.milestones))
         for milestone in self.milestones:
             real("milestones", milestone, "fractions of the epochs in [0, 1]", 0.0, 1.0)
         if self.device not in ("auto", "cpu", "cuda"):
-            raise ValueError(f"device must be auto, cpu or cuda, got {self.device!r}")
-        if self.precision not in PRECISIONS:
-            raise ValueError(f"precision must be {', '.join(PRECISIONS)}, got {self.precision!r}")
+            raise ValueError(f"device must be auto, cpu or cuda, got {brief(self.device)}")
+        if not isinstance(self.precision, str) or self.precision not in PRECISIONS:
+            nearest = did_you_mean(self.precision, PRECISIONS)
+            raise ValueError(f"precision must be {', '.join(PRECISIONS)}, got {brief(self.precision)}{nearest}")
         flag("compile", self.compile)
         if self.condense is None:
             object.__setattr__(self, "condense", Condense(keep=1.0))

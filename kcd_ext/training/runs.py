@@ -8,6 +8,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
 
+from ..describe import describe
 from ..evaluation import Evaluation
 from ..files import read_regular
 from .summary import ComparedWith, Summary
@@ -140,7 +141,7 @@ def config_of(folder: Path) -> dict:
         "options": recipe.get("options"),
     }.items():
         if not isinstance(part or {}, dict):
-            raise ValueError(f"{path} is damaged: {name} must be an object, got {part!r}")
+            raise ValueError(f"{path} is damaged: {name} must be an object, got {describe(part)}")
     return config
 
 
@@ -326,7 +327,7 @@ def _is_count(value: object) -> bool:
 def _number(path: Path, holder: Mapping, name: str, kind: type) -> int | float:
     value = holder.get(name)
     if isinstance(value, bool) or not isinstance(value, int if kind is int else int | float):
-        raise ValueError(f"{path} is damaged: {name} must be a number, got {value!r}")
+        raise ValueError(f"{path} is damaged: {name} must be a number, got {describe(value)}")
     if not abs(value) <= sys.float_info.max:  # NaN, infinity, or an integer that no float holds
         raise ValueError(f"{path} is damaged: {name} must be a finite number")
     return value
