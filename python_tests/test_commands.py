@@ -755,7 +755,10 @@ def replaced(name, old, new):
         (replaced("metrics.jsonl", '"counts"', '"count"'), "condensation without a histogram of values"),
         (lambda folder: (folder / "metrics.jsonl").write_text(""), "nothing to report: no epoch has ended in "),
         (lambda folder: (folder / "summary.json").write_text("{}"), "summary.json is damaged: it has no result"),
-        (lambda folder: ((folder / "metrics.jsonl").unlink(), os.mkfifo(folder / "metrics.jsonl")), "must be a regular file, is a FIFO"),
+        (
+            lambda folder: ((folder / "metrics.jsonl").unlink(), os.mkfifo(folder / "metrics.jsonl")),
+            "must be a regular file, is a FIFO",
+        ),
     ],
 )
 def test_a_damaged_run_is_one_line(change, message, home, here, capfd):
