@@ -338,7 +338,7 @@ def _upright(path: Path, mode: str) -> Any:
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
     """The image at `path`; whatever goes wrong with it is told as a ValueError that names the file."""
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     with path.open("rb") as file, warnings.catch_warnings():
         # Pillow warns of odd metadata, and of transparency that is dropped. Of too many pixels it warns at first, too.
@@ -347,6 +347,8 @@ def _opened(path: Path) -> Iterator[Any]:
         try:
             with Image.open(file) as image:
                 yield image
+        except UnidentifiedImageError as error:  # whose message shows the open file
+            raise ValueError(f"{path}: cannot be read as an image: Pillow knows no such format") from error
         except Exception as error:  # Pillow's readers raise what they like at bytes that make no sense
             raise ValueError(f"{path}: cannot be read as an image: {one_line(error)}") from error
 
