@@ -363,10 +363,14 @@ exit 1
 
 
 @pytest.mark.parametrize(
-    "place", ["PATH", "CUDACXX", "KCD_CUDA=ON", "CUDACXX that is not there", "KCD_CUDA=OFF", "ends without a word"]
+    "place",
+    [
+        *("PATH", "PATH, and CUDACXX is empty", "KCD_CUDA=ON", "KCD_CUDA=OFF", "ends without a word"),
+        *("CUDACXX", "CUDACXX that is not there", "CUDACXX with options", "CUDACXX with a space"),
+    ],
 )
 def test_an_nvcc_that_does_not_work_is_no_missing_one(tmp_path, place):
-    """A warning with nvcc's first error, and an error where CUDA was asked for."""
+    """A warning with nvcc's first error, and an error where CUDA was asked for; anew each time that CMake runs."""
     if not shutil.which("cmake") or not shutil.which("ninja"):
         pytest.skip("needs cmake and ninja")
     tools = tmp_path / "tools"
@@ -374,14 +378,18 @@ def test_an_nvcc_that_does_not_work_is_no_missing_one(tmp_path, place):
     for tool in ("cmake", "ninja", "c++", "g++", "gcc", "cc", "ar", "ranlib", "nm", "ld", "as", "sh", "python3"):
         if found := shutil.which(tool):
             (tools / tool).symlink_to(found)
-    nvcc = tmp_path / "nvcc"
+    nvcc = tmp_path / ("a space" if place.endswith("space") else "") / "nvcc"
+    nvcc.parent.mkdir(exist_ok=True)
     nvcc.write_text("#!/bin/sh\nexit 3\n" if place == "ends without a word" else NVCC.format(note="nvcc: a note"))
     nvcc.chmod(0o755)
     environment = {**os.environ, "PATH": str(tools)}
     if place.startswith("CUDACXX"):
-        environment["CUDACXX"] = str(tmp_path / "none" if "not there" in place else nvcc)
+        options = " -lineinfo -O1" if "options" in place else ""
+        environment["CUDACXX"] = str(tmp_path / "none" if "not there" in place else nvcc) + options
     else:
         environment["PATH"] = f"{tmp_path}:{tools}"
+        if "empty" in place:
+            environment["CUDACXX"] = ""
     define = [f"-D{place}"] if place.startswith("KCD") else []
     command = [shutil.which("cmake"), "-G", "Ninja", "-S", str(ROOT), "-B", str(tmp_path / "build"), *define]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -393,8 +401,12 @@ def test_an_nvcc_that_does_not_work_is_no_missing_one(tmp_path, place):
         assert "CUDA" not in done.stdout + said
         return
     assert ("CMake Error" if asked else "CMake Warning") in said and "nvcc (" in said
-    reason = {"CUDACXX that is not there": "No such file", "ends without a word": "it ended with: 3"}
+    reason = {"CUDACXX that is not there": "o such file", "ends without a word": "it ended with: 3"}
     assert reason.get(place, "unsupported GNU version! gcc versions later than 9") in said
+    if place == "PATH":
+        nvcc.write_text("#!/bin/sh\nexit 0\n")  # it has been mended
+        again = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert "Looking for a CUDA compiler" in again.stdout and "GNU version" not in again.stderr
 
 
 def test_the_build_against_torchs_own_headers(tmp_path):
