@@ -287,10 +287,10 @@ PyObject* for_operator(const State& state, const Saved& saved) {
 }
 
 constexpr const char* kBackwardDoc =
-    "small_backward(ctx, grad_output, differentiable) -> gradient, or a tuple\n\n"
-    "The gradient with respect to the student's logits, for a ctx that small_attach has filled. Where it is to be differentiable,\n"
-    "or a tensor is not one that is served, a tuple of what the operators' backward pass takes instead: (student, teacher,\n"
-    "labels or None, selected, stats, counts, options), in whatever layout the unpack hooks of saved tensors gave them.";
+    "small_backward(ctx, grad_output, by_operator) -> gradient, or a tuple\n\n"
+    "The gradient with respect to the student's logits, for a ctx that small_attach has filled. Where by_operator is True, or a\n"
+    "tensor is not one that is served, a tuple of what the operators' backward pass takes instead: (student, teacher, labels or\n"
+    "None, selected, stats, counts, options), in whatever layout the unpack hooks of saved tensors gave them.";
 
 template <class Real>
 double number(const View& x) {
@@ -356,15 +356,15 @@ PyObject* served(const Function& function) {
   return nullptr;
 }
 
-PyObject* backward(PyObject* ctx, PyObject* grad_object, bool differentiable) {
+PyObject* backward(PyObject* ctx, PyObject* grad_object, bool by_operator) {
   const Reference capsule(PyObject_GetAttr(ctx, state_name));
   if (!capsule) return nullptr;
   State& state = state_of(capsule.get());
-  if (!differentiable)
+  if (!by_operator)
     if (PyObject* gradient = served([&] { return hand_over(state, grad_object); })) return gradient;
   const Saved saved(ctx, state);
   if (!saved.tensors) return nullptr;
-  if (!differentiable)
+  if (!by_operator)
     if (PyObject* gradient = served([&] { return compute_gradient(state, saved, grad_object); })) return gradient;
   return for_operator(state, saved);
 }

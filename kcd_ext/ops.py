@@ -113,6 +113,15 @@ def is_tracing() -> bool:
     return not torch.compiler.is_compiling() and _get_tracing_state() is not None
 
 
+def _operators_are_watched() -> bool:
+    """Return whether a tracer or a mode of torch's watches operators. It takes what they do not compute for a constant."""
+    return bool(
+        _len_torch_dispatch_stack()
+        or _get_tracing_state() is not None
+        or _dispatch_tls_is_dispatch_key_included(_PRE_DISPATCH)
+    )
+
+
 # ---- memory layouts
 
 
@@ -259,7 +268,7 @@ class GradientOfStudent(torch.autograd.Function):
         """The gradient with respect to the student's logits, (..., C) in their dtype."""
         if grad_output is None:
             return None, None
-        if ctx.ahead and not torch.is_grad_enabled():
+        if ctx.ahead and not torch.is_grad_enabled() and not _operators_are_watched():
             factor = _number(grad_output)
             # bfloat16 would be rounded once more; what is not finite would make rows NaN that are not selected.
             if factor == 1 or (math.isfinite(factor) and ctx.scales):
@@ -307,7 +316,7 @@ class GradientOfSmall(torch.autograd.Function):
         if grad_output is None:
             return None, None, None
         differentiable = torch.is_grad_enabled()
-        gradient = _small.small_backward(ctx, grad_output, differentiable)
+        gradient = _small.small_backward(ctx, grad_output, differentiable or _operators_are_watched())
         if type(gradient) is tuple:  # what the operators take in its place
             student, teacher, labels, *rest, options = gradient
             operator = condensed_kd_backward if differentiable else condensed_kd_gradient
@@ -344,10 +353,8 @@ def small_loss(
     plain = type(student) in _PLAIN and type(teacher) in _PLAIN and not teacher.requires_grad
     if not plain or (labels is not None and type(labels) not in _PLAIN):
         return None
-    if _len_torch_dispatch_stack() or _are_functorch_transforms_active() or forward_ad._current_level >= 0:
+    if _operators_are_watched() or _are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return None
-    if _get_tracing_state() is not None or _dispatch_tls_is_dispatch_key_included(_PRE_DISPATCH):
-        return None  # it would see no operator, and take the loss for a constant
     state = _small.small_forward(student, teacher, labels, keep, value, options, ahead)
     if state is NotImplemented:
         return None

@@ -322,6 +322,31 @@ def test_activation_checkpointing(rows, classes, options):
                 assert torch.allclose(torch.autograd.grad(again, weight)[0], expected, atol=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("rows, classes", [(8, 10), (300, 1000)])
+@pytest.mark.parametrize("keep", [0.1, 0.7])
+def test_who_records_a_backward_pass_sees_the_incoming_gradient(rows, classes, keep):
+    """A factor is an input of what is recorded, never a constant: of a forward pass that is recorded too, and of one before."""
+    make_fx = torch.fx.experimental.proxy_tensor.make_fx
+    student, teacher = logits(rows, classes).requires_grad_(), logits(rows, classes, seed=1)
+    two, three = torch.tensor(2.0), torch.tensor(3.0)
+
+    def both(z, factor):
+        z = z.detach().requires_grad_()
+        return torch.autograd.grad(condensed_kd_loss(z, teacher, keep=keep) * factor, z)[0] * factor
+
+    def backward(factor):
+        return torch.autograd.grad(loss, student, factor, retain_graph=True)[0] * factor
+
+    expected = both(student, three)
+    assert torch.allclose(make_fx(both)(student, two)(student, three), expected, atol=1e-6)
+    loss = condensed_kd_loss(student, teacher, keep=keep)
+    assert torch.allclose(make_fx(backward)(two)(three), expected, atol=1e-6)
+    # What torch says of logits that are not among the inputs.
+    with pytest.raises(RuntimeError, match="requires grad as a constant"):
+        torch.jit.trace(backward, (two,))
+
+
 @pytest.mark.parametrize("keep", [0.2, 0.7])
 def test_an_incoming_gradient_that_is_lazily_negated(keep):
     student, teacher = logits(8, 10).requires_grad_(), logits(8, 10, seed=1)
