@@ -248,7 +248,7 @@ def _candidates(valid: Tensor | None, rows: Tensor | None, like: Tensor) -> Tens
         return valid
     n = like.numel()
     named = torch.where((rows >= 0) & (rows < n), rows, n)  # rows that there are not: one past the end
-    held = like.new_zeros(n + 1).index_fill(0, named, True)[:n].view(like.shape)
+    held = like.new_zeros(n + 1, dtype=torch.int64).index_fill(0, named, 1)[:n].view(like.shape) == 1
     return held if valid is None else held & valid
 
 

@@ -508,6 +508,18 @@ def test_jit_trace_takes_other_batches_than_the_traced_one(rows, classes, inputs
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_jit_trace_takes_the_knowledge_of_named_rows():
+    traced = torch.jit.trace(
+        lambda z, y, rows: condensed_kd_loss(z, y, rows=rows, keep=0.5, return_knowledge=True),
+        (torch.randn(8, 10, requires_grad=True), torch.randn(3, 10), torch.tensor([3, 1, -1])),
+    )
+    z, y, rows = torch.randn(13, 10), torch.randn(5, 10), torch.tensor([0, 12, 5, 7, -1])
+    expected = reference.condensed_kd_loss(z, y, rows=rows, keep=0.5, return_knowledge=True)
+    for found, wanted in zip(traced(z, y, rows)[1], expected[1], strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6, equal_nan=True)
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_jit_trace_refuses_what_it_would_record_wrongly():
     z, y = torch.randn(6, 5, requires_grad=True), torch.randn(6, 5)
     for function, error, message in (
