@@ -197,6 +197,8 @@ def _selected_kl(student: Tensor, teacher: Tensor, *, truth: Tensor, ratio: floa
 
     student, teacher: (r, c) scores; truth: (r,).
     """
+    if student.shape[1] == 1:  # the similarities of a batch of one image
+        return 0 * student.sum()
     selected, number = least_wrong(teacher, truth, ratio)
     total = kd_loss(student, teacher, temperature=temperature, row_weight=selected, reduction="sum")
     return total / (temperature**2 * number.clamp(min=1))
