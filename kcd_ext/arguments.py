@@ -3,6 +3,7 @@
 import functools
 import math
 import numbers
+import sys
 import warnings
 from typing import NamedTuple
 
@@ -70,6 +71,18 @@ def class_dim_of(student: Tensor, class_dim: int | None) -> int:
     return int(class_dim) % n
 
 
+# The modules through which a public function's caller may reach `warn_about_classes`.
+_BETWEEN = (__name__, f"{__package__}.losses", f"{__package__}.reference", "torch.nn.modules.module")
+
+
+def _warn(message: str) -> None:
+    """Warn with the place of the public function's caller, behind CondensedKDLoss and torch's call of a module too."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_globals.get("__name__") in _BETWEEN:
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, UserWarning, stacklevel=level)
+
+
 def warn_about_classes(student: Tensor, class_dim: int | None) -> None:
     """Warn where the classes are probably not what the caller takes them for. Call it from a public function alone.
 
@@ -78,16 +91,15 @@ def warn_about_classes(student: Tensor, class_dim: int | None) -> None:
     if torch.compiler.is_compiling():
         return
     if class_dim is None and student.dim() > 3:
-        warnings.warn(
+        _warn(
             f"student_logits of shape {tuple(student.shape)} are read with their classes in the last dimension: pass class_dim=1"
-            " for (batch, classes, height, width), or class_dim=-1 if the classes are last",
-            stacklevel=3,
+            " for (batch, classes, height, width), or class_dim=-1 if the classes are last"
         )
-    if student.shape[class_dim_of(student, class_dim)] == 1:
-        warnings.warn(
+    dim = class_dim_of(student, class_dim)
+    if student.shape[dim] == 1:
+        _warn(
             f"student_logits of shape {tuple(student.shape)} have one class, whose probability is always 1: loss and gradient are"
-            " 0. A binary classifier needs two logits, as in torch.stack((torch.zeros_like(z), z), -1)",
-            stacklevel=3,
+            f" 0. A binary classifier needs two logits, as in torch.cat((torch.zeros_like(z), z), {dim})"
         )
 
 
@@ -195,9 +207,13 @@ def check_number(name: str, x: float) -> float:
         raise TypeError(f"{name} must be a number, got {describe(x)}")
     if not -math.inf < x < math.inf:  # unlike math.isfinite, torch.compile traces it
         raise ValueError(f"{name} must be finite, got {brief(x)}")
-    if not -FLOAT32_MAX <= x <= FLOAT32_MAX:
+    try:
+        number = float(x)  # compared as it is, NumPy's float16 would overflow
+    except OverflowError:
+        number = math.inf
+    if not -FLOAT32_MAX <= number <= FLOAT32_MAX:
         raise ValueError(f"{name} must be a number that float32 can hold, got {brief(x)}")
-    return float(x)
+    return number
 
 
 def check_temperature(temperature: float) -> float:

@@ -259,6 +259,14 @@ def test_the_raw_operators_refuse_what_would_read_out_of_bounds():
     )
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64, np.int8])
+def test_the_numbers_of_numpy(dtype):
+    options = {"temperature": 2, "kd_weight": 3, "ce_weight": -1}
+    got = condensed_kd_loss(Z, Y, labels=LABELS, **{name: dtype(x) for name, x in options.items()})
+    assert got.equal(condensed_kd_loss(Z, Y, labels=LABELS, **options))
+
+
 def test_the_keep_and_the_ignored_label_of_numpy():
     labels = torch.tensor([0, 1, 2, 3])
     got = condensed_kd_loss(Z, Y, labels=labels, keep=np.int64(2), ignore_index=np.int64(3))
@@ -365,7 +373,14 @@ def test_logits_that_are_probably_meant_otherwise_are_warned_of(function):
         with pytest.warns(UserWarning, match="pass class_dim=1 for .* class_dim=-1") as caught:
             function(z, z, **options)
         assert [w.filename for w in caught] == [__file__]  # where the caller is
-    with pytest.warns(UserWarning, match="have one class, whose probability is always 1"):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        criterion = kcd_ext.CondensedKDLoss()
+        for _ in range(2):
+            criterion(z, z)  # said once a place
+        criterion.forward(z, z)
+    assert [w.filename for w in caught] == [__file__] * 2
+    with pytest.warns(UserWarning, match=r"have one class, .* torch.cat\(\(torch.zeros_like\(z\), z\), 3\)"):
         assert function(z[..., :1], z[..., :1], class_dim=-1) == 0
     with pytest.warns(UserWarning, match="one class"):
         function(z[0, 0, :1], z[0, 0, :1], class_dim=0)
