@@ -7,9 +7,11 @@ from numbers import Integral, Real
 
 from ..describe import brief, describe
 
+INT64_MAX = 2**63 - 1
+
 
 def whole(name: str, value: object, low: int, high: int | None = None) -> int:
-    """`value` as an int in [low, high] (no upper bound without `high`); a bool is not a number.
+    """`value` as an int in [low, high] (without `high`, up to the largest int64); a bool is not a number.
 
     Raises TypeError (not an integer) or ValueError (out of range).
     """
@@ -18,6 +20,8 @@ def whole(name: str, value: object, low: int, high: int | None = None) -> int:
         raise TypeError(f"{name} must be {takes}, got {describe(value)}")
     if value < low or (high is not None and value > high):
         raise ValueError(f"{name} must be {takes}, got {brief(value)}")
+    if high is None and value > INT64_MAX:
+        raise ValueError(f"{name} must be an integer that int64 can hold, got {brief(value)}")
     return int(value)
 
 
@@ -28,12 +32,13 @@ def real(name: str, value: object, takes: str, low: float, high: float = math.in
     """
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be {takes}, got {describe(value)}")
-    if not -math.inf < value < math.inf or not low <= value <= high:  # math.isfinite overflows at integers of any size
-        raise ValueError(f"{name} must be {takes}, got {brief(value)}")
     try:
-        return float(value)
-    except OverflowError:
-        raise ValueError(f"{name} must be {takes}, got an integer beyond the largest double") from None
+        number = float(value)
+    except OverflowError:  # an integer or a fraction beyond the largest double
+        number = math.inf
+    if not math.isfinite(number) or not low <= number <= high:
+        raise ValueError(f"{name} must be {takes}, got {brief(value)}")
+    return number
 
 
 def flag(name: str, value: object) -> bool:

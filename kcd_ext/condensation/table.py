@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..describe import describe
+
 # Values of larger magnitude count as not finite: then no sum of up to 2^53 visits can overflow to infinity.
 LARGEST_VALUE = 2.0**960
 
@@ -25,6 +27,8 @@ class ValueTable:
     measured = "knowledge values"  # what the table is made of, as it reads in a warning
 
     def __init__(self, num_samples: int, device: torch.device | str | None = None):
+        if not isinstance(device, torch.device | str | None):
+            raise TypeError(f"device must be a torch.device, a string or None, got {describe(device)}")
         home = torch.device("cpu" if device is None else device)
         self.num_samples = num_samples
         self._placed = device is not None

@@ -63,6 +63,7 @@ class Condense:
 
     def __post_init__(self) -> None:
         check_batch_keep(self.batch_keep)
+        real("keep", self.keep, "a number in (0, 1]", 5e-324, 1)
         if self.every is not None:
             whole("every", self.every, 1)
         whole("stages", self.stages, 1)
@@ -118,7 +119,7 @@ class Condense:
             if takes_all or option.name in parameters:
                 options[option.name] = value
             elif chosen != option.default:
-                raise ValueError(f"{option.name}={chosen!r} has no effect with selection {self.selection!r}")
+                raise ValueError(f"{option.name}={brief(chosen)} has no effect with selection {self.selection!r}")
         return condenser, options | {name: value for name, value in given.items() if name in parameters}
 
 
@@ -183,7 +184,7 @@ class Recipe:
         object.__setattr__(self, "milestones", tuple(self.milestones))
         for milestone in self.milestones:
             real("milestones", milestone, "fractions of the epochs in [0, 1]", 0.0, 1.0)
-        if self.device not in ("auto", "cpu", "cuda"):
+        if not isinstance(self.device, str) or self.device not in ("auto", "cpu", "cuda"):
             raise ValueError(f"device must be auto, cpu or cuda, got {brief(self.device)}")
         if not isinstance(self.precision, str) or self.precision not in PRECISIONS:
             nearest = did_you_mean(self.precision, PRECISIONS)
