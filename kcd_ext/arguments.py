@@ -121,6 +121,12 @@ def check_both_logits(student: Tensor, teacher: Tensor, rows: Tensor | None, cla
     if teacher.shape[of_teacher] != student.shape[dim]:
         c = min(teacher.shape[of_teacher], student.shape[dim])
         place = "..., " if dim == student.dim() - 1 else ":, " * dim
+        there = [d for d in range(student.dim()) if student.shape[d] == teacher.shape[of_teacher]]
+        if rows is not None and there:
+            raise ValueError(
+                f"teacher_logits have {teacher.shape[of_teacher]} classes, student_logits {tuple(student.shape)} have"
+                f" {student.shape[dim]} in dimension {dim}; if they are in dimension {there[0]}, pass class_dim={there[0]}"
+            )
         raise ValueError(
             f"teacher_logits have {teacher.shape[of_teacher]} classes, student_logits {student.shape[dim]}: where the first {c}"
             f" classes mean the same in both (a padded vocabulary), slice them, as in logits[{place}:{c}]"

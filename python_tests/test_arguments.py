@@ -389,6 +389,8 @@ def test_logits_that_are_probably_meant_otherwise_are_warned_of(function):
         for dim in (-1, 1, 3):
             function(z, z, class_dim=dim)
         function(z[0], z[0])
+    with pytest.raises(ValueError, match="if they are in dimension 1, pass class_dim=1"):
+        function(z[:, :5, 0], z[0, 0, :3, :5], rows=torch.arange(3))
     with pytest.raises(ValueError, match=re.escape("slice them, as in logits[:, :6]")):
         function(z, z[:, :6], class_dim=1)
     with pytest.warns(UserWarning, match="class_dim=1"):
