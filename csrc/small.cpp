@@ -179,13 +179,13 @@ LossOptions loss_options(PyObject* tuple) {
 }
 
 constexpr const char* kForwardDoc =
-    "small_forward(student, teacher, labels, keep, value, options, ahead) -> state, or NotImplemented\n\n"
+    "small_forward(student, teacher, labels, keep, value, options, ahead, few_dimensions) -> state, or NotImplemented\n\n"
     "condensed_kd_forward, or condensed_kd_with_gradient where `ahead`, without the dispatcher.  labels: a tensor or None. keep,\n"
     "value, options: as the operators take them, keep and options as tuples. NotImplemented: nothing has been computed, and the\n"
     "operator is to be called, which says what is wrong if something is.";
 
 PyObject* forward(PyObject* student_object, PyObject* teacher_object, PyObject* labels_object, PyObject* keep, PyObject* value,
-                  PyObject* options, bool ahead) {
+                  PyObject* options, bool ahead, bool few_dimensions) {
   const View& none = absent_view();
   const ForwardCall a{view(student_object),
                       view(teacher_object),
@@ -201,6 +201,7 @@ PyObject* forward(PyObject* student_object, PyObject* teacher_object, PyObject* 
   serve_only(labels_object == Py_None || same_sizes(a.labels, a.student, a.student.dim() - 1));
   const Call checked = a.call();
   const Problem& p = checked.problem;
+  serve_only(p.classes > 1 && (!few_dimensions || a.student.dim() < 4));   // else the caller is warned
   const int64_t bytes = p.rows * p.classes * size_of(p.student.type);
   serve_only(bytes > 0 && static_cast<size_t>(bytes) < cpu::kLargeBytes);
   const CpuCall call(checked);
@@ -386,9 +387,9 @@ bool takes(Py_ssize_t given, Py_ssize_t wanted) {
 }
 
 PyObject* small_forward(PyObject*, PyObject* const* args, Py_ssize_t n) {
-  if (!takes(n, 7)) return nullptr;
+  if (!takes(n, 8)) return nullptr;
   return served_or_not_implemented(
-      [&] { return forward(args[0], args[1], args[2], args[3], args[4], args[5], args[6] == Py_True); });
+      [&] { return forward(args[0], args[1], args[2], args[3], args[4], args[5], args[6] == Py_True, args[7] == Py_True); });
 }
 PyObject* small_loss(PyObject*, PyObject* state) {
   return served_or_not_implemented([&] { return loss_of(state); });

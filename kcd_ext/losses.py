@@ -177,13 +177,15 @@ def _small(
     """The loss of a small batch, where it needs nothing that its door lacks; checks are those of the operators."""
     if not (isinstance(student, Tensor) and isinstance(value, str) and value in arguments.VALUES):
         return None
-    last = type(class_dim) is int and class_dim == -1
-    if not (last or (class_dim is None and student.dim() < 4)) or student.shape[-1:] == (1,):
-        return None  # other dimensions, and what is warned of
+    if class_dim is not None and not (type(class_dim) is int and class_dim == -1):
+        return None
     differentiable = student.requires_grad and torch.is_grad_enabled()
     ahead = differentiable and student.dim() > 0 and _writes_gradient(student, options)
     value_kind = arguments.VALUES.index(value)
-    return ops.small_loss(student, teacher, labels, options.keep, value_kind, options.operators, differentiable, ahead)
+    few_dimensions = class_dim is None  # of more the caller is warned
+    return ops.small_loss(
+        student, teacher, labels, options.keep, value_kind, options.operators, differentiable, ahead, few_dimensions
+    )
 
 
 def _writes_gradient(student: Tensor, options: LossOptions) -> bool:

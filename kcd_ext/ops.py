@@ -340,6 +340,7 @@ def small_loss(
     options: tuple,
     differentiable: bool,
     ahead: bool,
+    few_dimensions: bool,
 ) -> Tensor | None:
     """The loss by the door for small calls, with its derivative if it is to be `differentiable`; None where that does not serve.
 
@@ -349,13 +350,14 @@ def small_loss(
         student, teacher, labels: as `condensed_kd_loss` takes them, not checked.
         keep, value, options: as the operators take them.
         ahead: whether the forward pass writes the gradient.
+        few_dimensions: whether logits of four dimensions or more are left to the operator.
     """
     plain = type(student) in _PLAIN and type(teacher) in _PLAIN and not teacher.requires_grad
     if not plain or (labels is not None and type(labels) not in _PLAIN):
         return None
     if _operators_are_watched() or _are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return None
-    state = _small.small_forward(student, teacher, labels, keep, value, options, ahead)
+    state = _small.small_forward(student, teacher, labels, keep, value, options, ahead, few_dimensions)
     if state is NotImplemented:
         return None
     if not differentiable:
