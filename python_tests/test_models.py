@@ -98,7 +98,7 @@ def test_depths_that_are_no_whole_blocks(family, options):
     for depth, error, told in (
         (7 + outside, ValueError, rf"depth must be 6 n \+ {outside} for a whole n >= 1, got {7 + outside}"),
         (outside, ValueError, rf"depth must be an integer >= {6 + outside}, got {outside}"),
-        (20.0, TypeError, rf"depth must be an integer >= {6 + outside}, got 20.0"),
+        (20.0, TypeError, rf"depth must be an integer >= {6 + outside}, got float 20.0"),
     ):
         with pytest.raises(error, match=told):
             make(depth=depth)
