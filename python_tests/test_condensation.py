@@ -880,6 +880,24 @@ def test_batches_that_accelerate_skips_are_those_of_the_users_epoch():
     assert [i for _, _, index in loader for i in index.tolist()] == want
 
 
+@pytest.mark.usefixtures("no_accelerator_is_left")
+@pytest.mark.parametrize("loader_chooses", ["before", "after", "both"])
+def test_a_mid_epoch_survives_the_loaders_own_set_epoch(loader_chooses):
+    """Accelerate's loader gives the sampler the epoch that `loader.set_epoch` had, and repeats it before its iterator."""
+    items = IndexedDataset(TensorDataset(torch.zeros(103, 1), torch.zeros(103)))
+    sampler = CondensedSampler(condensed(), seed=4)
+    loader = by_accelerate()(DataLoader(items, batch_size=8, sampler=sampler))
+    for epoch in (5, 2):  # one that the loader cannot have counted, and one that it could have
+        sampler.set_epoch(epoch, consumed=0)
+        want = [index for index, _ in sampler][16:]
+        if loader_chooses != "after":
+            loader.set_epoch(epoch)
+        sampler.set_epoch(epoch, consumed=16)
+        if loader_chooses != "before":
+            loader.set_epoch(epoch)
+        assert [i for _, _, index in loader for i in index.tolist()] == want
+
+
 def test_the_last_call_decides_unless_it_could_be_a_librarys():
     condenser = condensed()
     sampler, kept = CondensedSampler(condenser), len(condenser.kept)
@@ -899,6 +917,9 @@ def test_the_last_call_decides_unless_it_could_be_a_librarys():
     assert epoch_of((5,), (0,)) == (5, 0)
     assert epoch_of((5,), (0, 0)) == (0, 0)
     assert epoch_of((6,), (5, 3), (0,)) == (5, 3)
+    assert epoch_of((6,), (5, 3), (0,), (0,)) == (5, 3)
+    assert epoch_of((6, 3), (7,)) == (7, 0)
+    assert epoch_of((7, 3), (7,), (7, 0)) == (7, 0)
     assert epoch_of((0,)) == (0, 0)
     sampler.set_epoch(5)
     sampler.order()  # a loop over images on the device has used it

@@ -62,7 +62,9 @@ class CondensedSampler(Sampler):
         self._epoch = 0
         self._consumed = 0
         self._passes = 0  # iterators made so far
-        self._last: tuple[int, int] | None = None  # the last call of set_epoch since an iterator was made
+        # The last call of set_epoch since an iterator was made that may be the user's, and whether it gave `consumed`.
+        self._last: tuple[int, int] | None = None
+        self._last_names_both = False
 
     def set_epoch(self, epoch: int, consumed: int | None = None) -> None:
         """Choose the epoch that the next iterator yields, and how many of this rank's samples it leaves out.
@@ -72,8 +74,10 @@ class CondensedSampler(Sampler):
 
         The last call before an iterator (or `order`) is made decides, with one exception: that call does not replace an
         earlier one since the previous iterator if it could be a library's. A library gives no `consumed`, and an
-        `epoch` that is at most the number of iterators made so far, because it counts those. To go back to such an epoch
-        after another choice that no iterator has used, name both: `set_epoch(0, consumed=0)`.
+        `epoch` that is at most the number of iterators made so far, because it counts those, or the one that a call with
+        `consumed` has named before, because Accelerate repeats the number of `loader.set_epoch`. No such call, nor
+        several of them, replaces one with `consumed`. To go back to such an epoch after another choice that no iterator
+        has used, name both: `set_epoch(0, consumed=0)`.
 
         Args:
             epoch: in [0, 2^64).
@@ -84,9 +88,12 @@ class CondensedSampler(Sampler):
         """
         epoch = whole("epoch", epoch, 0, MAX_SEED)
         chosen = epoch, 0 if consumed is None else whole("consumed", consumed, 0, self._share())
-        may_be_a_librarys = consumed is None and epoch <= self._passes
+        names_both = self._last is not None and self._last_names_both
+        may_be_a_librarys = consumed is None and (epoch <= self._passes or (names_both and epoch == self._epoch))
+        if may_be_a_librarys and names_both:
+            return
         self._epoch, self._consumed = self._last if may_be_a_librarys and self._last is not None else chosen
-        self._last = chosen
+        self._last, self._last_names_both = chosen, consumed is not None
 
     @property
     def padding(self) -> int:
