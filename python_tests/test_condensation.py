@@ -584,11 +584,15 @@ def with_minimum_by_hand(order, size, labels, least):
     seed=st.integers(0, 2**32),
 )
 def test_a_minimum_of_every_class_is_kept_at_the_sizes_of_the_schedule(labels, keep, schedule, kind, form, seed):
-    n, classes = len(labels), len(set(labels))
-    least = max(1, int(keep * n)) // classes
+    n, counts = len(labels), [labels.count(label) for label in set(labels)]
+    fitting = [least for least in range(n + 1) if sum(min(least, count) for count in counts) <= max(1, int(keep * n))]
+    least = fitting[-1]  # n where all samples are kept
     options = {"keep": keep, "every": 1, "stages": 3, "schedule": schedule, "seed": seed}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        if least < n:
+            with pytest.raises(ValueError, match=f"min_per_class must be at most {least}, .* got {least + 1}$"):
+                kind(n, labels=form(labels), min_per_class=least + 1, **options)
         plain, guarded = kind(n, **options), kind(n, labels=form(labels), min_per_class=least, **options)
         random = np.random.default_rng(seed)
         for _ in range(5):
@@ -632,8 +636,14 @@ def test_without_a_minimum_labels_change_nothing():
 
 
 def test_a_class_that_vanishes_is_warned_of_once():
-    condenser = KnowledgeCondenser(30, keep=0.3, every=1, schedule="immediate", labels=[0] * 10 + [3] * 20)
     value = torch.linspace(0, 1, 30)
+    hashed = KnowledgeCondenser(30, keep=0.3, every=1, schedule="immediate", labels=[2**62] * 10 + [2**63 - 1] * 20)
+    hashed.update(torch.arange(30), value)
+    with pytest.warns(
+        RuntimeWarning, match=rf"1 of 2 classes have no sample in the kept set any more \(labels {2**62}\)"
+    ):
+        hashed.step()
+    condenser = KnowledgeCondenser(30, keep=0.3, every=1, schedule="immediate", labels=[0] * 10 + [3] * 20)
     condenser.update(torch.arange(30), value)
     with pytest.warns(RuntimeWarning, match=r"1 of 2 classes have no sample in the kept set any more \(labels 0\)"):
         condenser.step()

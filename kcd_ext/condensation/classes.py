@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Sequence
 
 import numpy as np
@@ -28,6 +29,18 @@ def checked_labels(labels: Tensor | np.ndarray | Sequence[int], num_samples: int
     if found.min() < 0 or found.max() > np.iinfo(np.int64).max:
         raise ValueError(f"{takes}, got {found.min()} to {found.max()}")
     return torch.from_numpy(found.astype(np.int64))
+
+
+def largest_minimum(labels: Tensor, size: int) -> int:
+    """Return the largest minimum of every class that fits into `size` samples; a class of fewer samples takes these.
+
+    `labels` is (N,) int64. Where all samples fit, every minimum does, and the largest is 2^63 - 1.
+    """
+    _, counts = np.unique(labels.numpy(), return_counts=True)
+    if counts.sum() <= size:
+        return np.iinfo(np.int64).max
+    candidates = range(1, int(counts.max()) + 1)
+    return bisect.bisect_right(candidates, size, key=lambda least: int(np.minimum(counts, least).sum()))
 
 
 def with_minimum(order: Tensor, size: int, labels: Tensor, least: int) -> Tensor:

@@ -14,7 +14,7 @@ from ..arguments import check_group
 from ..describe import brief
 from ..registry import did_you_mean
 from .checks import flag, real, whole
-from .classes import checked_labels, with_minimum
+from .classes import checked_labels, largest_minimum, with_minimum
 from .condensation import Condensation
 from .mixing import Recipe, build_recipes, mix_strength, overwrite, pixel_weight
 from .random_keys import MAX_SEED
@@ -418,27 +418,29 @@ class KnowledgeCondenser:
         """What is said of classes without a sample in the kept set, the first time that there are any."""
         if self._labels is None or self._has_warned_of_classes:
             return []
-        there = torch.bincount(self._labels) > 0
-        gone = (there & (self.kept_per_class == 0)).nonzero().flatten().tolist()
+        there = self._labels.unique().numpy()  # labels can be larger than any table of counts
+        gone = np.setdiff1d(there, self._labels[self._kept].numpy()).tolist()
         if not gone:
             return []
         self._has_warned_of_classes = True
         names = ", ".join(map(str, gone[:10])) + (", ..." if len(gone) > 10 else "")
         return [
-            f"{len(gone)} of {int(there.sum())} classes have no sample in the kept set any more (labels {names}); "
+            f"{len(gone)} of {len(there)} classes have no sample in the kept set any more (labels {names}); "
             f"min_per_class keeps some of each"
         ]
 
     def _check_min_per_class(self) -> None:
         least = self._min_per_class
-        if least and self._labels is None:
+        if not least:
+            return
+        if self._labels is None:
             raise ValueError(f"min_per_class={least} needs labels, the class of every sample, got None")
-        classes = 0 if self._labels is None else len(self._labels.unique())
         final = final_size(self._num_samples, self._keep)
-        if least * classes > final:
+        most = largest_minimum(self._labels, final)
+        if least > most:
             raise ValueError(
-                f"min_per_class must be at most {final // classes}, so that {classes} classes fit into the final size "
-                f"{final} (keep={self._keep}), got {least}"
+                f"min_per_class must be at most {most}, so that {len(self._labels.unique())} classes fit into the final "
+                f"size {final} (keep={self._keep}), got {least}"
             )
 
     def _adopt(self, condensation: Condensation) -> None:
