@@ -347,8 +347,9 @@ def _opened(path: Path) -> Iterator[Any]:
         try:
             with Image.open(file) as image:
                 yield image
-        except UnidentifiedImageError as error:  # whose message shows the open file
-            raise ValueError(f"{path}: cannot be read as an image: Pillow knows no such format") from error
+        except UnidentifiedImageError as error:  # its message is of the opened file as an object
+            what = "it is empty" if os.fstat(file.fileno()).st_size == 0 else "it is of no format that Pillow knows"
+            raise ValueError(f"{path}: cannot be read as an image: {what}") from error
         except Exception as error:  # Pillow's readers raise what they like at bytes that make no sense
             raise ValueError(f"{path}: cannot be read as an image: {one_line(error)}") from error
 

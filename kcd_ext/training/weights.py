@@ -198,11 +198,11 @@ def _unwrapped(path: Path, held: object, notes: list[str]) -> object:
                 )
         if not wrappers:
             return held
-        if len(wrappers) > 1:
-            notes.append(
-                f"{path}: the weights under {wrappers[0]!r} are taken, not those under {_listed(wrappers[1:])}"
-            )
-        held = held[wrappers[0]]
+        taken = wrappers[0]
+        others = [name for name, entry in held.items() if name != taken and (name in wrappers or _is_state_dict(entry))]
+        if others:
+            notes.append(f"{path}: the weights under {taken!r} are taken, not those under {_listed(others)}")
+        held = held[taken]
     return held
 
 
@@ -326,7 +326,8 @@ def _difference(own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> str
         if name not in weights:
             if _last(name) == TRACKED:
                 continue
-            return f"they have no {name}"
+            unknown = [other for other, given in weights.items() if other not in own and not _is_counter(other, given)]
+            return f"they have no {name}" + (f", but {_listed(unknown)}" if unknown else "")
         given = weights[name]
         if given.shape != tensor.shape:
             return f"{name} has shape {tuple(given.shape)}, the network's has {tuple(tensor.shape)}"
