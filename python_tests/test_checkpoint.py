@@ -230,7 +230,17 @@ def test_an_entry_that_is_missing_or_of_another_kind_is_named(begun, whole):
     assert run(output) and (output / "student.safetensors").read_bytes() == whole
 
 
-IDENTITY = ("recipe", "train", "test", "train_samples", "test_samples", "teacher", "precision", "processes")
+IDENTITY = (
+    "recipe",
+    "train",
+    "test",
+    "train_samples",
+    "test_samples",
+    "teacher",
+    "teacher_input",
+    "precision",
+    "processes",
+)
 FREE = {("recipe", "device"), ("recipe", "name"), ("processes",), ("threads",)}
 NUMBERS = {"loss", "lr", "accuracy", "train_accuracy", "seconds", "condensation_seconds", "low", "high", "flops"}
 NUMBERS |= {"values", "classes", "condensation", "terms", "teacher"}  # may be null

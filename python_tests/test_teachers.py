@@ -611,6 +611,30 @@ def test_a_renormalised_teacher_teaches_as_if_it_did_so_itself(method):
     assert (hooked - neither).abs().max() > 10 * (hooked - written).abs().max()
 
 
+@pytest.mark.filterwarnings("ignore:the teacher's accuracy")
+def test_a_run_goes_on_only_with_the_images_that_its_teacher_had(tmp_path):
+    """The weights alone do not tell: a run's folder brings a normalisation, the file of weights in it none."""
+    images, recipe = coloured(), Recipe("kd", epochs=2, batch_size=8, lr=0.01, device="cpu")
+
+    def taught(folder, own, **options):
+        torch.manual_seed(1)
+        teacher, student = (models.build("cnn_small", in_channels=3, num_classes=3) for _ in range(2))
+        if own is not None:
+            models.renormalise(teacher, given=GIVEN, own=own)
+        distill(student, teacher, images, images, recipe, output=tmp_path / folder, **options)
+        return (tmp_path / folder / "student.safetensors").read_bytes()
+
+    def stop(_line):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        taught("stopped", HAD, progress=stop)
+    for other in (None, (HAD[1], HAD[0])):
+        with pytest.raises(ValueError, match=r"was run with teacher_input=.*: a run resumes only as it began"):
+            taught("stopped", other, resume=True)
+    assert taught("stopped", HAD, resume=True) == taught("whole", HAD)
+
+
 def test_renormalising_changes_nothing_else():
     network = models.build("cnn_small", in_channels=3, num_classes=3).eval()
     state, layers = copy.deepcopy(network.state_dict()), [name for name, _ in network.named_modules()]

@@ -48,6 +48,13 @@ def renormalise(
     return network
 
 
+def renormalisation(network: nn.Module) -> dict[str, list[float]] | None:
+    """Return what `renormalise` makes of the input, x * scale + shift, a number for each channel; None: it was not called."""
+    if not hasattr(network, SCALE):
+        return None
+    return {"scale": getattr(network, SCALE).tolist(), "shift": getattr(network, SHIFT).tolist()}
+
+
 def _renormalised(network: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     x, *others = arguments
     shape = (-1, *[1] * (x.dim() - 2))

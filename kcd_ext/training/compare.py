@@ -132,7 +132,9 @@ def _settings(run: Run) -> dict[str, object]:
         found |= {f"{part}.{name}": value for name, value in (recipe.get(part) or {}).items()}
     found |= {name: config.get(name) for name in ("train", "test", "precision", "processes")}
     if not about:  # nobody has said where they came from
-        return found | {name: config.get(name) for name in ("train_samples", "test_samples", "teacher")}
+        return found | {
+            name: config.get(name) for name in ("train_samples", "test_samples", "teacher", "teacher_input")
+        }
     found |= {name: about.get(name) for name in ("dataset", "student", "teacher")}
     return found | {f"data.{name}": value for name, value in (about.get("data") or {}).items()}
 

@@ -12,6 +12,7 @@ from torch.utils.data import default_collate
 from ..data import IndexedDataset
 from ..data.images import ImageSet
 from ..describe import brief
+from ..models.normalisation import renormalisation
 from .randomness import seeded
 from .recipe import Recipe
 from .sharding import whole
@@ -36,6 +37,7 @@ def identity_of(
         "train_samples": digest_of_samples(train),
         "test_samples": digest_of_samples(test),
         "teacher": None if teacher is None else digest(whole(teacher.state_dict())),
+        "teacher_input": None if teacher is None else renormalisation(teacher),  # the same weights can be given others
         "precision": accelerator.mixed_precision,
         "processes": accelerator.num_processes,
     }
