@@ -793,3 +793,19 @@ def test_help_fits_on_80_columns(command, monkeypatch, capsys):
     out = capsys.readouterr().out
     assert out.startswith("usage: kcd") and max(map(len, out.splitlines())) <= 80
     assert ("cifar100-vgg13-mobilenet_v2" in out) == (command == "distill")
+
+
+def test_what_the_check_and_the_run_would_warn_of_is_said_once(tmp_path):
+    (tmp_path / "nets.py").write_text(
+        "import torch\n\n\n"
+        "class Pair(torch.nn.Sequential):\n"
+        "    def forward(self, x):\n"
+        "        return super().forward(x), x\n\n\n"
+        "def pair(in_channels, num_classes):\n"
+        "    return Pair(torch.nn.Flatten(), torch.nn.Linear(64, num_classes))\n"
+    )
+    options = [*SMALL, "--condense.keep", "0.9995", "--method", "kc-ce"]
+    done = process("distill", *options, "--student", "nets:pair", "--output", "run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for warning in ("student gives a tuple of Tensor, Tensor", "drops less than one sample a stage"):
+        assert done.stderr.count(warning) == 1

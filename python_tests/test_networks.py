@@ -472,6 +472,16 @@ def test_the_logits_are_found_in_what_networks_give(kind, where, tmp_path):
     assert not isinstance(student(torch.zeros(2, 1, 6, 6)), torch.Tensor)  # afterwards as before
 
 
+def test_a_check_leaves_the_warning_to_the_run():
+    student, recipe = Net(1, gives=lambda y: (y, None)), Recipe("ce", epochs=1, batch_size=8, device="cpu")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        trainer.check_run(student, None, TRAIN, TEST, recipe)
+    with pytest.warns(UserWarning, match="^student gives a tuple") as caught:
+        distill(student, None, TRAIN, TEST, recipe)
+    assert len(caught) == 1
+
+
 @pytest.mark.parametrize("method", OPTIONS)
 def test_every_method_takes_networks_that_give_more_than_logits(method):
     results = []

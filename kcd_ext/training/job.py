@@ -2,6 +2,7 @@
 
 import json
 import os
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -58,12 +59,16 @@ class Job:
         """
         self._check_output()
         recipe, data = self.recipes[0], self.data
-        if self._trains_teacher:
-            try:
-                check_run(self._teacher(), None, data.train, data.test, self.teacher_recipe)
-            except (TypeError, ValueError) as error:
-                raise type(error)(f"teacher {self.teacher}, which is trained first as a student is: {error}") from error
-        check_run(self._student(recipe.seed), self._teacher(), data.train, data.test, recipe)
+        with threads(self.threads), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the runs will warn of the same
+            if self._trains_teacher:
+                try:
+                    check_run(self._teacher(), None, data.train, data.test, self.teacher_recipe)
+                except (TypeError, ValueError) as error:
+                    raise type(error)(
+                        f"teacher {self.teacher}, which is trained first as a student is: {error}"
+                    ) from error
+            check_run(self._student(recipe.seed), self._teacher(), data.train, data.test, recipe)
 
     def run(self) -> None:
         """Trains, writes the report and prints the table.

@@ -114,6 +114,7 @@ def distill(
     with ExitStack() as stack:
         run, folder, identity = _opened_run(stack, student, teacher, train, test, recipe, output, resume)
         accelerator = run.accelerator
+        run.report_outputs()
         run.measure_teacher()
         accelerator.wait_for_everyone()  # all have looked into the folder before one writes there
         writes = folder is not None and accelerator.is_main_process
@@ -269,6 +270,7 @@ class _Run:
         self.method = method
         self.given_teacher = None if teacher is None else outputs["teacher"].network
         self.given_student = outputs["student"].network
+        self.outputs = [*outputs.values()]
         self.teacher_accuracy: float | None = None
         self.history: list[dict] = []
         self.pretraining_history: list[dict] = []
@@ -334,7 +336,7 @@ class _Run:
         outputs: Mapping[str, LogitsAlone],
         resumed: bool,
     ) -> None:
-        """Chooses the layouts by a step that is undone, and warns of what networks give beside their logits."""
+        """Chooses the layouts by a step that is undone."""
         student, ranks = outputs["student"].network, self.accelerator.num_processes
         rehearsal = Rehearsal(
             step=Step(self.student, self.method, student),
@@ -377,9 +379,6 @@ class _Run:
                 teacher=self.teacher,
             )
             take(whole, as_compiled, tests=False)
-        if self.accelerator.is_main_process:
-            for output in outputs.values():
-                output.report()
 
     def _weighed(self, batch: Batch) -> Batch:
         """With the weights that the condenser gives its samples in this epoch."""
@@ -649,6 +648,12 @@ class _Run:
     def _test_batches(self) -> Iterator[Batch]:
         rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
         return self.test_feed.plain(max(EVALUATED, self.recipe.batch_size), rank, ranks)
+
+    def report_outputs(self) -> None:
+        """Warn of what networks give beside their logits."""
+        if self.accelerator.is_main_process:
+            for output in self.outputs:
+                output.report()
 
     def measure_teacher(self) -> None:
         """Measures the teacher as it was given, unless that is done, and warns where it can teach little.
