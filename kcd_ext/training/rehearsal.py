@@ -1,21 +1,26 @@
 """One training step that leaves no trace: what does not fit is found out before anything is written."""
 
+import random
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ..methods import Batch, Method, Outcome, Pretraining
 from ..networks import LogitsAlone, OutputError
 from ..processes import is_left_alone
-from ..registry import one_line
 from . import sharding
 from .checks import NotFiniteError, check_gradients, check_outcome, check_start
-from .layout import Layout
+from .layout import Layout, is_expanded
+
+CHANGEABLE = (Tensor, dict, list, deque, set, tuple, np.ndarray, torch.Generator, np.random.Generator, random.Random)
 
 
 @dataclass(frozen=True)
@@ -63,7 +68,7 @@ class Rehearsal:
             except Exception as error:
                 if isinstance(error, RuntimeError) and is_left_alone(error):
                     raise
-                told = f"{type(error).__name__}: {_told(error)}"
+                told = _told(error)
                 if running:
                     x = f"x of {batch.x.dtype} {tuple(batch.x.shape)}"
                     raise ValueError(f"{running[-1]} fails in a training step on {x}: {told}") from error
@@ -92,8 +97,12 @@ class Rehearsal:
         trained = {name: p for name, p in self.step.named_parameters() if p.requires_grad}
         for parameter in trained.values():
             parameter.grad = None
-        with self.autocast():
+        with self.autocast(), _without_gradient(self.student) as detached:
             outcome = self.step(self.teacher, batch)
+        if detached and not getattr(getattr(outcome, "loss", None), "requires_grad", True):
+            raise ValueError(
+                "student gives logits without a gradient in training mode: does it detach them, or run in torch.no_grad()?"
+            )
         check_outcome(outcome, batch, self.measure, self.label)
         running.append("student")
         outcome.loss.backward()
@@ -176,46 +185,87 @@ def _laid_out(layout: Layout, last: bool) -> bool:
 
 @contextmanager
 def undone(*roots: nn.Module) -> Iterator[None]:
-    """Restore tensors, gradients, modes and attributes of these modules, and of those inside them, when the context ends."""
+    """Restore these modules, and those inside them, when the context ends: tensors, gradients, modes and attributes.
+
+    Attributes that are tensors, arrays, lists, tuples, dictionaries, sets, deques or random generators are restored with
+    what is in them. Other objects are not looked into.
+    """
     modules = [*dict.fromkeys(module for root in roots for module in root.modules())]
-    tensors = {
-        id(tensor): tensor
-        for module in modules
-        for tensor in (*module._parameters.values(), *module._buffers.values())
-        if tensor is not None and not is_lazy(tensor)
-    }.values()
     modes = [(module, module.training) for module in modules]
-    plain = [module for module in modules if not _is_special(module)]
-    attributes = [(module, *(dict(part) for part in _parts(module))) for module in plain]
-    values = [(tensor, tensor.detach().clone(), tensor.grad, tensor.requires_grad) for tensor in tensors]
-    for tensor in tensors:
-        tensor.grad = None
+    parts: list[object] = []
+    for module in modules:
+        special = _is_special(module)
+        parts += (*module._parameters.values(), *module._buffers.values()) if special else (vars(module),)
+    restorers = [*_restorers(parts)]
     try:
         yield
     finally:
         for root in roots:
             sharding.reshard(root)
-        for module, *parts in attributes:
-            for now, before in zip(_parts(module), parts, strict=True):
-                now.clear()
-                now.update(before)
+        for restore in restorers:
+            restore()
         for module, mode in modes:
             module.training = mode
-        with torch.no_grad():
-            for tensor, value, gradient, trained in values:
-                tensor.requires_grad_(trained)
-                tensor.grad = gradient
-                if not tensor.is_inference():
-                    tensor.copy_(value)
 
 
-def _parts(module: nn.Module) -> tuple[dict, dict, dict]:
-    return vars(module), module._parameters, module._buffers
+def _restorers(waiting: list[object]) -> Iterator[Callable[[], object]]:
+    """Yield functions that restore the content of these objects, and of the objects in them; clear gradients."""
+    seen: dict[int, object] = {}
+    while waiting:
+        value, inside = waiting.pop(), ()
+        if id(value) in seen:
+            continue
+        seen[id(value)] = value
+        if isinstance(value, Tensor):
+            if not is_lazy(value) and not value.is_inference():
+                yield _restorer_of_tensor(value)
+        elif type(value) in (dict, OrderedDict, defaultdict):
+            inside = value.values()
+            yield partial(_refill, value, dict(value), value.update)
+        elif type(value) in (list, deque, set):
+            inside = value
+            yield partial(_refill, value, [*value], value.update if type(value) is set else value.extend)
+        elif isinstance(value, tuple):
+            inside = value
+        elif type(value) is np.ndarray and value.flags.writeable:
+            yield partial(np.copyto, value, value.copy())
+        elif isinstance(value, torch.Generator):
+            yield partial(value.set_state, value.get_state())
+        elif isinstance(value, np.random.Generator):
+            yield partial(setattr, value.bit_generator, "state", value.bit_generator.state)
+        elif isinstance(value, random.Random):
+            yield partial(value.setstate, value.getstate())
+        waiting += [part for part in inside if isinstance(part, CHANGEABLE)]
+
+
+def _restorer_of_tensor(tensor: Tensor) -> Callable[[], None]:
+    value, trained, leaf = tensor.detach().clone(), tensor.requires_grad, tensor.is_leaf
+    gradient = tensor.grad if leaf else None
+    if gradient is not None:
+        tensor.grad = None
+
+    @torch.no_grad()
+    def restore() -> None:
+        if leaf:
+            if not tensor.is_leaf:  # changed in place by something that requires a gradient
+                tensor.detach_()
+            tensor.requires_grad_(trained)
+            tensor.grad = gradient
+        if not is_expanded(tensor):  # cannot have changed
+            tensor.copy_(value)
+
+    return restore
+
+
+def _refill(container: object, content: Mapping | list, fill: Callable[[object], None]) -> None:
+    container.clear()
+    fill(content)
 
 
 def _is_special(module: nn.Module) -> bool:
     """Return whether it is of TorchScript, whose attributes are not in Python, or not complete yet."""
-    return isinstance(module, torch.jit.ScriptModule) or any(map(is_lazy, module._parameters.values()))
+    tensors = (*module._parameters.values(), *module._buffers.values())
+    return isinstance(module, torch.jit.ScriptModule) or any(map(is_lazy, tensors))
 
 
 @contextmanager
@@ -231,7 +281,24 @@ def _running(networks: Mapping[str, nn.Module]) -> Iterator[list[str]]:
         yield running
 
 
+@contextmanager
+def _without_gradient(network: nn.Module) -> Iterator[list[Tensor]]:
+    """Yield those of the network's outputs that have no gradient, as they come."""
+    found: list[Tensor] = []
+
+    def look(_module: nn.Module, _arguments: tuple, output: object) -> None:
+        if isinstance(output, Tensor) and not output.requires_grad:
+            found.append(output)
+
+    hook = network.register_forward_hook(look)
+    try:
+        yield found
+    finally:
+        hook.remove()
+
+
 def _told(error: Exception) -> str:
-    """Return the first line of its message that says something."""
-    first, *rest = [line.strip() for line in str(error).splitlines() if line.strip()] or [one_line(error)]
-    return f"{first} {rest[0]}" if first.endswith(":") and rest else first
+    """Return its type and the first line of its message that says something."""
+    first, *rest = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+    line = f"{first} {rest[0]}" if first.endswith(":") and rest else first
+    return f"{type(error).__name__}: {line}" if line else type(error).__name__
