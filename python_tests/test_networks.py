@@ -337,6 +337,48 @@ def test_what_fails_is_named_in_one_line_and_leaves_nothing(tmp_path, student, t
     assert "\n" not in str(caught.value) and not [*tmp_path.iterdir()]
 
 
+class WithoutLength(Net):
+    """As what `torch.compile` makes of a network."""
+
+    def __len__(self):
+        raise TypeError("has no length")
+
+
+def with_buffer(buffer):
+    network = Net()
+    network.register_buffer("extra", buffer, persistent=False)
+    return network
+
+
+@pytest.mark.parametrize(
+    "student",
+    [
+        lambda: with_buffer(torch.ones(3).expand(4, 3)),
+        lambda: with_buffer(torch.eye(3).to_sparse()),
+        lambda: with_buffer(torch.eye(3).to_sparse_csr()),
+        WithoutLength,
+    ],
+)
+def test_networks_with_unusual_tensors_are_trained(student):
+    assert len(run(student(), Net(2), epochs=1).history) == 1
+
+
+def test_a_buffer_that_no_file_can_hold_is_refused_before_anything_is_written(tmp_path):
+    student = Net()
+    student.register_buffer("sparse", torch.eye(3).to_sparse())
+    with pytest.raises(TypeError, match=r"must have a state_dict of dense tensors .*, got .*sparse_coo 'sparse'$"):
+        run(student, Net(2), output=tmp_path / "run")
+    assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize("whose", ["student", "teacher"])
+def test_parameters_made_in_inference_mode_are_refused(whose):
+    with torch.inference_mode():
+        made = Net(1)
+    with pytest.raises(ValueError, match=rf"^{whose}'s conv\.weight was made inside torch\.inference_mode"):
+        run(*((made, Net(2)) if whose == "student" else (Net(2), made)))
+
+
 class Pixel(nn.Sequential):
     """Ends in maps of one pixel with batch statistics: one sample is not enough in training."""
 

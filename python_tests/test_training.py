@@ -732,12 +732,12 @@ class Remembers(nn.Linear):
 def test_what_a_checkpoint_cannot_hold_is_said_first(tmp_path):
     student = Remembers(FEATURES, CLASSES)
     with pytest.raises(
-        TypeError, match="student must have a state_dict of tensors to be written, got dict '_extra_state'"
+        TypeError, match="student must have a state_dict of dense tensors to be written, got dict '_extra_state'"
     ):
         distill(student, network(2), Blobs(20), Blobs(20), recipe(), output=tmp_path)
     assert not [*tmp_path.iterdir()]
     distill(student, network(2), Blobs(20), Blobs(20), recipe())
-    with pytest.raises(TypeError, match="method must have a state_dict of tensors to be written, got dict"):
+    with pytest.raises(TypeError, match="method must have a state_dict of dense tensors to be written, got dict"):
         distill(network(), network(2), Blobs(20), Blobs(20), recipe(method=f"{__name__}:Keeps"), output=tmp_path)
     assert not [*tmp_path.iterdir()]
 

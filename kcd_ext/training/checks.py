@@ -5,6 +5,7 @@ from itertools import chain
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils.data import Dataset, default_collate
 
 from ..data import IndexedDataset
@@ -13,6 +14,7 @@ from ..methods import Batch, Method, Outcome
 from ..networks import OutputError, logits_alone
 from ..registry import one_line
 from .batches import plain_labels
+from .layout import is_dense
 from .recipe import Recipe
 from .sharding import whole
 
@@ -69,6 +71,12 @@ def check_networks(
     for name, network in networks.items():
         if not isinstance(network, nn.Module):
             raise TypeError(f"{name} must be a torch.nn.Module, got {type(network).__name__}")
+        for path, parameter in network.named_parameters():
+            if not is_lazy(parameter) and parameter.is_inference():
+                raise ValueError(
+                    f"{name}'s {path} was made inside torch.inference_mode(), so nothing can change it: make the network "
+                    f"outside, or inside torch.no_grad()"
+                )
     if teacher is not None and not {*map(id, student.parameters())}.isdisjoint(map(id, teacher.parameters())):
         raise ValueError("student and teacher share parameters, so the teacher would be trained too: copy.deepcopy one")
     for part, dataset in (("train", train), ("test", test)):
@@ -88,10 +96,9 @@ def check_networks(
 def check_storable(name: str, network: nn.Module) -> None:
     """Raises TypeError where a checkpoint cannot hold the network, before an epoch is spent on it."""
     for key, part in network.state_dict().items():
-        if not isinstance(part, Tensor):
-            raise TypeError(
-                f"{name} must have a state_dict of tensors to be written, got {type(part).__name__} {key!r}"
-            )
+        if not isinstance(part, Tensor) or not is_dense(part):
+            got = f"{part.dtype} {part.layout}" if isinstance(part, Tensor) else type(part).__name__
+            raise TypeError(f"{name} must have a state_dict of dense tensors to be written, got {got} {key!r}")
 
 
 def check_outcome(outcome: Outcome, batch: Batch, measure: str, method: str) -> None:

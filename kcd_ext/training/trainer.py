@@ -300,8 +300,9 @@ class _Run:
         )
         method.prepare(student.to(device), teacher, Samples(self.feed, recipe.batch_size))
         method.to(device)
-        for network in filter(None, (student, teacher)):
-            sharding.reshard(network)
+        for network in (student, teacher):
+            if network is not None:
+                sharding.reshard(network)
         # From here on, so that a copy that the method has made may be trained, and the teacher as a part of it is not.
         stack.enter_context(_frozen(teacher))
         given, teacher = teacher, method.teacher_of(teacher)
