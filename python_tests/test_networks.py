@@ -337,6 +337,15 @@ def test_what_fails_is_named_in_one_line_and_leaves_nothing(tmp_path, student, t
     assert "\n" not in str(caught.value) and not [*tmp_path.iterdir()]
 
 
+def test_too_little_memory_is_what_torch_says_of_it(tmp_path):
+    def full(logits):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
+        run(Net(gives=full, where=(True,)), Net(1), output=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 class WithoutLength(Net):
     """As what `torch.compile` makes of a network."""
 

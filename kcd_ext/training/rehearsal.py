@@ -66,8 +66,10 @@ class Rehearsal:
             except OutputError:
                 raise
             except Exception as error:
-                if isinstance(error, RuntimeError) and is_left_alone(error):
-                    raise
+                if isinstance(error, torch.OutOfMemoryError) or (
+                    isinstance(error, RuntimeError) and is_left_alone(error)
+                ):
+                    raise  # there are handlers for it, and it is of no network's doing
                 told = _told(error)
                 if running:
                     x = f"x of {batch.x.dtype} {tuple(batch.x.shape)}"
