@@ -1,6 +1,7 @@
 """The distillation loss that knows what is worth distilling: KL, knowledge value, selection and gradient in one operator."""
 
 import math
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -108,18 +109,19 @@ def condensed_kd_loss(
         and (loss := _small(student_logits, teacher_logits, labels, value, options, class_dim)) is not None
     ):
         return loss
-    classes = arguments.check_loss_tensors(
-        student_logits,
-        teacher_logits,
-        value=value,
-        labels=labels,
-        row_weight=row_weight,
-        rows=rows,
-        group=group,
-        class_dim=class_dim,
-    )
-    _check_kernels(student_logits)
-    arguments.warn_about_classes(student_logits, class_dim)
+    with ops.untraced() if ops.is_tracing() else nullcontext():
+        classes = arguments.check_loss_tensors(
+            student_logits,
+            teacher_logits,
+            value=value,
+            labels=labels,
+            row_weight=row_weight,
+            rows=rows,
+            group=group,
+            class_dim=class_dim,
+        )
+        _check_kernels(student_logits)
+        arguments.warn_about_classes(student_logits, class_dim)
     student_logits = arguments.classes_last(student_logits, classes)
     if rows is None:
         teacher_logits = arguments.classes_last(teacher_logits, classes)
@@ -177,7 +179,7 @@ def _small(
     """The loss of a small batch, where it needs nothing that its door lacks; checks are those of the operators."""
     if not (isinstance(student, Tensor) and isinstance(value, str) and value in arguments.VALUES):
         return None
-    if class_dim is not None and not (type(class_dim) is int and class_dim == -1):
+    if (class_dim is not None and not (type(class_dim) is int and class_dim == -1)) or ops.is_tracing():
         return None
     differentiable = student.requires_grad and torch.is_grad_enabled()
     ahead = differentiable and student.dim() > 0 and _writes_gradient(student, options)

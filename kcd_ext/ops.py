@@ -5,7 +5,8 @@ The operators themselves are in csrc/torch/ops.cpp.  They take a tensor that is 
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from torch._C import (
     _dispatch_tls_is_dispatch_key_included,
     _get_tracing_state,
     _len_torch_dispatch_stack,
+    _set_tracing_state,
 )
 from torch.autograd import forward_ad
 
@@ -122,6 +124,20 @@ def _operators_are_watched() -> bool:
     )
 
 
+@contextmanager
+def untraced() -> Iterator[None]:
+    """Hide what runs inside from torch.jit.trace: checks of arguments, whose look at shapes it would record.
+
+    torch names the values of a graph by the variables that it finds them in, and takes two names for two graphs.
+    """
+    state = _get_tracing_state()
+    _set_tracing_state(None)
+    try:
+        yield
+    finally:
+        _set_tracing_state(state)
+
+
 # ---- memory layouts
 
 
@@ -148,7 +164,7 @@ def readable(logits: Tensor) -> Tensor:
 
     A graph that torch.jit.trace records copies in any case: what it records must read logits of every layout.
     """
-    return logits if lies_in_place(logits) and not is_tracing() else logits.contiguous()
+    return logits if not is_tracing() and lies_in_place(logits) else logits.contiguous()
 
 
 # ---- fake kernels
