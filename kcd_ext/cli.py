@@ -351,6 +351,7 @@ def _unboxed(text: str) -> str:
     """What tyro complains about, out of the frame it draws; its advice, behind a rule inside the frame, is left out."""
     framed = [line.strip("│ ") for line in text.splitlines() if line.startswith("│")]
     sentence = " ".join(itertools.takewhile(lambda line: line.strip("─"), framed))
+    sentence = sentence.replace("Failed to parse key-value pairs!", "write pairs NAME VALUE, as in temperature 3")
     return re.sub(INSIDE, "", sentence) or text
 
 

@@ -104,6 +104,17 @@ def test_depths_that_are_no_whole_blocks(family, options):
             make(depth=depth)
 
 
+def of_classes_alone(num_classes):
+    return nn.Linear(2, num_classes)
+
+
+def test_a_function_that_takes_other_arguments_is_refused_by_name():
+    with pytest.raises(
+        TypeError, match="of_classes_alone' is called with in_channels= and num_classes=, which it must take"
+    ):
+        models.build(f"{__name__}:of_classes_alone", in_channels=1, num_classes=2)
+
+
 def test_widths_and_strides_are_as_many():
     with pytest.raises(ValueError, match="shorter"):
         cnn(1, 2, widths=(4, 8), strides=(2,))

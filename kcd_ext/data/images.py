@@ -210,7 +210,7 @@ def load(
     normalisation = check_normalisation(mean, std)
     if _is_path(spec):
         data = call("data set", PATHS, {}, path=Path(spec), size=size)
-    elif size is not None:
+    elif size is not None and isinstance(spec, str) and (spec in REGISTRY or ":" in spec):
         raise ValueError(f"size is for the path of a folder of images, got size={size!r} for data set {spec!r}")
     else:
         data = call("data set", spec, REGISTRY)

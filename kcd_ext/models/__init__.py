@@ -3,9 +3,11 @@
 `features(network, x)` gives what a network of these sees on its way: a map for every stage, the pooled vector, logits.
 """
 
+import inspect
+
 from torch import nn
 
-from ..registry import call
+from ..registry import call, resolve
 from .normalisation import renormalise
 from .stages import features
 
@@ -58,7 +60,19 @@ def build(name: str, *, in_channels: int, num_classes: int) -> nn.Module:
         ValueError: the name is unknown, or the function fails.
         TypeError: the function does not take these arguments, or gives no `torch.nn.Module`.
     """
-    model = call("model", canonical(name), REGISTRY, in_channels=in_channels, num_classes=num_classes)
+    arguments = {"in_channels": in_channels, "num_classes": num_classes}
+    try:
+        signature = inspect.signature(resolve("model", canonical(name), REGISTRY))
+    except (TypeError, ValueError):  # what cannot be called, or does not tell what it takes
+        signature = None
+    if signature is not None:
+        try:
+            signature.bind(**arguments)
+        except TypeError as error:
+            raise TypeError(
+                f"model {name!r} is called with in_channels= and num_classes=, which it must take: {error}"
+            ) from error
+    model = call("model", canonical(name), REGISTRY, **arguments)
     if not isinstance(model, nn.Module):
         raise TypeError(f"model {name!r} must give a torch.nn.Module, got {type(model).__name__}")
     return model
