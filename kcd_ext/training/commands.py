@@ -133,7 +133,10 @@ class Distill:
     """The learning rate of a teacher that is trained first. None: --lr."""
     student: Annotated[
         str | None,
-        arg(help=f"A network: {NETWORKS}, or module:function. None: the recipe's, or that which goes with the data."),
+        arg(
+            help=f"A network: {NETWORKS}, or module:function, which takes in_channels and num_classes. None: the recipe's, or "
+            "that which goes with the data."
+        ),
     ] = None
     seeds: int = 1
     """How many runs: with --seed, the one after it, and so on. They share their teacher."""
@@ -244,7 +247,10 @@ class Train:
 
     network: Annotated[
         str | None,
-        arg(help=f"A network: {NETWORKS}, or module:function. None: that which goes with the data (digits, mnist5k)."),
+        arg(
+            help=f"A network: {NETWORKS}, or module:function, which takes in_channels and num_classes. None: that which goes "
+            "with the data (digits, mnist5k)."
+        ),
     ] = None
     output: Path | None = None
     """The folder for the results. None: runs/DATA-NETWORK-teacher-SEED."""
