@@ -66,8 +66,8 @@ bool holds(PyObject* tensor, PyObject* method) {
   return !answer || answer.get() == Py_True;
 }
 
-// A tensor that is alive as long as its object is.  DLPack's view of one that torch has yet to negate (its lazy negative bit)
-// shows the numbers as they are stored, and a subclass may hold its numbers elsewhere.
+// A tensor that is alive as long as its object is; other threads of Python may run meanwhile.  DLPack's view of one that torch has
+// yet to negate (its lazy negative bit) shows the numbers as they are stored, and a subclass may hold its numbers elsewhere.
 View view(PyObject* object) {
   serve_only(Py_TYPE(object) == tensor_type || Py_TYPE(object) == parameter_type);
   serve_only(!holds(object, is_neg));
@@ -306,8 +306,8 @@ void multiply(Real* x, int64_t n, Real factor) {
 // The gradient that the forward pass wrote, times grad_output; once. Null where there is none or the product would not be exact.
 PyObject* hand_over(State& state, PyObject* grad_object) {
   if (!state.gradient) return nullptr;
-  const View grad_output = view(grad_object);
-  if (grad_output.dtype() != state.accumulator || grad_output.dim() != 0) return nullptr;
+  const View grad_output = view(grad_object);   // lets other threads of Python run, which may take the gradient
+  if (!state.gradient || grad_output.dtype() != state.accumulator || grad_output.dim() != 0) return nullptr;
   const double factor = state.width() == 8 ? number<double>(grad_output) : number<float>(grad_output);
   if (factor == 1) return state.gradient.release();
   // Scaling would round bfloat16 once more; what is not finite would make rows NaN that are not selected.
