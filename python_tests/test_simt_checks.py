@@ -683,7 +683,7 @@ def test_operators_take_huge_strides(simt_operators):
 
     def run(student, teacher):
         inputs = student, teacher, labels, absent, absent, absent
-        loss, value, stats, selected, counts = simt_operators.condensed_kd(*inputs, 0.5, 0, 0, *options)
+        loss, value, stats, selected, counts = simt_operators.condensed_kd_forward(*inputs, 0.5, 0, 0, *options)
         saved = student, teacher, labels, absent, absent, selected, stats, counts
         simt_operators.condensed_kd_gradient_(torch.tensor(1.5), *saved, *options)
         return loss, value, stats, selected, counts, student
