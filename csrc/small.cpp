@@ -18,7 +18,8 @@ using dlpack::ManagedTensor;
 
 const dlpack::ExchangeApi* api;
 PyTypeObject *tensor_type, *parameter_type;
-PyObject *to_save, *saved_tensors, *materialize_grads, *state_name, *is_inference, *is_neg;   // interned names
+PyObject *to_save, *saved_tensors, *materialize_grads, *state_name, *is_inference;   // interned names
+PyObject* is_neg;                                                                    // torch.Tensor.is_neg
 
 constexpr const char* kState = "kcd_ext.small";
 constexpr int kMostDimensions = 8;
@@ -70,7 +71,9 @@ bool holds(PyObject* tensor, PyObject* method) {
 // yet to negate (its lazy negative bit) shows the numbers as they are stored, and a subclass may hold its numbers elsewhere.
 View view(PyObject* object) {
   serve_only(Py_TYPE(object) == tensor_type || Py_TYPE(object) == parameter_type);
-  serve_only(!holds(object, is_neg));
+  const Reference negative(PyObject_CallOneArg(is_neg, object));
+  if (!negative) PyErr_Clear();
+  serve_only(negative.get() == Py_False);
   Array array;
   if (api->view(object, &array) != 0) {
     PyErr_Clear();
@@ -434,7 +437,8 @@ int add_to(PyObject* module) {
   materialize_grads = PyUnicode_InternFromString("materialize_grads");
   state_name = PyUnicode_InternFromString("state");
   is_inference = PyUnicode_InternFromString("is_inference");
-  is_neg = PyUnicode_InternFromString("is_neg");
+  is_neg = PyObject_GetAttrString(tensor.get(), "is_neg");
+  if (!is_neg) return -1;
   tensor_type = reinterpret_cast<PyTypeObject*>(Py_NewRef(tensor.get()));
   parameter_type = reinterpret_cast<PyTypeObject*>(Py_NewRef(parameter.get()));
   static PyMethodDef functions[] = {{"small_forward", plain(small_forward), METH_FASTCALL, kForwardDoc},

@@ -179,8 +179,10 @@ def _small(
     """The loss of a small batch, where it needs nothing that its door lacks; checks are those of the operators."""
     if not (isinstance(student, Tensor) and isinstance(value, str) and value in arguments.VALUES):
         return None
-    if (class_dim is not None and not (type(class_dim) is int and class_dim == -1)) or ops.is_tracing():
+    if class_dim is not None and not (type(class_dim) is int and class_dim == -1):
         return None
+    if ops.operators_are_watched():
+        return None  # also by a tracer, which would record every look at a shape
     differentiable = student.requires_grad and torch.is_grad_enabled()
     ahead = differentiable and student.dim() > 0 and _writes_gradient(student, options)
     value_kind = arguments.VALUES.index(value)

@@ -115,7 +115,7 @@ def is_tracing() -> bool:
     return not torch.compiler.is_compiling() and _get_tracing_state() is not None
 
 
-def _operators_are_watched() -> bool:
+def operators_are_watched() -> bool:
     """Return whether a tracer or a mode of torch's watches operators. It takes what they do not compute for a constant."""
     return bool(
         _len_torch_dispatch_stack()
@@ -284,7 +284,7 @@ class GradientOfStudent(torch.autograd.Function):
         """The gradient with respect to the student's logits, (..., C) in their dtype."""
         if grad_output is None:
             return None, None
-        if ctx.ahead and not torch.is_grad_enabled() and not _operators_are_watched():
+        if ctx.ahead and not torch.is_grad_enabled() and not operators_are_watched():
             factor = _number(grad_output)
             # bfloat16 would be rounded once more; what is not finite would make rows NaN that are not selected.
             if factor == 1 or (math.isfinite(factor) and ctx.scales):
@@ -332,7 +332,7 @@ class GradientOfSmall(torch.autograd.Function):
         if grad_output is None:
             return None, None, None
         differentiable = torch.is_grad_enabled()
-        gradient = _small.small_backward(ctx, grad_output, differentiable or _operators_are_watched())
+        gradient = _small.small_backward(ctx, grad_output, differentiable or operators_are_watched())
         if type(gradient) is tuple:  # what the operators take in its place
             student, teacher, labels, *rest, options = gradient
             operator = condensed_kd_backward if differentiable else condensed_kd_gradient
@@ -360,7 +360,8 @@ def small_loss(
 ) -> Tensor | None:
     """The loss by the door for small calls, with its derivative if it is to be `differentiable`; None where that does not serve.
 
-    It serves plain tensors on the CPU, of up to 1 MB, where no mode or transform of torch's has to see an operator.
+    It serves plain tensors on the CPU, of up to 1 MB, outside of torch's transforms. Where `operators_are_watched` call the
+    operators in its place.
 
     Args:
         student, teacher, labels: as `condensed_kd_loss` takes them, not checked.
@@ -371,7 +372,7 @@ def small_loss(
     plain = type(student) in _PLAIN and type(teacher) in _PLAIN and not teacher.requires_grad
     if not plain or (labels is not None and type(labels) not in _PLAIN):
         return None
-    if _operators_are_watched() or _are_functorch_transforms_active() or forward_ad._current_level >= 0:
+    if _are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return None
     state = _small.small_forward(student, teacher, labels, keep, value, options, ahead, few_dimensions)
     if state is NotImplemented:
