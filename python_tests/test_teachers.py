@@ -550,7 +550,7 @@ def test_mean_and_std_between_commas_and_on_resume(here, capfd):
     assert '"mean": [' in (here / "run" / "report.html").read_text().replace("&quot;", '"')
     capfd.readouterr()
     assert kcd(*command, "--mean", "half", "--resume") == 0
-    for more, got in (([], "got mean=[0.30"), (["--mean", "0.5", "--std", "0.25"], "got std=[0.25]")):
+    for more, got in (([], "got mean[0]=0.30"), (["--mean", "0.5", "--std", "0.25"], "got std[0]=0.25")):
         assert kcd(*command, *more, "--resume") == 2
         error = capfd.readouterr().err
         assert error.startswith("kcd: run was run with ") and got in error and error.count("\n") == 1
