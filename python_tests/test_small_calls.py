@@ -153,7 +153,7 @@ def test_what_is_not_served_goes_to_the_operators():
     assert same(loss_and_gradient(teacher, negative, keep=0.5), expected)
     with Seen() as mode, watched() as served:
         condensed_kd_loss(student, teacher)
-    assert served == [False] and "kcd_ext.condensed_kd_forward.default" in mode.names
+    assert not any(served) and "kcd_ext.condensed_kd_forward.default" in mode.names
     with watched() as served:  # a gradient of 1 MB, and of one row less
         loss_and_gradient(logits(257, 1024), logits(257, 1024))
         loss_and_gradient(logits(255, 1024), logits(255, 1024))
