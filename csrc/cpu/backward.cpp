@@ -11,16 +11,6 @@
 namespace kcd::cpu::KCD_SET {
 namespace {
 
-// Classes [first, end) of a row.
-template <Power power, bool with_kd, bool with_ce, class Real>
-void write_classes(const Problem& problem, const char* student, const char* teacher, const Factors<Real>& factors,
-                   const Scale<Real>& scale, const Target<Real>& target, int64_t first, int64_t end) {
-  for (; first < end; first += kPiece) {
-    const int64_t n = end - first < kPiece ? end - first : kPiece;
-    write_from_logits<power, with_kd, with_ce>(problem, student, teacher, first, n, factors, scale, target);
-  }
-}
-
 void zero(char* row, int64_t bytes, bool streaming) {
   int64_t j = 0;
   if (streaming) {
@@ -33,7 +23,7 @@ void zero(char* row, int64_t bytes, bool streaming) {
 }
 
 // Classes [first, end) of row i, unless they stand there already.
-template <class Real, Power power>
+template <class Real>
 void write_row(const Problem& problem, const Gradient& gradient, const Scale<Real>& scale, int64_t i, int64_t first, int64_t end) {
   const bool with_ce = problem.with_labels && gradient.ce_factor != 0 && problem.valid(i), with_kd = gradient.selected[i];
   if (gradient.written && gradient.written[i] == (with_kd ? kAsSelected : kAsNotSelected)) return;
@@ -54,18 +44,17 @@ void write_row(const Problem& problem, const Gradient& gradient, const Scale<Rea
                               kd * stats[kStudentInverseSum * problem.rows + i], kd * stats[kTeacherInverseSum * problem.rows + i],
                               ce * stats[kStudentInverseSum1 * problem.rows + i]};
   const Target<Real> target{problem.student.type, gradient.streaming, row, with_ce ? problem.labels[i] : -1, ce};
-  (with_kd && with_ce) ? write_classes<power, true, true>(problem, student, teacher, factors, scale, target, first, end)
-  : with_kd            ? write_classes<power, true, false>(problem, student, teacher, factors, scale, target, first, end)
-                       : write_classes<power, false, true>(problem, student, teacher, factors, scale, target, first, end);
+  with_terms<Real>(Terms{with_kd, with_ce, power_of(problem.temperature)}, [&](const auto& terms) {
+    for (int64_t j = first; j < end; j += kPiece)
+      write_from_logits(terms, problem, student, teacher, j, std::min(kPiece, end - j), factors, scale, target);
+  });
 }
 
 // Classes [first, end_class) of rows [begin, end).
 template <class Real>
 void backward(const Problem& problem, const Gradient& gradient, int64_t begin, int64_t end, int64_t first, int64_t end_class) {
-  with_power(problem.temperature, [&](auto power) {
-    const Scale<Real> scale(problem.temperature);
-    for (int64_t i = begin; i < end; ++i) write_row<Real, power.value>(problem, gradient, scale, i, first, end_class);
-  });
+  const Scale<Real> scale(problem.temperature);
+  for (int64_t i = begin; i < end; ++i) write_row<Real>(problem, gradient, scale, i, first, end_class);
   if (gradient.streaming) stream_fence();
 }
 

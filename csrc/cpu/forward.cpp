@@ -16,20 +16,46 @@
 namespace kcd::cpu::KCD_SET {
 namespace {
 
+// What is summed on the way through a row; with_keep: and its exponentials are kept.  The loops ask in every vector: UsualPass
+// answers while compiling, Pass at run time.  Every pass that is fixed costs build time, so that only those most training is made
+// of are: float32 accumulators, temperature 1 or 4, no entropy of the teacher.
+template <bool with_keep>
+struct Pass {
+  Power power;
+  bool teacher, teacher_entropy;
+  static constexpr bool keep = with_keep;
+};
+template <Power fixed_power, bool with_teacher, bool with_keep>
+struct UsualPass {
+  static constexpr Power power = fixed_power;
+  static constexpr bool teacher = with_teacher, teacher_entropy = false, keep = with_keep;
+};
+constexpr Pass<false> kStudentAlone{Power::one, false, false};
+
+// run(the pass, fixed where it is usual)
+template <class Real, bool keep, class Run>
+KCD_INLINE auto with_pass(const Pass<keep>& pass, const Run& run) {
+  if constexpr (sizeof(Real) == sizeof(float)) {
+    if (!keep && !pass.teacher) return run(UsualPass<Power::one, false, false>{});
+    if (pass.power == Power::four && !pass.teacher_entropy) return run(UsualPass<Power::four, true, keep>{});
+    if (pass.power == Power::one && !pass.teacher_entropy) return run(UsualPass<Power::one, true, keep>{});
+  }
+  return run(pass);
+}
+
 // ClassSums lane by lane.
 template <class Real>
 struct ClassLanes {
   Vector<Real> others{}, tail{}, tail_1{}, dot_1{};   // others: how many classes are not at the maximum
 
   // dx <= 0, e = e^(dx/T): a class at the maximum is counted, any other goes into the tails.
-  template <Power power, bool at_1>
-  KCD_MEMBER void add(Vector<Real> dx, Vector<Real> e, const Scale<Real>& scale) {
+  KCD_MEMBER void add(Power power, bool at_1, Vector<Real> dx, Vector<Real> e, const Scale<Real>& scale) {
     const Mask<Real> other = differ(dx, Vector<Real>{});
     others = add_where(other, others, broadcast(Real(1)));
     tail = add_where(other, tail, e);
     if (!at_1) return;
-    const Mask<Real> counts = counts_at_temperature_1<power, Real>(e, dx);
-    const Vector<Real> e_1 = at_temperature_1<power, Real>(counts, e, dx, scale);
+    const Mask<Real> counts = counts_at_temperature_1<Real>(power, e, dx);
+    const Vector<Real> e_1 = at_temperature_1<Real>(power, counts, e, dx, scale);
     tail_1 = add_where(other, tail_1, e_1);
     dot_1 = add_product_where(counts, dot_1, e_1, dx);   // -inf adds 0
   }
@@ -52,16 +78,87 @@ struct Exponentials {
   Real *student, *teacher, *student_max, *teacher_max;
 };
 
+// A row of each network; null: none.
+struct RowPair {
+  const char *student, *teacher;
+};
+
+// The gradient of a row that has been summed, out of its exponentials, a piece at a time.
+template <class Real>
+class RowGradient {
+ public:
+  RowGradient(const Problem& problem, const Gradient& gradient, const Scale<Real>& scale)
+      : problem_(problem),
+        gradient_(gradient),
+        scale_(scale),
+        with_ce_(problem.with_labels && gradient.ce_factor != 0),
+        next_(problem.classes) {}
+
+  void begin(int64_t i, const RowPair& at, const RowSums<Real>& sums, const Exponentials<Real>& kept, bool selected) {
+    terms_ = {selected, with_ce_, power_of(problem_.temperature)};
+    const Real* row_weight = static_cast<const Real*>(gradient_.row_weight);
+    const Real kd = static_cast<Real>(gradient_.kd_factor * (row_weight ? static_cast<double>(row_weight[i]) : 1.0));
+    const Real ce = static_cast<Real>(gradient_.ce_factor);
+    factors_ = {reference(sums.student.max), reference(sums.teacher.max), kd * (1 / sums.student.sum()),
+                kd * (1 / sums.teacher.sum()), ce * (1 / sums.student.sum_1())};
+    target_ = {problem_.student.type, gradient_.streaming, const_cast<char*>(gradient_.out.row(i)),
+               with_ce_ ? problem_.labels[i] : -1, ce};
+    student_ = at.student;
+    kept_ = kept;
+    next_ = 0;
+  }
+
+  // The next piece, if there is one.
+  void write_piece() {
+    const int64_t first = next_, n = problem_.classes - first < kPiece ? problem_.classes - first : kPiece;
+    if (n == 0) return;
+    next_ = first + n;
+    with_terms<Real>(terms_, [&](auto terms) { write_piece(terms, first, n); });
+  }
+
+  void finish() {
+    while (next_ != problem_.classes) write_piece();
+  }
+
+ private:
+  template <class SomeTerms>
+  void write_piece(SomeTerms terms, int64_t first, int64_t n) {
+    alignas(64) Real z_scratch[kPiece];
+    const bool with_z = terms.ce && terms.power == Power::other;
+    const FactorLanes<Real> here(
+        factors_.of_piece(kept_.student_max[first / kPiece], kept_.teacher_max[first / kPiece], scale_.units.inverse_temperature));
+    const Real* z = with_z ? piece(problem_.student.type, student_, first, n, z_scratch) : nullptr;
+    const Real *e = kept_.student + first, *f = kept_.teacher + first;
+    // Exponentials may be read past the end, logits not.
+    kcd::write_piece(terms, target_, first, n, [&](int64_t j, int64_t m) KCD_ALWAYS_INLINE {
+      const Vector<Real> dz = with_z ? load_some(z + j, m) - here.student_max : Vector<Real>{};
+      return gradient_of(terms, load(e + j), load(f + j), dz, here, scale_);
+    });
+  }
+
+  const Problem& problem_;
+  const Gradient& gradient_;
+  const Scale<Real>& scale_;
+  const bool with_ce_;
+  Terms terms_{};
+  Factors<Real> factors_{};
+  Target<Real> target_{};
+  Exponentials<Real> kept_{};
+  const char* student_ = nullptr;
+  int64_t next_;
+};
+
 // e, f: where this vector's exponentials are kept; null: nowhere.
-template <Power power, bool with_teacher, bool with_teacher_entropy, bool keep, class Real>
-KCD_INLINE void accumulate(Vector<Real> dz, Vector<Real> dy, const Scale<Real>& scale, LaneSums<Real>& sums, Real* e, Real* f) {
+template <class SomePass, class Real>
+KCD_INLINE void accumulate(const SomePass& pass, Vector<Real> dz, Vector<Real> dy, const Scale<Real>& scale, LaneSums<Real>& sums,
+                           Real* e, Real* f) {
   const Vector<Real> student = exp2(dz * scale.per_logit);
-  if (keep) store<Real>(e, student);
-  sums.student.template add<power, true>(dz, student, scale);
-  if (!with_teacher) return;
+  if (pass.keep) store<Real>(e, student);
+  sums.student.add(pass.power, true, dz, student, scale);
+  if (!pass.teacher) return;
   const Vector<Real> log_teacher = dy * scale.per_logit, teacher = exp2(log_teacher);
-  if (keep) store<Real>(f, teacher);
-  sums.teacher.template add<power, with_teacher_entropy>(dy, teacher, scale);
+  if (pass.keep) store<Real>(f, teacher);
+  sums.teacher.add(pass.power, pass.teacher_entropy, dy, teacher, scale);
   // A class without mass for the teacher adds 0, also where the student rules it out.
   const Mask<Real> has_mass = not_less(log_teacher, broadcast(static_cast<Real>(kVanishing)));
   const Vector<Real> difference = sizeof(Real) == sizeof(double) ? (dy - dz) * scale.units.difference_scale : dy - dz;
@@ -77,9 +174,9 @@ struct Piece {
 
 // The sums of n classes that lie side by side, relative to their own maxima.  with_next: finds the maxima of the next piece on the
 // way, which is of n classes too: what it reads for them is in the cache afterwards, and nothing waits for it.
-template <Power power, bool with_teacher, bool with_teacher_entropy, bool keep, bool with_next, class Real>
-KCD_INLINE RowSums<Real> sum_piece(const Piece<Real>& here, int64_t n, const Scale<Real>& scale, Ahead later_z, Ahead later_y,
-                                   Real* e, Real* f, Piece<Real>& next) {
+template <bool with_next, class SomePass, class Real>
+KCD_INLINE RowSums<Real> sum_piece(SomePass pass, const Piece<Real>& here, int64_t n, const Scale<Real>& scale, Ahead later_z,
+                                   Ahead later_y, Real* e, Real* f, Piece<Real>& next) {
   const Real least = -Limits<Real>::infinity();
   const Vector<Real> m_z = broadcast(reference(here.student_max)), m_y = broadcast(reference(here.teacher_max));
   Vector<Real> next_m_z = broadcast(least), next_m_y = next_m_z;
@@ -87,23 +184,23 @@ KCD_INLINE RowSums<Real> sum_piece(const Piece<Real>& here, int64_t n, const Sca
   int64_t j = 0;
   for (; j + kLanes<Real> <= n; j += kLanes<Real>) {
     later_z.fetch(j);
-    if (with_teacher) later_y.fetch(j);
+    if (pass.teacher) later_y.fetch(j);
     if (with_next) {
       next_m_z = greater_of(load(next.z + j), next_m_z);
-      if (with_teacher) next_m_y = greater_of(load(next.y + j), next_m_y);
+      if (pass.teacher) next_m_y = greater_of(load(next.y + j), next_m_y);
     }
-    accumulate<power, with_teacher, with_teacher_entropy, keep, Real>(
-        load(here.z + j) - m_z, with_teacher ? load(here.y + j) - m_y : m_y, scale, sums, e + j, f + j);
+    accumulate<SomePass, Real>(pass, load(here.z + j) - m_z, pass.teacher ? load(here.y + j) - m_y : m_y, scale, sums, e + j,
+                               f + j);
   }
   if (j < n) {   // lanes past the end hold -inf in both and add nothing
-    accumulate<power, with_teacher, with_teacher_entropy, keep, Real>(
-        load(here.z + j, n - j, least) - m_z, with_teacher ? load(here.y + j, n - j, least) - m_y : m_y, scale, sums, e + j, f + j);
+    accumulate<SomePass, Real>(pass, load(here.z + j, n - j, least) - m_z,
+                               pass.teacher ? load(here.y + j, n - j, least) - m_y : m_y, scale, sums, e + j, f + j);
     if (with_next) {
       next_m_z = greater_of(load(next.z + j, n - j, least), next_m_z);
-      if (with_teacher) next_m_y = greater_of(load(next.y + j, n - j, least), next_m_y);
+      if (pass.teacher) next_m_y = greater_of(load(next.y + j, n - j, least), next_m_y);
     }
   }
-  if (with_next) next.student_max = maximum(next_m_z), next.teacher_max = with_teacher ? maximum(next_m_y) : Real(0);
+  if (with_next) next.student_max = maximum(next_m_z), next.teacher_max = pass.teacher ? maximum(next_m_y) : Real(0);
   const int64_t lanes = (n + kLanes<Real> - 1) / kLanes<Real> * kLanes<Real>;
   const ClassSums<Real> student = sums.student.total(here.student_max, lanes),
                         teacher = sums.teacher.total(here.teacher_max, lanes);
@@ -114,26 +211,22 @@ KCD_INLINE RowSums<Real> sum_piece(const Piece<Real>& here, int64_t n, const Sca
   return {student, teacher, infinite ? Limits<Real>::infinity() : cross};
 }
 
-// A row of each network; null: none.
-struct RowPair {
-  const char *student, *teacher;
-};
-
 // Whether float32 held the sums of a piece (Units::difference_scale).
 template <class Real>
 KCD_INLINE bool held(const RowSums<Real>& sums) {
   return sums.cross < Real(1e30) && sums.cross > Real(-1e30);
 }
 
-// in_range: whether it held those of all pieces; if not, they count for nothing.  between(): is called after each piece.  after:
-// the row that is read next.  known: a piece whose maxima are known, of this row or, in the end, of the next; without a teacher its
+// in_range: whether it held those of all pieces; if not, they count for nothing.  after: the row that
+// is read next.  pending: the row before, whose gradient is written meanwhile, a piece after each of this row's; null unless
+// exponentials are kept.  known: a piece whose maxima are known, of this row or, in the end, of the next; without a teacher its
 // y is null.
-template <Power power, bool with_teacher, bool with_teacher_entropy, bool keep, class Real, class Between>
-RowSums<Real> sum_row(const Problem& problem, const RowPair& at, const RowPair& after, const Scale<Real>& scale, bool& in_range,
-                      const Exponentials<Real>& kept, Piece<Real>& known, const Between& between) {
+template <class Real, class SomePass>
+RowSums<Real> sum_row(SomePass pass, const Problem& problem, const RowPair& at, const RowPair& after, const Scale<Real>& scale,
+                      bool& in_range, const Exponentials<Real>& kept, Piece<Real>& known, RowGradient<Real>* pending) {
   alignas(64) Real z[kPiece], y[kPiece];
   const Type student_type = problem.student.type, teacher_type = problem.teacher.type;
-  const bool in_place = is_type<Real>(student_type) && (!with_teacher || is_type<Real>(teacher_type));
+  const bool in_place = is_type<Real>(student_type) && (!pass.teacher || is_type<Real>(teacher_type));
   const int64_t classes = problem.classes;
   RowSums<Real> row;
   in_range = true;
@@ -142,33 +235,31 @@ RowSums<Real> sum_row(const Problem& problem, const RowPair& at, const RowPair& 
     Piece<Real> here = known;
     if (!in_place || known.z != in_memory<Real>(at.student, first) || known.y != in_memory<Real>(at.teacher, first)) {
       here.z = piece_and_maximum(student_type, at.student, first, n, z, here.student_max);
-      if (with_teacher) here.y = piece_and_maximum(teacher_type, at.teacher, first, n, y, here.teacher_max);
+      if (pass.teacher) here.y = piece_and_maximum(teacher_type, at.teacher, first, n, y, here.teacher_max);
     }
     const bool last = first + n == classes;
     const RowPair next_row = last ? after : at;
     const int64_t next_first = last ? 0 : first + kPiece;
     // The next piece, where it is as long as this one and lies in place.
-    const bool with_next = in_place && next_row.student && (!with_teacher || next_row.teacher) &&
+    const bool with_next = in_place && next_row.student && (!pass.teacher || next_row.teacher) &&
                            (last ? classes <= kPiece : next_first + kPiece <= classes);
     if (with_next)
       known = {in_memory<Real>(next_row.student, next_first),
-               in_memory<Real>(with_teacher ? next_row.teacher : nullptr, next_first), 0, 0};
+               in_memory<Real>(pass.teacher ? next_row.teacher : nullptr, next_first), 0, 0};
     const RowPair& read = with_next ? next_row : at;
     const int64_t read_first = with_next ? next_first : first;
     const Ahead later_z = ahead(problem.student, read.student, read_first),
                 later_y = ahead(problem.teacher, read.teacher, read_first);
     Real *e = kept.student + first, *f = kept.teacher + first;
-    const RowSums<Real> sums =
-        with_next
-            ? sum_piece<power, with_teacher, with_teacher_entropy, keep, true>(here, n, scale, later_z, later_y, e, f, known)
-            : sum_piece<power, with_teacher, with_teacher_entropy, keep, false>(here, n, scale, later_z, later_y, e, f, known);
-    if (keep) {
+    const RowSums<Real> sums = with_next ? sum_piece<true>(pass, here, n, scale, later_z, later_y, e, f, known)
+                                         : sum_piece<false>(pass, here, n, scale, later_z, later_y, e, f, known);
+    if (pass.keep) {
       kept.student_max[first / kPiece] = sums.student.max;
       kept.teacher_max[first / kPiece] = sums.teacher.max;
     }
     in_range &= held(sums);
     row = first ? merge(row, sums, scale.units) : sums;
-    between();
+    if (pass.keep) pending->write_piece();
   }
   return row;
 }
@@ -197,35 +288,33 @@ double cross_of_row(const Problem& problem, const char* student, const char* tea
   return cross;
 }
 
-constexpr auto kNothing = [] {};
-
 // The sums of a row that float32 did not hold, or that are infinite.
-template <Power power, bool with_teacher, bool with_teacher_entropy, class Real>
-__attribute__((noinline)) RowSums<Real> settle(const Problem& problem, const RowPair& at, const Scale<Real>& scale,
-                                               RowSums<Real> row, bool in_range) {
+template <class Real>
+__attribute__((noinline)) RowSums<Real> settle(const Pass<false>& pass, const Problem& problem, const RowPair& at,
+                                               const Scale<Real>& scale, RowSums<Real> row, bool in_range) {
   if (!in_range && sizeof(Real) < sizeof(double)) {
     const Scale<double> wide_scale(problem.temperature);
     bool wide_in_range;
     Piece<double> unknown{};
-    const RowSums<double> wide = sum_row<power, with_teacher, with_teacher_entropy, false>(
-        problem, at, RowPair{}, wide_scale, wide_in_range, Exponentials<double>{}, unknown, kNothing);
+    const RowSums<double> wide =
+        sum_row<double>(pass, problem, at, RowPair{}, wide_scale, wide_in_range, Exponentials<double>{}, unknown, nullptr);
     row = {convert<Real>(wide.student), convert<Real>(wide.teacher),
            static_cast<Real>(wide.cross / wide_scale.units.difference_scale * scale.units.difference_scale)};
   }
-  if (with_teacher && row.cross == Limits<Real>::infinity())
+  if (pass.teacher && row.cross == Limits<Real>::infinity())
     row.cross = static_cast<Real>(cross_of_row(problem, at.student, at.teacher, static_cast<double>(row.student.max),
                                                static_cast<double>(row.teacher.max))) *
                 scale.units.difference_scale;
   return row;
 }
 
-template <Power power, bool with_teacher, bool with_teacher_entropy, bool keep, class Real, class Between>
-RowSums<Real> sum_whole_row(const Problem& problem, const RowPair& at, const RowPair& after, const Scale<Real>& scale,
-                            const Exponentials<Real>& kept, Piece<Real>& known, bool& in_range, const Between& between) {
-  const RowSums<Real> row =
-      sum_row<power, with_teacher, with_teacher_entropy, keep>(problem, at, after, scale, in_range, kept, known, between);
+template <class Real, class SomePass>
+RowSums<Real> sum_whole_row(const SomePass& pass, const Problem& problem, const RowPair& at, const RowPair& after,
+                            const Scale<Real>& scale, const Exponentials<Real>& kept, Piece<Real>& known, bool& in_range,
+                            RowGradient<Real>* pending) {
+  const RowSums<Real> row = sum_row<Real>(pass, problem, at, after, scale, in_range, kept, known, pending);
   if (in_range) return row;   // what is infinite is not
-  return settle<power, with_teacher, with_teacher_entropy>(problem, at, scale, row, in_range);
+  return settle(Pass<false>{pass.power, pass.teacher, pass.teacher_entropy}, problem, at, scale, row, in_range);
 }
 
 template <class Real>
@@ -233,66 +322,6 @@ KCD_INLINE Real logit(Type type, const char* row, int64_t c) {
   Real scratch[1];
   return *piece(type, row, c, 1, scratch);
 }
-
-// The gradient of a row that has been summed, out of its exponentials, a piece at a time.
-template <Power power, bool with_ce, class Real>
-class RowGradient {
- public:
-  RowGradient(const Problem& problem, const Gradient& gradient, const Scale<Real>& scale)
-      : problem_(problem), gradient_(gradient), scale_(scale), next_(problem.classes) {}
-
-  void begin(int64_t i, const RowPair& at, const RowSums<Real>& sums, const Exponentials<Real>& kept, bool selected) {
-    selected_ = selected;
-    const Real* row_weight = static_cast<const Real*>(gradient_.row_weight);
-    const Real kd = static_cast<Real>(gradient_.kd_factor * (row_weight ? static_cast<double>(row_weight[i]) : 1.0));
-    const Real ce = static_cast<Real>(gradient_.ce_factor);
-    factors_ = {reference(sums.student.max), reference(sums.teacher.max), kd * (1 / sums.student.sum()),
-                kd * (1 / sums.teacher.sum()), ce * (1 / sums.student.sum_1())};
-    target_ = {problem_.student.type, gradient_.streaming, const_cast<char*>(gradient_.out.row(i)),
-               with_ce ? problem_.labels[i] : -1, ce};
-    student_ = at.student;
-    kept_ = kept;
-    next_ = 0;
-  }
-
-  // The next piece, if there is one.
-  void write_piece() {
-    const int64_t first = next_, n = problem_.classes - first < kPiece ? problem_.classes - first : kPiece;
-    if (n == 0) return;
-    next_ = first + n;
-    alignas(64) Real z_scratch[kPiece];
-    constexpr bool with_z = with_ce && power == Power::other;
-    const FactorLanes<Real> here(
-        factors_.of_piece(kept_.student_max[first / kPiece], kept_.teacher_max[first / kPiece], scale_.units.inverse_temperature));
-    const Real* z = with_z ? piece(problem_.student.type, student_, first, n, z_scratch) : nullptr;
-    selected_ ? write_piece<true>(first, n, here, z) : write_piece<false>(first, n, here, z);
-  }
-
-  void finish() {
-    while (next_ != problem_.classes) write_piece();
-  }
-
- private:
-  // z: null where it is not needed.
-  template <bool with_kd>
-  KCD_MEMBER void write_piece(int64_t first, int64_t n, const FactorLanes<Real>& here, const Real* z) {
-    const Real *e = kept_.student + first, *f = kept_.teacher + first;
-    kcd::write_piece(target_, first, n, [&](int64_t j, int64_t m) {   // exponentials may be read past the end, logits not
-      const Vector<Real> dz = with_ce && power == Power::other ? load_some(z + j, m) - here.student_max : Vector<Real>{};
-      return gradient_of<power, with_kd, with_ce>(load(e + j), load(f + j), dz, here, scale_);
-    });
-  }
-
-  const Problem& problem_;
-  const Gradient& gradient_;
-  const Scale<Real>& scale_;
-  bool selected_ = false;
-  Factors<Real> factors_{};
-  Target<Real> target_{};
-  Exponentials<Real> kept_{};
-  const char* student_ = nullptr;
-  int64_t next_;
-};
 
 // Memory of a thread for the exponentials of two rows, as large as its largest ones.
 class Scratch {
@@ -342,33 +371,36 @@ KCD_INLINE Real label_logit(const Problem& problem, const char* student, int64_t
   return student && problem.with_labels ? logit<Real>(problem.student.type, student, problem.labels[i]) : Limits<Real>::nan();
 }
 
-template <class Real, Power power>
-void forward(const Problem& problem, const RowOutputs& outputs, int64_t begin, int64_t end) {
-  const Scale<Real> scale(problem.temperature), scale_1(1.0);
-  const Exponentials<Real> nowhere{};
+// The sums of a row whose teacher is not read, if its student is.
+template <class Real>
+RowSums<Real> sum_student_row(const Problem& problem, const RowPair& at, const RowPair& after, Piece<Real>& known) {
+  if (!at.student) return {};
+  return with_pass<Real>(kStudentAlone, [&](auto pass) {
+    bool in_range;
+    return sum_whole_row<Real>(pass, problem, at, after, Scale<Real>(1.0), {}, known, in_range, nullptr);
+  });
+}
+
+template <class Real, class SomePass>
+void forward(const SomePass& pass, const Problem& problem, const RowOutputs& outputs, int64_t begin, int64_t end) {
+  const Scale<Real> scale(problem.temperature);
   Piece<Real> known{};
   for (int64_t i = begin; i < end; ++i) {
     const RowPair at = row_pair(problem, i), after = at.student ? next_row_pair(problem, i + 1, end) : RowPair{};
-    RowSums<Real> sums{};
     bool in_range;
-    if (at.teacher)
-      sums = outputs.teacher_entropy
-                 ? sum_whole_row<power, true, true, false>(problem, at, after, scale, nowhere, known, in_range, kNothing)
-                 : sum_whole_row<power, true, false, false>(problem, at, after, scale, nowhere, known, in_range, kNothing);
-    else if (at.student)
-      sums = sum_whole_row<Power::one, false, false, false>(problem, at, after, scale_1, nowhere, known, in_range, kNothing);
+    const RowSums<Real> sums = at.teacher ? sum_whole_row<Real>(pass, problem, at, after, scale, {}, known, in_range, nullptr)
+                                          : sum_student_row(problem, at, after, known);
     write_row(problem, outputs, i, at.teacher != nullptr, sums, label_logit<Real>(problem, at.student, i), scale.units);
   }
 }
 
 // A row's gradient is written while the next row is summed: its way to memory is so hidden behind arithmetic.
-template <class Real, Power power, bool with_ce>
-void forward_with_gradient(const Problem& problem, const RowOutputs& outputs, const Gradient& gradient, int64_t begin,
-                           int64_t end) {
+template <class Real, class SomePass>
+void forward_with_gradient(const SomePass& pass, const Problem& problem, const RowOutputs& outputs, const Gradient& gradient,
+                           int64_t begin, int64_t end) {
   const Scale<Real> scale(problem.temperature);
   const auto kept = scratch_of_thread.exponentials<Real>(problem.classes);
-  RowGradient<power, with_ce, Real> pending(problem, gradient, scale);
-  const auto write_some = [&] { pending.write_piece(); };
+  RowGradient<Real> pending(problem, gradient, scale);
   int turn = 0;   // which of the two is free
   const Real* value = static_cast<const Real*>(gradient.value);
   Guess<Real> guess(gradient.share);
@@ -377,15 +409,13 @@ void forward_with_gradient(const Problem& problem, const RowOutputs& outputs, co
     const RowPair at = row_pair(problem, i), after = at.teacher ? next_row_pair(problem, i + 1, end) : RowPair{};
     gradient.written[i] = kNotWritten;
     if (!at.teacher) {
-      forward<Real, power>(problem, outputs, i, i + 1);
+      const RowSums<Real> sums = sum_student_row(problem, at, after, known);
+      write_row(problem, outputs, i, false, sums, label_logit<Real>(problem, at.student, i), scale.units);
       continue;
     }
     const Exponentials<Real>& here = kept[turn];
     bool in_range;
-    const RowSums<Real> sums =
-        outputs.teacher_entropy
-            ? sum_whole_row<power, true, true, true>(problem, at, after, scale, here, known, in_range, write_some)
-            : sum_whole_row<power, true, false, true>(problem, at, after, scale, here, known, in_range, write_some);
+    const RowSums<Real> sums = sum_whole_row<Real>(pass, problem, at, after, scale, here, known, in_range, &pending);
     pending.finish();
     write_row(problem, outputs, i, true, sums, label_logit<Real>(problem, at.student, i), scale.units);
     // What is infinite or not a number is left to the backward pass.
@@ -401,64 +431,59 @@ void forward_with_gradient(const Problem& problem, const RowOutputs& outputs, co
 
 template <class Real>
 void forward(const Problem& problem, const RowOutputs& outputs, const Gradient* gradient, int64_t begin, int64_t end) {
-  with_power(problem.temperature, [&](auto power) {
-    constexpr Power p = power.value;
-    if (!gradient) return forward<Real, p>(problem, outputs, begin, end);
-    problem.with_labels && gradient->ce_factor != 0
-        ? forward_with_gradient<Real, p, true>(problem, outputs, *gradient, begin, end)
-        : forward_with_gradient<Real, p, false>(problem, outputs, *gradient, begin, end);
-  });
+  const Power power = power_of(problem.temperature);
+  const bool teacher_entropy = outputs.teacher_entropy;
+  if (gradient)
+    return with_pass<Real>(Pass<true>{power, true, teacher_entropy},
+                           [&](auto pass) { forward_with_gradient<Real>(pass, problem, outputs, *gradient, begin, end); });
+  with_pass<Real>(Pass<false>{power, true, teacher_entropy}, [&](auto pass) { forward<Real>(pass, problem, outputs, begin, end); });
 }
 
 // ---- a row on several threads: the same sums of the same pieces, merged in the same order
 
-// run(instance): with the row's own power and which sums it needs, as forward() has them.
-template <class Real, class Run>
-void with_sums_of(const Problem& problem, const RowOutputs& outputs, bool with_teacher, const Run& run) {
-  if (!with_teacher)
-    return run(std::integral_constant<Power, Power::one>{}, std::false_type{}, std::false_type{}, Scale<Real>(1.0));
-  with_power(problem.temperature, [&](auto power) {
-    const Scale<Real> scale(problem.temperature);
-    outputs.teacher_entropy ? run(power, std::true_type{}, std::true_type{}, scale)
-                            : run(power, std::true_type{}, std::false_type{}, scale);
-  });
-}
+// What forward() sums of such a row, and in which units.
+template <class Real>
+struct WholeRow {
+  Pass<false> pass;
+  Scale<Real> scale;
+  WholeRow(const Problem& problem, const RowOutputs& outputs, bool with_teacher)
+      : pass(with_teacher ? Pass<false>{power_of(problem.temperature), true, outputs.teacher_entropy != nullptr} : kStudentAlone),
+        scale(with_teacher ? problem.temperature : 1.0) {}
+};
 
 template <class Real>
 void sum_pieces(const Problem& problem, const RowOutputs& outputs, int64_t i, int64_t begin, int64_t end, RowSums<Real>* sums) {
   const RowPair at = row_pair(problem, i);
-  with_sums_of<Real>(problem, outputs, at.teacher, [&](auto power, auto with_teacher, auto with_entropy, const Scale<Real>& scale) {
-    Piece<Real> known{};
-    bool in_range;
-    for (int64_t k = begin; k < end; ++k) {
-      Problem alone = problem;   // a row of this piece alone
-      alone.classes = std::min(kPiece, problem.classes - k * kPiece);
-      const auto from_here = [&](const char* row, Type type) { return row ? row + k * kPiece * size_of(type) : nullptr; };
-      const RowPair here{from_here(at.student, problem.student.type), from_here(at.teacher, problem.teacher.type)};
-      sums[k] = sum_row<power.value, with_teacher.value, with_entropy.value, false>(alone, here, RowPair{}, scale, in_range,
-                                                                                    Exponentials<Real>{}, known, kNothing);
-    }
-  });
+  const WholeRow<Real> row(problem, outputs, at.teacher);
+  Piece<Real> known{};
+  bool in_range;
+  for (int64_t k = begin; k < end; ++k) {
+    Problem alone = problem;   // a row of this piece alone
+    alone.classes = std::min(kPiece, problem.classes - k * kPiece);
+    const auto from_here = [&](const char* row, Type type) { return row ? row + k * kPiece * size_of(type) : nullptr; };
+    const RowPair here{from_here(at.student, problem.student.type), from_here(at.teacher, problem.teacher.type)};
+    sums[k] = with_pass<Real>(row.pass, [&](auto pass) {
+      return sum_row<Real>(pass, alone, here, RowPair{}, row.scale, in_range, Exponentials<Real>{}, known, nullptr);
+    });
+  }
 }
 
 template <class Real>
 void finish_row(const Problem& problem, const RowOutputs& outputs, int64_t i, const RowSums<Real>* sums) {
   const RowPair at = row_pair(problem, i);
+  const WholeRow<Real> row(problem, outputs, at.teacher);
+  RowSums<Real> whole{};
+  if (at.student) {
+    whole = sums[0];
+    bool in_range = held(whole);
+    for (int64_t k = 1; k * kPiece < problem.classes; ++k) {
+      whole = merge(whole, sums[k], row.scale.units);
+      in_range &= held(sums[k]);
+    }
+    if (!in_range) whole = settle(row.pass, problem, at, row.scale, whole, in_range);
+  }
   const Units<Real> units = Scale<Real>(problem.temperature).units;
-  RowSums<Real> row{};
-  if (at.student)
-    with_sums_of<Real>(problem, outputs, at.teacher,
-                       [&](auto power, auto with_teacher, auto with_entropy, const Scale<Real>& scale) {
-                         row = sums[0];
-                         bool in_range = held(row);
-                         for (int64_t k = 1; k * kPiece < problem.classes; ++k) {
-                           row = merge(row, sums[k], scale.units);
-                           in_range &= held(sums[k]);
-                         }
-                         if (!in_range)
-                           row = settle<power.value, with_teacher.value, with_entropy.value>(problem, at, scale, row, in_range);
-                       });
-  write_row(problem, outputs, i, at.teacher != nullptr, row, label_logit<Real>(problem, at.student, i), units);
+  write_row(problem, outputs, i, at.teacher != nullptr, whole, label_logit<Real>(problem, at.student, i), units);
 }
 
 void sum_pieces(const Problem& problem, const RowOutputs& outputs, int64_t i, int64_t begin, int64_t end, void* sums) {

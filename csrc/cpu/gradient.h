@@ -3,6 +3,8 @@
 // Exponentials are relative to the maxima of the piece, as in the forward pass, and every factor of the row is lowered by what the
 // piece's maximum lies below the row's: both ways give the same bits.
 #pragma once
+#include <algorithm>
+
 #include "cpu/convert.h"
 #include "cpu/temperature.h"
 #include "cpu/vector.h"
@@ -41,30 +43,38 @@ struct FactorLanes {
         ce(broadcast(of.ce)) {}
 };
 
-// One vector of classes; dz = z - m_z counts where a second exponential is needed.
-template <Power power, bool with_kd, bool with_ce, class Real>
-KCD_INLINE Vector<Real> gradient_of(Vector<Real> e, Vector<Real> f, Vector<Real> dz, const FactorLanes<Real>& factors,
-                                    const Scale<Real>& scale) {
-  const Vector<Real> d = with_kd ? factors.student * e - rounded(factors.teacher * f) : Vector<Real>{};
-  if (!with_ce) return d;
-  const Mask<Real> counts = counts_at_temperature_1<power, Real>(e, dz);
-  return factors.ce * at_temperature_1<power, Real>(counts, e, dz, scale) + d;
+// Which terms a gradient has.  The loops ask in every vector: UsualTerms answer while compiling, Terms at run time.  Every set of
+// answers that is fixed costs build time, so that only the terms most training has are.
+struct Terms {
+  bool kd, ce;
+  Power power;
+};
+template <bool with_kd, bool with_ce, Power fixed_power>
+struct UsualTerms {
+  static constexpr bool kd = with_kd, ce = with_ce;
+  static constexpr Power power = fixed_power;
+};
+
+// run(the terms, fixed where they are usual)
+template <class Real, class Run>
+KCD_INLINE void with_terms(const Terms& terms, const Run& run) {
+  if constexpr (sizeof(Real) == sizeof(float)) {
+    if (terms.kd && !terms.ce) return run(UsualTerms<true, false, Power::one>{});   // without ce the power is not asked for
+    if (terms.kd && terms.power == Power::one) return run(UsualTerms<true, true, Power::one>{});
+    if (terms.kd && terms.power == Power::four) return run(UsualTerms<true, true, Power::four>{});
+  }
+  run(terms);
 }
 
-// out[j] = element(j, m) for m = kLanes elements at j, or fewer at the ends.
-template <class Real, bool streaming, class Out, class Element>
-KCD_INLINE void write(Out* out, int64_t n, const Element& element) {
-  int64_t j = 0;
-  if (streaming) {
-    const int64_t head = elements_to_alignment(out, kLanes<Real> * sizeof(Out));
-    j = head < n ? head : n;
-    for (int64_t i = 0; i < j; i += kLanes<Real>) store(out + i, j - i < kLanes<Real> ? j - i : kLanes<Real>, element(i, j - i));
-  }
-  for (; j + kLanes<Real> <= n; j += kLanes<Real>) {
-    const Vector<Real> d = element(j, kLanes<Real>);
-    streaming ? stream(out + j, d) : store(out + j, d);
-  }
-  if (j < n) store(out + j, n - j, element(j, n - j));
+// One vector of classes; dz = z - m_z counts where a second exponential is needed.
+template <class SomeTerms, class Real>
+KCD_INLINE Vector<Real> gradient_of(const SomeTerms& terms, Vector<Real> e, Vector<Real> f, Vector<Real> dz,
+                                    const FactorLanes<Real>& factors, const Scale<Real>& scale) {
+  Vector<Real> d{};
+  if (terms.kd) d = factors.student * e - rounded(factors.teacher * f);
+  if (!terms.ce) return d;
+  const Mask<Real> counts = counts_at_temperature_1<Real>(terms.power, e, dz);
+  return factors.ce * at_temperature_1<Real>(terms.power, counts, e, dz, scale) + d;
 }
 
 // A row of the gradient, of the student's type.  label < 0: none; at the label ce is taken off: pi - onehot.
@@ -77,38 +87,51 @@ struct Target {
   Real ce;
 };
 
-template <class Real, class Out, class Element>
-KCD_INLINE void write(const Target<Real>& target, Out* out, int64_t n, const Element& element) {
-  target.streaming ? write<Real, true>(out, n, element) : write<Real, false>(out, n, element);
-}
-template <class Element>
-KCD_INLINE void write_by_type(const Target<float>& target, int64_t first, int64_t n, const Element& element) {
-  switch (target.type) {
-    case Type::float16:
-      return write(target, reinterpret_cast<float16*>(target.row) + first, n, element);
-    case Type::bfloat16:
-      return write(target, reinterpret_cast<bfloat16*>(target.row) + first, n, element);
-    default:
-      return write(target, reinterpret_cast<float*>(target.row) + first, n, element);
+// out[j] = element(j, m) for classes j to j + m of a piece, m = kLanes or less.
+template <class Real, class Out, bool streaming, class SomeTerms, class Element>
+KCD_INLINE void write(const SomeTerms& terms, const Target<Real>& target, int64_t first, int64_t n, const Element& element) {
+  Out* out = reinterpret_cast<Out*>(target.row) + first;
+  const int64_t label = target.label - first;
+  Vector<Real> lanes{};
+  for (int64_t j = 0; j < kLanes<Real>; ++j) lanes[j] = static_cast<Real>(j);
+  const auto minus_label = [&](int64_t j, int64_t m) KCD_ALWAYS_INLINE {
+    const Vector<Real> d = element(j, m);
+    if (!terms.ce || label < j || label >= j + m) return d;
+    return d - (lanes == broadcast(static_cast<Real>(label - j)) ? broadcast(target.ce) : Vector<Real>{});
+  };
+  int64_t j = 0;
+  const auto store_rest = [&](int64_t end) KCD_ALWAYS_INLINE {
+    if (j < end) store(out + j, end - j, minus_label(j, end - j));
+    j = end;
+  };
+  if (streaming) store_rest(std::min(elements_to_alignment(out, kLanes<Real> * sizeof(Out)), n));
+  for (; j + kLanes<Real> <= n; j += kLanes<Real>) {
+    const Vector<Real> d = minus_label(j, kLanes<Real>);
+    streaming ? stream(out + j, d) : store(out + j, d);
   }
-}
-template <class Element>
-KCD_INLINE void write_by_type(const Target<double>& target, int64_t first, int64_t n, const Element& element) {
-  write(target, reinterpret_cast<double*>(target.row) + first, n, element);
+  store_rest(n);
 }
 
 // Classes [first, first + n) of a row.
-template <class Real, class Element>
-KCD_INLINE void write_piece(const Target<Real>& target, int64_t first, int64_t n, const Element& element) {
-  const int64_t label = target.label - first;
-  if (label < 0 || label >= n) return write_by_type(target, first, n, element);
-  Vector<Real> lanes{};
-  for (int64_t j = 0; j < kLanes<Real>; ++j) lanes[j] = static_cast<Real>(j);
-  write_by_type(target, first, n, [&](int64_t j, int64_t m) {
-    const Vector<Real> d = element(j, m);
-    if (label < j || label >= j + m) return d;
-    return d - (lanes == broadcast(static_cast<Real>(label - j)) ? broadcast(target.ce) : Vector<Real>{});
-  });
+template <class SomeTerms, class Element>
+KCD_INLINE void write_piece(const SomeTerms& terms, const Target<float>& target, int64_t first, int64_t n, const Element& element) {
+  switch (target.type) {
+    case Type::float16:
+      return target.streaming ? write<float, float16, true>(terms, target, first, n, element)
+                              : write<float, float16, false>(terms, target, first, n, element);
+    case Type::bfloat16:
+      return target.streaming ? write<float, bfloat16, true>(terms, target, first, n, element)
+                              : write<float, bfloat16, false>(terms, target, first, n, element);
+    default:
+      return target.streaming ? write<float, float, true>(terms, target, first, n, element)
+                              : write<float, float, false>(terms, target, first, n, element);
+  }
+}
+template <class SomeTerms, class Element>
+KCD_INLINE void write_piece(const SomeTerms& terms, const Target<double>& target, int64_t first, int64_t n,
+                            const Element& element) {
+  target.streaming ? write<double, double, true>(terms, target, first, n, element)
+                   : write<double, double, false>(terms, target, first, n, element);
 }
 
 // The first m elements; no branch where it is known to be all.
@@ -119,21 +142,22 @@ KCD_INLINE Vector<Real> load_some(const Real* p, int64_t m) {
 
 // Classes [first, first + n) of a row, out of its logits.  The gradient may take their place: an element is read before it is
 // written.
-template <Power power, bool with_kd, bool with_ce, class Real>
-KCD_INLINE void write_from_logits(const Problem& problem, const char* student, const char* teacher, int64_t first, int64_t n,
-                                  const Factors<Real>& factors, const Scale<Real>& scale, const Target<Real>& target) {
+template <class SomeTerms, class Real>
+void write_from_logits(SomeTerms terms, const Problem& problem, const char* student, const char* teacher, int64_t first, int64_t n,
+                       const Factors<Real>& factors, const Scale<Real>& scale, const Target<Real>& target) {
   alignas(64) Real z_scratch[kPiece], y_scratch[kPiece];
   const Real* z = piece(problem.student.type, student, first, n, z_scratch);
-  const Real* y = with_kd ? piece(problem.teacher.type, teacher, first, n, y_scratch) : nullptr;
-  const FactorLanes<Real> here(factors.of_piece(maximum(z, n), with_kd ? maximum(y, n) : Real(0), scale.units.inverse_temperature));
+  const Real* y = terms.kd ? piece(problem.teacher.type, teacher, first, n, y_scratch) : nullptr;
+  const FactorLanes<Real> here(
+      factors.of_piece(maximum(z, n), terms.kd ? maximum(y, n) : Real(0), scale.units.inverse_temperature));
   const Ahead later_z = ahead(problem.student, student, first), later_y = ahead(problem.teacher, teacher, first);
-  write_piece(target, first, n, [&](int64_t j, int64_t m) {
+  write_piece(terms, target, first, n, [&](int64_t j, int64_t m) KCD_ALWAYS_INLINE {
     later_z.fetch(j);
-    if (with_kd) later_y.fetch(j);
+    if (terms.kd) later_y.fetch(j);
     const Vector<Real> dz = load_some(z + j, m) - here.student_max;
     const Vector<Real> e = exp2(dz * scale.per_logit);
-    const Vector<Real> f = with_kd ? exp2((load_some(y + j, m) - here.teacher_max) * scale.per_logit) : Vector<Real>{};
-    return gradient_of<power, with_kd, with_ce>(e, f, dz, here, scale);
+    const Vector<Real> f = terms.kd ? exp2((load_some(y + j, m) - here.teacher_max) * scale.per_logit) : Vector<Real>{};
+    return gradient_of(terms, e, f, dz, here, scale);
   });
 }
 

@@ -1,28 +1,11 @@
 // From temperature T to temperature 1 without a second exponential, where T allows it.
 #pragma once
-#include <type_traits>
-
 #include "cpu/vector.h"
 #include "math/row_stats.h"
 #include "math/temperature.h"
 
 namespace kcd {
 namespace {
-
-// run(a constant whose value is the Power for this temperature)
-template <class Run>
-KCD_INLINE void with_power(double temperature, const Run& run) {
-  switch (power_of(temperature)) {
-    case Power::one:
-      return run(std::integral_constant<Power, Power::one>{});
-    case Power::two:
-      return run(std::integral_constant<Power, Power::two>{});
-    case Power::four:
-      return run(std::integral_constant<Power, Power::four>{});
-    case Power::other:
-      return run(std::integral_constant<Power, Power::other>{});
-  }
-}
 
 template <class Real>
 struct Scale {
@@ -39,16 +22,16 @@ struct Scale {
 
 // Where e^x, given e = e^(x/T), is more than 0, or not a number.  What would end below the smallest normal number is 0 before it is
 // squared: arithmetic on subnormal numbers is many times slower.
-template <Power power, class Real>
-KCD_INLINE Mask<Real> counts_at_temperature_1(Vector<Real> e, Vector<Real> x) {
+template <class Real>
+KCD_INLINE Mask<Real> counts_at_temperature_1(Power power, Vector<Real> e, Vector<Real> x) {
   if (power == Power::two) return not_less(e, broadcast(Limits<Real>::root_of_smallest()));
   if (power == Power::four) return not_less(e, broadcast(Limits<Real>::fourth_root_of_smallest()));
   return not_less(x, broadcast(-Limits<Real>::largest()));
 }
 
 // e^x there, and 0 elsewhere.
-template <Power power, class Real>
-KCD_INLINE Vector<Real> at_temperature_1(Mask<Real> counts, Vector<Real> e, Vector<Real> x, const Scale<Real>& scale) {
+template <class Real>
+KCD_INLINE Vector<Real> at_temperature_1(Power power, Mask<Real> counts, Vector<Real> e, Vector<Real> x, const Scale<Real>& scale) {
   if (power == Power::one) return e;
   if (power == Power::other) return exp2(x * scale.per_logit_1);
   const Vector<Real> square = where(counts, e * e);
