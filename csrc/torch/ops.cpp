@@ -57,7 +57,8 @@ const std::string& build_info_json() {
     cuda_compiler = cuda::compiler();
     cuda_architectures = cuda::architectures();
 #endif
-    return "{\"version\": " + quoted(KCD_VERSION) + ", \"compiler\": " + quoted(KCD_COMPILER) + ", \"gradient_memory\": " +
+    return "{\"version\": " + quoted(KCD_VERSION) + ", \"sources\": " + quoted(KCD_SOURCES) +
+           ", \"compiler\": " + quoted(KCD_COMPILER) + ", \"gradient_memory\": " +
            quoted(cpu::name_of(Tensor::can_be_over_memory() ? cpu::gradient_memory() : cpu::Memory::torch)) +
            ", \"instruction_sets\": " + list_of(sets) + ", \"instruction_set_in_use\": " + quoted(cpu::kernels().name) +
            ", \"cuda_compiler\": " + quoted(cuda_compiler) + ", \"cuda_architectures\": " + list_of(cuda_architectures) + "}";
