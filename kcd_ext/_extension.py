@@ -1,15 +1,24 @@
 """Loads the compiled operators: the Python module `_C`, or a `libkcd_ext.so` built by plain cmake and named by KCD_LIBRARY."""
 
 import ctypes
+import hashlib
 import importlib
+import importlib.util
 import json
 import os
 import pathlib
+import sys
+from importlib import metadata
+from importlib.machinery import PathFinder
 from types import ModuleType
 
 import torch
 
 MINIMUM_TORCH = (2, 10)
+_NAME = f"{__package__}._C"
+_HERE = pathlib.Path(__file__).parent
+_SOURCES = _HERE.parent / "csrc"
+_SUFFIXES = {".h", ".cpp", ".cu", ".cuh"}
 
 
 def _check_torch() -> None:
@@ -40,19 +49,52 @@ def load() -> tuple[dict, ModuleType | None]:
     _check_torch()
     if path := os.environ.get("KCD_LIBRARY"):
         return _load_library(path), None
-    try:
-        module = importlib.import_module(f"{__package__}._C")
-    except ModuleNotFoundError as error:
-        if error.name != f"{__package__}._C":
-            raise
-        here = pathlib.Path(__file__).parent
-        if (here.parent / "csrc").is_dir():
-            raise ImportError(
-                f"{here} is kcd_ext's source folder, which holds no compiled extension. Run Python in another folder, where the"
-                " installed package is found, or install in place: pip install -e ."
-            ) from None
-        raise ImportError(
-            f"{here} holds no compiled extension for this Python: the installation is incomplete or was made for another"
-            " version of Python; install kcd_ext again with this one's pip"
-        ) from None
+    module = _own_module() or _installed_module()
     return module.build_info(), module if hasattr(module, "small_forward") else None
+
+
+def _own_module() -> ModuleType | None:
+    """Import `_C` from this package; None in the repository, whose folder `kcd_ext` holds the sources alone."""
+    try:
+        return importlib.import_module(_NAME)
+    except ModuleNotFoundError as error:
+        if error.name != _NAME:
+            raise
+    if _SOURCES.is_dir():
+        return None
+    raise ImportError(
+        f"{_HERE} holds no compiled extension for this Python: the installation is incomplete or was made for another"
+        " version of Python; install kcd_ext again with this one's pip"
+    )
+
+
+def _installed_module() -> ModuleType:
+    """Import `_C` from where kcd_ext is installed: the repository is the current folder, which Python searches first.
+
+    Raises:
+        ImportError: kcd_ext is not installed for this Python, or csrc/ is not what it was built from.
+    """
+    try:
+        root = metadata.distribution("kcd-ext").locate_file("")
+        found = PathFinder.find_spec(_NAME, [str(pathlib.Path(root, __package__))])
+    except metadata.PackageNotFoundError:
+        found = None
+    if found is None:
+        raise ImportError(f"{_HERE} holds sources, and kcd_ext is not installed for this Python: run pip install . first")
+    module = importlib.util.module_from_spec(found)
+    sys.modules[_NAME] = module
+    try:
+        found.loader.exec_module(module)
+        if module.build_info().get("sources") != _hash_of(_SOURCES):
+            raise ImportError(f"{_SOURCES} has changed since kcd_ext was installed: run pip install . again")
+    except BaseException:
+        del sys.modules[_NAME]
+        raise
+    return module
+
+
+def _hash_of(sources: pathlib.Path) -> str:
+    """Return what csrc/CMakeLists.txt makes of the same files."""
+    files = sorted(path.relative_to(sources).as_posix() for path in sources.rglob("*") if path.suffix in _SUFFIXES)
+    lines = (f"{file} {hashlib.sha256((sources / file).read_bytes()).hexdigest()}\n" for file in files)
+    return hashlib.sha256("".join(lines).encode()).hexdigest()[:16]
