@@ -250,6 +250,15 @@ const void* const kKernels[] = {
     reinterpret_cast<const void*>(&select_by_one_block),  reinterpret_cast<const void*>(&select_digit),
     reinterpret_cast<const void*>(&select_mark),          reinterpret_cast<const void*>(&map_rows)};
 
+// What to do where the build holds no code for a device.
+std::string advice(int device) {
+  int major = 0, minor = 0;
+  gpu::returned(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+  gpu::returned(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
+  const std::string architecture = std::to_string(major) + std::to_string(minor);
+  return "; for this device, an sm_" + architecture + ", install kcd_ext again with CUDAARCHS=" + architecture;
+}
+
 // CUDA loads a kernel when it is first asked for.  That is refused while a graph is captured, unless this thread says that it
 // knows what it does.
 void load_kernels(int device) {
@@ -268,7 +277,8 @@ void load_kernels(int device) {
   if (error != cudaSuccess)
     throw std::runtime_error("kcd_ext: the kernels cannot be loaded on CUDA device " + std::to_string(device) + ": " +
                              cudaGetErrorString(error) + " (built by CUDA " + version(CUDART_VERSION) + " for " + architectures() +
-                             "; the driver is one for CUDA " + version(driver) + ")");
+                             "; the driver is one for CUDA " + version(driver) + ")" +
+                             (error == cudaErrorNoKernelImageForDevice ? advice(device) : ""));
 }
 
 void load_kernels_once(int device) {
