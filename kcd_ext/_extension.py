@@ -80,7 +80,9 @@ def _installed_module() -> ModuleType:
     except metadata.PackageNotFoundError:
         found = None
     if found is None:
-        raise ImportError(f"{_HERE} holds sources, and kcd_ext is not installed for this Python: run pip install . first")
+        raise ImportError(
+            f"{_HERE} holds sources, and kcd_ext is not installed for this Python: run pip install . first"
+        )
     module = importlib.util.module_from_spec(found)
     sys.modules[_NAME] = module
     try:

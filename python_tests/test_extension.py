@@ -137,25 +137,43 @@ print(kcd_ext.condensed_kd_loss(torch.zeros(2, 3), torch.zeros(2, 3)).item())
     )
 
 
-def test_the_source_folder_says_how_to_install(tmp_path):
-    shutil.copytree(ROOT / "kcd_ext", tmp_path / "kcd_ext", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-    (tmp_path / "csrc").mkdir()
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-S",
-            "-c",
-            f"""
-import sys, site
-sys.path[:0] = [{str(tmp_path)!r}] + [{str(Path(torch.__file__).parents[1])!r}]
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory) -> Path:
+    """A clone's folders: sources of both languages, nothing compiled."""
+    clone = tmp_path_factory.mktemp("clone")
+    shutil.copytree(ROOT / "kcd_ext", clone / "kcd_ext", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    shutil.copytree(ROOT / "csrc", clone / "csrc")
+    return clone
+
+
+def test_a_clone_as_the_current_folder_uses_the_installed_extension(repository):
+    code = "import kcd_ext, sys; print(kcd_ext.__file__, sys.modules['kcd_ext._C'].__file__)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=repository)
+    assert done.returncode == 0, done.stderr
+    package, extension = done.stdout.split()
+    assert Path(package).parents[1] == repository and Path(extension) == Path(sys.modules["kcd_ext._C"].__file__)
+
+
+@pytest.mark.parametrize("file", ["kernels.h", "cpu/new.cpp", "cuda/select.cuh"])
+def test_a_clone_refuses_an_extension_of_other_sources(repository, tmp_path, file):
+    clone = tmp_path / "clone"
+    shutil.copytree(repository, clone)
+    with (clone / "csrc" / file).open("a") as source:
+        source.write("\n")
+    done = subprocess.run([sys.executable, "-c", "import kcd_ext"], capture_output=True, text=True, cwd=clone)
+    assert done.returncode != 0 and "csrc has changed since kcd_ext was installed" in done.stderr.splitlines()[-1]
+
+
+def test_a_clone_without_an_installed_extension_says_how_to_install(repository):
+    code = """
+from importlib import metadata
+def nothing(name):
+    raise metadata.PackageNotFoundError(name)
+metadata.distribution = nothing
 import kcd_ext
-""",
-        ],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-    )
-    assert done.returncode != 0 and "pip install -e ." in done.stderr.splitlines()[-1]
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=repository)
+    assert done.returncode != 0 and done.stderr.splitlines()[-1].endswith("run pip install . first")
 
 
 def test_a_torch_that_is_too_old_is_named(tmp_path):
