@@ -3,6 +3,7 @@
 from functools import partial
 from unittest import mock
 
+import pytest
 import torch
 from simt import operators
 from torch import Tensor
@@ -10,18 +11,26 @@ from torch import Tensor
 import kcd_ext
 
 
+def there(x, device: str):
+    """Return a tensor on the device as it lies in memory, with what is around it; anything else as it is.
+
+    `Tensor.to` alone would make rows that lie apart, or begin at an odd address, a contiguous tensor.
+    """
+    if not isinstance(x, Tensor) or x.device.type == device:
+        return x
+    memory = x.detach().as_strided((x.untyped_storage().nbytes() // x.element_size(),), (1,), 0).to(device)
+    return memory.as_strided(x.shape, x.stride(), x.storage_offset())
+
+
 def _run(
     function, device: str, student: Tensor, teacher: Tensor, grad_output: Tensor | None, options: dict
 ) -> dict[str, Tensor]:
-    def move(x):
-        return x.to(device) if isinstance(x, Tensor) else x
-
-    leaf = move(student.detach()).requires_grad_()
+    leaf = there(student.detach(), device).requires_grad_()
     # The gradient overwrites the logits it is given, which must not be a leaf.
     logits = leaf.clone() if options.get("inplace") else leaf
-    options = {name: move(option) for name, option in options.items()}
-    loss, knowledge = function(logits, move(teacher), return_knowledge=True, **options)
-    grad_output = torch.ones_like(loss) if grad_output is None else move(grad_output)
+    options = {name: there(option, device) for name, option in options.items()}
+    loss, knowledge = function(logits, there(teacher, device), return_knowledge=True, **options)
+    grad_output = torch.ones_like(loss) if grad_output is None else there(grad_output, device)
     (grad,) = torch.autograd.grad(loss, leaf, grad_output)
     return {name: x.detach().cpu() for name, x in {"loss": loss, "grad": grad, **knowledge._asdict()}.items()}
 
@@ -61,8 +70,23 @@ BACKENDS = {
     "reference": partial(_run, kcd_ext.reference.condensed_kd_loss, "cpu"),
     "simt": _run_simt,
 }
-if torch.cuda.is_available() and kcd_ext.ops.build_info["cuda_architectures"]:
+HAS_CUDA = torch.cuda.is_available() and bool(kcd_ext.ops.build_info["cuda_architectures"])
+if HAS_CUDA:
     BACKENDS["cuda"] = partial(_run, kcd_ext.condensed_kd_loss, "cuda")
+
+
+def parameters(*names: str) -> list:
+    """Return the names as parameters of a test. Those that begin with "cuda" have the mark `gpu`, and need a GPU to be there."""
+    gpu = {name: pytest.param(name, marks=pytest.mark.gpu) for name in names if name.startswith("cuda")}
+    return [gpu.get(name, name) for name in names if HAS_CUDA or name not in gpu]
+
+
+DEVICES = parameters("cpu", "cuda")
+
+
+def on_gpu(test):
+    """Mark a test that needs a GPU."""
+    return pytest.mark.gpu(pytest.mark.skipif(not HAS_CUDA, reason="needs a GPU, and the kernels for it")(test))
 
 
 def run(

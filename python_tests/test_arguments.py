@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from backends import DEVICES
 
 import kcd_ext
 from kcd_ext import condensed_kd_loss, reference, select_rows
@@ -319,7 +320,8 @@ def test_a_message_never_shows_the_whole_of_what_it_got(argument, bad):
         assert argument in str(raised.value) and len(str(raised.value)) < 400
 
 
-def test_class_dim():
+@pytest.mark.parametrize("device", DEVICES)
+def test_class_dim(device):
     """Segmentation, sequences and volumes with their classes second, against PyTorch's own formulas in float64."""
     generator = torch.Generator().manual_seed(0)
     for shape, dim in (
@@ -330,11 +332,11 @@ def test_class_dim():
         ((2, 3, 4, 5), -1),
         ((4, 1, 3), 0),
     ):
-        z, y = (3 * torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(2))
+        z, y = ((3 * torch.randn(shape, generator=generator, dtype=torch.float64)).to(device) for _ in range(2))
         d = dim % len(shape)
         rows = shape[:d] + shape[d + 1 :]
-        labels = torch.randint(-1, shape[d], rows, generator=generator)
-        weight = torch.rand(rows, generator=generator, dtype=torch.float64)
+        labels = torch.randint(-1, shape[d], rows, generator=generator).to(device)
+        weight = torch.rand(rows, generator=generator, dtype=torch.float64).to(device)
         p = F.softmax(y / 2, d)
         kl = (p * (F.log_softmax(y / 2, d) - F.log_softmax(z / 2, d))).sum(d)
         ce = F.cross_entropy(z.movedim(d, 1) if d else z.movedim(0, 1), labels, ignore_index=-1)
@@ -356,7 +358,7 @@ def test_class_dim():
             teacher = y.movedim(d, -1).flatten(0, -2)[index]
             some = condensed_kd_loss(z, teacher, rows=index, class_dim=dim, temperature=2)
             assert torch.allclose(some, 4 * kl.flatten()[index].mean()) and chosen.selected.shape == rows
-    logits = torch.randn(2, 5, 3, 3).to(memory_format=torch.channels_last)
+    logits = torch.randn(2, 5, 3, 3, device=device).to(memory_format=torch.channels_last)
     student = (logits * 1).requires_grad_()
     of_model = student * 1
     condensed_kd_loss(

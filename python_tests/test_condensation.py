@@ -373,6 +373,7 @@ def test_update_waits_for_nothing():
     assert condenser.values.device.type == "meta"
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_on_a_gpu_update_waits_for_nothing_and_repeats_are_exact():
     condenser, cpu = KnowledgeCondenser(1000), KnowledgeCondenser(1000)
@@ -1077,6 +1078,7 @@ def test_the_kept_set_by_index_is_not_to_be_written_to():
     assert condenser.ascending.tolist() == sorted(condenser.kept.tolist())
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_mixes_made_on_a_gpu_are_those_of_the_cpu(dtype):

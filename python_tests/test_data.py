@@ -184,6 +184,7 @@ def test_views_read_nothing_back_from_the_device():
     assert views(images, index, seed=1, epoch=1).shape == (4, 3, 8, 8)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_cuda_gives_the_same_bits():
     images, index = torch.from_numpy(random_images(64, 32, 32, 3)), torch.arange(64) + 2**33

@@ -7,12 +7,15 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from backends import parameters, there
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from kcd_ext import condensed_kd_loss, reference
 
 RANKS, ROWS, CLASSES = 2, 12, 7
+# Device, torch.distributed's backend, number of ranks. NCCL takes no GPU for two of them; gloo does.
+WORLDS = {"cpu": ("cpu", "gloo", 2), "cuda": ("cuda", "gloo", 2), "cuda by nccl": ("cuda", "nccl", 1)}
 NAMES = ("value", "entropy", "kl", "selected")
 
 CASES = {
@@ -44,8 +47,8 @@ def data():
     return model, x, teacher, torch.arange(RANKS * ROWS) % CLASSES
 
 
-def inputs_of(case: dict, ranks: range):
-    """The model, these ranks' x and teacher, and the options."""
+def inputs_of(case: dict, ranks: range, device: str):
+    """The model, these ranks' x and teacher, and the options, on the device."""
     model, x, teacher, labels = data()
     options = dict(case)
     mine = slice(ranks.start * ROWS, ranks.stop * ROWS)
@@ -58,7 +61,8 @@ def inputs_of(case: dict, ranks: range):
     if options.get("rows"):
         options["rows"] = torch.tensor([rank * ROWS + i for rank in range(len(ranks)) for i in (5, 0, 9, 2)])
         teacher = teacher[options["rows"]]
-    return model, x, teacher, options
+    options = {name: there(option, device) for name, option in options.items()}
+    return model.to(device), x.to(device), teacher.to(device), options
 
 
 def step(function, model, x, teacher, **options):
@@ -68,19 +72,20 @@ def step(function, model, x, teacher, **options):
     return loss.detach(), knowledge, next(model.parameters()).grad.clone()
 
 
-def worker(rank: int, folder: str) -> None:
+def worker(rank: int, folder: str, world: str) -> None:
+    device, backend, ranks = WORLDS[world]
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo",
+        backend,
         init_method=f"file://{folder}/store",
         rank=rank,
-        world_size=RANKS,
+        world_size=ranks,
         timeout=datetime.timedelta(seconds=60),
     )
-    wrapped = DistributedDataParallel(data()[0])
+    wrapped = DistributedDataParallel(data()[0].to(device))
     out = {}
     for name, case in CASES.items():
-        _, x, teacher, options = inputs_of(case, range(rank, rank + 1))
+        _, x, teacher, options = inputs_of(case, range(rank, rank + 1), device)
         options["group"] = dist.group.WORLD
         loss, knowledge, grad = step(condensed_kd_loss, wrapped, x, teacher, **options)
         options.pop("inplace", None)
@@ -88,36 +93,44 @@ def worker(rank: int, folder: str) -> None:
         assert torch.allclose(loss, other_loss, rtol=1e-5, equal_nan=True), name
         assert torch.equal(knowledge.selected, other.selected), name
         assert torch.allclose(grad, other_grad, atol=1e-6, equal_nan=True), name
-        out[name] = (loss, {n: getattr(knowledge, n) for n in NAMES}, knowledge.n_selected, grad)
+        rows = {n: getattr(knowledge, n).cpu() for n in NAMES}
+        out[name] = (loss.cpu(), rows, knowledge.n_selected.cpu(), grad.cpu())
     torch.save(out, f"{folder}/{rank}.pt")
     dist.barrier()
     # Without taking gloo's threads down, which now and then ends in std::terminate: all that is tested is saved.
     os._exit(0)
 
 
+@pytest.fixture(scope="module", params=parameters(*WORLDS))
+def world(request):
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("group")
-    mp.spawn(worker, (str(folder),), nprocs=RANKS)
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(RANKS)]
+def results(tmp_path_factory, world):
+    folder, ranks = tmp_path_factory.mktemp("group"), WORLDS[world][2]
+    mp.spawn(worker, (str(folder), world), nprocs=ranks)
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(ranks)]
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_ranks_equal_one_process(results, name):
-    model, x, teacher, options = inputs_of(CASES[name], range(RANKS))
+def test_ranks_equal_one_process(results, world, name):
+    device, _, n_ranks = WORLDS[world]
+    model, x, teacher, options = inputs_of(CASES[name], range(n_ranks), device)
     loss, knowledge, grad = step(condensed_kd_loss, model, x, teacher, **options)
+    loss, grad = loss.cpu(), grad.cpu()
     ranks = [result[name] for result in results]
     for n in NAMES:
         assert torch.allclose(
-            torch.cat([r[1][n] for r in ranks]).double(), getattr(knowledge, n).double(), equal_nan=True
+            torch.cat([r[1][n] for r in ranks]).double(), getattr(knowledge, n).double().cpu(), equal_nan=True
         ), n
     assert sum(r[2] for r in ranks) == knowledge.n_selected
     reduction = options.get("reduction", "mean")
     if reduction == "none":
         assert torch.allclose(torch.cat([r[0] for r in ranks]), loss, equal_nan=True)
     else:
-        assert torch.allclose(sum(r[0] for r in ranks) / (RANKS if reduction == "mean" else 1), loss)
+        assert torch.allclose(sum(r[0] for r in ranks) / (n_ranks if reduction == "mean" else 1), loss)
     # DistributedDataParallel averages: for a mean that is one process's gradient, for sums a part of it
-    whole = grad if reduction == "mean" else grad / RANKS
+    whole = grad if reduction == "mean" else grad / n_ranks
     for r in ranks:
         assert torch.allclose(r[3], whole, atol=1e-6, equal_nan=True)

@@ -298,6 +298,7 @@ def test_bad_options_are_named(options, error, message):
         InfoBatch(**{"num_samples": 10, "epochs": 100, **options})
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_on_a_gpu_the_choice_is_that_of_the_cpu():
     kept = []

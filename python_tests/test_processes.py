@@ -320,6 +320,7 @@ def test_steps_wait_for_nothing(condense):
     assert counts[0] == counts[1]
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_on_a_gpu_steps_wait_for_nothing():
     counts = []

@@ -2,11 +2,12 @@
 the operators between which processes meet."""
 
 import math
+from contextlib import nullcontext
 
 import oracle
 import pytest
 import torch
-from backends import run
+from backends import parameters, run, there
 from simt import operators
 from test_conformance import logits
 
@@ -15,6 +16,16 @@ from kcd_ext import ops
 
 ABSENT = torch.empty(0, dtype=torch.bool)
 NAN = math.nan
+
+
+@pytest.fixture(params=parameters("simt", "cuda"))
+def backend(request):
+    return request.param
+
+
+def in_place(backend):
+    """The context in which kcd_ext's operators are the CUDA ones, and the device of their tensors."""
+    return (operators.in_place(), "cpu") if backend == "simt" else (nullcontext(), "cuda")
 
 
 @pytest.mark.parametrize("threads", [64, 256])
@@ -38,28 +49,28 @@ def test_simt_on_machines_of_any_size(processors, threads):
         oracle.check(got, oracle.expected(student, teacher, got, **options))
 
 
-def test_simt_rows_that_begin_anywhere():
+def test_simt_rows_that_begin_anywhere(backend):
     """Each tensor at its own distance from a 16-byte boundary, so that words are put together from two."""
     for dtype, teacher_dtype in ((torch.bfloat16,) * 2, (torch.float32,) * 2, (torch.float16, torch.float32)):
         student, teacher = logits(4, 997, dtype=dtype, seed=3), logits(4, 997, dtype=teacher_dtype, seed=4)
         for shift in range(8):
             parts = student[:, shift : shift + 900], teacher[:, 7 - shift : 907 - shift]
             for options in ({}, {"inplace": True}):
-                got = run("simt", *parts, keep=0.5, labels=torch.arange(4), **options)
+                got = run(backend, *parts, keep=0.5, labels=torch.arange(4), **options)
                 oracle.check(got, oracle.expected(*parts, got, keep=0.5, labels=torch.arange(4)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("classes", [10, 3000])
-def test_simt_labels_and_rows_that_do_not_exist(dtype, classes):
+def test_simt_labels_and_rows_that_do_not_exist(backend, dtype, classes):
     """They cannot be refused without waiting for the device: what depends on them is not a number, the rest as it should be."""
     student, teacher = logits(6, classes, dtype=dtype, seed=5), logits(6, classes, dtype=dtype, seed=6)
     labels = torch.arange(6)
     labels[1], labels[4] = classes, -7
     good = torch.tensor([0, 2, 3, 5])
     for value in ("entropy", "cross_entropy"):
-        got = run("simt", student, teacher, labels=labels, value=value, keep=1, reduction="none")
-        want = run("simt", student, teacher, labels=torch.arange(6), value=value, keep=1.0, reduction="none")
+        got = run(backend, student, teacher, labels=labels, value=value, keep=1, reduction="none")
+        want = run(backend, student, teacher, labels=torch.arange(6), value=value, keep=1.0, reduction="none")
         assert got["loss"][[1, 4]].isnan().all() and got["loss"][good].isfinite().all()
         assert got["grad"][[1, 4]].isnan().all() and got["grad"][good].isfinite().all()
         assert torch.equal(got["entropy"], want["entropy"]) and torch.equal(got["kl"], want["kl"])
@@ -67,7 +78,7 @@ def test_simt_labels_and_rows_that_do_not_exist(dtype, classes):
             assert got["value"][[1, 4]].isnan().all() and got["selected"][1]
 
     rows = torch.tensor([2, 99, 5, 2, -1, -50])  # 2 is named twice, 99 and -50 are no rows
-    got = run("simt", student, teacher, rows=rows, keep=1)
+    got = run(backend, student, teacher, rows=rows, keep=1)
     assert got["selected"].tolist() == [False, False, True, False, False, False]
     assert got["loss"].isnan() and got["kl"][2].isnan() and got["grad"][2].isnan().all()
     assert (got["grad"][[0, 1, 3, 4, 5]] == 0).all()
@@ -76,22 +87,24 @@ def test_simt_labels_and_rows_that_do_not_exist(dtype, classes):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("reduction", [0, 1, 2])
-def test_simt_operators_between_which_processes_meet(dtype, reduction):
+def test_simt_operators_between_which_processes_meet(backend, dtype, reduction):
     """row_stats, select_topk and reduce_rows against the CPU's, and the gradient from counts of all processes."""
     student, teacher = logits(5000, 11, dtype=dtype, seed=7), logits(5000, 11, dtype=dtype, seed=8)
     labels = torch.arange(5000) % 11
     labels[::7] = -100
     weight = torch.rand(5000, dtype=dtype, generator=torch.Generator().manual_seed(9))
-    counts, options = torch.tensor([4000, 9000]), (3.0, 0.7, 0.4, -100, reduction, 2.0)
+    given = (student, teacher, labels, weight, torch.tensor([4000, 9000]), ABSENT)
+    options = (3.0, 0.7, 0.4, -100, reduction, 2.0)
 
-    def results():
+    def results(device):
+        student, teacher, labels, weight, counts, absent = (there(x, device) for x in given)
         value, stats, cross_entropy, candidate = ops.row_stats(
-            student, teacher, labels, ABSENT, ABSENT, options[0], 2, -100
+            student, teacher, labels, absent, absent, options[0], 2, -100
         )
         selected = ops.select_topk(value, candidate, 0.3, 0)
         loss = ops.reduce_rows(student, labels, weight, selected, stats, cross_entropy, counts, *options)
         grad = ops.condensed_kd_gradient(
-            torch.ones_like(loss), student, teacher, labels, weight, ABSENT, selected, stats, counts, *options
+            torch.ones_like(loss), student, teacher, labels, weight, absent, selected, stats, counts, *options
         )
         return {
             "value": value,
@@ -103,28 +116,31 @@ def test_simt_operators_between_which_processes_meet(dtype, reduction):
             "grad": grad,
         }
 
-    want = results()
-    with operators.in_place():
-        got = results()
+    want = results("cpu")
+    context, device = in_place(backend)
+    with context:
+        got = {name: x.cpu() for name, x in results(device).items()}
     for name in want:
         torch.testing.assert_close(got[name], want[name], rtol=2e-5, atol=1e-6, equal_nan=True, msg=name)
     for name in ("candidate", "selected"):
         assert torch.equal(got[name], want[name])
 
 
-def test_simt_rows_worth_asking_the_teacher_about():
+def test_simt_rows_worth_asking_the_teacher_about(backend):
     student, labels = logits(40, 100, seed=10), torch.arange(40)
     labels[:30:3] = -100
     want_index, want = kcd_ext.select_rows(student, keep=0.5, labels=labels)
-    with operators.in_place():
-        index, knowledge = kcd_ext.select_rows(student, keep=0.5, labels=labels)
-    assert torch.equal(index, want_index) and torch.equal(knowledge.selected, want.selected)
-    torch.testing.assert_close(knowledge.entropy, want.entropy, equal_nan=True)
+    context, device = in_place(backend)
+    with context:
+        index, knowledge = kcd_ext.select_rows(student.to(device), keep=0.5, labels=labels.to(device))
+    assert torch.equal(index.cpu(), want_index) and torch.equal(knowledge.selected.cpu(), want.selected)
+    torch.testing.assert_close(knowledge.entropy.cpu(), want.entropy, equal_nan=True)
 
 
-def test_simt_refuses_wrong_calls_before_anything_runs():
-    student = logits(4, 6, seed=11)
-    with operators.in_place(), pytest.raises(ValueError, match="same number of rows"):
+def test_simt_refuses_wrong_calls_before_anything_runs(backend):
+    context, device = in_place(backend)
+    student = logits(4, 6, seed=11).to(device)
+    with context, pytest.raises(ValueError, match="same number of rows"):
         ops.condensed_kd_forward(student, student[:2], *(ABSENT,) * 4, 0.5, 0, 0, 4.0, 1.0, 0.0, -100, 0, 1.0)
 
 

@@ -417,6 +417,7 @@ def test_a_method_of_ones_own_trains_its_parts_and_is_resumed(tmp_path):
     assert again == summary
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_on_a_gpu_it_learns_as_on_the_cpu():
     accuracy = {}
