@@ -32,6 +32,6 @@ command -v "$python" >/dev/null || {
   exit 2
 }
 export PATH=$PATH:${CUDA_HOME:-/usr/local/cuda}/bin
-export PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
+export PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 PYTHONUTF8=1
 export PYTHONPATH=$checkout/benchmarks:$checkout${PYTHONPATH:+:$PYTHONPATH}
 exec "$python" -m gpu "$@"

@@ -417,19 +417,6 @@ def test_a_method_of_ones_own_trains_its_parts_and_is_resumed(tmp_path):
     assert again == summary
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_on_a_gpu_it_learns_as_on_the_cpu():
-    accuracy = {}
-    for device in ("cpu", "cuda"):
-        teacher = network(2, hidden=16)
-        distill(teacher, None, Blobs(200), Blobs(100, 1), recipe(method="ce", epochs=6, device=device))
-        options = {"epochs": 6, "device": device, "condense": Condense(keep=0.5, every=1, stages=3)}
-        run = distill(network(1), teacher, Blobs(200), Blobs(100, 1), recipe(**options))
-        accuracy[device] = run.accuracy_last
-    assert accuracy["cuda"] > 85 and abs(accuracy["cuda"] - accuracy["cpu"]) < 3
-
-
 def normalised(seed=0):
     with torch.random.fork_rng():
         torch.manual_seed(seed)

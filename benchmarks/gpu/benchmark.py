@@ -1,9 +1,12 @@
 """Section benchmarks: times of ours, PyTorch's and Liger-Kernel's losses in one process, and the floors beside them.
 
+Where logits are few the host takes longer than the device: there calls are replayed from CUDA graphs as well.
+
 What is measured, and for how long; how is the harness's (benchmarks/harness).
 """
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
@@ -12,7 +15,7 @@ from harness import cuda
 from harness.candidates import Candidate
 from harness.loop import Benchmark, first_line
 from harness.machine import write_json
-from harness.names import BOTH, MEASURED
+from harness.names import BOTH, EAGER, MEASURED, OWN
 from harness.places import Place, Shape
 from harness.timing import Deadline
 
@@ -24,30 +27,76 @@ SHAPES = (  # in order of importance: what the time does not suffice for is left
     Shape(8192, 151_936, torch.bfloat16),
 )
 KEEPS = (0.7, 1.0, 0.2)  # in order of importance
+# Few classes and all rows kept: how the time grows with the rows is how the end of a launch does, its selection and sums.  These
+# take a second together, and are measured first.
+TAIL = tuple(Place(Shape(rows, 10), 1.0) for rows in (1024, 4096, 8192, 65_536))
 MOST_SECONDS = 4.0  # of measuring at one shape, keep and direction
 LAUNCHES_SHARE = 0.15  # of the time, for counting launches
+REPLAYS_SHARE = 0.05  # of the time, for replaying graphs
+FEW = 2**23  # logits: where a call may take the host longer than the device
+
+
+def places() -> list[Place]:
+    """All that is measured, in order."""
+    return [*TAIL, *(Place(shape, keep) for shape in SHAPES for keep in KEEPS)]
 
 
 def wanted(candidate: Candidate, place: Place) -> bool:
     """Whether the time is spent on it."""
-    return place.keep == KEEPS[0] or not candidate.compiles
+    return candidate.name == OWN if place in TAIL else place.keep == KEEPS[0] or not candidate.compiles
+
+
+def replay(benchmark: Benchmark, end: Deadline) -> None:
+    """Ours and eager PyTorch from CUDA graphs, where logits are few, as far as the time goes.  What fails says so in its row."""
+    for place in places():
+        if place.shape.rows * place.shape.classes > FEW:
+            continue
+        some = [
+            (direction, candidate)
+            for direction, candidate in _measured(benchmark, place)
+            if candidate.name in (OWN, EAGER)
+        ]
+        given = benchmark.rotation(place.shape, benchmark.device.sets(place.shape)) if some else None
+        for direction, candidate in some if given else []:
+            if end.left() == 0:
+                return
+            try:
+                seconds = cuda.replayed(given, candidate, place.keep, backward=direction == BOTH)
+                figure: object = round(seconds * 1e6, 2)
+            except (RuntimeError, torch.OutOfMemoryError) as error:
+                figure = f"failed: {first_line(error)}"
+            benchmark.rows[place, direction, candidate.name]["replay_us"] = figure
+            benchmark.write()
+
+
+def replays_that_failed(benchmark: Benchmark) -> list[str]:
+    """Ours among them: those without a number."""
+    figures = {key: row["replay_us"] for key, row in benchmark.rows.items() if "replay_us" in row}
+    return [
+        f"{name} at {place}, {direction}, replayed: {figure}"
+        for (place, direction, name), figure in figures.items()
+        if name == OWN and not (isinstance(figure, float) and 0 < figure < math.inf)
+    ]
 
 
 def count_launches(benchmark: Benchmark, end: Deadline) -> None:
     """Of every candidate that was timed, as far as the time goes; calls after it are slower."""
-    for keep in KEEPS:
-        for shape in SHAPES:
-            if end.left() > 0 and "launches" not in benchmark.figures:
-                _count_launches(benchmark, Place(shape, keep), end)
+    for place in sorted(places(), key=lambda place: KEEPS.index(place.keep)):
+        if end.left() > 0 and "launches" not in benchmark.figures:
+            _count_launches(benchmark, place, end)
 
 
-def _count_launches(benchmark: Benchmark, place: Place, end: Deadline) -> None:
-    measured = [
+def _measured(benchmark: Benchmark, place: Place) -> list[tuple[str, Candidate]]:
+    return [
         (direction, candidate)
         for (direction,) in benchmark.device.passes
         for candidate in benchmark.candidates
         if benchmark.rows.get((place, direction, candidate.name), {}).get("status") == MEASURED
     ]
+
+
+def _count_launches(benchmark: Benchmark, place: Place, end: Deadline) -> None:
+    measured = _measured(benchmark, place)
     given = benchmark.rotation(place.shape, sets=1) if measured else None
     if given is None:
         return
@@ -77,13 +126,14 @@ def main() -> int:
     parser.add_argument("--data", type=Path, required=True, help="a JSON file for the figures")
     options = parser.parse_args()
     torch.manual_seed(0)
-    end, end_of_timing = Deadline(options.seconds), Deadline(options.seconds * (1 - LAUNCHES_SHARE))
+    end, end_of_replays = Deadline(options.seconds), Deadline(options.seconds * (1 - LAUNCHES_SHARE))
+    end_of_timing = Deadline(options.seconds * (1 - LAUNCHES_SHARE - REPLAYS_SHARE))
     device = cuda.Cuda()
     candidates, absent = device.candidates()
     (bandwidth, exponentials), clock = device.reached
     benchmark = Benchmark(
         device,
-        [Place(shape, keep) for shape in SHAPES for keep in KEEPS],
+        places(),
         candidates,
         absent=absent,
         wanted=wanted,
@@ -100,10 +150,15 @@ def main() -> int:
         told=lambda line: print(line, flush=True),
     )
     benchmark.measure()
+    replay(benchmark, end_of_replays)
     count_launches(benchmark, end)
     good, text = benchmark.verdict()
-    print(text)
-    return 0 if good else 1
+    failed = replays_that_failed(benchmark)
+    if not all(0 < x < math.inf for x in (bandwidth, clock or 1.0)):
+        failed.append(f"a copy of {bandwidth} bytes a second at a clock of {clock} Hz")
+    without = [f"without {name}: {why}" for name, why in absent.items()]
+    print("; ".join([text, *failed[:1], *without]))
+    return 0 if good and not failed else 1
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
-"""Section build: cmake and ninja make libkcd_ext.so for this machine's GPU, and the package loads it."""
+"""Section build: cmake and ninja make libkcd_ext.so for this machine's GPU, the package loads it, and one call runs.
+
+With --library nothing is made: that one is loaded and called.
+"""
 
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -9,8 +11,6 @@ import time
 from pathlib import Path
 
 from harness.machine import CHECKOUT, write_json
-
-_LOAD = "import json; from kcd_ext.ops import build_info; print(json.dumps(build_info))"
 
 
 def architectures() -> list[str]:
@@ -36,43 +36,66 @@ def configure(build: Path, candidates: list[str]) -> str:
     raise RuntimeError(f"cmake configured for none of {', '.join(candidates)}: see the log")
 
 
+def make(build: Path) -> dict[str, object]:
+    """Builds libkcd_ext.so, and returns what was asked for and how long it took.
+
+    Raises:
+        RuntimeError: cmake or ninja failed.
+    """
+    start = time.monotonic()
+    architecture = configure(build, architectures())
+    configured = time.monotonic()
+    if status := subprocess.run(["ninja", "-C", str(build)]).returncode:
+        raise RuntimeError(f"ninja failed with status {status}: see the log")
+    return {
+        "architecture_asked_for": architecture,
+        "configure_seconds": round(configured - start, 1),
+        "build_seconds": round(time.monotonic() - configured, 1),
+    }
+
+
+def call_once(library: Path) -> dict[str, object]:
+    """Loads a library in this process and returns its facts, once a call on the GPU gave what the reference gives.
+
+    Raises:
+        RuntimeError: it has no kernels that run on this GPU, or they compute something else.
+    """
+    os.environ["KCD_LIBRARY"] = str(library)
+    import torch
+
+    import kcd_ext
+
+    facts = kcd_ext.ops.build_info
+    if not facts["cuda_architectures"]:
+        raise RuntimeError(f"{library} has no CUDA kernels: cmake found no CUDA compiler that works, see the log")
+    student, teacher = torch.randn(64, 1000), torch.randn(64, 1000)
+    got = kcd_ext.condensed_kd_loss(student.to("cuda"), teacher.to("cuda"), keep=0.5).item()
+    want = kcd_ext.reference.condensed_kd_loss(student, teacher, keep=0.5).item()
+    if not abs(got - want) <= 1e-4 * abs(want):
+        raise RuntimeError(f"the first loss is {got:.6g}, by the reference {want:.6g}")
+    return facts
+
+
 def main() -> int:
     """Prints one line: for which architectures, in which time."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--build", type=Path, required=True, help="the build folder")
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--build", type=Path, help="the build folder")
+    which.add_argument("--library", type=Path, help="a libkcd_ext.so that is there")
     parser.add_argument("--data", type=Path, required=True, help="a JSON file for the figures")
     options = parser.parse_args()
     start = time.monotonic()
     try:
-        architecture = configure(options.build, architectures())
-    except RuntimeError as error:
-        print(error)
+        figures = make(options.build) if options.build else {}
+        library = options.library or options.build / "libkcd_ext.so"
+        figures["build_info"] = call_once(library)
+    except (RuntimeError, ImportError, OSError) as error:
+        print(next(iter(str(error).splitlines()), type(error).__name__))
         return 1
-    configured = time.monotonic()
-    if status := subprocess.run(["ninja", "-C", str(options.build)]).returncode:
-        print(f"ninja failed with status {status}: see the log")
-        return 1
-    built = time.monotonic()
-    environment = {**os.environ, "KCD_LIBRARY": str(options.build / "libkcd_ext.so")}
-    loaded = subprocess.run([sys.executable, "-c", _LOAD], env=environment, stdout=subprocess.PIPE, text=True)
-    if loaded.returncode:
-        print("libkcd_ext.so was built but does not load: see the log")
-        return 1
-    facts = json.loads(loaded.stdout.splitlines()[-1])
-    write_json(
-        options.data,
-        {
-            "architecture_asked_for": architecture,
-            "configure_seconds": round(configured - start, 1),
-            "build_seconds": round(built - configured, 1),
-            "build_info": facts,
-        },
-    )
-    found = facts["cuda_architectures"]
-    if not found:
-        print("built without CUDA kernels: cmake found no CUDA compiler that works, see the log")
-        return 1
-    print(f"libkcd_ext.so for CUDA {' '.join(map(str, found))} ({architecture}) in {built - start:.1f} s")
+    write_json(options.data, figures)
+    names = " ".join(figures["build_info"]["cuda_architectures"])
+    made = f"built in {time.monotonic() - start:.1f} s" if options.build else f"not built: KCD_LIBRARY names {library}"
+    print(f"libkcd_ext.so for CUDA {names}, {made}; one call gives what the reference gives")
     return 0
 
 

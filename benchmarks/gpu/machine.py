@@ -7,8 +7,12 @@ import shutil
 from harness.machine import commit, lines, nvidia_smi, processor, version
 
 
-def missing() -> list[str]:
-    """What every section needs and this machine lacks, each with what to do."""
+def missing(*, building: bool) -> list[str]:
+    """What every section needs and this machine lacks, each with what to do.
+
+    Args:
+        building: whether libkcd_ext.so is to be built.
+    """
     lacks = [
         f"{tool} ({advice})"
         for tool, advice in (
@@ -16,7 +20,7 @@ def missing() -> list[str]:
             ("cmake", "pip install cmake"),
             ("ninja", "pip install ninja"),
         )
-        if shutil.which(tool) is None
+        if building and shutil.which(tool) is None
     ]
     if importlib.util.find_spec("torch") is None:
         return [*lacks, "PyTorch for CUDA (pip install torch, or name another Python in the variable PYTHON)"]

@@ -1,6 +1,7 @@
 """What a section and the run of all of them agree on: time limits, exit statuses."""
 
 import os
+import shutil
 import signal
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -8,6 +9,14 @@ from pathlib import Path
 from typing import IO
 
 UNAVAILABLE = 77  # the exit status of a section that cannot run on this machine, as automake has it
+
+
+def tool_of_cuda(name: str) -> str | None:
+    """Return the path of one of CUDA's tools: on PATH, in a folder of its own in the toolkit, or in Nsight Compute's."""
+    nvcc = shutil.which("nvcc")
+    toolkit = Path(os.path.realpath(nvcc)).parents[1] if nvcc else Path("/usr/local/cuda")
+    folders = [toolkit / name, toolkit / "bin", *sorted(Path("/opt/nvidia/nsight-compute").glob("*"), reverse=True)]
+    return shutil.which(name) or shutil.which(name, path=os.pathsep.join(map(str, folders)))
 
 
 def run_within(

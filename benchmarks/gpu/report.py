@@ -1,23 +1,53 @@
-"""The results as Markdown: the machine, how every section went, the times beside their floors, memory and launches."""
+"""The results as Markdown: how every section went, the machine, the times beside their floors, memory, launches, waits."""
 
+from collections.abc import Callable
+from functools import partial
+
+from harness.names import BOTH, FORWARD
 from harness.report import by_place, errors, not_measured, number, table, times
 
+from .ncu import dominant
+from .sections import FAILED, NOT_AVAILABLE, NOT_REACHED, PASSED, TIMED_OUT
 
-def markdown(results: dict) -> str:
-    """The whole report."""
-    sections = {section["name"]: section for section in results["sections"]}
-    parts = [_head(results), _sections(results)]
-    figures = sections.get("benchmarks", {}).get("data")
+
+def verdict(sections: list[dict]) -> str:
+    """One line: which sections failed and why, which could not run here, else that all passed."""
+
+    def named(statuses: tuple[str, ...]) -> list[str]:
+        return [f"{each['name']}: {each['summary']}" for each in sections if each["status"] in statuses]
+
+    failed, absent = named((FAILED, TIMED_OUT, NOT_REACHED)), named((NOT_AVAILABLE,))
+    said = [f"FAILED: {'; '.join(failed)}"] if failed else [f"passed: {sum(x['status'] == PASSED for x in sections)}"]
+    return ". ".join([*said, *([f"Cannot run here: {'; '.join(absent)}"] if absent else [])])
+
+
+def markdown(results: dict) -> tuple[str, list[str]]:
+    """Return the whole report, and what of it could not be written, which does not hide the rest."""
+    data = {section["name"]: section["data"] for section in results["sections"]}
+    figures, kernels = data.get("benchmarks"), data.get("ncu")
+    parts: list[Callable[[], str]] = [partial(each, results) for each in (_verdict, _sections, _machine)]
     if figures:
-        tables = [
-            each(figures, direction) for each in (_times, _memory, _launches) for direction in figures["directions"]
-        ]
-        parts += [f"## Ceilings\n\n{figures['ceilings']}", *tables]
-        parts += [f"## Errors\n\n{errors(figures)}", f"## Not measured\n\n{not_measured(figures)}"]
-    return "\n\n".join(parts) + "\n"
+        parts.append(lambda: f"## Ceilings\n\n{figures['ceilings']}")
+        for each in (_times, _replays, _memory, _launches):
+            parts += [partial(each, figures, direction) for direction in (FORWARD, BOTH)]
+        parts += [lambda: f"## Errors\n\n{errors(figures)}", lambda: f"## Not measured\n\n{not_measured(figures)}"]
+    if kernels:
+        parts.append(partial(_waits, kernels))
+    written, faults = [], []
+    for part in parts:
+        try:
+            written.append(part())
+        except Exception as error:  # a fault of this kit's in one table must not hide the others
+            faults.append(f"a part of the report could not be written: {type(error).__name__}: {error}")
+            written.append(f"**{faults[-1]}**")
+    return "\n\n".join(written) + "\n", faults
 
 
-def _head(results: dict) -> str:
+def _verdict(results: dict) -> str:
+    return f"# {results['machine']['gpu']}\n\n**{results['verdict']}**"
+
+
+def _machine(results: dict) -> str:
     machine = results["machine"]
     facts = [
         ("GPU", f"{machine['gpu']}, compute capability {machine['compute_capability']}"),
@@ -32,7 +62,7 @@ def _head(results: dict) -> str:
         ("commit", machine["commit"]),
         ("begun", results["started"]),
     ]
-    return f"# {machine['gpu']}\n\n" + table(["", ""], [[name, fact or "not known"] for name, fact in facts])
+    return "## Machine\n\n" + table(["", ""], [[name, fact or "not known"] for name, fact in facts])
 
 
 def _sizes(machine: dict) -> str:
@@ -42,13 +72,19 @@ def _sizes(machine: dict) -> str:
 
 def _sections(results: dict) -> str:
     lines = [
-        [section["name"], section["status"], f"{section['seconds']:.0f}", section["summary"]]
+        [section["name"], section["status"], _tests(section), f"{section['seconds']:.0f}", section["summary"]]
         for section in results["sections"]
     ]
-    lines += [[name, "not asked for", "", ""] for name in results["not_asked_for"]]
-    text = f"## Sections\n\n{table(['section', 'result', 'seconds', 'what it says'], lines)}"
+    lines += [[name, "not asked for", "", "", ""] for name in results["not_asked_for"]]
+    text = f"## Sections\n\n{table(['section', 'result', 'tests', 'seconds', 'what it says'], lines)}"
     refused = results["wheels"]["refused"]
     return text + (f"\n\nWheels that could not be installed: {', '.join(refused)}." if refused else "")
+
+
+def _tests(section: dict) -> str:
+    """How many tests of the GPU passed, of how many."""
+    data = section["data"]
+    return f"{data['passed']} of {data['tests']}" if isinstance(data, dict) and "tests" in data else ""
 
 
 def _times(figures: dict, direction: str) -> str:
@@ -58,6 +94,23 @@ Medians and middle halves in µs, of rounds in which the candidates take turns; 
 two log-softmaxes, choose no rows and give no entropies.
 
 {times(figures, direction)}"""
+
+
+def _replays(figures: dict, direction: str) -> str:
+    def cells(by_name: dict[str, dict]) -> list[str]:
+        found = [by_name.get(name, {}).get("replay_us") for name in names]
+        return [x if isinstance(x, str) else "" if x is None else number(x) for x in found]
+
+    names = [
+        name
+        for name in figures["candidates"]
+        if any("replay_us" in x for x in figures["rows"] if x["candidate"] == name)
+    ]
+    return f"""## Time of a call replayed, {direction}
+
+Medians in µs of calls that a CUDA graph holds, so that the host has no part in them; only where logits are few.
+
+{by_place(figures, direction, names, cells)}"""
 
 
 def _memory(figures: dict, direction: str) -> str:
@@ -88,3 +141,26 @@ def _launches(figures: dict, direction: str) -> str:
 Kernels + memsets + copies: µs in which the device is at them, as torch's profiler sees them; {note}.
 
 {by_place(figures, direction, figures["candidates"], cells)}"""
+
+
+def _waits(kernels: list[dict]) -> str:
+    def percent(x: float) -> str:
+        return f"{x:.0f} %"
+
+    lines = [
+        [
+            kernel["shape"],
+            kernel["kernel"].partition("(")[0].removeprefix("void "),
+            number(kernel["microseconds"]),
+            *(percent(kernel[f"{name}_percent"]) for name in ("dram", "memory", "sm", "occupancy")),
+            dominant(kernel),
+        ]
+        for kernel in kernels
+    ]
+    head = ["rows × classes", "kernel", "µs", "DRAM", "memory", "multiprocessors", "occupancy", "warps wait for"]
+    return f"""## What warps wait for
+
+By Nsight Compute, which flushes the caches before a kernel: throughput in percent of the peak, warps resident in percent of the
+most, and of the cycles between two instructions of a warp the longest waits; "selected" is the instruction itself.
+
+{table(head, lines)}"""

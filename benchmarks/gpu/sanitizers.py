@@ -3,7 +3,6 @@
 import argparse
 import os
 import re
-import shutil
 import sys
 import tempfile
 import time
@@ -13,7 +12,7 @@ from pathlib import Path
 from harness.machine import write_json
 from harness.timing import Deadline
 
-from .process import UNAVAILABLE, run_within
+from .process import UNAVAILABLE, run_within, tool_of_cuda
 from .sanitized import READY
 from .sections import FAILED, NOT_AVAILABLE, PASSED, TIMED_OUT
 
@@ -26,6 +25,7 @@ TOOLS = {
 }
 ERRORS = 86  # the exit status that compute-sanitizer is told to give when it finds errors
 MARGIN_SECONDS = 8  # for the tool's summary after the last case
+REFUSES = "not supported|unsupported|unable to"  # what a tool says of a machine or driver that it does not work on
 
 
 @dataclass
@@ -42,12 +42,15 @@ def judge(tool: str, status: int | None, output: str) -> Verdict:
     said = [line.removeprefix("=========").strip() for line in output.splitlines() if line.startswith("=========")]
     said = [line for line in said if line not in ("", "COMPUTE-SANITIZER")]
     if READY not in output:  # not even torch's own first kernel ran
+        telling = [line for line in said if re.search(REFUSES, line, re.IGNORECASE)]
+        if telling:
+            return Verdict(tool, NOT_AVAILABLE, telling[0])
         if status is None:
-            return Verdict(tool, NOT_AVAILABLE, "the device did not answer in the time")
-        telling = [line for line in said if re.search("not supported|unable|unsupported", line, re.IGNORECASE)]
-        return Verdict(tool, NOT_AVAILABLE, (telling or said or [f"exit status {status}"])[0])
+            return Verdict(tool, TIMED_OUT, "the device did not answer in the time")
+        last = next((line for line in reversed(output.splitlines()) if line.strip()), "printed nothing")
+        return Verdict(tool, FAILED, f"exit status {status}: {last.removeprefix('=========').strip()}")
     summaries = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: (.*)", output)
-    counted = re.findall(r"^(\d+ of \d+ cases).*$", output, re.MULTILINE)
+    counted = re.findall(r"^(\d+ of \d+ cases, \d+ wrong)$", output, re.MULTILINE)
     found, cases = (summaries or ["no summary"])[-1], (counted or ["no case to the end"])[-1]
     if status is None:
         return Verdict(tool, TIMED_OUT, f"stopped, {cases}")
@@ -62,15 +65,6 @@ def overall(verdicts: list[Verdict]) -> str:
         if status in statuses:
             return status
     return NOT_AVAILABLE
-
-
-def find() -> str | None:
-    """compute-sanitizer: on PATH, or in its own folder of the toolkit."""
-    nvcc = shutil.which("nvcc")
-    toolkit = Path(os.path.realpath(nvcc)).parents[1] if nvcc else Path("/usr/local/cuda")
-    return shutil.which("compute-sanitizer") or shutil.which(
-        "compute-sanitizer", path=str(toolkit / "compute-sanitizer")
-    )
 
 
 def check(sanitizer: str, tool: str, seconds: float) -> Verdict:
@@ -96,17 +90,17 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, required=True, help="for all tools together")
     parser.add_argument("--data", type=Path, required=True, help="a JSON file for the verdicts")
     options = parser.parse_args()
-    sanitizer = find()
+    sanitizer = tool_of_cuda("compute-sanitizer")
     if sanitizer is None:
         print("compute-sanitizer is not installed: it comes with the CUDA toolkit")
-        return UNAVAILABLE
+        return 1
     deadline, verdicts = Deadline(options.seconds), []
     for i, tool in enumerate(TOOLS):
         verdicts.append(check(sanitizer, tool, deadline.left() / (len(TOOLS) - i)))
         write_json(options.data, [asdict(verdict) for verdict in verdicts])
     status = overall(verdicts)
     if status == NOT_AVAILABLE:
-        print(f"not available: {verdicts[0].summary}")
+        print(f"cannot run here: {verdicts[0].summary}")
         return UNAVAILABLE
     print("; ".join(f"{verdict.tool} {verdict.status}: {verdict.summary}" for verdict in verdicts))
     return 0 if status == PASSED else 1

@@ -14,8 +14,8 @@ from harness.machine import CHECKOUT
 
 from .process import UNAVAILABLE, run_within
 
-PASSED, FAILED, TIMED_OUT, NOT_AVAILABLE = "passed", "failed", "timed out", "not available"
-NOT_REACHED = "not reached"
+PASSED, FAILED, TIMED_OUT, NOT_REACHED = "passed", "failed", "timed out", "not reached"
+NOT_AVAILABLE = "cannot run here"
 LAST_LINES = 30
 LEAST_SECONDS = 5  # less is not worth starting a section for
 MARGIN = 0.1  # of a section's time, which it keeps for coming to an end by itself
@@ -30,6 +30,8 @@ class Run:
     """The build folder."""
     data: Path
     """The JSON file for the section's figures."""
+    out: Path
+    """The folder for results that are files of their own."""
 
     @property
     def own_seconds(self) -> str:
@@ -47,72 +49,89 @@ class Section:
     command: Callable[[Run], Sequence[str]]
     """What is executed: it exits with 0, with UNAVAILABLE, or it failed; its last line is its summary."""
     modules: tuple[str, ...] = ()
-    """Python modules that it needs."""
-    file: Path | None = None
-    """A file of the checkout that it needs."""
+    """Python modules that it needs: one that is missing is a failure, since it can be installed."""
     variable: str | None = None
-    """An environment variable that it needs."""
+    """An environment variable that asks for it: without it there is nothing to run."""
     optional: bool = False
     """It is run where time is left."""
 
-    def lacks(self) -> str | None:
-        """Why it cannot run here, None if it can."""
+    def lacks(self) -> tuple[str, str] | None:
+        """Return the status and the reason where it does not start at all; None where it can."""
+        if self.variable is not None and not os.environ.get(self.variable):
+            return NOT_AVAILABLE, f"the variable {self.variable} is not set: see the head of gpu_check.sh"
         absent = [module for module in self.modules if find_spec(module) is None]
         if absent:
-            return f"{', '.join(absent)} not installed: hand the wheels over with --wheels"
-        if self.file is not None and not self.file.exists():
-            return f"{self.file.relative_to(CHECKOUT)} is not there yet"
-        if self.variable is not None and self.variable not in os.environ:
-            return f"the variable {self.variable} is not set: see the head of gpu_check.sh"
+            return FAILED, f"{', '.join(absent)} not installed: hand the wheels over with --wheels"
         return None
 
 
-def _module(name: str, *arguments: str) -> list[str]:
-    return [sys.executable, "-m", f"gpu.{name}", *arguments]
+def _module(name: str) -> Callable[[Run], Sequence[str]]:
+    return lambda run: [sys.executable, "-m", f"gpu.{name}", "--seconds", run.own_seconds, "--data", str(run.data)]
 
 
-def _timed_module(name: str) -> Callable[[Run], Sequence[str]]:
-    return lambda run: _module(name, "--seconds", run.own_seconds, "--data", str(run.data))
+def _build(run: Run) -> list[str]:
+    library = os.environ.get("KCD_LIBRARY")
+    which = ["--library", os.path.abspath(library)] if library else ["--build", str(run.build)]
+    return [sys.executable, "-m", "gpu.build", *which, "--data", str(run.data)]
 
 
-def _pytest(expression: str, *names: str) -> Callable[[Run], Sequence[str]]:
-    # Run from another folder: the checkout may be read-only, and pytest and hypothesis write where they are run.
-    tests = [str(CHECKOUT / "python_tests" / f"test_{name}.py") for name in names]
-    options = ["-k", expression, "-q", "-p", "no:cacheprovider", "--rootdir", str(CHECKOUT)]
-    return lambda run: [sys.executable, "-m", "pytest", *options, "-c", str(CHECKOUT / "pyproject.toml"), *tests]
+def _large(run: Run) -> list[str]:
+    return [sys.executable, "-m", "gpu.large", "--data", str(run.data)]
 
 
-_REPRODUCTION = CHECKOUT / "benchmarks" / "reproduce.py"
-_TRAINER = ("accelerate", "safetensors", "tqdm", "tyro", "matplotlib")
+def _reproduction(run: Run) -> list[str]:
+    images = os.environ["KCD_CIFAR100"]
+    if os.path.exists(images):  # it is run in another folder
+        images = os.path.abspath(images)
+    command = [sys.executable, "-m", "gpu.reproduction", "--images", images]
+    return [*command, "--seconds", run.own_seconds, "--data", str(run.data), "--out", str(run.out)]
 
 
-def _reproduce(run: Run) -> list[str]:
-    """The first pair of the paper's table in a shorter schedule: as many runs as the time lets finish."""
-    results = os.environ.get("OUT") or str(CHECKOUT / "benchmarks" / "results")
-    options = ["--data", os.environ["KCD_CIFAR100"], "--epochs", "30", "--device", "cuda", "--precision", "bfloat16"]
-    options += ["--minutes", f"{float(run.own_seconds) / 60:.2f}", "--results", results]
-    return [sys.executable, str(_REPRODUCTION), *options]
+CONFORMANCE = ("conformance", "autograd", "arguments", "group", "simt_operators")
+TRAINING = ("training_on_gpu", "processes", "condensation", "infobatch", "data")
+TESTS = CHECKOUT / "python_tests"
+_MOST_WORKERS = 8
+
+
+def _tests(*names: str, parallel: bool) -> Callable[[Run], Sequence[str]]:
+    """The tests of these files that are marked gpu, counted by `tally`."""
+
+    def command(run: Run) -> list[str]:
+        # Of pytest's own options in pyproject.toml none holds here.  Run from another folder, since the checkout may be
+        # read-only and pytest and hypothesis write where they are run.
+        options = ["-o", "addopts=", "-m", "gpu", "-q", "-rs", "-p", "no:cacheprovider", "--rootdir", str(CHECKOUT)]
+        options += ["-c", str(CHECKOUT / "pyproject.toml"), "-o", "faulthandler_timeout=60"]
+        options += ["-p", "gpu.tally", "--tally", str(run.data)]
+        processors = len(os.sched_getaffinity(0))
+        workers = min(_MOST_WORKERS, processors // 2) if parallel and find_spec("xdist") is not None else 1
+        if workers > 1:
+            options += ["-n", str(workers)]
+        # The oracle and the small networks are slowed down by threads that wait for a processor.
+        environment = ["env", f"OMP_NUM_THREADS={max(1, min(4, processors // workers))}"]
+        return [*environment, sys.executable, "-m", "pytest", *options, *(str(TESTS / f"test_{x}.py") for x in names)]
+
+    return command
 
 
 SECTIONS = (
-    Section("build", 80, lambda run: _module("build", "--build", str(run.build), "--data", str(run.data))),
-    Section("conformance", 70, _pytest("cuda", "conformance", "autograd"), modules=("pytest", "hypothesis")),
+    Section("build", 80, _build),
+    Section("conformance", 110, _tests(*CONFORMANCE, parallel=True), modules=("pytest", "hypothesis", "numpy")),
     Section(
         "training",
-        20,
-        _pytest("gpu or cuda", "training", "processes", "condensation", "infobatch", "data"),
-        modules=("pytest", "hypothesis", "accelerate", "safetensors"),
+        45,
+        _tests(*TRAINING, parallel=False),
+        modules=("pytest", "hypothesis", "numpy", "PIL", "accelerate", "safetensors", "tqdm"),
     ),
-    Section("sanitizers", 130, _timed_module("sanitizers")),
-    Section("graphs", 20, _timed_module("graphs")),
-    Section("large", 25, lambda run: _module("large", "--data", str(run.data))),
-    Section("benchmarks", 205, _timed_module("benchmark")),
+    Section("sanitizers", 130, _module("sanitizers")),
+    Section("graphs", 20, _module("graphs")),
+    Section("large", 25, _large),
+    Section("ncu", 40, _module("ncu")),
+    Section("benchmarks", 205, _module("benchmark")),
     Section(
         "reproduction",
         10,
-        _reproduce,
-        modules=_TRAINER,
-        file=_REPRODUCTION,
+        _reproduction,
+        modules=("accelerate", "safetensors", "tqdm", "tyro", "matplotlib"),
         variable="KCD_CIFAR100",
         optional=True,
     ),
@@ -138,34 +157,39 @@ class Outcome:
 
 
 def limit(section: Section, after: Iterable[Section], left: float) -> float:
-    """A section's part of the seconds that are left for it and those after it."""
-    return left * section.share / (section.share + sum(other.share for other in after))
+    """A section's part of the seconds that are left for it and those after it that can run."""
+    shares = sum(other.share for other in after if other.lacks() is None)
+    return left * section.share / (section.share + shares)
 
 
-def execute(section: Section, seconds: float, folder: Path, build: Path, log: IO[str]) -> Outcome:
-    """Runs one section within so many seconds, its output going to the log.
+def execute(section: Section, seconds: float, folder: Path, build: Path, out: Path, log: IO[str]) -> Outcome:
+    """Runs one section within so many seconds, its output going to the log.  Whatever happens is an outcome.
 
     Args:
         folder: where it runs, and may write.
         build: the build folder.
+        out: the folder of the results.
         log: a text file opened for appending, from which the last lines are read.
     """
     if lacks := section.lacks():
-        return Outcome(section.name, NOT_AVAILABLE, lacks)
+        return Outcome(section.name, *lacks)
     if seconds < LEAST_SECONDS:
         status = NOT_AVAILABLE if section.optional else NOT_REACHED
         return Outcome(section.name, status, f"{seconds:.0f} s are left for it: give it more --minutes")
-    run = Run(seconds, build, folder / f"{section.name}.json")
-    command = section.command(run)
-    log.write(f"\n==== {section.name}: {' '.join(command)}\n")
-    log.flush()
-    begin = os.path.getsize(log.name)
+    run = Run(seconds, build, folder / f"{section.name}.json", out)
     start = time.monotonic()
-    status = run_within(seconds, command, log, folder=folder)
-    outcome = outcome_of(section.name, status, _lines_since(Path(log.name), begin), seconds)
+    try:
+        command = section.command(run)
+        log.write(f"\n==== {section.name}: {' '.join(command)}\n")
+        log.flush()
+        begin = os.path.getsize(log.name)
+        status = run_within(seconds, command, log, folder=folder)
+        outcome = outcome_of(section.name, status, _lines_since(Path(log.name), begin), seconds)
+        if run.data.exists():
+            outcome.data = json.loads(run.data.read_text())
+    except Exception as error:  # a fault of this kit's in one section must not hide the others
+        outcome = Outcome(section.name, FAILED, f"the kit itself failed: {type(error).__name__}: {error}")
     outcome.seconds, outcome.limit_seconds = round(time.monotonic() - start, 1), round(seconds, 1)
-    if run.data.exists():
-        outcome.data = json.loads(run.data.read_text())
     return outcome
 
 

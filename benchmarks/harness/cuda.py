@@ -28,6 +28,7 @@ MOST_CALLS = 200  # between two events
 L2_TIMES = 3  # how many times larger than L2 the inputs in turn are together
 MORE_SETS, MORE_BYTES = 32, 4 * 2**30  # as many as are wanted, as long as they take no more memory
 PROFILED_CALLS = 3
+REPLAY_SAMPLES = 5
 
 
 class Reached(NamedTuple):
@@ -173,6 +174,33 @@ def hertz(megahertz: str | None) -> float | None:
         return float(megahertz) * 1e6
     except (TypeError, ValueError):
         return None
+
+
+# ---- graphs
+
+
+def replayed(given: Rotation, candidate: Candidate, keep: float, *, backward: bool) -> float:
+    """Return the seconds of a call that a CUDA graph replays: what the device takes, without the host's part.
+
+    The graph holds a call on each set of inputs, so that together they are larger than the L2 cache here too.
+
+    Raises:
+        RuntimeError: the call cannot be captured.
+    """
+    with torch.set_grad_enabled(backward):
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):  # what a first call loads or compiles cannot be captured
+            given.call(candidate, keep, backward=backward)
+        torch.cuda.current_stream().wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        given.rewind()
+        with torch.cuda.graph(graph):
+            for _ in range(len(given)):
+                given.call(candidate, keep, backward=backward)
+    first = elapsed(graph.replay, 1)
+    replays = min(MOST_CALLS, math.ceil(REGION_SECONDS / max(first, 1e-9)))
+    return statistics.median(elapsed(graph.replay, replays) for _ in range(REPLAY_SAMPLES)) / len(given)
 
 
 # ---- launches

@@ -17,6 +17,8 @@ from .timing import Deadline, Seconds, in_turns, summary
 
 COMPILE_SECONDS = 40.0  # what torch.compile is taken to need until it has been seen
 
+FIGURES = ("median_us", "low_us", "high_us", "floor_us")  # what must be a number in every row that has it
+
 Directions = tuple[str, ...]
 Row = dict[str, object]
 
@@ -245,6 +247,12 @@ class Benchmark:
             f"{name} at {place}, {direction}: {row['status']}"
             for (place, direction, name), row in self.rows.items()
             if name.startswith(self.candidates[0].name) and row["status"].startswith("failed")
+        ]
+        faults += [
+            f"{name} at {place}, {direction}: {figure} is {row[figure]}"
+            for (place, direction, name), row in self.rows.items()
+            for figure in FIGURES
+            if figure in row and not 0 < row[figure] < math.inf
         ]
         counted = ", ".join(
             f"{sum(s.startswith(status) for s in statuses)} {status}"

@@ -1,0 +1,136 @@
+"""Section ncu: what the warps of the kernels wait for, by Nsight Compute's counters, over the program of `profiled`.
+
+A machine that does not let its counters be read (ERR_NVGPUCTRPERM: they are the administrator's; a virtual machine without them)
+is no failure: nothing of ours can mend it, and nothing is wrong with the kernels.  A missing ncu is one: it can be installed.
+"""
+
+import argparse
+import csv
+import math
+import re
+import sys
+import tempfile
+from pathlib import Path
+
+from harness.machine import write_json
+
+from .process import UNAVAILABLE, run_within, tool_of_cuda
+
+# The clocks stay as they are: they may be others' too.
+OPTIONS = ["--clock-control", "none", "-k", "regex:forward_rows|backward_rows|select", "-c", "8"]
+OPTIONS += ["--csv", "--page", "raw", "--print-units", "base"]
+for _section in ("SpeedOfLight", "WarpStateStats", "MemoryWorkloadAnalysis", "Occupancy"):
+    OPTIONS += ["--section", _section]
+
+REFUSES = "ERR_NVGPUCTRPERM|Failed to initialize the profiler|not supported|LibraryNotLoaded"
+STALL = re.compile(r"smsp__average_warps_issue_stalled_(?!.*_not_issued)(\w+)_per_issue_active\.ratio")
+# What is shown of a kernel -> ncu's metric, and what its base unit is multiplied by.
+METRICS = {
+    "microseconds": ("gpu__time_duration.sum", 1e-3),
+    "sm_percent": ("sm__throughput.avg.pct_of_peak_sustained_elapsed", 1),
+    "dram_percent": ("gpu__dram_throughput.avg.pct_of_peak_sustained_elapsed", 1),
+    "memory_percent": ("gpu__compute_memory_throughput.avg.pct_of_peak_sustained_elapsed", 1),
+    "occupancy_percent": ("sm__warps_active.avg.pct_of_peak_sustained_active", 1),
+}
+SHOWN_STALLS = 4
+
+
+def number(text: str | None) -> float:
+    """A number of ncu's, which puts commas between thousands; NaN where there is none."""
+    try:
+        return float((text or "").replace(",", ""))
+    except ValueError:
+        return math.nan
+
+
+def kernels(text: str) -> list[dict]:
+    """The kernels of ncu's raw page as CSV, in the order of their launches.
+
+    Returns:
+        For each its name, METRICS, and `stalls`: reason -> cycles in which a warp waits for it, an instruction issued; the
+        longest first. "selected" is the cycle of the instruction itself.
+    """
+    lines = text.splitlines()
+    begin = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), len(lines))
+    table = csv.DictReader(line for line in lines[begin:] if line.startswith('"'))
+    found = []
+    for row in table:
+        if not row["ID"]:  # the line of units
+            continue
+        stalls = {match[1]: number(x) for name, x in row.items() if name and (match := STALL.fullmatch(name))}
+        found.append(
+            {
+                "kernel": row["Kernel Name"],
+                **{name: number(row.get(metric)) * factor for name, (metric, factor) in METRICS.items()},
+                "stalls": dict(sorted(stalls.items(), key=lambda each: -each[1])),
+            }
+        )
+    return found
+
+
+def faults(found: list[dict], wanted: list[str]) -> list[str]:
+    """What is wrong with the kernels that were seen: others than wanted, or figures that are none."""
+    names = [re.sub(r"^void |[<(].*", "", kernel["kernel"]).split("::")[-1] for kernel in found]
+    if names != wanted:
+        return [f"kernels {', '.join(names) or 'none'} instead of {', '.join(wanted)}"]
+    wrong = []
+    for kernel in found:
+        bad = [name for name in METRICS if not (math.isfinite(kernel[name]) and kernel[name] >= 0)]
+        if not kernel["stalls"] or not all(math.isfinite(x) and x >= 0 for x in kernel["stalls"].values()):
+            bad.append("stalls")
+        if bad:
+            wrong.append(f"{kernel['kernel']}: no number for {', '.join(bad)}")
+    return wrong
+
+
+def dominant(kernel: dict) -> str:
+    """The reasons that warps wait for longest, each with its part of the cycles between two instructions of a warp."""
+    whole = sum(kernel["stalls"].values()) or math.nan
+    some = list(kernel["stalls"].items())[:SHOWN_STALLS]
+    return ", ".join(f"{reason} {cycles / whole:.0%}" for reason, cycles in some)
+
+
+def main() -> int:
+    """Prints a line for each kernel, and last how many there are and what they wait for."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seconds", type=float, required=True)
+    parser.add_argument("--data", type=Path, required=True, help="a JSON file for the kernels")
+    options = parser.parse_args()
+    ncu = tool_of_cuda("ncu")
+    if ncu is None:
+        print("ncu is not installed: it comes with the CUDA toolkit, or as Nsight Compute")
+        return 1
+    with tempfile.TemporaryDirectory() as folder:
+        said, log = Path(folder) / "said", Path(folder) / "log"
+        with said.open("w") as output:
+            command = [ncu, *OPTIONS, "--log-file", str(log), sys.executable, "-m", "gpu.profiled"]
+            status = run_within(options.seconds, command, output)
+        printed, text = (path.read_text(errors="replace") if path.exists() else "" for path in (said, log))
+    print(printed, text, sep="\n", flush=True)
+    problems = [line.lstrip("= ") for line in (text + "\n" + printed).splitlines() if line.startswith("==ERROR==")]
+    refusals = [line for line in problems if re.search(REFUSES, line)]
+    if refusals:
+        print(f"cannot run here: {refusals[0].removeprefix('ERROR== ')}")
+        return UNAVAILABLE
+    if status is None:
+        print(f"ncu was stopped after {options.seconds:.0f} s")
+        return 1
+    found = kernels(text)
+    from . import profiled
+
+    shapes = [shape for shape in profiled.SHAPES for _ in profiled.KERNELS]
+    wrong = faults(found, [*profiled.KERNELS] * len(profiled.SHAPES))
+    if status or wrong:
+        last = next((line for line in reversed(problems + printed.splitlines()) if line.strip()), "it printed nothing")
+        print(wrong[0] if wrong and not status else f"ncu ended with status {status}: {last}")
+        return 1
+    for shape, kernel in zip(shapes, found, strict=True):
+        kernel["shape"] = profiled.name(shape)
+        print(f"{kernel['shape']}, {kernel['kernel']}: {kernel['microseconds']:.1f} us, waits: {dominant(kernel)}")
+    write_json(options.data, found)
+    print(f"{len(found)} kernels; the largest, {found[0]['shape']} forward, waits for {dominant(found[0])}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

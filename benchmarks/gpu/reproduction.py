@@ -1,0 +1,60 @@
+"""Section reproduction: benchmarks/reproduce.py on the first pair of the paper's table, in a shorter schedule.
+
+As many runs as the time lets finish; that not one seed is finished in all kinds is a failure, since there is then no comparison.
+"""
+
+import argparse
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+from harness.machine import CHECKOUT, write_json
+
+CLASSES = 100
+SCRIPT = CHECKOUT / "benchmarks" / "reproduce.py"
+
+
+def main() -> int:
+    """Prints what reproduce.py prints, and last which kinds it compared, or why it did not."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--images", required=True, metavar="DATA", help="CIFAR-100 as `kcd distill --data` names it")
+    parser.add_argument("--seconds", type=float, required=True)
+    parser.add_argument("--data", type=Path, required=True, help="a JSON file for the figures")
+    parser.add_argument("--out", type=Path, required=True, help="the folder for the table")
+    options = parser.parse_args()
+    from kcd_ext.data.images import load
+
+    try:
+        images = load(options.images)
+    except (OSError, ValueError) as error:
+        print(f"KCD_CIFAR100: {error}")
+        return 1
+    if images.num_classes != CLASSES:
+        print(f"KCD_CIFAR100 names {images.name}, which is not CIFAR-100: it has {images.num_classes} classes")
+        return 1
+    before = {path: path.stat().st_mtime_ns for path in options.out.glob("reproduce-*.json")}
+    command = [sys.executable, str(SCRIPT), "--data", options.images, "--epochs", "30", "--device", "cuda"]
+    command += ["--precision", "bfloat16", "--minutes", f"{options.seconds / 60:.2f}", "--results", str(options.out)]
+    if status := subprocess.run(command).returncode:
+        print(f"reproduce.py ended with status {status}: see the log")
+        return 1
+    written = [path for path in options.out.glob("reproduce-*.json") if before.get(path) != path.stat().st_mtime_ns]
+    if not written:
+        print(
+            "no seed is finished in all kinds, so that nothing is compared: give it more time, by --only reproduction"
+        )
+        return 1
+    figures = json.loads(written[0].read_text())
+    runs = figures["runs"]
+    if wrong := [run["kind"] for run in runs if not 0 <= run.get("accuracy_last", math.nan) <= 100]:
+        print(f"no accuracy in the runs of {', '.join(wrong)}")
+        return 1
+    write_json(options.data, {"pair": figures["pair"], "file": written[0].name, "runs": len(runs)})
+    print(f"{figures['pair']}: {len(runs)} runs of {len({run['kind'] for run in runs})} kinds, in {written[0].name}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

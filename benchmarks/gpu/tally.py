@@ -1,0 +1,128 @@
+"""pytest's plugin of the sections that run tests: nothing is left out unseen.
+
+Every test that is marked gpu must run, and every case of a test for the CPU must have one for CUDA beside it.  How many tests
+there were goes to the file of --tally; the last line that pytest prints says it.  With pytest-xdist the workers collect, and the
+process that started them counts.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from harness.machine import write_json
+
+CPU, CUDA = "cpu", "cuda"
+LONGEST = 120  # characters of a test's id that are shown
+WORKERS = "gpu_tally"  # what a worker of pytest-xdist hands over is called
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """--tally FILE."""
+    parser.addoption("--tally", type=Path, required=True, metavar="FILE", help="a JSON file for the counts")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Begins to count."""
+    config.pluginmanager.register(Tally(config), "tally of tests")
+
+
+def without_twin(items: Sequence[pytest.Item]) -> list[str]:
+    """Return the ids of the cases for the CPU that have none for CUDA beside them.
+
+    A case's parameter of that name says where it runs; its twin has the same other parameters.
+    """
+    cases: dict[str, dict[tuple, str]] = {CPU: {}, CUDA: {}}
+    for item in items:
+        parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        device = next((x for x in parameters.values() if isinstance(x, str) and x in cases), None)
+        if device is not None:
+            others = sorted((name, repr(x)) for name, x in parameters.items() if x is not device)
+            cases[device][(item.path, item.originalname, *others)] = item.nodeid
+    return [name for case, name in cases[CPU].items() if case not in cases[CUDA]]
+
+
+class Tally:
+    """Counts the tests of one run of pytest."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self._path: Path = config.getoption("tally")
+        self._worker = getattr(config, "workeroutput", None)
+        self._collected: dict[str, list[str]] = {"marked": [], "without_twin": []}
+        self._ran: set[str] = set()
+        self._failed: dict[str, None] = {}  # in order
+        self._skipped: dict[str, str] = {}
+        self._deselected: set[str] = set()
+        self._summary = "pytest came to no end"
+
+    @pytest.hookimpl(tryfirst=True)  # before any test is deselected
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        """Sees all tests."""
+        marked = [item.nodeid for item in items if item.get_closest_marker("gpu")]
+        self._collected = {"marked": marked, "without_twin": without_twin(items)}
+
+    def pytest_deselected(self, items: Sequence[pytest.Item]) -> None:
+        """Hears what an option leaves out."""
+        self._deselected.update(item.nodeid for item in items)
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node: object) -> None:
+        """Takes what a worker collected: the same as the others."""
+        self._collected = getattr(node, "workeroutput", {}).get(WORKERS, self._collected)
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Counts one phase of one test."""
+        if report.failed:
+            self._failed[report.nodeid] = None
+        elif report.skipped:
+            self._skipped[report.nodeid] = str(report.longrepr[2] if isinstance(report.longrepr, tuple) else "xfail")
+        if report.when == "call" and not report.skipped:
+            self._ran.add(report.nodeid)
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        """Writes the counts, and lets pytest fail where tests are missing."""
+        if self._worker is not None:
+            self._worker[WORKERS] = self._collected
+            return
+        marked, without = self._collected["marked"], self._collected["without_twin"]
+        passed = [name for name in self._ran if name not in self._failed]
+        missing = [name for name in marked if name not in self._ran and name not in self._failed]
+        reasons = Counter(self._skipped.get(name) or self._why_not(name) for name in missing)
+        write_json(
+            self._path,
+            {
+                "tests": len(marked),
+                "passed": len(passed),
+                "failed": [*self._failed],
+                "not_run": missing,
+                "why_not_run": dict(reasons),
+                "without_twin": without,
+            },
+        )
+        said = [f"{len(passed)} of {len(marked)} tests for the GPU passed"]
+        if not marked:
+            said = ["no test for the GPU is there: torch sees no GPU, or the build has no kernels for it"]
+        if self._failed:
+            said.append(f"{len(self._failed)} failed, the first: {_short(next(iter(self._failed)))}")
+        if missing:
+            why = "; ".join(f"{n} × {reason}" for reason, n in reasons.items())
+            said.append(f"{len(missing)} did not run: {why}")
+        if without:
+            said.append(f"{len(without)} cases for the CPU have none for the GPU, the first: {_short(without[0])}")
+        self._summary = "; ".join(said)
+        if (missing or without or not marked) and session.exitstatus in (0, pytest.ExitCode.NO_TESTS_COLLECTED):
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    def _why_not(self, name: str) -> str:
+        return "deselected" if name in self._deselected else "not reached"
+
+    def pytest_unconfigure(self) -> None:
+        """Prints the last line."""
+        if self._worker is None:
+            print(self._summary, flush=True)
+
+
+def _short(name: str) -> str:
+    """A test's id, which may hold whole tensors."""
+    return name if len(name) <= LONGEST else f"{name[:LONGEST]}…"
