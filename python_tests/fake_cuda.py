@@ -19,18 +19,25 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 DEVICE = torch.device("cuda", 0)
 GPU = types.SimpleNamespace(
-    name="Fake GPU", major=9, minor=0, multi_processor_count=2, total_memory=2**37, L2_cache_size=100_000, uuid="0"
+    name="Fake GPU", major=9, minor=0, multi_processor_count=2, total_memory=2**37, L2_cache_size=10_000, uuid="0"
 )
 WAITING = {Tensor.item, Tensor.tolist, Tensor.cpu, Tensor.nonzero, Tensor.__bool__, Tensor.__float__, Tensor.__int__}
-MEETING = {Tensor.copy_, Tensor.__getitem__, Tensor.__setitem__, Tensor.type_as}  # take tensors of both devices
+# Take tensors of both devices.
+MEETING = {Tensor.copy_, Tensor.__getitem__, Tensor.__setitem__, Tensor.type_as, Tensor.data.__set__}
+MEETING |= {torch._has_compatible_shallow_copy_type}
 
 
 class Device:
     """The state of the one GPU."""
 
     memory: dict[int, StorageWeakRef] = {}  # noqa: RUF012 - of the process; a weak reference keeps the number from being used again
-    busy_until = 0.0
+    busy_until = skipped = 0.0
     refuses_waits = False
+
+    @classmethod
+    def now(cls) -> float:
+        """Return the time in seconds, of which whoever waits for the device skips some."""
+        return time.monotonic() + cls.skipped
 
     @classmethod
     def holds(cls, x: object) -> bool:
@@ -74,9 +81,11 @@ class _Tensors(TorchFunctionMode):
             return self._moved(function, arguments, options, _is_cuda(target), there)
         here = [x for x in tensors if x.dim() and x.numel() and not Device.holds(x)]
         if there and here and function not in MEETING:
-            raise RuntimeError(f"Expected all tensors to be on the same device, but {function.__name__} got cuda:0 and cpu")
+            raise RuntimeError(
+                f"Expected all tensors to be on the same device, but {function.__name__} got cuda:0 and cpu"
+            )
         result = function(*arguments, **options)
-        if there and function is not Tensor.__getitem__ or (there and Device.holds(arguments[0])):
+        if (there and function is not Tensor.__getitem__) or (there and Device.holds(arguments[0])):
             tree_map(lambda x: Device.take(x) if isinstance(x, Tensor) else x, result)
         return result
 
@@ -88,7 +97,11 @@ class _Tensors(TorchFunctionMode):
 
         result = function(*map(on_cpu, arguments), **{name: on_cpu(x) for name, x in options.items()})
         if isinstance(result, Tensor) and to_cuda != Device.holds(result):
-            if any(result.untyped_storage()._cdata == x.untyped_storage()._cdata for x in arguments if isinstance(x, Tensor)):
+            if any(
+                result.untyped_storage()._cdata == x.untyped_storage()._cdata
+                for x in arguments
+                if isinstance(x, Tensor)
+            ):
                 result = result.clone()
             if to_cuda:
                 Device.take(result)
@@ -138,7 +151,7 @@ class Event:
 
     def query(self) -> bool:
         """Whether the device is there already."""
-        return time.monotonic() >= self.done
+        return Device.now() >= self.done
 
     def elapsed_time(self, end: "Event") -> float:
         """Milliseconds."""
@@ -168,11 +181,12 @@ class CUDAGraph:
     @torch.no_grad()
     def replay(self) -> None:
         """All of them; what they return goes where it went."""
-        for function, arguments, options, results in self.calls:
-            again = function(*arguments, **options)
-            for old, new in zip(tree_leaves(results), tree_leaves(again), strict=True):
-                if isinstance(old, Tensor) and old.data_ptr() != new.data_ptr():
-                    old.copy_(new)
+        with torch._C.DisableTorchFunction():
+            for function, arguments, options, results in self.calls:
+                again = function(*arguments, **options)
+                for old, new in zip(tree_leaves(results), tree_leaves(again), strict=True):
+                    if isinstance(old, Tensor) and old.data_ptr() != new.data_ptr():
+                        old.copy_(new)
 
 
 class _Capture(TorchDispatchMode):
@@ -193,11 +207,11 @@ def _capturing(graph: CUDAGraph, stream: Stream | None = None):
 
 
 def _synchronize(device: object = None) -> None:
-    Device.busy_until = 0.0
+    Device.skipped += max(0.0, Device.busy_until - Device.now())
 
 
 def _sleep(cycles: int) -> None:
-    Device.busy_until = time.monotonic() + cycles / 2e9
+    Device.busy_until = Device.now() + cycles / 2e9
 
 
 def _refuse_waits(mode: str) -> None:
@@ -215,7 +229,7 @@ def install() -> None:
         "set_device": lambda device: None,
         "get_device_properties": lambda device=0: GPU,
         "get_device_capability": lambda device=None: (GPU.major, GPU.minor),
-        "mem_get_info": lambda: (2**36, 2**37),
+        "mem_get_info": lambda: (2**22, 2**22),
         "memory_allocated": lambda: 1000,
         "max_memory_allocated": lambda: 1234,
         "reset_peak_memory_stats": lambda: None,

@@ -32,6 +32,14 @@ def main() -> int:
     if lacks := machine.missing(building="KCD_LIBRARY" not in os.environ):
         print(f"gpu_check: missing here: {'; '.join(lacks)}", file=sys.stderr)
         return 2
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        print(f"gpu_check: --out: {error}", file=sys.stderr)
+        return 2
+    if not os.access(options.out, os.W_OK):
+        print(f"gpu_check: --out: {options.out} cannot be written to", file=sys.stderr)
+        return 2
     # A shell that starts this in the background has interrupts ignored, which sections would inherit.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     with tempfile.TemporaryDirectory(prefix="gpu_check-") as name:
@@ -45,7 +53,6 @@ def main() -> int:
             "not_asked_for": [name for name in NAMES if name not in {BUILD.name, *options.only}],
             "sections": [],
         }
-        options.out.mkdir(parents=True, exist_ok=True)
         base = options.out / slug(results["machine"]["gpu"])
         outcomes, asked_for = [], {BUILD.name, *options.only}
         with base.with_suffix(".log").open("w") as log:

@@ -22,6 +22,7 @@ OPTIONS += ["--csv", "--page", "raw", "--print-units", "base"]
 for _section in ("SpeedOfLight", "WarpStateStats", "MemoryWorkloadAnalysis", "Occupancy"):
     OPTIONS += ["--section", _section]
 
+ERROR = "==ERROR=="
 REFUSES = "ERR_NVGPUCTRPERM|Failed to initialize the profiler|not supported|LibraryNotLoaded"
 STALL = re.compile(r"smsp__average_warps_issue_stalled_(?!.*_not_issued)(\w+)_per_issue_active\.ratio")
 # What is shown of a kernel -> ncu's metric, and what its base unit is multiplied by.
@@ -70,8 +71,10 @@ def kernels(text: str) -> list[dict]:
 
 def faults(found: list[dict], wanted: list[str]) -> list[str]:
     """What is wrong with the kernels that were seen: others than wanted, or figures that are none."""
-    names = [re.sub(r"^void |[<(].*", "", kernel["kernel"]).split("::")[-1] for kernel in found]
-    if names != wanted:
+    names = [kernel["kernel"] for kernel in found]
+    if len(names) != len(wanted) or not all(
+        re.search(rf"\b{x}\b", name) for x, name in zip(wanted, names, strict=True)
+    ):
         return [f"kernels {', '.join(names) or 'none'} instead of {', '.join(wanted)}"]
     wrong = []
     for kernel in found:
@@ -107,10 +110,11 @@ def main() -> int:
             status = run_within(options.seconds, command, output)
         printed, text = (path.read_text(errors="replace") if path.exists() else "" for path in (said, log))
     print(printed, text, sep="\n", flush=True)
-    problems = [line.lstrip("= ") for line in (text + "\n" + printed).splitlines() if line.startswith("==ERROR==")]
+    lines = [*text.splitlines(), *printed.splitlines()]
+    problems = [line.removeprefix(ERROR).strip() for line in lines if line.startswith(ERROR)]
     refusals = [line for line in problems if re.search(REFUSES, line)]
     if refusals:
-        print(f"cannot run here: {refusals[0].removeprefix('ERROR== ')}")
+        print(refusals[0])
         return UNAVAILABLE
     if status is None:
         print(f"ncu was stopped after {options.seconds:.0f} s")

@@ -100,7 +100,7 @@ def main() -> int:
         write_json(options.data, [asdict(verdict) for verdict in verdicts])
     status = overall(verdicts)
     if status == NOT_AVAILABLE:
-        print(f"cannot run here: {verdicts[0].summary}")
+        print(verdicts[0].summary)
         return UNAVAILABLE
     print("; ".join(f"{verdict.tool} {verdict.status}: {verdict.summary}" for verdict in verdicts))
     return 0 if status == PASSED else 1

@@ -99,9 +99,9 @@ def _tests(*names: str, parallel: bool) -> Callable[[Run], Sequence[str]]:
     def command(run: Run) -> list[str]:
         # Of pytest's own options in pyproject.toml none holds here.  Run from another folder, since the checkout may be
         # read-only and pytest and hypothesis write where they are run.
-        options = ["-o", "addopts=", "-m", "gpu", "-q", "-rs", "-p", "no:cacheprovider", "--rootdir", str(CHECKOUT)]
+        options = ["-o", "addopts=", "-m", "gpu", "-q", "-rs", "-p", "no:cacheprovider", "--rootdir", str(TESTS.parent)]
         options += ["-c", str(CHECKOUT / "pyproject.toml"), "-o", "faulthandler_timeout=60"]
-        options += ["-p", "gpu.tally", "--tally", str(run.data)]
+        options += ["-p", "gpu.tally", "--tally", str(run.data), "--continue-on-collection-errors"]
         processors = len(os.sched_getaffinity(0))
         workers = min(_MOST_WORKERS, processors // 2) if parallel and find_spec("xdist") is not None else 1
         if workers > 1:

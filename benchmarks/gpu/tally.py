@@ -70,6 +70,11 @@ class Tally:
         """Takes what a worker collected: the same as the others."""
         self._collected = getattr(node, "workeroutput", {}).get(WORKERS, self._collected)
 
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        """Counts a file that cannot be loaded as one that failed."""
+        if report.failed:
+            self._failed[report.nodeid] = None
+
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Counts one phase of one test."""
         if report.failed:

@@ -1,0 +1,842 @@
+"""benchmarks/gpu, the kit for a machine with a GPU, on one without: every section from end to end, and an error planted in each.
+
+The GPU is `fake_cuda`'s, the kernels are the CPU's, CUDA's tools are scripts that print what the real ones do. A run is a process
+forked from this one, and so is each of its sections: what a plant changes, it changes there alone.
+"""
+
+import importlib
+import json
+import math
+import os
+import re
+import shutil
+import stat
+import subprocess
+import sys
+import tempfile
+import textwrap
+import time
+import traceback
+import types
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+
+from kcd_ext import ops
+
+CHECKOUT = Path(__file__).resolve().parents[1]
+BENCHMARKS = CHECKOUT / "benchmarks"
+if not BENCHMARKS.exists():
+    pytest.skip("benchmarks/ is a part of the source folder only", allow_module_level=True)
+
+Plant = Callable[[], object]
+
+
+# ---- CUDA's tools
+
+
+STALLS = {"long_scoreboard": 9.5, "wait": 2.1, "branch_resolving": 1.25, "selected": 1.0, "barrier": 0.25}
+COLUMNS = (
+    "ID",
+    "Process ID",
+    "Process Name",
+    "Host Name",
+    "Kernel Name",
+    "Context",
+    "Stream",
+    "Block Size",
+    "Grid Size",
+)
+
+
+def ncu_log(names: Sequence[str], **changes: str) -> str:
+    """What `ncu --csv --page raw` writes of kernels of these names; changes: a metric's beginning -> another value."""
+    metrics = {
+        "dram__bytes_read.sum.per_second": ("byte/s", "3,412,345,678,901"),
+        "gpu__compute_memory_throughput.avg.pct_of_peak_sustained_elapsed": ("%", "77.2"),
+        "gpu__dram_throughput.avg.pct_of_peak_sustained_elapsed": ("%", "71.5"),
+        "gpu__time_duration.sum": ("ns", "371,424"),
+        "launch__registers_per_thread": ("register/thread", "79"),
+        "sm__throughput.avg.pct_of_peak_sustained_elapsed": ("%", "48.25"),
+        "sm__warps_active.avg.pct_of_peak_sustained_active": ("%", "36.5"),
+        **{
+            f"smsp__average_warps_issue_stalled_{reason}{kind}_per_issue_active.ratio": ("inst", f"{cycles * part}")
+            for reason, cycles in STALLS.items()
+            for kind, part in (("", 1), ("_not_issued", 0.9))
+        },
+    }
+    for name, value in changes.items():
+        metrics = {metric: (unit, value if metric.startswith(name) else x) for metric, (unit, x) in metrics.items()}
+    rows = [[*COLUMNS, *metrics], ["" for _ in COLUMNS] + [unit for unit, _ in metrics.values()]]
+    for i, name in enumerate(names):
+        called = f"void kcd::cuda::{name}<float>(kcd::cuda::Arguments<T1>)"
+        where = [str(i), "411", "python3.12", "127.0.0.1", called, "1", "7", "(256, 1, 1)", "(8192, 1, 1)"]
+        rows.append(where + [value for _, value in metrics.values()])
+    profiled = [f'==PROF== Profiling "{name}" - {i}: 0%....50%....100% - 12 passes' for i, name in enumerate(names)]
+    table = [",".join(f'"{cell}"' for cell in row) for row in rows]
+    return "\n".join(["==PROF== Connected to process 411 (/usr/bin/python3.12)", *profiled, *table, ""])
+
+
+# A script that runs its program itself, or that is handed what the program printed and how it ended.
+PROGRAM = (
+    'if [ -n "${PROGRAM_OUTPUT:-}" ]; then cat "$PROGRAM_OUTPUT"; status=$PROGRAM_STATUS; else "$@"; status=$?; fi\n'
+)
+TOOLS = {
+    "nvidia-smi": 'case "$*" in *driver_version*) echo 580.159.04;; *clocks.sm*) echo 1980;; *) exit 1;; esac\n',
+    "nvcc": 'echo "Cuda compilation tools, release 13.0, V13.0.88"\n',
+    "cmake": 'echo "cmake version 3.31.6"\n',
+    "ninja": 'echo "[1/1] Linking CXX shared library libkcd_ext.so"\n',
+    "compute-sanitizer": """
+        tool=$2; while [ "$1" != --launch-timeout ]; do shift; done; shift 2
+        echo "========= COMPUTE-SANITIZER"
+    """
+    + PROGRAM
+    + """
+        if [ "$tool" = racecheck ]; then
+          echo "========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)"
+        else
+          echo "========= ERROR SUMMARY: 0 errors"
+        fi
+        exit $status
+    """,
+    "ncu": """
+        while [ "$1" != --log-file ]; do shift; done; log=$2; shift 2
+        cp "$(dirname "$0")/ncu.csv" "$log"
+    """
+    + PROGRAM
+    + "exit $status\n",
+}
+
+
+def tools(folder: Path) -> Path:
+    """A folder for PATH."""
+    folder.mkdir()
+    for name, script in TOOLS.items():
+        replace(folder / name, script)
+    (folder / "ncu.csv").write_text(ncu_log(["forward_rows", "backward_rows"] * 3))
+    return folder
+
+
+def replace(tool: Path, script: str) -> None:
+    """A tool that does something else."""
+    tool.write_text(f"#!/bin/bash\n{textwrap.dedent(script)}")
+    tool.chmod(tool.stat().st_mode | stat.S_IXUSR)
+
+
+# ---- processes
+
+
+def in_child(function: Callable[[], int], output: int) -> int:
+    """The id of a process that runs the function with a session and an output of its own, and ends with its result."""
+    sys.stdout.flush(), sys.stderr.flush()
+    if pid := os.fork():
+        return pid
+    status = 1
+    try:
+        os.setsid()
+        os.dup2(output, 1), os.dup2(output, 2)
+        sys.stdout = sys.stderr = os.fdopen(1, "w", buffering=1, closefd=False)
+        torch.set_num_threads(1)
+        status = function()
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else 1
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        os._exit(int(status or 0))
+
+
+class Forked:
+    """`subprocess.Popen` as `gpu.process` uses it: a Python module is run in a fork, under the tool before it if there is one."""
+
+    def __init__(self, command, *, stdout, env=None, cwd=None, **_) -> None:
+        self.args, self.returncode = command, None
+
+        def run() -> int:
+            os.environ.update(env or {})
+            os.chdir(cwd or ".")
+            return self._run(command)
+
+        self.pid = in_child(run, stdout.fileno())
+
+    def _run(self, command) -> int:
+        if command[0] == "env":
+            name, _, value = command[1].partition("=")
+            os.environ[name], command = value, command[2:]
+        i = command.index(sys.executable)
+        assert command[i + 1] == "-m"
+        if i == 0:
+            return self._call(*command[2:])
+        with tempfile.TemporaryFile("w+") as file:
+            program = in_child(lambda: self._call(*command[i + 2 :]), file.fileno())
+            status = os.waitstatus_to_exitcode(os.waitpid(program, 0)[1])
+            handed = {"PROGRAM_OUTPUT": f"/proc/{os.getpid()}/fd/{file.fileno()}", "PROGRAM_STATUS": str(status)}
+            return subprocess.run(command, env=os.environ | handed).returncode
+
+    @staticmethod
+    def _call(module: str, *arguments: str) -> int:
+        sys.argv = [module, *arguments]
+        return int(pytest.main([*arguments]) if module == "pytest" else importlib.import_module(module).main())
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self.returncode = os.waitstatus_to_exitcode(status) if pid else None
+        return self.returncode
+
+    def wait(self, timeout: float) -> int:
+        end = time.monotonic() + timeout
+        while self.poll() is None:
+            if time.monotonic() > end:
+                raise subprocess.TimeoutExpired(self.args, timeout)
+            time.sleep(0.002)
+        return self.returncode
+
+
+# ---- a run of the kit
+
+
+TEST = """
+    import pytest
+
+    @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+    def device(request):
+        return request.param
+
+    @pytest.mark.parametrize("n", [1, 2])
+    def test_it(device, n):
+        assert {passes}
+"""
+
+
+class Kit:
+    """One run after another of the kit, over tools, tests and results of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.out = folder, folder / "out"
+        self.tools, self.tests = tools(folder / "tools"), folder / "tests"
+        self.tests.mkdir()
+        self.write_tests(TEST.format(passes=True))
+
+    def write_tests(self, text: str, *names: str) -> None:
+        """The same tests in files of these names, or of all that the sections ask for."""
+        from gpu.sections import CONFORMANCE, TRAINING
+
+        for name in names or (*CONFORMANCE, *TRAINING):
+            (self.tests / f"test_{name}.py").write_text(textwrap.dedent(text))
+
+    def run(self, *arguments: str, plant: Plant = lambda: None, **environment: str) -> types.SimpleNamespace:
+        """Its exit status, the lines it printed, results as JSON and as Markdown, and the log."""
+        shutil.rmtree(self.out, ignore_errors=True)
+
+        def body() -> int:
+            os.environ.update(PATH=f"{self.tools}:{os.environ['PATH']}", PYTEST_DISABLE_PLUGIN_AUTOLOAD="1")
+            for name in ("KCD_LIBRARY", "OUT", "PYTEST_ADDOPTS", "PYTEST_XDIST_WORKER", "PYTEST_CURRENT_TEST"):
+                os.environ.pop(name, None)
+            os.environ.update(environment)
+            self._smaller()
+            plant()
+            sys.argv = ["gpu_check.sh", "--out", str(self.out), *arguments]
+            return importlib.import_module("gpu.__main__").main()
+
+        with (self.folder / "printed").open("w") as file:
+            status = os.waitstatus_to_exitcode(os.waitpid(in_child(body, file.fileno()), 0)[1])
+        found = types.SimpleNamespace(status=status, lines=(self.folder / "printed").read_text().splitlines())
+        for ending in ("json", "md", "log"):
+            path = self.out / f"fake-gpu.{ending}"
+            setattr(found, ending, path.read_text() if path.exists() else "")
+        found.results = json.loads(found.json) if found.json else {}
+        found.sections = {section["name"]: section for section in found.results.get("sections", ())}
+        return found
+
+    def _smaller(self) -> None:
+        """The fake GPU, and sizes that a CPU takes no time for."""
+        import fake_cuda
+        from gpu import benchmark, cases, graphs, large, process, profiled, sections
+        from harness import candidates, cuda
+        from harness.places import Place, Shape
+
+        fake_cuda.install()
+        small = {
+            (process, "subprocess"): types.SimpleNamespace(
+                Popen=Forked,
+                DEVNULL=None,
+                STDOUT=None,
+                TimeoutExpired=subprocess.TimeoutExpired,
+            ),
+            (sections, "TESTS"): self.tests,
+            (sections, "LEAST_SECONDS"): 0.1,
+            (sections, "find_spec"): lambda name, find=sections.find_spec: None if name == "xdist" else find(name),
+            (cases, "every_path"): lambda every=cases.every_path: every()[5:8],
+            (graphs, "REPLAYS"): 4,
+            (graphs, "PAIRS"): graphs.PAIRS[:1],
+            (graphs, "UNSYNCHRONISED"): graphs.UNSYNCHRONISED[:1],
+            (large, "CHECKS"): {
+                "bfloat16": (lambda: large.contiguous(rows=33, classes=65), 1000),
+                "rows apart": (lambda: large.strided(stride=1064), 1000),
+            },
+            (profiled, "SHAPES"): ((8, 40, torch.bfloat16), (8, 30, torch.float32), (64, 10, torch.float32)),
+            (benchmark, "SHAPES"): (Shape(16, 100), Shape(8, 300, torch.float64)),
+            (benchmark, "KEEPS"): (0.7, 1.0),
+            (benchmark, "TAIL"): (Place(Shape(64, 10), 1.0),),
+            (benchmark, "MOST_SECONDS"): 0.01,
+            (benchmark, "wanted"): lambda candidate, place, wanted=benchmark.wanted: (
+                wanted(candidate, place) and not candidate.compiles
+            ),
+            (cuda, "REGION_SECONDS"): 1e-4,
+            (cuda, "MORE_SETS"): 2,
+            (cuda, "REPLAY_SAMPLES"): 2,
+            (cuda.Cuda, "rounds"): (7, 7),
+            (cuda, "launches"): lambda call: call() is not None and cuda.Launches(2.0, 1.0, 0.0, 5.5),
+            (candidates, "ligers"): mock.Mock(side_effect=ImportError("no Liger-Kernel")),
+        }
+        for (module, name), value in small.items():
+            setattr(module, name, value)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def loaded():
+    """The kit on the path, and loaded what torch loads at a first call, so that no forked process needs to."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(BENCHMARKS)
+        from gpu import benchmark, cases, graphs, large, ncu, report, reproduction, sanitized, sanitizers  # noqa: F401
+        from torch._functorch import apis  # noqa: F401
+
+        sanitized.check(cases.Case(4, 5), "cpu")
+        yield
+
+
+@pytest.fixture
+def kit(tmp_path):
+    return Kit(tmp_path)
+
+
+def test_every_section_passes(kit):
+    done = kit.run()
+    assert done.status == 0, done.log
+    assert {name: each["status"] for name, each in done.sections.items()} == {
+        **dict.fromkeys(("build", "conformance", "training", "sanitizers", "graphs", "large", "ncu"), "passed"),
+        "benchmarks": "passed",
+        "reproduction": "cannot run here",
+    }
+    unset = "reproduction: the variable KCD_CIFAR100 is not set: see the head of gpu_check.sh"
+    assert done.lines[-1] == f"gpu_check: passed: 8. Cannot run here: {unset}"
+    assert done.md.startswith(f"# Fake GPU\n\n**{done.results['verdict']}**\n\n## Sections")
+    assert "| conformance | passed | 10 of 10 |" in done.md and "could not be written" not in done.md
+    for heading in ("Time of a call, forward", "Time of a call replayed, forward + backward", "What warps wait for"):
+        assert f"## {heading}" in done.md
+
+    verdicts = {each["tool"]: each for each in done.sections["sanitizers"]["data"]}
+    assert list(verdicts) == ["memcheck", "racecheck", "initcheck", "synccheck"]
+    assert verdicts["racecheck"]["summary"].startswith("0 hazards displayed") and "3 of 3 cases, 0 wrong" in str(
+        verdicts
+    )
+    kernel = done.sections["ncu"]["data"][3]
+    assert kernel["shape"] == "8 × 30 float32" and "backward_rows" in kernel["kernel"]
+    assert (round(kernel["microseconds"], 3), kernel["dram_percent"]) == (371.424, 71.5) and kernel["stalls"] == STALLS
+    whole = sum(STALLS.values())
+    assert f"long_scoreboard {9.5 / whole:.0%}, wait {2.1 / whole:.0%}, branch_resolving {1.25 / whole:.0%}" in done.md
+    rows = done.sections["benchmarks"]["data"]["rows"]
+    assert all(row["status"] == "measured" for row in rows)
+    replayed = {(row["candidate"], row["rows"], row["keep"]) for row in rows if "replay_us" in row}
+    assert replayed == {
+        ("kcd_ext", 64, 1.0),
+        *((name, n, keep) for name in ("kcd_ext", "eager") for n in (16, 8) for keep in (0.7, 1.0)),
+    }
+
+
+# ---- an error in each section: (section, plant, words of the last line)
+
+
+def changed(function: Callable, change: Callable) -> Callable:
+    """The function with another result."""
+    return lambda *arguments, **options: change(function(*arguments, **options))
+
+
+def set_of(path: str, change: Callable[[object], object]) -> Plant:
+    """Plants `module.name = change(module.name)`."""
+    module, name = path.split(":")
+
+    def plant() -> None:
+        found = importlib.import_module(module)
+        setattr(found, name, change(getattr(found, name)))
+
+    return plant
+
+
+def hide(module: str) -> Plant:
+    """A Python module that is not installed."""
+    return set_of("gpu.sections:find_spec", lambda find: lambda name: None if name == module else find(name))
+
+
+def off(results: dict) -> dict:
+    """A gradient one of whose elements is a little off; its loss is not."""
+    gradient = results["gradient"].clone()
+    gradient.view(-1)[7] += 0.01 * gradient.abs().max()
+    return results | {"gradient": gradient}
+
+
+def last_row_off(gradient: torch.Tensor) -> torch.Tensor:
+    """Of a large call alone."""
+    return torch.cat([gradient[:-1], 1.05 * gradient[-1:]]) if len(gradient) > 30 else gradient
+
+
+def waiting(loss: Callable) -> Callable:
+    def call(*arguments, **options):
+        torch.cuda.synchronize()
+        return loss(*arguments, **options)
+
+    return call
+
+
+def off_by_a_bit(replay: Callable) -> Callable:
+    def call(graph) -> None:
+        replay(graph)
+        for x in graph.calls[-1][3:]:
+            for tensor in x if isinstance(x, (tuple, list)) else [x]:
+                tensor.view(-1)[:1].view(torch.uint8)[0] ^= 1
+
+    return call
+
+
+def broken() -> int:
+    raise NameError("name 'cuad' is not defined")
+
+
+def sleeping() -> int:
+    print("asleep", flush=True)
+    time.sleep(60)
+    return 0
+
+
+ERRORS = {
+    "a first loss that is wrong": (
+        "build",
+        set_of("kcd_ext:condensed_kd_loss", lambda loss: changed(loss, lambda x: 1.01 * x)),
+        "FAILED: build: the first loss is",
+    ),
+    "no kernels": ("build", lambda: ops.build_info.update(cuda_architectures=[]), "has no CUDA kernels"),
+    "no pytest": ("conformance", hide("pytest"), "FAILED: conformance: pytest not installed"),
+    "no hypothesis": ("conformance", hide("hypothesis"), "FAILED: conformance: hypothesis not installed"),
+    "no accelerate": ("training", hide("accelerate"), "FAILED: training: accelerate not installed"),
+    "a gradient that is off under a sanitizer": (
+        "sanitizers",
+        set_of("gpu.cases:call", lambda call: changed(call, off)),
+        "memcheck failed: 0 errors, 3 of 3 cases, 3 wrong",
+    ),
+    "a program that breaks before it touches the GPU": (
+        "sanitizers",
+        set_of("gpu.sanitized:main", lambda _: broken),
+        "memcheck failed: exit status 1: ERROR SUMMARY: 0 errors",
+    ),
+    "a replay that is off by a bit": (
+        "graphs",
+        set_of("fake_cuda:CUDAGraph", lambda graph: setattr(graph, "replay", off_by_a_bit(graph.replay)) or graph),
+        "FAILED: graphs: 8 faults, the first: 64 × 1000 float32, keep 0.7 by entropy, labelled: loss of replay 0",
+    ),
+    "a call that waits": (
+        "graphs",
+        set_of("kcd_ext:condensed_kd_loss", waiting),
+        "FAILED: graphs: 1 faults, the first: 64 × 1000 float32, keep 0.7 by entropy, labelled: a call came back only when",
+    ),
+    "a large case out of tolerance": (
+        "large",
+        set_of("kcd_ext.ops:condensed_kd_gradient", lambda gradient: changed(gradient, last_row_off)),
+        "FAILED: large: bfloat16: other gradient than the rows alone; rows apart: as the rows alone",
+    ),
+    "a time that is no number": (
+        "benchmarks",
+        set_of("harness.cuda:elapsed", lambda _: lambda function, calls: math.nan if calls > 3 else 1e-6),
+        "median_us is nan",
+    ),
+    "a loss that is wrong": (
+        "benchmarks",
+        set_of("harness.candidates:ours", lambda loss: changed(loss, lambda x: 1.01 * x)),
+        "failed: ArithmeticError: loss",
+    ),
+    "a call that cannot be captured": (
+        "benchmarks",
+        set_of("harness.cuda:replayed", lambda _: mock.Mock(side_effect=RuntimeError("not permitted when capturing"))),
+        "keep 1.0, forward + backward, replayed: failed: not permitted when capturing",
+    ),
+    "a table that cannot be written": (
+        "ncu",
+        set_of("gpu.report:_waits", lambda _: mock.Mock(side_effect=KeyError("waits"))),
+        "gpu_check: a part of the report could not be written: KeyError: 'waits'",
+    ),
+    "a section that breaks": (
+        "graphs",
+        set_of("gpu.graphs:main", lambda _: broken),
+        "FAILED: graphs: NameError: name 'cuad' is not defined",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_an_error_is_found(kit, name):
+    section, plant, words = ERRORS[name]
+    done = kit.run("--only", section, plant=plant)
+    assert done.status == 1 and words in done.lines[-1], (done.lines, done.log)
+    assert done.lines[-1].startswith("gpu_check: ") and done.md.count(words.removeprefix("gpu_check: "))
+
+
+FAILING = TEST.format(passes="device == 'cpu' or n == 1")
+SKIPPED = TEST.format(passes="device == 'cpu' or pytest.skip('no driver')")
+ONE_SIDED = TEST.replace('"cpu", ', '"cpu", "simt", ').replace(', pytest.param("cuda", marks=pytest.mark.gpu)', "")
+TESTS = {
+    "one that fails": ("autograd", FAILING, "9 of 10 tests for the GPU passed; 1 failed, the first: "),
+    "one that is skipped": (
+        "autograd",
+        SKIPPED,
+        "8 of 10 tests for the GPU passed; 2 did not run: 2 × Skipped: no driver",
+    ),
+    "a file that does not load": (
+        "autograd",
+        "import nowhere\n",
+        "8 of 8 tests for the GPU passed; 1 failed, the first: tests/test_autograd.py",
+    ),
+    "cases for the CPU alone": (
+        "autograd",
+        ONE_SIDED.format(passes=True),
+        "8 of 8 tests for the GPU passed; 2 cases for the CPU have none for the GPU, the first: tests/test_autograd.py",
+    ),
+    "none": (
+        (),
+        ONE_SIDED.format(passes=True).replace('"cpu"', '"reference"'),
+        "no test for the GPU is there: torch sees no GPU",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TESTS)
+def test_tests_that_fail_or_are_not_there_are_found(kit, name):
+    file, text, words = TESTS[name]
+    kit.write_tests(text, *([file] if file else []))
+    done = kit.run("--only", "conformance")
+    assert done.status == 1 and f"FAILED: conformance: {words}" in done.lines[-1], (
+        done.lines,
+        done.log,
+    )
+
+
+def test_tests_that_an_option_leaves_out_are_found(kit):
+    done = kit.run("--only", "training", plant=lambda: os.environ.update(PYTEST_ADDOPTS="-k not(infobatch)"))
+    assert done.status == 1 and "8 of 10 tests for the GPU passed; 2 did not run: 2 × deselected" in done.lines[-1]
+    assert done.sections["training"]["data"]["tests"] == 10
+
+
+SAID = 'cat "$PROGRAM_OUTPUT"\n'
+REPORT = """
+    echo "========= COMPUTE-SANITIZER"
+    cat "$PROGRAM_OUTPUT"
+    echo "========= Invalid __global__ read of size 16 bytes"
+    echo "=========     at void kcd::cuda::forward_rows<float>(kcd::cuda::ForwardArguments<T1>)+0x1b0 in walk.cuh:91"
+    echo "=========     by thread (3,0,0) in block (12,0,0)"
+    echo "========= ERROR SUMMARY: 1 error"
+    exit 86
+"""
+REFUSED = """
+    echo "========= COMPUTE-SANITIZER"
+    echo "========= Error: Device not supported. Please refer to the \\"Supported Devices\\" section of the sanitizer documentation"
+    exit 1
+"""
+ERROR = 'while [ "$1" != --log-file ]; do shift; done; echo "==ERROR== %s" >"$2"; exit %d\n'
+COUNTERS = "ERR_NVGPUCTRPERM - The user does not have permission to access NVIDIA GPU Performance Counters on the target device 0."
+SCRIPTS = {
+    "cmake fails": ("graphs", "cmake", "exit 1", 1, "FAILED: build: cmake configured for none of native, 90-real"),
+    "ninja fails": (
+        "graphs",
+        "ninja",
+        "exit 1",
+        1,
+        "FAILED: build: ninja failed with status 1: see the log; graphs: the build",
+    ),
+    "a sanitizer's report": (
+        "sanitizers",
+        "compute-sanitizer",
+        REPORT,
+        1,
+        "FAILED: sanitizers: memcheck failed: 1 error, 3 of",
+    ),
+    "a sanitizer that is refused": (
+        "sanitizers",
+        "compute-sanitizer",
+        REFUSED,
+        0,
+        "Cannot run here: sanitizers: Error: Device not supported",
+    ),
+    "no counters": ("ncu", "ncu", ERROR % (COUNTERS, 1), 0, f"Cannot run here: ncu: {COUNTERS}"),
+    "no profiler": (
+        *("ncu", "ncu", ERROR % ("Failed to initialize the profiler: LibraryNotLoaded", 1), 0),
+        "Cannot run here: ncu: Failed to initialize the profiler",
+    ),
+    "a profiler that fails": (
+        *("ncu", "ncu", ERROR % ("Option '--section' is unknown", 3), 1),
+        "FAILED: ncu: ncu ended with status 3: Option '--section' is unknown",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_what_a_tool_says(kit, name):
+    section, tool, script, status, words = SCRIPTS[name]
+    replace(kit.tools / tool, script)
+    done = kit.run("--only", section)
+    assert done.status == status and words in done.lines[-1] and words in done.md, (done.lines, done.log)
+
+
+@pytest.mark.parametrize(
+    ("log", "words"),
+    [
+        (ncu_log([]), "FAILED: ncu: kernels none instead of forward_rows, backward_rows"),
+        (ncu_log(["forward_rows"] * 6), "FAILED: ncu: kernels void kcd::cuda::forward_rows"),
+        (ncu_log(["forward_rows", "backward_rows"] * 3, gpu__time="n/a"), "Arguments<T1>): no number for microseconds"),
+        (
+            ncu_log(["forward_rows", "backward_rows"] * 3, smsp__average="(!) nan"),
+            "Arguments<T1>): no number for stalls",
+        ),
+    ],
+)
+def test_counters_that_are_missing(kit, log, words):
+    (kit.tools / "ncu.csv").write_text(log)
+    done = kit.run("--only", "ncu")
+    assert done.status == 1 and words in done.lines[-1], (done.lines, done.log)
+
+
+@pytest.mark.parametrize("tool", ["compute-sanitizer", "ncu"])
+def test_a_tool_that_is_not_there(kit, tool):
+    section = "sanitizers" if tool == "compute-sanitizer" else tool
+    module = f"gpu.{section}:tool_of_cuda"
+    done = kit.run("--only", section, plant=set_of(module, lambda _: lambda name: None))
+    assert done.status == 1 and f"FAILED: {section}: {tool} is not installed" in done.lines[-1]
+
+
+def test_tools_are_found_in_their_own_folders(kit, tmp_path, monkeypatch):
+    from gpu.process import tool_of_cuda
+
+    toolkit = tmp_path / "cuda"
+    for path in ("bin/nvcc", "compute-sanitizer/compute-sanitizer"):
+        (toolkit / path).parent.mkdir(parents=True)
+        replace(toolkit / path, "exit 0")
+    monkeypatch.setenv("PATH", str(toolkit / "bin"))
+    assert tool_of_cuda("compute-sanitizer") == str(toolkit / "compute-sanitizer" / "compute-sanitizer")
+    assert tool_of_cuda("no-such-tool") is None
+
+
+def test_a_section_that_hangs_does_not_hide_the_others(kit):
+    plant = set_of("gpu.graphs:main", lambda _: sleeping)
+    done = kit.run("--only", "graphs,large", "--minutes", "0.05", plant=plant)
+    assert done.status == 1 and re.search(r"FAILED: graphs: stopped after \d s; last line: ", done.lines[-1])
+    assert {name: each["status"] for name, each in done.sections.items()} == {
+        "build": "passed",
+        "graphs": "timed out",
+        "large": "passed",
+    }
+    assert "asleep" in done.log and done.results["seconds"] < 6
+
+
+def test_a_run_that_is_killed_has_not_passed(kit):
+    def die_at_the_last(execute):
+        return lambda section, *arguments: os._exit(9) if section.name == "ncu" else execute(section, *arguments)
+
+    plant = set_of("gpu.__main__:execute", die_at_the_last)
+
+    done = kit.run("--only", "large,ncu", plant=plant)
+    assert done.status == 9 and "**FAILED: ncu: the run was stopped before it**" in done.md
+
+
+# ---- reproduction
+
+
+def images(path: Path, classes: int) -> Path:
+    labels = np.arange(200) % classes
+    pixels = np.zeros((200, 4, 4, 3), np.uint8)
+    np.savez(path, x_train=pixels, y_train=labels, x_test=pixels, y_test=labels)
+    return path
+
+
+REPRODUCTION = """
+    import json, sys
+    from pathlib import Path
+    runs = [{{"kind": kind, "accuracy_last": {accuracy}}} for kind in ("kd", "kc-kd")]
+    if {finished}:
+        folder = Path(sys.argv[sys.argv.index("--results") + 1])
+        (folder / "reproduce-a.json").write_text(json.dumps({{"pair": "a-b", "runs": runs}}))
+    sys.exit({status})
+"""
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "finished", "status", "words"),
+    [
+        ("71.5", True, 0, "gpu_check: passed: 2"),
+        ("float('nan')", True, 0, "FAILED: reproduction: no accuracy in the runs of kd, kc-kd"),
+        ("71.5", False, 0, "FAILED: reproduction: no seed is finished in all kinds"),
+        ("71.5", True, 1, "FAILED: reproduction: reproduce.py ended with status 1"),
+    ],
+)
+def test_a_reproduction(kit, accuracy, finished, status, words):
+    script = kit.folder / "reproduce.py"
+    script.write_text(textwrap.dedent(REPRODUCTION).format(accuracy=accuracy, finished=finished, status=status))
+    plant = set_of("gpu.reproduction:SCRIPT", lambda _: script)
+    archive = images(kit.folder / "images.npz", 100)
+    done = kit.run("--only", "reproduction", plant=plant, KCD_CIFAR100=os.path.relpath(archive))
+    assert words in done.lines[-1] and done.status == ("FAILED" in words), (done.lines, done.log)
+
+
+def test_a_reproduction_of_something_else(kit):
+    data = images(kit.folder / "images.npz", 10)
+    done = kit.run("--only", "reproduction", KCD_CIFAR100=str(data))
+    assert done.status == 1 and "is not CIFAR-100: it has 10 classes" in done.lines[-1]
+    data.write_bytes(b"no archive")
+    done = kit.run("--only", "reproduction", KCD_CIFAR100=str(data))
+    assert done.status == 1 and "FAILED: reproduction: KCD_CIFAR100: " in done.lines[-1], done.log
+
+
+# ---- around the sections
+
+
+def test_a_library_that_is_there_is_called_not_built(kit):
+    replace(kit.tools / "cmake", "exit 1")
+    done = kit.run("--only", "large", KCD_LIBRARY="libkcd_ext.so")
+    assert done.status == 0 and f"KCD_LIBRARY names {Path.cwd() / 'libkcd_ext.so'}" in done.sections["build"]["summary"]
+
+
+def test_the_clock_runs_before_torch_is_imported():
+    code = "import sys, gpu.__main__; sys.exit('torch' in sys.modules or gpu.__main__._arguments().minutes != 8.5)"
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(BENCHMARKS)})
+    assert done.returncode == 0
+
+
+def test_the_script(tmp_path):
+    command = [BENCHMARKS / "gpu_check.sh", "--only", "benchmark"]
+    done = subprocess.run(command, env=os.environ | {"PYTHON": sys.executable}, capture_output=True, text=True)
+    assert done.returncode == 2 and "no section is called benchmark; there are build, conformance" in done.stderr
+    done = subprocess.run(command, env=os.environ | {"PYTHON": "no-python"}, capture_output=True, text=True)
+    assert done.returncode == 2 and "no-python is not there" in done.stderr
+
+
+def test_the_head_of_the_script_names_every_section(kit):
+    from gpu.sections import SECTIONS
+
+    head = (BENCHMARKS / "gpu_check.sh").read_text()
+    (names,) = re.findall(r"# Sections: ([a-z, \n#]+)\.", head)
+    assert re.findall("[a-z]+", names) == [section.name for section in SECTIONS]
+
+
+def test_tensors_move_as_they_lie():
+    from backends import there
+
+    memory = torch.arange(40.0)
+    for x in (memory.view(5, 8)[:, 1:4], memory[3:].as_strided((4, 3), (2, 1)), memory[:1].expand(3), torch.empty(0)):
+        moved = there(x, "meta")
+        assert (moved.shape, moved.stride(), moved.storage_offset()) == (x.shape, x.stride(), x.storage_offset())
+        assert moved.untyped_storage().nbytes() == x.untyped_storage().nbytes()
+
+
+# ---- in real processes
+
+
+@pytest.fixture
+def everywhere(kit, monkeypatch):
+    """The fake GPU and the fake tools in every process that this one starts."""
+    site = kit.folder / "site"
+    site.mkdir()
+    lines = ["import os", "os.environ.pop('KCD_LIBRARY', None)", "import fake_cuda", "fake_cuda.install()"]
+    (site / "sitecustomize.py").write_text("\n".join(lines))
+    folders = [site, CHECKOUT, BENCHMARKS, Path(__file__).parent]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(str, folders)))
+    monkeypatch.setenv("PATH", f"{kit.tools}:{os.environ['PATH']}")
+    monkeypatch.setenv("PYTHON", sys.executable)
+    monkeypatch.delenv("KCD_LIBRARY", raising=False)
+
+
+# What needs more of CUDA than the fake one has, and what the CPU's kernels refuse. The last takes the oracle a quarter of a minute.
+BEYOND = (
+    *(
+        "compile",
+        "trace",
+        "opcheck",
+        "gradcheck",
+        "twice",
+        "transforms",
+        "fake_tensors",
+        "autocast",
+        "graph",
+        "on_a_gpu",
+        "nccl",
+    ),
+    *("do_not_exist", "refuse", "many_rows"),
+)
+
+
+@pytest.mark.slow
+def test_the_operators_own_tests_run_on_cuda(kit, everywhere, monkeypatch):
+    """The section's command itself: every tensor of the tests is moved, and every test has its case on CUDA."""
+    from gpu import sections
+
+    monkeypatch.setenv("PYTEST_ADDOPTS", f"-k 'not ({' or '.join(BEYOND)})'")
+    monkeypatch.setattr(sections, "find_spec", lambda name: None)  # xdist would start processes on a busy machine
+    (section,) = (section for section in sections.SECTIONS if section.name == "conformance")
+    run = sections.Run(100.0, kit.folder, kit.folder / "counts", kit.folder)
+    done = subprocess.run(section.command(run), cwd=kit.folder, capture_output=True, text=True)
+    counts = json.loads(run.data.read_text())
+    assert counts["failed"] == counts["without_twin"] == [] and counts["passed"] > 400, done.stdout
+    assert counts["why_not_run"] == {"deselected": counts["tests"] - counts["passed"]} and done.returncode == 1
+    assert counts["tests"] < 1.25 * counts["passed"]
+
+
+@pytest.mark.slow
+def test_the_script_from_end_to_end(kit, everywhere):
+    command = [
+        str(BENCHMARKS / "gpu_check.sh"),
+        "--out",
+        str(kit.out),
+        "--only",
+        "sanitizers,graphs,large",
+        "--minutes",
+        "8",
+    ]
+    done = subprocess.run(command, cwd=kit.folder, capture_output=True, text=True)
+    results = json.loads((kit.out / "fake-gpu.json").read_text())
+    statuses = {section["name"]: section["status"] for section in results["sections"]}
+    passed = dict.fromkeys(("build", "sanitizers", "graphs"), "passed")
+    assert statuses == {**passed, "large": "cannot run here"} and done.returncode == 0, done.stdout + done.stderr
+    assert results["sections"][1]["data"][0]["summary"] == "0 errors, 40 of 40 cases, 0 wrong"
+    assert done.stdout.splitlines()[-1].startswith(
+        "gpu_check: passed: 3. Cannot run here: large: bfloat16 32769 × 65537: needs"
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("xdist") is None, reason="needs pytest-xdist")
+def test_tests_are_counted_over_workers(kit, tmp_path):
+    kit.write_tests(TEST.format(passes="device == 'cpu' or n == 1 or pytest.skip('no driver')"))
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-p",
+        "xdist",
+        "-p",
+        "gpu.tally",
+        "--tally",
+        "counts",
+        "-n",
+        "2",
+        "-m",
+        "gpu",
+        "tests",
+    ]
+    environment = {"PYTHONPATH": str(BENCHMARKS), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTEST_ADDOPTS": ""}
+    done = subprocess.run(command, cwd=tmp_path, env=os.environ | environment, capture_output=True, text=True)
+    counts = json.loads((tmp_path / "counts").read_text())
+    assert (counts["tests"], counts["passed"], counts["why_not_run"]) == (20, 10, {"Skipped: no driver": 10})
+    assert done.returncode == 1 and done.stdout.splitlines()[-1].startswith(
+        "10 of 20 tests for the GPU passed; 10 did not run"
+    )
