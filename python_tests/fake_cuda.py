@@ -243,6 +243,9 @@ def install() -> None:
         "CUDAGraph": CUDAGraph,
         "graph": _capturing,
         "_sleep": _sleep,
+        "default_generators": (torch.Generator(),),
+        "get_rng_state": lambda device=None: torch.get_rng_state(),
+        "set_rng_state": lambda state, device=None: torch.set_rng_state(state),
     }
     for name, fake in fakes.items():
         setattr(torch.cuda, name, fake)

@@ -13,6 +13,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from kcd_ext import condensed_kd_loss, reference
 
+pytestmark = pytest.mark.xdist_group("group")  # a worker of pytest-xdist would start the ranks for each of its tests
+
 RANKS, ROWS, CLASSES = 2, 12, 7
 # Device, torch.distributed's backend, number of ranks. NCCL takes no GPU for two of them; gloo does.
 WORLDS = {"cpu": ("cpu", "gloo", 2), "cuda": ("cuda", "gloo", 2), "cuda by nccl": ("cuda", "nccl", 1)}

@@ -42,7 +42,8 @@ def judge(tool: str, status: int | None, output: str) -> Verdict:
     said = [line.removeprefix("=========").strip() for line in output.splitlines() if line.startswith("=========")]
     said = [line for line in said if line not in ("", "COMPUTE-SANITIZER")]
     if READY not in output:  # not even torch's own first kernel ran
-        telling = [line for line in said if re.search(REFUSES, line, re.IGNORECASE)]
+        others = [line for line in output.splitlines() if re.search("device not supported", line, re.IGNORECASE)]
+        telling = [line for line in said if re.search(REFUSES, line, re.IGNORECASE)] + others
         if telling:
             return Verdict(tool, NOT_AVAILABLE, telling[0])
         if status is None:

@@ -105,7 +105,7 @@ def _tests(*names: str, parallel: bool) -> Callable[[Run], Sequence[str]]:
         processors = len(os.sched_getaffinity(0))
         workers = min(_MOST_WORKERS, processors // 2) if parallel and find_spec("xdist") is not None else 1
         if workers > 1:
-            options += ["-n", str(workers)]
+            options += ["-n", str(workers), "--dist", "loadgroup"]  # what starts processes for many tests does so once
         # The oracle and the small networks are slowed down by threads that wait for a processor.
         environment = ["env", f"OMP_NUM_THREADS={max(1, min(4, processors // workers))}"]
         return [*environment, sys.executable, "-m", "pytest", *options, *(str(TESTS / f"test_{x}.py") for x in names)]
@@ -125,7 +125,7 @@ SECTIONS = (
     Section("sanitizers", 130, _module("sanitizers")),
     Section("graphs", 20, _module("graphs")),
     Section("large", 25, _large),
-    Section("ncu", 40, _module("ncu")),
+    Section("ncu", 60, _module("ncu")),
     Section("benchmarks", 205, _module("benchmark")),
     Section(
         "reproduction",

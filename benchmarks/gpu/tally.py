@@ -48,22 +48,23 @@ class Tally:
     def __init__(self, config: pytest.Config) -> None:
         self._path: Path = config.getoption("tally")
         self._worker = getattr(config, "workeroutput", None)
-        self._collected: dict[str, list[str]] = {"marked": [], "without_twin": []}
+        self._marked: list[pytest.Item] = []  # whose ids pytest-xdist changes after they are collected
+        self._deselected: list[pytest.Item] = []
+        self._collected: dict[str, list[str]] = {"marked": [], "without_twin": [], "deselected": []}
         self._ran: set[str] = set()
         self._failed: dict[str, None] = {}  # in order
         self._skipped: dict[str, str] = {}
-        self._deselected: set[str] = set()
         self._summary = "pytest came to no end"
 
     @pytest.hookimpl(tryfirst=True)  # before any test is deselected
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         """Sees all tests."""
-        marked = [item.nodeid for item in items if item.get_closest_marker("gpu")]
-        self._collected = {"marked": marked, "without_twin": without_twin(items)}
+        self._marked = [item for item in items if item.get_closest_marker("gpu")]
+        self._collected["without_twin"] = without_twin(items)
 
     def pytest_deselected(self, items: Sequence[pytest.Item]) -> None:
         """Hears what an option leaves out."""
-        self._deselected.update(item.nodeid for item in items)
+        self._deselected += items
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_testnodedown(self, node: object) -> None:
@@ -87,6 +88,8 @@ class Tally:
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
         """Writes the counts, and lets pytest fail where tests are missing."""
+        for name, items in (("marked", self._marked), ("deselected", self._deselected)):
+            self._collected[name] += [item.nodeid for item in items]
         if self._worker is not None:
             self._worker[WORKERS] = self._collected
             return
@@ -120,7 +123,7 @@ class Tally:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
     def _why_not(self, name: str) -> str:
-        return "deselected" if name in self._deselected else "not reached"
+        return "deselected" if name in self._collected["deselected"] else "not reached"
 
     def pytest_unconfigure(self) -> None:
         """Prints the last line."""
