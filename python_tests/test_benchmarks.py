@@ -5,7 +5,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 import types
 from pathlib import Path
 
@@ -233,71 +232,3 @@ def test_ceilings_are_compiled_as_the_kernels_are():
     # In double it takes more steps on half as many numbers a vector.
     single, double = (compiled.exponentials_per_second(in_double=wide, threads=1) for wide in (False, True))
     assert single > double > 0
-
-
-def test_the_kits_section_measures_by_events(monkeypatch, tmp_path, capsys):
-    """What is written for CUDA, with the CPU in its place: a clock that torch's events read off, an allocator that counts."""
-
-    class Event:
-        def __init__(self, enable_timing):
-            assert enable_timing
-
-        def record(self):
-            self.time = time.perf_counter()
-
-        def elapsed_time(self, end):
-            return 1e3 * (end.time - self.time)
-
-    gpu = types.SimpleNamespace(name="A GPU", multi_processor_count=2, L2_cache_size=100_000)
-    fake = {
-        "Event": Event,
-        "synchronize": lambda: None,
-        "empty_cache": lambda: None,
-        "get_device_properties": lambda _: gpu,
-        "mem_get_info": lambda: (2**22, 2**22),
-        "memory_allocated": lambda: 1000,
-        "max_memory_allocated": lambda: 1234,
-        "reset_peak_memory_stats": lambda: None,
-    }
-    for name, function in fake.items():
-        monkeypatch.setattr(torch.cuda, name, function)
-    from gpu import benchmark, report
-    from harness import cuda
-    from harness.places import Shape
-
-    def absent():
-        raise ImportError("no Liger-Kernel")
-
-    monkeypatch.setattr("harness.candidates.ligers", absent)
-    monkeypatch.setattr(cuda.Cuda, "kind", "cpu")
-    monkeypatch.setattr(cuda, "nvidia_smi", lambda field: "1980")
-    monkeypatch.setattr(cuda, "launches", lambda call: call() is not None and cuda.Launches(2.0, 1.0, 0.0, 5.5))
-    monkeypatch.setattr(benchmark, "SHAPES", (Shape(16, 100), Shape(8, 300, torch.float64)))
-    monkeypatch.setattr(benchmark, "MOST_SECONDS", 0.01)
-    monkeypatch.setattr(benchmark, "wanted", lambda candidate, place: not candidate.compiles)
-    path = tmp_path / "figures.json"
-    monkeypatch.setattr(sys, "argv", ["benchmark", "--seconds", "60", "--data", str(path)])
-    assert benchmark.main() == 0
-    figures = json.loads(path.read_text())
-    assert capsys.readouterr().out.splitlines()[-1] == f"{len(figures['rows'])} measured"
-    assert figures["exponentials_per_second"] == 1980e6 * 2 * 16 and figures["clock_under_load_hz"] == 1980e6
-    # Two shapes, three keeps: three candidates forward and backward, forward alone not the one in place.
-    rows = figures["rows"]
-    assert len(rows) == 2 * 3 * (3 + 2) and all(row["kernels"] == 2 and row["peak_bytes"] == 234 for row in rows)
-    row = next(row for row in rows if row["keep"] == 0.7 and row["direction"] == "forward + backward")
-    moved, rate = (3 * 16 + 2 * 11) * 400, figures["copy_bytes_per_second"]
-    assert row["floor_us"] == pytest.approx(1e6 * max(moved / rate, 100 * 2 * (16 + 11) / (1980e6 * 32)), abs=0.01)
-    sections = [{"name": "benchmarks", "status": "passed", "seconds": 1.0, "summary": "", "data": figures}]
-    facts = dict.fromkeys(["driver", "torch", "nvcc", "triton", "liger_kernel", "python", "processor", "platform"])
-    machine = facts | {
-        "gpu": "A GPU",
-        "compute_capability": "9.0",
-        "multiprocessors": 2,
-        "memory_bytes": 1,
-        "l2_bytes": 1,
-    }
-    run = {"machine": machine | {"commit": None}, "sections": sections, "started": "", "not_asked_for": []}
-    text = report.markdown(run | {"wheels": {"refused": []}})
-    for heading in ("Ceilings", "Time of a call, forward", "Memory of a call, forward", "Launches of a call", "Errors"):
-        assert f"## {heading}" in text
-    assert "| 2 + 1 + 0: 5.5 |" in text

@@ -328,8 +328,15 @@ def test_every_section_passes(kit):
     assert done.lines[-1] == f"gpu_check: passed: 8. Cannot run here: {unset}"
     assert done.md.startswith(f"# Fake GPU\n\n**{done.results['verdict']}**\n\n## Sections")
     assert "| conformance | passed | 10 of 10 |" in done.md and "could not be written" not in done.md
-    for heading in ("Time of a call, forward", "Time of a call replayed, forward + backward", "What warps wait for"):
+    of_a_call = (
+        "Time of a call, forward",
+        "Time of a call replayed, forward",
+        "Memory of a call, forward",
+        "Launches of a call",
+    )
+    for heading in ("Machine", "Ceilings", *of_a_call, "Errors", "Not measured", "What warps wait for"):
         assert f"## {heading}" in done.md
+    assert "| 2 + 1 + 0: 5.5 |" in done.md
 
     verdicts = {each["tool"]: each for each in done.sections["sanitizers"]["data"]}
     assert list(verdicts) == ["memcheck", "racecheck", "initcheck", "synccheck"]
@@ -341,8 +348,15 @@ def test_every_section_passes(kit):
     assert (round(kernel["microseconds"], 3), kernel["dram_percent"]) == (371.424, 71.5) and kernel["stalls"] == STALLS
     whole = sum(STALLS.values())
     assert f"long_scoreboard {9.5 / whole:.0%}, wait {2.1 / whole:.0%}, branch_resolving {1.25 / whole:.0%}" in done.md
-    rows = done.sections["benchmarks"]["data"]["rows"]
-    assert all(row["status"] == "measured" for row in rows)
+    figures = done.sections["benchmarks"]["data"]
+    rows = figures["rows"]
+    # Two shapes, two keeps: three candidates forward and backward, forward alone not the one in place; one place for ours alone.
+    assert len(rows) == 2 * 2 * (3 + 2) + 2
+    assert all(row["status"] == "measured" and row["kernels"] == 2 and row["peak_bytes"] == 234 for row in rows)
+    assert figures["exponentials_per_second"] == 1980e6 * 2 * 16 and figures["clock_under_load_hz"] == 1980e6
+    row = next(row for row in rows if row["keep"] == 0.7 and row["direction"] == "forward + backward")
+    moved, rate = (3 * 16 + 2 * 11) * 400, figures["copy_bytes_per_second"]
+    assert row["floor_us"] == pytest.approx(1e6 * max(moved / rate, 100 * 2 * (16 + 11) / (1980e6 * 32)), abs=0.01)
     replayed = {(row["candidate"], row["rows"], row["keep"]) for row in rows if "replay_us" in row}
     assert replayed == {
         ("kcd_ext", 64, 1.0),
