@@ -8,7 +8,6 @@ far as these programs use them. `install()` lasts as long as the process.
 import contextlib
 import time
 import types
-from multiprocessing.reduction import ForkingPickler  # noqa: F401 - torch.multiprocessing.reductions needs it imported
 
 import torch
 from torch import Tensor
