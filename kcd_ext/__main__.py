@@ -2,7 +2,8 @@
 
 import sys
 
-from .cli import main, without_current_folder
+from .cli import main
+from .kcd import without_current_folder
 
 if __name__ == "__main__":
     without_current_folder()

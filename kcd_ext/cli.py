@@ -1,8 +1,11 @@
-"""The command `kcd`: a thin shell that turns options into calls, and errors into one line and an exit code."""
+"""The command `kcd`: a thin shell that turns options into calls, and errors into one line and an exit code.
+
+`kcd.py` runs this file as `kcd.cli`, without the package's `__init__.py`, which imports torch. So this file, and each that it
+imports at the top, imports no other part of the package there. Functions import such parts, by their names in `kcd_ext`.
+"""
 
 import codecs
 import importlib
-import inspect
 import io
 import itertools
 import os
@@ -11,29 +14,56 @@ import shutil
 import sys
 import textwrap
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from functools import reduce
+from importlib import metadata
 from operator import or_
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
-from . import processes, terminal  # what imports torch comes later: Ctrl-C before `main` shows where it struck
+from . import processes, terminal
 from .describe import LENGTH, brief
-from .import_path import searching
 from .processes import BAD_INPUT
 from .registry import did_you_mean, unknown
 
 DESCRIPTION = """Knowledge Condensation Distillation: distil only what the student has still to learn.
 
 kcd COMMAND --help describes a command, kcd --version prints the version."""
+
+
+class _Place(NamedTuple):
+    """Where a command is, and the first line of its docstring, which is shown without importing it."""
+
+    kind: str
+    sentence: str
+
+
 COMMANDS = {
-    "distill": "kcd_ext.training.commands:Distill",
-    "teacher": "kcd_ext.training.commands:Train",
-    "report": "kcd_ext.training.compare:Report",
-    "evaluate": "kcd_ext.training.evaluate:Evaluate",
-    "demo": "kcd_ext.training.demo:Demo",
-    "info": f"{__name__}:Info",
+    "distill": _Place(
+        "kcd_ext.training.commands:Distill",
+        "Distils a student from a teacher, by one seed or several, and writes a report.",
+    ),
+    "teacher": _Place(
+        "kcd_ext.training.commands:Train",
+        "Trains a teacher with cross entropy. Its folder is what --teacher of `kcd distill` takes.",
+    ),
+    "report": _Place(
+        "kcd_ext.training.compare:Report",
+        "Compares runs in one page: tables, curves, values, and what their options differ in.",
+    ),
+    "evaluate": _Place(
+        "kcd_ext.training.evaluate:Evaluate",
+        "Measures what finished runs have really distilled, on the test images of each.",
+    ),
+    "demo": _Place(
+        "kcd_ext.training.demo:Demo",
+        "Distils real images in about a minute and writes a report.",
+    ),
+    "info": _Place(
+        f"{__name__}:Info",
+        "Prints versions, instruction sets and devices, to paste into a bug report.",
+    ),
 }
 TOGETHER = ("distill", "teacher")  # the work of several processes; the others are that of the first
 HELP = ("-h", "--help")
@@ -50,7 +80,7 @@ class Info:
 
     def run(self) -> None:
         """Works without any extra installed."""
-        from . import environment
+        from kcd_ext import environment
 
         facts = environment.describe()
         width = max(map(len, facts))
@@ -71,10 +101,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal without ± is no reason to fail
     try:
-        with warnings.catch_warnings(record=True) as caught, _interrupts_show(), _searching_here():
+        with warnings.catch_warnings(record=True) as caught, _interrupts_show():
             with processes.first_one_says():
                 command = _parse(sys.argv[1:] if arguments is None else list(arguments))
-            command()
+            with _searching_here():
+                command()
             processes.part()
         sys.stdout.flush()
     except BrokenPipeError:  # nobody reads what is printed, which comes last: all the work is done
@@ -100,23 +131,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def without_current_folder() -> None:
-    """Take away the current folder that `python -m` puts before all other places that modules are imported from."""
-    if not sys.flags.safe_path and sys.path and sys.path[0] == _current_folder():
-        del sys.path[0]
-
-
 def _searching_here() -> Any:
-    folder = _current_folder()
-    return nullcontext() if folder is None else searching(folder)
-
-
-def _current_folder() -> str | None:
-    """Return it, or None where it has been deleted."""
+    """Return the context in which the package, if it is imported, finds the user's modules in the current folder."""
+    package = sys.modules.get("kcd_ext.import_path")
     try:
-        return os.getcwd()
-    except OSError:
-        return None
+        return nullcontext() if package is None else package.searching(os.getcwd())
+    except OSError:  # the folder has been deleted
+        return nullcontext()
 
 
 def _open_streams() -> None:
@@ -143,29 +164,35 @@ def _parse(arguments: list[str]) -> Callable[[], None]:
     if arguments == ["info"]:
         return Info().run if alone else _nothing
     name, *options = arguments or [""]
-    overview = name in HELP or name.startswith("--tyro-")  # of its own: completions for shells
-    if name not in COMMANDS and not overview:
+    if name in HELP:
+        return (lambda: terminal.show(*_overview())) if alone else _nothing
+    completions = name.startswith("--tyro-")  # for shells
+    if name not in COMMANDS and not completions:
         raise _no_command(name, options)
+    kinds = _imported(COMMANDS if completions else [name])
+    with _searching_here():
+        if completions:
+            text = _completions(kinds, arguments)
+        elif not {*HELP}.isdisjoint(options):
+            text = _Command(name, kinds[name]).help([option for option in options if option not in HELP])
+        else:
+            asked = _Command(name, kinds[name]).read(options)
+            return asked.run if alone or name in TOGETHER else _nothing
+    return (lambda: terminal.show(*text)) if alone else _nothing
+
+
+def _imported(commands: Iterable[str]) -> dict[str, type]:
+    """Return the classes of these commands. Raises ImportError where a package is missing."""
+    kinds = {}
     try:
         import tyro  # noqa: F401
 
-        kinds = {command: _kind(command) for command in COMMANDS if overview or command == name}
-    except ImportError as error:
+        for command in commands:
+            module, _, name = COMMANDS[command].kind.partition(":")
+            kinds[command] = getattr(importlib.import_module(module), name)
+    except ModuleNotFoundError as error:
         raise ImportError(f'kcd needs the package {error.name}: pip install "kcd-ext[train]"') from error
-    if overview:
-        text = _overview(kinds, arguments)
-        return (lambda: terminal.show(*text)) if alone else _nothing
-    command = _Command(name, kinds[name])
-    if not {*HELP}.isdisjoint(options):
-        text = command.help([option for option in options if option not in HELP])
-        return (lambda: terminal.show(*text)) if alone else _nothing
-    asked = command.read(options)
-    return asked.run if alone or name in TOGETHER else _nothing
-
-
-def _kind(command: str) -> type:
-    module, _, name = COMMANDS[command].partition(":")
-    return getattr(importlib.import_module(module), name)
+    return kinds
 
 
 def _no_command(name: str, options: Sequence[str]) -> ValueError:
@@ -182,14 +209,23 @@ def _no_command(name: str, options: Sequence[str]) -> ValueError:
     return ValueError(f"{unknown('command', name, COMMANDS)} (see kcd --help)")
 
 
-def _overview(kinds: Mapping[str, type], arguments: list[str]) -> list[str]:
+def _overview() -> list[str]:
     """Return the help of `kcd` itself: every command in a sentence."""
+    indent = " " * (max(map(len, COMMANDS)) + 4)
+    commands = [
+        line
+        for name, place in COMMANDS.items()
+        for line in _folded(place.sentence, f"  {name}".ljust(len(indent)), indent)
+    ]
+    description = [line for paragraph in DESCRIPTION.splitlines() for line in _folded(paragraph)]
+    return ["usage: kcd COMMAND [OPTIONS]", "", *description, "", "commands:", *commands]
+
+
+def _completions(kinds: Mapping[str, type], arguments: list[str]) -> list[str]:
+    """Return what a shell reads to complete the commands and their options."""
     from tyro.conf import subcommand
 
-    commands = [
-        Annotated[kind, subcommand(name, description=inspect.getdoc(kind).partition("\n")[0])]
-        for name, kind in kinds.items()
-    ]
+    commands = [Annotated[kind, subcommand(name, description=COMMANDS[name].sentence)] for name, kind in kinds.items()]
     return _printed(lambda tyro: tyro.cli(reduce(or_, commands), args=arguments, prog="kcd", description=DESCRIPTION))
 
 
@@ -313,9 +349,11 @@ def _columns(number: int) -> Iterator[None]:
 
 
 def _version() -> None:
-    from . import __version__
-
-    terminal.show(f"kcd {__version__}")
+    try:
+        version = metadata.version("kcd-ext")
+    except metadata.PackageNotFoundError:  # run from a source folder
+        from kcd_ext import __version__ as version
+    terminal.show(f"kcd {version}")
 
 
 def _nothing() -> None:
@@ -365,5 +403,7 @@ def _fail(*parts: str, code: int) -> int:
 
 
 if __name__ == "__main__":
+    from .kcd import without_current_folder
+
     without_current_folder()
     sys.exit(main())
