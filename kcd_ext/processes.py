@@ -11,6 +11,12 @@ BAD_INPUT = 2  # the exit code
 # processes are to meet: others start runs that have nothing to do with each other by it.
 SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
+HERE = (  # processes of this machine
+    "LOCAL_WORLD_SIZE",
+    "MPI_LOCALNRANKS",
+    "OMPI_COMM_WORLD_LOCAL_SIZE",
+    "MV2_COMM_WORLD_LOCAL_SIZE",
+)
 LOST = re.compile(  # of gloo's, NCCL's and the store's messages
     "connection closed|connection was lost|pair closure|socket closed|reset by peer|broken pipe|remote process exited",
     re.IGNORECASE,
@@ -25,6 +31,11 @@ def number() -> int:
 def count() -> int:
     """Of the processes of the command."""
     return _said_by(SIZES, 1)
+
+
+def count_here() -> int:
+    """Of the processes of the command on this machine; all of them where the launcher does not say it."""
+    return max(1, _said_by(HERE, count())) if count() > 1 else 1
 
 
 def _said_by(names: tuple[str, ...], otherwise: int) -> int:

@@ -33,7 +33,7 @@ ENTRIES = {
     "report.png",
 }
 METHODS = ["teacher", "student", "kd", "random", "kc-kd"]
-SMALL = ["demo", "--data", "digits", "--epochs", "6", "--device", "cpu"]
+SMALL = ["demo", "--data", "digits", "--epochs", "6", "--threads", "1", "--device", "cpu"]
 TIMEOUT = 180
 WITH_TESTS = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
 

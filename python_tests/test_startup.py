@@ -2,7 +2,9 @@
 
 import importlib
 import inspect
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,9 +13,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from kcd_ext import __version__, cli
+from kcd_ext import __version__, cli, processes
 from kcd_ext.data import load
+from kcd_ext.data.images import ImageSet
+from kcd_ext.data.views import Views
+from kcd_ext.training import threads
+from kcd_ext.training.folder import RunFolder
 
 PACKAGE = Path(cli.__file__).parent
 TIMEOUT = 180
@@ -116,3 +123,144 @@ def test_tables_are_those_that_the_packages_load():
     images, labels = load_digits(return_X_y=True)
     assert everything(load("digits")) == sorted(map(tuple, np.c_[np.rint(images * (255 / 16)), labels]))
     assert everything(load("mnist5k")) == sorted(map(tuple, np.c_[mnist_data()]))
+
+
+# --- threads ----------------------------------------------------------------------------------------------------------
+
+GIGA = 10**9
+
+
+@pytest.mark.parametrize(
+    ("flops", "available", "count"),
+    [
+        (None, 8, 1),
+        (0, 8, 1),
+        (32 * GIGA - 1, 8, 1),
+        (32 * GIGA, 8, 2),
+        (32 * GIGA, 1, 1),
+        (100 * GIGA, 64, 6),
+        (10**18, 8, 8),
+    ],
+)
+def test_the_rule(flops, available, count):
+    assert threads.rule(flops, available) == count
+
+
+@pytest.mark.parametrize(
+    ("usable", "of_torch", "launched", "count"),
+    [
+        (8, 8, {}, 8),
+        (8, 3, {}, 3),  # OMP_NUM_THREADS
+        (2, 8, {}, 2),  # taskset
+        (8, 8, {"WORLD_SIZE": "6", "LOCAL_WORLD_SIZE": "3"}, 2),
+        (8, 8, {"WORLD_SIZE": "4"}, 2),
+        (2, 8, {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4"}, 1),
+        (8, 8, {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_SIZE": "2", "MASTER_ADDR": "here"}, 4),
+    ],
+)
+def test_available_threads(usable, of_torch, launched, count, monkeypatch):
+    for name in (*processes.SIZES, *processes.HERE, "MASTER_ADDR"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in launched.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(usable)))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: of_torch)
+    assert threads.available() == count
+
+
+def test_flops_of_a_step():
+    images = np.zeros((10, 2, 3, 1), np.uint8)
+    held = ImageSet(images, np.zeros(10, np.int64), Views(mean=(0.0,), std=(1.0,)))
+    student, teacher = (torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(6, n)) for n in (5, 7))
+    a_row, of_teacher = 3 * 2 * 6 * 5, 2 * 6 * 7
+    assert threads.step_flops(student, None, held, 4, "cpu") == 4 * a_row
+    assert threads.step_flops(student, teacher, held, 64, "cpu") == 10 * (a_row + of_teacher)
+    assert threads.step_flops(student, teacher, held, 64, "cuda") == 0
+    assert threads.step_flops(torch.nn.Linear(5, 5), teacher, held, 4, "cpu") is None
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    """Options for twenty images, where every two FLOPs get a thread, and the number of available threads may be set."""
+    monkeypatch.chdir(tmp_path)
+    images, labels = np.random.default_rng(0).integers(0, 256, (20, 8, 8), np.uint8), np.arange(20) % 2
+    np.savez("x.npz", x_train=images, y_train=labels, x_test=images, y_test=labels)
+    monkeypatch.setattr(threads, "FLOPS_OF_A_THREAD", 2)
+    options = ["--data", "x.npz", "--epochs", "2", "--batch-size", "10", "--device", "cpu"]
+    networks = ["--teacher", "cnn_large", "--student", "cnn_small"]
+
+    def set_available(count):
+        monkeypatch.setattr(threads, "available", lambda: count)
+
+    set_available(2)
+    return [*options, *networks], set_available
+
+
+def threads_in(folder, name="config.json"):
+    return {json.loads(path.read_text())["threads"] for path in Path(folder).rglob(name) if path.parent.name != "demo"}
+
+
+def test_an_interrupted_run_goes_on_with_its_threads(small, monkeypatch, capfd):
+    options, set_available = small
+    assert cli.main(["distill", *options, "--output", "whole"]) == 0
+    assert "kcd: threads 2 for teacher (" in capfd.readouterr().err and threads_in("whole") == {2}
+    keep = RunFolder.keep
+
+    def interrupted(*arguments):
+        keep(*arguments)
+        raise KeyboardInterrupt
+
+    for _ in ("teacher", "student"):
+        with monkeypatch.context() as patch:
+            patch.setattr(RunFolder, "keep", interrupted)
+            assert cli.main(["distill", *options, "--output", "broken", "--resume"]) == 130
+        set_available(1)  # as on another machine
+    capfd.readouterr()
+    assert cli.main(["distill", *options, "--output", "broken", "--resume"]) == 0
+    error = capfd.readouterr().err
+    assert "kcd: threads 2 (as the run began)\n" in error and "bit for bit" not in error
+    assert threads_in("broken") == threads_in("broken", "run.json") == {2}
+    for weights in ("student.safetensors", "teacher/student.safetensors"):
+        assert Path("broken", weights).read_bytes() == Path("whole", weights).read_bytes()
+
+
+def test_other_threads_that_the_user_asks_for_are_warned_of(small, monkeypatch, capfd):
+    options, _ = small
+    run = ["distill", *options, "--method", "ce", "--output", "run", "--threads"]
+    run = [word for word in run if word not in ("--teacher", "cnn_large")]
+    keep = RunFolder.keep
+
+    def interrupted(*arguments):
+        keep(*arguments)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "keep", interrupted)
+        assert cli.main([*run, "1"]) == 130
+    assert threads_in("run") == {1}
+    assert cli.main([*run, "2", "--resume"]) == 0
+    assert "was written with 1 threads of torch, this process has 2" in capfd.readouterr().err
+    assert threads_in("run") == {2}
+
+
+@pytest.mark.parametrize("wrong", [0, "two", 1.5, True])
+def test_a_damaged_number_of_threads_is_named(wrong, small, capfd):
+    options, _ = small
+    assert cli.main(["distill", *options, "--output", "run", "--threads", "1"]) == 0
+    path = Path("run/config.json")
+    path.write_text(json.dumps({**json.loads(path.read_text()), "threads": wrong}))
+    capfd.readouterr()
+    assert cli.main(["distill", *options, "--output", "run", "--resume"]) == 2
+    assert capfd.readouterr().err.startswith("kcd: run/config.json is damaged: threads must be")
+
+
+def test_demo_and_evaluation(small, capfd):
+    options, set_available = small
+    set_available(2)
+    assert cli.main(["demo", *options, "--keep", "0.5", "--output", "demo"]) == 0
+    error = capfd.readouterr().err
+    assert re.match(r"kcd: threads 2 for teacher \(.*\), 2 for student \(.*\), 2 for kd, random, kc-kd \(.*\)\n", error)
+    assert threads_in("demo") == {2}
+    assert cli.main(["evaluate", "demo/checkpoint/seed-0/kd"]) == 0
+    assert re.search(r"^kcd: threads 2 \(.*FLOPs a batch\)\n", capfd.readouterr().err)
+    assert threads_in("demo", "evaluation.json") == {2}

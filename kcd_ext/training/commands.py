@@ -145,7 +145,7 @@ class Distill:
     resume: Annotated[bool, FlagCreatePairsOff] = False
     """Goes on with what an interrupted command of the same options has left there."""
     threads: int | None = None
-    """Threads of torch on the CPU. None: as many as torch takes."""
+    """Threads of torch on the CPU. None: those with which the run began, else one for every 16 GFLOPs of a training step."""
     recipe: Annotated[Said, arg(name="")] = field(default_factory=Said)
 
     def implied(self) -> "Distill":
@@ -175,8 +175,7 @@ class Distill:
             KeyboardInterrupt: with a message that says how to go on.
         """
         with processes.first_one_says():
-            job = self._job()
-            job.check()
+            job = self._job().checked()
         job.run()
 
     @property
@@ -257,7 +256,7 @@ class Train:
     resume: Annotated[bool, FlagCreatePairsOff] = False
     """Goes on with what an interrupted command of the same options has left there."""
     threads: int | None = None
-    """Threads of torch on the CPU. None: as many as torch takes."""
+    """Threads of torch on the CPU. None: those with which the run began, else one for every 16 GFLOPs of a training step."""
     images: Annotated[Images, arg(name="")] = Images()
     recipe: Annotated[Said, arg(name="")] = field(default_factory=lambda: Said(method=ALONE))
 
@@ -272,8 +271,7 @@ class Train:
     def run(self) -> None:
         """As `Distill.run`."""
         with processes.first_one_says():
-            job = self._job()
-            job.check()
+            job = self._job().checked()
         job.run()
 
     def _job(self) -> Job:

@@ -19,13 +19,14 @@ from . import report, runs, storage, teachers
 from .checks import check_networks
 from .device import threads
 from .job import REPORT, TEACHER, about
-from .progress import bar_over
+from .progress import bar_over, note
 from .randomness import seeded
 from .recipe import Condense, Recipe
 from .staging import CONFIG, Staging
 from .summary import Summary, as_text, cells, results
 from .teachers import Teacher
-from .trainer import distill
+from .threads import Threads, announcement, choose, step_flops
+from .trainer import build_method, distill
 
 COMMAND = "kcd demo"
 CONDENSED = "kc-kd"
@@ -71,8 +72,8 @@ class Demo:
     """As --teacher."""
     device: str = "auto"
     """auto (CUDA where there is one), cpu or cuda."""
-    threads: int = 1
-    """Threads of torch on the CPU. Networks this small gain little from more, and lose much on a busy machine."""
+    threads: int | None = None
+    """Threads of torch on the CPU. None: those with which a run began, else one for every 16 GFLOPs of a training step."""
     resume: bool = False
     """Goes on with a demo that was interrupted, given the same options."""
 
@@ -111,8 +112,7 @@ class Demo:
             self._check_same_options(staging.partial / CONFIG, config)
             storage.write_json(staging.partial / CONFIG, config)
             try:
-                with threads(self.threads):
-                    summaries = list(self._summaries(plan, data, staging.partial))
+                summaries = list(self._summaries(plan, data, staging.partial))
             except KeyboardInterrupt:
                 message = f"finished runs are in {staging.partial}; --resume goes on with them"
                 raise KeyboardInterrupt(message) from None
@@ -126,7 +126,8 @@ class Demo:
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds must be one or more different integers, got {describe(self.seeds)}")
         whole("epochs", self.epochs, 2)
-        whole("threads", self.threads, 1)
+        if self.threads is not None:
+            whole("threads", self.threads, 1)
         return [self.recipes(seed) for seed in self.seeds]
 
     def _check_something_is_dropped(self, recipe: Recipe, samples: int) -> None:
@@ -157,28 +158,51 @@ class Demo:
         with seeded(0):
             check_networks(student, teacher, data.train, data.test, torch.device("cpu"))
 
+    def _choose_threads(self, plan: list[dict[str, Recipe]], data: ImageData, folder: Path) -> dict[Path, Threads]:
+        """Choose the threads of the run in each folder. Raises ValueError where a config.json there is damaged."""
+        labels = {_folder_of(recipe, folder): label for recipes in plan for label, recipe in recipes.items()}
+        if self.threads is not None:
+            return dict.fromkeys(labels, Threads(self.threads))
+        teacher, student = (teachers.build(name, data, 0) for name in (self.teacher, self.student))
+        flops = {}
+        for label, recipe in plan[0].items():
+            network = teacher if label == TEACHER else student
+            asked = teacher if build_method(recipe).needs_teacher else None
+            flops[label] = step_flops(network, asked, data.train, recipe.batch_size, recipe.device)
+        return choose(labels, flops)
+
     def _summaries(self, plan: list[dict[str, Recipe]], data: ImageData, folder: Path) -> Iterator[Summary]:
         """One after the other; what is finished is on disk before the next one starts."""
         summaries: list[Summary] = []
+        chosen = self._choose_threads(plan, data, folder)
+        if told := announcement((home.name, threads) for home, threads in chosen.items()):
+            note(told)
         with bar_over(sum(map(len, plan)), self.epochs) as bar:
             for recipes in plan:
                 teacher: nn.Module | None = None
                 for label, recipe in recipes.items():
                     name = self.student if teacher else self.teacher
                     network = teachers.build(name, data, recipe.seed)
-                    summary = distill(
-                        network,
-                        teacher,
-                        data.train,
-                        data.test,
-                        recipe,
-                        output=folder / "checkpoint" / f"seed-{recipe.seed}" / label,
-                        resume=True,  # of a folder that is new unless the user asked to go on with it
-                        progress=bar.begin(f"seed {recipe.seed}, {label}"),
-                        about=about(
-                            COMMAND, data, {"spec": self.data}, name, Teacher(self.teacher) if teacher else None
-                        ),
-                    )
+                    output = _folder_of(recipe, folder)
+                    with threads(chosen[output].count):
+                        summary = distill(
+                            network,
+                            teacher,
+                            data.train,
+                            data.test,
+                            recipe,
+                            output=output,
+                            resume=True,  # of a folder that is new unless the user asked to go on with it
+                            progress=bar.begin(f"seed {recipe.seed}, {label}"),
+                            about=about(
+                                COMMAND,
+                                data,
+                                {"spec": self.data},
+                                name,
+                                Teacher(self.teacher) if teacher else None,
+                                {home.name: threads.count for home, threads in chosen.items()},
+                            ),
+                        )
                     bar.end()
                     teacher = teacher or network
                     summaries.append(summary)
@@ -198,6 +222,10 @@ class Demo:
             class_names=data.class_names,
             config=config,
         )
+
+
+def _folder_of(recipe: Recipe, folder: Path) -> Path:
+    return folder / "checkpoint" / f"seed-{recipe.seed}" / recipe.label
 
 
 def _write_results(folder: Path, dataset: str, seeds: tuple[int, ...], summaries: list[Summary]) -> None:

@@ -26,6 +26,7 @@ from .progress import note
 from .runs import Normalisation
 from .summary import Summary, as_text
 from .teachers import WEIGHTS, Teacher
+from .threads import Threads, announcement, batch_flops, by_rule
 from .trainer import EVALUATED
 
 SEED = 0  # of weights that those of a file replace
@@ -63,7 +64,7 @@ class Evaluate:
     device: str = "auto"
     """auto (CUDA where there is one), cpu or cuda."""
     threads: int | None = None
-    """Threads of torch on the CPU. None: as many as torch takes."""
+    """Threads of torch on the CPU. None: one for every 16 GFLOPs of a batch."""
 
     def run(self) -> None:
         """Checks everything, evaluates, writes and prints a table. Of several runs those that cannot be are left out.
@@ -86,23 +87,26 @@ class Evaluate:
             _check_targets(pages, plans)
             for line in dict.fromkeys(line for plan in plans for line in plan.of_teacher.told(plan.data)):
                 note(line)
-            stack.enter_context(threads(self.threads))
             device = stack.enter_context(accelerator_on(self.device, "no")).device
-            found: list[tuple[_Plan, Evaluation]] = []
+            found: list[tuple[_Plan, Evaluation, Threads]] = []
             for plan in plans:
                 try:
-                    found.append((plan, plan.evaluated(device, self.temperatures, pairs)))
+                    chosen = Threads(self.threads) if self.threads is not None else by_rule(plan.flops(device), "batch")
+                    with threads(chosen.count):
+                        found.append((plan, plan.evaluated(device, self.temperatures, pairs), chosen))
                 except CANNOT as error:
                     left_out.append(self._left_out(plan.run.folder, error))
             if not found:
                 raise ValueError(f"there is nothing to evaluate: {left_out[0]}")
-            _check_targets(pages, [plan for plan, _ in found])
-            for plan, evaluation in found:
-                plan.write(evaluation)
-            done = {plan.run.folder.resolve() for plan, _ in found}
+            if told := announcement((_shown(plan.run.folder), chosen) for plan, _, chosen in found):
+                note(told)
+            _check_targets(pages, [plan for plan, *_ in found])
+            for plan, evaluation, chosen in found:
+                plan.write(evaluation, chosen.count)
+            done = {plan.run.folder.resolve() for plan, *_ in found}
             pages = {home: held for home, held in pages.items() if done & {folder.resolve() for folder in held}}
             whole = {home: _write_page(home / REPORT[0], folders) for home, folders in pages.items()}
-            summaries = [plan.named() for plan, _ in found]
+            summaries = [plan.named() for plan, *_ in found]
         terminal.show(*as_text(report.evaluation_table(summaries)), "")
         terminal.show(*report.notes_on_teachers(summaries), *(f"left out: {note}" for note in left_out))
         for home, has_column in whole.items():
@@ -271,7 +275,11 @@ class _Plan:
             class_names=self.data.class_names,
         )
 
-    def write(self, evaluation: Evaluation) -> None:
+    def flops(self, device: torch.device) -> int | None:
+        """Return those that the CPU does for a batch."""
+        return batch_flops([(1, self.student), (1, self.teacher)], self.data.test, EVALUATED, device.type)
+
+    def write(self, evaluation: Evaluation, threads: int) -> None:
         content = {
             "data": self.data.name,
             "test_samples": digest_of_samples(self.data.test),
@@ -282,6 +290,7 @@ class _Plan:
             "teacher": digest(self.teacher.state_dict()),
             "run": runs.student_of(self.run.folder),
             "evaluation": evaluation.as_json(),
+            "threads": threads,
             "versions": versions(),
         }
         storage.write_json(self.run.folder / runs.EVALUATION, content)

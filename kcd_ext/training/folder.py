@@ -6,6 +6,7 @@ from contextlib import contextmanager, nullcontext
 from hashlib import sha256
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from ..environment import versions
@@ -71,7 +72,7 @@ class RunFolder:
     def begin(self, label: str, about: Mapping[str, object], teacher_accuracy: float | None) -> None:
         """Before the first epoch, so that a folder that cannot be written costs nothing."""
         self.path.mkdir(parents=True, exist_ok=True)
-        measured = {"teacher_accuracy": teacher_accuracy}
+        measured = {"teacher_accuracy": teacher_accuracy, "threads": torch.get_num_threads()}
         config = {**self.identity, **measured, "label": label, "about": dict(about), "versions": versions()}
         storage.write_json(self.path / "config.json", config)
 

@@ -5,8 +5,9 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 
@@ -22,6 +23,7 @@ from .recipe import Recipe
 from .runs import Normalisation
 from .summary import Summary, as_text, cells, results
 from .teachers import Teacher
+from .threads import Threads, announcement, choose, step_flops
 from .trainer import check_run, distill
 
 TEACHER = "teacher"
@@ -49,9 +51,12 @@ class Job:
     """The folder of the run or, of several seeds, of their folders."""
     resume: bool
     threads: int | None
+    """That the user asks for."""
+    chosen: Mapping[Path, Threads] = field(default_factory=dict)
+    """Those of the run in each folder, once `checked`."""
 
-    def check(self) -> None:
-        """Finds out all that takes no training to find out; nothing is written.
+    def checked(self) -> "Job":
+        """Find out all that takes no training to find out; nothing is written. Return the job, its threads chosen.
 
         Raises:
             TypeError, ValueError, ImportError: data, networks, method and recipe do not fit each other.
@@ -59,7 +64,7 @@ class Job:
         """
         self._check_output()
         recipe, data = self.recipes[0], self.data
-        with threads(self.threads), warnings.catch_warnings():
+        with threads(self.threads or 1), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the runs will warn of the same
             if self._trains_teacher:
                 try:
@@ -69,6 +74,7 @@ class Job:
                         f"teacher {self.teacher}, which is trained first as a student is: {error}"
                     ) from error
             check_run(self._student(recipe.seed), self._teacher(), data.train, data.test, recipe)
+        return replace(self, chosen=self._choose_threads())
 
     def run(self) -> None:
         """Trains, writes the report and prints the table.
@@ -84,10 +90,12 @@ class Job:
                 self._check_output()
                 if self.resume and not self._taken():
                     note(f"nothing to resume in {self.output}: starting anew")
-                for line in [] if self.teacher is None else self.teacher.told(self.data):
-                    note(line)
+                for told in [] if self.teacher is None else self.teacher.told(self.data):
+                    note(told)
+                if told := announcement((recipe.label, self.chosen[folder]) for _, recipe, folder in self._runs()):
+                    note(told)
             try:
-                with threads(self.threads), warnings_as_notes():
+                with warnings_as_notes():
                     summaries = _as_measured(list(self._summaries()))
             except KeyboardInterrupt:
                 raise KeyboardInterrupt(f"--resume goes on with what is in {self.output}") from None
@@ -95,6 +103,20 @@ class Job:
                 self._report(summaries)
                 terminal.show(*as_text(cells(summaries)), *report.notes_on_agreement(summaries), "")
                 terminal.show(f"report: {self.output / REPORT[0]}")
+
+    def _choose_threads(self) -> dict[Path, Threads]:
+        """Choose the threads of the run in each folder. Raises ValueError where a config.json there is damaged."""
+        if self.threads is not None:
+            return {folder: Threads(self.threads) for _, _, folder in self._runs()}
+        teacher, recipe = self._teacher(), self.recipes[0]
+
+        def flops(network: torch.nn.Module, of: torch.nn.Module | None) -> int | None:
+            return step_flops(network, of, self.data.train, recipe.batch_size, recipe.device)
+
+        costs = {recipe.label: flops(self._student(recipe.seed), teacher)}  # of every seed
+        if self._trains_teacher:
+            costs[TEACHER] = flops(teacher, None)
+        return choose({folder: recipe.label for _, recipe, folder in self._runs()}, costs)
 
     def _check_output(self) -> None:
         for path in (self.output, *self.output.parents):
@@ -193,17 +215,25 @@ class Job:
             yield replace(run.summary, method=TEACHER)  # whomever it was compared with, that is not of this page
 
     def _distilled(self, network: str, teacher: Teacher | None, recipe: Recipe, folder: Path, bar: Bar) -> Summary:
-        summary = distill(
-            teachers.build(network, self.data, recipe.seed),
-            None if teacher is None else teacher.build(self.data, recipe.seed),
-            self.data.train,
-            self.data.test,
-            recipe,
-            output=folder,
-            resume=self.resume,
-            progress=bar.begin(f"{recipe.label}, seed {recipe.seed}"),
-            about=about(self.command, self.data, self.data_options, network, None if teacher is None else self.teacher),
-        )
+        with threads(self.chosen[folder].count):
+            summary = distill(
+                teachers.build(network, self.data, recipe.seed),
+                None if teacher is None else teacher.build(self.data, recipe.seed),
+                self.data.train,
+                self.data.test,
+                recipe,
+                output=folder,
+                resume=self.resume,
+                progress=bar.begin(f"{recipe.label}, seed {recipe.seed}"),
+                about=about(
+                    self.command,
+                    self.data,
+                    self.data_options,
+                    network,
+                    None if teacher is None else self.teacher,
+                    {recipe.label: self.chosen[home].count for _, recipe, home in self._runs()},
+                ),
+            )
         bar.end()
         return runs.evaluated(summary, folder)
 
@@ -239,12 +269,18 @@ def _as_measured(summaries: list[Summary]) -> list[Summary]:
 
 
 def about(
-    command: str, data: ImageData, options: Mapping[str, object], student: str, teacher: Teacher | None
+    command: str,
+    data: ImageData,
+    options: Mapping[str, object],
+    student: str,
+    teacher: Teacher | None,
+    threads: Mapping[str, int] = MappingProxyType({}),
 ) -> dict[str, object]:
     """What config.json says of a run, so that it can be read without its command: `load(**data)` gives its images.
 
     "teacher_path" is where the teacher's weights were read; None where the command itself has trained them, beside the run.
-    "teacher_normalisation" is that of the images which the teacher was given.
+    "teacher_normalisation" is that of the images which the teacher was given. "threads" are those of all runs of the command, by
+    label: one that is interrupted may go on elsewhere before it has begun them all.
     """
     views, trained = data.train.views, teacher is not None and teacher.origin is not None
     own = Normalisation(views.mean, views.std)
@@ -262,4 +298,5 @@ def about(
         "teacher_network": None if teacher is None else teacher.network,
         "teacher_path": str(teacher.origin.absolute()) if trained else None,
         "teacher_normalisation": None if given is None else given._asdict(),
+        "threads": dict(threads),
     }

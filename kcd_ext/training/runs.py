@@ -205,6 +205,35 @@ def network_of(folder: Path) -> str:
     return network
 
 
+def threads_of(folder: Path) -> int | None:
+    """Return the threads of torch's that the run in a folder was last started with; None where its config.json does not say.
+
+    Raises ValueError where that file is damaged.
+    """
+    path = folder / "config.json"
+    config = config_of(folder) if path.exists() else {}
+    return None if config.get("threads") is None else _threads(path, config, "threads")
+
+
+def planned_threads(folder: Path) -> dict[str, int]:
+    """Return the threads that the command which has begun the run in a folder has chosen for all its runs, by label.
+
+    It is empty where config.json does not say. Raises ValueError where that file is damaged.
+    """
+    path = folder / "config.json"
+    planned = (config_of(folder).get("about") or {}).get("threads") if path.exists() else None
+    if not isinstance(planned or {}, dict):
+        raise ValueError(f"{path} is damaged: threads must be an object, got {describe(planned)}")
+    return {label: _threads(path, planned, label) for label in planned or {}}
+
+
+def _threads(path: Path, holder: Mapping, name: str) -> int:
+    threads = _number(path, holder, name, int)
+    if threads < 1:
+        raise ValueError(f"{path} is damaged: {name} must be > 0, got {threads}")
+    return threads
+
+
 def normalisation_of(folder: Path) -> Normalisation | None:
     """That of the images which a run's folder says it was trained on; None where it does not say.
 
