@@ -254,13 +254,15 @@ def test_a_damaged_number_of_threads_is_named(wrong, small, capfd):
     assert capfd.readouterr().err.startswith("kcd: run/config.json is damaged: threads must be")
 
 
-def test_demo_and_evaluation(small, capfd):
-    options, set_available = small
-    set_available(2)
+def test_every_run_of_a_demo_has_its_own_threads(small, monkeypatch, capfd):
+    options, _ = small
+    monkeypatch.setattr(threads, "FLOPS_OF_A_THREAD", 5 * 10**6)  # two of them in a step of the teacher, none in others
     assert cli.main(["demo", *options, "--keep", "0.5", "--output", "demo"]) == 0
-    error = capfd.readouterr().err
-    assert re.match(r"kcd: threads 2 for teacher \(.*\), 2 for student \(.*\), 2 for kd, random, kc-kd \(.*\)\n", error)
-    assert threads_in("demo") == {2}
+    pattern = (
+        r"kcd: threads 2 for teacher \(10.*\), 1 for student \(.*\), 1 for kd, random, kc-kd \(.* MFLOPs a step\)\n"
+    )
+    assert re.match(pattern, capfd.readouterr().err)
+    assert threads_in("demo/checkpoint/seed-0/teacher") == {2} and threads_in("demo/checkpoint/seed-0/kc-kd") == {1}
     assert cli.main(["evaluate", "demo/checkpoint/seed-0/kd"]) == 0
-    assert re.search(r"^kcd: threads 2 \(.*FLOPs a batch\)\n", capfd.readouterr().err)
-    assert threads_in("demo", "evaluation.json") == {2}
+    assert re.search(r"^kcd: threads 1 \(.*FLOPs a batch\)\n", capfd.readouterr().err)
+    assert threads_in("demo", "evaluation.json") == {1}
