@@ -50,11 +50,14 @@ def load() -> tuple[dict, ModuleType | None]:
     if path := os.environ.get("KCD_LIBRARY"):
         return _load_library(path), None
     module = _own_module() or _installed_module()
-    return module.build_info(), module if hasattr(module, "small_forward") else None
+    info = module.build_info()
+    if _SOURCES.is_dir() and info.get("sources") != _hash_of(_SOURCES):
+        raise ImportError(f"{_SOURCES} has changed since kcd_ext was installed: run pip install again")
+    return info, module if hasattr(module, "small_forward") else None
 
 
 def _own_module() -> ModuleType | None:
-    """Import `_C` from this package; None in the repository, whose folder `kcd_ext` holds the sources alone."""
+    """Import `_C` from this package; None in a clone of the repository, whose folder `kcd_ext` holds sources alone."""
     try:
         return importlib.import_module(_NAME)
     except ModuleNotFoundError as error:
@@ -69,14 +72,14 @@ def _own_module() -> ModuleType | None:
 
 
 def _installed_module() -> ModuleType:
-    """Import `_C` from where kcd_ext is installed: the repository is the current folder, which Python searches first.
+    """Import `_C` from where kcd_ext is installed: a clone is the current folder, which Python searches first.
 
     Raises:
-        ImportError: kcd_ext is not installed for this Python, or csrc/ is not what it was built from.
+        ImportError: kcd_ext is not installed for this Python.
     """
     try:
-        root = metadata.distribution("kcd-ext").locate_file("")
-        found = PathFinder.find_spec(_NAME, [str(pathlib.Path(root, __package__))])
+        site = metadata.distribution("kcd-ext").locate_file("")
+        found = PathFinder.find_spec(_NAME, [str(pathlib.Path(site, __package__))])
     except metadata.PackageNotFoundError:
         found = None
     if found is None:
@@ -84,19 +87,13 @@ def _installed_module() -> ModuleType:
             f"{_HERE} holds sources, and kcd_ext is not installed for this Python: run pip install . first"
         )
     module = importlib.util.module_from_spec(found)
-    sys.modules[_NAME] = module
-    try:
-        found.loader.exec_module(module)
-        if module.build_info().get("sources") != _hash_of(_SOURCES):
-            raise ImportError(f"{_SOURCES} has changed since kcd_ext was installed: run pip install . again")
-    except BaseException:
-        del sys.modules[_NAME]
-        raise
+    found.loader.exec_module(module)
+    sys.modules[_NAME] = sys.modules[__package__]._C = module
     return module
 
 
 def _hash_of(sources: pathlib.Path) -> str:
     """Return what csrc/CMakeLists.txt makes of the same files."""
-    files = sorted(path.relative_to(sources).as_posix() for path in sources.rglob("*") if path.suffix in _SUFFIXES)
-    lines = (f"{file} {hashlib.sha256((sources / file).read_bytes()).hexdigest()}\n" for file in files)
-    return hashlib.sha256("".join(lines).encode()).hexdigest()[:16]
+    files = (path for path in sources.rglob("*") if path.suffix in _SUFFIXES and not path.name.startswith("."))
+    lines = {path.relative_to(sources).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    return hashlib.sha256("".join(f"{file} {lines[file]}\n" for file in sorted(lines)).encode()).hexdigest()[:16]

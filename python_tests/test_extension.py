@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import kcd_ext
-from kcd_ext import ops
+from kcd_ext import _extension, ops
 
 ROOT = Path(__file__).parents[1]
 SOURCES = ROOT / "csrc"
@@ -137,42 +137,55 @@ print(kcd_ext.condensed_kd_loss(torch.zeros(2, 3), torch.zeros(2, 3)).item())
     )
 
 
-@pytest.fixture(scope="module")
-def repository(tmp_path_factory) -> Path:
-    """A clone's folders: sources of both languages, nothing compiled."""
-    clone = tmp_path_factory.mktemp("clone")
-    shutil.copytree(ROOT / "kcd_ext", clone / "kcd_ext", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-    shutil.copytree(ROOT / "csrc", clone / "csrc")
-    return clone
+def sources_in(folder: Path) -> Path:
+    """Copies of csrc/ and kcd_ext/, without anything compiled."""
+    shutil.copytree(ROOT / "csrc", folder / "csrc")
+    shutil.copytree(ROOT / "kcd_ext", folder / "kcd_ext", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    return folder
 
 
-def test_a_clone_as_the_current_folder_uses_the_installed_extension(repository):
-    code = "import kcd_ext, sys; print(kcd_ext.__file__, sys.modules['kcd_ext._C'].__file__)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=repository)
-    assert done.returncode == 0, done.stderr
-    package, extension = done.stdout.split()
-    assert Path(package).parents[1] == repository and Path(extension) == Path(sys.modules["kcd_ext._C"].__file__)
+@pytest.mark.parametrize("changed", [None, "kernels.h"])
+def test_a_clone_uses_the_installed_extension_if_the_sources_are_its_own(tmp_path, changed):
+    clone, site = sources_in(tmp_path / "clone"), tmp_path / "site"
+    (site / "kcd_ext").mkdir(parents=True)
+    extension = Path(shutil.copy(sys.modules["kcd_ext._C"].__file__, site / "kcd_ext"))
+    (site / "kcd_ext-1.dist-info").mkdir()
+    (site / "kcd_ext-1.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: kcd-ext\nVersion: 1\n")
+    if changed:
+        (clone / "csrc" / changed).write_text("")
+    path = [str(clone), str(site), str(Path(torch.__file__).parents[1])]
+    code = f"import sys; sys.path[:0] = {path}; import kcd_ext; print(kcd_ext.__file__, kcd_ext._C.__file__)"
+    done = subprocess.run([sys.executable, "-S", "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    if changed:
+        assert done.returncode != 0 and "csrc has changed since" in done.stderr.splitlines()[-1]
+    else:
+        assert done.stdout.split() == [str(clone / "kcd_ext" / "__init__.py"), str(extension)], done.stderr
 
 
-@pytest.mark.parametrize("file", ["kernels.h", "cpu/new.cpp", "cuda/select.cuh"])
-def test_a_clone_refuses_an_extension_of_other_sources(repository, tmp_path, file):
-    clone = tmp_path / "clone"
-    shutil.copytree(repository, clone)
-    with (clone / "csrc" / file).open("a") as source:
-        source.write("\n")
-    done = subprocess.run([sys.executable, "-c", "import kcd_ext"], capture_output=True, text=True, cwd=clone)
-    assert done.returncode != 0 and "csrc has changed since kcd_ext was installed" in done.stderr.splitlines()[-1]
+def test_what_an_extension_was_built_from_is_known(tmp_path):
+    csrc = sources_in(tmp_path) / "csrc"
+    built_from = ops.build_info["sources"]
+    assert _extension._hash_of(csrc) == built_from
+    (csrc / ".#kernels.h").symlink_to("nobody@nowhere")
+    (csrc / "notes.txt").write_text("no source")
+    assert _extension._hash_of(csrc) == built_from
+    (csrc / "cpu" / "new.cpp").write_text("")
+    added = _extension._hash_of(csrc)
+    (csrc / "cpu" / "new.cpp").rename(csrc / "cuda" / "new.cpp")
+    assert len({built_from, added, _extension._hash_of(csrc)}) == 3
 
 
-def test_a_clone_without_an_installed_extension_says_how_to_install(repository):
-    code = """
+def test_a_clone_without_an_installed_extension_says_how_to_install(tmp_path):
+    code = f"""
+import sys
 from importlib import metadata
 def nothing(name):
     raise metadata.PackageNotFoundError(name)
 metadata.distribution = nothing
+sys.path[:0] = [{str(sources_in(tmp_path))!r}, {str(Path(torch.__file__).parents[1])!r}]
 import kcd_ext
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=repository)
+    done = subprocess.run([sys.executable, "-S", "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode != 0 and done.stderr.splitlines()[-1].endswith("run pip install . first")
 
 

@@ -16,9 +16,9 @@
 namespace kcd::cpu::KCD_SET {
 namespace {
 
-// What is summed on the way through a row; with_keep: and its exponentials are kept.  The loops ask in every vector: UsualPass
-// answers while compiling, Pass at run time.  Every pass that is fixed costs build time, so that only those most training is made
-// of are: float32 accumulators, temperature 1 or 4, no entropy of the teacher.
+// What one pass over a row sums, and whether it keeps the exponentials.  A loop asks for it at every vector.  UsualPass answers
+// while compiling: such a loop has no branch, and costs build time.  Pass answers at run time: one loop serves all rare cases,
+// which are float64, the teacher's entropy, and temperatures that are not 1 or 4.
 template <bool with_keep>
 struct Pass {
   Power power;
@@ -32,7 +32,7 @@ struct UsualPass {
 };
 constexpr Pass<false> kStudentAlone{Power::one, false, false};
 
-// run(the pass, fixed where it is usual)
+// run(the pass, as a UsualPass where it is one)
 template <class Real, bool keep, class Run>
 KCD_INLINE auto with_pass(const Pass<keep>& pass, const Run& run) {
   if constexpr (sizeof(Real) == sizeof(float)) {
@@ -130,7 +130,7 @@ class RowGradient {
     const Real* z = with_z ? piece(problem_.student.type, student_, first, n, z_scratch) : nullptr;
     const Real *e = kept_.student + first, *f = kept_.teacher + first;
     // Exponentials may be read past the end, logits not.
-    kcd::write_piece(terms, target_, first, n, [&](int64_t j, int64_t m) KCD_ALWAYS_INLINE {
+    kcd::write_piece(terms, target_, first, n, [&](int64_t j, int64_t m) KCD_LAMBDA {
       const Vector<Real> dz = with_z ? load_some(z + j, m) - here.student_max : Vector<Real>{};
       return gradient_of(terms, load(e + j), load(f + j), dz, here, scale_);
     });
@@ -217,10 +217,9 @@ KCD_INLINE bool held(const RowSums<Real>& sums) {
   return sums.cross < Real(1e30) && sums.cross > Real(-1e30);
 }
 
-// in_range: whether it held those of all pieces; if not, they count for nothing.  after: the row that
-// is read next.  pending: the row before, whose gradient is written meanwhile, a piece after each of this row's; null unless
-// exponentials are kept.  known: a piece whose maxima are known, of this row or, in the end, of the next; without a teacher its
-// y is null.
+// in_range: whether it held those of all pieces; if not, they count for nothing.  after: the row that is read next.  known: a piece
+// whose maxima are known, of this row or, in the end, of the next; without a teacher its y is null.  pending: the row before, a
+// piece of whose gradient is written after each piece of this row; null where no exponentials are kept.
 template <class Real, class SomePass>
 RowSums<Real> sum_row(SomePass pass, const Problem& problem, const RowPair& at, const RowPair& after, const Scale<Real>& scale,
                       bool& in_range, const Exponentials<Real>& kept, Piece<Real>& known, RowGradient<Real>* pending) {

@@ -43,8 +43,7 @@ struct FactorLanes {
         ce(broadcast(of.ce)) {}
 };
 
-// Which terms a gradient has.  The loops ask in every vector: UsualTerms answer while compiling, Terms at run time.  Every set of
-// answers that is fixed costs build time, so that only the terms most training has are.
+// Which terms a gradient has, as Pass (forward.cpp) says what is summed: UsualTerms are known while compiling.
 struct Terms {
   bool kd, ce;
   Power power;
@@ -55,13 +54,15 @@ struct UsualTerms {
   static constexpr Power power = fixed_power;
 };
 
-// run(the terms, fixed where they are usual)
+// run(the terms, as UsualTerms where they are)
 template <class Real, class Run>
 KCD_INLINE void with_terms(const Terms& terms, const Run& run) {
   if constexpr (sizeof(Real) == sizeof(float)) {
-    if (terms.kd && !terms.ce) return run(UsualTerms<true, false, Power::one>{});   // without ce the power is not asked for
-    if (terms.kd && terms.power == Power::one) return run(UsualTerms<true, true, Power::one>{});
-    if (terms.kd && terms.power == Power::four) return run(UsualTerms<true, true, Power::four>{});
+    if (!terms.ce) return run(UsualTerms<true, false, Power::one>{});   // the power counts for ce alone
+    if (terms.power == Power::four)
+      return terms.kd ? run(UsualTerms<true, true, Power::four>{}) : run(UsualTerms<false, true, Power::four>{});
+    if (terms.power == Power::one)
+      return terms.kd ? run(UsualTerms<true, true, Power::one>{}) : run(UsualTerms<false, true, Power::one>{});
   }
   run(terms);
 }
@@ -94,13 +95,13 @@ KCD_INLINE void write(const SomeTerms& terms, const Target<Real>& target, int64_
   const int64_t label = target.label - first;
   Vector<Real> lanes{};
   for (int64_t j = 0; j < kLanes<Real>; ++j) lanes[j] = static_cast<Real>(j);
-  const auto minus_label = [&](int64_t j, int64_t m) KCD_ALWAYS_INLINE {
+  const auto minus_label = [&](int64_t j, int64_t m) KCD_LAMBDA {
     const Vector<Real> d = element(j, m);
     if (!terms.ce || label < j || label >= j + m) return d;
     return d - (lanes == broadcast(static_cast<Real>(label - j)) ? broadcast(target.ce) : Vector<Real>{});
   };
   int64_t j = 0;
-  const auto store_rest = [&](int64_t end) KCD_ALWAYS_INLINE {
+  const auto store_rest = [&](int64_t end) KCD_LAMBDA {
     if (j < end) store(out + j, end - j, minus_label(j, end - j));
     j = end;
   };
@@ -151,7 +152,7 @@ void write_from_logits(SomeTerms terms, const Problem& problem, const char* stud
   const FactorLanes<Real> here(
       factors.of_piece(maximum(z, n), terms.kd ? maximum(y, n) : Real(0), scale.units.inverse_temperature));
   const Ahead later_z = ahead(problem.student, student, first), later_y = ahead(problem.teacher, teacher, first);
-  write_piece(terms, target, first, n, [&](int64_t j, int64_t m) KCD_ALWAYS_INLINE {
+  write_piece(terms, target, first, n, [&](int64_t j, int64_t m) KCD_LAMBDA {
     later_z.fetch(j);
     if (terms.kd) later_y.fetch(j);
     const Vector<Real> dz = load_some(z + j, m) - here.student_max;

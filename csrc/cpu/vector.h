@@ -15,8 +15,6 @@
 #define KCD_VECTOR_BYTES 16
 #endif
 
-#define KCD_ALWAYS_INLINE __attribute__((always_inline))   // of a lambda
-
 namespace kcd {
 namespace {   // these types differ from one instruction set to the next: none may be visible outside its object file
 

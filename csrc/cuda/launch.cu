@@ -256,7 +256,8 @@ std::string advice(int device) {
   gpu::returned(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
   gpu::returned(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
   const std::string architecture = std::to_string(major) + std::to_string(minor);
-  return "; for this device, an sm_" + architecture + ", install kcd_ext again with CUDAARCHS=" + architecture;
+  return ": the device is an sm_" + architecture +
+         "; install kcd_ext again with the environment variable CUDAARCHS=" + architecture;
 }
 
 // CUDA loads a kernel when it is first asked for.  That is refused while a graph is captured, unless this thread says that it

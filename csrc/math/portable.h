@@ -11,7 +11,8 @@
 #define KCD_MEMBER __host__ __device__ __forceinline__
 #else
 #define KCD_INLINE static KCD_MEMBER
-#define KCD_MEMBER inline __attribute__((always_inline))
+#define KCD_MEMBER inline KCD_LAMBDA
+#define KCD_LAMBDA __attribute__((always_inline))   // after the parameters of one
 #endif
 
 namespace kcd {
