@@ -20,7 +20,7 @@ class NoCompilerError(Exception):
 
 
 def flags(instruction_set: str, cmake: str) -> list[str]:
-    """The compiler's for a kernel, read off CMakeLists.txt."""
+    """The compiler's for a kernel, read off csrc/CMakeLists.txt."""
     common = re.search(r"target_compile_options\(kernels_\$\{name\} PRIVATE ([^)]*)\)", cmake)
     own = re.search(rf"^ *kcd_add_instruction_set\({instruction_set}\b([^)]*)\)", cmake, re.M)
     return [flag for part in (common, own) for flag in part[1].split() if flag.startswith("-")]
@@ -38,7 +38,7 @@ class Compiled:
         with tempfile.TemporaryDirectory() as folder:
             library = f"{folder}/ceilings.so"
             command = [*shlex.split(os.environ.get("CXX", "c++")), "-std=c++17", "-shared", "-fPIC", "-pthread"]
-            command += [*flags(instruction_set, (CHECKOUT / "CMakeLists.txt").read_text())]
+            command += [*flags(instruction_set, (CHECKOUT / "csrc" / "CMakeLists.txt").read_text())]
             command += [f"-I{CHECKOUT / 'csrc'}", str(source), "-o", library]
             try:
                 subprocess.run(command, check=True, capture_output=True, text=True)
