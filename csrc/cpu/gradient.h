@@ -58,10 +58,10 @@ struct UsualTerms {
 template <class Real, class Run>
 KCD_INLINE void with_terms(const Terms& terms, const Run& run) {
   if constexpr (sizeof(Real) == sizeof(float)) {
-    if (!terms.ce) return run(UsualTerms<true, false, Power::one>{});   // the power counts for ce alone
-    if (terms.power == Power::four)
+    if (terms.kd && !terms.ce) return run(UsualTerms<true, false, Power::one>{});   // the power counts for ce alone
+    if (terms.ce && terms.power == Power::four)
       return terms.kd ? run(UsualTerms<true, true, Power::four>{}) : run(UsualTerms<false, true, Power::four>{});
-    if (terms.power == Power::one)
+    if (terms.ce && terms.power == Power::one)
       return terms.kd ? run(UsualTerms<true, true, Power::one>{}) : run(UsualTerms<false, true, Power::one>{});
   }
   run(terms);
