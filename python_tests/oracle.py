@@ -24,7 +24,8 @@ def exact(x: Tensor) -> np.ndarray:
 
 @dataclass
 class Softmax:
-    """A distribution, and how many units each probability may be off (the exponent's rounding grows with its size)."""
+    """The distributions of some rows, and how many units each probability may be off (the exponent's rounding grows with its
+    size)."""
 
     log: np.ndarray
     p: np.ndarray
@@ -32,37 +33,46 @@ class Softmax:
 
     @classmethod
     def of(cls, logits: np.ndarray, temperature: float) -> "Softmax":
+        """Of (rows, classes)."""
         with np.errstate(invalid="ignore", over="ignore", under="ignore"):
-            x = (logits - logits.max()) / REAL(temperature)
-            others = np.where(np.arange(len(x)) == np.argmax(x), 0, np.exp(x))  # the most likely class adds e^0 = 1
-            log = x - np.log1p(others.sum()) if np.isfinite(x.max()) else np.full_like(x, np.nan)
+            x = (logits - logits.max(1, keepdims=True)) / REAL(temperature)
+            # the most likely class adds e^0 = 1
+            others = np.where(np.arange(x.shape[1]) == x.argmax(1)[:, None], 0, np.exp(x))
+            log = x - np.log1p(others.sum(1, keepdims=True))
+            log[~np.isfinite(x.max(1))] = np.nan
             p = np.exp(log)
             units = np.where(p > 0, p * (1 + np.abs(x)), 0)
         return cls(log, p, units)
 
-    def entropy(self, dtype: torch.dtype) -> tuple[REAL, REAL]:
+    def entropy(self, dtype: torch.dtype) -> tuple[np.ndarray, np.ndarray]:
         """In nats, and its error: relative to what the classes beside the most likely one add, so that it is small where the
         entropy is."""
         with np.errstate(invalid="ignore"):
             terms = np.where(self.p == 0, 0, -self.p * self.log)
-            beside = np.where(self.log == self.log.max(), 1 - self.p, self.units)
-            error = ROOM * UNIT[dtype] * (terms.sum() + (beside * np.where(self.p == 0, 0, 1 - self.log)).sum())
-            error += 1000 * NORMAL[dtype] * len(self.p)  # -p log p where p underflows
-        return terms.sum(), np.nan_to_num(error)
+            beside = np.where(self.log == self.log.max(1, keepdims=True), 1 - self.p, self.units)
+            error = terms.sum(1) + (beside * np.where(self.p == 0, 0, 1 - self.log)).sum(1)
+            error = ROOM * UNIT[dtype] * error + 1000 * NORMAL[dtype] * self.p.shape[1]  # -p log p where p underflows
+        return terms.sum(1), np.nan_to_num(error)
 
 
-def _kl(z: np.ndarray, y: np.ndarray, temperature: float, unit: float) -> tuple[tuple[Softmax, Softmax], REAL, REAL]:
+def _kl(
+    z: np.ndarray, y: np.ndarray, temperature: float, unit: float
+) -> tuple[Softmax, Softmax, np.ndarray, np.ndarray]:
     q, p = Softmax.of(z, temperature), Softmax.of(y, temperature)
     with np.errstate(invalid="ignore", over="ignore", under="ignore"):
-        present = (y - y.max()) / REAL(temperature) > -1075 * np.log(REAL(2))  # what float64 tells from 0
-        if np.isnan(p.p).any() or np.isnan(q.p).any():
-            return (q, p), REAL("nan"), REAL(0)
-        if (present & np.isneginf(z)).any():
-            return (q, p), REAL("inf"), REAL(0)
-        kl = (p.p[present] * p.log[present]).sum() - (p.p[present] * q.log[present]).sum()
-        gap = np.abs((y - y.max()) - (z - z.max()))[present] / REAL(temperature)
-        error = (p.units[present] * (gap + 1)).sum() + np.abs(np.log(len(z))) + np.abs(kl) + 1
-    return (q, p), kl, ROOM * unit * error
+        y, z_below = y - y.max(1, keepdims=True), z - z.max(1, keepdims=True)
+        present = y / REAL(temperature) > -1075 * np.log(REAL(2))  # what float64 tells from 0
+
+        def total(x):
+            return np.where(present, x, 0).sum(1)
+
+        kl = total(p.p * p.log) - total(p.p * q.log)
+        gap = np.abs(y - z_below) / REAL(temperature)
+        error = total(p.units * (gap + 1)) + np.abs(np.log(z.shape[1])) + np.abs(kl) + 1
+    infinite = (present & np.isneginf(z)).any(1)
+    unknown = np.isnan(p.p).any(1) | np.isnan(q.p).any(1)
+    kl = np.where(unknown, REAL("nan"), np.where(infinite, REAL("inf"), kl))
+    return q, p, kl, np.where(unknown | infinite, 0, ROOM * unit * error)
 
 
 def expected(
@@ -91,41 +101,44 @@ def expected(
     n = len(z)
     kd_weight = (1.0 if labels is None else 0.9) if kd_weight is None else kd_weight
     ce_weight = (0.0 if labels is None else 0.1) if ce_weight is None else ce_weight
-    label = None if labels is None else labels.reshape(-1).tolist()
-    valid = [label is None or label[i] != ignore_index for i in range(n)]
-    teacher_row = {i: i for i in range(n)} if rows is None else {i: j for j, i in enumerate(rows.tolist()) if i >= 0}
-    candidate = [valid[i] and i in teacher_row for i in range(n)]
+    label = None if labels is None else labels.reshape(-1).numpy()
+    valid = np.ones(n, bool) if label is None else label != ignore_index
+    teacher_row = np.arange(n) if rows is None else np.full(n, -1)
+    if rows is not None:
+        for j, i in enumerate(rows.tolist()):
+            if i >= 0:
+                teacher_row[i] = j
+    candidate = valid & (teacher_row >= 0)
+    (some,), (asked,) = valid.nonzero(), candidate.nonzero()
 
-    nan = REAL("nan")
-    out = {name: np.full(n, nan, REAL) for name in ("entropy", "kl", "value")}
+    out = {name: np.full(n, REAL("nan"), REAL) for name in ("entropy", "kl", "value")}
     error = {name: np.zeros(n, REAL) for name in ("entropy", "kl", "value")}
     ce, ce_error = np.zeros(n, REAL), np.zeros(n, REAL)
-    softmax, kd = {}, {}
-    for i in range(n):
-        if not valid[i]:
-            continue
-        softmax[i] = pi = Softmax.of(z[i], 1.0)
-        out["entropy"][i], error["entropy"][i] = pi.entropy(accumulator)
-        if label is not None:
-            ce[i] = -pi.log[label[i]]
-            ce_error[i] = ROOM * unit * (abs(ce[i]) + np.log(classes) + 1) if np.isfinite(ce[i]) else 0
-        if candidate[i]:
-            kd[i], out["kl"][i], error["kl"][i] = _kl(z[i], y[teacher_row[i]], temperature, unit)
+    softmax = Softmax.of(z[some], 1.0)
+    out["entropy"][some], error["entropy"][some] = softmax.entropy(accumulator)
+    onehot = None if label is None else np.arange(classes) == label[some, None]
+    if label is not None:
+        ce[some] = -softmax.log[onehot]
+        with np.errstate(invalid="ignore"):
+            ce_error[some] = np.where(
+                np.isfinite(ce[some]), ROOM * unit * (np.abs(ce[some]) + np.log(classes) + 1), REAL(0)
+            )
+    q, p, out["kl"][asked], error["kl"][asked] = _kl(z[asked], y[teacher_row[asked]], temperature, unit)
 
-    for i in range(n):
-        if not candidate[i] or np.isnan(out["entropy"][i]) or np.isnan(out["kl"][i]):
-            continue
-        if isinstance(value, Tensor):
-            out["value"][i] = exact(value).reshape(-1)[i]
-        elif value == "teacher_entropy":
-            out["value"][i], error["value"][i] = Softmax.of(y[teacher_row[i]], 1.0).entropy(accumulator)
-        elif value == "cross_entropy":
-            out["value"][i], error["value"][i] = ce[i], ce_error[i]
-        else:
-            out["value"][i], error["value"][i] = out[value][i], error[value][i]
+    if isinstance(value, Tensor):
+        values = exact(value).reshape(-1), np.zeros(n, REAL)
+    elif value == "teacher_entropy":
+        values = np.full(n, REAL("nan"), REAL), np.zeros(n, REAL)
+        values[0][asked], values[1][asked] = Softmax.of(y[teacher_row[asked]], 1.0).entropy(accumulator)
+    elif value == "cross_entropy":
+        values = ce, ce_error
+    else:
+        values = out[value], error[value]
+    ranked = candidate & ~np.isnan(out["entropy"]) & ~np.isnan(out["kl"])
+    out["value"][ranked], error["value"][ranked] = values[0][ranked], values[1][ranked]
 
     # ---- selection, from the values that were returned
-    n_candidates = sum(candidate)
+    n_candidates = len(asked)
     k = (
         0
         if n_candidates == 0
@@ -135,39 +148,35 @@ def expected(
     )
     returned = got["value"].reshape(-1).to(torch.float64).tolist()
     ranking = sorted(
-        (i for i in range(n) if candidate[i]),
+        asked.tolist(),
         key=lambda i: (returned[i] == returned[i], -returned[i] if returned[i] == returned[i] else 0, i),
     )
-    selected = set(ranking[:k])
+    selected = np.isin(np.arange(n), ranking[:k])
 
     # ---- loss and gradient
     weight = np.ones(n, REAL) if row_weight is None else exact(row_weight).reshape(-1)
-    n_valid = sum(valid)
-    over_valid = REAL(1) / n_valid if reduction == "mean" and n_valid else REAL(1)
+    over_valid = REAL(1) / len(some) if reduction == "mean" and len(some) else REAL(1)
     over_selected = REAL(1) / k if reduction == "mean" and k else REAL(1)
     t2 = REAL(temperature) ** 2
     g = np.ones(n, REAL) if grad_output is None else np.broadcast_to(exact(grad_output).reshape(-1), (n,))
     with np.errstate(invalid="ignore", over="ignore"):
-        ce_terms = np.array([ce_weight * ce[i] * over_valid if valid[i] and ce_weight else REAL(0) for i in range(n)])
+        ce_terms = np.where(valid, ce_weight * ce * over_valid, 0) if ce_weight else np.zeros(n, REAL)
         # a weight of 0 takes a row out, unless its divergence is not a number
         factor = kd_weight * t2 * weight * over_selected
-        counted = [i in selected and (factor[i] != 0 or bool(np.isnan(out["kl"][i]))) for i in range(n)]
-        kd_terms = np.array([factor[i] * out["kl"][i] if counted[i] else REAL(0) for i in range(n)])
+        counted = selected & ((factor != 0) | np.isnan(out["kl"]))
+        kd_terms = np.where(counted, factor * out["kl"], 0)
         loss = ce_terms + kd_terms
         loss_error = np.abs(ce_weight * over_valid) * ce_error + 4 * unit * np.abs(loss)
-        loss_error = loss_error + np.array([abs(factor[i]) * error["kl"][i] if counted[i] else 0 for i in range(n)])
+        loss_error = loss_error + np.where(counted, np.abs(factor) * error["kl"], 0)
         grad, grad_error = np.zeros_like(z), np.zeros_like(z)
-        for i in range(n):
-            a = g[i] * ce_weight * over_valid if valid[i] and label is not None else REAL(0)
-            if a != 0 or np.isnan(a):
-                onehot = np.arange(classes) == label[i]
-                grad[i] += a * (softmax[i].p - onehot)
-                grad_error[i] += abs(a) * (softmax[i].units + onehot)
-            if i in selected:
-                q, p = kd[i]
-                b = g[i] * kd_weight * REAL(temperature) * weight[i] * over_selected
-                grad[i] += b * (q.p - p.p)
-                grad_error[i] += abs(b) * (q.units + p.units + NORMAL[accumulator])
+        if label is not None:
+            a = (g * ce_weight * over_valid)[some, None]
+            grad[some] += np.where(a == 0, 0, a * (softmax.p - onehot))
+            grad_error[some] += np.where(a == 0, 0, np.abs(a) * (softmax.units + onehot))
+        chosen = selected[asked]
+        b = (g * kd_weight * REAL(temperature) * weight * over_selected)[selected, None]
+        grad[selected] += b * (q.p - p.p)[chosen]
+        grad_error[selected] += np.abs(b) * ((q.units + p.units)[chosen] + NORMAL[accumulator])
         # the accumulator's roundings, then one rounding to the gradient's own type
         grad_error = ROOM * unit * grad_error + 1.001 * UNIT[dtype] * np.abs(grad) + SMALLEST[dtype]
         grad_error += NORMAL[accumulator]
@@ -176,7 +185,7 @@ def expected(
     return {
         **out,
         **{f"{name}_error": e for name, e in error.items()},
-        "selected": np.array([i in selected for i in range(n)]),
+        "selected": selected,
         "n_selected": np.array(k),
         "loss": loss,
         "loss_error": loss_error,

@@ -10,6 +10,7 @@ import random
 import pytest
 import safetensors.torch
 import torch
+from commands import contents
 from torch import nn
 
 from kcd_ext.files import check_regular, open_regular, read_regular
@@ -88,10 +89,6 @@ def begun(tmp_path):
         run(tmp_path / "run", ("epoch", 2))
     (folder,) = (tmp_path / "run" / "checkpoint").iterdir()
     return tmp_path / "run", folder
-
-
-def contents(folder):
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def sums(folder):

@@ -1,22 +1,21 @@
 """The command as a user runs it: real processes, really interrupted, really out of space."""
 
-import html.parser
 import json
 import os
 import re
-import resource
 import signal
 import struct
 import subprocess
 import sys
-import time
 import warnings
 from pathlib import Path
 from statistics import mean, stdev
 
+import commands
 import numpy as np
 import pytest
 import torch
+from commands import Page, contents, limit_files_to
 
 from kcd_ext import __version__, cli, processes
 from kcd_ext.data.images import ImageData, ImageSet, load
@@ -34,17 +33,7 @@ ENTRIES = {
 }
 METHODS = ["teacher", "student", "kd", "random", "kc-kd"]
 SMALL = ["demo", "--data", "digits", "--epochs", "6", "--threads", "1", "--device", "cpu"]
-TIMEOUT = 180
 WITH_TESTS = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
-
-
-def kcd(*arguments, cwd, **options):
-    command = [sys.executable, "-m", "kcd_ext", *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=TIMEOUT, **options)
-
-
-def contents(folder):
-    return {path: path.read_bytes() for path in sorted(Path(folder).rglob("*")) if path.is_file()}
 
 
 def without_seconds(folder):
@@ -60,7 +49,7 @@ def without_seconds(folder):
 def demo(tmp_path_factory):
     """A finished demo of two seeds; tests that change something work on a copy."""
     folder = tmp_path_factory.mktemp("demo")
-    done = kcd(*SMALL, "--seeds", 3, 1, cwd=folder)
+    done = commands.run(*SMALL, "--seeds", 3, 1, cwd=folder)
     assert done.returncode == 0, done.stderr
     return folder / "runs" / "demo", done
 
@@ -122,32 +111,6 @@ def test_what_the_demo_compares(demo):
     assert accuracy["teacher"] > accuracy["student"]
 
 
-class Page(html.parser.HTMLParser):
-    """Tags that are open, and everything the page refers to."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.open, self.references, self.images, self.drawings, self.text = [], [], 0, 0, []
-        self.feed(text)
-
-    def handle_starttag(self, tag, attributes):
-        attributes = dict(attributes)
-        self.references += [attributes[a] for a in ("src", "href", "xlink:href") if a in attributes]
-        self.images += tag == "img"
-        self.drawings += tag == "svg"
-        if tag not in ("meta", "img", "br"):
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attributes):
-        self.references += [x for name, x in attributes if name in ("src", "href", "xlink:href")]
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.text.append(data)
-
-
 def test_the_report_stands_alone_and_shows_the_results(demo):
     folder, _ = demo
     source = (folder / "report.html").read_text()
@@ -174,33 +137,14 @@ def test_the_report_stands_alone_and_shows_the_results(demo):
     assert picture[:8] == b"\x89PNG\r\n\x1a\n" and struct.unpack(">2I", picture[16:24])[0] > 1000
 
 
-def heed_interrupts():
-    """A shell that has started the tests in the background has them ignored, which processes inherit."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
 @pytest.fixture
 def running(tmp_path):
     """Starts a demo with the same options as `demo`, and ends it by a signal once a file has appeared."""
 
     def run(until, number, *more, meanwhile=None):
-        command = [sys.executable, "-m", "kcd_ext.cli", *SMALL, "--seeds", "3", "1", *more]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        process = subprocess.Popen(command, cwd=tmp_path, preexec_fn=heed_interrupts, **pipes)
-        try:
-            give_up = time.monotonic() + TIMEOUT
-            while not (tmp_path / until).exists():
-                assert process.poll() is None and time.monotonic() < give_up
-                time.sleep(0.005)
-            if meanwhile:
-                process.send_signal(signal.SIGSTOP)
-                meanwhile()
-                process.send_signal(signal.SIGCONT)
-            process.send_signal(number)
-            out, error = process.communicate(timeout=TIMEOUT)
-        finally:
-            process.kill()
-        return process.returncode, out, error
+        return commands.stop(
+            *SMALL, "--seeds", 3, 1, *more, cwd=tmp_path, until=until, number=number, meanwhile=meanwhile
+        )
 
     return run
 
@@ -226,13 +170,13 @@ def test_interrupted_demos_lose_nothing_and_go_on(demo, running, tmp_path):
         (["--resume", "--keep", "0.5"], "was started with --keep 0.7, got 0.5"),
         (["--resume", "--data", f"{__name__}:constant"], "was started with --data digits, got test_cli:constant"),
     ):
-        refused = kcd(*SMALL, "--seeds", 3, 1, *options, cwd=tmp_path, env=WITH_TESTS)
+        refused = commands.run(*SMALL, "--seeds", 3, 1, *options, cwd=tmp_path, env=WITH_TESTS)
         assert (refused.returncode, refused.stderr.count("\n")) == (2, 1) and re.search(message, refused.stderr)
         assert contents(tmp_path) == everything
     finished = json.loads((tmp_path / "runs/demo.partial/summary.json").read_text())["results"]
     assert [r["method"] for r in finished] == METHODS[:3]
 
-    done = kcd(*SMALL, "--seeds", 3, 1, "--resume", cwd=tmp_path)
+    done = commands.run(*SMALL, "--seeds", 3, 1, "--resume", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert without_seconds(earlier) == without_seconds(demo[0])
     assert {path.name for path in earlier.iterdir()} == ENTRIES | {"notes.txt"}
@@ -243,7 +187,7 @@ def test_interrupted_demos_lose_nothing_and_go_on(demo, running, tmp_path):
 def test_a_second_demo_on_one_output_is_refused(running, tmp_path):
     def second():
         for resume in ([], ["--resume"]):
-            done = kcd(*SMALL, "--seeds", 3, 1, *resume, cwd=tmp_path)
+            done = commands.run(*SMALL, "--seeds", 3, 1, *resume, cwd=tmp_path)
             assert (done.returncode, done.stderr.count("\n")) == (2, 1)
             assert done.stderr.startswith("kcd: another kcd is running in ")
 
@@ -253,17 +197,13 @@ def test_a_second_demo_on_one_output_is_refused(running, tmp_path):
     assert code == 130 and "--resume" in error
 
 
-def limit_files_to(size):
-    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
-
-
 def test_no_more_room(tmp_path):
     """A limit on the size of files stands for a full disk where nothing may be mounted."""
     earlier = tmp_path / "runs" / "demo"
     earlier.mkdir(parents=True)
     (earlier / "config.json").write_text('{"command": "kcd demo"}')
     before = contents(earlier)
-    done = kcd(*SMALL, cwd=tmp_path, preexec_fn=limit_files_to(50_000))
+    done = commands.run(*SMALL, cwd=tmp_path, preexec_fn=limit_files_to(50_000))
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert done.stderr.startswith("kcd: File too large: ")
     assert contents(earlier) == before
@@ -276,7 +216,7 @@ def test_a_full_disk(tmp_path):
     if mounted.returncode:
         pytest.skip("nothing may be mounted here")
     try:
-        done = kcd(*SMALL, "--output", disk / "demo", cwd=tmp_path)
+        done = commands.run(*SMALL, "--output", disk / "demo", cwd=tmp_path)
     finally:
         subprocess.run(["umount", str(disk)], check=True)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
@@ -371,21 +311,21 @@ def test_bad_input_is_one_line_and_changes_nothing(arguments, message, tmp_path,
 
 
 def test_a_real_process_says_it_in_one_line(tmp_path):
-    done = kcd("demo", "--data", "imagenet", cwd=tmp_path)
+    done = commands.run("demo", "--data", "imagenet", cwd=tmp_path)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert done.stderr.startswith("kcd: unknown data set 'imagenet'")
-    shown = kcd("demo", "--data", "imagenet", cwd=tmp_path, env={**os.environ, "KCD_TRACEBACK": "1"})
+    shown = commands.run("demo", "--data", "imagenet", cwd=tmp_path, env={**os.environ, "KCD_TRACEBACK": "1"})
     assert "Traceback" in shown.stderr
     assert list(tmp_path.iterdir()) == []
 
 
 def test_more_processes_are_refused(tmp_path):
-    done = kcd(*SMALL, cwd=tmp_path, env={**os.environ, "WORLD_SIZE": "2"})
+    done = commands.run(*SMALL, cwd=tmp_path, env={**os.environ, "WORLD_SIZE": "2"})
     assert (done.returncode, done.stderr.count("\n")) == (2, 1) and "runs in one process" in done.stderr
 
 
 def test_a_failure_is_one_line_whatever_was_warned_of(tmp_path):
-    done = kcd(*SMALL, "--lr", "1e30", cwd=tmp_path)
+    done = commands.run(*SMALL, "--lr", "1e30", cwd=tmp_path)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert re.match(r"kcd: (the loss|weights).* not finite after epoch 1", done.stderr)
 
@@ -469,7 +409,7 @@ def test_a_reader_that_has_left_is_no_failure(tmp_path):
     command = [sys.executable, "-m", "kcd_ext.cli", "info"]
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     process.stdout.close()
-    assert (process.wait(timeout=TIMEOUT), process.stderr.read()) == (0, "")
+    assert (process.wait(timeout=commands.TIMEOUT), process.stderr.read()) == (0, "")
     process.stderr.close()
 
 
@@ -483,12 +423,12 @@ BARE = (
 def bare(*arguments, cwd):
     """The command where the extras are not installed."""
     return subprocess.run(
-        [sys.executable, "-c", BARE, *arguments], cwd=cwd, capture_output=True, text=True, timeout=TIMEOUT
+        [sys.executable, "-c", BARE, *arguments], cwd=cwd, capture_output=True, text=True, timeout=commands.TIMEOUT
     )
 
 
 def test_info(tmp_path):
-    full, plain = kcd("info", cwd=tmp_path), bare("info", cwd=tmp_path)
+    full, plain = commands.run("info", cwd=tmp_path), bare("info", cwd=tmp_path)
     assert (full.returncode, plain.returncode) == (0, 0), full.stderr + plain.stderr
     assert full.stdout == plain.stdout
     facts = dict(re.split(r"  +", line, maxsplit=1) for line in full.stdout.splitlines())
@@ -514,7 +454,7 @@ def test_version(tmp_path):
 
 
 def test_help(tmp_path):
-    done = kcd("demo", "--help", cwd=tmp_path)
+    done = commands.run("demo", "--help", cwd=tmp_path)
     assert done.returncode == 0 and "--keep" in done.stdout and done.stderr == ""
-    nothing = kcd(cwd=tmp_path)
+    nothing = commands.run(cwd=tmp_path)
     assert (nothing.returncode, nothing.stderr.count("\n")) == (2, 1) and "demo" in nothing.stderr

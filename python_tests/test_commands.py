@@ -1,27 +1,22 @@
 """kcd distill, kcd teacher and kcd report: really run, killed, resumed, and given what they cannot take."""
 
-import html.parser
 import json
 import os
 import re
-import resource
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from statistics import mean, stdev
 
 import numpy as np
 import pytest
 import torch
+from commands import ALONE, TORCHRUN, Page, contents, limit_files_to, run, stop
 from safetensors.torch import load_file
 
 from kcd_ext import cli, models
 from kcd_ext.data.images import load, split
 from kcd_ext.training import storage, teachers
 
-TIMEOUT = 180
 SMALL = ["--data", "digits", "--epochs", "4", "--threads", "1", "--device", "cpu"]
 TWO_SEEDS = ["distill", *SMALL, "--method", "kc-kd", "--seed", "5", "--seeds", "2", "--output", "two"]
 RUN = {"config.json", "metrics.jsonl", "checkpoint", "student.safetensors", "summary.json"}
@@ -29,17 +24,8 @@ REPORT = {"report.html", "report.png"}
 TIMES = ("seconds", "condensation_seconds")
 
 
-def process(*arguments, cwd, launcher=("-m", "kcd_ext.cli"), **options):
-    command = [sys.executable, *launcher, *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=TIMEOUT, **options)
-
-
 def names(folder):
     return {path.name for path in folder.iterdir()}
-
-
-def contents(folder):
-    return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def lines(folder):
@@ -71,60 +57,20 @@ def home(tmp_path_factory):
     """A folder with a teacher of its own, `teacher`, and finished runs of two seeds, `two`; not to be changed."""
     folder = tmp_path_factory.mktemp("home")
     assert cli.main(["teacher", *SMALL, "--output", str(folder / "teacher")]) == 0
-    done = process(*TWO_SEEDS, cwd=folder)
+    done = run(*TWO_SEEDS, cwd=folder)
     assert (done.returncode, done.stderr) == (0, "")
     (folder / "printed").write_text(done.stdout)
     return folder
 
 
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    """An empty working directory."""
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
 # --- what runs leave --------------------------------------------------------------------------------------------------
 
 
-class Page(html.parser.HTMLParser):
-    """The rows of all tables, those of what is kept of every class apart, and everything the page refers to."""
-
-    def __init__(self, path):
-        super().__init__()
-        self.open, self.rows, self.references, self.headings, self.drawings, self.images = [], [], [], [], 0, 0
-        self.feed(path.read_text())
-        assert self.open == []
-        self.by_class: list[list[list[str]]] = []
-        while ["class"] in (heads := [row[:1] for row in self.rows]):
-            start = heads.index(["class"])
-            end = heads.index(["all"], start) + 1
-            self.by_class.append(self.rows[start:end])
-            del self.rows[start:end]
-
-    def handle_starttag(self, tag, attributes):
-        self.references += [value for name, value in attributes if name in ("src", "href", "xlink:href")]
-        self.drawings += tag == "svg"
-        self.images += tag == "img"
-        if tag == "tr":
-            self.rows.append([])
-        if tag in ("h1", "h2"):
-            self.headings.append("")
-        if tag not in ("meta", "img", "br"):
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attributes):
-        self.references += [value for name, value in attributes if name in ("src", "href", "xlink:href")]
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        tag = self.open[-1] if self.open else ""
-        if tag in ("td", "th"):
-            self.rows[-1].append(data)
-        if tag in ("h1", "h2"):
-            self.headings[-1] += data
+def read(path):
+    """A page, with the tables of what is kept of every class apart."""
+    page = Page(path.read_text())
+    page.by_class = page.without_classes()
+    return page
 
 
 def cells(results):
@@ -153,7 +99,7 @@ def test_what_several_seeds_leave(home):
     assert [r["method"] for r in summary["results"]] == ["kc-kd", "kc-kd"]
     assert outcome(runs[0]) != outcome(runs[1])
 
-    page = Page(folder / "report.html")
+    page = read(folder / "report.html")
     assert all(reference.startswith(("data:image/png;base64,", "#")) for reference in page.references)
     rows = {"teacher": cells(result(folder / "teacher")), "kc-kd": cells(summary["results"])}
     assert {row[0]: row[1:] for row in page.rows[1:]} == rows
@@ -195,34 +141,8 @@ def test_the_number_of_seeds_does_not_change_a_run(home, here, capfd):
 # --- interrupted ------------------------------------------------------------------------------------------------------
 
 
-def heed_interrupts():
-    """A shell that has started the tests in the background has them ignored, which processes inherit."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
-def stopped(arguments, cwd, until, number, meanwhile=None):
-    """Starts the command and ends it by a signal once a file has appeared."""
-    command = [sys.executable, "-m", "kcd_ext.cli", *arguments]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    started = subprocess.Popen(command, cwd=cwd, preexec_fn=heed_interrupts, **pipes)
-    try:
-        give_up = time.monotonic() + TIMEOUT
-        while not (cwd / until).exists():
-            assert started.poll() is None and time.monotonic() < give_up
-            time.sleep(0.002)
-        if meanwhile:
-            started.send_signal(signal.SIGSTOP)
-            meanwhile()
-            started.send_signal(signal.SIGCONT)
-        started.send_signal(number)
-        out, error = started.communicate(timeout=TIMEOUT)
-    finally:
-        started.kill()
-    return started.returncode, out, error
-
-
 def test_interrupted_runs_go_on_bit_for_bit(home, here, capfd):
-    code, out, error = stopped([*TWO_SEEDS, "--resume"], here, "two/teacher/metrics.jsonl", signal.SIGKILL)
+    code, out, error = stop(*TWO_SEEDS, "--resume", cwd=here, until="two/teacher/metrics.jsonl", number=signal.SIGKILL)
     assert (code, out, error) == (-signal.SIGKILL, "", "kcd: nothing to resume in two: starting anew\n")
 
     def second():
@@ -231,7 +151,9 @@ def test_interrupted_runs_go_on_bit_for_bit(home, here, capfd):
         message = "kcd: another kcd is running in two: wait for it, or choose another --output\n"
         assert capfd.readouterr().err == message and contents(here) == everything
 
-    code, out, error = stopped([*TWO_SEEDS, "--resume"], here, "two/seed-5/metrics.jsonl", signal.SIGINT, second)
+    code, out, error = stop(
+        *TWO_SEEDS, "--resume", cwd=here, until="two/seed-5/metrics.jsonl", number=signal.SIGINT, meanwhile=second
+    )
     assert (code, out, error) == (130, "", "kcd: interrupted: --resume goes on with what is in two\n")
     everything = contents(here)
     for more, message in (
@@ -244,22 +166,18 @@ def test_interrupted_runs_go_on_bit_for_bit(home, here, capfd):
         assert contents(here) == everything
     assert cli.main([*TWO_SEEDS, "--resume"]) == 0
     assert capfd.readouterr().err == ""
-    for run in ("teacher", "seed-5", "seed-6"):
-        assert outcome(here / "two" / run) == outcome(home / "two" / run)
+    for name in ("teacher", "seed-5", "seed-6"):
+        assert outcome(here / "two" / name) == outcome(home / "two" / name)
     assert cli.main([*TWO_SEEDS, "--seeds", "3", "--resume"]) == 0  # one more
     assert [r["seed"] for r in result(here / "two")] == [5, 6, 7]
     assert outcome(here / "two" / "seed-6") == outcome(home / "two" / "seed-6")
-
-
-def limit_files_to(size):
-    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
 def test_no_more_room(home, here, capfd):
     """A limit on the size of files stands for a full disk: the teacher's are written, the condenser's state is not."""
     shutil.copytree(home / "two" / "teacher", here / "two" / "teacher")
     before = contents(here / "two")
-    done = process(*TWO_SEEDS, "--resume", cwd=here, preexec_fn=limit_files_to(20_000))
+    done = run(*TWO_SEEDS, "--resume", cwd=here, preexec_fn=limit_files_to(20_000))
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert re.match(r"kcd: File too large: two/", done.stderr)
     assert before.items() <= contents(here / "two").items()
@@ -269,14 +187,9 @@ def test_no_more_room(home, here, capfd):
 
 # --- several processes ------------------------------------------------------------------------------------------------
 
-TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "kcd_ext.cli")
-ALONE = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")} | {
-    "OMP_NUM_THREADS": "1"
-}
-
 
 def test_two_processes_are_one_command(here):
-    done = process("distill", *SMALL, "--output", "run", cwd=here, launcher=TORCHRUN, env=ALONE)
+    done = run("distill", *SMALL, "--output", "run", cwd=here, launcher=TORCHRUN, env=ALONE)
     assert done.returncode == 0, done.stderr
     assert names(here / "run") == RUN | REPORT | {"teacher"}
     config = json.loads((here / "run" / "config.json").read_text())
@@ -285,7 +198,7 @@ def test_two_processes_are_one_command(here):
     assert len(re.findall(r"^kd ", done.stdout, re.MULTILINE)) == 1 and done.stdout.count("report: ") == 1
     assert result(here / "run")[0]["teacher_accuracy"] == lines(here / "run" / "teacher")[-1]["accuracy"] > 80
 
-    refused = process("distill", *SMALL, "--output", "run", cwd=here, launcher=TORCHRUN, env=ALONE)
+    refused = run("distill", *SMALL, "--output", "run", cwd=here, launcher=TORCHRUN, env=ALONE)
     said = [line for line in refused.stderr.splitlines() if line.startswith("kcd:")]
     assert refused.returncode != 0 and len(said) == 1 and "output run holds a config.json already" in said[0]
 
@@ -326,7 +239,7 @@ def test_a_file_of_weights_teaches_as_its_run_does(home, here):
     file = ["--teacher", "teacher.pth", "--teacher-network", "cnn_large"]
     assert cli.main([*common, *file, "--output", "file"]) == 0
     assert outcome(here / "folder") == outcome(here / "file") and not (here / "file" / "teacher").exists()
-    (trained, _), (measured, _) = (Page(here / name / "report.html").rows[1:] for name in ("folder", "file"))
+    (trained, _), (measured, _) = (read(here / name / "report.html").rows[1:] for name in ("folder", "file"))
     accuracy = lines(home / "teacher")[-1]["accuracy"]
     assert trained[:3] == ["teacher", *cells(result(home / "teacher"))[:2]] and trained[1] == f"{accuracy:.2f}"
     assert measured == ["teacher", trained[1], *["-"] * 6]
@@ -355,14 +268,14 @@ def test_a_teacher_of_other_images_is_measured_on_these(home, here, capfd):
     assert warned.startswith(
         f"kcd: warning: the teacher's accuracy on the test set is {accuracy:.1f} %, where the most"
     )
-    row, _ = Page(here / "run" / "report.html").rows[1:]
+    row, _ = read(here / "run" / "report.html").rows[1:]
     assert row[:2] == ["teacher", f"{accuracy:.2f}"]
 
 
 def test_a_method_without_a_teacher_trains_none(here):
     assert cli.main(["distill", *SMALL, "--method", "kc-ce", "--output", "run", "--condense.batch-keep", "1"]) == 0
     assert names(here / "run") == RUN | REPORT
-    assert [row[0] for row in Page(here / "run" / "report.html").rows[1:]] == ["kc-ce"]
+    assert [row[0] for row in read(here / "run" / "report.html").rows[1:]] == ["kc-ce"]
 
 
 # --- options ----------------------------------------------------------------------------------------------------------
@@ -478,7 +391,7 @@ def test_options_override_a_recipe(here):
         )
         == 0
     )
-    assert [row[0] for row in Page(here / "run" / "report.html").rows[1:]] == ["teacher", "it"]
+    assert [row[0] for row in read(here / "run" / "report.html").rows[1:]] == ["teacher", "it"]
     assert (recipe(here / "run")["lr"], recipe(here / "run" / "teacher")["lr"]) == (0.02, 0.05)
     assert [line["samples"] for line in lines(here / "run")] == [1083, 1083]
 
@@ -665,7 +578,7 @@ def test_a_report_compares_runs(shelf, here, capfd):
     assert cli.main(["report", str(shelf / "two"), str(shelf / "kd"), "--output", "page.html"]) == 0
     out, error = capfd.readouterr()
     assert (error, names(here)) == ("", {"page.html", "page.png"})
-    page = Page(here / "page.html")
+    page = read(here / "page.html")
     visits = [r["sample_visits"] for r in (*result(shelf / "two"), *result(shelf / "kd"))]
     assert visits[0] == visits[1] < visits[2]
     rows = {row[0]: row[1:] for row in page.rows[1:4]}
@@ -689,14 +602,14 @@ def test_a_report_compares_runs(shelf, here, capfd):
 def test_a_report_takes_the_folders_of_all_commands(shelf, here):
     paths = [shelf / "demo", shelf / "two" / "seed-6", shelf / "two" / "seed-5" / ".." / "seed-6"]
     assert cli.main(["report", *map(str, paths)]) == 0
-    rows = {row[0]: row[1:] for row in Page(here / "report.html").rows[1:3]}
+    rows = {row[0]: row[1:] for row in read(here / "report.html").rows[1:3]}
     assert rows.keys() == {"kc-kd", "teacher"}  # seeds 5 and 6 are of one kind, wherever they lie; 6 counts once
     assert rows["kc-kd"] == cells(result(shelf / "two"))
 
 
 def test_runs_of_one_seed_stay_apart(shelf, here):
     assert cli.main(["report", str(shelf / "two"), str(shelf / "demo")]) == 0
-    labels = [row[0] for row in Page(here / "report.html").rows[1:4]]
+    labels = [row[0] for row in read(here / "report.html").rows[1:4]]
     assert labels == [f"kc-kd ({shelf / 'two'})", f"kc-kd ({shelf / 'demo'})", "teacher"]
 
 
@@ -706,7 +619,7 @@ def test_unfinished_runs_are_called_so(shelf, here, capfd):
     for text in (out, (here / "report.html").read_text()):
         assert f"Unfinished: {shelf / 'half'}: 3 of 4 epochs." in text
         assert f"Unfinished: {shelf / 'begun'}: 0 of 4 epochs." in text
-    row = Page(here / "report.html").rows[2]
+    row = read(here / "report.html").rows[2]
     assert row[0] == f"kd ({shelf / 'half'})"
     third = json.loads((shelf / "kd" / "metrics.jsonl").read_text().splitlines()[2])
     assert row[1] == f"{third['accuracy']:.2f}" and row[3] == f"{third['sample_visits']:,}"
@@ -722,7 +635,7 @@ def test_a_report_of_a_folder_of_runs_takes_names_as_they_are(shelf, here, capfd
     replaced("config.json", '"train": 1083', '"train": 3000')(runs / "b")
     assert cli.main(["report", "runs", "--output", "new/folder/page.html"]) == 0
     error = capfd.readouterr().err
-    page = Page(here / "new" / "folder" / "page.html")
+    page = read(here / "new" / "folder" / "page.html")
     assert error == "" and [row[0] for row in page.rows[1:5]] == ["teacher", "kd", "$\\foo$ <b>", "?"]
     assert not any("%" in cell for row in page.rows[1:5] for cell in row[3:5])  # of other data there is no percentage
     assert page.headings[1] == "Results, seeds 0, 5, 6"
@@ -805,7 +718,7 @@ def test_what_the_check_and_the_run_would_warn_of_is_said_once(tmp_path):
         "    return Pair(torch.nn.Flatten(), torch.nn.Linear(64, num_classes))\n"
     )
     options = [*SMALL, "--condense.keep", "0.9995", "--method", "kc-ce"]
-    done = process("distill", *options, "--student", "nets:pair", "--output", "run", cwd=tmp_path)
+    done = run("distill", *options, "--student", "nets:pair", "--output", "run", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     for warning in ("student gives a tuple of Tensor, Tensor", "drops less than one sample a stage"):
         assert done.stderr.count(warning) == 1

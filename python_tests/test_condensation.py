@@ -26,13 +26,7 @@ from kcd_ext.data import IndexedDataset
 SIDE = 5
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Small tensors only: on a busy machine, waiting for a second thread costs more than it brings."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Authors:

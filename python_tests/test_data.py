@@ -35,13 +35,7 @@ from kcd_ext.data.images import REGISTRY, assemble, stratified_split
 from kcd_ext.data.plain_pickle import unpickle
 from kcd_ext.registry import resolve
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def random_images(*shape, seed=0):

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import html.parser
 import io
 import json
 import re
@@ -12,6 +11,7 @@ from statistics import mean, stdev
 import numpy as np
 import pytest
 import torch
+from commands import Page, contents
 from matplotlib.figure import Figure
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -27,12 +27,7 @@ from kcd_ext.training.summary import ComparedWith, cells
 SMALL = ["--data", "digits", "--epochs", "2", "--threads", "1", "--device", "cpu"]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # --- the formulas, sample by sample -----------------------------------------------------------------------------------
@@ -484,10 +479,6 @@ def here(tmp_path, home, monkeypatch):
     return tmp_path / "copy"
 
 
-def contents(folder):
-    return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
 def written(folder):
     return json.loads((folder / "evaluation.json").read_text())
 
@@ -504,39 +495,8 @@ def edited(path, change):
     path.write_text(json.dumps(content))
 
 
-class Page(html.parser.HTMLParser):
-    """Tables, headings and references of a page, whose tags must be closed in order."""
-
-    def __init__(self, path):
-        super().__init__()
-        self.open, self.rows, self.headings, self.references, self.ids, self.drawings = [], [], [], [], [], 0
-        self.feed(path.read_text())
-        assert self.open == []
-        assert len(self.ids) == len(set(self.ids))
-
-    def handle_startendtag(self, tag, attributes):
-        self.references += [value for name, value in attributes if name in ("src", "href", "xlink:href")]
-        self.ids += [value for name, value in attributes if name == "id"]
-
-    def handle_starttag(self, tag, attributes):
-        self.handle_startendtag(tag, attributes)
-        self.drawings += tag == "svg"
-        if tag == "tr":
-            self.rows.append([])
-        if tag == "h2":
-            self.headings.append("")
-        if tag not in ("meta", "img", "br"):
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        tag = self.open[-1] if self.open else ""
-        if tag in ("td", "th"):
-            self.rows[-1].append(data)
-        if tag == "h2":
-            self.headings[-1] += data
+def read(path):
+    return Page(path.read_text())
 
 
 SECTIONS = ("Reliability", "Accuracy by class", "Confidence of student and teacher", "Similarity of layers")
@@ -581,7 +541,7 @@ def test_what_is_written_of_several_seeds(evaluated):
 
 
 def test_the_section_of_the_page(home, evaluated):
-    before, page = (Page(folder / "two" / "report.html") for folder in (home, evaluated))
+    before, page = (read(folder / "two" / "report.html") for folder in (home, evaluated))
     assert not [heading for heading in before.headings if "valuation" in heading]
     assert [heading for heading in page.headings if heading not in before.headings] == [
         "Evaluation: the student beside its teacher",
@@ -605,14 +565,14 @@ def test_later_reports_have_the_section_and_the_column(evaluated, tmp_path, monk
     monkeypatch.chdir(tmp_path)
     agreements = [written(tmp_path / "two" / f"seed-{seed}")["evaluation"]["agreement"] for seed in (5, 6)]
     shown = f"{mean(agreements):.2f} ± {stdev(agreements):.2f}"
-    before = Page(tmp_path / "two" / "report.html")
+    before = read(tmp_path / "two" / "report.html")
     for arguments, path in (
         (["distill", *SMALL, "--seeds", 2, "--seed", 5, "--output", "two", "--resume"], "two/report.html"),
         (["report", "two", "--output", "page.html"], "page.html"),
         (["evaluate", "two", "--threads", 1], "two/report.html"),  # once more takes the place of what there is
     ):
         assert kcd(*arguments) == 0
-        out, page = capfd.readouterr().out, Page(tmp_path / path)
+        out, page = capfd.readouterr().out, read(tmp_path / path)
         assert [h for h in page.headings if h.startswith(SECTIONS)] == [
             f"{section}: kd, seed 5" for section in SECTIONS
         ]
@@ -808,9 +768,9 @@ def test_a_teacher_elsewhere_is_found_and_a_student_alone_left_out(here, capfd):
     assert [one["temperature"] for one in content["evaluation"]["divergence"]] == [3]
     assert [(one["student"], one["teacher"]) for one in content["evaluation"]["layers"]] == [("0", "2")]
     assert not (here / "shelf" / "alone" / "evaluation.json").exists() and not (here / "shelf" / "report.html").exists()
-    assert "Reliability: kd" in Page(here / "shelf" / "kd" / "report.html").headings
+    assert "Reliability: kd" in read(here / "shelf" / "kd" / "report.html").headings
     assert kcd("report", "shelf") == 0
-    rows = {row[0]: row for row in Page(here / "report.html").rows[:4]}
+    rows = {row[0]: row for row in read(here / "report.html").rows[:4]}
     assert rows["method"][3] == "agreement, %" and rows["ce"][3] == rows["teacher"][3] == "-"
     assert rows["kd"][3] == f"{content['evaluation']['agreement']:.2f}"
 
@@ -830,7 +790,7 @@ def test_a_run_without_a_teacher_is_compared_with_one_that_is_named(here, capfd)
     for more in (("two/teacher",), (weights, "--teacher-network", "cnn_large")):
         assert kcd("evaluate", "shelf/alone", "--threads", 1, "--teacher", *more) == 0
         assert written(here / "shelf" / "alone")["evaluation"]["agreement"] > 0
-    page = Page(here / "shelf" / "alone" / "report.html")
+    page = read(here / "shelf" / "alone" / "report.html")
     assert "Configuration" in page.headings and "Similarity of layers: ce" in page.headings
 
 
@@ -842,12 +802,12 @@ def test_a_run_of_before_its_config_said_where_the_teacher_is(here):
     page = here / "shelf" / "kd" / "report.html"
     page.write_text(page.read_text().replace("<!--evaluations--><!--/evaluations-->", ""))  # older too
     assert kcd("evaluate", "shelf/kd", "--threads", 1) == 0
-    assert "Reliability: kd" in Page(page).headings
+    assert "Reliability: kd" in read(page).headings
     shutil.rmtree(here / "two" / "seed-6")
     edited(here / "two" / "seed-5" / "config.json", forget)
     (here / "two" / "seed-5").rename(here / "two" / "only")  # named itself, with its teacher beside it
     assert kcd("evaluate", "two/only", "--threads", 1) == 0
-    assert Page(here / "two" / "only" / "report.html").rows
+    assert read(here / "two" / "only" / "report.html").rows
 
 
 def other_weights(path):
@@ -995,7 +955,7 @@ def test_a_teacher_that_was_evaluated_is_still_the_teacher_of_a_page(here, capfd
     assert kcd("evaluate", "shelf/kd", "--threads", 1) == 0
     for arguments in ([], ["distill", *SMALL, "--teacher", "far/elsewhere", "--output", "shelf/kd", "--resume"]):
         assert not arguments or kcd(*arguments) == 0
-        page = Page(here / "shelf" / "kd" / "report.html")
+        page = read(here / "shelf" / "kd" / "report.html")
         rows = {row[0]: dict(zip(page.rows[0], row, strict=True)) for row in page.rows[1:3]}
         agreement = written(here / "shelf" / "kd")["evaluation"]["agreement"]
         assert {name: row["agreement, %"] for name, row in rows.items()} == {"teacher": "-", "kd": f"{agreement:.2f}"}
@@ -1026,14 +986,14 @@ def test_whom_a_student_was_compared_with_is_told(here, capfd):
 def test_pages_of_a_seed_and_of_all_seeds_tell_the_same(here, monkeypatch, capfd):
     """And the table of results has the agreement, whoever made the page; what else is in it stays."""
     page = here / "two" / "report.html"
-    before = Page(page)
+    before = read(page)
     assert kcd("evaluate", "two/seed-5", "--threads", 1) == 0
     out = capfd.readouterr().out
     assert "report: two/seed-5/report.html\nreport: two/report.html\n" in out
     one = written(here / "two" / "seed-5")["evaluation"]["agreement"]
     assert kcd("evaluate", "two", "--threads", 1, "--temperatures", 3) == 0
     assert "report: two/seed-5/report.html\n" in capfd.readouterr().out
-    seed, both = Page(here / "two" / "seed-5" / "report.html"), Page(page)
+    seed, both = read(here / "two" / "seed-5" / "report.html"), read(page)
     assert "KL, T = 3" in next(row for row in seed.rows if row[0] == "run")
     assert [row[3] for row in seed.rows[:3]] == ["agreement, %", "-", f"{one:.2f}"]
     two = mean([one, (other := written(here / "two" / "seed-6")["evaluation"]["agreement"])])
@@ -1044,7 +1004,7 @@ def test_pages_of_a_seed_and_of_all_seeds_tell_the_same(here, monkeypatch, capfd
     assert kcd("evaluate", ".", "--threads", 1) == 0
     out = capfd.readouterr().out
     assert "\nseed-5 " in out and "two/report.html (an older page, whose table of results kcd report alone" in out
-    assert both.rows[:3] == Page(page).rows[:3]
+    assert both.rows[:3] == read(page).rows[:3]
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"evaluation": {"samples": 1}}'])

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 from scipy.special import log_softmax, softmax
-from test_methods import NoWait, assert_gradient, float64
+from small_runs import NoWait
+from test_methods import assert_gradient, float64
 from torch import nn
 from torch.nn import functional
 
@@ -31,13 +32,7 @@ COMMANDS = re.findall(r"^kcd (.*)$", GUIDE, re.M)
 DIGITS = 1083  # training images
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Networks of a few weights on two threads only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

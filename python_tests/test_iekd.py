@@ -6,12 +6,11 @@ from functools import partial
 
 import numpy as np
 import pytest
+import small_runs
 import torch
-from processes import Crew
 from scipy.special import log_softmax, softmax
 from scipy.stats import kstest
-from test_methods import NoWait
-from test_resume import assert_same, final, images
+from small_runs import images
 from torch import nn
 
 from kcd_ext import methods
@@ -45,13 +44,7 @@ DEFAULTS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Networks of a few weights on two threads only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Network(nn.Module):
@@ -503,16 +496,6 @@ def test_the_auto_encoder_is_trained_first_and_the_teacher_is_left_alone():
 EVERY = [("iekd", {}), ("iekd", {"batch_keep": 0.5, "kd_weight": 1, "split": "permuted"}), ("ie-dml", {})]
 
 
-@pytest.mark.parametrize(("name", "options"), EVERY)
-def test_a_step_waits_for_nothing(name, options):
-    method, student, teacher = prepared(name, options)
-    batch = Samples().batch
-    with NoWait():
-        method(student, teacher, batch).loss.backward()
-        for plan in method.pretraining():
-            plan.loss(teacher, batch)
-
-
 @pytest.mark.parametrize("distance", ["l1", "cosine"])
 @pytest.mark.parametrize(("name", "options"), EVERY)
 def test_inheritance_and_exploration_are_learnt(name, options, distance):
@@ -538,21 +521,6 @@ def test_a_teacher_of_fewer_channels_has_zeros_for_the_others():
     _, maps = method.ask_teacher(teacher, x)
     assert maps.shape == (SAMPLES, 11, 3, 3) and not maps[:, 8:].any()
     np.testing.assert_allclose(maps[:, :8], network_of(numbers(teacher), x.numpy(), 2)[1], rtol=1e-9, atol=1e-12)
-
-
-@pytest.mark.parametrize("name", ["iekd", "ie-dml"])
-def test_autocast_and_a_sample_alone(name):
-    """Distances are at least float32 under autocast, and of one sample there are numbers too."""
-    for enabled in (False, True):
-        method, student, teacher = prepared(name, {"kd_weight": 1} if name == "iekd" else None, dtype=torch.float32)
-        batch = Batch(*(x[:1] for x in Samples(torch.float32).batch[:3]))
-        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            outcome = method(student, teacher, batch)
-        assert outcome.logits.dtype == (torch.bfloat16 if enabled else torch.float32)
-        assert outcome.terms["inheritance"].dtype == outcome.loss.dtype == torch.float32
-        outcome.loss.backward()
-        trained = [p for p in (*student.parameters(), *method.parameters()) if p.requires_grad]
-        assert all(p.grad is not None and p.grad.isfinite().all() for p in trained)
 
 
 # --- networks and hooks -----------------------------------------------------------------------------------------------
@@ -581,16 +549,6 @@ def test_hooks_are_on_the_networks_until_release_and_on_no_copy(name):
     assert not any(map(hooks, (*networks.values(), peer)))
     with pytest.raises(RuntimeError, match=r"needs prepare\(student, teacher, samples\)"):
         method(student, teacher, Samples().batch)
-
-
-def test_maps_are_those_of_what_was_compiled():
-    method, student, teacher = prepared("iekd")
-    expected = method(student, teacher, Samples().batch).loss
-    compiled = [torch.compile(network, backend="aot_eager") for network in (student, teacher)]
-    found = method(*compiled, Samples().batch).loss
-    torch.testing.assert_close(found, expected)
-    gradients = [torch.autograd.grad(loss, student.convolution.weight)[0] for loss in (expected, found)]
-    torch.testing.assert_close(*gradients)
 
 
 def test_a_peer_of_the_students_kind_has_weights_of_its_own():
@@ -728,59 +686,26 @@ def test_features_of_other_methods_are_probed_one_network_after_the_other():
 # --- through distill --------------------------------------------------------------------------------------------------
 
 
-def network(seed, channels=4):
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        layers = nn.Conv2d(1, channels, 3, 2, padding=1), nn.BatchNorm2d(channels), nn.ReLU(), nn.Flatten()
-        built = nn.Sequential(*layers, nn.Dropout(0.3), nn.Linear(9 * channels, 4))
-    built.stages = ("2",)
-    return built
-
-
 OPTIONS = {"iekd": {"factor_epochs": 2, "factor_lr": 0.02, "split": "permuted"}, "ie-dml": {"distance": "cosine"}}
 
 
-class _StopError(Exception):
-    pass
-
-
-def run(output, name, condense, stop=None, resume=False, states=None):
-    """A run of three epochs; stops after the line of metrics for which `stop` is true, and keeps what was saved with each."""
-    torch.manual_seed(len(output.name))  # the caller's generator plays no part
-
-    def progress(line):
-        if states is not None:
-            states.append(copy.deepcopy(checkpoint.load(output / "checkpoint").model))
-        if stop is not None and stop(line):
-            raise _StopError
-
-    teacher = network(2, channels=6) if name == "iekd" else None
-    before = None if teacher is None else copy.deepcopy(teacher.state_dict())
-    r = Recipe(name, OPTIONS[name], condense, epochs=3, batch_size=8, lr=0.02, device="cpu", seed=5)
-    options = {"output": output, "resume": resume, "progress": progress}
-    summary = distill(network(1), teacher, images(30), images(12, seed=1), r, **options)
-    assert summary.flops is None and summary.history[-1]["terms"].keys() >= {"inheritance", "exploration"}
-    if teacher is not None:
-        assert all(torch.equal(x, before[key]) for key, x in teacher.state_dict().items())
-        assert not hooks(teacher)
-
-
-@pytest.mark.parametrize("condense", [None, Condense(keep=0.5, every=1, stages=2)], ids=["whole", "condensed"])
 @pytest.mark.parametrize("name", ["iekd", "ie-dml"])
-def test_stopped_and_resumed_it_ends_as_if_it_never_was(name, condense, tmp_path):
+def test_what_is_trained_first_and_what_with_the_student(name, tmp_path):
     states = []
-    run(tmp_path / "whole", name, condense, states=states)
-    stops = [lambda line: line.get("epoch") == 2]
-    stops += [lambda line: line.get("pretraining") == 1] if name == "iekd" else []
-    for number, stop in enumerate(stops):
-        torn = tmp_path / f"torn after a while {number}"
-        with pytest.raises(_StopError):
-            run(torn, name, condense, stop)
-        run(torn, name, condense, resume=True)
-        assert_same(final(torn), final(tmp_path / "whole"))
-
+    teacher = small_runs.network(2, width=10) if name == "iekd" else None
+    r = Recipe(name, OPTIONS[name], Condense(keep=0.5, every=1), epochs=3, batch_size=8, lr=0.02, device="cpu", seed=5)
+    summary = distill(
+        small_runs.network(1),
+        teacher,
+        images(30),
+        images(12, seed=1),
+        r,
+        output=tmp_path,
+        progress=lambda line: states.append(copy.deepcopy(checkpoint.load(tmp_path / "checkpoint").model)),
+    )
+    assert summary.flops is None and summary.history[-1]["terms"].keys() >= {"inheritance", "exploration"}
     if name == "iekd":  # two epochs of the auto-encoder, then it is as it is; so is the student before, and not after
-        lines = storage.read_lines(tmp_path / "whole" / "pretraining.jsonl")
+        lines = storage.read_lines(tmp_path / "pretraining.jsonl")
         assert len(lines) == 2 and len(states) == 5 and lines[1]["loss"] < lines[0]["loss"]
         assert [line["lr"] for line in lines] == [0.02, 0.02]  # no milestone
         for key, last in states[-1].items():
@@ -792,20 +717,3 @@ def test_stopped_and_resumed_it_ends_as_if_it_never_was(name, condense, tmp_path
     else:
         assert all(not torch.equal(states[0][key], last) for key, last in states[-1].items() if "weight" in key)
         assert any("peer_network" in key for key in states[0])
-
-
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
-@pytest.mark.parametrize("name", ["iekd", "ie-dml"])
-def test_two_processes(name, tmp_path):
-    """Which is also where every parameter needs a part in the loss."""
-
-    def job(rank):
-        torch.set_num_threads(1)
-        teacher = network(2, channels=6) if name == "iekd" else None
-        r = Recipe(
-            name, OPTIONS[name], Condense(keep=0.5, every=1), epochs=2, batch_size=8, lr=0.02, device="cpu", seed=5
-        )
-        distill(network(1), teacher, images(29), images(12, seed=1), r, output=tmp_path)
-
-    assert Crew(job, 2).wait() == [0, 0]
-    assert len(storage.read_lines(tmp_path / "metrics.jsonl")) == 2

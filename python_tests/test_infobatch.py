@@ -13,13 +13,7 @@ from safetensors.torch import save as save_safetensors
 
 from kcd_ext.condensation import CondensedSampler, InfoBatch, KnowledgeCondenser, RandomCondenser
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Plain:

@@ -1,6 +1,5 @@
 """KR against its formula in NumPy's float64, written out place by place, and by `distill` from end to end."""
 
-import copy
 import inspect
 import math
 
@@ -8,9 +7,8 @@ import numpy as np
 import pytest
 import torch
 from scipy.special import softmax
+from small_runs import Samples, images
 from test_methods import (
-    NoWait,
-    Samples,
     assert_gradient,
     chosen,
     cross_entropies,
@@ -19,7 +17,6 @@ from test_methods import (
     float64,
     rows_seen,
 )
-from test_resume import assert_same, final, images
 from torch import nn
 
 from kcd_ext import methods, models
@@ -40,13 +37,7 @@ DEFAULTS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Networks of a few weights on two threads only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # --- the formula ------------------------------------------------------------------------------------------------------
@@ -432,35 +423,6 @@ def test_defaults():
 # --- a step, and a run ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [{}, {"batch_keep": 0.4, "kd_weight": 0.5}])
-def test_a_step_waits_for_nothing_and_copies_carry_nothing(options):
-    method, student, teacher = prepared(**options)
-    with NoWait():
-        method(student, teacher, samples().at([1, 2, -1, 0, 4])).loss.backward()
-    student(samples().x)  # what the taps catch is no leaf, which could not be copied
-    twin = copy.deepcopy(student)
-    assert torch.equal(twin(samples().x), student(samples().x))
-    method.prepare(student, teacher, samples())
-    assert hooks_of(student, teacher) == 6
-    method.release()
-    method.release()
-    assert hooks_of(student, teacher) == 0
-
-
-def test_what_is_compiled_is_tapped_all_the_same():
-    method, student, teacher = prepared()
-    batch = samples().at(range(ROWS))
-    expected = method(student, teacher, batch)
-    found = method(torch.compile(student, backend="aot_eager"), torch.compile(teacher, backend="aot_eager"), batch)
-    torch.testing.assert_close(found.loss, expected.loss)
-    gradients = []
-    for outcome in (expected, found):
-        student.zero_grad()
-        outcome.loss.backward()
-        gradients.append([field.weight.grad for field in student.layers])
-    torch.testing.assert_close(*gradients)
-
-
 def test_the_loss_falls():
     method, student, teacher = prepared(ce_weight=0.0)
     optimizer = torch.optim.Adam(student.parameters(), 0.03)
@@ -485,39 +447,17 @@ def test_the_loss_falls():
         ({"student_layers": "0+1,2", "teacher_layers": "1,3+4"}, Condense(keep=0.6, every=2, stages=2)),
     ],
 )
-def test_a_run_that_is_stopped_goes_on_to_the_same_bytes(tmp_path, options, condense):
+def test_what_a_run_says(options, condense):
     recipe = Recipe("kr", options, condense, epochs=5, batch_size=8, lr=0.02, device="cpu", seed=5)
-    networks = []
-
-    def run(folder, resume=False, progress=None):
-        with torch.random.fork_rng():
-            torch.manual_seed(1)
-            student = models.build("cnn_small", in_channels=1, num_classes=4)
-            teacher = models.build("cnn_large", in_channels=1, num_classes=4)
-        networks.extend((student, teacher))
-        before = copy.deepcopy(teacher.state_dict())
-        data = images(69), images(30, seed=1)
-        try:
-            return distill(student, teacher, *data, recipe, output=tmp_path / folder, resume=resume, progress=progress)
-        finally:
-            assert hooks_of(*networks) == 0
-            assert all(torch.equal(before[name], x) for name, x in teacher.state_dict().items())
-
-    def stop(line):
-        if line["epoch"] == 3:
-            raise InterruptedError
-
-    summary = run("whole")
-    with pytest.raises(InterruptedError):
-        run("torn", progress=stop)
-    torch.manual_seed(77)  # the caller's generator plays no part
-    again = run("torn", resume=True)
-    assert_same(final(tmp_path / "torn"), final(tmp_path / "whole"))
-
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        student = models.build("cnn_small", in_channels=1, num_classes=4)
+        teacher = models.build("cnn_large", in_channels=1, num_classes=4)
+    summary = distill(student, teacher, images(69), images(30, seed=1), recipe)
     terms = {"kr", "kl"} if options.get("kd_weight") else {"kr"}
     assert all(line["terms"].keys() == terms for line in summary.history)
     samples = [line["samples"] for line in summary.history]
     assert samples == {None: [69] * 5, 0.5: [69, 61, 53, 45, 37], 0.6: [69, 69, 56, 56, 43]}[condense and condense.keep]
-    assert again.flops == summary.flops > 0  # known, as there is no network beside the two
+    assert summary.flops > 0  # known, as there is no network beside the two
     asked = summary.teacher_visits / summary.sample_visits
     assert (asked == 1) if condense is None or condense.batch_keep == 1 else (0.4 < asked <= 0.5)

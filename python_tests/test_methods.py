@@ -3,7 +3,6 @@
 import copy
 import inspect
 import os
-import pickle
 import tempfile
 from collections import Counter
 from datetime import timedelta
@@ -18,6 +17,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from scipy import stats
 from scipy.special import log_softmax, softmax
+from small_runs import Samples
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -69,21 +69,10 @@ PUBLISHED = {
 REBUILT = ("iekd",)  # in part
 OURS = {"batch_keep": 1, "student_layer": None, "teacher_layer": None}  # none of it is in the published code
 SAMPLES, CLASSES, PIXELS = 23, 4, 5
-OPTIONS = {
-    "crd": {"dimension": 5, "negatives": 11},
-    "sskd": {"head_epochs": 2},
-    "pwkd": {"teacher_epochs": 2},
-    "iekd": {"factor_epochs": 2},
-}
+OPTIONS = {"crd": {"dimension": 5, "negatives": 11}, "sskd": {"head_epochs": 2}}
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Networks of a few weights on two threads only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Table(nn.Module):
@@ -116,21 +105,6 @@ class Images(nn.Module):
         return self.classifier((self.normalise(x).flatten(1) * self.scale).tanh())
 
 
-class Samples:
-    """All samples, as `Method.prepare` sees them."""
-
-    def __init__(self, x, label, batch_size=9):
-        self.x, self.label, self.batch_size = x, label, batch_size
-
-    def __iter__(self):
-        for index in torch.arange(len(self.label)).split(self.batch_size):
-            yield Batch(self.x[index], self.label[index], index)
-
-    def at(self, index, **more):
-        index = torch.as_tensor(index)
-        return Batch(self.x[index.clamp(min=0)], self.label[index.clamp(min=0)], index, **more)
-
-
 def images():
     generator = torch.Generator().manual_seed(5)
     return Samples(torch.randn(SAMPLES, 2, PIXELS, PIXELS, generator=generator), torch.arange(SAMPLES) * 7 % CLASSES)
@@ -143,18 +117,14 @@ def maps(seed, width=4):
         return cnn(2, CLASSES, (width, 2 * width), (1, 2))
 
 
-NETWORK = dict.fromkeys(("pwkd", "iekd", "ie-dml", "kr"), maps)  # what a method is tested on; Images where not said
-
-
 def prepared(name, options=None, student=None, teacher=None, samples=None):
     """A method with its networks, ready for the first batch."""
-    samples, network = samples or images(), NETWORK.get(name, Images)
-    student, teacher = student or network(1), teacher or network(2)
+    samples, student, teacher = samples or images(), student or Images(1), teacher or Images(2)
     with torch.random.fork_rng():
         torch.manual_seed(7)
         method = methods.build(name, {**OPTIONS.get(name, {}), **(options or {})})
         method.prepare(student, teacher, samples)
-    return method, student, (method.teacher_of(teacher) or teacher).eval(), samples
+    return method, student, teacher.eval(), samples
 
 
 def rows_seen(network):
@@ -694,37 +664,17 @@ class Odd(nn.Module):
         return self.head(self.body(x)).flatten(1)
 
 
-def hooks_of(*networks):
-    return sum(len(module._forward_pre_hooks) for network in networks for module in network.modules())
-
-
 @pytest.mark.parametrize("name", ["pkt", "crd", "sskd"])
-def test_networks_are_left_as_they_were(name):
-    student, teacher = Odd(), Images(2, normalised=True)
-    teacher.eval()
-    student.body[2].eval()  # modes that differ from part to part
-    modes = [module.training for module in student.modules()]
+def test_features_of_four_dimensions_are_rows(name):
+    """And a student with dropout, normalisation and another head than a linear one is left as it was."""
+    student, teacher = Odd(), Images(2, normalised=True).eval()
     before = copy.deepcopy((student.state_dict(), teacher.state_dict()))
     method, _, _, samples = prepared(name, {"student_layer": "head"}, student, teacher)
-    method.prepare(student, teacher, samples)
-    assert hooks_of(student, teacher) == 2
     assert (method.student_width, method.teacher_width) == (27, 50)
-    assert [module.training for module in student.modules()] == modes
     for network, state in zip((student, teacher), before, strict=True):
         assert all(torch.equal(x, state[key]) for key, x in network.state_dict().items())
-
     method(student, teacher, samples.at([1, 2, 3])).loss.backward()
-    student(samples.x)  # what the tap catches is no leaf, which could not be copied
-    twin = copy.deepcopy(student)
-    pickled = pickle.loads(pickle.dumps(student))
-    method.release()
-    method.release()
-    assert hooks_of(student, teacher) == 0
-    for other in (twin, pickled):
-        student.eval(), other.eval()
-        assert torch.equal(other(samples.x), student(samples.x))
-    with pytest.raises(RuntimeError, match="needs prepare"):
-        method(student, teacher, samples.at([1]))
+    assert student.body[0].weight.grad.isfinite().all() and student.body[0].weight.grad.any()
 
 
 def test_the_last_linear_layer_is_tapped_unless_another_is_named():
@@ -819,69 +769,6 @@ def test_a_tap_forgets_and_works_without_gradients_and_compiled():
 
 # --- all --------------------------------------------------------------------------------------------------------------
 
-EVERY = [
-    *[(name, {}) for name in methods.REGISTRY],
-    *[(name, {"batch_keep": 0.4}) for name in methods.REGISTRY if name not in ("ce", "ie-dml")],
-]
-
-
-class NoWait(TorchDispatchMode):
-    """Raises for every operator whose result, or its shape, the processor would have to wait for."""
-
-    waiting = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "bincount", "_unique2", "is_nonzero")
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func._schema.name.removeprefix("aten::")
-        by_mask = name in ("index", "index_put", "index_put_") and any(
-            x is not None and x.dtype == torch.bool for x in args[1]
-        )
-        dynamic = name == "repeat_interleave" and (kwargs or {}).get("output_size") is None and len(args) < 2
-        if name in self.waiting or by_mask or dynamic:
-            raise AssertionError(f"{func} waits for the device")
-        return func(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize(("name", "options"), EVERY)
-def test_a_step_waits_for_nothing(name, options):
-    method, student, teacher, samples = prepared(name, options)
-    weight = torch.rand(7) if method.weighs_samples else None
-    with NoWait():
-        for index in ([1, 2, 3, 4, 5, 6, 7], [8, 9, 10, -1, 8, 0, -1]):
-            for batch in (samples.at(index), samples.at(index, weight=weight)):
-                method(student, teacher, batch).loss.backward()
-        for plan in method.pretraining():
-            plan.loss(teacher, batch)
-        for waits in (lambda: weight.max().item(), lambda: batch.x[batch.index >= 0], lambda: bool(batch.x.any())):
-            with pytest.raises((AssertionError, AttributeError)):
-                waits()
-
-
-@pytest.mark.parametrize(("name", "options"), EVERY)
-def test_a_checkpoint_goes_on_with_the_same_step(name, options):
-    given = NETWORK.get(name, Images)(2)
-    method, student, teacher, samples = prepared(name, options, teacher=given)
-
-    def step(method, student, index):
-        torch.manual_seed(len(index))
-        outcome = method(student, teacher, samples.at(index))
-        student.zero_grad()
-        outcome.loss.backward()
-        return [outcome.loss, *outcome.terms.values(), *(p.grad for p in student.parameters()), *method.buffers()]
-
-    step(method, student, [4, 2, 0])
-    saved = copy.deepcopy(nn.ModuleDict({"method": method, "student": student}).state_dict())
-    expected = [x.clone() for x in step(method, student, [5, 2, 9, 11])]
-    with torch.random.fork_rng():
-        torch.manual_seed(99)
-        again = NETWORK.get(name, Images)(50)
-        other = methods.build(name, {**OPTIONS.get(name, {}), **options})
-        other.prepare(again, given, samples)
-        teacher = other.teacher_of(given)
-    step(other, again, [1, 2])  # what another batch left behind goes with the load
-    nn.ModuleDict({"method": other, "student": again}).load_state_dict(saved)
-    for one, two in zip(expected, step(other, again, [5, 2, 9, 11]), strict=True):
-        assert torch.equal(one, two)
-
 
 def test_a_state_from_before_the_first_batch_has_no_normalisation():
     method, student, teacher, samples = prepared("crd")
@@ -903,22 +790,6 @@ def test_autocast_leaves_similarities_in_float32(name):
         outcome.loss.backward()
         found.append(outcome.terms[{"sskd": "similarity"}.get(name, name)])
     assert found[0] == found[1] != 0
-
-
-@pytest.mark.parametrize(("name", "options"), [each for each in EVERY if each[0] not in ("ie-dml", "pwkd")])
-def test_the_loss_and_every_term_fall(name, options):
-    """Not those of ie-dml, whose peers move apart before they move together, nor pwkd's, which are another method's."""
-    method, student, teacher, samples = prepared(name, options)
-    optimizer = torch.optim.Adam([*student.parameters(), *method.parameters()], 0.03)
-    seen = []
-    for step in range(60):
-        torch.manual_seed(step % 2)
-        outcome = method(student, teacher, samples.at(range(SAMPLES)))
-        optimizer.zero_grad()
-        outcome.loss.backward()
-        optimizer.step()
-        seen.append([outcome.loss.item(), *(term.item() for term in outcome.terms.values())])
-    assert all(last < 0.6 * first for first, last in zip(seen[0], seen[-1], strict=True))
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

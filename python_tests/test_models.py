@@ -49,13 +49,7 @@ OURS = {"cnn_large": (41_812, [(16, 16), (64, 8)]), "cnn_small": (3_304, [(4, 16
 FAMILIES = ["cnn_large", "mobilenet_v2", "resnet8x4", "shufflenet_v1", "shufflenet_v2", "vgg11", "wrn_16_2"]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Small batches only: on a busy machine, waiting for a second thread costs more than it brings."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def seeded(name, seed=0, in_channels=3, num_classes=10):

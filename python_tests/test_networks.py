@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from processes import Crew
-from test_resume import images
+from small_runs import OPTIONS, images
 from torch import nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
@@ -28,29 +28,13 @@ from kcd_ext.training.batches import LoadedFeed
 from kcd_ext.training.randomness import seeded
 
 TRAIN, TEST = images(24), images(12, seed=1)
-OPTIONS = {
-    "ce": {},
-    "kd": {},
-    "pkt": {},
-    "crd": {"negatives": 4, "dimension": 3},
-    "sskd": {"head_epochs": 1, "head_lr": 0.01},
-    "pwkd": {"teacher_epochs": 1, "teacher_lr": 0.01, "widths": "0.5,1"},
-    "iekd": {"factor_epochs": 1, "factor_lr": 0.01, "student_layer": "relu", "teacher_layer": "relu"},
-    "ie-dml": {"student_layer": "relu", "peer_layer": "relu"},
-    "kr": {"student_layers": "relu", "teacher_layers": "relu"},
-}
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Net(nn.Module):
     """With batch statistics and dropout; `gives` says what comes out, in which of the modes `where`."""
+
+    stages = ("relu",)
 
     def __init__(self, seed=0, gives=lambda y: y, where=(True, False), flatten=lambda x: x.flatten(1)):
         super().__init__()
@@ -73,7 +57,7 @@ def run(student, teacher, method="kd", train=TRAIN, test=TEST, output=None, **ch
     settings = {"epochs": 2, "batch_size": 8, "device": "cpu", "lr": 0.02, "seed": 5} | changes
     return distill(
         student,
-        None if method in ("ce", "ie-dml") else teacher,
+        teacher if methods.build(method).needs_teacher else None,
         train,
         test,
         Recipe(method, options, **settings),
@@ -100,10 +84,10 @@ def without_a_step(take, sizes, layouts, outputs):
 
 
 @pytest.mark.parametrize("changes", [{}, {"precision": "bfloat16"}, {"condense": Condense(every=1, batch_keep=0.4)}])
-@pytest.mark.parametrize("method", OPTIONS)
+@pytest.mark.parametrize("method", methods.REGISTRY)
 def test_the_step_leaves_no_trace_in_the_result(method, changes, monkeypatch):
     """Against the same run without it: batch statistics, memory banks, heads and generators are what they were."""
-    if changes.get("condense") and method in ("ce", "ie-dml"):
+    if changes.get("condense") and methods.unknown_of(method, ["batch_keep"])[0]:
         changes = {"condense": Condense(every=1)}
     found = []
     for patched in (False, True):
@@ -461,7 +445,7 @@ class Centred(Net):
         self.register_buffer("table", torch.rand(2, 3, 4, 5))
 
 
-@pytest.mark.parametrize("method", [*OPTIONS])
+@pytest.mark.parametrize("method", methods.REGISTRY)
 def test_networks_that_use_view_are_trained(method):
     """And are as good as if they did not."""
     results = []
@@ -592,7 +576,7 @@ def test_a_check_leaves_the_warning_to_the_run():
     assert len(caught) == 1
 
 
-@pytest.mark.parametrize("method", OPTIONS)
+@pytest.mark.parametrize("method", methods.REGISTRY)
 def test_every_method_takes_networks_that_give_more_than_logits(method):
     results = []
     for gives in (KINDS["named tuple"], lambda y: y):

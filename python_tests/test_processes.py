@@ -6,7 +6,8 @@ from functools import partial
 import pytest
 import torch
 from processes import Crew
-from test_resume import images, network, recipe, shaken
+from small_runs import StopError, images, network, shaken, stop_after
+from test_resume import recipe
 from torch import nn
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -258,21 +259,12 @@ def test_a_compiled_student_is_the_same_student_and_is_resumed(tmp_path):
     assert summary.teacher_visits == plain.teacher_visits and summary.flops == plain.flops
     assert [line["samples"] for line in summary.history] == [line["samples"] for line in plain.history]
 
-    with pytest.raises(_StopError):
-        trained(tmp_path / "torn", student=network, compile=True, progress=_stop)
+    with pytest.raises(StopError):
+        trained(tmp_path / "torn", student=network, compile=True, progress=stop_after(2))
     torch._dynamo.reset()
     trained(tmp_path / "torn", student=network, compile=True, resume=True)
     names = ("torn", "compiled")
     assert len({(tmp_path / name / "student.safetensors").read_bytes() for name in names}) == 1
-
-
-class _StopError(Exception):
-    pass
-
-
-def _stop(line):
-    if line["epoch"] == 2:
-        raise _StopError
 
 
 @pytest.mark.parametrize("precision", ["float8", 16])

@@ -9,19 +9,17 @@ import pytest
 import torch
 from processes import Crew
 from scipy.special import log_softmax, softmax
+from small_runs import CLASSES, StopError, assert_same, final, images, seeded, stop_after
 from torch import nn
 from torch.nn import functional
 
 from kcd_ext import methods, models
-from kcd_ext.data.images import ImageSet
-from kcd_ext.data.views import Views
 from kcd_ext.methods import Batch, pkt
 from kcd_ext.methods.features import Tap
 from kcd_ext.methods.kd import KnowledgeDistillation
 from kcd_ext.methods.pwkd import PartialToWhole, slimmable
 from kcd_ext.training import Condense, Recipe, checkpoint, distill, storage
 
-CLASSES = 4
 # The defaults: published for slimmable networks (Yu et al., 2019) or ours; the paper's are not known.
 DEFAULTS = {
     "base": "kd",
@@ -35,19 +33,7 @@ DEFAULTS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Networks of a few weights on two threads only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def seeded(seed, build):
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return build()
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def shake(network, seed=0):
@@ -343,15 +329,6 @@ def test_there_is_an_epoch_for_every_stage():
 # --- what is learnt ---------------------------------------------------------------------------------------------------
 
 
-def images(size, seed=0):
-    """Noise around one image a class, cropped and flipped anew in every epoch."""
-    generator = np.random.default_rng(seed)
-    labels = np.arange(size) % CLASSES
-    centres = np.random.default_rng(99).integers(40, 200, (CLASSES, 6, 6, 1))
-    pixels = np.clip(centres[labels] + generator.integers(-60, 60, (size, 6, 6, 1)), 0, 255).astype(np.uint8)
-    return ImageSet(pixels, labels, Views((0.5,), (0.25,), padding=1 - seed, flip=not seed))
-
-
 def network(seed, width=6):
     def build():
         return nn.Sequential(
@@ -530,44 +507,6 @@ def test_the_control_is_the_base_with_the_same_restarts():
 # --- through the trainer ----------------------------------------------------------------------------------------------
 
 
-class _StopError(Exception):
-    pass
-
-
-def stopping_after(count):
-    lines = []
-
-    def stop(line):
-        lines.append(line)
-        if len(lines) == count:
-            raise _StopError
-
-    return stop
-
-
-def final(folder):
-    """All that a run has come to: weights, optimizer, table, metrics without the clock's."""
-    state = checkpoint.load(folder / "checkpoint")
-    lines = [
-        [{name: x for name, x in line.items() if not name.endswith("seconds")} for line in storage.read_lines(path)]
-        for path in sorted(folder.glob("*.jsonl"))
-    ]
-    weights = (folder / "student.safetensors").read_bytes()
-    return {"weights": weights, "model": dict(state.model), **state.training, "lines": lines}
-
-
-def assert_same(one, other, path="run"):
-    assert type(one) is type(other), path
-    if isinstance(one, dict):
-        assert one.keys() == other.keys(), path
-        for name in one:
-            assert_same(one[name], other[name], f"{path}.{name}")
-    elif isinstance(one, torch.Tensor):
-        assert one.dtype == other.dtype and torch.equal(one, other), path
-    else:
-        assert one == other, path
-
-
 CONDENSED = Condense(keep=0.5, every=1, stages=3)
 
 
@@ -591,8 +530,8 @@ def test_a_run_that_is_stopped_goes_on_as_if_it_never_was(tmp_path, base, conden
     pretraining = storage.read_lines(whole / "pretraining.jsonl")
     assert len(pretraining) == (4 if base == "sskd" else 2) and pretraining[-1]["flops"] is None is summary.flops
     for count in (1, 2, 1, 2):  # in the teacher's pretraining, after it, in a stage, at a stage's end
-        with pytest.raises(_StopError):
-            run(base, torn, stopping_after(count), resume=True, condense=condense, **options)
+        with pytest.raises(StopError):
+            run(base, torn, stop_after(count), resume=True, condense=condense, **options)
     run(base, torn, resume=True, condense=condense, **options)
     assert_same(final(torn), final(whole))
     model = checkpoint.load(whole / "checkpoint").model

@@ -16,12 +16,12 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from small_runs import OPTIONS
 from torch import nn
 
-from kcd_ext import cli, models
+from kcd_ext import cli, methods, models
 from kcd_ext.data import Views, load
 from kcd_ext.data.images import assemble
-from kcd_ext.methods import REGISTRY as METHODS
 from kcd_ext.training import Recipe, distill, teachers, weights
 from kcd_ext.training.compare import Report
 from kcd_ext.training.summary import Summary, cells
@@ -30,23 +30,12 @@ from kcd_ext.training.trainer import doubt_about
 DIGITS = ["--data", "digits", "--epochs", "1", "--threads", "1", "--device", "cpu"]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
 def data():
     return load("digits")
-
-
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 def kcd(*arguments):
@@ -583,16 +572,8 @@ def written_out(network):
     return network
 
 
-OPTIONS = {
-    "crd": {"negatives": 16},
-    "sskd": {"head_epochs": 1},
-    "pwkd": {"teacher_epochs": 1, "widths": "0.5,1"},
-    "iekd": {"factor_epochs": 1},
-}
-
-
 @pytest.mark.filterwarnings("ignore:the teacher's accuracy")
-@pytest.mark.parametrize("method", sorted(METHODS.keys() - {"ce", "ie-dml"}))
+@pytest.mark.parametrize("method", [name for name in methods.REGISTRY if methods.build(name).needs_teacher])
 def test_a_renormalised_teacher_teaches_as_if_it_did_so_itself(method):
     images = coloured()
 

@@ -38,13 +38,7 @@ from kcd_ext.training.trainer import EVALUATED, PREPARING
 CLASSES, FEATURES = 4, 6
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Networks of a few weights on two threads only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Blobs(torch.utils.data.Dataset):

@@ -1,0 +1,114 @@
+"""The `kcd` command as a process, what it leaves in a folder, and the pages that it writes."""
+
+import html.parser
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+TIMEOUT = 180  # seconds: for a hang, not for speed
+MODULE = ("-m", "kcd_ext.cli")
+TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node", "2", *MODULE)
+# The environment of a process that no launcher has started.
+ALONE = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+ALONE["OMP_NUM_THREADS"] = "1"
+
+
+def run(*arguments, cwd: Path, launcher=MODULE, **options) -> subprocess.CompletedProcess:
+    """Run a command to its end."""
+    command = [sys.executable, *launcher, *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=TIMEOUT, **options)
+
+
+def stop(
+    *arguments, cwd: Path, until: str, number: signal.Signals, meanwhile: Callable[[], None] | None = None
+) -> tuple[int, str, str]:
+    """Start a command, and end it by a signal once the file `until` has appeared.
+
+    meanwhile: what is done before the signal, while the command is suspended.
+    Returns exit status, stdout and stderr.
+    """
+    command = [sys.executable, *MODULE, *map(str, arguments)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    started = subprocess.Popen(command, cwd=cwd, preexec_fn=heed_interrupts, **pipes)
+    try:
+        give_up = time.monotonic() + TIMEOUT
+        while not (cwd / until).exists():
+            assert started.poll() is None and time.monotonic() < give_up
+            time.sleep(0.002)
+        if meanwhile:
+            started.send_signal(signal.SIGSTOP)
+            meanwhile()
+            started.send_signal(signal.SIGCONT)
+        started.send_signal(number)
+        out, error = started.communicate(timeout=TIMEOUT)
+    finally:
+        started.kill()
+    return started.returncode, out, error
+
+
+def heed_interrupts() -> None:
+    """A shell that has started the tests in the background has them ignored, which processes inherit."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def limit_files_to(size: int) -> Callable[[], None]:
+    """What a process does first that may write no file larger than this: it stands for a full disk."""
+    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    """Return every file in a folder."""
+    return {path: path.read_bytes() for path in sorted(Path(folder).rglob("*")) if path.is_file()}
+
+
+class Page(html.parser.HTMLParser):
+    """A page: its tables, headings and text, and everything that it refers to. Its tags must be closed in order."""
+
+    def __init__(self, source: str):
+        super().__init__()
+        self.open, self.rows, self.headings, self.text = [], [], [], []
+        self.references, self.ids, self.drawings, self.images = [], [], 0, 0
+        self.feed(source)
+        assert self.open == []
+        assert len(self.ids) == len(set(self.ids))
+
+    def handle_startendtag(self, tag, attributes):
+        self.references += [value for name, value in attributes if name in ("src", "href", "xlink:href")]
+        self.ids += [value for name, value in attributes if name == "id"]
+
+    def handle_starttag(self, tag, attributes):
+        self.handle_startendtag(tag, attributes)
+        self.drawings += tag == "svg"
+        self.images += tag == "img"
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("h1", "h2"):
+            self.headings.append("")
+        if tag not in ("meta", "img", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+        tag = self.open[-1] if self.open else ""
+        if tag in ("td", "th"):
+            self.rows[-1].append(data)
+        if tag in ("h1", "h2"):
+            self.headings[-1] += data
+
+    def without_classes(self) -> list[list[list[str]]]:
+        """Take the tables of what is kept of every class out of `rows`, and return them."""
+        tables = []
+        while ["class"] in (heads := [row[:1] for row in self.rows]):
+            start = heads.index(["class"])
+            end = heads.index(["all"], start) + 1
+            tables.append(self.rows[start:end])
+            del self.rows[start:end]
+        return tables

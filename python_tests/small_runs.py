@@ -1,0 +1,136 @@
+"""Data, networks and runs that take milliseconds, and what a run has come to."""
+
+import random
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from kcd_ext.data.images import ImageSet
+from kcd_ext.data.views import Views
+from kcd_ext.methods import Batch
+from kcd_ext.training import checkpoint, storage
+
+CLASSES = 4
+# Options that make a method small; one that is not here is tested with its defaults.
+OPTIONS = {
+    "crd": {"negatives": 12, "dimension": 5},
+    "sskd": {"head_epochs": 2, "head_lr": 0.02},
+    "pwkd": {"teacher_epochs": 2, "teacher_lr": 0.02, "widths": "0.5,1"},
+    "iekd": {"factor_epochs": 2, "factor_lr": 0.02},
+}
+
+
+def images(size: int, seed: int = 0) -> ImageSet:
+    """Noise around one image a class, cropped and flipped anew in every epoch."""
+    generator = np.random.default_rng(seed)
+    labels = np.arange(size) % CLASSES
+    centres = np.random.default_rng(99).integers(40, 200, (CLASSES, 6, 6, 1))
+    pixels = np.clip(centres[labels] + generator.integers(-60, 60, (size, 6, 6, 1)), 0, 255).astype(np.uint8)
+    return ImageSet(pixels, labels, Views((0.5,), (0.25,), padding=1 - seed, flip=not seed))
+
+
+def shaken(image):
+    """Random in every way that a transform can be."""
+    x = torch.from_numpy(image.transpose(2, 0, 1)) / 255
+    return x + 0.1 * torch.randn(()) + 0.1 * random.random() + 0.1 * np.float32(np.random.rand())
+
+
+def seeded(seed: int, build: Callable[[], nn.Module]) -> nn.Module:
+    """`build()` by torch's generator as this seed leaves it; the caller's is as it was."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return build()
+
+
+def network(seed: int, width: int = 6, dropout: float = 0.3) -> nn.Module:
+    """A network for `images`; its `stages` end in maps of an even number of channels, as every method can take them."""
+
+    def build():
+        convolution = nn.Conv2d(1, width, 3, 2, padding=1)
+        layers = (
+            convolution,
+            nn.BatchNorm2d(width),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Dropout(dropout),
+            nn.Linear(9 * width, CLASSES),
+        )
+        return nn.Sequential(*layers)
+
+    built = seeded(seed, build)
+    built.stages = ("2",)
+    return built
+
+
+class Samples:
+    """All samples, as `Method.prepare` sees them."""
+
+    def __init__(self, x, label, batch_size=9):
+        self.x, self.label, self.batch_size = x, label, batch_size
+
+    def __iter__(self):
+        for index in torch.arange(len(self.label)).split(self.batch_size):
+            yield Batch(self.x[index], self.label[index], index)
+
+    def at(self, index, **more):
+        index = torch.as_tensor(index)
+        return Batch(self.x[index.clamp(min=0)], self.label[index.clamp(min=0)], index, **more)
+
+
+class NoWait(TorchDispatchMode):
+    """Raises for every operator whose result, or its shape, the processor would have to wait for."""
+
+    waiting = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "bincount", "_unique2", "is_nonzero")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name.removeprefix("aten::")
+        by_mask = name in ("index", "index_put", "index_put_") and any(
+            x is not None and x.dtype == torch.bool for x in args[1]
+        )
+        dynamic = name == "repeat_interleave" and (kwargs or {}).get("output_size") is None and len(args) < 2
+        if name in self.waiting or by_mask or dynamic:
+            raise AssertionError(f"{func} waits for the device")
+        return func(*args, **(kwargs or {}))
+
+
+class StopError(Exception):
+    """A run was stopped from its `progress`."""
+
+
+def stop_after(count: int) -> Callable[[dict], None]:
+    """A `progress` that stops a run after so many lines, those of pretraining included."""
+    lines = []
+
+    def progress(line):
+        lines.append(line)
+        if len(lines) == count:
+            raise StopError
+
+    return progress
+
+
+def final(folder) -> dict:
+    """All that a run has come to: weights, optimizer, table, mixes, metrics without the clock's."""
+    state = checkpoint.load(folder / "checkpoint")
+    lines = [
+        [{name: x for name, x in line.items() if not name.endswith("seconds")} for line in storage.read_lines(path)]
+        for path in sorted(folder.glob("*.jsonl"))
+    ]
+    weights = (folder / "student.safetensors").read_bytes()
+    return {"weights": weights, "model": dict(state.model), **state.training, "lines": lines}
+
+
+def assert_same(one, other, path="run") -> None:
+    """Bit for bit, through dictionaries."""
+    assert type(one) is type(other), path
+    if isinstance(one, dict):
+        assert one.keys() == other.keys(), path
+        for name in one:
+            assert_same(one[name], other[name], f"{path}.{name}")
+    elif isinstance(one, torch.Tensor):
+        assert one.dtype == other.dtype and torch.equal(one, other), path
+    else:
+        assert one == other, path

@@ -1,0 +1,353 @@
+"""What every method of the registry must do: one that is registered is tested here, with no line added."""
+
+import copy
+import inspect
+import math
+import pickle
+import re
+from types import SimpleNamespace
+
+import pytest
+import torch
+from processes import Crew
+from small_runs import CLASSES, OPTIONS, NoWait, Samples, StopError, assert_same, final, images, network, stop_after
+from torch import nn
+
+from kcd_ext import methods
+from kcd_ext.training import Condense, Recipe, distill, storage
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+SAMPLES = 23
+# Options that take other ways through a method.
+VARIANTS = {
+    "iekd": {"batch_keep": 0.5, "kd_weight": 1, "split": "permuted"},
+    "ie-dml": {"distance": "cosine"},
+    "kr": {"batch_keep": 0.4, "kd_weight": 0.5},
+}
+EVERY = [
+    *((name, {}) for name in methods.REGISTRY),
+    *((name, {"batch_keep": 0.4}) for name in methods.REGISTRY if not methods.unknown_of(name, ["batch_keep"])[0]),
+    *VARIANTS.items(),
+]
+every_method = pytest.mark.parametrize("name", methods.REGISTRY)
+every_variant = pytest.mark.parametrize(("name", "options"), EVERY)
+
+
+def samples(dtype=torch.float32):
+    x = torch.randn(SAMPLES, 1, 6, 6, generator=torch.Generator().manual_seed(5))
+    return Samples(x.to(dtype), torch.arange(SAMPLES) * 7 % CLASSES)
+
+
+def made(name, options=None):
+    return methods.build(name, {**OPTIONS.get(name, {}), **(options or {})})
+
+
+def prepared(name, options=None, seed=1, dtype=torch.float32, given=None):
+    """A method as it is while the student trains: `teacher` is whom it asks, `given` whom it was given."""
+    method = made(name, options)
+    student = network(seed, dropout=0.0).to(dtype)
+    if given is None and method.needs_teacher:
+        given = network(2, width=10, dropout=0.0).to(dtype).eval()
+    data = samples(dtype)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        method.prepare(student, given, data)
+    for plan in method.pretraining():
+        plan.part.requires_grad_(False).eval()  # as the trainer leaves what was trained first
+    method.begin(0, 8)
+    return SimpleNamespace(
+        method=method, student=student, given=given, teacher=method.teacher_of(given), samples=data, dtype=dtype
+    )
+
+
+def step(it, index, **more):
+    """The outcome of a batch, its gradients computed."""
+    torch.manual_seed(len(index))
+    it.student.zero_grad(), it.method.zero_grad()
+    outcome = it.method(it.student, it.teacher, it.samples.at(index, **more))
+    outcome.loss.backward()
+    return outcome
+
+
+def trained(it):
+    return [p for p in (*it.student.parameters(), *it.method.parameters()) if p.requires_grad]
+
+
+def all_of(it, outcome):
+    """Every number that a step has made."""
+    return [outcome.loss, *outcome.terms.values(), *(p.grad for p in it.student.parameters()), *it.method.buffers()]
+
+
+def state_of(*networks):
+    return [x.clone() for net in networks if net is not None for x in net.state_dict().values()]
+
+
+def assert_equal(one, other):
+    assert len(one) == len(other) and all(map(torch.equal, one, other))
+
+
+def hooks_of(*networks):
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    modules = [module for net in networks if net is not None for module in net.modules()]
+    return sum(len(getattr(module, kind)) for module in modules for kind in kinds)
+
+
+# --- a step -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@every_variant
+def test_a_step_is_what_the_protocol_says(name, options, dtype):
+    """Of odd batches, of one sample, of padding, and with weights."""
+    it = prepared(name, options, dtype=dtype)
+    if dtype == torch.float64 and any(True for _ in it.method.parameters()):
+        pytest.skip("has parts of its own, which are float32")
+    before = state_of(it.given, it.teacher)
+    for index in ([1, 2, 3, 4, 5, 6, 7], [8, 9, 10, -1, 8, 0, -1], [3], [4, -1], [-1, -1, -1]):
+        outcome = step(it, index)
+        assert outcome.loss.shape == () and outcome.loss.dtype == dtype and outcome.loss.isfinite()
+        assert outcome.logits.shape == (len(index), CLASSES) and outcome.value.shape == (len(index),)
+        assert outcome.value.is_floating_point() and outcome.value.isfinite().all() and outcome.losses is None
+        numbers = (outcome.logits, outcome.value, *outcome.terms.values())
+        assert not any(x.requires_grad for x in numbers)
+        assert all(term.shape == () and term.isfinite() for term in outcome.terms.values())
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in trained(it))
+        assert any(p.grad.any() for p in it.student.parameters())
+        frozen = [p for net in (it.given, it.teacher) if net is not None for p in net.parameters()]
+        assert all(p.grad is None for p in frozen)
+    assert_equal(state_of(it.given, it.teacher), before)
+
+    it.student.eval()
+    index = [1, 2, 3, 4, 5]
+    outcome = step(it, index)
+    torch.testing.assert_close(outcome.logits, it.student(it.samples.at(index).x), rtol=1e-4, atol=1e-5)
+    if it.method.weighs_samples:
+        for weight in (torch.ones(5), torch.tensor([0.5, 0.0, 2.0, 1.0, 3.0])):
+            weighted = step(it, index, weight=weight)
+            assert weighted.losses.shape == (5,) and not weighted.losses.requires_grad
+            torch.testing.assert_close(weighted.loss, (weighted.losses * weight).mean().to(dtype))
+            if weight.eq(1).all():
+                torch.testing.assert_close(weighted.loss, outcome.loss)
+
+
+@every_variant
+def test_under_autocast_the_loss_is_float32(name, options):
+    it = prepared(name, options)
+    for index in ([1, 2, 3, 4, 5], [3]):
+        it.student.zero_grad(), it.method.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            outcome = it.method(it.student, it.teacher, it.samples.at(index))
+        assert outcome.logits.dtype == torch.bfloat16 and outcome.loss.dtype == torch.float32
+        assert outcome.loss.isfinite() and all(term.dtype == torch.float32 for term in outcome.terms.values())
+        outcome.loss.backward()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in trained(it))
+
+
+@every_variant
+def test_a_step_waits_for_nothing(name, options):
+    it = prepared(name, options)
+    weight = torch.rand(7) if it.method.weighs_samples else None
+    with NoWait():
+        for index in ([1, 2, 3, 4, 5, 6, 7], [8, 9, 10, -1, 8, 0, -1]):
+            for batch in (it.samples.at(index), it.samples.at(index, weight=weight)):
+                it.method(it.student, it.teacher, batch).loss.backward()
+        for plan in it.method.pretraining():
+            plan.loss(it.teacher, batch)
+
+
+def test_waiting_is_found():
+    batch, weight = samples().at([1, 2, -1]), torch.rand(7)
+    for waits in (lambda: weight.max().item(), lambda: batch.x[batch.index >= 0], lambda: bool(batch.x.any())):
+        with NoWait(), pytest.raises((AssertionError, AttributeError)):
+            waits()
+
+
+@every_variant
+def test_a_step_depends_on_nothing_else(name, options):
+    """Neither on the caller's generator nor on a validation in between; and one like it gives the same bits."""
+    found = []
+    for validates in (False, True):
+        torch.manual_seed(100 + validates)
+        it = prepared(name, options)
+        step(it, [4, 2, 0])
+        if validates:
+            it.student.eval()
+            with torch.no_grad():
+                for net in (it.student, it.given, it.teacher):
+                    net is None or net(it.samples.x)
+            it.student.train()
+        found.append([x.clone() for x in all_of(it, step(it, [5, 2, 9, 11]))])
+    assert_equal(*found)
+
+
+@every_variant
+def test_a_checkpoint_goes_on_with_the_same_step(name, options):
+    it = prepared(name, options)
+    step(it, [4, 2, 0])
+    saved = copy.deepcopy(nn.ModuleDict({"method": it.method, "student": it.student}).state_dict())
+    expected = [x.clone() for x in all_of(it, step(it, [5, 2, 9, 11]))]
+    again = prepared(name, options, seed=50, given=it.given)
+    step(again, [1, 2])  # what another batch left behind goes with the load
+    nn.ModuleDict({"method": again.method, "student": again.student}).load_state_dict(saved)
+    assert_equal(expected, all_of(again, step(again, [5, 2, 9, 11])))
+
+
+@every_method
+def test_networks_are_left_as_they_were(name):
+    """By `prepare`, twice; hooks are there until `release`, and copies of a student in training are as good."""
+    method, student = made(name), network(1)
+    given = network(2, width=10) if method.needs_teacher else None
+    student[1].eval()  # modes that differ from part to part
+    networks = [net for net in (student, given) if net is not None]
+    modes = [module.training for net in networks for module in net.modules()]
+    learns = [p.requires_grad for net in networks for p in net.parameters()]
+    before, counts = state_of(student, given), []
+    for _ in range(2):
+        method.prepare(student, given, samples())
+        counts.append(hooks_of(student, given))
+    assert counts[0] == counts[1]
+    assert [module.training for net in networks for module in net.modules()] == modes
+    assert [p.requires_grad for net in networks for p in net.parameters()] == learns
+    assert_equal(state_of(student, given), before)
+
+    method.begin(0, 8)
+    teacher, batch = method.teacher_of(given), samples().at([1, 2, 3])
+    method(student, teacher, batch).loss.backward()
+    student(samples().x)  # what a hook catches is no leaf, which could not be copied
+    twins = copy.deepcopy(student), pickle.loads(pickle.dumps(student))
+    method.release()
+    method.release()
+    assert hooks_of(student, given, teacher) == 0
+    student.eval()
+    assert all(torch.equal(twin.eval()(samples().x), student(samples().x)) for twin in twins)
+    if counts[0]:
+        with pytest.raises(RuntimeError, match="needs prepare"):
+            method(student, teacher, batch)
+
+
+@pytest.mark.slow
+@every_variant
+def test_what_is_compiled_gives_the_same_step(name, options):
+    found = []
+    torch.compiler.reset()  # what was compiled for another method's networks has no hooks
+    for compiled in (False, True):
+        it = prepared(name, options)
+        student = torch.compile(it.student, backend="aot_eager") if compiled else it.student
+        teacher = torch.compile(it.teacher, backend="aot_eager") if compiled and it.teacher is not None else it.teacher
+        torch.manual_seed(0)
+        outcome = it.method(student, teacher, it.samples.at(range(9)))
+        outcome.loss.backward()
+        found.append([outcome.loss, *outcome.terms.values(), *(p.grad for p in it.student.parameters())])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+# Methods some of whose terms rise: peers move apart before they move together, and those of a growing teacher change.
+RISE = ("ie-dml", "pwkd")
+
+
+@every_variant
+def test_the_loss_and_every_term_fall(name, options):
+    it = prepared(name, options)
+    optimizer, seen = torch.optim.Adam(trained(it), 0.03), []
+    for number in range(60):
+        torch.manual_seed(number % 2)
+        outcome = it.method(it.student, it.teacher, it.samples.at(range(SAMPLES)))
+        optimizer.zero_grad()
+        outcome.loss.backward()
+        optimizer.step()
+        seen.append([x.item() for x in (outcome.loss, *(outcome.terms.values() if name not in RISE else ()))])
+    assert all(last < 0.6 * first for first, last in zip(seen[0], seen[-1], strict=True)), (seen[0], seen[-1])
+
+
+# --- what it takes ----------------------------------------------------------------------------------------------------
+
+
+@every_method
+def test_what_it_is_and_takes_is_documented(name):
+    method = type(methods.build(name))
+    assert inspect.getdoc(method) and method.__doc__ is not methods.Method.__doc__
+    if method.needs_teacher:  # where it was published
+        source = f"{inspect.getmodule(method).__doc__} {method.__doc__}"
+        assert re.search(r"arXiv:? ?\d{4}\.\d{4,5}|\w+ (et al\.|and \w+), ([A-Z]\w+,? )*\d{4}\)", source)
+    for option in methods.options_of(name):
+        assert option.text, option.name
+
+
+@every_method
+def test_options_that_make_no_sense_are_named(name):
+    parameters = inspect.signature(type(methods.build(name))).parameters.values()
+    named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    for option in named:
+        number = isinstance(option.default, int | float) and not isinstance(option.default, bool)
+        for bad in [object(), *([math.nan, "much"] if number else [])]:
+            with pytest.raises((TypeError, ValueError), match=option.name) as caught:
+                methods.build(name, {option.name: bad})
+            said = str(caught.value)
+            assert "\n" not in said and ("must be" in said or "no effect" in said), said
+    nearly = f"{named[0].name}x" if named else "temperature"
+    with pytest.raises(TypeError, match=f"has no option '{nearly}'"):
+        methods.build(name, {nearly: 1})
+
+
+# --- through distill --------------------------------------------------------------------------------------------------
+
+CONDENSE = {"whole": None, "condensed": Condense(keep=0.5, every=1, stages=2)}
+
+
+def run(name, condense, output, size=30, progress=None, resume=False):
+    torch.manual_seed(len(output.name))  # the caller's generator plays no part
+    options = OPTIONS.get(name, {})
+    recipe = Recipe(name, options, condense, epochs=3, batch_size=8, lr=0.02, device="cpu", seed=5)
+    student, teacher = network(1), network(2, width=10) if methods.build(name).needs_teacher else None
+    before = state_of(teacher)
+    data = images(size), images(12, seed=1)
+    try:
+        return distill(student, teacher, *data, recipe, output=output, progress=progress, resume=resume)
+    finally:
+        assert hooks_of(student, teacher) == 0
+        assert_equal(state_of(teacher), before)
+
+
+@pytest.mark.parametrize("condense", CONDENSE)
+@every_method
+def test_stopped_and_resumed_it_ends_as_if_it_never_was(name, condense, tmp_path):
+    """Stopped in the first part that is trained before the student, if there is one, or after an epoch."""
+    method, condense = methods.build(name), CONDENSE[condense]
+    summary = run(name, condense, tmp_path / "whole")
+    for count in (1, 2):
+        with pytest.raises(StopError):
+            run(name, condense, tmp_path / "torn", progress=stop_after(count), resume=count > 1)
+    again = run(name, condense, tmp_path / "torn", resume=True)
+    assert_same(final(tmp_path / "torn"), final(tmp_path / "whole"))
+
+    assert again.flops == summary.flops
+    assert summary.flops > 0 if method.flops_known else summary.flops is None
+    history = summary.history
+    assert all(math.isfinite(line["loss"]) for line in history) and history[-1]["epoch"] == 3
+    assert all(line["terms"].keys() == history[0]["terms"].keys() for line in history)
+    assert all(math.isfinite(term) for line in history for term in line["terms"].values())
+    assert [line["samples"] for line in history] == ([30] * 3 if condense is None else [30, 23, 16])
+    pretraining = tmp_path / "whole" / "pretraining.jsonl"
+    first = storage.read_lines(pretraining) if pretraining.exists() else []
+    assert all(math.isfinite(line["loss"]) for line in first)
+    if first:  # of which the teacher is asked too
+        assert summary.teacher_visits > summary.sample_visits
+    else:
+        assert summary.teacher_visits == (summary.sample_visits if method.needs_teacher else 0)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
+@every_method
+def test_two_processes(name, tmp_path):
+    """Which is also where every parameter needs a part in the loss."""
+
+    def job(rank):
+        torch.set_num_threads(1)
+        run(name, CONDENSE["condensed"], tmp_path / "run", size=29)
+
+    assert Crew(job, 2).wait() == [0, 0]
+    lines = storage.read_lines(tmp_path / "run" / "metrics.jsonl")
+    assert len(lines) == 3 and all(math.isfinite(line["loss"]) for line in lines)
