@@ -76,9 +76,11 @@ if HAS_CUDA:
 
 
 def parameters(*names: str) -> list:
-    """Return the names as parameters of a test. Those that begin with "cuda" have the mark `gpu`, and need a GPU to be there."""
-    gpu = {name: pytest.param(name, marks=pytest.mark.gpu) for name in names if name.startswith("cuda")}
-    return [gpu.get(name, name) for name in names if HAS_CUDA or name not in gpu]
+    """Return the names as parameters of a test, with their marks: `gpu` for those that begin with "cuda", and only where there
+    is one, `cuda_on_cpu` for "simt"."""
+    marks = {name: pytest.mark.gpu for name in names if name.startswith("cuda")} | {"simt": pytest.mark.cuda_on_cpu}
+    present = [name for name in names if HAS_CUDA or not name.startswith("cuda")]
+    return [pytest.param(name, marks=marks[name]) if name in marks else name for name in present]
 
 
 DEVICES = parameters("cpu", "cuda")

@@ -45,8 +45,8 @@ class Crew:
                 os.kill(pid, signal.SIGKILL)
         self.wait()
 
-    def wait(self, timeout: float = 120) -> list[int]:
-        """Their exit codes, or minus the signal; kills what has not ended by then."""
+    def wait(self, timeout: float = 120, together: bool = True) -> list[int]:
+        """Their exit codes, or minus the signal; kills what has not ended by then, and where one has failed the others."""
         give_up, codes = time.monotonic() + timeout, {}
         while len(codes) < len(self.pids):
             for pid in set(self.pids) - codes.keys():
@@ -54,7 +54,7 @@ class Crew:
                 if done:
                     codes[pid] = os.waitstatus_to_exitcode(status)
             # One that failed leaves the others waiting for it.
-            if time.monotonic() > give_up or any(codes.values()):
+            if time.monotonic() > give_up or (together and any(codes.values())):
                 for pid in set(self.pids) - codes.keys():
                     os.kill(pid, signal.SIGKILL)
             time.sleep(0.002)

@@ -1,9 +1,10 @@
 """Data, networks and runs that take milliseconds, and what a run has come to."""
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Container, Iterable
 
 import numpy as np
+import pytest
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -21,6 +22,15 @@ OPTIONS = {
     "pwkd": {"teacher_epochs": 2, "teacher_lr": 0.02, "widths": "0.5,1"},
     "iekd": {"factor_epochs": 2, "factor_lr": 0.02},
 }
+
+
+# One network of each family, the others are like it.
+FAMILIES = ("cnn_large", "mobilenet_v2", "resnet8x4", "shufflenet_v1", "shufflenet_v2", "vgg11", "wrn_16_2")
+
+
+def mostly_slow(parameters: Iterable, kept: Container = FAMILIES) -> list:
+    """Return the parameters of a test, those that are not `kept` with the mark `slow`."""
+    return [x if x in kept else pytest.param(x, marks=pytest.mark.slow) for x in parameters]
 
 
 def images(size: int, seed: int = 0) -> ImageSet:

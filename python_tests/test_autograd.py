@@ -272,6 +272,7 @@ print(peak() - before)
     )
 
 
+@pytest.mark.slow
 def test_memory():
     """Without grad nothing of the logits' size; with it one gradient, in place none; half precision is not widened."""
     size = 512 * 32000 * 4
@@ -286,7 +287,7 @@ def test_memory():
     assert apart - inplace > size * 15 / 16
 
 
-@pytest.mark.parametrize("memory", ["kept", "fresh", "torch"])
+@pytest.mark.parametrize("memory", ["kept", *(pytest.param(x, marks=pytest.mark.slow) for x in ("fresh", "torch"))])
 def test_a_large_gradient_is_ones_own_wherever_it_lies(memory):
     """Held on to it does not change; let go, its memory comes back; other sizes, threads and the end of the process too."""
     script = """
@@ -322,6 +323,7 @@ last = gradient(700, 1)
     assert (done.stdout, done.returncode) == ("torch\n" if old else f"{memory}\n", 0), done.stderr
 
 
+@pytest.mark.slow
 def test_a_wrong_kind_of_memory_is_named():
     done = subprocess.run(
         [sys.executable, "-c", "import kcd_ext"],
@@ -362,6 +364,7 @@ def test_ten_thousand_calls_leak_nothing():
     assert resident() - before < 4_000_000  # 10 000 leaked tensors would be over 10 MB
 
 
+@pytest.mark.slow
 def test_too_little_memory_is_what_torch_says_of_it():
     """By a tensor of 2^45 rows in two numbers; a compiled graph as on CUDA, whose kernels in Python are put in the CPU's place."""
     code = textwrap.dedent("""
@@ -459,6 +462,7 @@ class OperatorCalls(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+@pytest.mark.slow
 def test_opcheck_of_every_call_that_the_package_makes(device):
     """With ignored labels, rows without a teacher and no teacher at all: no operator returns a NaN of its own making."""
     student, teacher = torch.randn(12, 17, device=device), torch.randn(12, 17, device=device)
@@ -609,6 +613,7 @@ def test_compile_is_one_graph_of_one_node_a_direction(device):
     ]  # dynamic: compiled once
 
 
+@pytest.mark.slow
 def test_compile_with_inductor_inside_a_model(device):
     model, teacher = nn.Linear(12, 40, device=device), nn.Linear(12, 40, device=device)
     criterion = kcd_ext.CondensedKDLoss(keep=0.5, temperature=2.0)

@@ -164,6 +164,7 @@ def run(tmp_path, *arguments, **environment):
     return done.stdout, json.loads(written.read_text())
 
 
+@pytest.mark.slow
 def test_a_small_run(tmp_path):
     shapes = ["8x10", "6x300:bfloat16:labels=0.5"]
     text, result = run(tmp_path, "--shapes", *shapes)
@@ -182,6 +183,7 @@ def test_a_small_run(tmp_path):
     assert (tmp_path / "results" / f"{name}.md").read_text().startswith(text[: text.index("![")])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the kernel's peak cannot be set back")
 def test_memory_is_what_a_call_takes_beyond_its_inputs():
     from harness import candidates, memory
@@ -207,12 +209,14 @@ def test_sweeps_are_of_one_thing():
     assert len({p.shape.dtype for p in swept["dtype"]}) == 4 and len({p.shape.rows for p in swept["rows"]}) > 4
 
 
+@pytest.mark.slow
 def test_without_a_compiler_floors_are_of_bytes(tmp_path):
     text, result = run(tmp_path, "--shapes", "64x100", CXX="no-such-compiler")
     assert "Floors are of bytes alone" in text and "no-such-compiler is not there" in text
     assert {row["floor_bound"] for row in result["figures"]["rows"]} == {"bytes"}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("c++") is None, reason="there is no C++ compiler")
 def test_ceilings_are_compiled_as_the_kernels_are():
     from harness.ceilings import Compiled, flags

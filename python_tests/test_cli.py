@@ -22,6 +22,8 @@ from kcd_ext.data.images import ImageData, ImageSet, load
 from kcd_ext.data.views import Views
 from kcd_ext.training import checkpoint
 
+pytestmark = pytest.mark.xdist_group("demo")
+
 ENTRIES = {
     "config.json",
     "metrics.jsonl",
@@ -149,6 +151,7 @@ def running(tmp_path):
     return run
 
 
+@pytest.mark.slow
 def test_interrupted_demos_lose_nothing_and_go_on(demo, running, tmp_path):
     earlier = tmp_path / "runs" / "demo"
     earlier.mkdir(parents=True)
@@ -184,6 +187,7 @@ def test_interrupted_demos_lose_nothing_and_go_on(demo, running, tmp_path):
     assert not (tmp_path / "runs" / "demo.partial").exists()
 
 
+@pytest.mark.slow
 def test_a_second_demo_on_one_output_is_refused(running, tmp_path):
     def second():
         for resume in ([], ["--resume"]):
@@ -197,6 +201,7 @@ def test_a_second_demo_on_one_output_is_refused(running, tmp_path):
     assert code == 130 and "--resume" in error
 
 
+@pytest.mark.slow
 def test_no_more_room(tmp_path):
     """A limit on the size of files stands for a full disk where nothing may be mounted."""
     earlier = tmp_path / "runs" / "demo"
@@ -209,6 +214,7 @@ def test_no_more_room(tmp_path):
     assert contents(earlier) == before
 
 
+@pytest.mark.slow
 def test_a_full_disk(tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -310,6 +316,7 @@ def test_bad_input_is_one_line_and_changes_nothing(arguments, message, tmp_path,
     assert {p.name for p in tmp_path.iterdir()} == {"file", "project", "kept.partial", "modules"}
 
 
+@pytest.mark.slow
 def test_a_real_process_says_it_in_one_line(tmp_path):
     done = commands.run("demo", "--data", "imagenet", cwd=tmp_path)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
@@ -319,11 +326,13 @@ def test_a_real_process_says_it_in_one_line(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_more_processes_are_refused(tmp_path):
     done = commands.run(*SMALL, cwd=tmp_path, env={**os.environ, "WORLD_SIZE": "2"})
     assert (done.returncode, done.stderr.count("\n")) == (2, 1) and "runs in one process" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_failure_is_one_line_whatever_was_warned_of(tmp_path):
     done = commands.run(*SMALL, "--lr", "1e30", cwd=tmp_path)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
@@ -405,6 +414,7 @@ def test_only_runs_are_the_work_of_all_processes(command, tmp_path, monkeypatch,
     assert sum(map(bool, capfd.readouterr())) == 1
 
 
+@pytest.mark.slow
 def test_a_reader_that_has_left_is_no_failure(tmp_path):
     command = [sys.executable, "-m", "kcd_ext.cli", "info"]
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -453,6 +463,7 @@ def test_version(tmp_path):
     assert (done.returncode, done.stdout, done.stderr) == (0, f"kcd {__version__}\n", "")
 
 
+@pytest.mark.slow
 def test_help(tmp_path):
     done = commands.run("demo", "--help", cwd=tmp_path)
     assert done.returncode == 0 and "--keep" in done.stdout and done.stderr == ""

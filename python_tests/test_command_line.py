@@ -219,6 +219,7 @@ def test_one_place_prints():
     assert {path.name for path in package.rglob("*.py") if prints.search(path.read_text())} == {"terminal.py"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("closed", [(1,), (2,), (0, 1, 2)])
 def test_without_streams(closed, tmp_path):
     def close():
@@ -253,6 +254,7 @@ class Loss(KnowledgeDistillation):
 AS_INSTALLED = ("-P", "-c", "import sys; from kcd_ext.cli import main; sys.exit(main())")  # without a folder of its own
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("launcher", [AS_INSTALLED, ("-m", "kcd_ext"), ("-m", "kcd_ext.cli")])
 def test_only_the_users_modules_come_from_the_current_folder(launcher, tmp_path):
     for name in PROBED:

@@ -17,6 +17,8 @@ from kcd_ext import cli, models
 from kcd_ext.data.images import load, split
 from kcd_ext.training import storage, teachers
 
+pytestmark = pytest.mark.xdist_group("commands")
+
 SMALL = ["--data", "digits", "--epochs", "4", "--threads", "1", "--device", "cpu"]
 TWO_SEEDS = ["distill", *SMALL, "--method", "kc-kd", "--seed", "5", "--seeds", "2", "--output", "two"]
 RUN = {"config.json", "metrics.jsonl", "checkpoint", "student.safetensors", "summary.json"}
@@ -141,6 +143,7 @@ def test_the_number_of_seeds_does_not_change_a_run(home, here, capfd):
 # --- interrupted ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_interrupted_runs_go_on_bit_for_bit(home, here, capfd):
     code, out, error = stop(*TWO_SEEDS, "--resume", cwd=here, until="two/teacher/metrics.jsonl", number=signal.SIGKILL)
     assert (code, out, error) == (-signal.SIGKILL, "", "kcd: nothing to resume in two: starting anew\n")
@@ -173,6 +176,7 @@ def test_interrupted_runs_go_on_bit_for_bit(home, here, capfd):
     assert outcome(here / "two" / "seed-6") == outcome(home / "two" / "seed-6")
 
 
+@pytest.mark.slow
 def test_no_more_room(home, here, capfd):
     """A limit on the size of files stands for a full disk: the teacher's are written, the condenser's state is not."""
     shutil.copytree(home / "two" / "teacher", here / "two" / "teacher")
@@ -188,6 +192,7 @@ def test_no_more_room(home, here, capfd):
 # --- several processes ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_two_processes_are_one_command(here):
     done = run("distill", *SMALL, "--output", "run", cwd=here, launcher=TORCHRUN, env=ALONE)
     assert done.returncode == 0, done.stderr
@@ -232,6 +237,7 @@ def test_a_teacher_comes_in_many_ways(home, here):
     assert torch.equal(first, same) and not torch.equal(first, other)
 
 
+@pytest.mark.slow
 def test_a_file_of_weights_teaches_as_its_run_does(home, here):
     torch.save({"model": load_file(home / "teacher" / "student.safetensors")}, here / "teacher.pth")
     common = ["distill", *SMALL, "--epochs", "2"]
@@ -252,6 +258,7 @@ def inverted():
     return split("inverted", 255 - data.train.images, data.train.labels, 0.2)
 
 
+@pytest.mark.slow
 def test_a_teacher_of_other_images_is_measured_on_these(home, here, capfd):
     other = ["--data", f"{__name__}:inverted", "--student", "cnn_small", "--teacher", str(home / "teacher")]
     assert cli.main(["distill", *SMALL, *other, "--epochs", "1", "--output", "run"]) == 0
@@ -272,6 +279,7 @@ def test_a_teacher_of_other_images_is_measured_on_these(home, here, capfd):
     assert row[:2] == ["teacher", f"{accuracy:.2f}"]
 
 
+@pytest.mark.slow
 def test_a_method_without_a_teacher_trains_none(here):
     assert cli.main(["distill", *SMALL, "--method", "kc-ce", "--output", "run", "--condense.batch-keep", "1"]) == 0
     assert names(here / "run") == RUN | REPORT
@@ -370,6 +378,7 @@ resnet32x4 shufflenet_v2 .01, wrn_40_2 shufflenet_v1 .01
 """
 
 
+@pytest.mark.slow
 def test_recipes_are_those_of_the_paper():
     for teacher, student, lr in (pair.split() for pair in PAPER.split(",")):
         command = parsed("distill", f"cifar100-{teacher}-{student}", "--method", "kc-kd")
@@ -383,6 +392,7 @@ def test_recipes_are_those_of_the_paper():
         assert (job.teacher_recipe.lr, job.teacher_recipe.method, job.teacher_recipe.condense.keep) == (0.05, "ce", 1)
 
 
+@pytest.mark.slow
 def test_options_override_a_recipe(here):
     small = ["--student", "cnn_small", "--teacher", "cnn_large", "--epochs", "2", *SMALL[:2], *SMALL[4:]]
     assert (
@@ -708,6 +718,7 @@ def test_help_fits_on_80_columns(command, monkeypatch, capsys):
     assert ("cifar100-vgg13-mobilenet_v2" in out) == (command == "distill")
 
 
+@pytest.mark.slow
 def test_what_the_check_and_the_run_would_warn_of_is_said_once(tmp_path):
     (tmp_path / "nets.py").write_text(
         "import torch\n\n\n"

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from processes import Crew
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kcd_ext.condensation import CondensedSampler, InfoBatch, KnowledgeCondenser
@@ -116,40 +116,20 @@ def lose_a_peer(rank, folder):
         torch.save({"before": before, "after": condenser.state_dict()}, folder / "0.pt")
 
 
-def _process(job, rank, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder / 'rendezvous'}",
-        rank=rank,
-        world_size=WORLD,
-        timeout=timedelta(seconds=60),
-    )
-    job(rank, folder)
-    if job is not lose_a_peer:
-        dist.barrier()
-    # Without taking gloo's threads down, which now and then ends in std::terminate: all that is tested is saved.
-    os._exit(0)
-
-
 def run(job):
     """Runs `job` in WORLD processes; returns their exit codes and what they saved. One that hangs is killed."""
+
+    def process(rank):
+        torch.set_num_threads(1)
+        rendezvous, timeout = f"file://{folder}/rendezvous", timedelta(seconds=60)
+        dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=WORLD, timeout=timeout)
+        job(rank, Path(folder))
+        if job is not lose_a_peer:
+            dist.barrier()
+
     with tempfile.TemporaryDirectory() as folder:
-        context = mp.get_context("spawn")
-        processes = [context.Process(target=_process, args=(job, rank, Path(folder))) for rank in range(WORLD)]
-        for process in processes:
-            process.start()
-        try:
-            for process in processes:
-                process.join(TIME_LIMIT)
-                assert process.exitcode is not None, f"{job.__name__} hung for {TIME_LIMIT} s"
-        finally:
-            for process in processes:
-                if process.is_alive():
-                    process.kill()
-                process.join()
-        saved = {path.stem: torch.load(path, weights_only=True) for path in Path(folder).glob("*.pt")}
-        return [process.exitcode for process in processes], saved
+        codes = Crew(process, WORLD).wait(TIME_LIMIT, together=False)
+        return codes, {path.stem: torch.load(path, weights_only=True) for path in Path(folder).glob("*.pt")}
 
 
 def assert_same(one, other):

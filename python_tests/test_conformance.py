@@ -1,15 +1,20 @@
 """The operator's contract, case by case, on every backend, against an oracle in extended precision."""
 
 import math
+import os
+import re
+import subprocess
+import sys
 
 import oracle
 import pytest
 import torch
-from backends import BACKENDS, DEVICES, parameters, run
+from backends import BACKENDS, parameters, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kcd_ext
+from kcd_ext import ops
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 INF, NAN = math.inf, math.nan
@@ -553,10 +558,10 @@ def test_a_row_shared_by_threads_is_the_same(dtype, apart):
         torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("backend", parameters(*BACKENDS))
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(data=st.data())
-def test_any_numbers(device, data):
+def test_any_numbers(backend, data):
     rows, classes = data.draw(st.integers(1, 6), label="rows"), data.draw(st.integers(1, 70), label="classes")
     dtype = data.draw(st.sampled_from(DTYPES), label="dtype")
     finite = st.floats(-60, 60, width=16)
@@ -572,6 +577,20 @@ def test_any_numbers(device, data):
     if data.draw(st.booleans(), label="labelled"):
         label = st.one_of(st.just(-100), st.integers(0, classes - 1))
         options["labels"] = torch.tensor(data.draw(st.lists(label, min_size=rows, max_size=rows), label="labels"))
-    for backend in BACKENDS:
-        if (backend == "cuda") == (device == "cuda"):
-            check(backend, student, teacher, **options)
+    check(backend, student, teacher, **options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", [n for n in ops.build_info["instruction_sets"] if n != ops.build_info["instruction_set_in_use"]]
+)
+def test_on_every_other_instruction_set(name):
+    """This file once more: an instruction set is chosen when the library is loaded."""
+    environment = {**os.environ, "KCD_ISA": name}
+    if subprocess.run([sys.executable, "-c", "import kcd_ext"], env=environment, capture_output=True).returncode:
+        pytest.skip(f"this processor has no {name}")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    command += ["-m", "not cuda_on_cpu and not gpu", "-k", "not reference and not every_other_instruction_set"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert int(re.search(r"(\d+) passed", done.stdout).group(1)) > 600

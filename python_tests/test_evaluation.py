@@ -27,7 +27,7 @@ from kcd_ext.training.summary import ComparedWith, cells
 SMALL = ["--data", "digits", "--epochs", "2", "--threads", "1", "--device", "cpu"]
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.xdist_group("evaluation")]
 
 
 # --- the formulas, sample by sample -----------------------------------------------------------------------------------

@@ -10,7 +10,19 @@ from types import SimpleNamespace
 import pytest
 import torch
 from processes import Crew
-from small_runs import CLASSES, OPTIONS, NoWait, Samples, StopError, assert_same, final, images, network, stop_after
+from small_runs import (
+    CLASSES,
+    OPTIONS,
+    NoWait,
+    Samples,
+    StopError,
+    assert_same,
+    final,
+    images,
+    mostly_slow,
+    network,
+    stop_after,
+)
 from torch import nn
 
 from kcd_ext import methods
@@ -339,9 +351,8 @@ def test_stopped_and_resumed_it_ends_as_if_it_never_was(name, condense, tmp_path
         assert summary.teacher_visits == (summary.sample_visits if method.needs_teacher else 0)
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
-@every_method
+@pytest.mark.parametrize("name", mostly_slow(methods.REGISTRY, kept=["crd"]))
 def test_two_processes(name, tmp_path):
     """Which is also where every parameter needs a part in the loss."""
 

@@ -496,6 +496,7 @@ def test_the_auto_encoder_is_trained_first_and_the_teacher_is_left_alone():
 EVERY = [("iekd", {}), ("iekd", {"batch_keep": 0.5, "kd_weight": 1, "split": "permuted"}), ("ie-dml", {})]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("distance", ["l1", "cosine"])
 @pytest.mark.parametrize(("name", "options"), EVERY)
 def test_inheritance_and_exploration_are_learnt(name, options, distance):

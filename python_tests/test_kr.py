@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.special import softmax
-from small_runs import Samples, images
+from small_runs import Samples, images, mostly_slow
 from test_methods import (
     assert_gradient,
     chosen,
@@ -292,7 +292,7 @@ def test_large_features_and_narrow_ones_are_compared_in_float32():
 # --- layers -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", models.REGISTRY)
+@pytest.mark.parametrize("name", mostly_slow(models.REGISTRY))
 def test_groups_are_the_stages_of_every_network_of_ours(name):
     """The last layer of a group is what ends the stage; and a step trains every network."""
     with torch.random.fork_rng():

@@ -2,7 +2,6 @@
 
 import copy
 import inspect
-import os
 import tempfile
 from collections import Counter
 from datetime import timedelta
@@ -14,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from processes import Crew
 from scipy import stats
 from scipy.special import log_softmax, softmax
 from small_runs import Samples
@@ -919,26 +918,13 @@ def _process(rank, folder):
         said["losses"].append(method(student, teacher, samples.at(step[rank])).terms["crd"])
     torch.save({**said, "after": method.state_dict()}, folder / f"{rank}.pt")
     dist.barrier()
-    # Without taking gloo's threads down, which now and then ends in std::terminate: all that is tested is saved.
-    os._exit(0)
 
 
 @pytest.mark.skipif(not dist.is_available(), reason="this torch has no torch.distributed")
 def test_crd_of_two_processes_remembers_the_rows_of_both():
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        context = mp.get_context("spawn")
-        processes = [context.Process(target=_process, args=(rank, folder)) for rank in range(WORLD)]
-        for process in processes:
-            process.start()
-        try:
-            for process in processes:
-                process.join(60)
-                assert process.exitcode == 0
-        finally:
-            for process in processes:
-                process.kill()
-                process.join()
+        assert Crew(lambda rank: _process(rank, folder), WORLD).wait() == [0] * WORLD
         ranks = [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(WORLD)]
     for moment in ("before", "after"):
         for key, x in ranks[0][moment].items():

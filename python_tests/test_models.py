@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+from small_runs import FAMILIES, mostly_slow
 from torch import nn
 from torch.nn import functional as F
 
@@ -46,7 +47,6 @@ PUBLISHED = {
     "wrn_40_2": (2_255_156, DOUBLE),
 }
 OURS = {"cnn_large": (41_812, [(16, 16), (64, 8)]), "cnn_small": (3_304, [(4, 16), (16, 8)])}
-FAMILIES = ["cnn_large", "mobilenet_v2", "resnet8x4", "shufflenet_v1", "shufflenet_v2", "vgg11", "wrn_16_2"]
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -61,7 +61,7 @@ def hooks_of(network):
     return [hook for module in network.modules() for hook in (*module._forward_hooks, *module._forward_pre_hooks)]
 
 
-@pytest.mark.parametrize("name", sorted(models.REGISTRY))
+@pytest.mark.parametrize("name", mostly_slow(models.REGISTRY))
 def test_parameters_and_shapes(name):
     parameters, stages = {**PUBLISHED, **OURS}[name]
     with torch.device("meta"):  # shapes only, nothing is computed
@@ -312,7 +312,7 @@ def test_weights_follow_the_seed(name):
 # --- features ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", sorted(models.REGISTRY))
+@pytest.mark.parametrize("name", mostly_slow(models.REGISTRY))
 def test_training_reaches_every_parameter(name):
     network = seeded(name).train()
     torch.manual_seed(1)

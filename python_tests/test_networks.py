@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from processes import Crew
-from small_runs import OPTIONS, images
+from small_runs import OPTIONS, images, mostly_slow
 from torch import nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
@@ -83,7 +83,9 @@ def without_a_step(take, sizes, layouts, outputs):
         layout.to_channels_last()
 
 
-@pytest.mark.parametrize("changes", [{}, {"precision": "bfloat16"}, {"condense": Condense(every=1, batch_keep=0.4)}])
+@pytest.mark.parametrize(
+    "changes", mostly_slow([{"condense": Condense(every=1, batch_keep=0.4)}, {}, {"precision": "bfloat16"}], kept=[{}])
+)
 @pytest.mark.parametrize("method", methods.REGISTRY)
 def test_the_step_leaves_no_trace_in_the_result(method, changes, monkeypatch):
     """Against the same run without it: batch statistics, memory banks, heads and generators are what they were."""
@@ -445,7 +447,7 @@ class Centred(Net):
         self.register_buffer("table", torch.rand(2, 3, 4, 5))
 
 
-@pytest.mark.parametrize("method", methods.REGISTRY)
+@pytest.mark.parametrize("method", mostly_slow(methods.REGISTRY, kept=["kd", "crd"]))
 def test_networks_that_use_view_are_trained(method):
     """And are as good as if they did not."""
     results = []
@@ -543,7 +545,7 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("where", [(True,), (False,), (True, False)])
+@pytest.mark.parametrize("where", mostly_slow([(True,), (False,), (True, False)], kept=[(True, False)]))
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_logits_are_found_in_what_networks_give(kind, where, tmp_path):
     results = []
@@ -636,6 +638,7 @@ def test_what_holds_no_logits_is_refused(name, mode, gives, message, tmp_path):
     assert "\n" not in str(caught.value) and not [*tmp_path.iterdir()]
 
 
+@pytest.mark.slow
 def test_several_processes_and_sharded_students_take_them_too(tmp_path):
     def job(rank):
         torch.set_num_threads(1)
@@ -771,7 +774,7 @@ def modes():
     )
 
 
-@pytest.mark.parametrize("changes", [{}, {"precision": "bfloat16"}, {"method": "crd"}])
+@pytest.mark.parametrize("changes", mostly_slow([{}, {"precision": "bfloat16"}, {"method": "crd"}], kept=[{}]))
 @pytest.mark.parametrize("mode", MODES)
 def test_the_callers_modes_play_no_part(mode, changes):
     x, label = torch.rand(9, 1, 6, 6), torch.arange(9) % 4
@@ -813,7 +816,7 @@ def shaken(image):
 SHAKEN = IndexedDataset(TRAIN, shaken)
 
 
-@pytest.mark.parametrize("workers", [0, 1, 3])
+@pytest.mark.parametrize("workers", mostly_slow([0, 1, 3], kept=[0, 1]))
 def test_passes_are_those_of_a_loader_that_starts_anew(workers):
     """The oracle: torch's own loader, made for every pass, under the same seed. What is broken off or read twice at once
     disturbs nothing."""
@@ -883,6 +886,7 @@ def test_workers_end_with_a_data_set_that_fails():
         run(Pixel(), Pixel(), f"{__name__}:Neighbours", test=Breaks(), num_workers=2)
 
 
+@pytest.mark.slow
 def test_workers_that_import_torch_anew_load_the_same():
     """Items and mixes travel to a process that was not forked."""
 
@@ -901,6 +905,7 @@ def test_workers_that_import_torch_anew_load_the_same():
     assert Crew(job).wait() == [0]
 
 
+@pytest.mark.slow
 def test_with_workers_a_run_goes_on_bit_for_bit(tmp_path):
     class StopError(Exception):
         pass
@@ -1006,7 +1011,7 @@ def cut(x):
     return torch.as_tensor(x)[:, :6, :6].float()
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", mostly_slow([0, 2], kept=[0]))
 @pytest.mark.parametrize("kind", [torch.rand, np.zeros])
 def test_raw_items_that_could_not_be_mixed_are_found_in_the_first_epoch(kind, workers, tmp_path):
     data = IndexedDataset(Sizes([8] * 21 + [9] + [8] * 2, kind), cut)

@@ -77,6 +77,7 @@ def record(folder, loaded, least, rank):
     torch.save({**state, "marks": marks, "lines": list(summary.history)}, folder / f"rank{rank}.pt")
 
 
+@pytest.mark.slow
 def test_two_processes_cover_the_kept_set_once_and_keep_what_one_does(tmp_path):
     found = {}
     # Images in memory; items, whose labels the first epoch shows; items, all loaded once before it.
@@ -152,6 +153,7 @@ def assert_close(one, other):
         torch.testing.assert_close(one[name], other[name], rtol=2e-4, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_a_step_is_the_mean_of_its_samples_however_they_are_cut(tmp_path):
     """Of 16 at once, of 2 x 8 and 4 x 4 in turn and of 8 on each of two processes."""
     condense = Condense(keep=0.75, every=2, schedule="immediate")
@@ -203,6 +205,7 @@ def test_what_several_processes_cannot_do_is_said(tmp_path):
     assert Crew(apart, 2).wait() == [0, 0]
 
 
+@pytest.mark.slow
 def test_a_sharded_student_is_trained_saved_and_resumed_as_a_whole_one(tmp_path):
     def job(output, sharded, epochs, rank, method="kd"):
         torch.set_num_threads(1)
@@ -248,6 +251,7 @@ def test_bfloat16_trains_float32_weights(tmp_path):
     assert 0 < max(gaps) < 0.05 and summary.history[-1]["loss"] < summary.history[0]["loss"]
 
 
+@pytest.mark.slow
 def test_a_compiled_student_is_the_same_student_and_is_resumed(tmp_path):
     """And counted and saved under the same names. What is compiled first does not show in the numbers."""
     _, plain = trained(tmp_path / "eager", student=network)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from processes import Crew
 from scipy.special import log_softmax, softmax
-from small_runs import CLASSES, StopError, assert_same, final, images, seeded, stop_after
+from small_runs import CLASSES, StopError, assert_same, final, images, mostly_slow, seeded, stop_after
 from torch import nn
 from torch.nn import functional
 
@@ -68,7 +68,7 @@ def mixed():
 # --- slimmable networks -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", models.REGISTRY)
+@pytest.mark.parametrize("name", mostly_slow(models.REGISTRY))
 def test_the_whole_width_is_the_network_bit_for_bit_and_every_width_runs(name):
     plain = shake(seeded(1, lambda: models.build(name, in_channels=3, num_classes=7)))
     size = 8 if name.startswith("cnn") else 32
@@ -513,15 +513,15 @@ CONDENSED = Condense(keep=0.5, every=1, stages=3)
 @pytest.mark.parametrize(
     ("base", "condense", "options"),
     [
-        ("kd", None, {}),
-        ("kd", CONDENSED, {"widths_a_step": 2}),
-        ("kd", Condense(keep=0.7, selection="infobatch"), {}),
-        ("pkt", CONDENSED, {}),
-        ("pkt", None, {"in_place": False}),
+        pytest.param("kd", None, {}, marks=pytest.mark.slow),
+        pytest.param("kd", CONDENSED, {"widths_a_step": 2}, marks=pytest.mark.slow),
+        pytest.param("kd", Condense(keep=0.7, selection="infobatch"), {}, marks=pytest.mark.slow),
+        pytest.param("pkt", CONDENSED, {}, marks=pytest.mark.slow),
+        pytest.param("pkt", None, {"in_place": False}, marks=pytest.mark.slow),
         ("crd", Condense(keep=0.5, every=2, stages=2, batch_keep=0.6), {}),
-        ("crd", None, {}),
-        ("sskd", None, {}),
-        ("sskd", CONDENSED, {"widths": (0.3, 0.4, 0.5, 1), "widths_a_step": 3}),
+        pytest.param("crd", None, {}, marks=pytest.mark.slow),
+        pytest.param("sskd", None, {}, marks=pytest.mark.slow),
+        pytest.param("sskd", CONDENSED, {"widths": (0.3, 0.4, 0.5, 1), "widths_a_step": 3}, marks=pytest.mark.slow),
     ],
 )
 def test_a_run_that_is_stopped_goes_on_as_if_it_never_was(tmp_path, base, condense, options):
@@ -558,6 +558,7 @@ def test_the_teacher_is_trained_before_and_never_after(tmp_path):
     assert any(not torch.equal(states[0][path], states[1][path]) for path in own)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"in_place": False}, {"widths_a_step": 3}])
 def test_every_width_learns(options):
     label = torch.arange(64) % CLASSES
@@ -590,6 +591,7 @@ def test_two_processes_that_draw_different_widths_do_not_wait_for_each_other(tmp
     assert steps[0] == sum(steps[1:]) == 2 * 3  # of the first process: 19 samples, 8 a batch
 
 
+@pytest.mark.slow
 def test_compiled_it_resumes_in_the_same_bytes(tmp_path):
     """The growing teacher is left alone: else what is compiled would depend on which widths a process has met."""
 

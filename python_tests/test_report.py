@@ -11,11 +11,14 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.image import imread
+from small_runs import mostly_slow
 
 from kcd_ext.data.images import assemble
 from kcd_ext.training import Condense, Recipe, Summary, distill, report, runs
 from kcd_ext.training.compare import Report
 from kcd_ext.training.summary import tabulate
+
+pytestmark = pytest.mark.xdist_group("report")
 
 LAST_COLUMNS = ("FLOPs", "seconds", "condensation")
 LEVELS = {"teacher": 90.0, "kd": 70.0, "kc-kd": 80.0}
@@ -158,7 +161,7 @@ def test_table(written):
     ]
 
 
-@pytest.mark.parametrize("channels", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("channels", mostly_slow([1, 2, 3, 4, 5], kept=[1, 3]))
 def test_images(written, channels):
     ranked = ranking(channels)
     page, drawn = written(summaries(), ranked)
@@ -262,6 +265,7 @@ def lines(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_a_run_that_does_not_rank_by_value_is_reported_without_a_histogram(folders, tmp_path):
     steps = [line["condensation"] for line in lines(folders / "infobatch") if line["condensation"]]
     assert steps and all(step["values"] is None for step in steps)
@@ -277,6 +281,7 @@ def test_a_run_that_does_not_rank_by_value_is_reported_without_a_histogram(folde
     assert not [heading for heading in alone.headings if "alues" in heading]
 
 
+@pytest.mark.slow
 def test_a_selection_that_mixes_and_has_no_values_is_left_out_of_the_histograms(written):
     made = summaries()
     for run in made:

@@ -76,6 +76,7 @@ def test_killed_over_and_over_it_ends_as_if_it_never_was(tmp_path, method, proce
     assert saved["stage"] == 6 and len(saved["mixed"]) > 20  # there was something to lose
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_another_number_of_processes(tmp_path):
     """Not bit for bit, but with table, kept set, mixes and momentum; steps of as many samples."""
     half = {"condense": {"every": 3}, "epochs": 8}

@@ -12,6 +12,8 @@ import torch
 from simt import build, faults, operators
 from simt.faults import Fault
 
+pytestmark = pytest.mark.cuda_on_cpu
+
 DRIVER = build.HERE / "driver.cpp"
 SCHEDULES = ("forward", "reverse", "random:1:1", "random:2:2", "random:3:3")
 

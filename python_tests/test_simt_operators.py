@@ -28,6 +28,7 @@ def in_place(backend):
     return (operators.in_place(), "cpu") if backend == "simt" else (nullcontext(), "cuda")
 
 
+@pytest.mark.cuda_on_cpu
 @pytest.mark.parametrize("threads", [64, 256])
 @pytest.mark.parametrize("processors", [1, 3, 132])
 def test_simt_on_machines_of_any_size(processors, threads):
@@ -144,6 +145,7 @@ def test_simt_refuses_wrong_calls_before_anything_runs(backend):
         ops.condensed_kd_forward(student, student[:2], *(ABSENT,) * 4, 0.5, 0, 0, 4.0, 1.0, 0.0, -100, 0, 1.0)
 
 
+@pytest.mark.cuda_on_cpu
 def test_a_driver_older_than_the_compiler_is_named_with_it():
     problem = operators.module().version_problem
     for driver, runtime in ((13000, 13000), (13010, 13000), (13000, 13020), (14000, 13000), (12000, 12080)):

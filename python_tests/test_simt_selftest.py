@@ -7,6 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from simt import build
 
+pytestmark = pytest.mark.cuda_on_cpu
+
 FAILED_LAUNCH, WRONG, ADDRESS_ERROR = 86, 10, 1  # exit statuses of selftest.cpp and of AddressSanitizer and UBSan
 # What is built: its kind and definitions. "ucontext": the switch for machines that have none of their own.
 PROGRAMS = {

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from small_runs import OPTIONS
+from small_runs import OPTIONS, mostly_slow
 from torch import nn
 
 from kcd_ext import cli, methods, models
@@ -573,7 +573,9 @@ def written_out(network):
 
 
 @pytest.mark.filterwarnings("ignore:the teacher's accuracy")
-@pytest.mark.parametrize("method", [name for name in methods.REGISTRY if methods.build(name).needs_teacher])
+@pytest.mark.parametrize(
+    "method", mostly_slow((name for name in methods.REGISTRY if methods.build(name).needs_teacher), kept=["kd"])
+)
 def test_a_renormalised_teacher_teaches_as_if_it_did_so_itself(method):
     images = coloured()
 
@@ -643,6 +645,7 @@ def write_images(path):
     np.savez(path, **parts, y_test=data.test.labels)
 
 
+@pytest.mark.slow
 def test_a_teacher_brings_its_own_normalisation(here, capfd):
     """Trained under --mean half, it teaches a student of the file's own mean, is as good as it was, and is evaluated so."""
     write_images(here / "digits.npz")
@@ -678,6 +681,7 @@ def test_a_teacher_brings_its_own_normalisation(here, capfd):
     assert found["teacher_accuracy"] == own["accuracy_last"]
 
 
+@pytest.mark.slow
 def test_a_run_of_before_its_config_had_a_mean(here, capfd):
     assert kcd("distill", *DIGITS, "--output", "run") == 0
     for path in (here / "run" / "config.json", here / "run" / "teacher" / "config.json"):
@@ -721,6 +725,7 @@ def test_a_teacher_as_repdistiller_saves_it(here, capfd):
     assert error == "" and out.splitlines()[2].split()[:3] == ["teacher", f"{accuracy:.2f}", "-"]
 
 
+@pytest.mark.slow
 def test_a_warning_is_a_line_before_the_work_begins(here, capfd, monkeypatch):
     network = models.build("cnn_large", in_channels=1, num_classes=10)
     torch.save(network.state_dict(), here / "net.pth")

@@ -288,7 +288,7 @@ class Uneven(Blobs):
         return ImageSet(pixels, self.y.numpy(), Views((0.5,), (0.5,)))
 
 
-@pytest.mark.parametrize("selection", [f"{__name__}:FirstOnes", "random"])
+@pytest.mark.parametrize("selection", [f"{__name__}:FirstOnes", pytest.param("random", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("loaded", [True, False])
 @pytest.mark.parametrize("least", [0, 3])
 def test_the_metrics_say_what_is_kept_of_every_class(tmp_path, selection, loaded, least):

@@ -17,6 +17,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from filelock import FileLock
+
 HERE = Path(__file__).resolve().parent
 SHIM = HERE / "simt.cpp"
 COMMON = ("-std=c++17", "-O1", "-g", "-fno-omit-frame-pointer", "-ffp-contract=off", "-pthread")
@@ -140,11 +142,13 @@ def _build(compiler, kind, sources, include_dirs, defines, output_kind, librarie
 
 
 def _cached(name: str, make) -> Path:
-    """The file of this name in the cache; `make(path)` makes it. Renamed into place: two processes may do so at once."""
+    """The file of this name in the cache; `make(path)` makes it. Of several processes one does so; the others wait for it."""
     path = _cache_folder() / name
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+    if path.exists():
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{path}.lock"), tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        if not path.exists():
             unfinished = os.path.join(folder, path.name)
             make(unfinished)
             os.replace(unfinished, path)
