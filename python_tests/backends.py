@@ -76,9 +76,9 @@ if HAS_CUDA:
 
 
 def parameters(*names: str) -> list:
-    """Return the names as parameters of a test, with their marks: `gpu` for those that begin with "cuda", and only where there
-    is one, `cuda_on_cpu` for "simt"."""
-    marks = {name: pytest.mark.gpu for name in names if name.startswith("cuda")} | {"simt": pytest.mark.cuda_on_cpu}
+    """Return the names as parameters of a test, with their marks; those that begin with "cuda" only where there is a GPU."""
+    marks = {"simt": pytest.mark.cuda_on_cpu, "cpu_apart": pytest.mark.slow}
+    marks |= {name: pytest.mark.gpu for name in names if name.startswith("cuda")}
     present = [name for name in names if HAS_CUDA or not name.startswith("cuda")]
     return [pytest.param(name, marks=marks[name]) if name in marks else name for name in present]
 

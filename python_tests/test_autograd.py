@@ -287,7 +287,8 @@ def test_memory():
     assert apart - inplace > size * 15 / 16
 
 
-@pytest.mark.parametrize("memory", ["kept", *(pytest.param(x, marks=pytest.mark.slow) for x in ("fresh", "torch"))])
+@pytest.mark.slow
+@pytest.mark.parametrize("memory", ["kept", "fresh", "torch"])
 def test_a_large_gradient_is_ones_own_wherever_it_lies(memory):
     """Held on to it does not change; let go, its memory comes back; other sizes, threads and the end of the process too."""
     script = """
@@ -335,6 +336,7 @@ def test_a_wrong_kind_of_memory_is_named():
     assert "KCD_GRADIENT_MEMORY must be kept, fresh or torch (or unset), got 'huge'" in done.stderr
 
 
+@pytest.mark.slow
 def test_ten_thousand_calls_leak_nothing():
     student, teacher = torch.randn(8, 10, requires_grad=True), torch.randn(8, 10)
     labels, score = torch.arange(8), torch.rand(8)

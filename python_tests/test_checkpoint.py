@@ -18,8 +18,6 @@ from kcd_ext.methods import Method, Outcome, Pretraining, entropy
 from kcd_ext.training import Condense, Recipe, checkpoint, distill, storage, teachers
 from kcd_ext.training.folder import RunFolder
 
-pytestmark = pytest.mark.xdist_group("checkpoint")
-
 FILES = ("model.safetensors", "training.pt", "run.json")
 
 

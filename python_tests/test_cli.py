@@ -22,8 +22,6 @@ from kcd_ext.data.images import ImageData, ImageSet, load
 from kcd_ext.data.views import Views
 from kcd_ext.training import checkpoint
 
-pytestmark = pytest.mark.xdist_group("demo")
-
 ENTRIES = {
     "config.json",
     "metrics.jsonl",
@@ -437,6 +435,7 @@ def bare(*arguments, cwd):
     )
 
 
+@pytest.mark.slow
 def test_info(tmp_path):
     full, plain = commands.run("info", cwd=tmp_path), bare("info", cwd=tmp_path)
     assert (full.returncode, plain.returncode) == (0, 0), full.stderr + plain.stderr
@@ -452,12 +451,14 @@ def test_info(tmp_path):
     assert built or "kcd_ext.reference takes the kernels' place" in facts["CUDA compiler"]
 
 
+@pytest.mark.slow
 def test_without_the_extras(tmp_path):
     done = bare("demo", cwd=tmp_path)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert 'pip install "kcd-ext[train]"' in done.stderr
 
 
+@pytest.mark.slow
 def test_version(tmp_path):
     done = bare("--version", cwd=tmp_path)
     assert (done.returncode, done.stdout, done.stderr) == (0, f"kcd {__version__}\n", "")

@@ -17,8 +17,6 @@ from kcd_ext import cli, models
 from kcd_ext.data.images import load, split
 from kcd_ext.training import storage, teachers
 
-pytestmark = pytest.mark.xdist_group("commands")
-
 SMALL = ["--data", "digits", "--epochs", "4", "--threads", "1", "--device", "cpu"]
 TWO_SEEDS = ["distill", *SMALL, "--method", "kc-kd", "--seed", "5", "--seeds", "2", "--output", "two"]
 RUN = {"config.json", "metrics.jsonl", "checkpoint", "student.safetensors", "summary.json"}
@@ -617,6 +615,7 @@ def test_a_report_takes_the_folders_of_all_commands(shelf, here):
     assert rows["kc-kd"] == cells(result(shelf / "two"))
 
 
+@pytest.mark.slow
 def test_runs_of_one_seed_stay_apart(shelf, here):
     assert cli.main(["report", str(shelf / "two"), str(shelf / "demo")]) == 0
     labels = [row[0] for row in read(here / "report.html").rows[1:4]]

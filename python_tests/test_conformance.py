@@ -378,7 +378,7 @@ def test_weights_of_zero_take_infinite_rows_out(backend):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0, 4.0, 3.0])
-@pytest.mark.parametrize("classes", [2, 10, 3000])
+@pytest.mark.parametrize("classes", [2, 10, pytest.param(3000, marks=pytest.mark.slow)])
 def test_confident_rows_keep_their_digits(backend, temperature, classes):
     """Late in training most rows are nearly certain, and these are ranked: the error is relative to their entropy."""
     if backend == "reference" and classes > 1000:

@@ -14,6 +14,7 @@ import torch
 from commands import Page, contents
 from matplotlib.figure import Figure
 from safetensors.torch import load_file, save_file
+from small_runs import mostly_slow
 from torch import nn
 
 from kcd_ext import cli, models
@@ -27,7 +28,7 @@ from kcd_ext.training.summary import ComparedWith, cells
 SMALL = ["--data", "digits", "--epochs", "2", "--threads", "1", "--device", "cpu"]
 
 
-pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.xdist_group("evaluation")]
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # --- the formulas, sample by sample -----------------------------------------------------------------------------------
@@ -755,6 +756,7 @@ def test_agreements_of_different_teachers_are_told(drawn_one):
     ]
 
 
+@pytest.mark.slow
 def test_a_teacher_elsewhere_is_found_and_a_student_alone_left_out(here, capfd):
     assert kcd("report", "shelf", "--output", "before.html") == 0
     assert "agreement" not in capfd.readouterr().out and "agreement" not in (here / "before.html").read_text()
@@ -775,6 +777,7 @@ def test_a_teacher_elsewhere_is_found_and_a_student_alone_left_out(here, capfd):
     assert rows["kd"][3] == f"{content['evaluation']['agreement']:.2f}"
 
 
+@pytest.mark.slow
 def test_a_run_without_a_teacher_is_compared_with_one_that_is_named(here, capfd):
     before = contents(here)
     assert kcd("evaluate", "shelf/alone") == 2
@@ -794,6 +797,7 @@ def test_a_run_without_a_teacher_is_compared_with_one_that_is_named(here, capfd)
     assert "Configuration" in page.headings and "Similarity of layers: ce" in page.headings
 
 
+@pytest.mark.slow
 def test_a_run_of_before_its_config_said_where_the_teacher_is(here):
     def forget(content):
         del content["about"]["teacher_network"], content["about"]["teacher_path"]
@@ -901,6 +905,7 @@ def test_bad_input_is_one_line_and_nothing_is_written(change, arguments, message
     assert contents(here) == before
 
 
+@pytest.mark.slow
 def test_a_run_that_cannot_be_evaluated_does_not_stop_the_others(here, capfd):
     """One whose teacher is gone, one that was made without a command; one that the layers do not fit."""
     shutil.copytree(here / "shelf" / "kd", here / "shelf" / "kd-2")
@@ -923,6 +928,7 @@ def test_a_run_that_cannot_be_evaluated_does_not_stop_the_others(here, capfd):
     assert "left out: two/seed-6: weights in " in capfd.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["student.safetensors", "metrics.jsonl"])
 def test_the_evaluation_of_another_student_is_refused(name, evaluated, here, capfd):
     evaluation = (evaluated / "two" / "seed-5" / "evaluation.json").read_bytes()
@@ -949,6 +955,7 @@ def test_the_evaluation_of_another_student_is_refused(name, evaluated, here, cap
     assert kcd("evaluate", "two", "--threads", 1) == 0  # made anew
 
 
+@pytest.mark.slow
 def test_a_teacher_that_was_evaluated_is_still_the_teacher_of_a_page(here, capfd):
     """Its row is drawn as a level, and what it agrees with another network is not of that page."""
     assert kcd("evaluate", "far/elsewhere", "--teacher", "two/teacher", "--threads", 1) == 0
@@ -962,6 +969,7 @@ def test_a_teacher_that_was_evaluated_is_still_the_teacher_of_a_page(here, capfd
         assert [h for h in page.headings if h.startswith(SECTIONS)] == [f"{section}: kd" for section in SECTIONS]
 
 
+@pytest.mark.slow
 def test_whom_a_student_was_compared_with_is_told(here, capfd):
     notes = ("not with a teacher that it was distilled from", "Not all agreements are with the same teacher")
     assert kcd("evaluate", "two", "--threads", 1) == 0
@@ -983,6 +991,7 @@ def test_whom_a_student_was_compared_with_is_told(here, capfd):
     assert f"another teacher, cnn_large of far/elsewhere (weights {weights}): kd, seed 6." in text
 
 
+@pytest.mark.slow
 def test_pages_of_a_seed_and_of_all_seeds_tell_the_same(here, monkeypatch, capfd):
     """And the table of results has the agreement, whoever made the page; what else is in it stays."""
     page = here / "two" / "report.html"
@@ -1007,7 +1016,7 @@ def test_pages_of_a_seed_and_of_all_seeds_tell_the_same(here, monkeypatch, capfd
     assert both.rows[:3] == read(page).rows[:3]
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"evaluation": {"samples": 1}}'])
+@pytest.mark.parametrize("text", mostly_slow(["{", "[]", "{}", '{"evaluation": {"samples": 1}}'], kept=["{"]))
 def test_a_damaged_evaluation_is_named(text, here, capfd):
     (here / "two" / "seed-6" / "evaluation.json").write_text(text)
     before = contents(here)

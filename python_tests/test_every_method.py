@@ -323,7 +323,7 @@ def run(name, condense, output, size=30, progress=None, resume=False):
         assert_equal(state_of(teacher), before)
 
 
-@pytest.mark.parametrize("condense", CONDENSE)
+@pytest.mark.parametrize("condense", mostly_slow(CONDENSE, kept=["condensed"]))
 @every_method
 def test_stopped_and_resumed_it_ends_as_if_it_never_was(name, condense, tmp_path):
     """Stopped in the first part that is trained before the student, if there is one, or after an epoch."""

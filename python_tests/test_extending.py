@@ -151,6 +151,7 @@ def test_the_command_with_a_method_of_ones_own(folder, capsys):
     assert "kc-mine:Decoupled" in capsys.readouterr().out and (output / "report.html").is_file()
 
 
+@pytest.mark.slow
 def test_the_command_with_a_part_that_is_trained_first(folder):
     output, result = run(COMMANDS[1], epochs=4)
     first, lines = (storage.read_lines(output / name) for name in ("pretraining.jsonl", "metrics.jsonl"))
@@ -191,6 +192,7 @@ def test_a_teacher_is_fitted_and_left_alone(folder):
     assert first[-1]["loss"] < 0.5 * first[0]["loss"] and first[-1]["teacher_visits"] == 2 * DIGITS
 
 
+@pytest.mark.slow
 def test_a_line_in_the_registry_is_all_that_is_needed(folder, monkeypatch):
     (name, target), *more = re.findall(r'`"(\w+)": "kcd_ext\.methods\.(\w+:\w+)"`', GUIDE)
     assert not more
@@ -203,6 +205,7 @@ def test_a_line_in_the_registry_is_all_that_is_needed(folder, monkeypatch):
     assert json.loads((output / "config.json").read_text())["recipe"]["method"] == name
 
 
+@pytest.mark.slow
 def test_the_command_with_data_and_networks_of_ones_own(folder, capsys):
     data = load("bars:images")
     assert (len(data.train), len(data.test), data.num_classes) == (300, 100, 4)
@@ -212,6 +215,7 @@ def test_the_command_with_data_and_networks_of_ones_own(folder, capsys):
     assert all(line["terms"].keys() == {"kr"} for line in storage.read_lines(output / "metrics.jsonl"))
 
 
+@pytest.mark.slow
 def test_the_command_with_a_ranking_of_ones_own(folder):
     ranking = importlib.import_module("ranking").Middling(5, keep=0.5, every=1, stages=1)
     assert isinstance(ranking, KnowledgeCondenser)

@@ -8,12 +8,11 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from backends import parameters, there
+from processes import Crew
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from kcd_ext import condensed_kd_loss, reference
-
-pytestmark = pytest.mark.xdist_group("group")  # a worker of pytest-xdist would start the ranks for each of its tests
 
 RANKS, ROWS, CLASSES = 2, 12, 7
 # Device, torch.distributed's backend, number of ranks. NCCL takes no GPU for two of them; gloo does.
@@ -111,7 +110,10 @@ def world(request):
 @pytest.fixture(scope="module")
 def results(tmp_path_factory, world):
     folder, ranks = tmp_path_factory.mktemp("group"), WORLDS[world][2]
-    mp.spawn(worker, (str(folder), world), nprocs=ranks)
+    if WORLDS[world][0] == "cpu":
+        assert Crew(lambda rank: worker(rank, str(folder), world), ranks).wait() == [0] * ranks
+    else:  # no process may be forked that has used CUDA
+        mp.spawn(worker, (str(folder), world), nprocs=ranks)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(ranks)]
 
 

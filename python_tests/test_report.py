@@ -18,8 +18,6 @@ from kcd_ext.training import Condense, Recipe, Summary, distill, report, runs
 from kcd_ext.training.compare import Report
 from kcd_ext.training.summary import tabulate
 
-pytestmark = pytest.mark.xdist_group("report")
-
 LAST_COLUMNS = ("FLOPs", "seconds", "condensation")
 LEVELS = {"teacher": 90.0, "kd": 70.0, "kc-kd": 80.0}
 

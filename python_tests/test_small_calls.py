@@ -275,7 +275,10 @@ UNPACK = {  # what a hook may return of x: equal in value, size, dtype and devic
 
 
 @pytest.mark.parametrize("unpack", UNPACK.values(), ids=UNPACK)
-@pytest.mark.parametrize("rows, classes", [(9, 17), (300, 1000)], ids=["small", "large"])
+@pytest.mark.parametrize(
+    "rows, classes",
+    [pytest.param(9, 17, id="small"), pytest.param(300, 1000, id="large", marks=pytest.mark.slow)],
+)
 @pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
 def test_saved_tensors_are_unpacked_once_in_any_layout(unpack, rows, classes, dtype):
     """Small calls, and those of the operators: one backward pass each, with every way that an incoming gradient can have."""

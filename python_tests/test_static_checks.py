@@ -7,7 +7,7 @@ import pytest
 import static_checks
 from static_checks import EXPONENTIAL, PAIRS, STREAMED, WORD_LOAD, WORDS, Work
 
-pytestmark = [pytest.mark.cuda_on_cpu, pytest.mark.xdist_group("static checks")]
+pytestmark = pytest.mark.cuda_on_cpu
 
 # The most registers a thread may take, on any architecture.  A multiprocessor has 65536; a warp gets them by 256.
 # 80: 768 threads share a multiprocessor, three blocks of 256, or one that selects from many rows in the end.  64: four blocks.

@@ -460,6 +460,7 @@ def test_rows_of_teachers():
     assert seeds[0] == ("teacher", "91.00 ± 1.41", "-")
 
 
+@pytest.mark.slow
 def test_reports_have_the_teacher_of_old_and_new_runs(tmp_path, capsys):
     made = corners(0.8)
     for name in ("new", "old"):
@@ -530,6 +531,7 @@ def test_bad_normalisations_are_one_line(words, message, here, capfd):
     assert (out, error.count("\n")) == ("", 1) and message in error and not any(here.iterdir())
 
 
+@pytest.mark.slow
 def test_mean_and_std_between_commas_and_on_resume(here, capfd):
     command = ["distill", *DIGITS, "--method", "ce", "--student", "cnn_small", "--output", "run"]
     assert kcd(*command, "--mean", "0.5,", "--std", "0.25") == 2

@@ -289,7 +289,7 @@ class Uneven(Blobs):
 
 
 @pytest.mark.parametrize("selection", [f"{__name__}:FirstOnes", pytest.param("random", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("loaded", [True, False])
+@pytest.mark.parametrize("loaded", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("least", [0, 3])
 def test_the_metrics_say_what_is_kept_of_every_class(tmp_path, selection, loaded, least):
     data = Uneven(40) if loaded else Uneven(40).as_images()
