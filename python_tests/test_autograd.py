@@ -407,7 +407,7 @@ def test_too_little_memory_is_what_torch_says_of_it():
 # ---- torch.compile, torch.library
 
 
-@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("grad", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_opcheck(device, grad):
     student, teacher = torch.randn(3, 4, 17, requires_grad=grad, device=device), torch.randn(3, 4, 17, device=device)
     labels, score, rows = (

@@ -243,6 +243,7 @@ NUMBERS = {"loss", "lr", "accuracy", "train_accuracy", "seconds", "condensation_
 NUMBERS |= {"values", "classes", "condensation", "terms", "teacher"}  # may be null
 
 
+@pytest.mark.slow
 def test_a_state_that_is_of_another_kind_is_named(begun, whole):
     output, folder = begun
     sound, count = (folder / "training.pt").read_bytes(), 0

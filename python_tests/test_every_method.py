@@ -260,7 +260,9 @@ def test_what_is_compiled_gives_the_same_step(name, options):
 RISE = ("ie-dml", "pwkd")
 
 
-@every_variant
+@pytest.mark.parametrize(
+    ("name", "options"), [pytest.param(*each, marks=pytest.mark.slow if each[1] else ()) for each in EVERY]
+)
 def test_the_loss_and_every_term_fall(name, options):
     it = prepared(name, options)
     optimizer, seen = torch.optim.Adam(trained(it), 0.03), []

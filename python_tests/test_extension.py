@@ -89,6 +89,7 @@ print("same")
 """
 
 
+@pytest.mark.slow
 def test_importing_changes_nothing_else():
     done = python(STATE)
     assert done.stdout.strip() == "same", done.stderr
