@@ -1,6 +1,7 @@
 """What every method of the registry must do: one that is registered is tested here, with no line added."""
 
 import copy
+import functools
 import inspect
 import math
 import pickle
@@ -55,13 +56,24 @@ def made(name, options=None):
     return methods.build(name, {**OPTIONS.get(name, {}), **(options or {})})
 
 
+@functools.cache
+def fitted():
+    """A teacher that knows the labels."""
+    teacher, data = network(2, width=10, dropout=0.0), samples()
+    optimizer = torch.optim.Adam(teacher.parameters(), 0.01)
+    for _ in range(40):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(teacher(data.x), data.label).backward()
+        optimizer.step()
+    return teacher.eval()
+
+
 def prepared(name, options=None, seed=1, dtype=torch.float32, given=None):
     """A method as it is while the student trains: `teacher` is whom it asks, `given` whom it was given."""
     method = made(name, options)
     student = network(seed, dropout=0.0).to(dtype)
     if given is None and method.needs_teacher:
-        given = network(2, width=10, dropout=0.0).to(dtype).eval()
-        given[-1].weight.data.mul_(8)  # surer than the student is at first
+        given = copy.deepcopy(fitted()).to(dtype)
     data = samples(dtype)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -210,7 +222,7 @@ def test_a_checkpoint_goes_on_with_the_same_step(name, options):
 def test_networks_are_left_as_they_were(name):
     """By `prepare`, twice; hooks are there until `release`, and copies of a student in training are as good."""
     method, student = made(name), network(1)
-    given = network(2, width=10) if method.needs_teacher else None
+    given = network(2, width=10).eval() if method.needs_teacher else None
     student[1].eval()  # modes that differ from part to part
     networks = [net for net in (student, given) if net is not None]
     modes = [module.training for net in networks for module in net.modules()]
@@ -273,7 +285,7 @@ def test_the_loss_and_every_term_fall(name, options):
         outcome.loss.backward()
         optimizer.step()
         seen.append([x.item() for x in (outcome.loss, *(outcome.terms.values() if name not in RISE else ()))])
-    assert all(last < 0.8 * first for first, last in zip(seen[0], seen[-1], strict=True)), (seen[0], seen[-1])
+    assert all(last < 0.6 * first for first, last in zip(seen[0], seen[-1], strict=True)), (seen[0], seen[-1])
 
 
 # --- what it takes ----------------------------------------------------------------------------------------------------

@@ -92,7 +92,7 @@ def test_the_commands_are_understood(tmp_path, monkeypatch):
 
 def test_the_commands_are_the_ones_that_are_tested():
     commands = re.findall(r"^python3 -m venv .*$", README, re.M)
-    assert [c.split("&& ")[-1] for c in commands] == [".venv/bin/kcd demo", ".venv/bin/pytest"]
+    assert [c.split("&& ")[-1] for c in commands] == [".venv/bin/kcd demo", ".venv/bin/pytest -n auto"]
     assert all("-c constraints.txt" in c for c in commands)
 
 
