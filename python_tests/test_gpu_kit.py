@@ -33,6 +33,8 @@ BENCHMARKS = CHECKOUT / "benchmarks"
 if not BENCHMARKS.exists():
     pytest.skip("benchmarks/ is a part of the source folder only", allow_module_level=True)
 
+pytestmark = pytest.mark.slow  # the kit is for who works on the kernels
+
 Plant = Callable[[], object]
 
 
@@ -181,6 +183,8 @@ class Forked:
     @staticmethod
     def _call(module: str, *arguments: str) -> int:
         sys.argv = [module, *arguments]
+        for name in [name for name in sys.modules if name.startswith(("test_", "conftest"))]:
+            del sys.modules[name]  # the kit's pytest finds files of the same names
         return int(pytest.main([*arguments]) if module == "pytest" else importlib.import_module(module).main())
 
     def poll(self) -> int | None:
@@ -777,7 +781,6 @@ BEYOND = f"{COMPILED} or gradcheck or twice or transforms or fake_tensors or aut
 BEYOND += " or do_not_exist or refuses or many_rows"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("name", "left_out", "least"), [("conformance", BEYOND, 400), ("training", "", 10)])
 def test_the_tests_that_the_kit_runs(kit, everywhere, monkeypatch, name, left_out, least):
     """A section's command itself: every tensor of the tests is moved, and every test has its case on CUDA."""
@@ -798,7 +801,6 @@ def test_the_tests_that_the_kit_runs(kit, everywhere, monkeypatch, name, left_ou
     assert done.returncode == (deselected > 0)
 
 
-@pytest.mark.slow
 def test_the_script_from_end_to_end(kit, everywhere):
     command = [
         str(BENCHMARKS / "gpu_check.sh"),
@@ -820,7 +822,6 @@ def test_the_script_from_end_to_end(kit, everywhere):
     )
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("xdist") is None, reason="needs pytest-xdist")
 def test_tests_are_counted_over_workers(kit, tmp_path):
     text = TEST.format(passes="device == 'cpu' or n == 1 or pytest.skip('no driver')")

@@ -29,7 +29,7 @@ def plain_library(tmp_path_factory) -> Path:
     }
     for command in (
         ["cmake", "-G", "Ninja", "-S", str(ROOT), "-B", str(build), "-DCMAKE_CXX_FLAGS=-Werror"],
-        ["ninja", "-C", str(build)],
+        ["ninja", "-j", os.environ["OMP_NUM_THREADS"], "-C", str(build)],  # a share of the processors
     ):
         done = subprocess.run(command, capture_output=True, text=True, env=no_network)
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
