@@ -379,7 +379,7 @@ def test_the_build_against_torchs_own_headers(tmp_path):
         f"-DPython3_EXECUTABLE={sys.executable}",
     ]
     objects = ["ops.cpp.o", "cpu_ops.cpp.o"] + (["cuda_ops.cpp.o", "device.cpp.o"] if shutil.which("nvcc") else [])
-    compile_ = ["ninja", "-C", str(tmp_path), *(f"CMakeFiles/extension.dir/csrc/torch/{name}" for name in objects)]
+    compile_ = ["ninja", "-C", str(tmp_path), *(f"csrc/CMakeFiles/operators.dir/torch/{name}" for name in objects)]
     for command in (configure, compile_):
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

@@ -74,7 +74,7 @@ print(kcd_ext.condensed_kd_loss(torch.zeros(2, 3), torch.zeros(2, 3)).item())
 def test_no_code_for_one_processor_can_reach_another(plain_library):
     """Objects compiled for an instruction set share nothing: a weak symbol could be linked in place of the baseline's."""
     for name in ops.build_info["instruction_sets"]:
-        objects = list(plain_library.parent.glob(f"CMakeFiles/kernels_{name}.dir/**/*.o"))
+        objects = list(plain_library.parent.glob(f"csrc/CMakeFiles/kernels_{name}.dir/**/*.o"))
         assert len(objects) == 2
         for path in objects:
             symbols = subprocess.run(["nm", "-C", path], capture_output=True, text=True, check=True).stdout
