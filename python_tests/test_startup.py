@@ -92,6 +92,7 @@ def test_a_source_folder_does_not_shadow_the_package(run, clone):
     assert (done.returncode, done.stderr) == (0, "") and done.stdout.split()[:2] == ["kcd_ext", __version__]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("arguments", "said"), [(["--help"], "usage: kcd"), (["distill", "--epoch", "3"], "--epochs")])
 def test_processes_of_one_command_speak_once(arguments, said, run, clone):
     done = run("-m", "torch.distributed.run", "--nproc-per-node", 2, "-m", "kcd", *arguments, cwd=clone)
@@ -200,6 +201,7 @@ def threads_in(folder, name="config.json"):
     return {json.loads(path.read_text())["threads"] for path in Path(folder).rglob(name) if path.parent.name != "demo"}
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_with_its_threads(small, monkeypatch, capfd):
     options, set_available = small
     assert cli.main(["distill", *options, "--output", "whole"]) == 0
@@ -243,6 +245,7 @@ def test_other_threads_that_the_user_asks_for_are_warned_of(small, monkeypatch, 
     assert threads_in("run") == {2}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrong", [0, "two", 1.5, True])
 def test_a_damaged_number_of_threads_is_named(wrong, small, capfd):
     options, _ = small
@@ -254,6 +257,7 @@ def test_a_damaged_number_of_threads_is_named(wrong, small, capfd):
     assert capfd.readouterr().err.startswith("kcd: run/config.json is damaged: threads must be")
 
 
+@pytest.mark.slow
 def test_every_run_of_a_demo_has_its_own_threads(small, monkeypatch, capfd):
     options, _ = small
     monkeypatch.setattr(threads, "FLOPS_OF_A_THREAD", 5 * 10**6)  # two of them in a step of the teacher, none in others
