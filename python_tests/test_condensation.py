@@ -820,7 +820,10 @@ LOADERS = {
 
 
 @pytest.mark.usefixtures("no_accelerator_is_left")
-@pytest.mark.parametrize("prepare, options", LOADERS.values(), ids=LOADERS)
+@pytest.mark.parametrize(
+    "prepare, options",
+    [pytest.param(*x, id=name, marks=pytest.mark.slow if name == "workers" else ()) for name, x in LOADERS.items()],
+)
 def test_the_users_epoch_is_the_one_that_any_loader_yields(prepare, options):
     """The oracle is a sampler of its own for every pass, in a torch loader that was wrapped the same way."""
     condenser = condensed()

