@@ -265,7 +265,7 @@ def call(arguments: Sequence[str], output: Path, deadline: float | None) -> bool
     log = output.with_suffix(".log")
     log.parent.mkdir(parents=True, exist_ok=True)
     arguments = [*arguments, "--output", str(output)]
-    command = [sys.executable, "-m", "kcd", *arguments]
+    command = [sys.executable, "-m", "kcd_ext.cli", *arguments]
     with open(log, "a") as file:
         try:
             done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, timeout=left)

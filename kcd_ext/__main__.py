@@ -3,7 +3,7 @@
 import sys
 
 from .cli import main
-from .kcd import without_current_folder
+from .kcd_command import without_current_folder
 
 if __name__ == "__main__":
     without_current_folder()

@@ -1,7 +1,8 @@
 """The command `kcd`: a thin shell that turns options into calls, and errors into one line and an exit code.
 
-`kcd.py` runs this file as `kcd.cli`, without the package's `__init__.py`, which imports torch. So this file, and each that it
-imports at the top, imports no other part of the package there. Functions import such parts, by their names in `kcd_ext`.
+`kcd_command.py` runs this file as `kcd_command.cli`, without the package's `__init__.py`, which imports torch. So this file,
+and each that it imports at the top, imports no other part of the package there. Functions import such parts, by their names
+in `kcd_ext`.
 """
 
 import codecs
@@ -403,7 +404,7 @@ def _fail(*parts: str, code: int) -> int:
 
 
 if __name__ == "__main__":
-    from .kcd import without_current_folder
+    from .kcd_command import without_current_folder
 
     without_current_folder()
     sys.exit(main())

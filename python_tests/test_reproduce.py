@@ -193,7 +193,7 @@ def commands(script, monkeypatch):
     made = []
 
     def called(command, *, stdout, stderr, timeout):
-        assert command[:3] == [sys.executable, "-m", "kcd"] and stderr == subprocess.STDOUT
+        assert command[:3] == [sys.executable, "-m", "kcd_ext.cli"] and stderr == subprocess.STDOUT
         options = dict(zip(command[4::2], command[5::2], strict=False))
         made.append((command[3:], timeout))
         folder = Path(options["--output"])

@@ -25,15 +25,15 @@ from kcd_ext.training.folder import RunFolder
 PACKAGE = Path(cli.__file__).parent
 TIMEOUT = 180
 
-# --- the module `kcd` -------------------------------------------------------------------------------------------------
+# --- the module `kcd_command` -------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """Run Python with these arguments, where the module `kcd` is installed as CMake installs it."""
+    """Run Python with these arguments, where the module `kcd_command` is installed as CMake installs it."""
     installed = tmp_path_factory.mktemp("installed")
-    if find_spec("kcd") is None:
-        shutil.copy(PACKAGE / "kcd.py", installed)
+    if find_spec("kcd_command") is None:
+        shutil.copy(PACKAGE / "kcd_command.py", installed)
 
     def started(*arguments, cwd, before="", **variables):
         path = [before, str(installed), os.environ.get("PYTHONPATH", "")]
@@ -45,8 +45,8 @@ def run(tmp_path_factory):
 
 
 WITHOUT_TORCH = """
-import sys, kcd
-code = kcd.main()
+import sys, kcd_command
+code = kcd_command.main()
 sys.exit(f"imported {found}" if (found := {"torch", "kcd_ext", "numpy", "tyro"} & sys.modules.keys()) else code)
 """
 
@@ -88,22 +88,22 @@ def clone(tmp_path_factory):
 
 def test_a_source_folder_does_not_shadow_the_package(run, clone):
     assert "has changed since kcd_ext was installed" in run("-c", "import kcd_ext", cwd=clone).stderr
-    done = run("-m", "kcd", "info", cwd=clone)
+    done = run("-m", "kcd_command", "info", cwd=clone)
     assert (done.returncode, done.stderr) == (0, "") and done.stdout.split()[:2] == ["kcd_ext", __version__]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("arguments", "said"), [(["--help"], "usage: kcd"), (["distill", "--epoch", "3"], "--epochs")])
 def test_processes_of_one_command_speak_once(arguments, said, run, clone):
-    done = run("-m", "torch.distributed.run", "--nproc-per-node", 2, "-m", "kcd", *arguments, cwd=clone)
+    done = run("-m", "torch.distributed.run", "--nproc-per-node", 2, "-m", "kcd_command", *arguments, cwd=clone)
     assert (done.returncode == 0) == (arguments == ["--help"])
     assert (done.stdout + done.stderr).count(said) == 1, done.stderr
 
 
 def test_without_torch(run, tmp_path):
     (tmp_path / "torch.py").write_text("raise ModuleNotFoundError(\"No module named 'torch'\", name='torch')")
-    assert run("-m", "kcd", "--version", before=str(tmp_path), cwd=tmp_path).stdout == f"kcd {__version__}\n"
-    done = run("-m", "kcd", "demo", before=str(tmp_path), cwd=tmp_path)
+    assert run("-m", "kcd_command", "--version", before=str(tmp_path), cwd=tmp_path).stdout == f"kcd {__version__}\n"
+    done = run("-m", "kcd_command", "demo", before=str(tmp_path), cwd=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == 'kcd: kcd needs the package torch: pip install "kcd-ext[train]"\n'
 
@@ -218,11 +218,15 @@ def test_an_interrupted_run_goes_on_with_its_threads(small, monkeypatch, capfd):
             patch.setattr(RunFolder, "keep", interrupted)
             assert cli.main(["distill", *options, "--output", "broken", "--resume"]) == 130
         set_available(1)  # as on another machine
+    for path in Path("broken").rglob("config.json"):  # an earlier version wrote the number into checkpoints alone
+        config = json.loads(path.read_text())
+        del config["threads"], config["about"]["threads"]
+        path.write_text(json.dumps(config))
     capfd.readouterr()
     assert cli.main(["distill", *options, "--output", "broken", "--resume"]) == 0
     error = capfd.readouterr().err
-    assert "kcd: threads 2 (as the run began)\n" in error and "bit for bit" not in error
-    assert threads_in("broken") == threads_in("broken", "run.json") == {2}
+    assert "kcd: threads 2 (as before)\n" in error and "bit for bit" not in error
+    assert threads_in("broken", "run.json") == {2}
     for weights in ("student.safetensors", "teacher/student.safetensors"):
         assert Path("broken", weights).read_bytes() == Path("whole", weights).read_bytes()
 
@@ -243,6 +247,8 @@ def test_other_threads_that_the_user_asks_for_are_warned_of(small, monkeypatch, 
     assert threads_in("run") == {1}
     assert cli.main([*run, "2", "--resume"]) == 0
     assert "was written with 1 threads of torch, this process has 2" in capfd.readouterr().err
+    assert threads_in("run") == {2}
+    assert cli.main([*run, "1", "--resume"]) == 0  # it has finished: nothing is computed
     assert threads_in("run") == {2}
 
 

@@ -11,17 +11,6 @@
 namespace kcd::cpu::KCD_SET {
 namespace {
 
-void zero(char* row, int64_t bytes, bool streaming) {
-  int64_t j = 0;
-  if (streaming) {
-    const int64_t head = elements_to_alignment(row, KCD_VECTOR_BYTES);
-    j = head < bytes ? head : bytes;
-    __builtin_memset(row, 0, static_cast<size_t>(j));
-    for (; j + KCD_VECTOR_BYTES <= bytes; j += KCD_VECTOR_BYTES) stream(reinterpret_cast<float*>(row + j), Vector<float>{});
-  }
-  __builtin_memset(row + j, 0, static_cast<size_t>(bytes - j));
-}
-
 // Classes [first, end) of row i, unless they stand there already.
 template <class Real>
 void write_row(const Problem& problem, const Gradient& gradient, const Scale<Real>& scale, int64_t i, int64_t first, int64_t end) {
@@ -29,8 +18,7 @@ void write_row(const Problem& problem, const Gradient& gradient, const Scale<Rea
   if (gradient.written && gradient.written[i] == (with_kd ? kAsSelected : kAsNotSelected)) return;
   char* row = const_cast<char*>(gradient.out.row(i));
   if (!with_ce && !with_kd) {
-    const int64_t bytes = size_of(problem.student.type);
-    return zero(row + first * bytes, (end - first) * bytes, gradient.streaming);
+    return write_zeros(Target<Real>{problem.student.type, gradient.streaming, row, -1, 0}, first, end - first);
   }
   const Real* stats = static_cast<const Real*>(gradient.stats);
   const Real* row_weight = static_cast<const Real*>(gradient.row_weight);

@@ -113,6 +113,7 @@ class RowGradient {
     const int64_t first = next_, n = problem_.classes - first < kPiece ? problem_.classes - first : kPiece;
     if (n == 0) return;
     next_ = first + n;
+    if (!terms_.kd && !terms_.ce) return write_zeros(target_, first, n);
     with_terms<Real>(terms_, [&](auto terms) { write_piece(terms, first, n); });
   }
 

@@ -135,6 +135,20 @@ KCD_INLINE void write_piece(const SomeTerms& terms, const Target<double>& target
                    : write<double, double, false>(terms, target, first, n, element);
 }
 
+// Classes [first, first + n) of a row that has neither term: zeros, which are zero bytes in every type.
+template <class Real>
+void write_zeros(const Target<Real>& target, int64_t first, int64_t n) {
+  const int64_t bytes = n * size_of(target.type);
+  char* out = target.row + first * size_of(target.type);
+  int64_t j = target.streaming ? std::min(elements_to_alignment(out, KCD_VECTOR_BYTES), bytes) : 0;
+  __builtin_memset(out, 0, static_cast<size_t>(j));
+  for (; j + KCD_VECTOR_BYTES <= bytes; j += KCD_VECTOR_BYTES) {
+    float* vector = reinterpret_cast<float*>(out + j);
+    target.streaming ? stream(vector, Vector<float>{}) : store(vector, Vector<float>{});
+  }
+  __builtin_memset(out + j, 0, static_cast<size_t>(bytes - j));
+}
+
 // The first m elements; no branch where it is known to be all.
 template <class Real>
 KCD_INLINE Vector<Real> load_some(const Real* p, int64_t m) {

@@ -161,6 +161,15 @@ def load(directory: Path) -> Checkpoint | None:
     )
 
 
+def facts_of(directory: Path) -> Mapping[str, object]:
+    """Return what run.json of the last checkpoint says, unchecked; nothing where there is none that can be read."""
+    folders = _folders(directory)
+    try:
+        return _run_in(read_regular(folders[max(folders)] / "run.json")) if folders else {}
+    except (OSError, ValueError):  # whoever loads the checkpoint says so
+        return {}
+
+
 class _OtherVersionError(Exception):
     """Of a format that stores no sums, or stores them elsewhere."""
 

@@ -14,6 +14,7 @@ from ..condensation.checks import whole
 from ..data.images import ImageData, load
 from ..registry import unknown
 from . import pairs, teachers
+from .device import MOST_THREADS
 from .job import TEACHER, Job
 from .recipe import Condense, Recipe
 from .teachers import Teacher
@@ -145,7 +146,7 @@ class Distill:
     resume: Annotated[bool, FlagCreatePairsOff] = False
     """Goes on with what an interrupted command of the same options has left there."""
     threads: int | None = None
-    """Threads of torch on the CPU. None: those with which the run began, else one for every 16 GFLOPs of a training step."""
+    """Threads of torch on the CPU. None: those of the run that goes on, else one for every 16 GFLOPs of a training step."""
     recipe: Annotated[Said, arg(name="")] = field(default_factory=Said)
 
     def implied(self) -> "Distill":
@@ -256,7 +257,7 @@ class Train:
     resume: Annotated[bool, FlagCreatePairsOff] = False
     """Goes on with what an interrupted command of the same options has left there."""
     threads: int | None = None
-    """Threads of torch on the CPU. None: those with which the run began, else one for every 16 GFLOPs of a training step."""
+    """Threads of torch on the CPU. None: those of the run that goes on, else one for every 16 GFLOPs of a training step."""
     images: Annotated[Images, arg(name="")] = Images()
     recipe: Annotated[Said, arg(name="")] = field(default_factory=lambda: Said(method=ALONE))
 
@@ -309,7 +310,7 @@ def _numbers(words: tuple[str, ...] | None) -> list[float] | str | None:
 
 
 def _checked_threads(threads: int | None) -> int | None:
-    return None if threads is None else whole("threads", threads, 1)
+    return None if threads is None else whole("threads", threads, 1, MOST_THREADS)
 
 
 def _as_json(command: Distill | Train) -> dict:

@@ -17,7 +17,7 @@ from ..describe import describe
 from ..environment import versions
 from . import report, runs, storage, teachers
 from .checks import check_networks
-from .device import threads
+from .device import MOST_THREADS, threads
 from .job import REPORT, TEACHER, about
 from .progress import bar_over, note
 from .randomness import seeded
@@ -73,7 +73,7 @@ class Demo:
     device: str = "auto"
     """auto (CUDA where there is one), cpu or cuda."""
     threads: int | None = None
-    """Threads of torch on the CPU. None: those with which a run began, else one for every 16 GFLOPs of a training step."""
+    """Threads of torch on the CPU. None: those of the run that goes on, else one for every 16 GFLOPs of a training step."""
     resume: bool = False
     """Goes on with a demo that was interrupted, given the same options."""
 
@@ -127,7 +127,7 @@ class Demo:
             raise ValueError(f"seeds must be one or more different integers, got {describe(self.seeds)}")
         whole("epochs", self.epochs, 2)
         if self.threads is not None:
-            whole("threads", self.threads, 1)
+            whole("threads", self.threads, 1, MOST_THREADS)
         return [self.recipes(seed) for seed in self.seeds]
 
     def _check_something_is_dropped(self, recipe: Recipe, samples: int) -> None:

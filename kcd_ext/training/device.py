@@ -55,6 +55,9 @@ def autocast(accelerator: Accelerator) -> Iterator[None]:
     torch.clear_autocast_cache()
 
 
+MOST_THREADS = 4096  # of torch's
+
+
 @contextmanager
 def threads(count: int | None) -> Iterator[None]:
     """So many threads of torch's inside; None: as many as it has."""

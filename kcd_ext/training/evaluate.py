@@ -19,7 +19,7 @@ from ..evaluation import TEMPERATURES, Evaluation, checked_temperatures, evaluat
 from . import report, runs, storage, teachers
 from .batches import feed_of
 from .compare import Report
-from .device import accelerator_on, threads
+from .device import MOST_THREADS, accelerator_on, threads
 from .identity import digest, digest_of_samples
 from .job import REPORT, TEACHER
 from .progress import note
@@ -140,7 +140,7 @@ class Evaluate:
         if self.teacher_network is not None and self.teacher is None:
             raise ValueError(f"teacher_network={self.teacher_network!r} has no effect without teacher")
         if self.threads is not None:
-            whole("threads", self.threads, 1)
+            whole("threads", self.threads, 1, MOST_THREADS)
         for text in self.layers:
             if text.count("=") != 1:
                 raise ValueError(f"layers must be as STUDENT=TEACHER, a path in each network, got {text!r}")

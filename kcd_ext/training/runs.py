@@ -11,6 +11,8 @@ from typing import NamedTuple
 from ..describe import describe
 from ..evaluation import Evaluation
 from ..files import read_regular
+from . import checkpoint
+from .device import MOST_THREADS
 from .summary import ComparedWith, Summary
 
 # In the folder of several seeds, and in that of a demo.
@@ -206,13 +208,15 @@ def network_of(folder: Path) -> str:
 
 
 def threads_of(folder: Path) -> int | None:
-    """Return the threads of torch's that the run in a folder was last started with; None where its config.json does not say.
+    """Return the threads of torch's by which the last epoch of the run in a folder was computed; None where no file says it.
 
-    Raises ValueError where that file is damaged.
+    Of a run without a checkpoint they are those it was last started with. Raises ValueError where config.json is damaged.
     """
     path = folder / "config.json"
     config = config_of(folder) if path.exists() else {}
-    return None if config.get("threads") is None else _threads(path, config, "threads")
+    started = None if config.get("threads") is None else _threads(path, config, "threads")
+    found = checkpoint.facts_of(folder / "checkpoint")
+    return _threads(folder / "checkpoint", found, "threads") if "threads" in found else started
 
 
 def planned_threads(folder: Path) -> dict[str, int]:
@@ -229,8 +233,8 @@ def planned_threads(folder: Path) -> dict[str, int]:
 
 def _threads(path: Path, holder: Mapping, name: str) -> int:
     threads = _number(path, holder, name, int)
-    if threads < 1:
-        raise ValueError(f"{path} is damaged: {name} must be > 0, got {threads}")
+    if not 1 <= threads <= MOST_THREADS:
+        raise ValueError(f"{path} is damaged: {name} must be in [1, {MOST_THREADS}], got {threads}")
     return threads
 
 

@@ -45,7 +45,9 @@ def available() -> int:
 
 
 def choose(labels: Mapping[Path, str], flops: Mapping[str, int | None]) -> dict[Path, Threads]:
-    """Return the threads of each run of a command: those with which it began, or the command before it did, else by the rule.
+    """Return the threads of each run of a command: as before if it goes on, else by the rule.
+
+    As before: those of its last epoch, or those that the command before had chosen for it.
 
     Args:
         labels: of the run in each folder, in the order in which they are run. A folder need not be there yet.
@@ -58,7 +60,7 @@ def choose(labels: Mapping[Path, str], flops: Mapping[str, int | None]) -> dict[
         planned |= runs.planned_threads(folder)
     before = {folder: runs.threads_of(folder) or planned.get(label) for folder, label in labels.items()}
     return {
-        folder: by_rule(flops[label]) if before[folder] is None else Threads(before[folder], "as the run began")
+        folder: by_rule(flops[label]) if before[folder] is None else Threads(before[folder], "as before")
         for folder, label in labels.items()
     }
 

@@ -118,7 +118,7 @@ def distill(
         run.measure_teacher()
         accelerator.wait_for_everyone()  # all have looked into the folder before one writes there
         writes = folder is not None and accelerator.is_main_process
-        if writes:
+        if writes and not run.finished:  # of a finished run everything stays as it was written
             folder.begin(recipe.label, about or {}, run.teacher_accuracy)
         while not run.finished:
             line = run.advance()

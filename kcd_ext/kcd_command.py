@@ -1,6 +1,6 @@
-"""The command `kcd`, or `python -m kcd`: the module `kcd` beside the installed package, which imports no torch.
+"""The start of the command `kcd`: the module `kcd_command` beside the installed package, which imports no torch.
 
-So it answers `--help`, `--version` and a wrong command at once. `import kcd_ext` imports torch and registers the operators.
+So `kcd` answers `--help`, `--version` and a wrong command at once. `import kcd_ext` imports torch and registers the operators.
 """
 
 import os
@@ -24,13 +24,13 @@ def without_current_folder() -> None:
 if __name__ == "__main__":
     without_current_folder()
 
-# The files of the package are found as kcd.NAME, too: `cli`, and the few that it needs, without the package's __init__.py.
+# The files of the package are found as kcd_command.NAME, too: `cli`, and the few that it needs, without the package's __init__.py.
 __path__ = find_spec("kcd_ext").submodule_search_locations
 
 
 def main() -> int:
     """Run the command that this process was started with. Return its exit code, as `kcd_ext.cli.main` does."""
-    from kcd.cli import main
+    from kcd_command.cli import main
 
     return main()
 
