@@ -282,7 +282,7 @@ def three_channels(*, in_channels, num_classes):
         (["--seeds"], "seeds must be one or more different integers"),
         (["--seeds", "1", "1"], "seeds must be one or more different integers"),
         (["--seeds", "-1"], r"seeds must be an integer in \[0, 18446744073709551615\], got -1"),
-        (["--threads", "0"], "threads must be an integer >= 1, got 0"),
+        (["--threads", "0"], r"threads must be an integer in \[1, 4096\], got 0"),
         (["--lr", "inf"], "lr must be a finite number"),
         (["--student", "resnet"], "unknown model 'resnet': did you mean resnet8. Else take cnn_large, cnn_small, "),
         (["--student", f"{__name__}:three_channels"], r"student does not take x of torch.float32 \(1, 1, 8, 8\)"),

@@ -477,7 +477,7 @@ BAD = [
     ),
     (["--seeds", "0"], "seeds must be an integer >= 1, got 0"),
     (["--seed", str(2**64 - 1), "--seeds", "2"], "seed must be an integer in"),
-    (["--threads", "0"], "threads must be an integer >= 1, got 0"),
+    (["--threads", "0"], r"threads must be an integer in \[1, 4096\], got 0"),
     (["--student", "resnet"], "unknown model 'resnet'"),
     (["--student", f"{__name__}:three_channels"], "student does not take x of torch.float32"),
     (["--teacher", "resnet"], "unknown teacher 'resnet': no such file or folder, and no network out of cnn_large, "),
