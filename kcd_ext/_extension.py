@@ -17,7 +17,6 @@ import torch
 MINIMUM_TORCH = (2, 10)
 _NAME = f"{__package__}._C"
 _HERE = pathlib.Path(__file__).parent
-_SOURCES = _HERE.parent / "csrc"
 _SUFFIXES = {".h", ".cpp", ".cu", ".cuh"}
 
 
@@ -51,8 +50,9 @@ def load() -> tuple[dict, ModuleType | None]:
         return _load_library(path), None
     module = _own_module() or _installed_module()
     info = module.build_info()
-    if _SOURCES.is_dir() and info.get("sources") != _hash_of(_SOURCES):
-        raise ImportError(f"{_SOURCES} has changed since kcd_ext was installed: run pip install again")
+    sources = _sources_beside(_HERE)
+    if sources is not None and info.get("sources") != _hash_of(sources):
+        raise ImportError(f"{sources} has changed since kcd_ext was installed: run pip install again")
     return info, module if hasattr(module, "small_forward") else None
 
 
@@ -63,7 +63,7 @@ def _own_module() -> ModuleType | None:
     except ModuleNotFoundError as error:
         if error.name != _NAME:
             raise
-    if _SOURCES.is_dir():
+    if _sources_beside(_HERE) is not None:
         return None
     raise ImportError(
         f"{_HERE} holds no compiled extension for this Python: the installation is incomplete or was made for another"
@@ -90,6 +90,12 @@ def _installed_module() -> ModuleType:
     found.loader.exec_module(module)
     sys.modules[_NAME] = sys.modules[__package__]._C = module
     return module
+
+
+def _sources_beside(package: pathlib.Path) -> pathlib.Path | None:
+    """Return csrc/ of a clone; None where the package is installed, even if another package has left a csrc/ there."""
+    sources = package.parent / "csrc"
+    return sources if (sources / "math" / "row_stats.h").is_file() else None
 
 
 def _hash_of(sources: pathlib.Path) -> str:

@@ -34,7 +34,7 @@ def describe() -> dict[str, str]:
         **{name: fact for name, fact in build.items() if name != "version"},
         "platform": platform.platform(),
         "processor": _processor(),
-        "threads": f"{torch.get_num_threads()} of {os.cpu_count()} processors, {len(_usable_processors())} usable",
+        "threads": f"{torch.get_num_threads()} of {os.cpu_count()} processors, {len(usable_processors())} usable",
         "torch CUDA": torch.version.cuda or "none, a build for the CPU",
         "CUDA driver": _cuda_driver(),
         "CUDA devices": _cuda_devices(),
@@ -53,7 +53,8 @@ def _plain(value: object) -> str:
     return " ".join(map(str, value)) or "none" if isinstance(value, list | tuple) else str(value)
 
 
-def _usable_processors() -> set[int]:
+def usable_processors() -> set[int]:
+    """Return the numbers of the processors that this process may use."""
     return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
 
 

@@ -162,6 +162,13 @@ def test_what_an_extension_was_built_from_is_known(tmp_path):
 
 
 @pytest.mark.slow
+def test_csrc_of_another_package_is_not_taken_for_sources(tmp_path):
+    (tmp_path / "site" / "csrc").mkdir(parents=True)
+    (tmp_path / "site" / "csrc" / "kernels.h").write_text("")
+    assert _extension._sources_beside(tmp_path / "site" / "kcd_ext") is None
+    assert _extension._sources_beside(sources_in(tmp_path / "clone") / "kcd_ext") == tmp_path / "clone" / "csrc"
+
+
 def test_a_clone_without_an_installed_extension_says_how_to_install(tmp_path):
     code = f"""
 import sys

@@ -67,8 +67,8 @@ def _how_many(case: Case, given: Inputs) -> int:
     if "labels" in given.tensors:
         candidates &= given.tensors["labels"] != -100
     if "rows" in given.tensors:
-        held = torch.zeros_like(candidates)
-        held[given.tensors["rows"][given.tensors["rows"] >= 0]] = True
-        candidates &= held
+        named = torch.zeros_like(candidates)
+        named[given.tensors["rows"][given.tensors["rows"] >= 0]] = True
+        candidates &= named
     n = int(candidates.sum())
     return min(case.keep, n) if isinstance(case.keep, int) else max(1, int(case.keep * n)) if n else 0

@@ -175,8 +175,8 @@ class Demo:
         """One after the other; what is finished is on disk before the next one starts."""
         summaries: list[Summary] = []
         chosen = self._choose_threads(plan, data, folder)
-        if told := announcement((home.name, threads) for home, threads in chosen.items()):
-            note(told)
+        if line := announcement((home.name, threads) for home, threads in chosen.items()):
+            note(line)
         with bar_over(sum(map(len, plan)), self.epochs) as bar:
             for recipes in plan:
                 teacher: nn.Module | None = None

@@ -98,8 +98,8 @@ class Evaluate:
                     left_out.append(self._left_out(plan.run.folder, error))
             if not found:
                 raise ValueError(f"there is nothing to evaluate: {left_out[0]}")
-            if told := announcement((_shown(plan.run.folder), chosen) for plan, _, chosen in found):
-                note(told)
+            if line := announcement((_shown(plan.run.folder), chosen) for plan, _, chosen in found):
+                note(line)
             _check_targets(pages, [plan for plan, *_ in found])
             for plan, evaluation, chosen in found:
                 plan.write(evaluation, chosen.count)

@@ -90,10 +90,10 @@ class Job:
                 self._check_output()
                 if self.resume and not self._taken():
                     note(f"nothing to resume in {self.output}: starting anew")
-                for told in [] if self.teacher is None else self.teacher.told(self.data):
-                    note(told)
-                if told := announcement((recipe.label, self.chosen[folder]) for _, recipe, folder in self._runs()):
-                    note(told)
+                for line in [] if self.teacher is None else self.teacher.told(self.data):
+                    note(line)
+                if line := announcement((recipe.label, self.chosen[folder]) for _, recipe, folder in self._runs()):
+                    note(line)
             try:
                 with warnings_as_notes():
                     summaries = _as_measured(list(self._summaries()))

@@ -1,6 +1,5 @@
 """How many threads of torch's a command takes on the CPU where the user does not say it."""
 
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from torch import nn
 
 from .. import processes
 from ..data.images import ImageSet
+from ..environment import usable_processors
 from . import runs
 from .flops import forward_flops
 
@@ -40,7 +40,7 @@ def available() -> int:
     The processors that it may use are divided among the processes of the command on this machine; where torch takes fewer threads
     of its own accord, as OMP_NUM_THREADS makes it, these are all.
     """
-    usable = len(os.sched_getaffinity(0)) // processes.count_here()
+    usable = len(usable_processors()) // processes.count_here()
     return max(1, min(usable, torch.get_num_threads()))
 
 
