@@ -26,10 +26,10 @@ import numpy as np
 import tyro
 
 from kcd_ext import environment
+from kcd_ext.commands.presets import CIFAR100
 from kcd_ext.condensation.checks import whole as whole_number
 from kcd_ext.data.images import ImageData, load
-from kcd_ext.training.pairs import CIFAR100
-from kcd_ext.training.storage import write_bytes, write_json
+from kcd_ext.files import write_bytes, write_json
 
 # What is compared: the name of a run -> the options of `kcd distill` that make it. Random selection mixes no images, so
 # what KC-KD is better by than "random" is both: "kc-kd unmixed" tells them apart.

@@ -42,23 +42,23 @@ class _Place(NamedTuple):
 
 COMMANDS = {
     "distill": _Place(
-        "kcd_ext.training.commands:Distill",
+        "kcd_ext.commands.distill:Distill",
         "Distils a student from a teacher, by one seed or several, and writes a report.",
     ),
     "teacher": _Place(
-        "kcd_ext.training.commands:Train",
+        "kcd_ext.commands.teacher:Train",
         "Trains a teacher with cross entropy. Its folder is what --teacher of `kcd distill` takes.",
     ),
     "report": _Place(
-        "kcd_ext.training.compare:Report",
+        "kcd_ext.commands.report:Report",
         "Compares runs in one page: tables, curves, values, and what their options differ in.",
     ),
     "evaluate": _Place(
-        "kcd_ext.training.evaluate:Evaluate",
+        "kcd_ext.commands.evaluate:Evaluate",
         "Measures what finished runs have really distilled, on the test images of each.",
     ),
     "demo": _Place(
-        "kcd_ext.training.demo:Demo",
+        "kcd_ext.commands.demo:Demo",
         "Distils real images in about a minute and writes a report.",
     ),
     "info": _Place(

@@ -1,9 +1,14 @@
-"""Reading of files whose paths a user or a folder gives: regular files alone, so that opening one never waits."""
+"""Files: read where they are regular ones, written as the old one or the new one, whole; folders one process at a time works in."""
 
 import errno
+import fcntl
+import json
 import os
+import shutil
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from pathlib import Path
 from typing import BinaryIO
 
@@ -63,3 +68,116 @@ def _check(mode: int, path: str | os.PathLike) -> None:
     if not stat.S_ISREG(mode):
         kind = next((name for is_one, name in _KINDS if is_one(mode)), "something else")
         raise ValueError(f"{path}: must be a regular file, is {kind}")
+
+
+# What flock says where folders cannot be locked, as on some network file systems.
+NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EBADF)
+
+_inside: ContextVar[frozenset[tuple[int, int, int]]] = ContextVar(
+    "folders that this thread is alone in", default=frozenset()
+)
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Inside, nobody else is. The folder is made where there is none, and taken away again if nothing came into it.
+
+    Who is alone there may enter again: the run of a command that has entered its folder. The lock is the kernel's, on
+    the folder itself: no file is left, it moves with the folder, and if the process is killed it ends with it and those
+    it has forked. Where folders cannot be locked everybody enters.
+
+    Raises:
+        FileExistsError: another process, or another thread, is inside.
+        OSError: the folder cannot be made or read.
+    """
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        found = os.fstat(descriptor)
+        name = os.getpid(), found.st_dev, found.st_ino
+        if name in _inside.get():
+            yield
+            return
+        _lock(descriptor, folder)
+        token = _inside.set(_inside.get() | {name})
+        try:
+            yield
+        finally:
+            _inside.reset(token)
+            if os.getpid() == name[0]:  # not a process that was forked inside, and ends here
+                if _is_at(folder, descriptor):
+                    with suppress(OSError):  # not empty
+                        for path in made:
+                            path.rmdir()
+                with suppress(OSError):  # closing it does not do where a forked process holds it too
+                    fcntl.flock(descriptor, fcntl.LOCK_UN)
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int, folder: Path) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise FileExistsError(f"another kcd is running in {folder}: wait for it, or choose another --output") from None
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+    if not _is_at(folder, descriptor):
+        raise FileExistsError(f"another kcd has just ended in {folder}: start again")
+
+
+def _is_at(folder: Path, descriptor: int) -> bool:
+    """Whether the path still leads to what is open."""
+    return folder.exists() and os.path.samestat(os.stat(folder), os.fstat(descriptor))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Replaces the file in one step; a kill, a full disk or a crash of the machine leaves the old one.
+
+    Raises:
+        OSError: the file cannot be written; what was there before is intact, and nothing is left beside it.
+    """
+    beside = path.with_name(f".{path.name}.partial")
+    try:
+        beside.unlink(missing_ok=True)  # of a process that was killed; whatever it is, it is not written through
+        with open(beside, "xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except BaseException as error:
+        with suppress(OSError):
+            beside.unlink(missing_ok=True)
+        if isinstance(error, OSError):  # a full disk does not say which file it was
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
+
+
+def write_json(path: Path, content: Mapping[str, object]) -> None:
+    """As `write_bytes`. Raises ValueError for NaN and infinity, which are no JSON."""
+    write_bytes(path, json_bytes(content))
+
+
+def json_bytes(content: Mapping[str, object]) -> bytes:
+    """Return the content of a JSON file. Raises ValueError for NaN and infinity, which are no JSON."""
+    return (json.dumps(content, indent=2, allow_nan=False) + "\n").encode()
+
+
+def write_lines(path: Path, lines: Iterable[Mapping[str, object]]) -> None:
+    """JSON lines, as `write_bytes`."""
+    write_bytes(path, "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines).encode())
+
+
+def read_lines(path: Path) -> list[dict]:
+    """The JSON lines of a file."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def remove(path: Path) -> None:
+    """A file or a whole directory, where there is one."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

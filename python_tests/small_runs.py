@@ -9,10 +9,11 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from kcd_ext import files
 from kcd_ext.data.images import ImageSet
 from kcd_ext.data.views import Views
 from kcd_ext.methods import Batch
-from kcd_ext.training import checkpoint, storage
+from kcd_ext.training import checkpoint
 
 CLASSES = 4
 # Options that make a method small; one that is not here is tested with its defaults.
@@ -126,7 +127,7 @@ def final(folder) -> dict:
     """All that a run has come to: weights, optimizer, table, mixes, metrics without the clock's."""
     state = checkpoint.load(folder / "checkpoint")
     lines = [
-        [{name: x for name, x in line.items() if not name.endswith("seconds")} for line in storage.read_lines(path)]
+        [{name: x for name, x in line.items() if not name.endswith("seconds")} for line in files.read_lines(path)]
         for path in sorted(folder.glob("*.jsonl"))
     ]
     weights = (folder / "student.safetensors").read_bytes()

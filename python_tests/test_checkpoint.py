@@ -13,9 +13,11 @@ import torch
 from commands import contents
 from torch import nn
 
+from kcd_ext import files
+from kcd_ext.commands import teachers
 from kcd_ext.files import check_regular, open_regular, read_regular
 from kcd_ext.methods import Method, Outcome, Pretraining, entropy
-from kcd_ext.training import Condense, Recipe, checkpoint, distill, storage, teachers
+from kcd_ext.training import Condense, Recipe, checkpoint, distill
 from kcd_ext.training.folder import RunFolder
 
 FILES = ("model.safetensors", "training.pt", "run.json")
@@ -255,7 +257,7 @@ def test_a_state_that_is_of_another_kind_is_named(begun, whole):
             same = (output / "student.safetensors").read_bytes() == whole
             assert same or path[-1] == "momentum_buffer", path  # None: there was no gradient yet
             for entry in (output / "checkpoint").iterdir():
-                storage.remove(entry)
+                files.remove(entry)
             (output / "student.safetensors").unlink(), (output / "summary.json").unlink()
             folder.mkdir()
             for file, content in kept.items():
@@ -338,7 +340,7 @@ def test_what_lies_in_the_place_of_a_half_written_file_is_not_written_through(tm
     (tmp_path / ".a.partial").symlink_to("precious")
     os.mkfifo(tmp_path / ".b.partial")
     for name in "ab":
-        storage.write_bytes(tmp_path / name, b"new")
+        files.write_bytes(tmp_path / name, b"new")
         assert (tmp_path / name).read_bytes() == b"new"
     assert (tmp_path / "precious").read_text() == "precious"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "precious"]

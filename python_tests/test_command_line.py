@@ -17,10 +17,10 @@ import pytest
 import torch
 
 from kcd_ext import cli, methods, models, terminal
+from kcd_ext.commands import presets
 from kcd_ext.condensation.schedules import SCHEDULES
 from kcd_ext.data import images
 from kcd_ext.data.images import load
-from kcd_ext.training import pairs
 from kcd_ext.training.recipe import PRECISIONS, SELECTIONS
 
 TIMEOUT = 180
@@ -141,7 +141,15 @@ def test_help_knows_what_else_was_asked(capfd):
 def test_help_lists_the_choices(capfd, monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")
     words = set(re.findall(r"[\w-]+", help_of("distill", capfd=capfd)))
-    for names in (methods.REGISTRY, models.REGISTRY, images.REGISTRY, SELECTIONS, PRECISIONS, SCHEDULES, pairs.RECIPES):
+    for names in (
+        methods.REGISTRY,
+        models.REGISTRY,
+        images.REGISTRY,
+        SELECTIONS,
+        PRECISIONS,
+        SCHEDULES,
+        presets.RECIPES,
+    ):
         assert names.keys() <= words
     assert models.REGISTRY.keys() <= set(re.findall(r"[\w-]+", help_of("teacher", capfd=capfd)))
 

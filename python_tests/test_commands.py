@@ -13,9 +13,9 @@ import torch
 from commands import ALONE, TORCHRUN, Page, contents, limit_files_to, run, stop
 from safetensors.torch import load_file
 
-from kcd_ext import cli, models
+from kcd_ext import cli, files, models
+from kcd_ext.commands import teachers
 from kcd_ext.data.images import load, split
-from kcd_ext.training import storage, teachers
 
 SMALL = ["--data", "digits", "--epochs", "4", "--threads", "1", "--device", "cpu"]
 TWO_SEEDS = ["distill", *SMALL, "--method", "kc-kd", "--seed", "5", "--seeds", "2", "--output", "two"]
@@ -104,7 +104,7 @@ def test_what_several_seeds_leave(home):
     rows = {"teacher": cells(result(folder / "teacher")), "kc-kd": cells(summary["results"])}
     assert {row[0]: row[1:] for row in page.rows[1:]} == rows
     (by_class,) = page.by_class  # of the first seed; the digits have no names
-    steps = [step for line in storage.read_lines(runs[0] / "metrics.jsonl") if (step := line["condensation"])]
+    steps = [step for line in files.read_lines(runs[0] / "metrics.jsonl") if (step := line["condensation"])]
     assert by_class[0] == ["class", *(f"stage {step['stage']}" for step in steps)]
     assert by_class[4] == ["class 3", *(str(step["classes"][3]) for step in steps)]
     assert by_class[-1] == ["all", *(f"{step['kept']:,}" for step in steps)]

@@ -22,8 +22,10 @@ from kcd_ext import evaluation as metrics
 from kcd_ext.data.images import load
 from kcd_ext.evaluation import Evaluation, LinearCKA, evaluate
 from kcd_ext.methods import Batch
-from kcd_ext.training import Summary, report
-from kcd_ext.training.summary import ComparedWith, cells
+from kcd_ext.reports import page as report
+from kcd_ext.reports.tables import cells
+from kcd_ext.training import Summary
+from kcd_ext.training.summary import ComparedWith
 
 SMALL = ["--data", "digits", "--epochs", "2", "--threads", "1", "--device", "cpu"]
 

@@ -26,8 +26,8 @@ from small_runs import (
 )
 from torch import nn
 
-from kcd_ext import methods
-from kcd_ext.training import Condense, Recipe, distill, storage
+from kcd_ext import files, methods
+from kcd_ext.training import Condense, Recipe, distill
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -357,7 +357,7 @@ def test_stopped_and_resumed_it_ends_as_if_it_never_was(name, condense, tmp_path
     assert all(math.isfinite(term) for line in history for term in line["terms"].values())
     assert [line["samples"] for line in history] == ([30] * 3 if condense is None else [30, 23, 16])
     pretraining = tmp_path / "whole" / "pretraining.jsonl"
-    first = storage.read_lines(pretraining) if pretraining.exists() else []
+    first = files.read_lines(pretraining) if pretraining.exists() else []
     assert all(math.isfinite(line["loss"]) for line in first)
     if first:  # of which the teacher is asked too
         assert summary.teacher_visits > summary.sample_visits
@@ -375,5 +375,5 @@ def test_two_processes(name, tmp_path):
         run(name, CONDENSE["condensed"], tmp_path / "run", size=29)
 
     assert Crew(job, 2).wait() == [0, 0]
-    lines = storage.read_lines(tmp_path / "run" / "metrics.jsonl")
+    lines = files.read_lines(tmp_path / "run" / "metrics.jsonl")
     assert len(lines) == 3 and all(math.isfinite(line["loss"]) for line in lines)

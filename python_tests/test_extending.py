@@ -17,10 +17,10 @@ from test_methods import assert_gradient, float64
 from torch import nn
 from torch.nn import functional
 
-from kcd_ext import KnowledgeCondenser, cli, methods, models
+from kcd_ext import KnowledgeCondenser, cli, files, methods, models
 from kcd_ext.data import load
 from kcd_ext.methods import Batch
-from kcd_ext.training import Condense, Recipe, checkpoint, distill, storage
+from kcd_ext.training import Condense, Recipe, checkpoint, distill
 from kcd_ext.training.batches import cut
 
 ROOT = Path(__file__).parents[1]
@@ -130,7 +130,7 @@ def test_the_program(folder, capsys):
     assert accuracy > 60 and visits == sum(sizes)
     batches = [part.stop - part.start for size in sizes for part in cut(size, 64)]
     assert asked == sum(size // 2 for size in batches)
-    lines = storage.read_lines(folder / "runs" / "decoupled" / "metrics.jsonl")
+    lines = files.read_lines(folder / "runs" / "decoupled" / "metrics.jsonl")
     assert all(line["terms"].keys() == {"target", "other"} for line in lines)
     assert lines[-1]["terms"]["other"] < lines[0]["terms"]["other"]
 
@@ -154,7 +154,7 @@ def test_the_command_with_a_method_of_ones_own(folder, capsys):
 @pytest.mark.slow
 def test_the_command_with_a_part_that_is_trained_first(folder):
     output, result = run(COMMANDS[1], epochs=4)
-    first, lines = (storage.read_lines(output / name) for name in ("pretraining.jsonl", "metrics.jsonl"))
+    first, lines = (files.read_lines(output / name) for name in ("pretraining.jsonl", "metrics.jsonl"))
     assert len(first) == 3 and first[-1]["loss"] < first[0]["loss"]
     rates = [0.05 * (1 + math.cos(math.pi * epoch / 4)) / 2 for epoch in range(4)]
     assert [line["lr"] for line in lines] == pytest.approx(rates)
@@ -188,7 +188,7 @@ def test_a_teacher_is_fitted_and_left_alone(folder):
     fitted = checkpoint.load(folder / "whole" / "checkpoint").model
     assert fitted["method.fit.offset"][3] < -2 and not any("teacher" in name for name in fitted)
     assert all(torch.equal(a, b) for a, b in zip(before, teacher.parameters(), strict=True))
-    first = storage.read_lines(folder / "whole" / "pretraining.jsonl")
+    first = files.read_lines(folder / "whole" / "pretraining.jsonl")
     assert first[-1]["loss"] < 0.5 * first[0]["loss"] and first[-1]["teacher_visits"] == 2 * DIGITS
 
 
@@ -212,7 +212,7 @@ def test_the_command_with_data_and_networks_of_ones_own(folder, capsys):
     output, result = run(COMMANDS[2])
     assert result["accuracy_last"] > 90 and result["sample_visits"] == 8 * 300
     assert "kr" in capsys.readouterr().out
-    assert all(line["terms"].keys() == {"kr"} for line in storage.read_lines(output / "metrics.jsonl"))
+    assert all(line["terms"].keys() == {"kr"} for line in files.read_lines(output / "metrics.jsonl"))
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ from scipy.stats import kstest
 from small_runs import images
 from torch import nn
 
-from kcd_ext import methods
+from kcd_ext import files, methods
 from kcd_ext.methods import Batch, features
 from kcd_ext.methods.iekd import (
     FactorAutoEncoder,
@@ -24,7 +24,7 @@ from kcd_ext.methods.iekd import (
     l1_distance,
     opposite_l1_distance,
 )
-from kcd_ext.training import Condense, Recipe, checkpoint, distill, storage
+from kcd_ext.training import Condense, Recipe, checkpoint, distill
 
 CLASSES, SAMPLES, PIXELS = 4, 9, 5
 
@@ -706,7 +706,7 @@ def test_what_is_trained_first_and_what_with_the_student(name, tmp_path):
     )
     assert summary.flops is None and summary.history[-1]["terms"].keys() >= {"inheritance", "exploration"}
     if name == "iekd":  # two epochs of the auto-encoder, then it is as it is; so is the student before, and not after
-        lines = storage.read_lines(tmp_path / "pretraining.jsonl")
+        lines = files.read_lines(tmp_path / "pretraining.jsonl")
         assert len(lines) == 2 and len(states) == 5 and lines[1]["loss"] < lines[0]["loss"]
         assert [line["lr"] for line in lines] == [0.02, 0.02]  # no milestone
         for key, last in states[-1].items():

@@ -12,9 +12,9 @@ from torch import nn
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kcd_ext import IndexedDataset
+from kcd_ext import IndexedDataset, files
 from kcd_ext.methods import Method, Outcome
-from kcd_ext.training import Condense, Recipe, checkpoint, distill, storage
+from kcd_ext.training import Condense, Recipe, checkpoint, distill
 
 SIZE = 71  # odd: two processes need a repeat
 
@@ -169,7 +169,7 @@ def test_a_step_is_the_mean_of_its_samples_however_they_are_cut(tmp_path):
 
         assert Crew(job, processes).wait() == [0] * processes
         runs[output] = weights(output)
-        samples = [line["samples"] for line in storage.read_lines(output / "metrics.jsonl")]
+        samples = [line["samples"] for line in files.read_lines(output / "metrics.jsonl")]
         assert samples == [64, 64, 48, 48]
     first, *others = runs.values()
     for other in others:

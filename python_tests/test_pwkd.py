@@ -13,12 +13,12 @@ from small_runs import CLASSES, StopError, assert_same, final, images, mostly_sl
 from torch import nn
 from torch.nn import functional
 
-from kcd_ext import methods, models
+from kcd_ext import files, methods, models
 from kcd_ext.methods import Batch, pkt
 from kcd_ext.methods.features import Tap
 from kcd_ext.methods.kd import KnowledgeDistillation
 from kcd_ext.methods.pwkd import PartialToWhole, slimmable
-from kcd_ext.training import Condense, Recipe, checkpoint, distill, storage
+from kcd_ext.training import Condense, Recipe, checkpoint, distill
 
 # The defaults: published for slimmable networks (Yu et al., 2019) or ours; the paper's are not known.
 DEFAULTS = {
@@ -527,7 +527,7 @@ CONDENSED = Condense(keep=0.5, every=1, stages=3)
 def test_a_run_that_is_stopped_goes_on_as_if_it_never_was(tmp_path, base, condense, options):
     whole, torn = tmp_path / "whole", tmp_path / "torn"
     _, summary = run(base, whole, condense=condense, **options)
-    pretraining = storage.read_lines(whole / "pretraining.jsonl")
+    pretraining = files.read_lines(whole / "pretraining.jsonl")
     assert len(pretraining) == (4 if base == "sskd" else 2) and pretraining[-1]["flops"] is None is summary.flops
     for count in (1, 2, 1, 2):  # in the teacher's pretraining, after it, in a stage, at a stage's end
         with pytest.raises(StopError):

@@ -13,10 +13,12 @@ import torch
 from matplotlib.image import imread
 from small_runs import mostly_slow
 
+from kcd_ext.commands.report import Report
 from kcd_ext.data.images import assemble
-from kcd_ext.training import Condense, Recipe, Summary, distill, report, runs
-from kcd_ext.training.compare import Report
-from kcd_ext.training.summary import tabulate
+from kcd_ext.reports import page as report
+from kcd_ext.reports import runs
+from kcd_ext.reports.tables import tabulate
+from kcd_ext.training import Condense, Recipe, Summary, distill
 
 LAST_COLUMNS = ("FLOPs", "seconds", "condensation")
 LEVELS = {"teacher": 90.0, "kd": 70.0, "kc-kd": 80.0}

@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from kcd_ext import cli
+from kcd_ext.commands.distill import Distill
+from kcd_ext.commands.presets import CIFAR100
 from kcd_ext.data.images import assemble
-from kcd_ext.training.commands import Distill
-from kcd_ext.training.pairs import CIFAR100
 
 SCRIPT = Path(__file__).resolve().parents[1] / "benchmarks" / "reproduce.py"
 if not SCRIPT.exists():

@@ -8,8 +8,8 @@ import torch
 from processes import Crew
 from small_runs import OPTIONS, assert_same, final, images, network, shaken, stop_after
 
-from kcd_ext import IndexedDataset, methods
-from kcd_ext.training import Condense, Recipe, checkpoint, distill, storage
+from kcd_ext import IndexedDataset, files, methods
+from kcd_ext.training import Condense, Recipe, checkpoint, distill
 
 EPOCHS = 30
 # Options that take other ways through a method than its defaults.
@@ -38,8 +38,8 @@ def run(output, method, loaded=False, **changes):
 
 def epochs_done(folder):
     """Of pretraining and of training."""
-    files = (folder / "pretraining.jsonl", folder / "metrics.jsonl")
-    return sum(len(storage.read_lines(path)) for path in files if path.exists())
+    paths = (folder / "pretraining.jsonl", folder / "metrics.jsonl")
+    return sum(len(files.read_lines(path)) for path in paths if path.exists())
 
 
 KILLS = [
@@ -84,7 +84,7 @@ def test_a_run_goes_on_with_another_number_of_processes(tmp_path):
     before = checkpoint.load(tmp_path / "checkpoint")
     assert before.epoch == 4
     assert Crew(lambda rank: run(tmp_path, "kd", **half), processes=2).wait() == [0, 0]
-    lines = storage.read_lines(tmp_path / "metrics.jsonl")
+    lines = files.read_lines(tmp_path / "metrics.jsonl")
     assert lines[:4] == before.run["history"] and [line["padding"] for line in lines] == [0] * 6 + [1, 1]
     kept = [69] * 3 + [64] * 3 + [59] * 2
     assert [line["samples"] for line in lines] == kept

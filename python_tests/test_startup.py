@@ -16,10 +16,10 @@ import pytest
 import torch
 
 from kcd_ext import __version__, cli, processes
+from kcd_ext.commands import threads
 from kcd_ext.data import load
 from kcd_ext.data.images import ImageSet
 from kcd_ext.data.views import Views
-from kcd_ext.training import threads
 from kcd_ext.training.folder import RunFolder
 
 PACKAGE = Path(cli.__file__).parent

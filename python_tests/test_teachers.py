@@ -20,12 +20,15 @@ from small_runs import OPTIONS, mostly_slow
 from torch import nn
 
 from kcd_ext import cli, methods, models
+from kcd_ext.commands import teachers
+from kcd_ext.commands.report import Report
 from kcd_ext.data import Views, load
 from kcd_ext.data.images import assemble
-from kcd_ext.training import Recipe, distill, teachers, weights
-from kcd_ext.training.compare import Report
-from kcd_ext.training.summary import Summary, cells
-from kcd_ext.training.trainer import doubt_about
+from kcd_ext.models import weights
+from kcd_ext.reports.tables import cells
+from kcd_ext.training import Recipe, distill
+from kcd_ext.training.loop import doubt_about
+from kcd_ext.training.summary import Summary
 
 DIGITS = ["--data", "digits", "--epochs", "1", "--threads", "1", "--device", "cpu"]
 
@@ -731,7 +734,7 @@ def test_a_teacher_as_repdistiller_saves_it(here, capfd):
 def test_a_warning_is_a_line_before_the_work_begins(here, capfd, monkeypatch):
     network = models.build("cnn_large", in_channels=1, num_classes=10)
     torch.save(network.state_dict(), here / "net.pth")
-    from kcd_ext.training import progress
+    from kcd_ext.commands import progress
 
     shown, note = [], progress.note
     monkeypatch.setattr(

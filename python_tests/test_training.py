@@ -19,21 +19,21 @@ from accelerate.state import AcceleratorState, GradientState
 from torch import nn
 from torch.nn import functional
 
-from kcd_ext import CondensedSampler, IndexedDataset, KnowledgeCondenser, methods, models
+from kcd_ext import CondensedSampler, IndexedDataset, KnowledgeCondenser, files, methods, models
+from kcd_ext.commands.report import Report
 from kcd_ext.condensation import InfoBatch
 from kcd_ext.data.images import REGISTRY as DATASETS
 from kcd_ext.data.images import ImageSet
 from kcd_ext.data.views import Views
 from kcd_ext.methods import Batch, Method, Outcome, Pretraining
 from kcd_ext.registry import call, resolve
-from kcd_ext.training import Condense, Recipe, Summary, checkpoint, distill, storage
+from kcd_ext.reports.tables import tabulate
+from kcd_ext.training import Condense, Recipe, Summary, checkpoint, distill
 from kcd_ext.training.batches import cut
-from kcd_ext.training.compare import Report
 from kcd_ext.training.folder import ENTRIES
 from kcd_ext.training.identity import digest_of_samples
+from kcd_ext.training.loop import EVALUATED, PREPARING
 from kcd_ext.training.randomness import seeded
-from kcd_ext.training.summary import tabulate
-from kcd_ext.training.trainer import EVALUATED, PREPARING
 
 CLASSES, FEATURES = 4, 6
 
@@ -194,7 +194,7 @@ def test_pretraining_is_the_loop_written_out_by_hand(tmp_path):
     method.prepare(None, None, None)
     distill(network(1), network(2), train, Blobs(20), r, output=tmp_path)
     sampler = CondensedSampler(KnowledgeCondenser(40, keep=1.0, every=99, seed=r.seed), seed=r.seed)
-    lines = storage.read_lines(tmp_path / "pretraining.jsonl")
+    lines = files.read_lines(tmp_path / "pretraining.jsonl")
     assert len(lines) == 7
     for epoch, rate in enumerate([0.1, 0.01, 0.01, 0.001, 0.001, 0.2, 0.02]):
         part = method.head if epoch < 5 else method.copy
@@ -621,7 +621,7 @@ def test_what_a_run_leaves(tmp_path):
     names = {"config.json", "metrics.jsonl", "checkpoint", "student.safetensors", "summary.json"}
     assert {path.name for path in folder.iterdir()} == names
     assert [path.name for path in (folder / "checkpoint").iterdir()] == ["epoch-0004"]
-    assert storage.read_lines(folder / "metrics.jsonl") == seen == list(summary.history)
+    assert files.read_lines(folder / "metrics.jsonl") == seen == list(summary.history)
     written = json.loads((folder / "summary.json").read_text())
     student_file = hashlib.sha256((folder / "student.safetensors").read_bytes()).hexdigest()
     assert written.pop("sha256") == {"student.safetensors": student_file}
@@ -664,7 +664,7 @@ def test_a_run_killed_in_its_first_epoch_goes_on_and_no_other_does(tmp_path):
     arguments = (network(2), Blobs(20), Blobs(20))
     distill(network(), *arguments, recipe(), output=tmp_path)
     for path in (tmp_path / "checkpoint").iterdir():
-        storage.remove(path)
+        files.remove(path)
     with pytest.raises(FileExistsError, match="no checkpoint to resume from"):  # it holds results
         distill(network(), *arguments, recipe(), output=tmp_path, resume=True)
     (tmp_path / "summary.json").unlink(), (tmp_path / "student.safetensors").unlink()
@@ -798,9 +798,9 @@ def test_a_failed_write_leaves_the_last_checkpoint(tmp_path, monkeypatch):
 
 def test_a_file_is_replaced_in_one_step(tmp_path):
     path = tmp_path / "file"
-    storage.write_bytes(path, b"old")
+    files.write_bytes(path, b"old")
     with open(path, "rb") as reader:
-        storage.write_bytes(path, b"new")
+        files.write_bytes(path, b"new")
         assert reader.read() == b"old"  # who reads never sees half of either
     assert path.read_bytes() == b"new" and [p.name for p in tmp_path.iterdir()] == ["file"]
 

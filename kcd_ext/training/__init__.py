@@ -7,8 +7,8 @@ except ImportError as error:
     message = f'kcd_ext.training needs the package {error.name}: pip install "kcd-ext[train]"'
     raise ImportError(message, name=error.name) from error
 
+from .loop import distill
 from .recipe import Condense, Recipe
 from .summary import Summary
-from .trainer import distill
 
 __all__ = ["Condense", "Recipe", "Summary", "distill"]

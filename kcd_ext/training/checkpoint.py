@@ -13,10 +13,9 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from ..files import read_regular
+from ..files import json_bytes, read_regular, remove, write_bytes
 from ..registry import one_line
 from .metrics import check_history, check_pretraining
-from .storage import json_bytes, remove, write_bytes
 
 FORMAT = 2  # of what is in a checkpoint; one more whenever that changes
 FILES = ("model.safetensors", "training.pt", "run.json")

@@ -9,18 +9,21 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .. import files
 from ..environment import versions
 from ..files import read_regular
-from . import checkpoint, runs, storage
+from . import checkpoint
 from .identity import check_same
 from .summary import Summary, results
 
+WEIGHTS = "student.safetensors"
+SUMS = "sha256"  # in summary.json: file -> SHA-256 of its content
 ENTRIES = (
     "config.json",
     "pretraining.jsonl",
     "metrics.jsonl",
     "checkpoint",
-    runs.WEIGHTS,
+    WEIGHTS,
     "summary.json",
     "evaluation.json",  # of `kcd evaluate`: no run may begin beside that of another student
 )
@@ -56,7 +59,7 @@ class RunFolder:
 
         Raises what RunFolder does, and FileExistsError while another one is.
         """
-        with storage.alone_in(path) if writes else nullcontext():
+        with files.alone_in(path) if writes else nullcontext():
             yield cls(path, identity, resume)
 
     @property
@@ -74,25 +77,25 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         measured = {"teacher_accuracy": teacher_accuracy, "threads": torch.get_num_threads()}
         config = {**self.identity, **measured, "label": label, "about": dict(about), "versions": versions()}
-        storage.write_json(self.path / "config.json", config)
+        files.write_json(self.path / "config.json", config)
 
     def keep(self, pretraining: Sequence[dict], history: Sequence[dict], state: checkpoint.Checkpoint) -> None:
         """After an epoch."""
         if pretraining:
-            storage.write_lines(self.path / "pretraining.jsonl", pretraining)
-        storage.write_lines(self.path / "metrics.jsonl", history)
+            files.write_lines(self.path / "pretraining.jsonl", pretraining)
+        files.write_lines(self.path / "metrics.jsonl", history)
         checkpoint.save(self.path / "checkpoint", state)
 
     def finish(self, student: Mapping[str, Tensor], dataset: str, summary: Summary) -> None:
         """After the last, with the student's state_dict."""
-        storage.write_lines(self.path / "metrics.jsonl", summary.history)
+        files.write_lines(self.path / "metrics.jsonl", summary.history)
         weights = checkpoint.tensors_as_bytes(student)
-        storage.write_bytes(self.path / runs.WEIGHTS, weights)
+        files.write_bytes(self.path / WEIGHTS, weights)
         content = {
             **results(dataset, [summary.seed], [summary]),
-            runs.SUMS: {runs.WEIGHTS: sha256(weights).hexdigest()},
+            SUMS: {WEIGHTS: sha256(weights).hexdigest()},
         }
-        storage.write_json(self.path / "summary.json", content)
+        files.write_json(self.path / "summary.json", content)
 
     def _check_only_begun(self, taken: Sequence[str]) -> None:
         """Without a checkpoint, what is there must be of this run, killed in its first epoch."""

@@ -11,20 +11,22 @@ from types import MappingProxyType
 
 import torch
 
-from .. import processes, terminal
+from .. import files, processes, terminal
 from ..data.images import ImageData, ImageSet
 from ..environment import versions
-from . import report, runs, storage, teachers
-from .device import threads
-from .folder import ENTRIES
-from .identity import check_same, digest_of_samples
+from ..reports import page, runs
+from ..reports.runs import Normalisation
+from ..reports.tables import as_text, cells
+from ..training.device import threads
+from ..training.folder import ENTRIES, WEIGHTS
+from ..training.identity import check_same, digest_of_samples
+from ..training.loop import check_run, distill
+from ..training.recipe import Recipe
+from ..training.summary import Summary, results
+from . import teachers
 from .progress import Bar, bar_over, note, warnings_as_notes
-from .recipe import Recipe
-from .runs import Normalisation
-from .summary import Summary, as_text, cells, results
 from .teachers import Teacher
 from .threads import Threads, announcement, choose, step_flops
-from .trainer import check_run, distill
 
 TEACHER = "teacher"
 REPORT = ("report.html", "report.png")
@@ -85,7 +87,7 @@ class Job:
             KeyboardInterrupt: with a message that says how to go on.
         """
         first = processes.number() == 0
-        with storage.alone_in(self.output) if first else nullcontext():
+        with files.alone_in(self.output) if first else nullcontext():
             if first:
                 self._check_output()
                 if self.resume and not self._taken():
@@ -101,7 +103,7 @@ class Job:
                 raise KeyboardInterrupt(f"--resume goes on with what is in {self.output}") from None
             if first:
                 self._report(summaries)
-                terminal.show(*as_text(cells(summaries)), *report.notes_on_agreement(summaries), "")
+                terminal.show(*as_text(cells(summaries)), *page.notes_on_agreement(summaries), "")
                 terminal.show(f"report: {self.output / REPORT[0]}")
 
     def _choose_threads(self) -> dict[Path, Threads]:
@@ -195,7 +197,7 @@ class Job:
                 network, recipe, folder = to_do.pop(0)
                 yield replace(self._distilled(network, None, recipe, folder, bar), method=TEACHER)
                 # As every process finds it, and every later run: the file of the first one.
-                found = replace(found, weights=teachers.read(folder / teachers.WEIGHTS).tensors, origin=folder)
+                found = replace(found, weights=teachers.read(folder / WEIGHTS).tensors, origin=folder)
             for network, recipe, folder in to_do:
                 yield self._distilled(network, found, recipe, folder, bar)
 
@@ -241,13 +243,13 @@ class Job:
         students, views = summaries[-len(self.recipes) :], self.data.test.views
         if len(students) > 1:
             seeds = [recipe.seed for recipe in self.recipes]
-            storage.write_json(self.output / "summary.json", results(self.data.name, seeds, students))
-        report.write(
+            files.write_json(self.output / "summary.json", results(self.data.name, seeds, students))
+        page.write(
             self.output / REPORT[0],
             title=f"{students[0].method} on {self.data.name}: {self.student}",
             summaries=summaries,
             reference=TEACHER,
-            ranking=report.rank_images(
+            ranking=page.rank_images(
                 students[0], self.data.train.images, self.data.train.labels, self.data.class_names
             ),
             class_names=self.data.class_names,

@@ -19,9 +19,10 @@ from matplotlib.figure import Figure
 from matplotlib.image import imsave
 
 from ..evaluation import ClassAccuracy, Evaluation
+from ..files import write_bytes
 from ..terminal import printable
-from .storage import write_bytes
-from .summary import HEADER, Row, Summary, cells, measured_teachers, tabulate
+from ..training.summary import Summary
+from .tables import HEADER, Row, cells, measured_teachers, tabulate
 
 # Okabe and Ito's colours, told apart by everybody: grey, blue, orange, vermilion, green, purple.
 COLOURS = ("#7f7f7f", "#0072b2", "#e69f00", "#d55e00", "#009e73", "#cc79a7")

@@ -11,23 +11,26 @@ import torch
 from torch import nn
 from tyro.conf import Positional, arg
 
-from .. import terminal
+from .. import files, terminal
 from ..condensation.checks import whole
 from ..data.images import ImageData, load
 from ..environment import versions
 from ..evaluation import TEMPERATURES, Evaluation, checked_temperatures, evaluate
-from . import report, runs, storage, teachers
-from .batches import feed_of
-from .compare import Report
-from .device import MOST_THREADS, accelerator_on, threads
-from .identity import digest, digest_of_samples
-from .job import REPORT, TEACHER
+from ..reports import page, runs
+from ..reports.runs import Normalisation
+from ..reports.tables import as_text
+from ..training.batches import feed_of
+from ..training.device import MOST_THREADS, accelerator_on, threads
+from ..training.folder import WEIGHTS
+from ..training.identity import digest, digest_of_samples
+from ..training.loop import EVALUATED
+from ..training.summary import Summary
+from . import teachers
 from .progress import note
-from .runs import Normalisation
-from .summary import Summary, as_text
-from .teachers import WEIGHTS, Teacher
+from .report import Report
+from .study import REPORT, TEACHER
+from .teachers import Teacher
 from .threads import Threads, announcement, batch_flops, by_rule
-from .trainer import EVALUATED
 
 SEED = 0  # of weights that those of a file replace
 CANNOT = (
@@ -47,7 +50,7 @@ class Evaluate:
     """Measures what finished runs have really distilled, on the test images of each.
 
     How often student and teacher agree, how far their probabilities and features are apart, how well both are
-    calibrated, and which classes have lost. Written to evaluation.json of every run and into its report.
+    calibrated, and which classes have lost. Written to evaluation.json of every run and into its page.
     """
 
     runs: Annotated[Positional[tuple[Path, ...]], arg(metavar="RUN [RUN ...]")]
@@ -82,7 +85,7 @@ class Evaluate:
         pages = self._pages(asked)
         with ExitStack() as stack:
             for home in pages:
-                stack.enter_context(storage.alone_in(home))
+                stack.enter_context(files.alone_in(home))
             plans, left_out = self._plans(list(asked.values()))
             _check_targets(pages, plans)
             for line in dict.fromkeys(line for plan in plans for line in plan.of_teacher.told(plan.data)):
@@ -107,8 +110,8 @@ class Evaluate:
             pages = {home: held for home, held in pages.items() if done & {folder.resolve() for folder in held}}
             whole = {home: _write_page(home / REPORT[0], folders) for home, folders in pages.items()}
             summaries = [plan.named() for plan, *_ in found]
-        terminal.show(*as_text(report.evaluation_table(summaries)), "")
-        terminal.show(*report.notes_on_teachers(summaries), *(f"left out: {note}" for note in left_out))
+        terminal.show(*as_text(page.evaluation_table(summaries)), "")
+        terminal.show(*page.notes_on_teachers(summaries), *(f"left out: {note}" for note in left_out))
         for home, has_column in whole.items():
             older = "" if has_column else " (an older page, whose table of results kcd report alone makes anew)"
             terminal.show(f"report: {home / REPORT[0]}{older}")
@@ -293,7 +296,7 @@ class _Plan:
             "threads": threads,
             "versions": versions(),
         }
-        storage.write_json(self.run.folder / runs.EVALUATION, content)
+        files.write_json(self.run.folder / runs.EVALUATION, content)
 
     def named(self) -> Summary:
         """What was written, by its folder, which tells runs of all commands apart."""
@@ -342,7 +345,7 @@ def _check_targets(pages: Mapping[Path, Sequence[Path]], plans: Sequence[_Plan])
     planned = {plan.run.folder.resolve() for plan in plans}
     for home, folders in pages.items():
         if (home / REPORT[0]).exists():
-            report.check_page(home / REPORT[0])
+            page.check_page(home / REPORT[0])
         elif (home / REPORT[1]).is_dir():
             raise ValueError(f"{home / REPORT[1]} is no file")
         for folder in folders:
@@ -357,13 +360,13 @@ def _shown_on_page(folder: Path) -> Summary | None:
     return None if run.summary is None else runs.evaluated(run.summary, folder)
 
 
-def _write_page(page: Path, folders: Sequence[Path]) -> bool:
+def _write_page(target: Path, folders: Sequence[Path]) -> bool:
     """Puts the evaluations of these runs into their page, which is made where there is none.
 
     Says whether its table of results has them too, which one that an older version has made has not.
     """
-    if not page.exists():
-        Report((page.parent,), page).write()
+    if not target.exists():
+        Report((target.parent,), target).write()
         return True
     summaries = [summary for summary in map(_shown_on_page, folders) if summary is not None]
-    return report.place_evaluations(page, summaries)
+    return page.place_evaluations(target, summaries)

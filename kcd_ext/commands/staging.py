@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from . import storage
+from .. import files
 
 CONFIG = "config.json"
 REPLACED = ".replaced"  # in the folder of the new results: the old folder, until all of the user's is out of it
@@ -42,7 +42,7 @@ class Staging:
             FileExistsError: `partial` holds an interrupted command and `resume` is False, or another process works there.
             OSError: it cannot be written, or `output` cannot be replaced. Nothing has changed.
         """
-        with storage.alone_in(self.partial):
+        with files.alone_in(self.partial):
             self._settle()
             if not resume and any(self.partial.iterdir()):
                 raise FileExistsError(
@@ -71,7 +71,7 @@ class Staging:
             return
         for path in list(old.iterdir()):
             if path.name in self.entries:
-                storage.remove(path)
+                files.remove(path)
             elif not os.path.lexists(self.output / path.name):
                 path.rename(self.output / path.name)
         with suppress(OSError):  # not empty: the user has files of one name in both folders

@@ -8,12 +8,11 @@ from torch import Tensor, nn
 
 from .. import models
 from ..data.images import ImageData
+from ..models.weights import fitted, read
 from ..registry import did_you_mean
-from .randomness import seeded
-from .runs import Normalisation, check_weights, network_of, normalisation_of
-from .weights import fitted, read
-
-WEIGHTS = "student.safetensors"
+from ..reports.runs import Normalisation, check_weights, network_of, normalisation_of
+from ..training.folder import WEIGHTS
+from ..training.randomness import seeded
 
 
 @dataclass(frozen=True)

@@ -11,17 +11,16 @@ from typing import NamedTuple
 from ..describe import describe
 from ..evaluation import Evaluation
 from ..files import read_regular
-from . import checkpoint
-from .device import MOST_THREADS
-from .summary import ComparedWith, Summary
+from ..training import checkpoint
+from ..training.device import MOST_THREADS
+from ..training.folder import SUMS, WEIGHTS
+from ..training.summary import ComparedWith, Summary
 
 # In the folder of several seeds, and in that of a demo.
 PLACES = ("seed-*/config.json", "checkpoint/seed-*/*/config.json")
 # In a folder that holds such folders.
 FURTHER = ("*/config.json", *(f"*/{place}" for place in PLACES))
 EVALUATION = "evaluation.json"
-WEIGHTS = "student.safetensors"
-SUMS = "sha256"  # in summary.json: file -> SHA-256 of its content
 TEACHER = ("teacher_network", "teacher_path", "teacher")  # what it says of the teacher
 OF_A_STUDENT = ("metrics.jsonl", WEIGHTS)  # files that no two students have the same of
 COUNTS = ("sample_visits", "teacher_visits")

@@ -10,10 +10,10 @@ from tyro.conf import Positional, arg
 
 from .. import terminal
 from ..environment import versions
-from . import report, runs
-from .identity import FREE
-from .runs import Run
-from .summary import as_text, cells
+from ..reports import page, runs
+from ..reports.runs import Run
+from ..reports.tables import as_text, cells
+from ..training.identity import FREE
 
 REFERENCE, BASELINE = "teacher", "kd"
 APART = (*FREE, "seed")  # of a recipe: what runs of one group may differ in
@@ -61,7 +61,7 @@ class Report:
         notes = [f"Unfinished: {run.unfinished}." for group in groups.values() for run in group.runs if run.unfinished]
         differences = _differences(groups)
         baseline = BASELINE if _on_one_set(groups) else ""
-        report.write(
+        page.write(
             self.output,
             title=_title(groups),
             summaries=summaries,
@@ -76,7 +76,7 @@ class Report:
             baseline=baseline,
         )
         tables = [table for table in (cells(summaries, baseline), differences) if table]
-        return tables, [*notes, *report.notes_on_agreement(summaries)]
+        return tables, [*notes, *page.notes_on_agreement(summaries)]
 
 
 @dataclass

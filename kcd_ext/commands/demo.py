@@ -8,25 +8,27 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .. import processes, terminal
+from .. import files, processes, terminal
 from ..condensation.checks import whole
 from ..condensation.random_keys import MAX_SEED
 from ..condensation.schedules import stage_size
 from ..data.images import ImageData, load
 from ..describe import describe
 from ..environment import versions
-from . import report, runs, storage, teachers
-from .checks import check_networks
-from .device import MOST_THREADS, threads
-from .job import REPORT, TEACHER, about
+from ..reports import page, runs
+from ..reports.tables import as_text, cells
+from ..training.checks import check_networks
+from ..training.device import MOST_THREADS, threads
+from ..training.loop import build_method, distill
+from ..training.randomness import seeded
+from ..training.recipe import Condense, Recipe
+from ..training.summary import Summary, results
+from . import teachers
 from .progress import bar_over, note
-from .randomness import seeded
-from .recipe import Condense, Recipe
 from .staging import CONFIG, Staging
-from .summary import Summary, as_text, cells, results
+from .study import REPORT, TEACHER, about
 from .teachers import Teacher
 from .threads import Threads, announcement, choose, step_flops
-from .trainer import build_method, distill
 
 COMMAND = "kcd demo"
 CONDENSED = "kc-kd"
@@ -110,7 +112,7 @@ class Demo:
         config = {"command": COMMAND, "options": {**asdict(self), "output": str(self.output)}, "versions": versions()}
         with staging.opened(self.resume):
             self._check_same_options(staging.partial / CONFIG, config)
-            storage.write_json(staging.partial / CONFIG, config)
+            files.write_json(staging.partial / CONFIG, config)
             try:
                 summaries = list(self._summaries(plan, data, staging.partial))
             except KeyboardInterrupt:
@@ -212,13 +214,13 @@ class Demo:
     def _report(self, folder: Path, summaries: list[Summary], data: ImageData, config: dict) -> None:
         first = next(s for s in summaries if s.method == CONDENSED)
         student = folder / "checkpoint" / f"seed-{first.seed}" / CONDENSED / "student.safetensors"
-        storage.write_bytes(folder / "student.safetensors", student.read_bytes())
-        report.write(
+        files.write_bytes(folder / "student.safetensors", student.read_bytes())
+        page.write(
             folder / REPORT[0],
             title=f"Knowledge condensation on {data.name}",
             summaries=summaries,
             reference=TEACHER,
-            ranking=report.rank_images(first, data.train.images, data.train.labels, data.class_names),
+            ranking=page.rank_images(first, data.train.images, data.train.labels, data.class_names),
             class_names=data.class_names,
             config=config,
         )
@@ -230,5 +232,5 @@ def _folder_of(recipe: Recipe, folder: Path) -> Path:
 
 def _write_results(folder: Path, dataset: str, seeds: tuple[int, ...], summaries: list[Summary]) -> None:
     lines = [{"method": s.method, "seed": s.seed, **line} for s in summaries for line in s.history]
-    storage.write_lines(folder / "metrics.jsonl", lines)
-    storage.write_json(folder / "summary.json", results(dataset, seeds, summaries))
+    files.write_lines(folder / "metrics.jsonl", lines)
+    files.write_json(folder / "summary.json", results(dataset, seeds, summaries))

@@ -1,0 +1,146 @@
+"""`kcd distill`: a student from a teacher, by one seed or several."""
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated
+
+from tyro.conf import FlagCreatePairsOff, Positional, arg
+
+from .. import methods, models, processes
+from ..condensation.checks import whole
+from ..registry import unknown
+from ..training.loop import build_method
+from ..training.recipe import Recipe
+from . import presets, teachers
+from .options import ALONE, NETWORKS, Images, Said, as_json, checked_threads, slug
+from .study import TEACHER, Job
+from .teachers import Teacher
+
+
+@dataclass(frozen=True)
+class Distill:
+    """Distils a student from a teacher, by one seed or several, and writes a report.
+
+    A teacher that is not trained yet is trained first, with cross entropy by the same schedule, and kept beside the
+    student. RECIPE is a pair of networks with the options of the paper; options given beside it override its own.
+    """
+
+    preset: Annotated[
+        Positional[str],
+        arg(metavar="[RECIPE]", help=f"A pair of the paper's comparison on CIFAR-100: {', '.join(presets.RECIPES)}."),
+    ] = ""
+    images: Annotated[Images, arg(name="")] = field(default_factory=Images)
+    teacher: str | None = None
+    """The folder of a trained run, a file of weights (.safetensors, .pt, .pth), or a network, by name (see --student) or
+    as module:function, that is trained first. None: the recipe's, or that which goes with the data (digits, mnist5k)."""
+    teacher_network: str | None = None
+    """Whose weights --teacher holds. None: what the folder says, else the network of the recipe or the data."""
+    teacher_lr: float | None = None
+    """The learning rate of a teacher that is trained first. None: --lr."""
+    student: Annotated[
+        str | None,
+        arg(
+            help=f"A network: {NETWORKS}, or module:function, which takes in_channels and num_classes. None: the recipe's, or "
+            "that which goes with the data."
+        ),
+    ] = None
+    seeds: int = 1
+    """How many runs: with --seed, the one after it, and so on. They share their teacher."""
+    output: Path | None = None
+    """The folder for the results. None: runs/DATA-STUDENT-METHOD-SEED."""
+    resume: Annotated[bool, FlagCreatePairsOff] = False
+    """Goes on with what an interrupted command of the same options has left there."""
+    threads: int | None = None
+    """Threads of torch on the CPU. None: those of the run that goes on, else one for every 16 GFLOPs of a training step."""
+    recipe: Annotated[Said, arg(name="")] = field(default_factory=Said)
+
+    def implied(self) -> "Distill":
+        """The defaults of all options that are not given: those of RECIPE, and of kc- before the method.
+
+        Raises ValueError for a RECIPE that there is not.
+        """
+        default = Distill(recipe=self.recipe.implied())
+        if self.preset:
+            pair = self._pair
+            recipe, images = replace(default.recipe, lr=pair.lr), Images("cifar100")
+            teacher_lr = pair.teacher_lr if pair.teacher_lr != pair.lr else None
+            own = {"teacher": pair.teacher, "student": pair.student, "teacher_lr": teacher_lr}
+            default = replace(default, recipe=recipe, images=images, **own)
+        return default
+
+    def method_options(self) -> tuple[str, list[methods.Option]]:
+        """As `Said.method_options`."""
+        return self.recipe.method_options()
+
+    def run(self) -> None:
+        """Checks everything, trains, writes the report and prints the table.
+
+        Raises:
+            TypeError, ValueError, ImportError, FileExistsError: an option does not fit; nothing has been written then.
+            OSError: a file cannot be written; what was finished before is intact.
+            KeyboardInterrupt: with a message that says how to go on.
+        """
+        with processes.first_one_says():
+            job = self._job().checked()
+        job.run()
+
+    @property
+    def _pair(self) -> presets.Pair | None:
+        """The networks of RECIPE or, without one, of the data."""
+        if not self.preset:
+            return presets.OF_DATA.get(self.images.data)
+        if self.preset not in presets.RECIPES:
+            raise unknown("recipe", self.preset, presets.RECIPES)
+        return presets.RECIPES[self.preset]
+
+    def _job(self) -> Job:
+        whole("seeds", self.seeds, 1)
+        data = self.images.load()
+        first = self.recipe.of_method()
+        recipes = [replace(first, seed=seed) for seed in range(first.seed, first.seed + self.seeds)]
+        student, teacher = self._network("student"), None
+        if build_method(first).needs_teacher:
+            if first.label == TEACHER:
+                raise ValueError(f"name must not be {TEACHER!r}: that is what tables call the teacher")
+            teacher = teachers.find(
+                self._network("teacher"), self.teacher_network, self._pair.teacher if self._pair else None
+            )
+        self._check_effect(first, teacher)
+        lr = first.lr if self.teacher_lr is None else self.teacher_lr
+        return Job(
+            command="kcd distill",
+            options=as_json(self),
+            data=data,
+            data_options=self.images.as_json(),
+            student=student,
+            teacher=teacher,
+            teacher_recipe=replace(first, name=TEACHER, method=ALONE, options={}, condense=None, lr=lr),
+            recipes=recipes,
+            output=self._default_output(student, recipes) if self.output is None else self.output,
+            resume=self.resume,
+            threads=checked_threads(self.threads),
+        )
+
+    def _check_effect(self, recipe: Recipe, teacher: Teacher | None) -> None:
+        """Raises ValueError for what the user has said of a teacher that there is not, or is trained already."""
+        implied = self.implied()
+        for name in ("teacher", "teacher_network", "teacher_lr"):
+            said = getattr(self, name)
+            if said == getattr(implied, name):
+                continue
+            if teacher is None:
+                raise ValueError(f"{name}={said!r} has no effect with method {recipe.method!r}, which asks no teacher")
+            if name == "teacher_lr" and teacher.origin is not None:
+                raise ValueError(f"{name}={said!r} has no effect with teacher {self.teacher!r}, which is trained")
+
+    def _network(self, role: str) -> str:
+        named = getattr(self, role)
+        if named is None and self._pair:
+            named = getattr(self._pair, role)
+        if named is None:
+            raise ValueError(f"--{role} must be given: no pair of networks goes with data {self.images.data!r}")
+        return models.canonical(named) if role == "student" else named
+
+    def _default_output(self, student: str, recipes: list[Recipe]) -> Path:
+        seeds = "-".join(dict.fromkeys((str(recipes[0].seed), str(recipes[-1].seed))))
+        return Path("runs") / "-".join((self.images.slug, slug(student), slug(recipes[0].label), seeds))
