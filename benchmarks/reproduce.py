@@ -26,8 +26,8 @@ import numpy as np
 import tyro
 
 from kcd_ext import environment
+from kcd_ext.checks import check_int
 from kcd_ext.commands.presets import CIFAR100
-from kcd_ext.condensation.checks import whole as whole_number
 from kcd_ext.data.images import ImageData, load
 from kcd_ext.files import write_bytes, write_json
 
@@ -177,7 +177,7 @@ class Reproduce:
         if unknown := [kind for kind in self.only if kind not in KINDS]:
             raise ValueError(f"only must be out of {', '.join(map(repr, KINDS))}, got {unknown[0]!r}")
         for name, least in (("seeds", 1), ("epochs", 1), ("threads", 1), ("side_by_side", 0)):
-            whole_number(name, getattr(self, name), least)
+            check_int(name, getattr(self, name), least)
         if self.teacher is not None and not (self.teacher / "summary.json").exists():
             raise ValueError(f"teacher must be the folder of a finished run, got {self.teacher}")
 
@@ -242,7 +242,7 @@ def lr_of(pair: str) -> str:
 
 def subset(data: ImageData, classes: int) -> dict[str, np.ndarray]:
     """The arrays of an .npz with `classes` whole classes at equal distances, numbered anew. Raises ValueError."""
-    whole_number("classes", classes, 2, data.num_classes)
+    check_int("classes", classes, 2, data.num_classes)
     chosen = np.arange(classes) * data.num_classes // classes
     arrays = {}
     for part, held in (("train", data.train), ("test", data.test)):

@@ -20,7 +20,7 @@ from typing import get_args, get_origin, get_type_hints
 import torch
 from torch import Tensor, nn
 
-from .condensation.checks import real
+from .checks import check_float
 from .describe import describe
 from .methods.features import Tap, evaluation
 from .networks import logits_alone, usual_modes
@@ -604,7 +604,7 @@ def _listed(paths: Sequence[str]) -> str:
 def checked_temperatures(temperatures: Sequence[float]) -> tuple[float, ...]:
     """One or more different numbers in [0.001, 1000]. Raises TypeError or ValueError for others."""
     checked = tuple(
-        real("temperatures", t, f"numbers in [{COLDEST}, {HOTTEST:g}]", COLDEST, HOTTEST) for t in temperatures
+        check_float("temperatures", t, f"numbers in [{COLDEST}, {HOTTEST:g}]", COLDEST, HOTTEST) for t in temperatures
     )
     if not checked or len(set(checked)) < len(checked):
         raise ValueError(f"temperatures must be one or more different numbers, got {describe(checked)}")

@@ -10,7 +10,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
+
+from .registry import one_line
+
+Parsed = TypeVar("Parsed")
 
 _KINDS: tuple[tuple[Callable[[int], bool], str], ...] = (
     (stat.S_ISFIFO, "a FIFO"),
@@ -170,9 +174,35 @@ def write_lines(path: Path, lines: Iterable[Mapping[str, object]]) -> None:
     write_bytes(path, "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines).encode())
 
 
-def read_lines(path: Path) -> list[dict]:
-    """The JSON lines of a file."""
-    return [json.loads(line) for line in path.read_text().splitlines()]
+def read_json(path: Path, parse: Callable[[dict], Parsed] = dict) -> Parsed:
+    """Return `parse` of the object in a JSON file.
+
+    Raises:
+        ValueError: the file holds no object, or one that `parse` cannot read: "PATH is damaged: ...".
+        OSError: it cannot be read.
+    """
+    return _parsed(path, read_regular(path), parse)
+
+
+def read_lines(path: Path, parse: Callable[[dict], Parsed] = dict) -> list[Parsed]:
+    """Return `parse` of each line of a file of JSON lines. Raises as `read_json` does."""
+    return [_parsed(path, line, parse) for line in read_regular(path).splitlines()]
+
+
+def _parsed(path: Path, text: bytes, parse: Callable[[dict], Parsed]) -> Parsed:
+    try:
+        content = json.loads(text, parse_constant=_no_number)
+        if not isinstance(content, dict):
+            raise ValueError(f"it holds a {type(content).__name__}, not an object")
+        return parse(content)
+    except Exception as error:  # whatever `parse` raises of content that it does not expect
+        kind = "it has no " if isinstance(error, KeyError) else f"{type(error).__name__}: "
+        what = one_line(error) if isinstance(error, ValueError) else f"{kind}{one_line(error)}"
+        raise ValueError(f"{path} is damaged: {what}") from error
+
+
+def _no_number(constant: str) -> float:
+    raise ValueError(f"{constant} is no number in JSON")
 
 
 def remove(path: Path) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from .. import files, processes, terminal
-from ..condensation.checks import whole
+from ..checks import check_int
 from ..condensation.random_keys import MAX_SEED
 from ..condensation.schedules import stage_size
 from ..data.images import ImageData, load
@@ -124,12 +124,12 @@ class Demo:
 
     def _plan(self) -> list[dict[str, Recipe]]:
         for seed in self.seeds:
-            whole("seeds", seed, 0, MAX_SEED)
+            check_int("seeds", seed, 0, MAX_SEED)
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds must be one or more different integers, got {describe(self.seeds)}")
-        whole("epochs", self.epochs, 2)
+        check_int("epochs", self.epochs, 2)
         if self.threads is not None:
-            whole("threads", self.threads, 1, MOST_THREADS)
+            check_int("threads", self.threads, 1, MOST_THREADS)
         return [self.recipes(seed) for seed in self.seeds]
 
     def _check_something_is_dropped(self, recipe: Recipe, samples: int) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 from .. import methods, models, processes
-from ..condensation.checks import whole
+from ..checks import check_int
 from ..registry import unknown
 from ..training.loop import build_method
 from ..training.recipe import Recipe
@@ -94,7 +94,7 @@ class Distill:
         return presets.RECIPES[self.preset]
 
     def _job(self) -> Job:
-        whole("seeds", self.seeds, 1)
+        check_int("seeds", self.seeds, 1)
         data = self.images.load()
         first = self.recipe.of_method()
         recipes = [replace(first, seed=seed) for seed in range(first.seed, first.seed + self.seeds)]

@@ -12,7 +12,7 @@ from torch import nn
 from tyro.conf import Positional, arg
 
 from .. import files, terminal
-from ..condensation.checks import whole
+from ..checks import check_int
 from ..data.images import ImageData, load
 from ..environment import versions
 from ..evaluation import TEMPERATURES, Evaluation, checked_temperatures, evaluate
@@ -143,7 +143,7 @@ class Evaluate:
         if self.teacher_network is not None and self.teacher is None:
             raise ValueError(f"teacher_network={self.teacher_network!r} has no effect without teacher")
         if self.threads is not None:
-            whole("threads", self.threads, 1, MOST_THREADS)
+            check_int("threads", self.threads, 1, MOST_THREADS)
         for text in self.layers:
             if text.count("=") != 1:
                 raise ValueError(f"layers must be as STUDENT=TEACHER, a path in each network, got {text!r}")

@@ -10,7 +10,7 @@ from typing import Annotated
 from tyro.conf import Fixed, FlagCreatePairsOff, Suppress, arg
 
 from .. import methods, models
-from ..condensation.checks import whole
+from ..checks import check_int
 from ..data.images import ImageData, load
 from ..registry import unknown
 from ..training.device import MOST_THREADS
@@ -119,7 +119,7 @@ def _numbers(words: tuple[str, ...] | None) -> list[float] | str | None:
 
 
 def checked_threads(threads: int | None) -> int | None:
-    return None if threads is None else whole("threads", threads, 1, MOST_THREADS)
+    return None if threads is None else check_int("threads", threads, 1, MOST_THREADS)
 
 
 def as_json(command: object) -> dict:

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from ..arguments import check_group
+from ..checks import check_bool, check_float, check_int
 from ..describe import brief
 from ..registry import did_you_mean
-from .checks import flag, real, whole
 from .classes import checked_labels, largest_minimum, with_minimum
 from .condensation import Condensation
 from .mixing import Recipe, build_recipes, mix_strength, overwrite, pixel_weight
@@ -121,25 +121,25 @@ class KnowledgeCondenser:
         device: torch.device | str | None = None,
         group: torch.distributed.ProcessGroup | None = None,
     ):
-        self._num_samples = whole("num_samples", num_samples, 1)
-        self._keep = real("keep", keep, "a number in (0, 1]", 5e-324, 1)
-        self._every = whole("every", every, 1)
-        self._stages = whole("stages", stages, 1)
+        self._num_samples = check_int("num_samples", num_samples, 1)
+        self._keep = check_float("keep", keep, "a number in (0, 1]", 5e-324, 1)
+        self._every = check_int("every", every, 1)
+        self._stages = check_int("stages", stages, 1)
         if not isinstance(schedule, str) or schedule not in SCHEDULES:
             raise ValueError(
                 f"schedule must be one of {', '.join(map(repr, SCHEDULES))}, got {brief(schedule)}"
                 f"{did_you_mean(schedule, SCHEDULES)}"
             )
         self._schedule = schedule
-        self._alpha = real("alpha", alpha, "a finite number >= 0", 0)
-        self._epsilon = real("epsilon", epsilon, "a number in [0, 1]", 0, 1)
-        self._accumulate = flag("accumulate", accumulate)
-        self._convex = flag("convex", convex)
-        self._warmup = whole("warmup", warmup, 0)
-        self._min_per_class = whole("min_per_class", min_per_class, 0)
+        self._alpha = check_float("alpha", alpha, "a finite number >= 0", 0)
+        self._epsilon = check_float("epsilon", epsilon, "a number in [0, 1]", 0, 1)
+        self._accumulate = check_bool("accumulate", accumulate)
+        self._convex = check_bool("convex", convex)
+        self._warmup = check_int("warmup", warmup, 0)
+        self._min_per_class = check_int("min_per_class", min_per_class, 0)
         self._labels = None if labels is None else checked_labels(labels, self._num_samples)
         self._check_min_per_class()
-        self._seed = whole("seed", seed, 0, MAX_SEED)
+        self._seed = check_int("seed", seed, 0, MAX_SEED)
         check_group(group)
         self._group = group
         self._table = self._table_type(self._num_samples, device)
@@ -476,7 +476,7 @@ class KnowledgeCondenser:
                     f"state_dict has {name}={brief(state[name])}, this condenser has {name}={brief(own[name])}"
                 )
         for name in ("epoch", "stage"):
-            whole(f"state_dict['{name}']", state[name], 0, MAX_SEED)
+            check_int(f"state_dict['{name}']", state[name], 0, MAX_SEED)
         self._table.check_state(state)
         check_tensor("kept", state["kept"], torch.int64, (None,))
         if not 1 <= len(state["kept"]) <= self._num_samples or len(state["kept"].unique()) != len(state["kept"]):

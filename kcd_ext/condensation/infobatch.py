@@ -8,7 +8,7 @@ import warnings
 import torch
 from torch import Tensor
 
-from .checks import real, whole
+from ..checks import check_float, check_int
 from .condenser import KnowledgeCondenser
 from .random_keys import PRUNING, random_keys
 from .table import LastLossTable
@@ -89,8 +89,8 @@ class InfoBatch(KnowledgeCondenser):
             device=device,
             group=group,
         )
-        self._epochs = whole("epochs", epochs, 1)
-        self._anneal = real("anneal", anneal, "a number in [0, 1]", 0, 1)
+        self._epochs = check_int("epochs", epochs, 1)
+        self._anneal = check_float("anneal", anneal, "a number in [0, 1]", 0, 1)
         # floor((1 - anneal)·epochs), without the rounding of 1 - anneal, which can make it one less.
         self._annealed = self._epochs - math.ceil(self._anneal * self._epochs)
         pruned = self._annealed > 1  # the first epoch has all samples anyway

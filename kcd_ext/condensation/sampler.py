@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 from torch.utils.data import Sampler
 
-from .checks import flag, whole
+from ..checks import check_bool, check_int
 from .condenser import KnowledgeCondenser
 from .mixing import Recipe
 from .random_keys import MAX_SEED, ORDER, random_keys
@@ -55,10 +55,10 @@ class CondensedSampler(Sampler):
         if not isinstance(condenser, KnowledgeCondenser):
             raise TypeError(f"condenser must be a KnowledgeCondenser, got {type(condenser).__name__}")
         self._condenser = condenser
-        self._seed = whole("seed", seed, 0, MAX_SEED)
-        self._world_size = whole("world_size", world_size, 1)
-        self._rank = whole("rank", rank, 0, self._world_size - 1)
-        self._shuffle = flag("shuffle", shuffle)
+        self._seed = check_int("seed", seed, 0, MAX_SEED)
+        self._world_size = check_int("world_size", world_size, 1)
+        self._rank = check_int("rank", rank, 0, self._world_size - 1)
+        self._shuffle = check_bool("shuffle", shuffle)
         self._epoch = 0
         self._consumed = 0
         self._passes = 0  # iterators made so far
@@ -86,8 +86,8 @@ class CondensedSampler(Sampler):
         Raises:
             TypeError, ValueError: an argument is not an integer or is out of range. Nothing has changed then.
         """
-        epoch = whole("epoch", epoch, 0, MAX_SEED)
-        chosen = epoch, 0 if consumed is None else whole("consumed", consumed, 0, self._share())
+        epoch = check_int("epoch", epoch, 0, MAX_SEED)
+        chosen = epoch, 0 if consumed is None else check_int("consumed", consumed, 0, self._share())
         names_both = self._last is not None and self._last_names_both
         may_be_a_librarys = consumed is None and (epoch <= self._passes or (names_both and epoch == self._epoch))
         if may_be_a_librarys and names_both:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from ..condensation.checks import whole
+from ..checks import check_int
 from ..files import check_regular
 from ..registry import one_line
 from .images import ImageData, assemble, check_class_names, some
@@ -115,7 +115,7 @@ def read(path: Path, size: int | None = None) -> ImageData:
         ImportError: Pillow is not installed; says which extra installs it.
     """
     if size is not None:
-        whole("size", size, 1)
+        check_int("size", size, 1)
     try:
         import PIL.Image  # noqa: F401
     except ImportError as error:

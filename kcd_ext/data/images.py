@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..condensation.checks import whole
+from ..checks import check_int
 from ..describe import describe
 from ..registry import call
 from .views import Views, check_normalisation
@@ -87,7 +87,7 @@ class ImageData:
     """What the labels stand for; empty: unknown."""
 
     def __post_init__(self) -> None:
-        whole(f"data set {self.name!r}: num_classes", self.num_classes, 1)
+        check_int(f"data set {self.name!r}: num_classes", self.num_classes, 1)
         for part in ("train", "test"):
             held = getattr(self, part)
             if not isinstance(held, ImageSet):

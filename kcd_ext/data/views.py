@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..condensation.checks import flag, real, whole
+from ..checks import check_bool, check_float, check_int
 from ..condensation.random_keys import MAX_SEED, VIEWS, random_keys
 from ..describe import describe
 
@@ -50,11 +50,11 @@ class Views:
             if not isinstance(numbers, tuple) or not numbers:
                 raise TypeError(f"{name} must be a tuple with a number for every channel, got {describe(numbers)}")
             for number in numbers:
-                real(name, number, "finite numbers", -math.inf)
+                check_float(name, number, "finite numbers", -math.inf)
         if len(self.mean) != len(self.std) or min(self.std) <= 0:
             raise ValueError(f"std must hold {len(self.mean)} numbers > 0, as many as mean, got {self.std}")
-        whole("padding", self.padding, 0)
-        flag("flip", self.flip)
+        check_int("padding", self.padding, 0)
+        check_bool("flip", self.flip)
 
     @classmethod
     def of(cls, images: np.ndarray, *, padding: int = 0, flip: bool = False) -> "Views":
@@ -113,7 +113,7 @@ class Views:
                 f"index must be int64 of shape ({len(images)},) on {images.device}, "
                 f"got {index.dtype} of shape {tuple(index.shape)} on {index.device}"
             )
-        seed, epoch = whole("seed", seed, 0, MAX_SEED), whole("epoch", epoch, 0, MAX_SEED)
+        seed, epoch = check_int("seed", seed, 0, MAX_SEED), check_int("epoch", epoch, 0, MAX_SEED)
         if not (self.padding or self.flip) or not images.numel():
             return self.plain(images)
         bits = _bits(index, seed, epoch)
@@ -175,7 +175,7 @@ def _numbers(name: str, value: float | Sequence[float]) -> tuple[float, ...]:
     numbers = value if isinstance(value, list | tuple | np.ndarray) else [value]
     if not numbers:
         raise ValueError(f"{name} must be a number, or one for every channel, got none")
-    return tuple(real(name, number, "finite numbers", -math.inf) for number in numbers)
+    return tuple(check_float(name, number, "finite numbers", -math.inf) for number in numbers)
 
 
 def _bits(index: Tensor, seed: int, epoch: int) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..condensation.checks import real, whole
+from ..checks import check_float, check_int
 from .features import FeatureMethod, full_precision, unit_rows
 from .options import check_batch_keep, check_temperature, check_weight
 from .protocol import Batch, Outcome, entropy
@@ -69,10 +69,10 @@ class ContrastiveRepresentationDistillation(FeatureMethod):
         teacher_layer: str | None = None,
     ):
         super().__init__(student_layer, teacher_layer)
-        self.dimension = whole("dimension", dimension, 1)
-        self.negatives = whole("negatives", negatives, 1)
+        self.dimension = check_int("dimension", dimension, 1)
+        self.negatives = check_int("negatives", negatives, 1)
         self.temperature = check_temperature("temperature", temperature)
-        self.momentum = real("momentum", momentum, "a number in [0, 1]", 0, 1)
+        self.momentum = check_float("momentum", momentum, "a number in [0, 1]", 0, 1)
         self.ce_weight = check_weight("ce_weight", ce_weight)
         self.crd_weight = check_weight("crd_weight", crd_weight)
         self.batch_keep = check_batch_keep(batch_keep)

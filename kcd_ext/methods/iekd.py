@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .. import models
-from ..condensation.checks import real, whole
+from ..checks import check_float, check_int
 from ..describe import brief
 from ..models.layers import initialise_convolutions
 from ..registry import did_you_mean
@@ -180,7 +180,7 @@ class _FactorMethod(FeatureMethod):
         self.temperature = check_temperature("temperature", temperature)
         self.distance = _one_of("distance", distance, DISTANCES)
         self.split = _one_of("split", split, SPLITS)
-        self.split_seed = whole("split_seed", split_seed, 0, 2**63 - 1)
+        self.split_seed = check_int("split_seed", split_seed, 0, 2**63 - 1)
         check_used("split_seed", split_seed, 0, split == "natural", "split='natural'")
 
     def tap(self, network: nn.Module, path: str | None, name: str) -> Tap:
@@ -298,8 +298,8 @@ class InheritanceExplorationDistillation(_FactorMethod):
         )
         self.kd_weight = check_weight("kd_weight", kd_weight)
         check_used("temperature", temperature, 4, kd_weight == 0, "kd_weight=0")
-        self.factor_epochs = whole("factor_epochs", factor_epochs, 1)
-        self.factor_lr = real("factor_lr", factor_lr, "a finite number >= 0", 0)
+        self.factor_epochs = check_int("factor_epochs", factor_epochs, 1)
+        self.factor_lr = check_float("factor_lr", factor_lr, "a finite number >= 0", 0)
         self.batch_keep = check_batch_keep(batch_keep)
 
     def prepare(self, student: nn.Module, teacher: nn.Module | None, samples: Iterable[Batch]) -> None:

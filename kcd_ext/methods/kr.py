@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..condensation.checks import real
+from ..checks import check_float
 from ..describe import brief, describe
 from .features import Tap, evaluation, full_precision, unit_rows
 from .kd import kd_loss
@@ -77,7 +77,7 @@ class KnowledgeRepresenting(Method):
         self.kd_weight = check_weight("kd_weight", kd_weight)
         self.kr_weight = check_weight("kr_weight", kr_weight)
         self.tau = check_temperature("tau", tau)
-        self.ratio = real("ratio", ratio, "a number in (0, 1]", 5e-324, 1)
+        self.ratio = check_float("ratio", ratio, "a number in (0, 1]", 5e-324, 1)
         self.batch_keep = check_batch_keep(batch_keep)
         check_used("temperature", temperature, 4, kd_weight == 0, "kd_weight=0")
         self.student_layers = student_layers

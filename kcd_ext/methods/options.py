@@ -3,18 +3,18 @@
 import math
 from collections.abc import Sequence
 
-from ..condensation.checks import real
+from ..checks import check_float
 from ..describe import brief
 
 
 def check_temperature(name: str, value: float) -> float:
     """A finite number > 0; raises TypeError or ValueError."""
-    return real(name, value, "a finite number > 0", 5e-324)
+    return check_float(name, value, "a finite number > 0", 5e-324)
 
 
 def check_weight(name: str, value: float) -> float:
     """A finite number; raises TypeError or ValueError."""
-    return real(name, value, "a finite number", -math.inf)
+    return check_float(name, value, "a finite number", -math.inf)
 
 
 def check_used(name: str, value: object, usual: object, unused: bool, reason: str) -> None:
@@ -25,7 +25,7 @@ def check_used(name: str, value: object, usual: object, unused: bool, reason: st
 
 def check_batch_keep(batch_keep: float) -> float:
     """A number in (0, 1], which `selection.choose` takes; raises TypeError or ValueError."""
-    return real("batch_keep", batch_keep, "a number in (0, 1]", 5e-324, 1)
+    return check_float("batch_keep", batch_keep, "a number in (0, 1]", 5e-324, 1)
 
 
 def fractions(name: str, given: Sequence[float] | float | str, takes: str) -> tuple[float, ...]:
@@ -39,4 +39,4 @@ def fractions(name: str, given: Sequence[float] | float | str, takes: str) -> tu
             given = [float(part) for part in given.split(",")] if given.strip() else []
         except ValueError:
             raise ValueError(f"{name} must be {takes}, got {brief(given)}") from None
-    return tuple(real(name, part, takes, 0, 1) for part in (given if isinstance(given, Sequence) else (given,)))
+    return tuple(check_float(name, part, takes, 0, 1) for part in (given if isinstance(given, Sequence) else (given,)))

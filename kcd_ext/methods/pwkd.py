@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..condensation.checks import flag, real, whole
+from ..checks import check_bool, check_float, check_int
 from ..registry import one_line, resolve
 from . import REGISTRY, as_typed, build, unknown_of
 from .features import full_precision
@@ -38,8 +38,8 @@ class PartialToWhole:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "widths", check_widths("widths", self.widths))
-        whole("epochs", self.epochs, 1)
-        real("lr_min", self.lr_min, "a number in [0, 1]", 0, 1)
+        check_int("epochs", self.epochs, 1)
+        check_float("lr_min", self.lr_min, "a number in [0, 1]", 0, 1)
         if self.epochs < len(self.widths):
             raise ValueError(
                 f"epochs must be at least {len(self.widths)}, one for each of widths {_listed(self.widths)}, got {self.epochs}"
@@ -47,7 +47,7 @@ class PartialToWhole:
 
     def stage(self, epoch: int) -> int:
         """The stage of an epoch, 0 <= epoch < epochs; raises TypeError or ValueError for others."""
-        return ((whole("epoch", epoch, 0, self.epochs - 1) + 1) * len(self.widths) - 1) // self.epochs
+        return ((check_int("epoch", epoch, 0, self.epochs - 1) + 1) * len(self.widths) - 1) // self.epochs
 
     def width(self, epoch: int) -> float:
         """The teacher's width in an epoch."""
@@ -115,18 +115,18 @@ class PartialToWholeDistillation(Method):
     ):
         super().__init__()
         self.widths = check_widths("widths", widths)
-        self.teacher_epochs = whole("teacher_epochs", teacher_epochs, 1)
-        self.teacher_lr = real("teacher_lr", teacher_lr, "a finite number >= 0", 0)
-        self.lr_min = real("lr_min", lr_min, "a number in [0, 1]", 0, 1)
-        self.in_place = flag("in_place", in_place)
+        self.teacher_epochs = check_int("teacher_epochs", teacher_epochs, 1)
+        self.teacher_lr = check_float("teacher_lr", teacher_lr, "a finite number >= 0", 0)
+        self.lr_min = check_float("lr_min", lr_min, "a number in [0, 1]", 0, 1)
+        self.in_place = check_bool("in_place", in_place)
         if widths_a_step is not None:
-            widths_a_step = whole("widths_a_step", widths_a_step, 2)
+            widths_a_step = check_int("widths_a_step", widths_a_step, 2)
             if widths_a_step > len(self.widths):
                 raise ValueError(
                     f"widths_a_step must be at most the {len(self.widths)} of widths {_listed(self.widths)}, got {widths_a_step}"
                 )
         self.widths_a_step = widths_a_step
-        self.partial = flag("partial", partial)
+        self.partial = check_bool("partial", partial)
         if not self.partial:
             self._check_untouched("teacher_epochs", "teacher_lr", "in_place", "widths_a_step")
         self._check_names(base, base_options)

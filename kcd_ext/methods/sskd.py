@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..condensation.checks import real, whole
+from ..checks import check_float, check_int
 from .features import FeatureMethod, full_precision, unit_rows
 from .kd import kd_loss
 from .options import check_batch_keep, check_temperature, check_weight, fractions
@@ -80,10 +80,10 @@ class SelfSupervisedKnowledgeDistillation(FeatureMethod):
         self.kd_weight = check_weight("kd_weight", kd_weight)
         self.transformed_weight = check_weight("transformed_weight", transformed_weight)
         self.similarity_weight = check_weight("similarity_weight", similarity_weight)
-        self.transformed_ratio = real("transformed_ratio", transformed_ratio, "a number in [0, 1]", 0, 1)
-        self.similarity_ratio = real("similarity_ratio", similarity_ratio, "a number in [0, 1]", 0, 1)
-        self.head_epochs = whole("head_epochs", head_epochs, 1)
-        self.head_lr = real("head_lr", head_lr, "a finite number >= 0", 0)
+        self.transformed_ratio = check_float("transformed_ratio", transformed_ratio, "a number in [0, 1]", 0, 1)
+        self.similarity_ratio = check_float("similarity_ratio", similarity_ratio, "a number in [0, 1]", 0, 1)
+        self.head_epochs = check_int("head_epochs", head_epochs, 1)
+        self.head_lr = check_float("head_lr", head_lr, "a finite number >= 0", 0)
         self.head_milestones = fractions(
             "head_milestones", head_milestones, "fractions of head_epochs in [0, 1], as 0.5,0.75"
         )

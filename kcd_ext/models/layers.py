@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from ..condensation.checks import whole
+from ..checks import check_int
 
 
 def blocks_of(depth: int, outside: int) -> int:
@@ -12,7 +12,7 @@ def blocks_of(depth: int, outside: int) -> int:
 
     `outside` layers are in no block. Raises TypeError or ValueError where it is no whole number >= 1.
     """
-    blocks, rest = divmod(whole("depth", depth, 6 + outside) - outside, 6)
+    blocks, rest = divmod(check_int("depth", depth, 6 + outside) - outside, 6)
     if rest:
         raise ValueError(f"depth must be 6 n + {outside} for a whole n >= 1, got {depth}")
     return blocks

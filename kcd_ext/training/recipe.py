@@ -4,8 +4,8 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 
+from ..checks import check_bool, check_float, check_int
 from ..condensation import KnowledgeCondenser
-from ..condensation.checks import flag, real, whole
 from ..condensation.random_keys import MAX_SEED
 from ..describe import brief, describe
 from ..methods.options import check_batch_keep
@@ -63,12 +63,12 @@ class Condense:
 
     def __post_init__(self) -> None:
         check_batch_keep(self.batch_keep)
-        real("keep", self.keep, "a number in (0, 1]", 5e-324, 1)
+        check_float("keep", self.keep, "a number in (0, 1]", 5e-324, 1)
         if self.every is not None:
-            whole("every", self.every, 1)
-        whole("stages", self.stages, 1)
-        whole("warmup", self.warmup, 0)
-        whole("min_per_class", self.min_per_class, 0)
+            check_int("every", self.every, 1)
+        check_int("stages", self.stages, 1)
+        check_int("warmup", self.warmup, 0)
+        check_int("min_per_class", self.min_per_class, 0)
         self.example()  # the condenser knows what it takes
 
     @property
@@ -173,23 +173,23 @@ class Recipe:
 
     def __post_init__(self) -> None:
         for name, least in (("epochs", 1), ("batch_size", 1), ("gradient_accumulation", 1), ("num_workers", 0)):
-            whole(name, getattr(self, name), least)
-        whole("seed", self.seed, 0, MAX_SEED)
+            check_int(name, getattr(self, name), least)
+        check_int("seed", self.seed, 0, MAX_SEED)
         if not isinstance(self.name, str):
             raise TypeError(f"name must be a string, got {describe(self.name)}")
         for name in ("lr", "momentum", "weight_decay", "gamma"):
-            real(name, getattr(self, name), "a finite number >= 0", 0.0, 3e38)  # in single precision
+            check_float(name, getattr(self, name), "a finite number >= 0", 0.0, 3e38)  # in single precision
         if isinstance(self.milestones, str) or not isinstance(self.milestones, Iterable):
             raise TypeError(f"milestones must be fractions of the epochs in [0, 1], got {describe(self.milestones)}")
         object.__setattr__(self, "milestones", tuple(self.milestones))
         for milestone in self.milestones:
-            real("milestones", milestone, "fractions of the epochs in [0, 1]", 0.0, 1.0)
+            check_float("milestones", milestone, "fractions of the epochs in [0, 1]", 0.0, 1.0)
         if not isinstance(self.device, str) or self.device not in ("auto", "cpu", "cuda"):
             raise ValueError(f"device must be auto, cpu or cuda, got {brief(self.device)}")
         if not isinstance(self.precision, str) or self.precision not in PRECISIONS:
             nearest = did_you_mean(self.precision, PRECISIONS)
             raise ValueError(f"precision must be {', '.join(PRECISIONS)}, got {brief(self.precision)}{nearest}")
-        flag("compile", self.compile)
+        check_bool("compile", self.compile)
         if self.condense is None:
             object.__setattr__(self, "condense", Condense(keep=1.0))
         if not isinstance(self.condense, Condense):

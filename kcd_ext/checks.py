@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from numbers import Integral, Real
 
-from ..describe import brief, describe
+from .describe import brief, describe
 
 INT64_MAX = 2**63 - 1
 
 
-def whole(name: str, value: object, low: int, high: int | None = None) -> int:
+def check_int(name: str, value: object, low: int, high: int | None = None) -> int:
     """`value` as an int in [low, high] (without `high`, up to the largest int64); a bool is not a number.
 
     Raises TypeError (not an integer) or ValueError (out of range).
@@ -25,7 +25,7 @@ def whole(name: str, value: object, low: int, high: int | None = None) -> int:
     return int(value)
 
 
-def real(name: str, value: object, takes: str, low: float, high: float = math.inf) -> float:
+def check_float(name: str, value: object, takes: str, low: float, high: float = math.inf) -> float:
     """`value` as a finite float in [low, high], described to the reader as `takes`; a bool is not a number.
 
     Raises TypeError (not a number) or ValueError (not finite or out of range).
@@ -41,7 +41,7 @@ def real(name: str, value: object, takes: str, low: float, high: float = math.in
     return number
 
 
-def flag(name: str, value: object) -> bool:
+def check_bool(name: str, value: object) -> bool:
     """`value`, which must be True or False. Raises TypeError."""
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, got {describe(value)}")
