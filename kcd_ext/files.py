@@ -197,7 +197,7 @@ def _parsed(path: Path, text: bytes, parse: Callable[[dict], Parsed]) -> Parsed:
         return parse(content)
     except Exception as error:  # whatever `parse` raises of content that it does not expect
         kind = "it has no " if isinstance(error, KeyError) else f"{type(error).__name__}: "
-        what = one_line(error) if isinstance(error, ValueError) else f"{kind}{one_line(error)}"
+        what = one_line(error) if isinstance(error, TypeError | ValueError) else f"{kind}{one_line(error)}"
         raise ValueError(f"{path} is damaged: {what}") from error
 
 

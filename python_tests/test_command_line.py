@@ -215,7 +215,7 @@ def test_names_out_of_files_do_not_steer_the_terminal(tmp_path, monkeypatch, cap
     assert error == "" and not steers(out.replace("\n", ""))
     assert r"\x1b[31m\u202e\n$a^ é (other)  " in out and rf"{ESCAPED}\ud800" in out
     assert f"report: {ESCAPED}.html\n" in out
-    assert html.escape(EVIL) in Path(f"{EVIL}.html").read_bytes().decode()
+    assert EVIL in html.unescape(Path(f"{EVIL}.html").read_bytes().decode())
     assert cli.main(["report", f"nothing{EVIL}\n"]) == 2
     out, error = capfd.readouterr()
     assert error.count("\n") == 1 and not steers(error[:-1]) and rf"{ESCAPED}\n" in error

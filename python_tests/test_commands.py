@@ -20,6 +20,7 @@ from kcd_ext.data.images import load, split
 SMALL = ["--data", "digits", "--epochs", "4", "--threads", "1", "--device", "cpu"]
 TWO_SEEDS = ["distill", *SMALL, "--method", "kc-kd", "--seed", "5", "--seeds", "2", "--output", "two"]
 RUN = {"config.json", "metrics.jsonl", "checkpoint", "student.safetensors", "summary.json"}
+RUN |= {"ranking.json", "thumbnails.png"}
 REPORT = {"report.html", "report.png"}
 TIMES = ("seconds", "condensation_seconds")
 
@@ -590,7 +591,8 @@ def test_a_report_compares_runs(shelf, here, capfd):
     visits = [r["sample_visits"] for r in (*result(shelf / "two"), *result(shelf / "kd"))]
     assert visits[0] == visits[1] < visits[2]
     rows = {row[0]: row[1:] for row in page.rows[1:4]}
-    assert rows["teacher"] == [f"{result(shelf / 'kd')[0]['teacher_accuracy']:.2f}", *["-"] * 6]
+    (teacher,) = result(shelf / "two" / "teacher")  # of both
+    assert rows["teacher"][:2] == cells([teacher])[:2] and rows["teacher"][4:] == cells([teacher])[4:]
     part = f"{visits[0]:,} ({100 * visits[0] / visits[2]:.1f} %)"
     assert rows["kc-kd"] == [*cells(result(shelf / "two"))[:2], part, part, *cells(result(shelf / "two"))[4:]]
     full = f"{visits[2]:,} (100.0 %)"
@@ -602,7 +604,8 @@ def test_a_report_compares_runs(shelf, here, capfd):
         ["kd", "0.04", "1.0", trained],
     ]
     assert page.headings[0] == "kc-kd, kd on digits" and "Knowledge values of kc-kd, stage by stage" in page.headings
-    assert all(reference.startswith("#") for reference in page.references) and page.drawings == 4
+    assert all(reference.startswith(("data:image/png;base64,", "#")) for reference in page.references)
+    assert (page.drawings, page.images) == (4, 32)
     for row in page.rows:
         assert re.search(r" {2,}".join(map(re.escape, row)), out)
 
@@ -669,14 +672,17 @@ def replaced(name, old, new):
         (lambda folder: (folder / "config.json").write_bytes(b"\xff"), "config.json is damaged: "),
         (lambda folder: (folder / "config.json").write_text("[]"), "config.json is damaged: it holds a list"),
         (replaced("config.json", '"recipe"', '"cake"'), "is no folder of a run"),
-        (replaced("config.json", '"epochs": 4', '"epochs": "4"'), "config.json is damaged: epochs must be a number"),
-        (replaced("config.json", '"epochs": 4', '"epochs": 2'), "metrics.jsonl is damaged: 4 epochs of 2"),
+        (replaced("config.json", '"epochs": 4', '"epochs": "4"'), "config.json is damaged: epochs must be an integer"),
+        (
+            replaced("config.json", '"epochs": 4', '"epochs": 2'),
+            "those of epochs 1, 2, ... up to 2",
+        ),
         (replaced("config.json", '"options": {}', '"options": 3'), "damaged: options must be an object, got int 3"),
-        (replaced("metrics.jsonl", '"accuracy"', '"precision"'), "accuracy must be a number, got None"),
-        (replaced("metrics.jsonl", '"epoch": 3', '"epoch": 4'), "metrics.jsonl is damaged: line 3 is not of epoch 3"),
-        (replaced("metrics.jsonl", '"counts"', '"count"'), "condensation without a histogram of values"),
+        (replaced("metrics.jsonl", '"accuracy"', '"precision"'), "metrics.jsonl is damaged: it has no 'accuracy'"),
+        (replaced("metrics.jsonl", '"epoch": 3', '"epoch": 4'), "metrics.jsonl is damaged: its lines are not"),
+        (replaced("metrics.jsonl", '"counts"', '"count"'), "metrics.jsonl is damaged: it has no 'counts'"),
         (lambda folder: (folder / "metrics.jsonl").write_text(""), "nothing to report: no epoch has ended in "),
-        (lambda folder: (folder / "summary.json").write_text("{}"), "summary.json is damaged: it has no result"),
+        (lambda folder: (folder / "summary.json").write_text("{}"), "summary.json is damaged: it has no 'results'"),
         (
             lambda folder: ((folder / "metrics.jsonl").unlink(), os.mkfifo(folder / "metrics.jsonl")),
             "must be a regular file, is a FIFO",

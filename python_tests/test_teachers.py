@@ -25,6 +25,7 @@ from kcd_ext.commands.report import Report
 from kcd_ext.data import Views, load
 from kcd_ext.data.images import assemble
 from kcd_ext.models import weights
+from kcd_ext.reports import page
 from kcd_ext.reports.tables import cells
 from kcd_ext.training import Recipe, distill
 from kcd_ext.training.loop import doubt_about
@@ -479,7 +480,7 @@ def test_reports_have_the_teacher_of_old_and_new_runs(tmp_path, capsys):
     for wrong in ("high", -1, 101, [1]):
         path.write_text(json.dumps({**config, "teacher_accuracy": wrong}))
         with pytest.raises(ValueError, match=r"old/config.json is damaged: teacher_accuracy must"):
-            Report((tmp_path / "old",), tmp_path / "page.html").write()
+            page.write(tmp_path / "page.html", [tmp_path / "old"])
 
 
 # --- the images that it is given --------------------------------------------------------------------------------------
@@ -541,7 +542,7 @@ def test_mean_and_std_between_commas_and_on_resume(here, capfd):
     assert kcd(*command, "--mean", "half") == 0
     found = json.loads((here / "run" / "config.json").read_text())["about"]["data"]
     assert (found["mean"], found["std"]) == ([0.5], [0.5]) and load(**found).train.views == Views((0.5,), (0.5,))
-    assert '"mean": [' in (here / "run" / "report.html").read_text().replace("&quot;", '"')
+    assert '"mean": [' in (here / "run" / "report.html").read_text().replace("&#34;", '"')
     capfd.readouterr()
     assert kcd(*command, "--mean", "half", "--resume") == 0
     for more, got in (([], "got mean[0]=0.30"), (["--mean", "0.5", "--std", "0.25"], "got std[0]=0.25")):

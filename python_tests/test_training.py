@@ -20,13 +20,13 @@ from torch import nn
 from torch.nn import functional
 
 from kcd_ext import CondensedSampler, IndexedDataset, KnowledgeCondenser, files, methods, models
-from kcd_ext.commands.report import Report
 from kcd_ext.condensation import InfoBatch
 from kcd_ext.data.images import REGISTRY as DATASETS
 from kcd_ext.data.images import ImageSet
 from kcd_ext.data.views import Views
 from kcd_ext.methods import Batch, Method, Outcome, Pretraining
 from kcd_ext.registry import call, resolve
+from kcd_ext.reports import page
 from kcd_ext.reports.tables import tabulate
 from kcd_ext.training import Condense, Recipe, Summary, checkpoint, distill
 from kcd_ext.training.batches import cut
@@ -307,9 +307,8 @@ def test_the_metrics_say_what_is_kept_of_every_class(tmp_path, selection, loaded
         assert sum(step["classes"]) == step["kept"] and len(step["classes"]) == CLASSES
         assert all(kept >= min(least, size) for kept, size in zip(step["classes"], labels.bincount(), strict=True))
     assert steps[-1]["classes"] == labels[summary.condenser.kept].bincount(minlength=CLASSES).tolist()
-    page = tmp_path / "report.html"
-    Report((tmp_path,), page).write()
-    (cells,) = re.findall(r"<tr><td>class 1</td>(.*?)</tr>", page.read_text())
+    page.write(tmp_path / "report.html", [tmp_path])
+    (cells,) = re.findall(r"<tr><td>class 1</td>(.*?)</tr>", (tmp_path / "report.html").read_text())
     assert re.findall(r"<td>(\d+)</td>", cells) == [str(step["classes"][1]) for step in steps]
 
 

@@ -15,8 +15,8 @@ from ..condensation.schedules import stage_size
 from ..data.images import ImageData, load
 from ..describe import describe
 from ..environment import versions
-from ..reports import page, runs
-from ..reports.tables import as_text, cells
+from ..reports import page, ranking
+from ..reports.tables import as_text
 from ..training.checks import check_networks
 from ..training.device import MOST_THREADS, threads
 from ..training.loop import build_method, distill
@@ -109,7 +109,7 @@ class Demo:
         self._check_something_is_dropped(plan[0][CONDENSED], len(data.train))
         self._check_networks(data)
         staging = Staging(self.output, COMMAND, ENTRIES)
-        config = {"command": COMMAND, "options": {**asdict(self), "output": str(self.output)}, "versions": versions()}
+        config = {"command": COMMAND, "options": self._options, "versions": versions()}
         with staging.opened(self.resume):
             self._check_same_options(staging.partial / CONFIG, config)
             files.write_json(staging.partial / CONFIG, config)
@@ -118,9 +118,13 @@ class Demo:
             except KeyboardInterrupt:
                 message = f"finished runs are in {staging.partial}; --resume goes on with them"
                 raise KeyboardInterrupt(message) from None
-            self._report(staging.partial, summaries, data, config)
+            report = self._report(staging.partial, summaries)
             staging.publish()
-        terminal.show(*as_text(cells(summaries)), "", f"report: {self.output / REPORT[0]}")
+        terminal.show(*as_text(report.tables[0]), "", f"report: {self.output / REPORT[0]}")
+
+    @property
+    def _options(self) -> dict[str, object]:
+        return {**asdict(self), "output": str(self.output)}
 
     def _plan(self) -> list[dict[str, Recipe]]:
         for seed in self.seeds:
@@ -145,7 +149,7 @@ class Demo:
         """A demo goes on only with the options it was started with."""
         if not path.exists():
             return
-        saved = runs.content_of(path).get("options")
+        saved = files.read_json(path).get("options")
         if not isinstance(saved, dict):
             raise ValueError(f"{path} is damaged: it has no options")
         for name, value in json.loads(json.dumps(config["options"])).items():
@@ -203,27 +207,21 @@ class Demo:
                                 name,
                                 Teacher(self.teacher) if teacher else None,
                                 {home.name: threads.count for home, threads in chosen.items()},
+                                {"title": f"Knowledge condensation on {data.name}", "options": self._options},
                             ),
                         )
+                    ranking.write(output, summary, data.train, data.class_names)
                     bar.end()
                     teacher = teacher or network
                     summaries.append(summary)
                     _write_results(folder, data.name, self.seeds, summaries)
                     yield summary
 
-    def _report(self, folder: Path, summaries: list[Summary], data: ImageData, config: dict) -> None:
+    def _report(self, folder: Path, summaries: list[Summary]) -> page.Report:
         first = next(s for s in summaries if s.method == CONDENSED)
         student = folder / "checkpoint" / f"seed-{first.seed}" / CONDENSED / "student.safetensors"
         files.write_bytes(folder / "student.safetensors", student.read_bytes())
-        page.write(
-            folder / REPORT[0],
-            title=f"Knowledge condensation on {data.name}",
-            summaries=summaries,
-            reference=TEACHER,
-            ranking=page.rank_images(first, data.train.images, data.train.labels, data.class_names),
-            class_names=data.class_names,
-            config=config,
-        )
+        return page.write(folder / REPORT[0], [folder])
 
 
 def _folder_of(recipe: Recipe, folder: Path) -> Path:

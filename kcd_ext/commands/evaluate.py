@@ -1,6 +1,6 @@
 """`kcd evaluate`: finished students beside their teachers, on images that neither was trained on."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cache
@@ -16,8 +16,9 @@ from ..checks import check_int
 from ..data.images import ImageData, load
 from ..environment import versions
 from ..evaluation import TEMPERATURES, Evaluation, checked_temperatures, evaluate
-from ..reports import page, runs
-from ..reports.runs import Normalisation
+from ..reports import page, runs, tables
+from ..reports.comparison import compare
+from ..reports.runs import Normalisation, RunMetadata
 from ..reports.tables import as_text
 from ..training.batches import feed_of
 from ..training.device import MOST_THREADS, accelerator_on, threads
@@ -27,8 +28,7 @@ from ..training.loop import EVALUATED
 from ..training.summary import Summary
 from . import teachers
 from .progress import note
-from .report import Report
-from .study import REPORT, TEACHER
+from .study import REPORT
 from .teachers import Teacher
 from .threads import Threads, announcement, batch_flops, by_rule
 
@@ -76,18 +76,18 @@ class Evaluate:
 
         Raises:
             TypeError, ValueError: an option does not fit, a run that was named itself cannot be evaluated, none of those in
-                a folder can, or a file that the page needs is damaged; nothing is written then.
+                a folder can, or a file that a report needs is damaged; nothing is written then.
             FileExistsError: another command is running in a folder.
             OSError: a file cannot be read or written.
         """
         pairs = self._checked()
-        asked: dict[Path, Path] = {}
-        pages = self._pages(asked)
+        asked, homes = self._found()
         with ExitStack() as stack:
-            for home in pages:
+            for home in homes:
                 stack.enter_context(files.alone_in(home))
-            plans, left_out = self._plans(list(asked.values()))
-            _check_targets(pages, plans)
+            plans, left_out = self._plans(asked)
+            homes = [home for home in homes if _shows(home, plans)]
+            _check_targets(homes, plans)
             for line in dict.fromkeys(line for plan in plans for line in plan.of_teacher.told(plan.data)):
                 note(line)
             device = stack.enter_context(accelerator_on(self.device, "no")).device
@@ -103,37 +103,31 @@ class Evaluate:
                 raise ValueError(f"there is nothing to evaluate: {left_out[0]}")
             if line := announcement((_shown(plan.run.folder), chosen) for plan, _, chosen in found):
                 note(line)
-            _check_targets(pages, [plan for plan, *_ in found])
+            evaluated = [plan for plan, *_ in found]
+            homes = [home for home in homes if _shows(home, evaluated)]
+            _check_targets(homes, evaluated)
             for plan, evaluation, chosen in found:
                 plan.write(evaluation, chosen.count)
-            done = {plan.run.folder.resolve() for plan, *_ in found}
-            pages = {home: held for home, held in pages.items() if done & {folder.resolve() for folder in held}}
-            whole = {home: _write_page(home / REPORT[0], folders) for home, folders in pages.items()}
-            summaries = [plan.named() for plan, *_ in found]
-        terminal.show(*as_text(page.evaluation_table(summaries)), "")
-        terminal.show(*page.notes_on_teachers(summaries), *(f"left out: {note}" for note in left_out))
-        for home, has_column in whole.items():
-            older = "" if has_column else " (an older page, whose table of results kcd report alone makes anew)"
-            terminal.show(f"report: {home / REPORT[0]}{older}")
+            reports = [home / REPORT[0] for home in homes]
+            for report in reports:
+                page.write(report, [report.parent])
+            summaries = [plan.named() for plan in evaluated]
+        terminal.show(*as_text(tables.evaluation_table(summaries)), "")
+        terminal.show(*tables.notes_on_teachers(summaries), *(f"left out: {note}" for note in left_out))
+        terminal.show(*(f"report: {report}" for report in reports))
 
-    def _pages(self, asked: dict[Path, Path]) -> dict[Path, list[Path]]:
-        """The runs by the folder that has their page; `asked` takes those to be evaluated, each once.
+    def _found(self) -> tuple[list[Path], list[Path]]:
+        """Return the folders of the runs, and those whose report shows one of them.
 
-        A page that is there already and shows one of them too, as that of all seeds does, is among these.
+        Reports of a run, of all seeds and of a demo are among these where they exist; others are made.
         """
-        pages: dict[Path, list[Path]] = {}
-        for path in self.runs:
-            pages |= runs.pages(path)
-        for folders in pages.values():
-            for folder in folders:
-                asked.setdefault(folder.resolve(), folder)
-        known = {home.resolve() for home in pages}
+        asked = {folder.resolve(): folder for path in self.runs for folder in runs.find(path)}
+        homes = {home.resolve(): home for path in self.runs for home in runs.runs_by_report(path)}
         for folder in asked.values():
-            for home in runs.homes(folder):
-                if (home / REPORT[0]).exists() and home.resolve() not in known:
-                    known.add(home.resolve())
-                    pages[home] = runs.find(home)
-        return pages
+            for home in runs.report_dirs(folder):
+                if (home / REPORT[0]).exists():
+                    homes.setdefault(home.resolve(), home)
+        return list(asked.values()), list(homes.values())
 
     def _checked(self) -> list[tuple[str, str]] | None:
         """The pairs of layers; raises TypeError or ValueError for what takes no run to find out."""
@@ -176,16 +170,18 @@ class Evaluate:
 
     def _plan(self, run: runs.Run, loaded: Callable, found: Callable) -> "_Plan":
         """Raises one of CANNOT where the run cannot be evaluated."""
-        weights, told = run.folder / WEIGHTS, _Told.by(run)
+        weights, told = run.folder / WEIGHTS, run.metadata
         if run.summary is None or run.unfinished or not weights.is_file():
             raise ValueError(f"is no finished run: it has no {WEIGHTS}, or fewer epochs than it was to have")
-        if self.teacher is None and told.digest is None:
+        if self.teacher is None and told.teacher is None:
             raise ValueError("was distilled from no teacher: --teacher says whom to compare its student with")
-        data = loaded(**told.checked_data())
-        if told.test_samples != digest_of_samples(data.test):
+        data = loaded(**_load_options(told))
+        if told.config.get("test_samples") != digest_of_samples(data.test):
             raise ValueError(f"was tested on other images than those that {told.data['spec']!r} holds now")
         runs.check_weights(run.folder)
-        student = Teacher(told.checked_student(), teachers.read(weights).tensors, weights)
+        if told.student is None:
+            raise ValueError("config.json does not say which network was trained, so its weights cannot be read")
+        student = Teacher(told.student, teachers.read(weights).tensors, weights)
         if self.teacher is None:
             teacher = _own_teacher(run.folder, told, data, found)
         else:
@@ -195,63 +191,10 @@ class Evaluate:
                     f"teacher must be the folder of a trained run or a file of weights, got {self.teacher!r}"
                 )
         network = teacher.build(data, SEED)
-        if told.teacher_normalisation is not None and digest(network.state_dict()) == told.digest:
+        if told.teacher_normalisation is not None and digest(network.state_dict()) == told.teacher:
             teacher = replace(teacher, normalisation=told.teacher_normalisation)  # given images as in training
             network = teacher.build(data, SEED)
         return _Plan(run, data, student, teacher, student.build(data, SEED), network)
-
-
-@dataclass(frozen=True)
-class _Told:
-    """What a run's config.json says; nothing of it was tried yet."""
-
-    student: object
-    data: Mapping[str, object]
-    test_samples: object
-    digest: str | None
-    """Of the teacher's weights; None: there was no teacher."""
-    teacher_network: str | None
-    teacher_path: str | None
-    teacher_normalisation: Normalisation | None
-    """Of the images that the teacher was given; None: a run of before it was recorded, or no teacher."""
-
-    @classmethod
-    def by(cls, run: runs.Run) -> "_Told":
-        """Raises ValueError where the file is damaged."""
-        config = run.config
-        about = config.get("about") or {}
-        network, path = about.get("teacher_network"), about.get("teacher_path")
-        teacher = about.get("teacher")
-        if network is None and isinstance(teacher, str):  # a run of before there were these two
-            network, _, path = teacher.partition(" of ")
-        texts = {"teacher": config.get("teacher"), "teacher_network": network or None, "teacher_path": path or None}
-        for name, text in texts.items():
-            if text is not None and not isinstance(text, str):
-                raise ValueError(f"config.json is damaged: {name} must be text, got {text!r:.40}")
-        data, path = about.get("data") or {}, run.folder / "config.json"
-        found = about.get("teacher_normalisation")
-        given = None if found is None else runs.checked_normalisation(path, found)
-        if data.get("mean") is not None:
-            data = {**data, **runs.checked_normalisation(path, data)._asdict()}
-        return cls(about.get("student"), data, config.get("test_samples"), *texts.values(), given)
-
-    def checked_student(self) -> str:
-        """The student's network. Raises ValueError where it is not told."""
-        if not isinstance(self.student, str):
-            raise ValueError("config.json does not say which network was trained, so its weights cannot be read")
-        return self.student
-
-    def checked_data(self) -> dict[str, object]:
-        """What `load` takes. Raises ValueError where it is something else."""
-        if "spec" not in self.data:
-            raise ValueError(
-                "config.json does not say which images the run was tested on: kcd_ext.evaluation.evaluate takes networks and "
-                "images themselves"
-            )
-        for name, value in self.data.items():
-            if name not in DATA or not isinstance(value, DATA[name]):
-                raise ValueError(f"config.json is damaged: data must not hold {name}={value!r:.40}")
-        return dict(self.data)
 
 
 @dataclass(frozen=True)
@@ -291,7 +234,7 @@ class _Plan:
             "teacher_network": self.of_teacher.network,
             "teacher_path": str(self.of_teacher.origin),
             "teacher": digest(self.teacher.state_dict()),
-            "run": runs.student_of(self.run.folder),
+            "run": runs.fingerprint(self.run.folder),
             "evaluation": evaluation.as_json(),
             "threads": threads,
             "versions": versions(),
@@ -299,8 +242,8 @@ class _Plan:
         files.write_json(self.run.folder / runs.EVALUATION, content)
 
     def named(self) -> Summary:
-        """What was written, by its folder, which tells runs of all commands apart."""
-        return runs.evaluated(replace(self.run.summary, method=_shown(self.run.folder)), self.run.folder)
+        """Return what was written, by its folder, which tells runs of all commands apart."""
+        return replace(runs.with_evaluation(self.run), method=_shown(self.run.folder))
 
 
 def _shown(folder: Path) -> str:
@@ -308,65 +251,62 @@ def _shown(folder: Path) -> str:
     return folder.resolve().name if folder.name in ("", "..") else str(folder)
 
 
+def _load_options(told: RunMetadata) -> dict[str, object]:
+    """Return what `load` takes to give a run's images. Raises ValueError where config.json does not say."""
+    if "spec" not in told.data:
+        raise ValueError(
+            "config.json does not say which images the run was tested on: kcd_ext.evaluation.evaluate takes networks and "
+            "images themselves"
+        )
+    for name, value in told.data.items():
+        if name not in DATA or not isinstance(value, DATA[name]):
+            raise ValueError(f"config.json is damaged: data must not hold {name}={value!r:.40}")
+    return dict(told.data)
+
+
 def _loaded(**options: object) -> ImageData:
     return load(options.pop("spec"), **options)
 
 
-def _own_teacher(folder: Path, told: _Told, data: ImageData, found: Callable) -> Teacher:
+def _own_teacher(folder: Path, told: RunMetadata, data: ImageData, found: Callable) -> Teacher:
     """The teacher that a run was distilled from: beside it, or where config.json says it was.
 
     Raises ValueError where none of these has its weights.
     """
-    places: dict[Path, str | None] = {folder / TEACHER: None, folder.resolve().parent / TEACHER: None}
-    if told.teacher_path is not None:
-        places[Path(told.teacher_path)] = told.teacher_network
+    places = runs.teacher_dirs(folder, told.teacher_path)
     looked = []
-    for path, network in places.items():
+    for path in places:
         weights = path / WEIGHTS if path.is_dir() else path
         if not weights.is_file():
             continue
         try:
-            teacher = found(str(path), network, None)
+            teacher = found(str(path), told.teacher_network, None)
             has = digest(teacher.build(data, SEED).state_dict())
         except ValueError as error:
             looked.append(str(error))
             continue
-        if has == told.digest:
+        if has == told.teacher:
             return teacher
         looked.append(f"{path} has other weights ({has})")
     where = "; ".join(looked) or f"none is in {', '.join(map(str, places))}"
     raise ValueError(
-        f"the teacher that it was distilled from (weights {told.digest}) is not found, {where}: --teacher says which"
+        f"the teacher that it was distilled from (weights {told.teacher}) is not found, {where}: --teacher says which"
     )
 
 
-def _check_targets(pages: Mapping[Path, Sequence[Path]], plans: Sequence[_Plan]) -> None:
-    """Raises ValueError where what is about to be written cannot be, or the pages cannot show what is there already."""
-    planned = {plan.run.folder.resolve() for plan in plans}
-    for home, folders in pages.items():
-        if (home / REPORT[0]).exists():
-            page.check_page(home / REPORT[0])
-        elif (home / REPORT[1]).is_dir():
-            raise ValueError(f"{home / REPORT[1]} is no file")
-        for folder in folders:
-            if folder.resolve() not in planned:
-                _shown_on_page(folder)
-            elif (folder / runs.EVALUATION).is_dir():
-                raise ValueError(f"{folder / runs.EVALUATION} is no file")
+def _shows(home: Path, plans: Sequence[_Plan]) -> bool:
+    """Return whether the report of a folder shows one of these runs."""
+    shown = {folder.resolve() for folder in runs.find(home)}
+    return any(plan.run.folder.resolve() in shown for plan in plans)
 
 
-def _shown_on_page(folder: Path) -> Summary | None:
-    run = runs.read(folder)
-    return None if run.summary is None else runs.evaluated(run.summary, folder)
-
-
-def _write_page(target: Path, folders: Sequence[Path]) -> bool:
-    """Puts the evaluations of these runs into their page, which is made where there is none.
-
-    Says whether its table of results has them too, which one that an older version has made has not.
-    """
-    if not target.exists():
-        Report((target.parent,), target).write()
-        return True
-    summaries = [summary for summary in map(_shown_on_page, folders) if summary is not None]
-    return page.place_evaluations(target, summaries)
+def _check_targets(homes: Sequence[Path], plans: Sequence[_Plan]) -> None:
+    """Raise ValueError where what is about to be written cannot be, or the reports cannot show what is there already."""
+    targets = [plan.run.folder / runs.EVALUATION for plan in plans]
+    targets += [home / name for home in homes for name in REPORT]
+    for target in targets:
+        if target.is_dir():
+            raise ValueError(f"{target} is no file")
+    outdated = {plan.run.folder.resolve() for plan in plans}
+    for home in homes:
+        compare([home], outdated)

@@ -13,10 +13,9 @@ import torch
 
 from .. import files, processes, terminal
 from ..data.images import ImageData, ImageSet
-from ..environment import versions
-from ..reports import page, runs
-from ..reports.runs import Normalisation
-from ..reports.tables import as_text, cells
+from ..reports import page, ranking, runs
+from ..reports.runs import TEACHER, Normalisation
+from ..reports.tables import as_text
 from ..training.device import threads
 from ..training.folder import ENTRIES, WEIGHTS
 from ..training.identity import check_same, digest_of_samples
@@ -28,7 +27,6 @@ from .progress import Bar, bar_over, note, warnings_as_notes
 from .teachers import Teacher
 from .threads import Threads, announcement, choose, step_flops
 
-TEACHER = "teacher"
 REPORT = ("report.html", "report.png")
 
 
@@ -98,13 +96,11 @@ class Job:
                     note(line)
             try:
                 with warnings_as_notes():
-                    summaries = _as_measured(list(self._summaries()))
+                    summaries = list(self._summaries())
             except KeyboardInterrupt:
                 raise KeyboardInterrupt(f"--resume goes on with what is in {self.output}") from None
             if first:
                 self._report(summaries)
-                terminal.show(*as_text(cells(summaries)), *page.notes_on_agreement(summaries), "")
-                terminal.show(f"report: {self.output / REPORT[0]}")
 
     def _choose_threads(self) -> dict[Path, Threads]:
         """Choose the threads of the run in each folder. Raises ValueError where a config.json there is damaged."""
@@ -149,7 +145,7 @@ class Job:
 
     def _check_begun(self, network: str, recipe: Recipe, folder: Path) -> None:
         """Raises ValueError where the run in a folder differs from this one in what is known before there is a teacher."""
-        config = runs.config_of(folder)
+        config = runs.metadata_of(folder).config
         there = config.get("about") or {}
         there = {**(there.get("data") or {}), **there, **config}
         here = about(self.command, self.data, self.data_options, network, None)
@@ -188,35 +184,43 @@ class Job:
         return None if self.teacher is None else self.teacher.build(self.data, self.recipes[0].seed)
 
     def _summaries(self) -> Iterator[Summary]:
-        """One after the other: the teacher's, if there is one, and every seed's."""
+        """Train one after the other: the teacher, if nobody has yet, and a student by every seed. Yield the students'."""
         to_do, found = self._runs(), self.teacher
-        if found is not None and not self._trains_teacher:
-            yield from self._teacher_summary(found.origin)
+        teacher_run = self._teacher_run(found.origin) if found is not None and not self._trains_teacher else {}
         with bar_over(len(to_do), self.recipes[0].epochs) as bar:
             if self._trains_teacher:
                 network, recipe, folder = to_do.pop(0)
-                yield replace(self._distilled(network, None, recipe, folder, bar), method=TEACHER)
+                self._distilled(network, None, recipe, folder, bar, {})
                 # As every process finds it, and every later run: the file of the first one.
                 found = replace(found, weights=teachers.read(folder / WEIGHTS).tensors, origin=folder)
+                teacher_run = runs.fingerprint(folder)
             for network, recipe, folder in to_do:
-                yield self._distilled(network, found, recipe, folder, bar)
+                yield self._distilled(network, found, recipe, folder, bar, teacher_run)
 
-    def _teacher_summary(self, origin: Path) -> Iterator[Summary]:
-        """That of the teacher's own run, where its folder still has it and it is of these images, however normalised."""
+    def _teacher_run(self, origin: Path) -> dict[str, str]:
+        """Return the fingerprint of the teacher's own run, where it is of these images, however normalised; else nothing."""
         if not (origin / "metrics.jsonl").exists():
-            return
+            return {}
         run, images = runs.read(origin), self.data.test
         own = self.teacher.differing(self.data)
         if own is not None:
             images = ImageSet(images.images, images.labels, replace(images.views, mean=own.mean, std=own.std))
-        if run.config.get("test_samples") != digest_of_samples(images):
-            dataset = (run.config.get("about") or {}).get("dataset")
-            of = "other images" if dataset in (None, self.data.name) else dataset
-            note(f"warning: teacher {origin} was trained on {of}, not on this {self.data.name}")
-        elif run.summary is not None:
-            yield replace(run.summary, method=TEACHER)  # whomever it was compared with, that is not of this page
+        if run.metadata.config.get("test_samples") == digest_of_samples(images):
+            return runs.fingerprint(origin)
+        dataset = (run.metadata.config.get("about") or {}).get("dataset")
+        of = "other images" if dataset in (None, self.data.name) else dataset
+        note(f"warning: teacher {origin} was trained on {of}, not on this {self.data.name}")
+        return {}
 
-    def _distilled(self, network: str, teacher: Teacher | None, recipe: Recipe, folder: Path, bar: Bar) -> Summary:
+    def _distilled(
+        self,
+        network: str,
+        teacher: Teacher | None,
+        recipe: Recipe,
+        folder: Path,
+        bar: Bar,
+        teacher_run: Mapping[str, str],
+    ) -> Summary:
         with threads(self.chosen[folder].count):
             summary = distill(
                 teachers.build(network, self.data, recipe.seed),
@@ -234,40 +238,21 @@ class Job:
                     network,
                     None if teacher is None else self.teacher,
                     {recipe.label: self.chosen[home].count for _, recipe, home in self._runs()},
+                    {"title": f"{recipe.label} on {self.data.name}: {network}", "options": self.options},
+                    teacher_run,
                 ),
             )
         bar.end()
-        return runs.evaluated(summary, folder)
+        if processes.number() == 0:
+            ranking.write(folder, summary, self.data.train, self.data.class_names)
+        return summary
 
     def _report(self, summaries: Sequence[Summary]) -> None:
-        students, views = summaries[-len(self.recipes) :], self.data.test.views
-        if len(students) > 1:
+        if len(summaries) > 1:
             seeds = [recipe.seed for recipe in self.recipes]
-            files.write_json(self.output / "summary.json", results(self.data.name, seeds, students))
-        page.write(
-            self.output / REPORT[0],
-            title=f"{students[0].method} on {self.data.name}: {self.student}",
-            summaries=summaries,
-            reference=TEACHER,
-            ranking=page.rank_images(
-                students[0], self.data.train.images, self.data.train.labels, self.data.class_names
-            ),
-            class_names=self.data.class_names,
-            config={
-                "command": self.command,
-                "options": self.options,
-                "normalisation": {"mean": views.mean, "std": views.std},
-                "versions": versions(),
-            },
-        )
-
-
-def _as_measured(summaries: list[Summary]) -> list[Summary]:
-    """The same, the teacher's own with the accuracy that it had when it taught: on these images, normalised as there."""
-    teacher, measured = summaries[0], summaries[-1].teacher_accuracy
-    if teacher.method != TEACHER or measured is None:
-        return summaries
-    return [replace(teacher, accuracy_last=measured), *summaries[1:]]
+            files.write_json(self.output / "summary.json", results(self.data.name, seeds, summaries))
+        report = page.write(self.output / REPORT[0], [self.output])
+        terminal.show(*as_text(report.tables[0]), *report.notes, "", f"report: {self.output / REPORT[0]}")
 
 
 def about(
@@ -277,12 +262,15 @@ def about(
     student: str,
     teacher: Teacher | None,
     threads: Mapping[str, int] = MappingProxyType({}),
+    page: Mapping[str, object] = MappingProxyType({}),
+    teacher_run: Mapping[str, str] = MappingProxyType({}),
 ) -> dict[str, object]:
     """What config.json says of a run, so that it can be read without its command: `load(**data)` gives its images.
 
     "teacher_path" is where the teacher's weights were read; None where the command itself has trained them, beside the run.
     "teacher_normalisation" is that of the images which the teacher was given. "threads" are those of all runs of the command, by
-    label: one that is interrupted may go on elsewhere before it has begun them all.
+    label, in their order: one that is interrupted may go on elsewhere before it has begun them all. "teacher_run" is the
+    fingerprint of the teacher's own run on these images. "page" is what reports show as it is: "title", "options" and more.
     """
     views, trained = data.train.views, teacher is not None and teacher.origin is not None
     own = Normalisation(views.mean, views.std)
@@ -301,4 +289,11 @@ def about(
         "teacher_path": str(teacher.origin.absolute()) if trained else None,
         "teacher_normalisation": None if given is None else given._asdict(),
         "threads": dict(threads),
+        "teacher_run": dict(teacher_run),
+        "page": {
+            "command": command,
+            "normalisation": {"mean": data.test.views.mean, "std": data.test.views.std},
+            "class_names": data.class_names,
+            **page,
+        },
     }

@@ -1,31 +1,28 @@
-"""Reads what runs have left: JSON alone, and nothing in it is believed before it was looked at."""
+"""Load and validate run folders."""
 
-import json
-import sys
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
 
+from ..checks import check_float, check_int
+from ..condensation.random_keys import MAX_SEED
 from ..describe import describe
 from ..evaluation import Evaluation
-from ..files import read_regular
+from ..files import read_json, read_lines, read_regular
 from ..training import checkpoint
 from ..training.device import MOST_THREADS
 from ..training.folder import SUMS, WEIGHTS
 from ..training.summary import ComparedWith, Summary
 
-# In the folder of several seeds, and in that of a demo.
-PLACES = ("seed-*/config.json", "checkpoint/seed-*/*/config.json")
-# In a folder that holds such folders.
-FURTHER = ("*/config.json", *(f"*/{place}" for place in PLACES))
+RUN_GLOBS = ("seed-*/config.json", "checkpoint/seed-*/*/config.json")  # in the folder of several seeds, of a demo
 EVALUATION = "evaluation.json"
-TEACHER = ("teacher_network", "teacher_path", "teacher")  # what it says of the teacher
+TEACHER = "teacher"  # what tables call it, and the folder of one that a command has trained
 OF_A_STUDENT = ("metrics.jsonl", WEIGHTS)  # files that no two students have the same of
-COUNTS = ("sample_visits", "teacher_visits")
-NUMBERS = ("accuracy", "seconds")
-MAY_LACK = {"flops": None, "condensation_seconds": 0.0}  # of every number: what takes its place
+OPTIONAL = {"flops": None, "condensation_seconds": 0.0}  # entries of a metrics line that older versions lack
 
 
 class Normalisation(NamedTuple):
@@ -36,148 +33,226 @@ class Normalisation(NamedTuple):
 
 
 @dataclass(frozen=True)
+class RunMetadata:
+    """What config.json says of a run. Its networks and data have not been tried."""
+
+    config: Mapping[str, object]
+    """All of it."""
+    label: str
+    seed: int
+    epochs: int
+    """That the recipe asks for."""
+    threads: int | None
+    """That it was last started with."""
+    planned_threads: Mapping[str, int]
+    """Those of all runs of its command, by label, in their order."""
+    student: str | None
+    """The network. None, as for all below: the file does not say."""
+    data: Mapping[str, object]
+    """What `kcd_ext.data.images.load` takes."""
+    teacher: str | None
+    """The digest of the teacher's weights; None: there was no teacher."""
+    teacher_network: str | None
+    teacher_path: str | None
+    """Where its weights were read; None: beside the run."""
+    teacher_normalisation: Normalisation | None
+    """Of the images that the teacher was given."""
+    teacher_run: Mapping[str, str]
+    """The `fingerprint` of the teacher's own run on these images; empty where it has none."""
+    teacher_accuracy: float | None
+    """As measured before training, percent."""
+    page: Mapping[str, object]
+    """What the command adds to its page: title, command, options, normalisation, class_names."""
+
+    @classmethod
+    def from_config(cls, config: dict) -> "RunMetadata":
+        """Return what the content of a config.json says. Raises KeyError, TypeError or ValueError where it is damaged."""
+        recipe, about = _object(config, "recipe"), _object(config, "about")
+        data, given = _object(about, "data"), _object(about, "teacher_normalisation")
+        for name in ("condense", "options"):
+            _object(recipe, name)
+        if data.get("mean") is not None:
+            data = {**data, **_normalisation(data)._asdict()}
+        network, path = _text(about, "teacher_network"), _text(about, "teacher_path")
+        if network is None:  # a run of before there were these two
+            network, _, path = (_text(about, "teacher") or "").partition(" of ")
+        accuracy, threads = config.get("teacher_accuracy"), config.get("threads")
+        page = _object(about, "page")
+        if not all(isinstance(name, str) for name in [page.get("title", ""), *page.get("class_names", ())]):
+            raise TypeError("title and class_names must be text")
+        return cls(
+            config=config,
+            label=_readable(config.get("label") or recipe.get("name") or recipe["method"]),
+            seed=check_int("seed", recipe["seed"], 0, MAX_SEED),
+            epochs=check_int("epochs", recipe["epochs"], 1),
+            threads=None if threads is None else check_int("threads", threads, 1, MOST_THREADS),
+            planned_threads={
+                label: check_int("threads", count, 1, MOST_THREADS)
+                for label, count in _object(about, "threads").items()
+            },
+            student=_text(about, "student"),
+            data=data,
+            teacher=_text(config, "teacher"),
+            teacher_network=network or None,
+            teacher_path=path or None,
+            teacher_normalisation=_normalisation(given) if given else None,
+            teacher_run=_object(about, "teacher_run"),
+            teacher_accuracy=None if accuracy is None else _percent("teacher_accuracy", accuracy),
+            page=page,
+        )
+
+
+@dataclass(frozen=True)
 class Run:
     """A run, finished or not."""
 
     folder: Path
-    config: Mapping[str, object]
-    """Its config.json: the recipe, facts about data and networks, versions."""
-    epochs: int
-    """That the recipe asks for."""
+    metadata: RunMetadata
     summary: Summary | None
     """Up to the last epoch that ended; None: the first has not."""
 
     @property
     def label(self) -> str:
         """What tables call it."""
-        recipe = self.config["recipe"]
-        name = self.config.get("label") or recipe.get("name") or recipe.get("method")
-        return self.summary.method if self.summary is not None else _readable(name)
-
-    @property
-    def seed(self) -> int:
-        """Of the recipe."""
-        return self.config["recipe"]["seed"]
+        return self.metadata.label if self.summary is None else self.summary.method
 
     @property
     def unfinished(self) -> str:
         """How far it is; empty once it is finished."""
-        done = len(self.summary.history) if self.summary is not None else 0
-        return f"{self.folder}: {done} of {self.epochs} epochs" if done < self.epochs else ""
+        done, epochs = 0 if self.summary is None else len(self.summary.history), self.metadata.epochs
+        return f"{self.folder}: {done} of {epochs} epochs" if done < epochs else ""
 
 
 def find(path: Path) -> list[Path]:
-    """The folders of the runs in `path`: itself, those of its seeds, those of a demo, or all in a folder of such.
+    """Return the folders of the runs in `path`: itself, those of its seeds, those of a demo, or all in a folder of such.
 
     Raises ValueError where there is none.
     """
     if _is_run(path / "config.json"):
         return [path]
-    found = [config.parent for place in PLACES for config in path.glob(place) if _is_run(config)]
-    if not found:
-        found = [config.parent for place in FURTHER for config in path.glob(place) if _may_be_run(config)]
+    found = [config.parent for glob in RUN_GLOBS for config in path.glob(glob) if _is_run(config)]
+    for glob in () if found else ("*/config.json", *(f"*/{glob}" for glob in RUN_GLOBS)):
+        for config in path.glob(glob):
+            with suppress(ValueError):  # files of others may be here
+                if _is_run(config):
+                    found.append(config.parent)
     if not found:
         raise ValueError(f"{path} is no folder of a run, of several seeds or of a demo, nor of such folders")
     return sorted(found, key=lambda folder: [(len(part), part) for part in folder.parts])  # seed-9 before seed-10
 
 
-def pages(path: Path) -> dict[Path, list[Path]]:
-    """The runs that `find` finds, by the folder that has their page: `path`, or the folders in it that have pages each.
+def runs_by_report(path: Path) -> dict[Path, list[Path]]:
+    """Return the runs that `find` finds by the folder that has their report: `path`, or those in it that have one each.
 
     Raises as `find` does.
     """
+    own = _is_run(path / "config.json") or any(_is_run(config) for glob in RUN_GLOBS for config in path.glob(glob))
     found: dict[Path, list[Path]] = {}
-    own = _is_run(path / "config.json") or any(_is_run(config) for place in PLACES for config in path.glob(place))
     for folder in find(path):
         found.setdefault(path if own else path / folder.relative_to(path).parts[0], []).append(folder)
     return found
 
 
-def homes(folder: Path) -> list[Path]:
-    """The folders whose page shows a run: its own, that of its seeds, that of its demo."""
+def report_dirs(folder: Path) -> list[Path]:
+    """Return the folders whose report shows a run: its own, that of its seeds, that of its demo."""
     found = [folder]
-    for place in PLACES:
-        steps = place.count("/")
-        if (folder.resolve() / "config.json").match(place):
+    for glob in RUN_GLOBS:
+        steps = glob.count("/")
+        if (folder.resolve() / "config.json").match(glob):
             plain = folder if len(folder.parts) >= steps and ".." not in folder.parts else folder.resolve()
             found.append(plain.parents[steps - 1])
-    return [home for home in found if folder.resolve() in [held.resolve() for held in find(home)]]
+    return [home for home in found if folder.resolve() in [run.resolve() for run in find(home)]]
 
 
 def read(folder: Path) -> Run:
-    """The run in a folder, without what `kcd evaluate` has left there (`evaluated`).
+    """Return the run in a folder, without what `kcd evaluate` has left there (`with_evaluation`).
 
     Raises:
-        ValueError: a file is damaged or holds something else; says which.
+        ValueError: a file is damaged; says which.
         OSError: a file cannot be read.
     """
-    config = config_of(folder)
-    recipe = config["recipe"]
-    lines = _history(folder / "metrics.jsonl")
-    run = Run(folder, config, _number(folder / "config.json", recipe, "epochs", int), None)
-    seed = _number(folder / "config.json", recipe, "seed", int)
-    method = _label(folder / "summary.json") or run.label
-    if len(lines) > run.epochs:
-        raise ValueError(f"{folder / 'metrics.jsonl'} is damaged: {len(lines)} epochs of {run.epochs}")
-    accuracy = _teacher_accuracy(folder / "config.json", config)
-    return Run(folder, config, run.epochs, _summary(method, seed, lines, accuracy) if lines else None)
+    metadata, results, metrics = metadata_of(folder), folder / "summary.json", folder / "metrics.jsonl"
+    method = read_json(results, _method) if results.exists() else metadata.label
+    lines = read_lines(metrics, _epoch) if metrics.exists() else []
+    if [line["epoch"] for line in lines] != list(range(1, len(lines) + 1)) or len(lines) > metadata.epochs:
+        raise ValueError(f"{metrics} is damaged: its lines are not those of epochs 1, 2, ... up to {metadata.epochs}")
+    if len({len(step["classes"]) for line in lines if (step := line["condensation"]) and step["classes"]}) > 1:
+        raise ValueError(f"{metrics} is damaged: classes must be as many in every line")
+    if not lines:
+        return Run(folder, metadata, None)
+    summary = Summary(
+        method=method,
+        seed=metadata.seed,
+        accuracy_last=lines[-1]["accuracy"],
+        accuracy_best=max(line["accuracy"] for line in lines),
+        **{name: lines[-1][name] for name in ("sample_visits", "teacher_visits", "seconds", *OPTIONAL)},
+        teacher_accuracy=metadata.teacher_accuracy,
+        history=lines,
+    )
+    return Run(folder, metadata, summary)
 
 
-def content_of(path: Path) -> dict:
-    """Return the object in a JSON file. Raises ValueError where it holds anything else, OSError where it cannot be read."""
-    return _object(path, _content(path))
+def metadata_of(folder: Path) -> RunMetadata:
+    """Return what config.json says. Raises ValueError where it is damaged, OSError where it cannot be read."""
+    return read_json(folder / "config.json", RunMetadata.from_config)
 
 
-def config_of(folder: Path) -> dict:
-    """Its config.json. Raises ValueError where that is damaged, or not of a run; OSError where it cannot be read."""
-    path = folder / "config.json"
-    config = content_of(path)
-    recipe, about = config.get("recipe"), config.get("about") or {}
-    if not isinstance(recipe, dict):
-        raise ValueError(f"{path} is not that of a run: it has no recipe")
-    for name, part in {
-        "about": about,
-        "data": about.get("data") if isinstance(about, dict) else None,
-        "condense": recipe.get("condense"),
-        "options": recipe.get("options"),
-    }.items():
-        if not isinstance(part or {}, dict):
-            raise ValueError(f"{path} is damaged: {name} must be an object, got {describe(part)}")
-    return config
-
-
-def evaluated(summary: Summary, folder: Path) -> Summary:
-    """The summary of the run in a folder with what `kcd evaluate` has left there, if anything.
+def with_evaluation(run: Run) -> Summary:
+    """Return the summary of a run with what `kcd evaluate` has left there, if anything.
 
     Raises ValueError where that file is damaged, or of another student; OSError where a file cannot be read.
     """
-    path = folder / EVALUATION
+    path = run.folder / EVALUATION
     if not path.exists():
-        return summary
-    found = content_of(path)
-    try:
-        evaluation = Evaluation.from_json(found.get("evaluation"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
-    for name, of in {**dict.fromkeys(TEACHER, found), **dict.fromkeys(OF_A_STUDENT, found.get("run"))}.items():
-        if not isinstance(of, dict) or not isinstance(of.get(name), str):
-            raise ValueError(
-                f"{path} is damaged: {name} must be text, got {of.get(name) if isinstance(of, dict) else of!r:.40}"
-            )
-    for name, has in student_of(folder).items():
-        if found["run"][name] != has:
-            raise ValueError(
-                f"{path} is of another student: {name} is not the one that was evaluated; remove it, or kcd evaluate makes it anew"
-            )
-    network, origin, weights = (_readable(found[name]) for name in TEACHER)
-    own = config_of(folder).get("teacher") == weights
-    return replace(summary, evaluation=evaluation, compared_with=ComparedWith(network, origin, weights, own))
+        return run.summary
+
+    def parse(content: dict) -> tuple[Evaluation, ComparedWith, dict]:
+        teacher = [_text(content, name) for name in ("teacher_network", "teacher_path", "teacher")]
+        if None in teacher:
+            raise ValueError("it does not say which teacher the student was compared with")
+        own = run.metadata.teacher == teacher[-1]
+        compared_with = ComparedWith(*map(_readable, teacher), own)
+        return Evaluation.from_json(content["evaluation"]), compared_with, _object(content, "run")
+
+    evaluation, compared_with, of = read_json(path, parse)
+    check_fingerprint(path, of, fingerprint(run.folder))
+    return replace(run.summary, evaluation=evaluation, compared_with=compared_with)
 
 
-def student_of(folder: Path) -> dict[str, str]:
-    """What tells the student in a folder from all others: file -> 16 hexadecimal digits, of the files that there are."""
-    files = {name: folder / name for name in OF_A_STUDENT}
-    return {name: sha256(_content(path)).hexdigest()[:16] for name, path in files.items() if path.exists()}
+def fingerprint(folder: Path, names: Sequence[str] = OF_A_STUDENT) -> dict[str, str]:
+    """Return what tells the student in a folder from all others: file -> 16 hexadecimal digits, of the files that exist."""
+    files = {name: folder / name for name in names}
+    return {name: sha256(read_regular(path)).hexdigest()[:16] for name, path in files.items() if path.exists()}
+
+
+def check_fingerprint(path: Path, recorded: Mapping[str, object], actual: Mapping[str, str]) -> None:
+    """Raise ValueError where the file at `path` was made of another student than the one beside it."""
+    for name, digest in actual.items():
+        if recorded.get(name) != digest:
+            raise ValueError(
+                f"{path} is of another student: {name} is not the one that it was made of; remove it, and run the command "
+                "that makes it again"
+            )
+
+
+def teacher_dirs(folder: Path, path: str | None) -> list[Path]:
+    """Return where the teacher of the run in `folder` may be: beside it, or at the `path` that its config.json names."""
+    beside = [folder / TEACHER, folder.resolve().parent / TEACHER]
+    return beside if path is None else [*beside, Path(path)]
+
+
+def teacher_of(run: Run) -> Run | None:
+    """Return the run that trained the teacher of `run` on the same images; None where it is not to be found.
+
+    Its accuracy is the one that was measured when it taught.
+    """
+    recorded = run.metadata.teacher_run
+    for place in teacher_dirs(run.folder, run.metadata.teacher_path) if recorded else []:
+        if place.is_dir() and fingerprint(place) == recorded and (found := read(place)).summary is not None:
+            measured = run.metadata.teacher_accuracy
+            accuracy = found.summary.accuracy_last if measured is None else measured
+            return replace(found, summary=replace(found.summary, method=TEACHER, accuracy_last=accuracy))
+    return None
 
 
 def check_weights(folder: Path) -> None:
@@ -190,197 +265,116 @@ def check_weights(folder: Path) -> None:
         OSError: a file cannot be read.
     """
     path = folder / "summary.json"
-    sums = content_of(path).get(SUMS, {}) if path.exists() else {}
-    if not isinstance(sums, dict):
-        raise ValueError(f"{path} is damaged: {SUMS} must be an object, got {type(sums).__name__}")
-    if WEIGHTS in sums and sha256(_content(folder / WEIGHTS)).hexdigest() != sums[WEIGHTS]:
+    sums = read_json(path, lambda content: _object(content, SUMS)) if path.exists() else {}
+    if WEIGHTS in sums and sha256(read_regular(folder / WEIGHTS)).hexdigest() != sums[WEIGHTS]:
         raise ValueError(f"{folder / WEIGHTS} is not as the run wrote it: its SHA-256 is not that in {path.name}")
 
 
 def network_of(folder: Path) -> str:
-    """The network that was trained in a run's folder. Raises ValueError where its config.json does not say."""
-    about = config_of(folder).get("about")
-    network = about.get("student") if isinstance(about, Mapping) else None
-    if not isinstance(network, str):
+    """Return the network that was trained in a run's folder. Raises ValueError where its config.json does not say."""
+    network = metadata_of(folder).student
+    if network is None:
         raise ValueError(f"{folder / 'config.json'} does not say which network was trained: give teacher_network")
     return network
 
 
-def threads_of(folder: Path) -> int | None:
-    """Return the threads of torch's by which the last epoch of the run in a folder was computed; None where no file says it.
-
-    Of a run without a checkpoint they are those it was last started with. Raises ValueError where config.json is damaged.
-    """
-    path = folder / "config.json"
-    config = config_of(folder) if path.exists() else {}
-    started = None if config.get("threads") is None else _threads(path, config, "threads")
-    found = checkpoint.facts_of(folder / "checkpoint")
-    return _threads(folder / "checkpoint", found, "threads") if "threads" in found else started
-
-
-def planned_threads(folder: Path) -> dict[str, int]:
-    """Return the threads that the command which has begun the run in a folder has chosen for all its runs, by label.
-
-    It is empty where config.json does not say. Raises ValueError where that file is damaged.
-    """
-    path = folder / "config.json"
-    planned = (config_of(folder).get("about") or {}).get("threads") if path.exists() else None
-    if not isinstance(planned or {}, dict):
-        raise ValueError(f"{path} is damaged: threads must be an object, got {describe(planned)}")
-    return {label: _threads(path, planned, label) for label in planned or {}}
-
-
-def _threads(path: Path, holder: Mapping, name: str) -> int:
-    threads = _number(path, holder, name, int)
-    if not 1 <= threads <= MOST_THREADS:
-        raise ValueError(f"{path} is damaged: {name} must be in [1, {MOST_THREADS}], got {threads}")
-    return threads
-
-
 def normalisation_of(folder: Path) -> Normalisation | None:
-    """That of the images which a run's folder says it was trained on; None where it does not say.
+    """Return that of the images which a run was trained on; None where its folder does not say.
 
     Raises ValueError where its config.json is damaged.
     """
-    path = folder / "config.json"
-    if not path.exists():
-        return None
-    data = (config_of(folder).get("about") or {}).get("data") or {}
-    return None if data.get("mean") is None else checked_normalisation(path, data)
+    data = metadata_of(folder).data if (folder / "config.json").exists() else {}
+    return None if data.get("mean") is None else Normalisation(data["mean"], data["std"])
 
 
-def checked_normalisation(path: Path, found: object) -> Normalisation:
-    """What a config.json says of one. Raises ValueError, naming the file, where that is none."""
-    holder = found if isinstance(found, dict) else {}
-    for name in Normalisation._fields:
-        numbers = holder.get(name)
-        if not isinstance(numbers, list) or not numbers or len(numbers) != len(holder["mean"]):
-            raise ValueError(f"{path} is damaged: {name} must be a list of numbers, got {numbers!r:.40}")
-    each = ([_number(path, {name: x}, name, float) for x in holder[name]] for name in Normalisation._fields)
-    found = Normalisation(*map(tuple, each))
-    if min(found.std) <= 0:
-        raise ValueError(f"{path} is damaged: std must be numbers > 0, got {min(found.std)}")
-    return found
+def threads_of(folder: Path) -> int | None:
+    """Return the threads of torch by which the last epoch of the run in a folder was computed; None where no file says it.
+
+    Of a run without a checkpoint they are those it was last started with. Raises ValueError where config.json is damaged.
+    """
+    started = metadata_of(folder).threads if (folder / "config.json").exists() else None
+    found = checkpoint.facts_of(folder / "checkpoint")
+    try:
+        return check_int("threads", found["threads"], 1, MOST_THREADS) if "threads" in found else started
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{folder / 'checkpoint'} is damaged: {error}") from error
 
 
-def _teacher_accuracy(path: Path, config: Mapping[str, object]) -> float | None:
-    """In percent; None where there was no teacher, or it was not measured."""
-    found = config.get("teacher_accuracy")
-    if found is not None and not 0 <= _number(path, config, "teacher_accuracy", float) <= 100:
-        raise ValueError(f"{path} is damaged: teacher_accuracy must lie in [0, 100], got {found}")
-    return found
+def planned_threads(folder: Path) -> Mapping[str, int]:
+    """Return the threads that the command which has begun the run in a folder has chosen for all its runs, by label.
+
+    Raises ValueError where config.json is damaged.
+    """
+    return metadata_of(folder).planned_threads if (folder / "config.json").exists() else {}
 
 
-def _summary(method: str, seed: int, lines: list[dict], teacher_accuracy: float | None) -> Summary:
-    accuracies, last = [line["accuracy"] for line in lines], lines[-1]
-    return Summary(
-        method=method,
-        seed=seed,
-        accuracy_last=accuracies[-1],
-        accuracy_best=max(accuracies),
-        **{name: last[name] for name in (*COUNTS, "seconds", *MAY_LACK)},
-        teacher_accuracy=teacher_accuracy,
-        history=lines,
-    )
+# --- the content of files ---------------------------------------------------------------------------------------------
 
 
 def _is_run(config: Path) -> bool:
-    return config.is_file() and isinstance(_object(config, config.read_bytes()).get("recipe"), dict)
+    return config.is_file() and isinstance(read_json(config).get("recipe"), dict)
 
 
-def _may_be_run(config: Path) -> bool:
-    """Where files of others are to be expected."""
-    try:
-        return _is_run(config)
-    except ValueError:
-        return False
+def _method(content: dict) -> str:
+    return _readable(content["results"][0]["method"])
 
 
-def _label(path: Path) -> str:
-    """What a finished run is called."""
-    if not path.exists():
-        return ""
-    results = content_of(path).get("results")
-    try:
-        return _readable(results[0]["method"])
-    except (TypeError, LookupError) as error:
-        raise ValueError(f"{path} is damaged: it has no result") from error
+def _epoch(line: dict) -> dict:
+    """Return a line of metrics.jsonl, with every number that a report draws."""
+    line = {**OPTIONAL, **line}
+    check_int("epoch", line["epoch"], 1)
+    _percent("accuracy", line["accuracy"])
+    for name in ("sample_visits", "teacher_visits"):
+        check_int(name, line[name], 0)
+    for name in ("seconds", "condensation_seconds"):
+        check_float(name, line[name], "a number >= 0", 0)
+    if line["flops"] is not None:
+        check_float("flops", line["flops"], "a number >= 0", 0)
+    return {**line, "condensation": None if line.get("condensation") is None else _step(line["condensation"])}
 
 
-def _history(path: Path) -> list[dict]:
-    """The lines of metrics.jsonl, with every number that a report draws. No file: no epoch has ended."""
-    if not path.exists():
-        return []
-    lines = []
-    for epoch, text in enumerate(_content(path).splitlines(), 1):
-        line = _object(path, text)
-        if line.get("epoch") != epoch:
-            raise ValueError(f"{path} is damaged: line {epoch} is not of epoch {epoch}")
-        numbers = {name: _number(path, line, name, int) for name in COUNTS}
-        numbers |= {name: _number(path, line, name, float) for name in NUMBERS}
-        for name, replacement in MAY_LACK.items():
-            numbers[name] = replacement if line.get(name) is None else _number(path, line, name, float)
-        lines.append({**line, **numbers, "condensation": _condensation(path, line.get("condensation"))})
-    steps = [line["condensation"]["classes"] for line in lines if line["condensation"] is not None]
-    if len({len(classes) for classes in steps if classes is not None}) > 1:
-        raise ValueError(f"{path} is damaged: classes must be as many in every line")
-    return lines
-
-
-def _condensation(path: Path, found: object) -> dict | None:
-    """What an epoch's end says of its E-step: sizes, and the histogram of the values.
-
-    Its "values" are None where samples are selected by something else than the knowledge value.
-    """
-    if found is None:
-        return None
-    if not isinstance(found, dict) or "values" not in found:
-        raise ValueError(f"{path} is damaged: condensation without a histogram of values")
-    sizes = {name: _number(path, found, name, int) for name in ("stage", "kept", "mixed")}
+def _step(found: dict) -> dict:
+    """Return what an epoch's line says of its E-step; "values" are None where samples are not ranked by value."""
+    for name in ("stage", "kept", "mixed"):
+        check_int(name, found[name], 0)
     classes = found.get("classes")  # None: of an older version, or not known
-    if classes is not None and not (isinstance(classes, list) and all(map(_is_count, classes))):
-        raise ValueError(f"{path} is damaged: classes must be counts, got {classes!r:.60}")
-    return {**found, **sizes, "classes": classes, "values": _histogram(path, found["values"])}
+    if classes is not None:
+        classes = [check_int("classes", count, 0) for count in classes]
+    if (values := found["values"]) is not None:
+        low, high = (check_float(name, values[name], "a finite number", -math.inf) for name in ("low", "high"))
+        if not low <= high or not [check_int("counts", count, 0) for count in values["counts"]]:
+            raise ValueError("the values of its condensation are no histogram")
+    return {**found, "classes": classes}
 
 
-def _histogram(path: Path, found: object) -> dict | None:
-    if found is None:
-        return None
-    counts = found.get("counts") if isinstance(found, dict) else None
-    if not isinstance(counts, list) or not counts or not all(_is_count(count) for count in counts):
-        raise ValueError(f"{path} is damaged: condensation without a histogram of values")
-    return {**{name: _number(path, found, name, float) for name in ("low", "high")}, "counts": counts}
+def _percent(name: str, value: object) -> float:
+    return check_float(name, value, "a number in [0, 100]", 0, 100)
 
 
-def _is_count(value: object) -> bool:
-    return type(value) is int and 0 <= value < 2**53
+def _normalisation(found: Mapping) -> Normalisation:
+    mean, std = (
+        tuple(check_float(name, number, "finite numbers", -math.inf) for number in found[name])
+        for name in Normalisation._fields
+    )
+    if not mean or len(mean) != len(std) or min(std) <= 0:
+        raise ValueError("mean and std must be a number each for every channel, std > 0")
+    return Normalisation(mean, std)
 
 
-def _number(path: Path, holder: Mapping, name: str, kind: type) -> int | float:
+def _object(holder: Mapping, name: str) -> dict:
     value = holder.get(name)
-    if isinstance(value, bool) or not isinstance(value, int if kind is int else int | float):
-        raise ValueError(f"{path} is damaged: {name} must be a number, got {describe(value)}")
-    if not abs(value) <= sys.float_info.max:  # NaN, infinity, or an integer that no float holds
-        raise ValueError(f"{path} is damaged: {name} must be a finite number")
+    if not isinstance(value or {}, dict):
+        raise TypeError(f"{name} must be an object, got {describe(value)}")
+    return value or {}
+
+
+def _text(holder: Mapping, name: str) -> str | None:
+    value = holder.get(name)
+    if value is not None and not isinstance(value, str):
+        raise TypeError(f"{name} must be text, got {describe(value)}")
     return value
 
 
-def _content(path: Path) -> bytes:
-    if path.is_dir():
-        raise ValueError(f"{path} is no file")
-    return read_regular(path)
-
-
 def _readable(name: object) -> str:
-    """Without halves of characters, which JSON may hold and nobody can write."""
+    """Return `name` without lone surrogates, which JSON may hold and no file can."""
     return str(name).encode(errors="replace").decode()
-
-
-def _object(path: Path, text: bytes) -> dict:
-    try:
-        found = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} is damaged: it holds a {type(found).__name__}, not an object")
-    return found

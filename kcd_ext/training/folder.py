@@ -26,6 +26,7 @@ ENTRIES = (
     WEIGHTS,
     "summary.json",
     "evaluation.json",  # of `kcd evaluate`: no run may begin beside that of another student
+    "ranking.json",  # of its report, the same
 )
 
 

@@ -1,0 +1,279 @@
+"""Draw what runs have come to, and their evaluations."""
+
+import io
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import mean
+
+import matplotlib
+import numpy as np
+from markupsafe import Markup
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from ..evaluation import ClassAccuracy, Evaluation
+from ..terminal import printable
+from ..training.summary import Summary
+from .ranking import Ranking, Thumbnail
+from .runs import TEACHER
+from .tables import CLASSES, by_method, measured_teachers, number
+
+# Okabe and Ito's colours, told apart by everybody: grey, blue, orange, vermilion, green, purple.
+COLOURS = ("#7f7f7f", "#0072b2", "#e69f00", "#d55e00", "#009e73", "#cc79a7")
+LARGEST_MARKER = 300  # square points, of a bin that holds all samples
+NETWORKS = {"student": "#0072b2", "teacher": "#7f7f7f"}
+
+
+class Methods:
+    """The runs of a report by method, as they are drawn: averaged over seeds, epoch by epoch.
+
+    The teacher is drawn as a level instead of a curve, unless it is the only one; so are teachers that were only measured.
+    """
+
+    def __init__(self, summaries: Sequence[Summary]):
+        self.groups = by_method(summaries)
+        trained = self.groups.get(TEACHER, []) if len(self.groups) > 1 else []
+        self.levels = {TEACHER: mean(run.accuracy_last for run in trained)} if trained else {}
+        self.levels |= {name: mean(accuracies) for name, accuracies in measured_teachers(self.groups).items()}
+        self.drawn = {method: runs for method, runs in self.groups.items() if runs is not trained}
+        self.colours = dict(zip(self.drawn, COLOURS * len(self.drawn), strict=False))
+
+    def curve(self, method: str, name: str) -> np.ndarray:
+        """Return (epochs,) of a number in the lines of metrics, as far as the shortest run goes."""
+        lines = zip(*(run.history for run in self.drawn[method]), strict=False)
+        return np.array([[line[name] for line in epoch] for epoch in lines], dtype=float).mean(1)
+
+    @property
+    def seeds(self) -> list[int]:
+        """Those of all curves."""
+        return list(dict.fromkeys(run.seed for runs in self.drawn.values() for run in runs))
+
+    @property
+    def averaged(self) -> bool:
+        """Whether a curve is that of several runs."""
+        return any(len(runs) > 1 for runs in self.drawn.values())
+
+    @property
+    def flops_known(self) -> bool:
+        """Whether all curves can be drawn against FLOPs."""
+        return all(line["flops"] is not None for runs in self.drawn.values() for run in runs for line in run.history)
+
+    def steps(self, entry: str) -> dict[str, list[dict]]:
+        """Return the E-steps of the first run of each method that have `entry`."""
+        found = {
+            method: [step for line in first.history if (step := line["condensation"]) and step.get(entry)]
+            for method, (first, *_) in self.groups.items()
+        }
+        return {method: steps for method, steps in found.items() if steps}
+
+    @property
+    def stages(self) -> dict[str, list[dict]]:
+        """The E-steps of methods that rank by value: they mix, and have a histogram."""
+        return {method: steps for method, steps in self.steps("values").items() if any(s["mixed"] for s in steps)}
+
+
+def _draw_accuracy(axes: Axes, methods: Methods, against: str, label: str) -> None:
+    """Accuracy of every method after every epoch, against a running sum: whole curves, from the first epoch on."""
+    for method in methods.drawn:
+        x, y = methods.curve(method, against), methods.curve(method, "accuracy")
+        axes.plot(x, y, color=methods.colours[method], label=printable(method), linewidth=1.6)
+    for (name, level), style in zip(methods.levels.items(), ["--", ":", "-."] * len(methods.levels), strict=False):
+        axes.axhline(level, color="#333333", linestyle=style, linewidth=1, label=printable(name))
+    axes.set(xlabel=label, ylabel="test accuracy, %")
+    axes.xaxis.set_major_formatter(lambda x, _position: _short(x))
+    for text in axes.legend(loc="lower right", frameon=False).get_texts():
+        text.set_parse_math(False)  # $ in a name is a dollar
+
+
+def _short(count: float) -> str:
+    """Return 12000 as 12k."""
+    units = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+    unit, letter = next(((unit, letter) for unit, letter in units if count >= unit), (1, ""))
+    return f"{count / unit:g}{letter}"
+
+
+def _draw_values(axes: Axes, stages: Sequence[dict]) -> None:
+    """How the values of all samples are spread when a stage ends, one line a stage."""
+    shades = matplotlib.colormaps["viridis_r"](np.linspace(0.15, 1, max(len(stages), 1)))
+    for stage, shade in zip(stages, shades, strict=False):
+        values = stage["values"]
+        counts = np.array(values["counts"])
+        edges = np.linspace(values["low"], values["high"], len(counts) + 1)
+        label = f"stage {stage['stage']}: {stage['kept']:,} kept"
+        axes.stairs(100 * counts / max(counts.sum(), 1), edges, color=shade, label=label, linewidth=1.4)
+    axes.set(xlabel="knowledge value (student's entropy, nats)", ylabel="samples, %")
+    if stages:
+        axes.legend(frameon=False, fontsize=8)
+
+
+def _figure(
+    width: float = 5.6, height: float = 3.8, columns: int = 1, rows: Sequence[float] = (1,)
+) -> tuple[Figure, list[Axes]]:
+    """A figure of its own, with rows of these relative heights: nothing of pyplot's global state."""
+    figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
+    axes = list(np.ravel(figure.subplots(len(rows), columns, height_ratios=rows)))
+    for one in axes:
+        one.grid(color="#e8eaed", linewidth=0.8)
+        one.set_axisbelow(True)
+        one.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _svg(figure: Figure, name: str) -> Markup:
+    """Return the figure as an element of a page, without the head that a file of its own has.
+
+    `name` keeps its ids apart from those of other figures; they are the same for the same figure.
+    """
+    buffer = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": "kcd_ext"}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    text = buffer.getvalue()
+    return Markup(re.sub(r'( id="|href="#|url\(#)', rf"\1{name}-", text[text.index("<svg") :]))
+
+
+def curves(methods: Methods, against: str, label: str) -> Markup:
+    """Return a drawing of accuracy against a running sum of the lines of metrics."""
+    figure, (axes,) = _figure()
+    _draw_accuracy(axes, methods, against, label)
+    return _svg(figure, against)
+
+
+def histograms(stages: Sequence[dict], name: str) -> Markup:
+    """Return a drawing of the knowledge values when each stage ends."""
+    figure, (axes,) = _figure()
+    _draw_values(axes, stages)
+    return _svg(figure, name)
+
+
+def picture(methods: Methods, ranking: Ranking | None) -> bytes:
+    """Return the report in one PNG: the curves, beside them the values of the first method that has any, images below."""
+    stages = next(iter(methods.stages.values()), None)
+    figure, axes = _figure(11, 5.2 if ranking else 3.8, columns=2, rows=(3, 1.7) if ranking else (3,))
+    _draw_accuracy(axes[0], methods, "sample_visits", "sample visits")
+    if stages is None:
+        _draw_accuracy(axes[1], methods, "seconds", "seconds of training")
+    else:
+        _draw_values(axes[1], stages)
+    for tiles, title in zip(axes[2:], ("most", "least"), strict=False):
+        tiles.set_axis_off()
+        tiles.imshow(_tiles(getattr(ranking, title), columns=8), cmap="gray", vmin=0, vmax=255)
+        tiles.set_title(f"{title} valuable for the student", fontsize=10)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=150)
+    return buffer.getvalue()
+
+
+def _tiles(thumbnails: Sequence[Thumbnail], columns: int) -> np.ndarray:
+    """Return the images side by side, a line of white between them."""
+    images = [thumbnail.image for thumbnail in thumbnails]
+    images += [np.full_like(images[0], 255)] * (-len(images) % columns)
+    border = ((1, 1), (1, 1), (0, 0))[: images[0].ndim]
+    framed = [np.pad(image, border, constant_values=255) for image in images]
+    return np.concatenate([np.concatenate(framed[i : i + columns], axis=1) for i in range(0, len(framed), columns)])
+
+
+# --- evaluations ------------------------------------------------------------------------------------------------------
+
+
+def _draw_reliability(axes: Axes, evaluation: Evaluation) -> None:
+    """Accuracy against confidence, bin by bin; the area of a marker is the bin's share of the samples."""
+    axes.plot([0, 100], [0, 100], color="#333333", linestyle="--", linewidth=1)
+    for role, colour in NETWORKS.items():
+        scores = getattr(evaluation, role)
+        bins = [one for one in scores.bins if one.count]
+        x, y = np.array([(one.confidence, one.accuracy) for one in bins]).reshape(-1, 2).T
+        axes.plot(x, y, color=colour, label=f"{role}, ECE {number(scores.ece, '.2f')}", linewidth=1.4)
+        areas = [LARGEST_MARKER * one.count / evaluation.samples for one in bins]
+        axes.scatter(x, y, s=areas, color=colour, alpha=0.75, linewidth=0, clip_on=False, label=f"_{role}")
+    axes.set(xlabel="confidence, %", ylabel="accuracy, %", xlim=(0, 100), ylim=(0, 100))
+    axes.legend(loc="upper left", frameon=False)
+
+
+def _draw_classes(axes: Axes, evaluation: Evaluation) -> None:
+    """Accuracy by class of both: of all classes, or of the 20 that lost most."""
+    shown = _classes_drawn(evaluation)
+    for offset, (role, colour) in zip((-0.2, 0.2), NETWORKS.items(), strict=True):
+        heights = [getattr(one, role) if one.count else 0 for one in shown]
+        axes.bar(np.arange(len(shown)) + offset, heights, width=0.4, color=colour, label=role)
+    axes.set_xticks(range(len(shown)), [one.name for one in shown], rotation=90 if len(shown) > 10 else 45, fontsize=7)
+    for text in axes.get_xticklabels():
+        text.set_parse_math(False)
+    axes.set(ylabel="accuracy, %", ylim=(0, 100))
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False, fontsize=8)  # above all bars
+
+
+def _classes_drawn(evaluation: Evaluation) -> list[ClassAccuracy]:
+    if len(evaluation.classes) <= CLASSES:
+        return list(evaluation.classes)
+    held = [one for one in evaluation.classes if math.isfinite(one.lost)]
+    return sorted(held, key=lambda one: -one.lost)[:CLASSES]
+
+
+def _draw_log_odds(axes: Axes, evaluation: Evaluation) -> None:
+    """The student's log-odds of the teacher's top class against the teacher's, and the line through them."""
+    found = evaluation.exaggeration
+    points = [point for point in found.points if all(map(math.isfinite, point))]
+    x, y = np.array(points, dtype=float).reshape(-1, 2).T
+    if len(x):
+        axes.plot(x, y, ".", color=NETWORKS["student"], markersize=3)
+        ends = np.array([x.min(), x.max()])
+        axes.plot(ends, ends, color="#333333", linestyle="--", linewidth=1, label="as sure as the teacher")
+        if math.isfinite(found.slope) and math.isfinite(found.intercept):
+            line = found.intercept + found.slope * ends
+            axes.plot(ends, line, color="#d55e00", linewidth=1.4, label=f"slope {found.slope:.4g}")
+        axes.legend(loc="upper left", frameon=False, fontsize=8)
+    axes.set(xlabel="teacher's log-odds of its top class", ylabel="student's, of the same class")
+
+
+def _draw_layers(axes: Axes, evaluation: Evaluation) -> None:
+    """Linear CKA, a bar a pair of layers, the first layer on top."""
+    layers = evaluation.layers
+    heights = [one.cka if math.isfinite(one.cka) else 0 for one in layers]
+    axes.barh(np.arange(len(layers)), heights, color=NETWORKS["student"])
+    names = [one.student if one.student == one.teacher else f"{one.student} / {one.teacher}" for one in layers]
+    axes.set_yticks(range(len(layers)), names, fontsize=8)
+    for text in axes.get_yticklabels():
+        text.set_parse_math(False)
+    axes.set(xlabel="linear CKA", xlim=(0, 1))
+    axes.invert_yaxis()
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """Of an evaluation."""
+
+    heading: str
+    draw: Callable[[Axes, Evaluation], None]
+    note: Callable[[Evaluation], str]
+
+    def svg(self, evaluation: Evaluation, name: str) -> Markup:
+        """Return it as an element of a page."""
+        figure, (axes,) = _figure()
+        self.draw(axes, evaluation)
+        return _svg(figure, name)
+
+
+def _note_of_classes(evaluation: Evaluation) -> str:
+    lost = ", ".join(f"{one.name} ({one.lost:.2f})" for one in evaluation.lost_most)
+    of = "" if len(evaluation.classes) <= CLASSES else f"The {CLASSES} of {len(evaluation.classes)} that lost most. "
+    return f"{of}Lost most, percentage points: {lost or 'none lost any'}."
+
+
+def _note_of_log_odds(evaluation: Evaluation) -> str:
+    found = evaluation.exaggeration
+    below, above = (number(x, "+.4g") for x in (found.below, found.above))
+    exaggerates = "The student exaggerates: it is less sure below, surer above. " if found.exaggerates else ""
+    return (
+        f"Log-odds: log(p / (1 - p)). On the mean the student's differ by {below} where the teacher's are below their "
+        f"median, by {above} where they are above it. {exaggerates}Of {found.count:,} samples {len(found.points)} are drawn."
+    )
+
+
+DRAWINGS = (
+    Drawing("Reliability", _draw_reliability, lambda _: "A marker's area: its bin's share of the samples."),
+    Drawing("Accuracy by class", _draw_classes, _note_of_classes),
+    Drawing("Confidence of student and teacher", _draw_log_odds, _note_of_log_odds),
+    Drawing("Similarity of layers", _draw_layers, lambda _: "No bar: features that are the same for all samples."),
+)
