@@ -14,13 +14,13 @@ import math
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from copy import deepcopy
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import asdict, dataclass, is_dataclass
 from typing import get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor, nn
 
-from .checks import check_float
+from .checks import check_float, check_int
 from .describe import describe
 from .methods.features import Tap, evaluation
 from .networks import logits_alone, usual_modes
@@ -179,8 +179,11 @@ class Evaluation:
 
     @classmethod
     def from_json(cls, found: object) -> "Evaluation":
-        """What `as_json` made it of; null becomes NaN. Raises ValueError, naming the part, where it is anything else."""
-        evaluation = _decoded(cls, found, "evaluation")
+        """Return what `as_json` made it of; null becomes NaN.
+
+        Raises KeyError, TypeError or ValueError where it is anything else.
+        """
+        evaluation = _decoded(cls, found)
         _check_consistent(evaluation)
         return evaluation
 
@@ -670,39 +673,19 @@ def _without_nan(value: object) -> object:
     return None if isinstance(value, float) and not abs(value) <= LARGEST else value
 
 
-def _decoded(kind: type, found: object, where: str) -> object:
-    """The JSON as a value of this kind: one of the classes above, or what their fields are. Raises ValueError."""
+def _decoded(kind: type, found: object) -> object:
+    """Return JSON as a value of this kind: one of the classes above, or what their fields are."""
     if is_dataclass(kind):
-        if not isinstance(found, dict):
-            raise ValueError(f"{where} must be an object, got {found!r:.40}")
-        hints = get_type_hints(kind)
-        return kind(*(_decoded(hints[f.name], found.get(f.name), f"{where}.{f.name}") for f in fields(kind)))
+        return kind(**{name: _decoded(hint, found[name]) for name, hint in get_type_hints(kind).items()})
     if get_origin(kind) is tuple:
         first, last = get_args(kind)
         if not isinstance(found, list) or (last is not ... and len(found) != 2):
-            raise ValueError(f"{where} must be a list, got {found!r:.40}")
-        return tuple(_decoded(first, part, f"{where}[{i}]") for i, part in enumerate(found))
-    return _READERS[kind](found, where)
-
-
-def _number(found: object, where: str) -> float:
-    if found is None:
-        return math.nan
-    if isinstance(found, bool) or not isinstance(found, int | float) or not abs(found) <= LARGEST:
-        raise ValueError(f"{where} must be a finite number or null, got {found!r:.40}")
-    return float(found)
-
-
-def _count(found: object, where: str) -> int:
-    if type(found) is not int or not 0 <= found < 2**53:
-        raise ValueError(f"{where} must be a whole number >= 0, got {found!r:.40}")
-    return found
-
-
-def _text(found: object, where: str) -> str:
-    if not isinstance(found, str) or found != found.encode(errors="replace").decode():  # halves of characters
-        raise ValueError(f"{where} must be text, got {found!r:.40}")
-    return found
-
-
-_READERS = {float: _number, int: _count, str: _text}
+            raise TypeError(f"expected a list, got {describe(found)}")
+        return tuple(_decoded(first, part) for part in found)
+    if kind is str:
+        if not isinstance(found, str) or found != found.encode(errors="replace").decode():  # lone surrogates
+            raise TypeError(f"expected text, got {describe(found)}")
+        return found
+    if kind is int:
+        return check_int("a count", found, 0)
+    return math.nan if found is None else check_float("a number", found, "finite or null", -LARGEST, LARGEST)

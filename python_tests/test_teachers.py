@@ -26,7 +26,7 @@ from kcd_ext.data import Views, load
 from kcd_ext.data.images import assemble
 from kcd_ext.models import weights
 from kcd_ext.reports import page
-from kcd_ext.reports.tables import cells
+from kcd_ext.reports.tables import results_table
 from kcd_ext.training import Recipe, distill
 from kcd_ext.training.loop import doubt_about
 from kcd_ext.training.summary import Summary
@@ -449,7 +449,7 @@ def test_rows_of_teachers():
         return Summary(method, seed, accuracy, accuracy, 1, 1, 1.0, teacher_accuracy=teacher)
 
     def rows(*summaries):
-        return [row[:3] for row in cells(summaries)[1:]]
+        return [tuple(row[:3]) for row in results_table(summaries)[1:]]
 
     kd, condensed = ("kd", "50.00", "50.00"), ("kc-kd", "50.00", "50.00")
     assert rows(run("kd"), run("kc-kd")) == [kd, condensed]

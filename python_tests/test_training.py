@@ -27,7 +27,7 @@ from kcd_ext.data.views import Views
 from kcd_ext.methods import Batch, Method, Outcome, Pretraining
 from kcd_ext.registry import call, resolve
 from kcd_ext.reports import page
-from kcd_ext.reports.tables import tabulate
+from kcd_ext.reports.tables import results_table
 from kcd_ext.training import Condense, Recipe, Summary, checkpoint, distill
 from kcd_ext.training.batches import cut
 from kcd_ext.training.folder import ENTRIES
@@ -1088,7 +1088,7 @@ def test_the_table_by_hand():
         return Summary(method, seed, last, last + 1, visits, teacher, 2.0)
 
     runs = [run("kd", 0, 90.0, 1000, 1000), run("kd", 1, 92.0, 1000, 1000), run("student", 0, 80.0, 1000, 0)]
-    kd, student = tabulate([*runs, run("kc-kd", 0, 91.0, 875, 875)])[:2]
-    assert (kd.accuracy_last, kd.accuracy_best) == ("91.00 ± 1.41", "92.00 ± 1.41")
-    assert (student.accuracy_last, student.sample_visits, student.teacher_visits) == ("80.00", "1,000 (100.0 %)", "0")
-    assert tabulate([*runs, run("kc-kd", 0, 91.0, 875, 875)])[2].teacher_visits == "875 (87.5 %)"
+    kd, student, condensed = results_table([*runs, run("kc-kd", 0, 91.0, 875, 875)])[1:]
+    assert kd[1:3] == ["91.00 ± 1.41", "92.00 ± 1.41"]
+    assert (student[1], *student[3:5]) == ("80.00", "1,000 (100.0 %)", "0")
+    assert condensed[4] == "875 (87.5 %)"

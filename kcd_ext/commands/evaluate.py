@@ -1,11 +1,11 @@
 """`kcd evaluate`: finished students beside their teachers, on images that neither was trained on."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import torch
 from torch import nn
@@ -16,33 +16,25 @@ from ..checks import check_int
 from ..data.images import ImageData, load
 from ..environment import versions
 from ..evaluation import TEMPERATURES, Evaluation, checked_temperatures, evaluate
+from ..registry import one_line
 from ..reports import page, runs, tables
 from ..reports.comparison import compare
-from ..reports.runs import Normalisation, RunMetadata
 from ..reports.tables import as_text
 from ..training.batches import feed_of
 from ..training.device import MOST_THREADS, accelerator_on, threads
 from ..training.folder import WEIGHTS
 from ..training.identity import digest, digest_of_samples
 from ..training.loop import EVALUATED
-from ..training.summary import Summary
 from . import teachers
 from .progress import note
 from .study import REPORT
 from .teachers import Teacher
 from .threads import Threads, announcement, batch_flops, by_rule
 
+Result = TypeVar("Result")
+
 SEED = 0  # of weights that those of a file replace
-CANNOT = (
-    TypeError,
-    ValueError,
-    RuntimeError,
-    ImportError,
-    OSError,
-)  # be evaluated: what a run that does not fit raises
-# What `load` takes.
-DATA = {"spec": str, "size": int | None, "padding": int | None, "flip": bool | None}
-DATA |= dict.fromkeys(Normalisation._fields, tuple | None)
+CANNOT = (TypeError, ValueError, RuntimeError, ImportError, OSError)  # what a run that cannot be evaluated raises
 
 
 @dataclass(frozen=True)
@@ -70,7 +62,7 @@ class Evaluate:
     """Threads of torch on the CPU. None: one for every 16 GFLOPs of a batch."""
 
     def run(self) -> None:
-        """Checks everything, evaluates, writes and prints a table. Of several runs those that cannot be are left out.
+        """Check everything, evaluate, write and print a table. Of several runs those that cannot be evaluated are left out.
 
         Networks and data that config.json calls `module:function` are imported, as `kcd distill` has imported them.
 
@@ -80,57 +72,34 @@ class Evaluate:
             FileExistsError: another command is running in a folder.
             OSError: a file cannot be read or written.
         """
-        pairs = self._checked()
-        asked, homes = self._found()
+        layers = self._layers()
+        asked = list({folder.resolve(): folder for path in self.runs for folder in runs.find(path)}.values())
+        homes = self._homes(asked)
+        left_out: list[str] = []
         with ExitStack() as stack:
             for home in homes:
                 stack.enter_context(files.alone_in(home))
-            plans, left_out = self._plans(asked)
-            homes = [home for home in homes if _shows(home, plans)]
-            _check_targets(homes, plans)
-            for line in dict.fromkeys(line for plan in plans for line in plan.of_teacher.told(plan.data)):
+            loaded, found = cache(_loaded), cache(teachers.find)  # runs of several seeds share both
+            plans = self._attempted(asked, lambda folder: self._plan(folder, loaded, found), left_out)
+            homes = _checked_homes(homes, plans)
+            for line in dict.fromkeys(line for plan in plans.values() for line in plan.source.told(plan.data)):
                 note(line)
             device = stack.enter_context(accelerator_on(self.device, "no")).device
-            found: list[tuple[_Plan, Evaluation, Threads]] = []
-            for plan in plans:
-                try:
-                    chosen = Threads(self.threads) if self.threads is not None else by_rule(plan.flops(device), "batch")
-                    with threads(chosen.count):
-                        found.append((plan, plan.evaluated(device, self.temperatures, pairs), chosen))
-                except CANNOT as error:
-                    left_out.append(self._left_out(plan.run.folder, error))
-            if not found:
-                raise ValueError(f"there is nothing to evaluate: {left_out[0]}")
-            if line := announcement((_shown(plan.run.folder), chosen) for plan, _, chosen in found):
+            done = self._attempted(plans, lambda f: plans[f].evaluated(device, self.temperatures, layers), left_out)
+            if line := announcement((_shown(folder), chosen) for folder, (_, chosen) in done.items()):
                 note(line)
-            evaluated = [plan for plan, *_ in found]
-            homes = [home for home in homes if _shows(home, evaluated)]
-            _check_targets(homes, evaluated)
-            for plan, evaluation, chosen in found:
-                plan.write(evaluation, chosen.count)
-            reports = [home / REPORT[0] for home in homes]
-            for report in reports:
-                page.write(report, [report.parent])
-            summaries = [plan.named() for plan in evaluated]
+            homes = _checked_homes(homes, done)
+            for folder, (evaluation, chosen) in done.items():
+                plans[folder].write(evaluation, chosen.count)
+            for home in homes:
+                page.write(home / REPORT[0], [home])
+            summaries = [replace(runs.with_evaluation(plans[each].run), method=_shown(each)) for each in done]
         terminal.show(*as_text(tables.evaluation_table(summaries)), "")
-        terminal.show(*tables.notes_on_teachers(summaries), *(f"left out: {note}" for note in left_out))
-        terminal.show(*(f"report: {report}" for report in reports))
+        terminal.show(*tables.notes_on_teachers(summaries), *(f"left out: {reason}" for reason in left_out))
+        terminal.show(*(f"report: {home / REPORT[0]}" for home in homes))
 
-    def _found(self) -> tuple[list[Path], list[Path]]:
-        """Return the folders of the runs, and those whose report shows one of them.
-
-        Reports of a run, of all seeds and of a demo are among these where they exist; others are made.
-        """
-        asked = {folder.resolve(): folder for path in self.runs for folder in runs.find(path)}
-        homes = {home.resolve(): home for path in self.runs for home in runs.runs_by_report(path)}
-        for folder in asked.values():
-            for home in runs.report_dirs(folder):
-                if (home / REPORT[0]).exists():
-                    homes.setdefault(home.resolve(), home)
-        return list(asked.values()), list(homes.values())
-
-    def _checked(self) -> list[tuple[str, str]] | None:
-        """The pairs of layers; raises TypeError or ValueError for what takes no run to find out."""
+    def _layers(self) -> list[tuple[str, str]] | None:
+        """Return the pairs of layers. Raise TypeError or ValueError for an option that is wrong whatever the runs are."""
         checked_temperatures(self.temperatures)
         if not self.runs:
             raise ValueError("kcd evaluate needs the folder of a run at least")
@@ -143,47 +112,55 @@ class Evaluate:
                 raise ValueError(f"layers must be as STUDENT=TEACHER, a path in each network, got {text!r}")
         return [tuple(text.split("=")) for text in self.layers] or None
 
-    def _plans(self, folders: Sequence[Path]) -> tuple[list["_Plan"], list[str]]:
-        """What is to be done; and what there is nothing to do for, and why.
+    def _homes(self, asked: Sequence[Path]) -> list[Path]:
+        """Return the folders whose reports are to be written: of what was named, and of other reports that show a run of it."""
+        homes = {home.resolve(): home for path in self.runs for home in runs.runs_by_report(path)}
+        for home in (home for folder in asked for home in runs.report_dirs(folder)):
+            if (home / REPORT[0]).exists():
+                homes.setdefault(home.resolve(), home)
+        return list(homes.values())
 
-        Raises ValueError where that was named itself, not found in a folder of several, or where there is nothing else.
+    def _attempted(
+        self, folders: Iterable[Path], step: Callable[[Path], Result], left_out: list[str]
+    ) -> dict[Path, Result]:
+        """Return the results of a step by folder. Where it cannot be taken, `left_out` gets the reason, in one line.
+
+        Raises ValueError where it cannot for a run that was named itself, not found in a folder of several, or for any.
         """
-        loaded, found = cache(_loaded), cache(teachers.find)  # runs of several seeds share both
-        plans, left_out = [], []
+        results = {}
         for folder in folders:
-            run = runs.read(folder)
             try:
-                plans.append(self._plan(run, loaded, found))
+                results[folder] = step(folder)
             except CANNOT as error:
-                left_out.append(self._left_out(folder, error))
-        if not plans:
+                left_out.append(f"{_shown(folder)}: {one_line(error)}")
+                if folder in self.runs:
+                    raise ValueError(left_out[-1]) from error
+        if not results:
             raise ValueError(f"there is nothing to evaluate: {left_out[0]}")
-        return plans, left_out
+        return results
 
-    def _left_out(self, folder: Path, error: Exception) -> str:
-        """Which run, and why, in one line. Raises it as a ValueError where the run was named itself."""
-        why = str(error).partition("\n")[0]
-        told = f"{_shown(folder)}: {why}"
-        if folder in self.runs:
-            raise ValueError(told) from error
-        return told
-
-    def _plan(self, run: runs.Run, loaded: Callable, found: Callable) -> "_Plan":
-        """Raises one of CANNOT where the run cannot be evaluated."""
-        weights, told = run.folder / WEIGHTS, run.metadata
+    def _plan(self, folder: Path, loaded: Callable[..., ImageData], found: Callable[..., Teacher]) -> "_Plan":
+        """Raise one of CANNOT where the run in a folder cannot be evaluated."""
+        run, weights = runs.read(folder), folder / WEIGHTS
+        told = run.metadata
         if run.summary is None or run.unfinished or not weights.is_file():
             raise ValueError(f"is no finished run: it has no {WEIGHTS}, or fewer epochs than it was to have")
         if self.teacher is None and told.teacher is None:
             raise ValueError("was distilled from no teacher: --teacher says whom to compare its student with")
-        data = loaded(**_load_options(told))
+        if "spec" not in told.data:
+            raise ValueError(
+                "config.json does not say which images the run was tested on: kcd_ext.evaluation.evaluate takes networks and "
+                "images themselves"
+            )
+        data = loaded(**told.data)
         if told.config.get("test_samples") != digest_of_samples(data.test):
             raise ValueError(f"was tested on other images than those that {told.data['spec']!r} holds now")
-        runs.check_weights(run.folder)
+        runs.check_weights(folder)
         if told.student is None:
             raise ValueError("config.json does not say which network was trained, so its weights cannot be read")
         student = Teacher(told.student, teachers.read(weights).tensors, weights)
         if self.teacher is None:
-            teacher = _own_teacher(run.folder, told, data, found)
+            teacher = _own_teacher(run, data, found)
         else:
             teacher = found(self.teacher, self.teacher_network, told.teacher_network)
             if teacher.origin is None:
@@ -194,7 +171,7 @@ class Evaluate:
         if told.teacher_normalisation is not None and digest(network.state_dict()) == told.teacher:
             teacher = replace(teacher, normalisation=told.teacher_normalisation)  # given images as in training
             network = teacher.build(data, SEED)
-        return _Plan(run, data, student, teacher, student.build(data, SEED), network)
+        return _Plan(run, data, teacher, student.build(data, SEED), network, self.threads)
 
 
 @dataclass(frozen=True)
@@ -203,36 +180,40 @@ class _Plan:
 
     run: runs.Run
     data: ImageData
-    of_student: Teacher
-    of_teacher: Teacher
+    source: Teacher
     student: nn.Module
     teacher: nn.Module
+    threads: int | None
 
     def evaluated(
         self, device: torch.device, temperatures: Sequence[float], layers: Sequence[tuple[str, str]] | None
-    ) -> Evaluation:
-        """Raises as `evaluate` does."""
-        return evaluate(
-            self.student.to(device),
-            self.teacher.to(device),
-            feed_of(self.data.test, None, device, 0).plain(EVALUATED),
-            temperatures=temperatures,
-            layers=layers,
-            class_names=self.data.class_names,
-        )
-
-    def flops(self, device: torch.device) -> int | None:
-        """Return those that the CPU does for a batch."""
-        return batch_flops([(1, self.student), (1, self.teacher)], self.data.test, EVALUATED, device.type)
+    ) -> tuple[Evaluation, Threads]:
+        """Return the evaluation, and the threads by which it was computed. Raise as `evaluate` does."""
+        if self.threads is not None:
+            chosen = Threads(self.threads)
+        else:
+            networks = [(1, self.student), (1, self.teacher)]
+            chosen = by_rule(batch_flops(networks, self.data.test, EVALUATED, device.type), "batch")
+        with threads(chosen.count):
+            evaluation = evaluate(
+                self.student.to(device),
+                self.teacher.to(device),
+                feed_of(self.data.test, None, device, 0).plain(EVALUATED),
+                temperatures=temperatures,
+                layers=layers,
+                class_names=self.data.class_names,
+            )
+        return evaluation, chosen
 
     def write(self, evaluation: Evaluation, threads: int) -> None:
+        """Write evaluation.json."""
         content = {
             "data": self.data.name,
             "test_samples": digest_of_samples(self.data.test),
-            "student_network": self.of_student.network,
+            "student_network": self.run.metadata.student,
             "student": digest(self.student.state_dict()),
-            "teacher_network": self.of_teacher.network,
-            "teacher_path": str(self.of_teacher.origin),
+            "teacher_network": self.source.network,
+            "teacher_path": str(self.source.origin),
             "teacher": digest(self.teacher.state_dict()),
             "run": runs.fingerprint(self.run.folder),
             "evaluation": evaluation.as_json(),
@@ -241,43 +222,22 @@ class _Plan:
         }
         files.write_json(self.run.folder / runs.EVALUATION, content)
 
-    def named(self) -> Summary:
-        """Return what was written, by its folder, which tells runs of all commands apart."""
-        return replace(runs.with_evaluation(self.run), method=_shown(self.run.folder))
-
 
 def _shown(folder: Path) -> str:
-    """The folder as it was given; by its own name where that was `.` or `..`."""
+    """Return the folder as it was given; its own name where that was `.` or `..`."""
     return folder.resolve().name if folder.name in ("", "..") else str(folder)
-
-
-def _load_options(told: RunMetadata) -> dict[str, object]:
-    """Return what `load` takes to give a run's images. Raises ValueError where config.json does not say."""
-    if "spec" not in told.data:
-        raise ValueError(
-            "config.json does not say which images the run was tested on: kcd_ext.evaluation.evaluate takes networks and "
-            "images themselves"
-        )
-    for name, value in told.data.items():
-        if name not in DATA or not isinstance(value, DATA[name]):
-            raise ValueError(f"config.json is damaged: data must not hold {name}={value!r:.40}")
-    return dict(told.data)
 
 
 def _loaded(**options: object) -> ImageData:
     return load(options.pop("spec"), **options)
 
 
-def _own_teacher(folder: Path, told: RunMetadata, data: ImageData, found: Callable) -> Teacher:
-    """The teacher that a run was distilled from: beside it, or where config.json says it was.
-
-    Raises ValueError where none of these has its weights.
-    """
-    places = runs.teacher_dirs(folder, told.teacher_path)
-    looked = []
+def _own_teacher(run: runs.Run, data: ImageData, found: Callable[..., Teacher]) -> Teacher:
+    """Return the teacher that a run was distilled from. Raise ValueError where none of its places has the weights."""
+    told, looked = run.metadata, []
+    places = runs.teacher_dirs(run.folder, told.teacher_path)
     for path in places:
-        weights = path / WEIGHTS if path.is_dir() else path
-        if not weights.is_file():
+        if not (path / WEIGHTS if path.is_dir() else path).is_file():
             continue
         try:
             teacher = found(str(path), told.teacher_network, None)
@@ -294,19 +254,16 @@ def _own_teacher(folder: Path, told: RunMetadata, data: ImageData, found: Callab
     )
 
 
-def _shows(home: Path, plans: Sequence[_Plan]) -> bool:
-    """Return whether the report of a folder shows one of these runs."""
-    shown = {folder.resolve() for folder in runs.find(home)}
-    return any(plan.run.folder.resolve() in shown for plan in plans)
+def _checked_homes(homes: Sequence[Path], evaluated: Collection[Path]) -> list[Path]:
+    """Return the folders whose reports show one of these runs.
 
-
-def _check_targets(homes: Sequence[Path], plans: Sequence[_Plan]) -> None:
-    """Raise ValueError where what is about to be written cannot be, or the reports cannot show what is there already."""
-    targets = [plan.run.folder / runs.EVALUATION for plan in plans]
-    targets += [home / name for home in homes for name in REPORT]
-    for target in targets:
+    Raises ValueError where what is about to be written cannot be, or such a report cannot show what is there already.
+    """
+    outdated = {folder.resolve() for folder in evaluated}
+    homes = [home for home in homes if outdated & {folder.resolve() for folder in runs.find(home)}]
+    for target in [*(f / runs.EVALUATION for f in evaluated), *(home / name for home in homes for name in REPORT)]:
         if target.is_dir():
             raise ValueError(f"{target} is no file")
-    outdated = {plan.run.folder.resolve() for plan in plans}
     for home in homes:
         compare([home], outdated)
+    return homes

@@ -3,8 +3,7 @@
 import io
 import math
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
 from statistics import mean
 
 import matplotlib
@@ -12,8 +11,9 @@ import numpy as np
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
-from ..evaluation import ClassAccuracy, Evaluation
+from ..evaluation import Evaluation
 from ..terminal import printable
 from ..training.summary import Summary
 from .ranking import Ranking, Thumbnail
@@ -74,8 +74,8 @@ class Methods:
         return {method: steps for method, steps in self.steps("values").items() if any(s["mixed"] for s in steps)}
 
 
-def _draw_accuracy(axes: Axes, methods: Methods, against: str, label: str) -> None:
-    """Accuracy of every method after every epoch, against a running sum: whole curves, from the first epoch on."""
+def draw_accuracy(axes: Axes, methods: Methods, against: str, label: str) -> None:
+    """Draw the accuracy of every method after every epoch, against a running sum of the lines of metrics."""
     for method in methods.drawn:
         x, y = methods.curve(method, against), methods.curve(method, "accuracy")
         axes.plot(x, y, color=methods.colours[method], label=printable(method), linewidth=1.6)
@@ -83,8 +83,13 @@ def _draw_accuracy(axes: Axes, methods: Methods, against: str, label: str) -> No
         axes.axhline(level, color="#333333", linestyle=style, linewidth=1, label=printable(name))
     axes.set(xlabel=label, ylabel="test accuracy, %")
     axes.xaxis.set_major_formatter(lambda x, _position: _short(x))
-    for text in axes.legend(loc="lower right", frameon=False).get_texts():
-        text.set_parse_math(False)  # $ in a name is a dollar
+    _set_plain(axes.legend(loc="lower right", frameon=False).get_texts())
+
+
+def _set_plain(texts: Iterable[Text]) -> None:
+    """A $ in a name is a dollar."""
+    for text in texts:
+        text.set_parse_math(False)
 
 
 def _short(count: float) -> str:
@@ -94,8 +99,8 @@ def _short(count: float) -> str:
     return f"{count / unit:g}{letter}"
 
 
-def _draw_values(axes: Axes, stages: Sequence[dict]) -> None:
-    """How the values of all samples are spread when a stage ends, one line a stage."""
+def draw_values(axes: Axes, stages: Sequence[dict]) -> None:
+    """Draw how the values of all samples are spread when a stage ends, one line a stage."""
     shades = matplotlib.colormaps["viridis_r"](np.linspace(0.15, 1, max(len(stages), 1)))
     for stage, shade in zip(stages, shades, strict=False):
         values = stage["values"]
@@ -111,7 +116,7 @@ def _draw_values(axes: Axes, stages: Sequence[dict]) -> None:
 def _figure(
     width: float = 5.6, height: float = 3.8, columns: int = 1, rows: Sequence[float] = (1,)
 ) -> tuple[Figure, list[Axes]]:
-    """A figure of its own, with rows of these relative heights: nothing of pyplot's global state."""
+    """Return a figure with rows of these relative heights, made without pyplot's global state."""
     figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
     axes = list(np.ravel(figure.subplots(len(rows), columns, height_ratios=rows)))
     for one in axes:
@@ -121,11 +126,13 @@ def _figure(
     return figure, axes
 
 
-def _svg(figure: Figure, name: str) -> Markup:
-    """Return the figure as an element of a page, without the head that a file of its own has.
+def svg(name: str, draw: Callable[..., None], *content: object) -> Markup:
+    """Return what `draw(axes, *content)` draws as an element of a page, without the head that a file of its own has.
 
-    `name` keeps its ids apart from those of other figures; they are the same for the same figure.
+    `name` keeps its ids apart from those of other figures; the same figure has the same ids.
     """
+    figure, (axes,) = _figure(5.6, 3.8)
+    draw(axes, *content)
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": "kcd_ext"}):
         figure.savefig(buffer, format="svg", metadata={"Date": None})
@@ -133,29 +140,15 @@ def _svg(figure: Figure, name: str) -> Markup:
     return Markup(re.sub(r'( id="|href="#|url\(#)', rf"\1{name}-", text[text.index("<svg") :]))
 
 
-def curves(methods: Methods, against: str, label: str) -> Markup:
-    """Return a drawing of accuracy against a running sum of the lines of metrics."""
-    figure, (axes,) = _figure()
-    _draw_accuracy(axes, methods, against, label)
-    return _svg(figure, against)
-
-
-def histograms(stages: Sequence[dict], name: str) -> Markup:
-    """Return a drawing of the knowledge values when each stage ends."""
-    figure, (axes,) = _figure()
-    _draw_values(axes, stages)
-    return _svg(figure, name)
-
-
 def picture(methods: Methods, ranking: Ranking | None) -> bytes:
     """Return the report in one PNG: the curves, beside them the values of the first method that has any, images below."""
     stages = next(iter(methods.stages.values()), None)
     figure, axes = _figure(11, 5.2 if ranking else 3.8, columns=2, rows=(3, 1.7) if ranking else (3,))
-    _draw_accuracy(axes[0], methods, "sample_visits", "sample visits")
+    draw_accuracy(axes[0], methods, "sample_visits", "sample visits")
     if stages is None:
-        _draw_accuracy(axes[1], methods, "seconds", "seconds of training")
+        draw_accuracy(axes[1], methods, "seconds", "seconds of training")
     else:
-        _draw_values(axes[1], stages)
+        draw_values(axes[1], stages)
     for tiles, title in zip(axes[2:], ("most", "least"), strict=False):
         tiles.set_axis_off()
         tiles.imshow(_tiles(getattr(ranking, title), columns=8), cmap="gray", vmin=0, vmax=255)
@@ -177,8 +170,8 @@ def _tiles(thumbnails: Sequence[Thumbnail], columns: int) -> np.ndarray:
 # --- evaluations ------------------------------------------------------------------------------------------------------
 
 
-def _draw_reliability(axes: Axes, evaluation: Evaluation) -> None:
-    """Accuracy against confidence, bin by bin; the area of a marker is the bin's share of the samples."""
+def draw_reliability(axes: Axes, evaluation: Evaluation) -> None:
+    """Draw accuracy against confidence, bin by bin; the area of a marker is the bin's share of the samples."""
     axes.plot([0, 100], [0, 100], color="#333333", linestyle="--", linewidth=1)
     for role, colour in NETWORKS.items():
         scores = getattr(evaluation, role)
@@ -191,28 +184,22 @@ def _draw_reliability(axes: Axes, evaluation: Evaluation) -> None:
     axes.legend(loc="upper left", frameon=False)
 
 
-def _draw_classes(axes: Axes, evaluation: Evaluation) -> None:
-    """Accuracy by class of both: of all classes, or of the 20 that lost most."""
-    shown = _classes_drawn(evaluation)
+def draw_classes(axes: Axes, evaluation: Evaluation) -> None:
+    """Draw the accuracy by class of both: of all classes, or of the 20 that lost most."""
+    shown = evaluation.classes
+    if len(shown) > CLASSES:
+        shown = sorted((one for one in shown if math.isfinite(one.lost)), key=lambda one: -one.lost)[:CLASSES]
     for offset, (role, colour) in zip((-0.2, 0.2), NETWORKS.items(), strict=True):
         heights = [getattr(one, role) if one.count else 0 for one in shown]
         axes.bar(np.arange(len(shown)) + offset, heights, width=0.4, color=colour, label=role)
     axes.set_xticks(range(len(shown)), [one.name for one in shown], rotation=90 if len(shown) > 10 else 45, fontsize=7)
-    for text in axes.get_xticklabels():
-        text.set_parse_math(False)
+    _set_plain(axes.get_xticklabels())
     axes.set(ylabel="accuracy, %", ylim=(0, 100))
     axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False, fontsize=8)  # above all bars
 
 
-def _classes_drawn(evaluation: Evaluation) -> list[ClassAccuracy]:
-    if len(evaluation.classes) <= CLASSES:
-        return list(evaluation.classes)
-    held = [one for one in evaluation.classes if math.isfinite(one.lost)]
-    return sorted(held, key=lambda one: -one.lost)[:CLASSES]
-
-
-def _draw_log_odds(axes: Axes, evaluation: Evaluation) -> None:
-    """The student's log-odds of the teacher's top class against the teacher's, and the line through them."""
+def draw_log_odds(axes: Axes, evaluation: Evaluation) -> None:
+    """Draw the student's log-odds of the teacher's top class against the teacher's, and the line through them."""
     found = evaluation.exaggeration
     points = [point for point in found.points if all(map(math.isfinite, point))]
     x, y = np.array(points, dtype=float).reshape(-1, 2).T
@@ -227,41 +214,25 @@ def _draw_log_odds(axes: Axes, evaluation: Evaluation) -> None:
     axes.set(xlabel="teacher's log-odds of its top class", ylabel="student's, of the same class")
 
 
-def _draw_layers(axes: Axes, evaluation: Evaluation) -> None:
-    """Linear CKA, a bar a pair of layers, the first layer on top."""
+def draw_layers(axes: Axes, evaluation: Evaluation) -> None:
+    """Draw linear CKA, a bar a pair of layers, the first layer on top."""
     layers = evaluation.layers
     heights = [one.cka if math.isfinite(one.cka) else 0 for one in layers]
     axes.barh(np.arange(len(layers)), heights, color=NETWORKS["student"])
     names = [one.student if one.student == one.teacher else f"{one.student} / {one.teacher}" for one in layers]
     axes.set_yticks(range(len(layers)), names, fontsize=8)
-    for text in axes.get_yticklabels():
-        text.set_parse_math(False)
+    _set_plain(axes.get_yticklabels())
     axes.set(xlabel="linear CKA", xlim=(0, 1))
     axes.invert_yaxis()
 
 
-@dataclass(frozen=True)
-class Drawing:
-    """Of an evaluation."""
-
-    heading: str
-    draw: Callable[[Axes, Evaluation], None]
-    note: Callable[[Evaluation], str]
-
-    def svg(self, evaluation: Evaluation, name: str) -> Markup:
-        """Return it as an element of a page."""
-        figure, (axes,) = _figure()
-        self.draw(axes, evaluation)
-        return _svg(figure, name)
-
-
-def _note_of_classes(evaluation: Evaluation) -> str:
+def note_of_classes(evaluation: Evaluation) -> str:
     lost = ", ".join(f"{one.name} ({one.lost:.2f})" for one in evaluation.lost_most)
     of = "" if len(evaluation.classes) <= CLASSES else f"The {CLASSES} of {len(evaluation.classes)} that lost most. "
     return f"{of}Lost most, percentage points: {lost or 'none lost any'}."
 
 
-def _note_of_log_odds(evaluation: Evaluation) -> str:
+def note_of_log_odds(evaluation: Evaluation) -> str:
     found = evaluation.exaggeration
     below, above = (number(x, "+.4g") for x in (found.below, found.above))
     exaggerates = "The student exaggerates: it is less sure below, surer above. " if found.exaggerates else ""
@@ -271,9 +242,9 @@ def _note_of_log_odds(evaluation: Evaluation) -> str:
     )
 
 
-DRAWINGS = (
-    Drawing("Reliability", _draw_reliability, lambda _: "A marker's area: its bin's share of the samples."),
-    Drawing("Accuracy by class", _draw_classes, _note_of_classes),
-    Drawing("Confidence of student and teacher", _draw_log_odds, _note_of_log_odds),
-    Drawing("Similarity of layers", _draw_layers, lambda _: "No bar: features that are the same for all samples."),
+DRAWINGS = (  # heading, what draws it, what is said of it
+    ("Reliability", draw_reliability, lambda _: "A marker's area: its bin's share of the samples."),
+    ("Accuracy by class", draw_classes, note_of_classes),
+    ("Confidence of student and teacher", draw_log_odds, note_of_log_odds),
+    ("Similarity of layers", draw_layers, lambda _: "No bar: features that are the same for all samples."),
 )

@@ -21,7 +21,7 @@ TEMPLATE = "page.html.jinja"
 class Report:
     """What a report shows, for a terminal."""
 
-    tables: Sequence[Sequence[Sequence[str]]]
+    tables: Sequence[tables.Table]
     """The results, and what differs between the methods if anything; each with its header first."""
     notes: Sequence[str]
     """Sentences about them."""
@@ -45,7 +45,7 @@ def write(page: Path, paths: Sequence[Path]) -> Report:
     page.parent.mkdir(parents=True, exist_ok=True)
     write_bytes(page, html)
     write_bytes(page.with_suffix(".png"), picture)
-    results = tables.cells(found.summaries, found.baseline)
+    results = tables.results_table(found.summaries, found.baseline)
     shown = [table for table in (results, found.differences) if table]
     return Report(shown, [*found.notes, *tables.notes_on_agreement(found.summaries)])
 

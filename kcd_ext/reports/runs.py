@@ -1,8 +1,9 @@
 """Load and validate run folders."""
 
 import math
+import os
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
@@ -123,45 +124,32 @@ class Run:
         return f"{self.folder}: {done} of {epochs} epochs" if done < epochs else ""
 
 
-def find(path: Path) -> list[Path]:
-    """Return the folders of the runs in `path`: itself, those of its seeds, those of a demo, or all in a folder of such.
+def runs_by_report(path: Path) -> dict[Path, list[Path]]:
+    """Return the folders of the runs in `path` by the folder that has their report.
+
+    These are the run in `path` itself, those of its seeds or those of a demo, whose report is in `path`; else all such in the
+    folders in it, which have a report each.
 
     Raises ValueError where there is none.
     """
-    if _is_run(path / "config.json"):
-        return [path]
-    found = [config.parent for glob in RUN_GLOBS for config in path.glob(glob) if _is_run(config)]
-    for glob in () if found else ("*/config.json", *(f"*/{glob}" for glob in RUN_GLOBS)):
-        for config in path.glob(glob):
-            with suppress(ValueError):  # files of others may be here
-                if _is_run(config):
-                    found.append(config.parent)
+    found = {path: _runs_of(path, strict=True)}
+    if not found[path] and path.is_dir():
+        found = {folder: _runs_of(folder) for folder in sorted(path.iterdir(), key=_natural)}
+    found = {home: folders for home, folders in found.items() if folders}
     if not found:
         raise ValueError(f"{path} is no folder of a run, of several seeds or of a demo, nor of such folders")
-    return sorted(found, key=lambda folder: [(len(part), part) for part in folder.parts])  # seed-9 before seed-10
-
-
-def runs_by_report(path: Path) -> dict[Path, list[Path]]:
-    """Return the runs that `find` finds by the folder that has their report: `path`, or those in it that have one each.
-
-    Raises as `find` does.
-    """
-    own = _is_run(path / "config.json") or any(_is_run(config) for glob in RUN_GLOBS for config in path.glob(glob))
-    found: dict[Path, list[Path]] = {}
-    for folder in find(path):
-        found.setdefault(path if own else path / folder.relative_to(path).parts[0], []).append(folder)
     return found
+
+
+def find(path: Path) -> list[Path]:
+    """Return the folders of the runs in `path`. Raises as `runs_by_report` does."""
+    return [folder for folders in runs_by_report(path).values() for folder in folders]
 
 
 def report_dirs(folder: Path) -> list[Path]:
     """Return the folders whose report shows a run: its own, that of its seeds, that of its demo."""
-    found = [folder]
-    for glob in RUN_GLOBS:
-        steps = glob.count("/")
-        if (folder.resolve() / "config.json").match(glob):
-            plain = folder if len(folder.parts) >= steps and ".." not in folder.parts else folder.resolve()
-            found.append(plain.parents[steps - 1])
-    return [home for home in found if folder.resolve() in [run.resolve() for run in find(home)]]
+    homes = [Path(os.path.normpath(folder / up)) for up in ("", "..", "../../..")]
+    return [home for home in homes if folder.resolve() in [run.resolve() for run in _runs_of(home)]]
 
 
 def read(folder: Path) -> Run:
@@ -311,8 +299,22 @@ def planned_threads(folder: Path) -> Mapping[str, int]:
 # --- the content of files ---------------------------------------------------------------------------------------------
 
 
-def _is_run(config: Path) -> bool:
-    return config.is_file() and isinstance(read_json(config).get("recipe"), dict)
+def _runs_of(folder: Path, strict: bool = False) -> list[Path]:
+    """Return the runs whose report is in `folder`. Unless `strict`, damaged files are of others."""
+
+    def is_run(config: Path) -> bool:
+        with nullcontext() if strict else suppress(ValueError):
+            return config.is_file() and isinstance(read_json(config).get("recipe"), dict)
+        return False
+
+    if is_run(folder / "config.json"):
+        return [folder]
+    return sorted((c.parent for glob in RUN_GLOBS for c in folder.glob(glob) if is_run(c)), key=_natural)
+
+
+def _natural(folder: Path) -> list[tuple[int, str]]:
+    """Order seed-9 before seed-10."""
+    return [(len(part), part) for part in folder.parts]
 
 
 def _method(content: dict) -> str:

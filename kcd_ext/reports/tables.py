@@ -1,9 +1,8 @@
-"""Tables of runs: a row for each method, its means over seeds."""
+"""Tables of runs, and sentences about them. A table is a list of rows of text, its header first."""
 
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
 from statistics import mean, stdev
 
 import numpy as np
@@ -12,38 +11,23 @@ from ..terminal import printable
 from ..training.summary import Summary
 from .runs import TEACHER
 
+Table = list[list[str]]
+
 CLASSES = 20  # of a table or a drawing, at most
 STAGES = 8  # of a table, at most
 SAME = 0.5  # percentage points: two accuracies of one network on one set are no further apart, on whatever device
-
-
-@dataclass(frozen=True)
-class Row:
-    """A method's means over seeds, as text ready to print."""
-
-    method: str
-    accuracy_last: str
-    accuracy_best: str
-    agreement: str
-    """With the teacher; empty where no run of any method was evaluated."""
-    sample_visits: str
-    teacher_visits: str
-    flops: str
-    seconds: str
-    condensation: str
-
-
-HEADER = Row(
-    method="method",
-    accuracy_last="accuracy last, %",
-    accuracy_best="accuracy best, %",
-    agreement="agreement, %",
-    sample_visits="sample visits",
-    teacher_visits="teacher visits",
-    flops="FLOPs",
-    seconds="seconds",
-    condensation="condensation",
+RESULTS = (
+    "method",
+    "accuracy last, %",
+    "accuracy best, %",
+    "agreement, %",
+    "sample visits",
+    "teacher visits",
+    "FLOPs",
+    "seconds",
+    "condensation",
 )
+AGREEMENT = RESULTS.index("agreement, %")
 
 
 def by_method(summaries: Iterable[Summary]) -> dict[str, list[Summary]]:
@@ -54,45 +38,48 @@ def by_method(summaries: Iterable[Summary]) -> dict[str, list[Summary]]:
     return groups
 
 
-def tabulate(summaries: Iterable[Summary], baseline: str = "kd") -> list[Row]:
-    """A row for each method, in the order of their first appearance; mean ± sample standard deviation over seeds.
+def results_table(summaries: Iterable[Summary], baseline: str = "kd") -> Table:
+    """Return a row for each method, in the order of their first appearance: means ± sample standard deviations over seeds.
 
-    Before them is one for each teacher that was measured and is none of the methods (`measured_teachers`). Visits are also
-    given in percent of those of `baseline`, where it was run; condensation in percent of the seconds.
+    Before them is a row for each teacher that was measured and is none of the methods (`measured_teachers`). Visits are also
+    given in percent of those of `baseline`, where it was run; condensation in percent of the seconds. The agreement with the
+    teacher is left out where no run was evaluated.
     """
     groups = by_method(summaries)
     flops = {method: _mean_flops(group) for method, group in groups.items()}
-    evaluated = any(s.evaluation is not None for group in groups.values() for s in group)
-    unit, letter = _unit(max((count for count in flops.values() if count is not None), default=0))
+    largest = max((count for count in flops.values() if count is not None), default=0)
+    unit, letter = next(((unit, letter) for unit, letter in ((1e15, "P"), (1e12, "T")) if largest >= unit), (1e9, "G"))
 
-    def visits(name: str, group: list[Summary]) -> str:
+    def visits(name: str, group: Sequence[Summary]) -> str:
         count = mean(getattr(s, name) for s in group)
         full = mean(getattr(s, name) for s in groups[baseline]) if baseline in groups else 0
         return f"{count:,.0f}" + (f" ({100 * count / full:.1f} %)" if full and count else "")
 
-    rest = fields(Row)[2:]
-    teachers = [
-        Row(name, _spread(accuracies, ".2f"), *("" if f.name == "agreement" and not evaluated else "-" for f in rest))
-        for name, accuracies in measured_teachers(groups).items()
-    ]
-    return teachers + [
-        Row(
-            method=method,
-            accuracy_last=_spread([s.accuracy_last for s in group], ".2f"),
-            accuracy_best=_spread([s.accuracy_best for s in group], ".2f"),
-            agreement=_agreement(group) if evaluated else "",
-            sample_visits=visits("sample_visits", group),
-            teacher_visits=visits("teacher_visits", group),
-            flops="unknown" if flops[method] is None else f"{flops[method] / unit:.4g} {letter}",
-            seconds=_spread([s.seconds for s in group], ".1f"),
-            condensation=_share([s.condensation_seconds for s in group], [s.seconds for s in group]),
+    measured = measured_teachers(groups).items()
+    rows = [[name, _spread(accuracies, ".2f"), *["-"] * (len(RESULTS) - 2)] for name, accuracies in measured]
+    for method, group in groups.items():
+        seconds = [s.seconds for s in group]
+        rows.append(
+            [
+                method,
+                _spread([s.accuracy_last for s in group], ".2f"),
+                _spread([s.accuracy_best for s in group], ".2f"),
+                _agreement(group),
+                visits("sample_visits", group),
+                visits("teacher_visits", group),
+                "unknown" if flops[method] is None else f"{flops[method] / unit:.4g} {letter}",
+                _spread(seconds, ".1f"),
+                f"{100 * sum(s.condensation_seconds for s in group) / (sum(seconds) or 1):.1f} %",
+            ]
         )
-        for method, group in groups.items()
-    ]
+    table = [[*RESULTS], *rows]
+    if all(row[AGREEMENT] == "-" for row in rows):
+        table = [row[:AGREEMENT] + row[AGREEMENT + 1 :] for row in table]
+    return table
 
 
 def measured_teachers(groups: Mapping[str, Sequence[Summary]]) -> dict[str, list[float]]:
-    """The accuracies of the teachers of these runs by method, as they were measured: name -> percent, those that differ.
+    """Return the accuracies of the teachers of these runs, as they were measured: name -> percent, those that differ.
 
     Left out are those that the runs called TEACHER have: they are in the table by themselves. Where methods have different
     teachers each is named after those it taught.
@@ -107,8 +94,8 @@ def measured_teachers(groups: Mapping[str, Sequence[Summary]]) -> dict[str, list
     return {TEACHER if alone else f"{TEACHER} of {', '.join(methods)}": [*key] for key, methods in found.items()}
 
 
-def as_text(table: Sequence[Sequence[str]]) -> list[str]:
-    """The lines of a table, its header first, for a terminal: columns padded to their widest entry, numbers to the right."""
+def as_text(table: Table) -> list[str]:
+    """Return the lines of a table for a terminal: columns padded to their widest entry, numbers to the right."""
     table = [[printable(cell) for cell in row] for row in table]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     lines = [
@@ -118,11 +105,12 @@ def as_text(table: Sequence[Sequence[str]]) -> list[str]:
     return [lines[0], "-" * len(lines[0]), *lines[1:]]
 
 
-def cells(summaries: Iterable[Summary], baseline: str = "kd") -> list[tuple[str, ...]]:
-    """`tabulate` as plain text, its header first; without the column that nothing is known for."""
-    rows = tabulate(summaries, baseline)
-    shown = [f.name for f in fields(Row) if f.name != "agreement" or any(row.agreement for row in rows)]
-    return [tuple(getattr(row, name) for name in shown) for row in (HEADER, *rows)]
+def number(value: float, form: str) -> str:
+    """Return a number as text, a dash where it is not finite."""
+    if not math.isfinite(value):
+        return "-"
+    text = f"{value:{form}}"
+    return text if float(text) else text.lstrip("+-")  # what rounds to 0 has no sign
 
 
 def _spread(numbers: Sequence[float], form: str) -> str:
@@ -132,7 +120,7 @@ def _spread(numbers: Sequence[float], form: str) -> str:
 
 
 def _agreement(group: Sequence[Summary]) -> str:
-    """Of the runs that were evaluated; says how many where that is not all of them."""
+    """Return that of the runs that were evaluated, and how many those are where it is not all of them."""
     found = [s.evaluation.agreement for s in group if s.evaluation is not None]
     if not found:
         return "-"
@@ -140,22 +128,13 @@ def _agreement(group: Sequence[Summary]) -> str:
 
 
 def _mean_flops(group: Sequence[Summary]) -> float | None:
-    """None where one of them is not known."""
+    """Return None where those of a run are not known."""
     counts = [s.flops for s in group]
     return None if None in counts else mean(counts)
 
 
-def _unit(largest: float) -> tuple[float, str]:
-    """Giga, tera or peta: in the largest unit that leaves one before the point, all of a table can be compared."""
-    return next(((unit, letter) for unit, letter in ((1e15, "P"), (1e12, "T")) if largest >= unit), (1e9, "G"))
-
-
-def _share(parts: Sequence[float], wholes: Sequence[float]) -> str:
-    return f"{100 * sum(parts) / sum(wholes):.1f} %" if sum(wholes) else "0.0 %"
-
-
-def kept_by_class(steps: Sequence[Mapping], class_names: Sequence[str] = ()) -> list[list[str]]:
-    """Return a table, its header first: a row for each class, the samples of it that each E-step keeps.
+def kept_by_class(steps: Sequence[Mapping], class_names: Sequence[str] = ()) -> Table:
+    """Return a row for each class: the samples of it that each E-step keeps.
 
     Of more than CLASSES classes those of which the last step keeps fewest, of more than STAGES steps that many of them.
     """
@@ -171,26 +150,25 @@ def kept_by_class(steps: Sequence[Mapping], class_names: Sequence[str] = ()) -> 
 # --- evaluations ------------------------------------------------------------------------------------------------------
 
 
-def evaluation_table(summaries: Sequence[Summary]) -> list[list[str]]:
-    """A table, its header first: a row for each run that was evaluated, with what differs between it and its teacher."""
+def evaluation_table(summaries: Sequence[Summary]) -> Table:
+    """Return a row for each run that was evaluated: what differs between it and its teacher."""
     found = named(summaries)
     temperatures = _temperatures(found)
-    labels = _labels(temperatures)
-    head = ["run", "accuracy, %", "teacher's accuracy, %", "agreement, %", *(f"KL, T = {label}" for label in labels)]
+    head = ["run", "accuracy, %", "teacher's accuracy, %", "agreement, %"]
+    head += [f"KL, T = {label}" for label in temperatures.values()]
     head += ["ECE, %", "teacher's ECE, %", "slope of log-odds", "halves of log-odds", "worst class, points"]
     rows = []
     for name, evaluation in ((name, summary.evaluation) for name, summary in found):
+        student, teacher, log_odds = evaluation.student, evaluation.teacher, evaluation.exaggeration
         divergences = {one.temperature: one.kl for one in evaluation.divergence}
-        of_log_odds = evaluation.exaggeration
         rows.append(
             [
                 name,
-                *(number(x, ".2f") for x in (evaluation.student.accuracy, evaluation.teacher.accuracy)),
-                number(evaluation.agreement, ".2f"),
+                *(number(x, ".2f") for x in (student.accuracy, teacher.accuracy, evaluation.agreement)),
                 *(number(divergences.get(t, math.nan), ".4g") for t in temperatures),
-                *(number(x, ".2f") for x in (evaluation.student.ece, evaluation.teacher.ece)),
-                number(of_log_odds.slope, ".4g"),
-                " / ".join(number(x, "+.4g") for x in (of_log_odds.below, of_log_odds.above)),
+                *(number(x, ".2f") for x in (student.ece, teacher.ece)),
+                number(log_odds.slope, ".4g"),
+                " / ".join(number(x, "+.4g") for x in (log_odds.below, log_odds.above)),
                 number(evaluation.worst_class_change, "+.2f"),
             ]
         )
@@ -198,7 +176,7 @@ def evaluation_table(summaries: Sequence[Summary]) -> list[list[str]]:
 
 
 def notes_on_teachers(summaries: Sequence[Summary]) -> list[str]:
-    """A sentence for each teacher: which runs were compared with it, and whether it is their own."""
+    """Return a sentence for each teacher: which runs were compared with it, and whether it is their own."""
     found = [(name, summary.compared_with) for name, summary in named(summaries) if summary.compared_with]
     names: dict[str, list[str]] = {}
     for name, one in found:
@@ -210,7 +188,7 @@ def notes_on_teachers(summaries: Sequence[Summary]) -> list[str]:
 
 
 def notes_on_agreement(summaries: Sequence[Summary]) -> list[str]:
-    """What keeps agreements from being compared: whose is not with the run's own teacher, and where teachers differ."""
+    """Return what keeps agreements from being compared: those with another teacher than the run's own, or several."""
     found = [(name, summary) for name, summary in named(summaries) if summary.compared_with]
     teachers: dict[str, set[str]] = {}
     for _, summary in found:
@@ -244,32 +222,17 @@ def named(summaries: Sequence[Summary]) -> list[tuple[str, Summary]]:
     ]
 
 
-def _temperatures(found: Sequence[tuple[str, Summary]]) -> list[float]:
-    return sorted({one.temperature for _, summary in found for one in summary.evaluation.divergence})
+def _temperatures(found: Sequence[tuple[str, Summary]]) -> dict[float, str]:
+    """Return all temperatures, each with a label of as many digits as tell them apart."""
+    temperatures = sorted({one.temperature for _, summary in found for one in summary.evaluation.divergence})
+    labels = ([f"{t:.{digits}g}" for t in temperatures] for digits in range(6, 18))
+    return dict(zip(temperatures, next(each for each in labels if len(set(each)) == len(each)), strict=True))
 
 
-def _labels(temperatures: Sequence[float]) -> list[str]:
-    """With as many digits as tell them apart."""
-    for digits in range(6, 17):
-        labels = [f"{t:.{digits}g}" for t in temperatures]
-        if len(set(labels)) == len(set(temperatures)):
-            return labels
-    return [repr(t) for t in temperatures]
-
-
-def number(value: float, form: str) -> str:
-    """Return a number as text, a dash where it is not finite."""
-    if not math.isfinite(value):
-        return "-"
-    text = f"{value:{form}}"
-    return text if float(text) else text.lstrip("+-")  # what rounds to 0 has no sign
-
-
-def quality_table(summaries: Sequence[Summary]) -> list[list[str]]:
-    """Return a table, its header first: what the probabilities of each run and its teacher are worth at each temperature."""
+def quality_table(summaries: Sequence[Summary]) -> Table:
+    """Return what the probabilities of each run and its teacher are worth against the labels, at each temperature."""
     found = named(summaries)
-    temperatures = _temperatures(found)
-    labels = dict(zip(temperatures, _labels(temperatures), strict=True))
+    labels = _temperatures(found)
     rows = [
         [name, labels[own.temperature], *(number(x, ".4g") for x in (own.nll, other.nll, own.brier, other.brier))]
         for name, summary in found
