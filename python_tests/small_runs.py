@@ -1,7 +1,7 @@
 """Data, networks and runs that take milliseconds, and what a run has come to."""
 
 import random
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Container, Iterable, Sequence
 
 import numpy as np
 import pytest
@@ -13,7 +13,8 @@ from kcd_ext import files
 from kcd_ext.data.images import ImageSet
 from kcd_ext.data.views import Views
 from kcd_ext.methods import Batch
-from kcd_ext.training import checkpoint
+from kcd_ext.reports.comparison import Comparison
+from kcd_ext.training import Summary, checkpoint
 
 CLASSES = 4
 # Options that make a method small; one that is not here is tested with its defaults.
@@ -121,6 +122,13 @@ def stop_after(count: int) -> Callable[[dict], None]:
             raise StopError
 
     return progress
+
+
+def comparison(summaries: Sequence[Summary], **more: object) -> Comparison:
+    """Return what a report of these runs shows, and nothing else but `more`."""
+    shown = {"title": "t", "baseline": "kd", "notes": [], "differences": [], "ranking": None, "ranked": "kc-kd, seed 3"}
+    shown |= {"class_names": (), "config": {}, "folders": {}}
+    return Comparison(**{**shown, "summaries": summaries, **more})
 
 
 def final(folder) -> dict:

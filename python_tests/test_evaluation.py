@@ -6,6 +6,7 @@ import io
 import json
 import re
 import shutil
+from pathlib import Path
 from statistics import mean, stdev
 
 import numpy as np
@@ -14,7 +15,7 @@ import torch
 from commands import Page, contents
 from matplotlib.figure import Figure
 from safetensors.torch import load_file, save_file
-from small_runs import mostly_slow
+from small_runs import comparison, mostly_slow
 from torch import nn
 
 from kcd_ext import cli, models
@@ -23,6 +24,7 @@ from kcd_ext.data.images import load
 from kcd_ext.evaluation import Evaluation, LinearCKA, evaluate
 from kcd_ext.methods import Batch
 from kcd_ext.reports import figures, tables
+from kcd_ext.reports.page import render
 from kcd_ext.training import Summary
 from kcd_ext.training.summary import ComparedWith
 
@@ -619,6 +621,19 @@ def drawn_one(request):
     return evaluate(nn.Identity(), Fixed(t), [(s, y)], temperatures=(1, 2.5), class_names=names), s, t, y
 
 
+def of_one_run(evaluation):
+    """The summary of a run of one epoch with this evaluation."""
+    line = dict.fromkeys(("accuracy", "sample_visits", "seconds", "flops"), 1) | {"condensation": None}
+    return Summary("kd", 0, 1.0, 1.0, 1, 1, 1.0, evaluation=evaluation, history=[line])
+
+
+def page_of(evaluation):
+    """The page of that run, its text in one line."""
+    shown = Page(render(comparison([of_one_run(evaluation)]), Path())[0].decode())
+    shown.text = " ".join("".join(shown.text).split())
+    return shown
+
+
 def axes_of(draw, evaluation):
     axes = Figure().subplots()
     draw(axes, evaluation)
@@ -663,7 +678,7 @@ def test_the_classes_that_are_drawn(drawn_one):
         }
     assert {bars.get_label() for bars in axes.containers} == {"student", "teacher"}
     worse = [f"name {c} ({lost[c]:.2f})" for c in order if lost[c] > 0][:10]
-    assert len(worse) > 1 and figures.note_of_classes(found).endswith(f"points: {', '.join(worse)}.")
+    assert len(worse) > 1 and f"Lost most, percentage points: {', '.join(worse)}." in page_of(found).text
     axes.figure.canvas.draw()
     assert axes.get_legend().get_window_extent().y0 >= axes.get_window_extent().y1  # above all bars
 
@@ -681,13 +696,13 @@ def test_the_log_odds_that_are_drawn(drawn_one):
     np.testing.assert_allclose(line.get_ydata(), slope * np.array(line.get_xdata()) + intercept, rtol=1e-6)
     assert line.get_label() == f"slope {slope:.4g}"
     below, above = ((y - x)[part].mean() for part in (x < np.median(x), x > np.median(x)))
-    note = figures.note_of_log_odds(found)
+    note = page_of(found).text
     assert (
         f"by {below:+.4g} where the teacher's are below their median, by {above:+.4g} where they are above it." in note
     )
     assert ("The student exaggerates" in note) == (below < 0 < above)
     other = dataclasses.replace(found.exaggeration, below=-0.5, above=0.25)
-    assert "The student exaggerates" in figures.note_of_log_odds(dataclasses.replace(found, exaggeration=other))
+    assert "The student exaggerates" in page_of(dataclasses.replace(found, exaggeration=other)).text
 
 
 def test_the_layers_that_are_drawn(drawn_one):
@@ -719,7 +734,9 @@ def test_the_tables_of_evaluations(drawn_one):
         "halves of log-odds": f"{one.below:+.4g} / {one.above:+.4g}",
         "worst class, points": f"{worst:+.2f}",
     }
-    head, *rows = tables.quality_table([summary])
+    rows = page_of(found).rows
+    start = next(i for i, row in enumerate(rows) if row[1] == "temperature")
+    head, *rows = rows[start : start + 3]
     assert head == ["run", "temperature", "NLL", "teacher's NLL", "Brier", "teacher's Brier"]
     for row, temperature in zip(rows, (1, 2.5), strict=True):
         p = [torch.softmax(x / temperature, 1) for x in (s, t)]
@@ -744,7 +761,7 @@ def test_temperatures_that_are_almost_the_same_have_labels_of_their_own(drawn_on
     found = evaluate(nn.Identity(), Fixed(t), [(s, y)], temperatures=(1, 1.0000001, 4))
     summary = Summary("kd", 0, 1.0, 1.0, 1, 1, 1.0, evaluation=found)
     assert tables.evaluation_table([summary])[0][4:7] == ["KL, T = 1", "KL, T = 1.0000001", "KL, T = 4"]
-    assert [row[1] for row in tables.quality_table([summary])[1:]] == ["1", "1.0000001", "4"]
+    assert [row[1] for row in page_of(found).rows[-3:]] == ["1", "1.0000001", "4"]
 
 
 def test_agreements_of_different_teachers_are_told(drawn_one):

@@ -13,13 +13,12 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.image import imread
-from small_runs import mostly_slow
+from small_runs import comparison, mostly_slow
 
 from kcd_ext.commands.report import Report
 from kcd_ext.data.images import ImageSet, assemble
 from kcd_ext.data.views import Views
 from kcd_ext.reports import figures, page, ranking, runs
-from kcd_ext.reports.comparison import Comparison
 from kcd_ext.reports.tables import kept_by_class, results_table
 from kcd_ext.training import Condense, Recipe, Summary, distill
 
@@ -116,10 +115,7 @@ def written(tmp_path, monkeypatch):
             return figure, axes
 
         monkeypatch.setattr(figures, "_figure", kept)
-        shown = {"title": "t", "baseline": "kd", "ranked": "kc-kd, seed 3", "config": {}, "folders": {}}
-        shown |= {"notes": [], "differences": [], "class_names": ()}
-        found = Comparison(**{**shown, "summaries": summaries, "ranking": ranking, **more})
-        html, picture = page.render(found, tmp_path)
+        html, picture = page.render(comparison(summaries, ranking=ranking, **more), tmp_path)
         assert picture[:4] == b"\x89PNG"
         return Page(html.decode()), drawn
 

@@ -46,16 +46,6 @@ class Methods:
         return np.array([[line[name] for line in epoch] for epoch in lines], dtype=float).mean(1)
 
     @property
-    def seeds(self) -> list[int]:
-        """Those of all curves."""
-        return list(dict.fromkeys(run.seed for runs in self.drawn.values() for run in runs))
-
-    @property
-    def averaged(self) -> bool:
-        """Whether a curve is that of several runs."""
-        return any(len(runs) > 1 for runs in self.drawn.values())
-
-    @property
     def flops_known(self) -> bool:
         """Whether all curves can be drawn against FLOPs."""
         return all(line["flops"] is not None for runs in self.drawn.values() for run in runs for line in run.history)
@@ -224,27 +214,3 @@ def draw_layers(axes: Axes, evaluation: Evaluation) -> None:
     _set_plain(axes.get_yticklabels())
     axes.set(xlabel="linear CKA", xlim=(0, 1))
     axes.invert_yaxis()
-
-
-def note_of_classes(evaluation: Evaluation) -> str:
-    lost = ", ".join(f"{one.name} ({one.lost:.2f})" for one in evaluation.lost_most)
-    of = "" if len(evaluation.classes) <= CLASSES else f"The {CLASSES} of {len(evaluation.classes)} that lost most. "
-    return f"{of}Lost most, percentage points: {lost or 'none lost any'}."
-
-
-def note_of_log_odds(evaluation: Evaluation) -> str:
-    found = evaluation.exaggeration
-    below, above = (number(x, "+.4g") for x in (found.below, found.above))
-    exaggerates = "The student exaggerates: it is less sure below, surer above. " if found.exaggerates else ""
-    return (
-        f"Log-odds: log(p / (1 - p)). On the mean the student's differ by {below} where the teacher's are below their "
-        f"median, by {above} where they are above it. {exaggerates}Of {found.count:,} samples {len(found.points)} are drawn."
-    )
-
-
-DRAWINGS = (  # heading, what draws it, what is said of it
-    ("Reliability", draw_reliability, lambda _: "A marker's area: its bin's share of the samples."),
-    ("Accuracy by class", draw_classes, note_of_classes),
-    ("Confidence of student and teacher", draw_log_odds, note_of_log_odds),
-    ("Similarity of layers", draw_layers, lambda _: "No bar: features that are the same for all samples."),
-)

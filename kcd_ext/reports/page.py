@@ -53,8 +53,9 @@ def write(page: Path, paths: Sequence[Path]) -> Report:
 def render(found: Comparison, folder: Path) -> tuple[bytes, bytes]:
     """Return the page, whose paths are seen from `folder`, and the picture."""
     runs = {label: [os.path.relpath(each, folder) for each in folders] for label, folders in found.folders.items()}
-    methods, evaluations = figures.Methods(found.summaries), {}
-    for name, summary in tables.named(found.summaries):
+    methods, evaluated = figures.Methods(found.summaries), tables.named(found.summaries)
+    evaluations = {}
+    for name, summary in evaluated:
         evaluations.setdefault(summary.method, (name, summary.evaluation))
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
@@ -67,9 +68,11 @@ def render(found: Comparison, folder: Path) -> tuple[bytes, bytes]:
         found=found,
         methods=methods,
         config=json.dumps({**found.config, "runs": runs}, indent=2),
+        evaluated=evaluated,
         first_evaluations=dict(evaluations.values()),
         tables=tables,
         figures=figures,
+        number=tables.number,
         data_uri=_data_uri,
     )
     return text.encode(errors="replace"), figures.picture(methods, found.ranking)  # no lone surrogates

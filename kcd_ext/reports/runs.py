@@ -37,33 +37,21 @@ class Normalisation(NamedTuple):
 class RunMetadata:
     """What config.json says of a run. Its networks and data have not been tried."""
 
-    config: Mapping[str, object]
-    """All of it."""
+    config: Mapping[str, object]  # all of it
     label: str
     seed: int
-    epochs: int
-    """That the recipe asks for."""
-    threads: int | None
-    """That it was last started with."""
-    planned_threads: Mapping[str, int]
-    """Those of all runs of its command, by label, in their order."""
-    student: str | None
-    """The network. None, as for all below: the file does not say."""
-    data: Mapping[str, object]
-    """What `kcd_ext.data.images.load` takes."""
-    teacher: str | None
-    """The digest of the teacher's weights; None: there was no teacher."""
+    epochs: int  # that the recipe asks for
+    threads: int | None  # that the run was last started with; None, as below: the file does not say
+    planned_threads: Mapping[str, int]  # of all runs of its command, by label, in their order
+    student: str | None  # the network
+    data: Mapping[str, object]  # what `kcd_ext.data.images.load` takes
+    teacher: str | None  # the digest of the teacher's weights; None: there was no teacher
     teacher_network: str | None
-    teacher_path: str | None
-    """Where its weights were read; None: beside the run."""
-    teacher_normalisation: Normalisation | None
-    """Of the images that the teacher was given."""
-    teacher_run: Mapping[str, str]
-    """The `fingerprint` of the teacher's own run on these images; empty where it has none."""
-    teacher_accuracy: float | None
-    """As measured before training, percent."""
-    page: Mapping[str, object]
-    """What the command adds to its page: title, command, options, normalisation, class_names."""
+    teacher_path: str | None  # where its weights were read; None: beside the run
+    teacher_normalisation: Normalisation | None  # of the images that it was given
+    teacher_run: Mapping[str, str]  # the `fingerprint` of its own run on these images; empty: there is none
+    teacher_accuracy: float | None  # as measured before training, percent
+    page: Mapping[str, object]  # what reports show as it is: title, command, options, normalisation, class_names
 
     @classmethod
     def from_config(cls, config: dict) -> "RunMetadata":
@@ -77,8 +65,7 @@ class RunMetadata:
         network, path = _text(about, "teacher_network"), _text(about, "teacher_path")
         if network is None:  # a run of before there were these two
             network, _, path = (_text(about, "teacher") or "").partition(" of ")
-        accuracy, threads = config.get("teacher_accuracy"), config.get("threads")
-        page = _object(about, "page")
+        accuracy, threads, page = config.get("teacher_accuracy"), config.get("threads"), _object(about, "page")
         if not all(isinstance(name, str) for name in [page.get("title", ""), *page.get("class_names", ())]):
             raise TypeError("title and class_names must be text")
         return cls(
@@ -86,11 +73,8 @@ class RunMetadata:
             label=_readable(config.get("label") or recipe.get("name") or recipe["method"]),
             seed=check_int("seed", recipe["seed"], 0, MAX_SEED),
             epochs=check_int("epochs", recipe["epochs"], 1),
-            threads=None if threads is None else check_int("threads", threads, 1, MOST_THREADS),
-            planned_threads={
-                label: check_int("threads", count, 1, MOST_THREADS)
-                for label, count in _object(about, "threads").items()
-            },
+            threads=None if threads is None else _threads(threads),
+            planned_threads={name: _threads(count) for name, count in _object(about, "threads").items()},
             student=_text(about, "student"),
             data=data,
             teacher=_text(config, "teacher"),
@@ -283,7 +267,7 @@ def threads_of(folder: Path) -> int | None:
     started = metadata_of(folder).threads if (folder / "config.json").exists() else None
     found = checkpoint.facts_of(folder / "checkpoint")
     try:
-        return check_int("threads", found["threads"], 1, MOST_THREADS) if "threads" in found else started
+        return _threads(found["threads"]) if "threads" in found else started
     except (TypeError, ValueError) as error:
         raise ValueError(f"{folder / 'checkpoint'} is damaged: {error}") from error
 
@@ -347,6 +331,10 @@ def _step(found: dict) -> dict:
         if not low <= high or not [check_int("counts", count, 0) for count in values["counts"]]:
             raise ValueError("the values of its condensation are no histogram")
     return {**found, "classes": classes}
+
+
+def _threads(count: object) -> int:
+    return check_int("threads", count, 1, MOST_THREADS)
 
 
 def _percent(name: str, value: object) -> float:

@@ -152,20 +152,19 @@ def kept_by_class(steps: Sequence[Mapping], class_names: Sequence[str] = ()) -> 
 
 def evaluation_table(summaries: Sequence[Summary]) -> Table:
     """Return a row for each run that was evaluated: what differs between it and its teacher."""
-    found = named(summaries)
-    temperatures = _temperatures(found)
+    labels = temperatures(summaries)
     head = ["run", "accuracy, %", "teacher's accuracy, %", "agreement, %"]
-    head += [f"KL, T = {label}" for label in temperatures.values()]
+    head += [f"KL, T = {label}" for label in labels.values()]
     head += ["ECE, %", "teacher's ECE, %", "slope of log-odds", "halves of log-odds", "worst class, points"]
     rows = []
-    for name, evaluation in ((name, summary.evaluation) for name, summary in found):
+    for name, evaluation in ((name, summary.evaluation) for name, summary in named(summaries)):
         student, teacher, log_odds = evaluation.student, evaluation.teacher, evaluation.exaggeration
         divergences = {one.temperature: one.kl for one in evaluation.divergence}
         rows.append(
             [
                 name,
                 *(number(x, ".2f") for x in (student.accuracy, teacher.accuracy, evaluation.agreement)),
-                *(number(divergences.get(t, math.nan), ".4g") for t in temperatures),
+                *(number(divergences.get(t, math.nan), ".4g") for t in labels),
                 *(number(x, ".2f") for x in (student.ece, teacher.ece)),
                 number(log_odds.slope, ".4g"),
                 " / ".join(number(x, "+.4g") for x in (log_odds.below, log_odds.above)),
@@ -222,20 +221,8 @@ def named(summaries: Sequence[Summary]) -> list[tuple[str, Summary]]:
     ]
 
 
-def _temperatures(found: Sequence[tuple[str, Summary]]) -> dict[float, str]:
-    """Return all temperatures, each with a label of as many digits as tell them apart."""
-    temperatures = sorted({one.temperature for _, summary in found for one in summary.evaluation.divergence})
-    labels = ([f"{t:.{digits}g}" for t in temperatures] for digits in range(6, 18))
-    return dict(zip(temperatures, next(each for each in labels if len(set(each)) == len(each)), strict=True))
-
-
-def quality_table(summaries: Sequence[Summary]) -> Table:
-    """Return what the probabilities of each run and its teacher are worth against the labels, at each temperature."""
-    found = named(summaries)
-    labels = _temperatures(found)
-    rows = [
-        [name, labels[own.temperature], *(number(x, ".4g") for x in (own.nll, other.nll, own.brier, other.brier))]
-        for name, summary in found
-        for own, other in zip(summary.evaluation.student.quality, summary.evaluation.teacher.quality, strict=True)
-    ]
-    return [["run", "temperature", "NLL", "teacher's NLL", "Brier", "teacher's Brier"], *rows]
+def temperatures(summaries: Sequence[Summary]) -> dict[float, str]:
+    """Return the temperatures of all evaluations, each with a label of as many digits as tell them apart."""
+    found = sorted({one.temperature for _, summary in named(summaries) for one in summary.evaluation.divergence})
+    labels = ([f"{temperature:.{digits}g}" for temperature in found] for digits in range(6, 18))
+    return dict(zip(found, next(each for each in labels if len(set(each)) == len(each)), strict=True))
