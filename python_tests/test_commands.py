@@ -625,6 +625,41 @@ def test_runs_of_one_seed_stay_apart(shelf, here):
     assert labels == [f"kc-kd ({shelf / 'two'})", f"kc-kd ({shelf / 'demo'})", "teacher"]
 
 
+def test_a_report_follows_from_its_folders_alone(home, here):
+    """Written again it is the same, bit for bit; with another teacher beside it, or none, what was measured takes its place."""
+    shutil.copytree(home / "two", here / "two")
+    before, args = contents(here), ["report", "two", "--output", "two/report.html"]
+    assert cli.main(args) == 0 and contents(here) == before
+    accuracy = result(here / "two" / "seed-6")[0]["teacher_accuracy"]
+    assert read(here / "two" / "report.html").rows[1][1:] == cells(result(home / "two" / "teacher"))
+    for change in (lambda path: path.write_text(path.read_text() + "\n"), lambda path: shutil.rmtree(path.parent)):
+        change(here / "two" / "teacher" / "metrics.jsonl")
+        assert cli.main(args) == 0
+        assert read(here / "two" / "report.html").rows[1] == ["teacher", f"{accuracy:.2f}", *["-"] * 6]
+
+
+def test_a_run_of_an_older_version_is_reported_without_images(home, here):
+    shutil.copytree(home / "two" / "seed-5", here / "run")
+    config = json.loads((here / "run" / "config.json").read_text())
+    del config["about"]["page"], config["about"]["teacher_run"], config["teacher_accuracy"]
+    (here / "run" / "config.json").write_text(json.dumps(config))
+    for name in ("ranking.json", "thumbnails.png"):
+        (here / "run" / name).unlink()
+    assert cli.main(["report", "run"]) == 0
+    page = read(here / "report.html")
+    assert (page.images, page.headings[0], [row[0] for row in page.rows]) == (0, "kc-kd on digits", ["method", "kc-kd"])
+
+
+@pytest.mark.slow
+def test_images_that_a_kill_has_kept_from_being_written_are_there_after_a_resume(home, here):
+    shutil.copytree(home / "two", here / "two")
+    before = contents(here)
+    (here / "two" / "seed-5" / "ranking.json").unlink()
+    (here / "two" / "seed-6" / "thumbnails.png").unlink()
+    assert cli.main([*TWO_SEEDS, "--resume"]) == 0
+    assert contents(here) == before
+
+
 def test_unfinished_runs_are_called_so(shelf, here, capfd):
     assert cli.main(["report", *(str(shelf / name) for name in ("half", "begun", "two"))]) == 0
     out = capfd.readouterr().out
@@ -664,6 +699,10 @@ def replaced(name, old, new):
     return change
 
 
+def cut(name, size):
+    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:size])
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -682,6 +721,15 @@ def replaced(name, old, new):
         (replaced("metrics.jsonl", '"epoch": 3', '"epoch": 4'), "metrics.jsonl is damaged: its lines are not"),
         (replaced("metrics.jsonl", '"counts"', '"count"'), "metrics.jsonl is damaged: it has no 'counts'"),
         (lambda folder: (folder / "metrics.jsonl").write_text(""), "nothing to report: no epoch has ended in "),
+        (lambda folder: (folder / "ranking.json").write_text("{}"), "ranking.json is damaged: it has no 'labels'"),
+        (replaced("ranking.json", '"class 1"', "[]"), "ranking.json is damaged: labels must be names"),
+        (
+            replaced("ranking.json", '"values": [', '"values": [1,'),
+            "ranking.json is damaged: it has 32 labels, 33 values",
+        ),
+        (replaced("metrics.jsonl", '"lr": 0.05', '"lr": 0.5'), "ranking.json is of another student: metrics.jsonl is"),
+        (cut("thumbnails.png", 200), "ranking.json is of another student: thumbnails.png is not"),
+        (replaced("ranking.json", '"labels": [', '"label": ['), "ranking.json is damaged: it has no 'labels'"),
         (lambda folder: (folder / "summary.json").write_text("{}"), "summary.json is damaged: it has no 'results'"),
         (
             lambda folder: ((folder / "metrics.jsonl").unlink(), os.mkfifo(folder / "metrics.jsonl")),

@@ -19,7 +19,7 @@ from .runs import check_fingerprint, fingerprint
 RANKING, PICTURE = "ranking.json", "thumbnails.png"
 SHOWN = 16  # of the most and of the least valuable images
 SIDE = 128  # pixels of a thumbnail, at most
-OF_A_RUN = ("metrics.jsonl",)  # what tells the run that the values are of from all others
+BESIDE = ("metrics.jsonl", PICTURE)  # files that a ranking goes with
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def write(folder: Path, summary: Summary, images: ImageSet, class_names: Sequenc
         "samples": [int(i) for i in shown],
         "labels": [class_names[k] if class_names else f"class {k}" for k in images.labels[shown].tolist()],
         "values": [float(values[i]) for i in shown],
-        "run": fingerprint(folder, OF_A_RUN),
+        "run": fingerprint(folder, BESIDE),
     }
     write_json(folder / RANKING, content)
 
@@ -83,15 +83,11 @@ def read(folder: Path) -> Ranking | None:
     if not (path.exists() and picture.exists()):
         return None
     labels, values, of = read_json(path, _parse)
-    check_fingerprint(path, of, fingerprint(folder, OF_A_RUN))
-    half = len(labels) // 2
-    content = read_regular(picture)
+    check_fingerprint(path, of, fingerprint(folder, BESIDE))
+    half, content = len(labels) // 2, read_regular(picture)
     try:
-        with Image.open(io.BytesIO(content), formats=["PNG"]) as image:
-            fits = image.width % half == image.height % 2 == 0 and max(image.width / half, image.height / 2) <= SIDE
-            if not fits or image.mode not in ("L", "RGB", "RGBA"):
-                raise ValueError(f"{image.width} x {image.height} {image.mode} are not 2 rows of {half} thumbnails")
-            tiles = [tile for row in np.split(np.asarray(image), 2) for tile in np.split(row, half, axis=1)]
+        pixels = np.asarray(Image.open(io.BytesIO(content), formats=["PNG"]))
+        tiles = [tile for row in np.split(pixels, 2) for tile in np.split(row, half, axis=1)]
     except Exception as error:  # whatever Pillow raises
         raise ValueError(f"{picture} is damaged: {one_line(error)}") from error
     thumbnails = [Thumbnail(*one) for one in zip(tiles, labels, values, strict=True)]

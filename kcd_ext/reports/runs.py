@@ -56,7 +56,7 @@ class RunMetadata:
     @classmethod
     def from_config(cls, config: dict) -> "RunMetadata":
         """Return what the content of a config.json says. Raises KeyError, TypeError or ValueError where it is damaged."""
-        recipe, about = _object(config, "recipe"), _object(config, "about")
+        recipe, about = _object(config, "recipe") or config["recipe"], _object(config, "about")
         data, given = _object(about, "data"), _object(about, "teacher_normalisation")
         for name in ("condense", "options"):
             _object(recipe, name)
@@ -202,8 +202,8 @@ def check_fingerprint(path: Path, recorded: Mapping[str, object], actual: Mappin
     for name, digest in actual.items():
         if recorded.get(name) != digest:
             raise ValueError(
-                f"{path} is of another student: {name} is not the one that it was made of; remove it, and run the command "
-                "that makes it again"
+                f"{path} is of another student: {name} is not the one that it was made of, or is damaged; remove "
+                f"{path.name}, and run the command that makes it again"
             )
 
 
@@ -220,7 +220,10 @@ def teacher_of(run: Run) -> Run | None:
     """
     recorded = run.metadata.teacher_run
     for place in teacher_dirs(run.folder, run.metadata.teacher_path) if recorded else []:
-        if place.is_dir() and fingerprint(place) == recorded and (found := read(place)).summary is not None:
+        same = False
+        with suppress(OSError, ValueError):  # of a place that cannot be read
+            same = fingerprint(place) == recorded
+        if same and (found := read(place)).summary is not None:
             measured = run.metadata.teacher_accuracy
             accuracy = found.summary.accuracy_last if measured is None else measured
             return replace(found, summary=replace(found.summary, method=TEACHER, accuracy_last=accuracy))
