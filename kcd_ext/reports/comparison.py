@@ -10,6 +10,7 @@ from ..training.summary import Summary
 from . import ranking, runs
 from .ranking import Ranking
 from .runs import TEACHER, Run
+from .tables import Table
 
 BASELINE = "kd"
 APART = (*FREE, "seed", "condense", "options")  # of a recipe: what runs of one group may differ in, and what has parts
@@ -20,30 +21,22 @@ class Comparison:
     """All that a report shows."""
 
     title: str
-    summaries: Sequence[Summary]
-    """By method, the method named as in the tables; first the teacher's, where all runs have one."""
-    baseline: str
-    """The method whose visits are a hundred percent; empty: the runs are not of one data set."""
-    notes: Sequence[str]
-    """Sentences about the runs."""
-    differences: Sequence[Sequence[str]]
-    """A table, its header first, of what differs between the methods; empty: nothing."""
+    summaries: Sequence[Summary]  # by method, which is named as in the tables; first the teacher's, where all have one
+    baseline: str  # the method whose visits are a hundred percent; empty: the runs are not of one data set
+    notes: Sequence[str]  # sentences about the runs
+    differences: Table  # what differs between the methods; empty: nothing
     ranking: Ranking | None
-    ranked: str
-    """The run that the ranking is of."""
+    ranked: str  # the run that the ranking is of
     class_names: Sequence[str]
-    config: Mapping[str, object]
-    """What the runs have in common, JSON."""
-    folders: Mapping[str, Sequence[Path]]
-    """Those of the runs, by method."""
+    config: Mapping[str, object]  # what the runs have in common, JSON
+    folders: Mapping[str, Sequence[Path]]  # those of the runs, by method
 
 
 @dataclass
 class _Group:
     """Runs that differ in the seed alone, of which each is there once."""
 
-    path: Path
-    """Where the first of them was found."""
+    path: Path  # where the first of them was found
     settings: Mapping[str, object]
     runs: list[Run]
 
@@ -134,7 +127,8 @@ def _grouped(paths: Sequence[Path]) -> dict[str, _Group]:
 
 def _settings(run: Run) -> dict[str, object]:
     """Return all that decides a run's result but the seed: option -> value."""
-    config, recipe, about = (run.metadata.config, run.metadata.config["recipe"], run.metadata.config.get("about") or {})
+    config = run.metadata.config
+    recipe, about = config["recipe"], config.get("about") or {}
     found = {"label": run.label, **{name: value for name, value in recipe.items() if name not in APART}}
     for part in ("condense", "options"):
         found |= {f"{part}.{name}": value for name, value in (recipe.get(part) or {}).items()}
@@ -147,7 +141,7 @@ def _settings(run: Run) -> dict[str, object]:
     return found | {f"data.{name}": value for name, value in (about.get("data") or {}).items()}
 
 
-def _differences(groups: Mapping[str, _Group]) -> list[list[str]]:
+def _differences(groups: Mapping[str, _Group]) -> Table:
     names = list(dict.fromkeys(name for group in groups.values() for name in group.settings if name != "label"))
     differ = [name for name in names if len({str(group.settings.get(name)) for group in groups.values()}) > 1]
     rows = [[label, *(_shown(group.settings.get(name)) for name in differ)] for label, group in groups.items()]
