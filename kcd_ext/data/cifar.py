@@ -17,9 +17,8 @@ from typing import BinaryIO
 
 import numpy as np
 
-from ..describe import describe
+from ..describe import describe, one_line
 from ..files import check_regular
-from ..registry import one_line
 from .images import ImageData, assemble
 
 URL = "https://www.cs.toronto.edu/~kriz/"

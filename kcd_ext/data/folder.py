@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from ..checks import check_int
+from ..describe import one_line
 from ..files import check_regular
-from ..registry import one_line
 from .images import ImageData, assemble, check_class_names, some
 
 # Names of the folder of a part, the preferred one first.

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
+from ..describe import one_line
 from ..files import check_regular
-from ..registry import one_line
 from .images import ImageData, assemble
 
 REQUIRED = ("x_train", "y_train", "x_test", "y_test")
