@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from .checks import check_float
 from .describe import describe
-from .methods.features import Tap, evaluation
+from .methods.features import Tap, evaluation_mode
 from .networks import logits_alone, usual_modes
 
 TEMPERATURES = (1.0, 4.0)
@@ -223,7 +223,7 @@ def evaluate(
         stack.enter_context(torch.no_grad())
         compared = _compared(student, teacher, layers, stack)
         for network in (student, teacher):
-            stack.enter_context(evaluation(network))
+            stack.enter_context(evaluation_mode(network))
         outputs = [
             stack.enter_context(logits_alone(name, network))
             for name, network in (("student", student), ("teacher", teacher))

@@ -1,7 +1,7 @@
 """How networks are called: in torch's usual modes, whatever the caller's are, and for their logits alone."""
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -119,7 +119,7 @@ class LogitsAlone:
         return self
 
     def __reduce__(self):
-        return _nothing_of, ()
+        return no_hook, ()
 
 
 @contextmanager
@@ -162,10 +162,10 @@ def _mode(training: bool) -> str:
     return " in training mode" if training else " in evaluation mode"
 
 
-def _nothing_of():
-    """Return what pickles of a network carry in place of the hook."""
+def no_hook() -> Callable[..., None]:
+    """Return what pickles and copies of a network carry in place of a hook of this package: one that does nothing."""
     return _leave_alone
 
 
-def _leave_alone(network: nn.Module, arguments: tuple, options: dict, output: object) -> None:
+def _leave_alone(network: nn.Module, *_: object) -> None:
     pass
