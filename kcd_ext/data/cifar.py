@@ -17,7 +17,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from ..describe import describe, one_line
+from ..describe import one_line
 from ..files import check_regular
 from .images import ImageData, assemble
 
@@ -87,43 +87,26 @@ _ADMITTED = {
 
 
 class _Unpickler(pickle.Unpickler):
-    """Reads plain values and arrays, and imports nothing that the pickle names.
-
-    Only files whose published sum was checked come here, so a crafted array is no concern.
-    """
+    """Reads plain values and arrays. Raises ValueError where the pickle names anything else, and imports nothing."""
 
     def find_class(self, module: str, name: str) -> object:
         if (module, name) not in _ADMITTED:
-            raise ValueError(f"it names {module}.{name}, which is not admitted")
+            raise ValueError(f"the pickle names {module}.{name}, which is not admitted")
         return _ADMITTED[module, name]
 
 
-def _values(raw: bytes, *keys: bytes) -> list[object]:
-    """The entries of the dict in a pickle; strings of Python 2 are bytes."""
-    try:
-        held = _Unpickler(io.BytesIO(raw), encoding="bytes").load()
-    except Exception as error:  # a pickle that makes no sense can raise anything
-        raise ValueError(f"the pickle cannot be read: {one_line(error)}") from error
-    missing = [key.decode() for key in keys if not isinstance(held, dict) or key not in held]
-    if missing:
-        raise ValueError(f"the pickle has no {', '.join(missing)}")
-    return [held[key] for key in keys]
+def _unpickled(raw: bytes) -> dict[bytes, object]:
+    """The dict in a pickle of Python 2. It has passed its published sum, so what is in it is not checked again."""
+    return _Unpickler(io.BytesIO(raw), encoding="bytes").load()
 
 
 def _batch(label_key: bytes, raw: bytes) -> tuple[np.ndarray, np.ndarray]:
-    pixels, labels = _values(raw, b"data", label_key)
-    if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8:
-        raise ValueError(f"data must be an array of uint8, got {describe(pixels)}")
-    if not isinstance(labels, list) or not all(type(label) is int for label in labels):
-        raise ValueError(f"{label_key.decode()} must be a list of integers, got {type(labels).__name__}")
-    return pixels, np.array(labels)
+    held = _unpickled(raw)
+    return held[b"data"], np.array(held[label_key])
 
 
 def _label_names(key: bytes, raw: bytes) -> tuple[str, ...]:
-    (names,) = _values(raw, key)
-    if not isinstance(names, list) or not all(isinstance(name, bytes) for name in names):
-        raise ValueError(f"{key.decode()} must be a list of strings, got {type(names).__name__}")
-    return tuple(name.decode("ascii") for name in names)
+    return tuple(name.decode("ascii") for name in _unpickled(raw)[key])
 
 
 EDITIONS = (

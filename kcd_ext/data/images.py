@@ -19,8 +19,8 @@ from .views import Views, check_normalisation
 REGISTRY = {
     "cifar10": "kcd_ext.data.cifar:cifar10",
     "cifar100": "kcd_ext.data.cifar:cifar100",
-    "digits": "kcd_ext.data.digits:load",
-    "mnist5k": "kcd_ext.data.mnist5k:load",
+    "digits": "kcd_ext.data.packaged:digits",
+    "mnist5k": "kcd_ext.data.packaged:mnist5k",
 }
 PATHS = "kcd_ext.data.files:read"
 
