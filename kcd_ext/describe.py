@@ -83,3 +83,8 @@ def _form(name: str) -> str:
 def one_line(error: BaseException) -> str:
     """Return the first line of its message; torch adds a call stack to some."""
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def describe_error(error: BaseException) -> str:
+    """Return its type and the first line of its message."""
+    return f"{type(error).__name__}: {one_line(error)}"

@@ -33,6 +33,12 @@ def usual_modes() -> Iterator[None]:
         yield
 
 
+def check_network(name: str, network: object) -> None:
+    """Raise TypeError for what is no module."""
+    if not isinstance(network, nn.Module):
+        raise TypeError(f"{name} must be a torch.nn.Module, got {type(network).__name__}")
+
+
 class OutputError(ValueError):
     """A network gave no logits (b, classes)."""
 
@@ -70,8 +76,7 @@ class LogitsAlone:
     """
 
     def __init__(self, name: str, network: nn.Module):
-        if not isinstance(network, nn.Module):
-            raise TypeError(f"{name} must be a torch.nn.Module, got {type(network).__name__}")
+        check_network(name, network)
         self.name = name
         self.network = hookable(network)  # what is to be called
         self.acts_in = {True, False}  # the values of `training` in which outputs are replaced

@@ -4,7 +4,7 @@ import importlib
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 
-from .describe import brief, describe, did_you_mean, one_line
+from .describe import brief, describe, describe_error, did_you_mean, one_line  # noqa: F401
 from .import_path import resolving
 
 
@@ -36,7 +36,7 @@ def resolve(kind: str, name: str, registry: Mapping[str, str]) -> object:
     except ImportError:
         raise
     except (Exception, SystemExit) as error:
-        raise ValueError(f"{kind} {name!r}: import of {module_name} raised {_told(error)}") from error
+        raise ValueError(f"{kind} {name!r}: import of {module_name} raised {describe_error(error)}") from error
     for part in attribute.split("."):
         if not hasattr(found, part):
             raise ValueError(f"{kind} {name!r}: {module_name!r} has no {attribute!r}{did_you_mean(part, dir(found))}")
@@ -58,7 +58,7 @@ def call(kind: str, name: str, registry: Mapping[str, str], /, **arguments: obje
     except (TypeError, ValueError, ImportError, OSError):
         raise
     except (Exception, SystemExit) as error:
-        raise ValueError(f"{kind} {name!r} raised {_told(error)}") from error
+        raise ValueError(f"{kind} {name!r} raised {describe_error(error)}") from error
 
 
 def unknown(
@@ -72,7 +72,3 @@ def unknown(
     nearest = did_you_mean(name, [*names, *variants])
     others = ", ".join(names) + (f", or {otherwise}" if otherwise else "")
     return ValueError(f"unknown {kind} {brief(name)}{f'{nearest} Else' if nearest else ':'} take {others}")
-
-
-def _told(error: BaseException) -> str:
-    return f"{type(error).__name__}: {one_line(error)}"

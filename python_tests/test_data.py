@@ -93,7 +93,7 @@ def test_views_are_those_made_by_hand(padding, flip, shape, seed, epoch):
     got = views(torch.from_numpy(images), index, seed=seed, epoch=epoch)
     assert got.dtype == torch.float32 and got.is_contiguous()
     np.testing.assert_allclose(got.numpy(), by_hand(views, images, index, seed, epoch), rtol=2e-6, atol=1e-6)
-    plain = views.plain(torch.from_numpy(images))
+    plain = views.normalize(torch.from_numpy(images))
     np.testing.assert_allclose(
         plain.numpy(), by_hand(replace(views, padding=0, flip=False), images, index, 0, 0), rtol=2e-6, atol=1e-6
     )
@@ -368,7 +368,7 @@ def test_data_sets_that_come_with_packages(name, shape, sizes):
         assert np.ptp(np.bincount(part.labels)) <= 0.05 * len(part)
         assert (part.views.padding, part.views.flip) == (0, False)
     assert len(np.unique(np.concatenate([data.train.images, data.test.images]), axis=0)) > 0.99 * sum(sizes)
-    x = data.train.views.plain(data.train.tensors("cpu")[0])
+    x = data.train.views.normalize(data.train.tensors("cpu")[0])
     assert x.shape == (sizes[0], 1, *shape[:2])
     assert abs(x.mean()) < 1e-4 and abs(x.std() - 1) < 1e-4
 

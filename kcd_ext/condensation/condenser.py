@@ -15,7 +15,7 @@ from ..checks import check_bool, check_choice, check_fraction, check_int, check_
 from ..describe import brief
 from .classes import checked_labels, largest_minimum, with_minimum
 from .condensation import Condensation
-from .mixing import Recipe, build_recipes, mix_strength, overwrite, pixel_weight
+from .mixing import MixTree, build_recipes, mix_strength, overwrite, pixel_weight
 from .random_keys import MAX_SEED
 from .schedules import SCHEDULES, final_size, stage_size
 from .table import ValueTable, check_tensor
@@ -139,7 +139,7 @@ class KnowledgeCondenser:
         self._table = self._table_type(self._num_samples, device)
         self._set_kept(torch.arange(self._num_samples, dtype=torch.int64, device="cpu"))
         self._log = _no_mixes()
-        self._recipes: dict[int, Recipe] | None = None
+        self._recipes: dict[int, MixTree] | None = None
         self._epoch = 0
         self._stage = 0
         self._has_warned_of_classes = False
@@ -275,7 +275,7 @@ class KnowledgeCondenser:
         return self._ascending
 
     @property
-    def recipes(self) -> Mapping[int, Recipe]:
+    def recipes(self) -> Mapping[int, MixTree]:
         """Original index -> what the image is made of (see `mixing.py`), for all samples that are mixes."""
         if self._recipes is None:
             mixes = zip(*(self._log[name].tolist() for name in ("mixed", "partner", "weight")), strict=True)

@@ -146,6 +146,13 @@ def _check_takes_hooks(module: nn.Module, name: str) -> None:
         )
 
 
+def stages_of(network: nn.Module) -> tuple[str, ...]:
+    """Return the names of a network's stages; of one without any (other libraries call other things so), none."""
+    stages = getattr(network, "stages", ())
+    named = isinstance(stages, tuple | list) and all(isinstance(path, str) for path in stages)
+    return tuple(stages) if named else ()
+
+
 def check_layer(name: str, layer: str | None) -> str | None:
     """A layer's name, or None; raises TypeError."""
     if layer is not None and not isinstance(layer, str):
@@ -239,13 +246,18 @@ def full_precision(like: Tensor) -> torch.autocast:
     return torch.autocast(like.device.type, enabled=False)
 
 
+def at_least_float32(x: Tensor) -> Tensor:
+    """Return x, in float32 where its dtype has fewer digits."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def unit_rows(x: Tensor, offset: float = SMALLEST_LENGTH) -> Tensor:
     """x (r, d) with every row divided by its length + offset, so that products of rows are cosines; at least float32.
 
     offset: >= 0. A row of zeros has no direction: it stays zeros, and passes no gradient. Lengths beyond the range of squares in
     float32 are no trouble; a row that holds an infinity or a NaN becomes NaN.
     """
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    x = at_least_float32(x)
     largest = x.detach().abs().amax(1, keepdim=True)
     zero = largest == 0
     scale = largest.masked_fill(zero, 1)  # cancels: it only keeps the squares in range

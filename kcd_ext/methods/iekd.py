@@ -11,7 +11,16 @@ from torch.nn import functional
 from .. import models
 from ..checks import check_choice, check_finite, check_int, check_non_negative, check_positive, check_used
 from ..models.layers import initialise_convolutions
-from .features import FeatureMethod, Tap, check_layer, evaluation_mode, full_precision, unit_rows
+from .features import (
+    FeatureMethod,
+    Tap,
+    at_least_float32,
+    check_layer,
+    evaluation_mode,
+    full_precision,
+    stages_of,
+    unit_rows,
+)
 from .kd import distill_optionally, distill_rows
 from .protocol import Batch, Outcome, Pretraining
 from .selection import select_batch_rows, take_rows
@@ -106,7 +115,7 @@ class FactorAutoEncoder(nn.Module):
         factors = self.encoder(maps)
         reconstruction = self.decoder(factors)
         with full_precision(maps):
-            return factors, (_at_least_float32(maps) - _at_least_float32(reconstruction)).abs().mean()
+            return factors, (at_least_float32(maps) - at_least_float32(reconstruction)).abs().mean()
 
 
 class SplitEncoder(nn.Module):
@@ -175,7 +184,7 @@ class _FactorMethod(FeatureMethod):
     def compare(self, factors: tuple[Tensor, Tensor], target: Tensor) -> dict[str, Tensor]:
         """The losses of inheritance and exploration, () each, of the halves' factors against another network's."""
         with full_precision(target):
-            inherited, explored, target = at_one_size(*map(_at_least_float32, (*factors, target)))
+            inherited, explored, target = at_one_size(*map(at_least_float32, (*factors, target)))
             losses = DISTANCES[self.distance]
             return {
                 "inheritance": losses.inheritance(inherited, target),
@@ -436,7 +445,7 @@ class InheritanceExplorationMutualLearning(_FactorMethod):
         terms = {
             **{name: x.detach() for name, x in losses.items()},
             "kl": kl,
-            "peer_ce": functional.cross_entropy(_at_least_float32(peer_logits.detach()), batch.label),
+            "peer_ce": functional.cross_entropy(at_least_float32(peer_logits.detach()), batch.label),
             "reconstruction": reconstruction.detach(),
         }
         return Outcome(loss, logits.detach(), value, terms)
@@ -453,10 +462,6 @@ def _convolution(in_channels: int, out_channels: int) -> tuple[nn.Module, nn.Mod
 def _directions(x: Tensor) -> Tensor:
     """Samples (b, ...) -> their directions (b, n), at least float32."""
     return unit_rows(x.flatten(1), offset=0)
-
-
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _placed(part: nn.Module, device: torch.device) -> nn.Module:
@@ -477,8 +482,8 @@ def _placed_as_it_runs(network: nn.Module, x: Tensor) -> nn.Module:
 
 
 def _last_stage(network: nn.Module, name: str) -> str:
-    stages = getattr(network, "stages", None)
-    if not isinstance(stages, list | tuple) or not stages or not isinstance(stages[-1], str):
+    stages = stages_of(network)
+    if not stages:
         raise ValueError(
             f"the {name} has no stages, a tuple of names whose last one its maps would come out of: set {name}_layer to a "
             f"name in {name}.named_modules()"

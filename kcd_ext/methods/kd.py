@@ -10,6 +10,7 @@ from .. import reference
 from ..checks import check_finite, check_fraction, check_positive
 from ..losses import condensed_kd_loss
 from ..ops import has_kernels_for
+from .features import at_least_float32
 from .protocol import Batch, Method, Outcome, entropy
 from .selection import select_batch_rows, take_rows
 
@@ -108,8 +109,7 @@ def distill_optionally(
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Return the loss, value and terms of `distill_rows`; if kd_weight is 0, of cross entropy alone: no KL is computed."""
     if kd_weight == 0:
-        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return ce_weight * functional.cross_entropy(wide, label), entropy(logits), {}
+        return ce_weight * functional.cross_entropy(at_least_float32(logits), label), entropy(logits), {}
     loss, value, kl = distill_rows(
         logits, teacher_logits, label, rows, temperature=temperature, kd_weight=kd_weight, ce_weight=ce_weight
     )

@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from ..checks import check_finite, check_fraction, check_positive, check_used
 from ..describe import brief, describe
-from .features import Tap, evaluation_mode, full_precision, unit_rows
+from .features import Tap, at_least_float32, evaluation_mode, full_precision, stages_of, unit_rows
 from .kd import distill_optionally
 from .protocol import Batch, Method, Outcome
 from .selection import select_batch_rows, take_rows
@@ -113,7 +113,12 @@ class KnowledgeRepresenting(Method):
     def _groups_of(self, name: str, network: nn.Module) -> list[list[str]]:
         """The paths of the network's layers, by group."""
         named, there = self._named[name], dict(network.named_modules())
-        groups = [[path] for path in _stages_of(name, network)] if named is None else named
+        if named is None and not stages_of(network):
+            raise ValueError(
+                f"{name}_layers must name layers, as {EXAMPLE}: the {name}, of {type(network).__name__}, has no stages, a tuple "
+                f"of their names"
+            )
+        groups = [[path] for path in stages_of(network)] if named is None else named
         for path in (path for group in groups for path in group):
             if path not in there:
                 raise ValueError(f"{name}_layers must be names in {name}.named_modules(), which has no {path!r}")
@@ -183,7 +188,7 @@ def aggregated(maps: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
 
 def _energy(x: Tensor) -> Tensor:
     """Mean over the channels of the squares: (b, c, h, w) -> (b, 1, h, w), at least float32."""
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    x = at_least_float32(x)
     # Not `square().mean(1)`: the gradient of that mean is written out in full, in a layout that need not be x's.
     return (x * x).sum(1, keepdim=True) / x.shape[1]
 
@@ -212,17 +217,6 @@ def _groups_in(option: str, given: str | None) -> list[list[str]] | None:
     if not all(path for group in groups for path in group):
         raise ValueError(f"{option} must be {takes}, got {brief(given)}, where a name is empty")
     return groups
-
-
-def _stages_of(name: str, network: nn.Module) -> Sequence[str]:
-    """Those the network says it has; what is called so in the networks of others may be anything."""
-    stages = getattr(network, "stages", None)
-    if isinstance(stages, tuple | list) and stages and all(isinstance(path, str) for path in stages):
-        return stages
-    raise ValueError(
-        f"{name}_layers must name layers, as {EXAMPLE}: the {name}, of {type(network).__name__}, has no stages, a tuple of "
-        f"their names"
-    )
 
 
 def _layers_of(path: str, stage: nn.Module) -> list[str]:

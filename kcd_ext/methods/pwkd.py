@@ -13,7 +13,7 @@ from torch.nn import functional
 from ..checks import check_bool, check_int, check_non_negative, check_unit_interval, check_used
 from ..registry import one_line, resolve
 from . import REGISTRY, as_typed, build, unknown_of
-from .features import full_precision
+from .features import at_least_float32, full_precision
 from .protocol import Batch, Method, Outcome, Pretraining
 from .slimmable import SLIMMABLE, check_widths, slimmable
 
@@ -212,7 +212,7 @@ class PartialToWholeDistillation(Method):
             self.slimmable.use(width)
             logits = teacher(batch.x)
             with full_precision(logits):
-                logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+                logits = at_least_float32(logits)
                 total = total + functional.cross_entropy(logits, target)
                 if self.in_place and width == 1:
                     target = logits.detach().softmax(-1)

@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from ..checks import check_fractions
 from ..describe import brief
+from ..networks import check_network
 
 
 def check_widths(name: str, widths: Sequence[float] | float | str) -> tuple[float, ...]:
@@ -95,8 +96,7 @@ def slimmable(module: nn.Module, widths: Sequence[float] | float | str) -> Slimm
             At a forward pass: a grouped convolution is given a number of channels that its groups do not divide.
     """
     widths = check_widths("widths", widths)
-    if not isinstance(module, nn.Module):
-        raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
+    check_network("module", module)
     for path, layer in module.named_modules():
         _check_layer(path, layer)
     network = copy.deepcopy(module)
