@@ -138,18 +138,6 @@ class SplitEncoder(nn.Module):
         return self.inheritance(first), self.exploration(second)
 
 
-def natural_order(channels: int, seed: int) -> None:
-    """Channels as they come."""
-
-
-def permuted_order(channels: int, seed: int) -> Tensor:
-    """A permutation (channels,) int64 that is a function of both numbers alone."""
-    return torch.randperm(channels, generator=torch.Generator().manual_seed(seed))
-
-
-SPLITS = {"natural": natural_order, "permuted": permuted_order}
-
-
 class _MapTap(Tap):
     """Catches the map (b, c, h, w) that comes out of a layer. `path` None or "": the last of the network's `stages`."""
 
@@ -169,7 +157,7 @@ class _FactorMethod(FeatureMethod):
     def set_comparison(self, distance: str, split: str, split_seed: int) -> None:
         """Check and set the options by which factors are made and compared."""
         self.distance = check_choice("distance", distance, DISTANCES)
-        self.split = check_choice("split", split, SPLITS)
+        self.split = check_choice("split", split, ("natural", "permuted"))
         self.split_seed = check_int("split_seed", split_seed, 0, 2**63 - 1)
         check_used("split_seed", split_seed, 0, split == "natural", "split='natural'")
 
@@ -178,8 +166,10 @@ class _FactorMethod(FeatureMethod):
         return _MapTap(network, path, name)
 
     def split_encoder(self, channels: int, factor_channels: int) -> SplitEncoder:
-        """A new one, by `split` and `split_seed`."""
-        return SplitEncoder(channels, factor_channels, SPLITS[self.split](channels, self.split_seed))
+        """Return a new one. Its permuted order is a function of `split_seed` and the number of channels alone."""
+        generator = torch.Generator().manual_seed(self.split_seed)
+        order = torch.randperm(channels, generator=generator) if self.split == "permuted" else None
+        return SplitEncoder(channels, factor_channels, order)
 
     def compare(self, factors: tuple[Tensor, Tensor], target: Tensor) -> dict[str, Tensor]:
         """The losses of inheritance and exploration, () each, of the halves' factors against another network's."""
@@ -323,15 +313,8 @@ class InheritanceExplorationDistillation(_FactorMethod):
         with torch.no_grad():
             target = self.auto_encoder.encoder(target_maps)
         losses = self.compare(self.student_encoder(take_rows(maps, rows)), target)
-        loss, value, kd_terms = distill_optionally(
-            logits,
-            target_logits,
-            batch.label,
-            rows,
-            temperature=self.temperature,
-            kd_weight=self.kd_weight,
-            ce_weight=self.ce_weight,
-        )
+        weights = {"temperature": self.temperature, "kd_weight": self.kd_weight, "ce_weight": self.ce_weight}
+        loss, value, kd_terms = distill_optionally(logits, target_logits, batch.label, rows, **weights)
         terms = {name: x.detach() for name, x in losses.items()}
         return Outcome(self.weigh(losses) + loss, logits.detach(), value, {**terms, **kd_terms})
 

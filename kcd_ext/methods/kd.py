@@ -1,7 +1,5 @@
 """Knowledge distillation (Hinton et al., 2015): the teacher's softened answers beside the labels."""
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -59,60 +57,29 @@ class KnowledgeDistillation(Method):
         return Outcome((batch.weight * losses).mean(), logits.detach(), value, {"kl": kl}, losses.detach())
 
 
-class Distilled(NamedTuple):
-    """What `distill_rows` makes of b rows."""
-
-    loss: Tensor  # (), or (b,) without reduction; differentiable
-    value: Tensor  # (b,) the student's entropy, detached
-    kl: Tensor  # () the mean KL divergence of the rows that the teacher was asked about, nats, detached
-
-
 def distill_rows(
-    logits: Tensor,
-    teacher_logits: Tensor,
-    label: Tensor,
-    rows: Tensor | None = None,
-    *,
-    temperature: float,
-    kd_weight: float,
-    ce_weight: float,
-    reduction: str = "mean",
-) -> Distilled:
-    """Return ce_weight * CE + kd_weight * T^2 * KL(teacher || student) and what it was made of.
+    logits: Tensor, teacher_logits: Tensor, label: Tensor, rows: Tensor | None = None, **options: object
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return ce_weight * CE + kd_weight * T^2 * KL, the student's entropies (b,) and the mean KL (), the latter detached.
 
-    logits (b, classes): the student's. teacher_logits (k, classes): constants. label (b,) int64. rows (k,) int64: which rows
-    the teacher's logits belong to; None: all.
+    logits (b, classes), label (b,) int64; teacher_logits (k, classes) are constants, and those of `rows` (k,), None: of all.
+    `options` are those of `kcd_ext.condensed_kd_loss`. The mean is over the rows that the teacher was asked about, in nats.
     """
-    loss, knowledge = kd_loss(
-        logits,
-        teacher_logits,
-        temperature=temperature,
-        labels=label,
-        rows=rows,
-        kd_weight=kd_weight,
-        ce_weight=ce_weight,
-        reduction=reduction,
-        return_knowledge=True,
-    )
-    return Distilled(loss, knowledge.entropy.detach(), take_rows(knowledge.kl, rows).detach().mean())
+    loss, knowledge = kd_loss(logits, teacher_logits, labels=label, rows=rows, return_knowledge=True, **options)
+    return loss, knowledge.entropy.detach(), take_rows(knowledge.kl, rows).detach().mean()
 
 
 def distill_optionally(
-    logits: Tensor,
-    teacher_logits: Tensor,
-    label: Tensor,
-    rows: Tensor | None,
-    *,
-    temperature: float,
-    kd_weight: float,
-    ce_weight: float,
+    logits: Tensor, teacher_logits: Tensor, label: Tensor, rows: Tensor | None, **weights: float
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Return the loss, value and terms of `distill_rows`; if kd_weight is 0, of cross entropy alone: no KL is computed."""
-    if kd_weight == 0:
-        return ce_weight * functional.cross_entropy(at_least_float32(logits), label), entropy(logits), {}
-    loss, value, kl = distill_rows(
-        logits, teacher_logits, label, rows, temperature=temperature, kd_weight=kd_weight, ce_weight=ce_weight
-    )
+    """Return loss and value of `distill_rows`, and the mean KL as a term; no KL is computed if kd_weight is 0.
+
+    `weights` are temperature, kd_weight and ce_weight.
+    """
+    if weights["kd_weight"] == 0:
+        cross_entropy = functional.cross_entropy(at_least_float32(logits), label)
+        return weights["ce_weight"] * cross_entropy, entropy(logits), {}
+    loss, value, kl = distill_rows(logits, teacher_logits, label, rows, **weights)
     return loss, value, {"kl": kl}
 
 

@@ -146,15 +146,8 @@ class KnowledgeRepresenting(Method):
                 for group, of_teacher in zip(maps, target_maps, strict=True)
             ]
         ).sum()
-        loss, value, terms = distill_optionally(
-            logits,
-            target,
-            batch.label,
-            rows,
-            temperature=self.temperature,
-            kd_weight=self.kd_weight,
-            ce_weight=self.ce_weight,
-        )
+        weights = {"temperature": self.temperature, "kd_weight": self.kd_weight, "ce_weight": self.ce_weight}
+        loss, value, terms = distill_optionally(logits, target, batch.label, rows, **weights)
         return Outcome(loss + self.kr_weight * kr, logits.detach(), value, {"kr": kr.detach(), **terms})
 
     def release(self) -> None:

@@ -135,15 +135,8 @@ class SelfSupervisedKnowledgeDistillation(FeatureMethod):
         target_logits, target_features = self.teacher_forward(teacher, _of_images(views, rows))
         target_normal, target_transformed = _normal_and_transformed(target_logits)
 
-        loss, value, kl = distill_rows(
-            normal,
-            target_normal,
-            batch.label,
-            rows,
-            temperature=self.temperature,
-            kd_weight=self.kd_weight,
-            ce_weight=self.ce_weight,
-        )
+        weights = {"temperature": self.temperature, "kd_weight": self.kd_weight, "ce_weight": self.ce_weight}
+        loss, value, kl = distill_rows(normal, target_normal, batch.label, rows, **weights)
         with full_precision(logits):
             similarity = _similarities(self.student_head(_of_images(features, rows).float()))
             with torch.no_grad():
