@@ -88,3 +88,10 @@ def one_line(error: BaseException) -> str:
 def describe_error(error: BaseException) -> str:
     """Return its type and the first line of its message."""
     return f"{type(error).__name__}: {one_line(error)}"
+
+
+def some(names: Iterable[str], limit: int = 4) -> str:
+    """Join the first names for a message, and count the others."""
+    names = [*names]
+    rest = len(names) - limit
+    return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")

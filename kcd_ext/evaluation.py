@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from .checks import check_float
-from .describe import describe
+from .describe import describe, some
 from .methods.features import Tap, evaluation_mode, stages_of
 from .networks import check_network, logits_alone, usual_modes
 
@@ -592,8 +592,7 @@ def _check_layers(networks: dict[str, nn.Module], layers: Sequence[tuple[str, st
 
 def _listed(paths: Sequence[str]) -> str:
     """Some of the paths, those of the fewest parts."""
-    shown = sorted(paths, key=lambda path: path.count("."))[:LISTED]
-    return ", ".join(shown) + (f" and {len(paths) - len(shown)} more" if len(paths) > len(shown) else "")
+    return some(sorted(paths, key=lambda path: path.count(".")), LISTED)
 
 
 # --- checks -----------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from typing import BinaryIO
 import numpy as np
 
 from ..describe import one_line
-from ..files import check_regular
+from ..files import open_regular, read_regular
 from .images import ImageData, assemble
 
 URL = "https://www.cs.toronto.edu/~kriz/"
@@ -217,8 +217,7 @@ def read(path: Path, editions: Sequence[Edition] = EDITIONS) -> ImageData:
         if edition is None:
             raise ValueError(f"{path}: must be {' or '.join(edition.folder for edition in editions)}")
         return _collect(edition, path, _in_folder(edition, path))
-    check_regular(path)
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         edition = _published(path, file, editions)
         return _collect(edition, path, _in_archive(edition, path, file))
 
@@ -260,8 +259,7 @@ def _published(path: Path, file: BinaryIO, editions: Sequence[Edition]) -> Editi
 def _in_folder(edition: Edition, path: Path) -> Iterator[tuple[str, bytes]]:
     """Name and contents of every file there should be."""
     for file in (*edition.train, edition.test, edition.names):
-        check_regular(path / file.name)
-        raw = (path / file.name).read_bytes()
+        raw = read_regular(path / file.name)
         md5 = hashlib.md5(raw, usedforsecurity=False).hexdigest()
         if file.md5 not in (None, md5):
             raise ValueError(f"{path / file.name}: damaged or not complete: its md5 is {md5}, must be {file.md5}")
