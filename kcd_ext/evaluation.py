@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from .checks import check_float
 from .describe import describe, some
-from .methods.features import Tap, evaluation_mode, stages_of
-from .networks import check_network, logits_alone, usual_modes
+from .methods.features import Tap, stages_of
+from .networks import check_network, evaluation_mode, logits_alone, usual_modes
 
 TEMPERATURES = (1.0, 4.0)
 COLDEST, HOTTEST = 1e-3, 1e3  # beyond, probabilities are those of the top class alone, or all alike

@@ -33,14 +33,26 @@ def usual_modes() -> Iterator[None]:
         yield
 
 
+class OutputError(ValueError):
+    """A network gave no logits (b, classes)."""
+
+
 def check_network(name: str, network: object) -> None:
     """Raise TypeError for what is no module."""
     if not isinstance(network, nn.Module):
         raise TypeError(f"{name} must be a torch.nn.Module, got {type(network).__name__}")
 
 
-class OutputError(ValueError):
-    """A network gave no logits (b, classes)."""
+@contextmanager
+def evaluation_mode(network: nn.Module) -> Iterator[None]:
+    """Put the network into evaluation mode; at the end every module of it is in the mode it was in."""
+    modes = [(module, module.training) for module in network.modules()]
+    network.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 class _Scripted(nn.Module):

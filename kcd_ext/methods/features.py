@@ -3,8 +3,7 @@
 (For maps of every stage of this package's own networks there is `kcd_ext.models.features`.)
 """
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +11,7 @@ from torch.nn import functional
 
 from ..checks import check_fraction
 from ..describe import describe
-from ..networks import no_hook
+from ..networks import evaluation_mode, no_hook
 from .protocol import Batch, Method
 
 SMALLEST_LENGTH = 1e-7  # added to a row's length before the row is divided by it, as in the published code of PKT
@@ -227,18 +226,6 @@ class FeatureMethod(Method):
         """Takes the hooks off the networks."""
         while self._taps:
             self._taps.popitem()[1].remove()
-
-
-@contextmanager
-def evaluation_mode(network: nn.Module) -> Iterator[None]:
-    """Put the network into evaluation mode; at the end every module of it is in the mode it was in."""
-    modes = [(module, module.training) for module in network.modules()]
-    network.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def full_precision(like: Tensor) -> torch.autocast:

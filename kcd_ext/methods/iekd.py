@@ -11,12 +11,12 @@ from torch.nn import functional
 from .. import models
 from ..checks import check_choice, check_finite, check_int, check_non_negative, check_positive, check_used
 from ..models.layers import initialise_convolutions
+from ..networks import evaluation_mode
 from .features import (
     FeatureMethod,
     Tap,
     at_least_float32,
     check_layer,
-    evaluation_mode,
     full_precision,
     stages_of,
     unit_rows,

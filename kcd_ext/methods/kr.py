@@ -8,7 +8,8 @@ from torch.nn import functional
 
 from ..checks import check_finite, check_fraction, check_positive, check_used
 from ..describe import brief, describe
-from .features import Tap, at_least_float32, evaluation_mode, full_precision, stages_of, unit_rows
+from ..networks import evaluation_mode
+from .features import Tap, at_least_float32, full_precision, stages_of, unit_rows
 from .kd import distill_optionally
 from .protocol import Batch, Method, Outcome
 from .selection import select_batch_rows, take_rows
