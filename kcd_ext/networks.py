@@ -1,7 +1,7 @@
 """How networks are called: in torch's usual modes, whatever the caller's are, and for their logits alone."""
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -37,6 +37,24 @@ class OutputError(ValueError):
     """A network gave no logits (b, classes)."""
 
 
+def check_network(name: str, network: object) -> None:
+    """Raise TypeError for what is no module."""
+    if not isinstance(network, nn.Module):
+        raise TypeError(f"{name} must be a torch.nn.Module, got {type(network).__name__}")
+
+
+@contextmanager
+def evaluation_mode(network: nn.Module) -> Iterator[None]:
+    """Put the network into evaluation mode; at the end every module of it is in the mode it was in."""
+    modes = [(module, module.training) for module in network.modules()]
+    network.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
 class _Scripted(nn.Module):
     """A TorchScript network, as a module that takes hooks."""
 
@@ -70,8 +88,7 @@ class LogitsAlone:
     """
 
     def __init__(self, name: str, network: nn.Module):
-        if not isinstance(network, nn.Module):
-            raise TypeError(f"{name} must be a torch.nn.Module, got {type(network).__name__}")
+        check_network(name, network)
         self.name = name
         self.network = hookable(network)  # what is to be called
         self.acts_in = {True, False}  # the values of `training` in which outputs are replaced
@@ -119,7 +136,7 @@ class LogitsAlone:
         return self
 
     def __reduce__(self):
-        return _nothing_of, ()
+        return no_hook, ()
 
 
 @contextmanager
@@ -162,10 +179,10 @@ def _mode(training: bool) -> str:
     return " in training mode" if training else " in evaluation mode"
 
 
-def _nothing_of():
-    """Return what pickles of a network carry in place of the hook."""
+def no_hook() -> Callable[..., None]:
+    """Return what pickles and copies of a network carry in place of a hook of this package: one that does nothing."""
     return _leave_alone
 
 
-def _leave_alone(network: nn.Module, arguments: tuple, options: dict, output: object) -> None:
+def _leave_alone(network: nn.Module, *_: object) -> None:
     pass

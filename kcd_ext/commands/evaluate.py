@@ -14,9 +14,9 @@ from tyro.conf import Positional, arg
 from .. import files, terminal
 from ..checks import check_int
 from ..data.images import ImageData, load
+from ..describe import one_line
 from ..environment import versions
 from ..evaluation import TEMPERATURES, Evaluation, checked_temperatures, evaluate
-from ..registry import one_line
 from ..reports import page, runs, tables
 from ..reports.comparison import compare
 from ..reports.tables import as_text

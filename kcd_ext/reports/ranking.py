@@ -11,8 +11,8 @@ from PIL import Image
 
 from ..checks import check_float, check_int
 from ..data.images import ImageSet
+from ..describe import one_line
 from ..files import read_json, read_regular, write_bytes, write_json
-from ..registry import one_line
 from ..training.summary import Summary
 from .runs import check_fingerprint, fingerprint
 
