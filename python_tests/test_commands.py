@@ -625,7 +625,11 @@ def test_a_report_takes_the_folders_of_all_commands(shelf, here):
 def test_runs_of_one_seed_stay_apart(shelf, here):
     assert cli.main(["report", str(shelf / "two"), str(shelf / "demo")]) == 0
     labels = [row[0] for row in read(here / "report.html").rows[1:4]]
-    assert labels == [f"kc-kd ({shelf / 'two'})", f"kc-kd ({shelf / 'demo'})", "teacher"]
+    assert labels == [
+        f"kc-kd ({shelf / 'two'})",
+        "teacher",
+        f"kc-kd ({shelf / 'demo'})",
+    ]  # a command's runs in its order
 
 
 def test_a_report_follows_from_its_folders_alone(home, here):

@@ -702,7 +702,7 @@ def test_a_run_of_before_its_config_had_a_mean(here, capfd):
     assert capfd.readouterr().err == ""
     path.write_text(json.dumps({**config, "about": {**config["about"], "data": {"mean": ["half"], "std": [1]}}}))
     assert kcd("distill", *DIGITS, "--teacher", "run/teacher", "--output", "other") == 2
-    assert "teacher/config.json is damaged: mean must be a number, got str 'half'" in capfd.readouterr().err
+    assert "teacher/config.json is damaged: mean must be finite numbers, got str 'half'" in capfd.readouterr().err
 
 
 def test_a_teacher_as_repdistiller_saves_it(here, capfd):
