@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from kcd_ext import __version__, cli, processes
+from kcd_ext import __version__, cli
 from kcd_ext.commands import threads
 from kcd_ext.data import load
 from kcd_ext.data.images import ImageSet
@@ -158,11 +158,10 @@ def test_the_rule(flops, available, count):
         (8, 8, {"WORLD_SIZE": "6", "LOCAL_WORLD_SIZE": "3"}, 2),
         (8, 8, {"WORLD_SIZE": "4"}, 2),
         (2, 8, {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4"}, 1),
-        (8, 8, {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_SIZE": "2", "MASTER_ADDR": "here"}, 4),
     ],
 )
 def test_available_threads(usable, of_torch, launched, count, monkeypatch):
-    for name in (*processes.SIZES, *processes.HERE, "MASTER_ADDR"):
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     for name, value in launched.items():
         monkeypatch.setenv(name, value)
@@ -176,10 +175,10 @@ def test_flops_of_a_step():
     held = ImageSet(images, np.zeros(10, np.int64), Views(mean=(0.0,), std=(1.0,)))
     student, teacher = (torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(6, n)) for n in (5, 7))
     a_row, of_teacher = 3 * 2 * 6 * 5, 2 * 6 * 7
-    assert threads.step_flops(student, None, held, 4, "cpu") == 4 * a_row
-    assert threads.step_flops(student, teacher, held, 64, "cpu") == 10 * (a_row + of_teacher)
-    assert threads.step_flops(student, teacher, held, 64, "cuda") == 0
-    assert threads.step_flops(torch.nn.Linear(5, 5), teacher, held, 4, "cpu") is None
+    assert threads.batch_flops([(3, student), (1, None)], held, 4, "cpu") == 4 * a_row
+    assert threads.batch_flops([(3, student), (1, teacher)], held, 64, "cpu") == 10 * (a_row + of_teacher)
+    assert threads.batch_flops([(3, student), (1, teacher)], held, 64, "cuda") == 0
+    assert threads.batch_flops([(3, torch.nn.Linear(5, 5)), (1, teacher)], held, 4, "cpu") is None
 
 
 @pytest.fixture

@@ -1,20 +1,21 @@
-"""Options that several commands take: images, a recipe, threads."""
+"""Options that several commands take: images, a recipe, where its runs lie and how many threads they have."""
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated
 
 from tyro.conf import Fixed, FlagCreatePairsOff, Suppress, arg
 
-from .. import methods, models
+from .. import methods, models, processes
 from ..checks import check_int
 from ..data.images import ImageData, load
 from ..registry import unknown
 from ..training.device import MOST_THREADS
 from ..training.recipe import Condense, Recipe
+from .study import Run, Study
 
 CONDENSED = "kc-"  # before a method: condensed as in the paper
 ALONE = "ce"  # the method that trains a teacher
@@ -51,18 +52,9 @@ class Images:
         mean, std = _numbers(self.mean), _numbers(self.std)
         return load(self.data, padding=self.padding, flip=flip, size=self.size, mean=mean, std=std)
 
-    def as_json(self) -> dict[str, object]:
-        """What `load` made the images of, but for their views, which they know themselves."""
-        return {"spec": self.data, "size": self.size}
-
-    @property
-    def slug(self) -> str:
-        """For the name of a folder."""
-        return slug(Path(self.data).name)
-
 
 @dataclass(frozen=True)
-class Said(Recipe):
+class RecipeArgs(Recipe):
     """A recipe as the command line says it."""
 
     options: Annotated[Mapping[str, str], arg(metavar="[NAME VALUE ...]")] = field(default_factory=dict)
@@ -72,9 +64,9 @@ class Said(Recipe):
     num_workers: Suppress[Fixed[int]] = 0
     """There is nothing to load: all that a command trains on lies in memory."""
 
-    def implied(self) -> "Said":
+    def defaults(self) -> "RecipeArgs":
         """The defaults of what is not given, which the method decides."""
-        return replace(Said(), condense=Condense()) if self.method.startswith(CONDENSED) else Said()
+        return replace(RecipeArgs(), condense=Condense()) if self.method.startswith(CONDENSED) else RecipeArgs()
 
     @property
     def plain_method(self) -> str:
@@ -94,8 +86,19 @@ class Said(Recipe):
         found = methods.options_of(self.plain_method)
         return self.method, [option for option in found if option.name not in own]
 
-    def of_method(self) -> "Said":
-        """With the method's own name, what goes before it taken away."""
+    def check_unread(self, words: Sequence[str]) -> None:
+        """Raise ValueError if one of the words, which are no options of the command, is an option of the method."""
+        names = [option.name for option in self.method_options()[1]] if words else []
+        for word in words:
+            option = word.partition("=")[0]
+            name = option.lstrip("-").replace("-", "_")
+            if option.startswith("--") and name in names:
+                raise ValueError(
+                    f"unrecognized option {option}: method {self.method} takes it, as --options {name} VALUE"
+                )
+
+    def resolve_method(self) -> "RecipeArgs":
+        """Return the recipe with the `kc-` prefix removed from `method`, and the method's options as it takes them."""
         method = self.plain_method
         if method == self.method and not self.condense.shrinks_the_set:  # where keep is 1 because nobody gave it
             for option in fields(self.condense):
@@ -106,6 +109,54 @@ class Said(Recipe):
                         f"take --method {CONDENSED}{method}, or a --condense.keep < 1"
                     )
         return replace(self, method=method, options=methods.as_typed(method, self.options))
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """What `kcd distill` and `kcd teacher` share."""
+
+    images: Annotated[Images, arg(name="")] = field(default_factory=Images)
+    recipe: Annotated[RecipeArgs, arg(name="")] = field(default_factory=RecipeArgs)
+    output: Path | None = None
+    """The folder for the results. None: one in runs/, named after the data, the network, the method or teacher, and the seed."""
+    resume: Annotated[bool, FlagCreatePairsOff] = False
+    """Goes on with what an interrupted command of the same options has left there."""
+    threads: int | None = None
+    """Threads of torch on the CPU. None: those of the run that goes on, else one for every 16 GFLOPs of a training step."""
+
+    def run(self) -> None:
+        """Check everything, train, write the report and print the table.
+
+        Raises:
+            TypeError, ValueError, ImportError, FileExistsError: an option does not fit; nothing has been written then.
+            OSError: a file cannot be written; what was finished before is intact.
+            KeyboardInterrupt: with a message that says how to go on.
+        """
+        with processes.report_on_rank_zero():
+            study = self.study().checked()
+        study.run()
+
+    def study(self) -> Study:
+        """Return the runs that the options ask for. Raises as `run` does."""
+        raise NotImplementedError
+
+    def study_of(self, command: str, data: ImageData, runs: Sequence[Run], output: Path) -> Study:
+        """Return these runs with the options of this command."""
+        return Study(
+            command=command,
+            options=json.loads(json.dumps(asdict(self), default=str)),
+            data=data,
+            data_options={"spec": self.images.data, "size": self.images.size},
+            runs=runs,
+            output=output,
+            resume=self.resume,
+            threads=checked_threads(self.threads),
+        )
+
+    def folder(self, *names: object) -> Path:
+        """Return `output` or, if it is not given, a folder in runs/ named after the data and these."""
+        parts = (Path(self.images.data).name, *map(str, names))
+        return self.output or Path("runs") / "-".join(re.sub(r"[^\w.-]+", "-", part) for part in parts)
 
 
 def _numbers(words: tuple[str, ...] | None) -> list[float] | str | None:
@@ -120,12 +171,3 @@ def _numbers(words: tuple[str, ...] | None) -> list[float] | str | None:
 
 def checked_threads(threads: int | None) -> int | None:
     return None if threads is None else check_int("threads", threads, 1, MOST_THREADS)
-
-
-def as_json(command: object) -> dict:
-    return json.loads(json.dumps(asdict(command), default=str))
-
-
-def slug(name: str) -> str:
-    """As a part of a file's name."""
-    return re.sub(r"[^\w.-]+", "-", name)

@@ -40,7 +40,7 @@ def available() -> int:
     The processors that it may use are divided among the processes of the command on this machine; where torch takes fewer threads
     of its own accord, as OMP_NUM_THREADS makes it, these are all.
     """
-    usable = len(usable_processors()) // processes.count_here()
+    usable = len(usable_processors()) // processes.local_world_size()
     return max(1, min(usable, torch.get_num_threads()))
 
 
@@ -68,16 +68,6 @@ def choose(labels: Mapping[Path, str], flops: Mapping[str, int | None]) -> dict[
 def by_rule(flops: int | None, work: str = "step") -> Threads:
     """Return the threads for `work` of so many FLOPs."""
     return Threads(rule(flops, available()), "FLOPs unknown" if flops is None else f"{_shown(flops)}FLOPs a {work}")
-
-
-def step_flops(
-    student: nn.Module, teacher: nn.Module | None, images: ImageSet, batch_size: int, device: str
-) -> int | None:
-    """Return the FLOPs of a training step on a batch of these images, as `batch_flops` does.
-
-    They are those of three forward passes of the student (a backward pass is counted as two) and of one of the teacher.
-    """
-    return batch_flops([(3, student), (1, teacher)], images, batch_size, device)
 
 
 def batch_flops(
