@@ -23,7 +23,7 @@ from kcd_ext import IndexedDataset, methods, models
 from kcd_ext.evaluation import evaluate
 from kcd_ext.methods import Batch, Method, Outcome
 from kcd_ext.networks import LogitsAlone, logits_alone, usual_modes
-from kcd_ext.training import Condense, Recipe, checkpoint, distill, loop, rehearsal
+from kcd_ext.training import Condense, Recipe, checkpoint, distill, rehearsal, setup
 from kcd_ext.training.batches import LoadedFeed
 from kcd_ext.training.randomness import seeded
 
@@ -94,7 +94,7 @@ def test_the_step_leaves_no_trace_in_the_result(method, changes, monkeypatch):
     found = []
     for patched in (False, True):
         if patched:
-            monkeypatch.setattr(loop, "rehearse", without_a_step)
+            monkeypatch.setattr(setup, "rehearse", without_a_step)
         student, teacher = Net(1), Net(2)
         history = run(student, teacher, method, **changes).history
         lines = [{name: x for name, x in line.items() if not name.endswith("seconds")} for line in history]
@@ -572,7 +572,7 @@ def test_a_check_leaves_the_warning_to_the_run():
     student, recipe = Net(1, gives=lambda y: (y, None)), Recipe("ce", epochs=1, batch_size=8, device="cpu")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        loop.check_run(student, None, TRAIN, TEST, recipe)
+        setup.check_run(student, None, TRAIN, TEST, recipe)
     with pytest.warns(UserWarning, match="^student gives a tuple") as caught:
         distill(student, None, TRAIN, TEST, recipe)
     assert len(caught) == 1
@@ -705,7 +705,7 @@ def test_scripted_networks_may_give_more_than_logits_and_use_view(monkeypatch):
     found = []
     for patched in (False, True):
         if patched:
-            monkeypatch.setattr(loop, "rehearse", lambda take, sizes, layouts, outputs: None)
+            monkeypatch.setattr(setup, "rehearse", lambda take, sizes, layouts, outputs: None)
             monkeypatch.setattr(LogitsAlone, "act_where_found", lambda hook: False)
         with pytest.warns(UserWarning, match="^student gives a tuple of Tensor, Tensor in evaluation mode: its first"):
             student = scripted()
@@ -837,10 +837,10 @@ def test_passes_are_those_of_a_loader_that_starts_anew(workers):
                 assert torch.equal(one.x[:, 0], other.x[:, 0]) and torch.equal(one.label, other.label)
             pids |= {float(pid) for batch in found for pid in batch.x[:, 1].unique()}
             drawn.append(torch.cat([batch.x[:, 0] for batch in found]))
-            next(iter(feed.plain(4)))  # broken off
-            held = feed.plain(4)
+            next(iter(feed.eval_batches(4)))  # broken off
+            held = feed.eval_batches(4)
             next(held)
-            assert len([*feed.plain(7)]) == 4  # while another one is being read
+            assert len([*feed.eval_batches(7)]) == 4  # while another one is being read
             del held
         assert not torch.equal(drawn[0], drawn[1])
         assert len(pids) == max(workers, 1)

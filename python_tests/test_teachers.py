@@ -27,7 +27,7 @@ from kcd_ext.data.images import assemble
 from kcd_ext.models import weights
 from kcd_ext.reports.tables import cells
 from kcd_ext.training import Recipe, distill
-from kcd_ext.training.loop import doubt_about
+from kcd_ext.training.diagnosis import doubt_about
 from kcd_ext.training.summary import Summary
 
 DIGITS = ["--data", "digits", "--epochs", "1", "--threads", "1", "--device", "cpu"]

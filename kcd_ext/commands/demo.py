@@ -18,10 +18,11 @@ from ..environment import versions
 from ..reports import page, runs
 from ..reports.tables import as_text, cells
 from ..training.checks import check_networks
-from ..training.device import MOST_THREADS, threads
-from ..training.loop import build_method, distill
+from ..training.distributed import MOST_THREADS, threads
+from ..training.loop import distill
 from ..training.randomness import seeded
 from ..training.recipe import Condense, Recipe
+from ..training.setup import build_method
 from ..training.summary import Summary, results
 from . import teachers
 from .progress import bar_over, note

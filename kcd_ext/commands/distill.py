@@ -9,8 +9,8 @@ from tyro.conf import FlagCreatePairsOff, Positional, arg
 from .. import methods, models, processes
 from ..checks import check_int
 from ..registry import unknown
-from ..training.loop import build_method
 from ..training.recipe import Recipe
+from ..training.setup import build_method
 from . import presets, teachers
 from .options import ALONE, NETWORKS, Images, Said, as_json, checked_threads, slug
 from .study import TEACHER, Job

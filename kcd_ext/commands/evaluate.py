@@ -20,10 +20,10 @@ from ..reports import page, runs
 from ..reports.runs import Normalisation
 from ..reports.tables import as_text
 from ..training.batches import feed_of
-from ..training.device import MOST_THREADS, accelerator_on, threads
+from ..training.distributed import MOST_THREADS, accelerator_on, threads
+from ..training.fingerprint import digest, digest_of_samples
 from ..training.folder import WEIGHTS
-from ..training.identity import digest, digest_of_samples
-from ..training.loop import EVALUATED
+from ..training.run import MIN_EVAL_BATCH_SIZE
 from ..training.summary import Summary
 from . import teachers
 from .progress import note
@@ -272,7 +272,7 @@ class _Plan:
         return evaluate(
             self.student.to(device),
             self.teacher.to(device),
-            feed_of(self.data.test, None, device, 0).plain(EVALUATED),
+            feed_of(self.data.test, None, device, 0).eval_batches(MIN_EVAL_BATCH_SIZE),
             temperatures=temperatures,
             layers=layers,
             class_names=self.data.class_names,
@@ -280,7 +280,7 @@ class _Plan:
 
     def flops(self, device: torch.device) -> int | None:
         """Return those that the CPU does for a batch."""
-        return batch_flops([(1, self.student), (1, self.teacher)], self.data.test, EVALUATED, device.type)
+        return batch_flops([(1, self.student), (1, self.teacher)], self.data.test, MIN_EVAL_BATCH_SIZE, device.type)
 
     def write(self, evaluation: Evaluation, threads: int) -> None:
         content = {

@@ -13,7 +13,7 @@ from .. import methods, models
 from ..checks import check_int
 from ..data.images import ImageData, load
 from ..registry import unknown
-from ..training.device import MOST_THREADS
+from ..training.distributed import MOST_THREADS
 from ..training.recipe import Condense, Recipe
 
 CONDENSED = "kc-"  # before a method: condensed as in the paper

@@ -13,10 +13,10 @@ from ..environment import versions
 from ..reports import page, runs
 from ..reports.runs import Run
 from ..reports.tables import as_text, cells
-from ..training.identity import FREE
+from ..training.fingerprint import RESUMABLE_CHANGES
 
 REFERENCE, BASELINE = "teacher", "kd"
-APART = (*FREE, "seed")  # of a recipe: what runs of one group may differ in
+APART = (*RESUMABLE_CHANGES, "seed")  # of a recipe: what runs of one group may differ in
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,12 @@ from ..environment import versions
 from ..reports import page, runs
 from ..reports.runs import Normalisation
 from ..reports.tables import as_text, cells
-from ..training.device import threads
+from ..training.distributed import threads
+from ..training.fingerprint import check_same, digest_of_samples
 from ..training.folder import ENTRIES, WEIGHTS
-from ..training.identity import check_same, digest_of_samples
-from ..training.loop import check_run, distill
+from ..training.loop import distill
 from ..training.recipe import Recipe
+from ..training.setup import check_run
 from ..training.summary import Summary, results
 from . import teachers
 from .progress import Bar, bar_over, note, warnings_as_notes

@@ -7,7 +7,7 @@ from typing import Annotated
 from tyro.conf import FlagCreatePairsOff, arg
 
 from .. import methods, models, processes
-from ..training.loop import build_method
+from ..training.setup import build_method
 from . import presets
 from .options import ALONE, NETWORKS, Images, Said, as_json, checked_threads, slug
 from .study import TEACHER, Job

@@ -12,7 +12,7 @@ from ..describe import describe
 from ..evaluation import Evaluation
 from ..files import read_regular
 from ..training import checkpoint
-from ..training.device import MOST_THREADS
+from ..training.distributed import MOST_THREADS
 from ..training.folder import SUMS, WEIGHTS
 from ..training.summary import ComparedWith, Summary
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from .sharding import is_sharded
+from .distributed import is_sharded
 
 
 def forward_flops(network: nn.Module, x: Tensor) -> int | None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from .sharding import is_sharded
+from .distributed import is_sharded
 
 
 class Layout:

@@ -19,8 +19,8 @@ SELECTIONS = {
 PRECISIONS = {"auto": None, "float32": "no", "bfloat16": "bf16", "float16": "fp16"}  # as accelerate calls them
 
 
-def passed(milestones: Iterable[float], epoch: int, epochs: int) -> int:
-    """How many of these fractions of all epochs are over when `epoch` begins, 0 <= epoch < epochs.
+def milestones_passed(milestones: Iterable[float], epoch: int, epochs: int) -> int:
+    """Return how many of these fractions of all epochs are over when `epoch` begins, 0 <= epoch < epochs.
 
     0.07 of 100 epochs are 7, though 0.07 * 100 is a little more in floating point.
     """
@@ -221,7 +221,7 @@ class Recipe:
 
     def lr_at(self, epoch: int) -> float:
         """The learning rate of an epoch, 0 <= epoch < epochs: a function of the epoch alone, so nothing to save."""
-        return self.lr * self.gamma ** passed(self.milestones, epoch, self.epochs)
+        return self.lr * self.gamma ** milestones_passed(self.milestones, epoch, self.epochs)
 
     @classmethod
     def from_json(cls, plain: Mapping[str, object]) -> "Recipe":

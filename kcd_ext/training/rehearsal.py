@@ -16,8 +16,9 @@ from torch.nn.parameter import is_lazy
 from ..methods import Batch, Method, Outcome, Pretraining
 from ..networks import LogitsAlone, OutputError
 from ..processes import is_left_alone
-from . import sharding
-from .checks import NotFiniteError, check_gradients, check_outcome, check_start
+from .checks import check_gradients, check_outcome
+from .diagnosis import NotFiniteError, check_start
+from .distributed import reshard
 from .layout import Layout, is_expanded
 
 CHANGEABLE = (Tensor, dict, list, deque, set, tuple, np.ndarray, torch.Generator, np.random.Generator, random.Random)
@@ -125,7 +126,7 @@ class Rehearsal:
             check_gradients(trained)
         if self.fresh:
             checked = {} if self.scaled else gradients
-            check_start(outcome, batch, checked, self.step, self.teacher, self.label)
+            check_start(outcome, batch, checked, self.step.student, self.teacher, self.label)
 
 
 def rehearse(
@@ -202,8 +203,7 @@ def undone(*roots: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        for root in roots:
-            sharding.reshard(root)
+        reshard(*roots)
         for restore in restorers:
             restore()
         for module, mode in modes:

@@ -1,0 +1,130 @@
+"""Why training cannot go well: numbers that are not finite, and teachers that can teach little."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
+
+import torch
+from torch import Tensor, nn
+
+from ..methods import Batch, Outcome
+from .distributed import full_state_dict
+
+
+class NotFiniteError(ValueError):
+    """The first step of a run holds NaN or an infinity."""
+
+
+def is_sound(logits: Tensor) -> Tensor:
+    """Return whether the highest of a sample's logits (b, classes) is finite, (b,) bool; other classes may have -inf."""
+    return logits.amax(-1).isfinite()
+
+
+def check_start(
+    outcome: Outcome,
+    batch: Batch,
+    gradients: Mapping[str, Tensor],
+    student: nn.Module,
+    teacher: nn.Module | None,
+    method: str,
+) -> None:
+    """Raise NotFiniteError, naming the cause, where a loss or gradient is not finite before anything is trained."""
+    if not _all_finite([outcome.loss, *gradients.values()]):
+        cause = _cause_of(outcome, batch, gradients, student, teacher, method)
+        raise NotFiniteError(f"nothing can be trained: {cause}")
+
+
+def _cause_of(
+    outcome: Outcome,
+    batch: Batch,
+    gradients: Mapping[str, Tensor],
+    student: nn.Module,
+    teacher: nn.Module | None,
+    method: str,
+) -> str:
+    cause = _broken_sample("train", batch) or _broken_weights("student", student) or _broken_weights("teacher", teacher)
+    if cause is not None:
+        return cause
+    if not is_sound(outcome.logits).all():
+        return "student gives logits that are not finite, from finite weights and samples"
+    if teacher is not None and (cause := _broken_answer("teacher", teacher, "train", batch)) is not None:
+        return cause
+    if not outcome.loss.isfinite():
+        return f"method {method!r} gives a loss of {outcome.loss.item()}, from finite logits"
+    name = next(name for name, gradient in gradients.items() if not _all_finite([gradient]))
+    return f"method {method!r} gives {name} a gradient that is not finite"
+
+
+def first_broken(part: str, batches: Iterable[Batch], networks: Mapping[str, nn.Module]) -> str | None:
+    """Return which is the first sample that is not finite, or whose logits by one of these networks are not; None: none.
+
+    The networks are called in evaluation mode, in which they stay.
+    """
+    for batch in batches:
+        found = _broken_sample(part, batch)
+        for name, network in networks.items():
+            found = found or _broken_answer(name, network, part, batch)
+        if found:
+            return found
+    return None
+
+
+def _broken_sample(part: str, batch: Batch) -> str | None:
+    finite = batch.x.isfinite().reshape(len(batch.x), -1).all(1)
+    if finite.all():
+        return None
+    place = int(finite.int().argmin())
+    return f"{part}[{int(batch.index[place])}] holds {_kind_of(batch.x[place])}"
+
+
+def _broken_weights(name: str, network: nn.Module | None) -> str | None:
+    tensors = () if network is None else chain(network.named_parameters(), network.named_buffers())
+    for path, tensor in tensors:
+        if not _all_finite([tensor]):
+            return f"the {name}'s {path} holds {_kind_of(full_state_dict(tensor.detach()))} before training"
+    return None
+
+
+def _broken_answer(name: str, network: nn.Module, part: str, batch: Batch) -> str | None:
+    with torch.no_grad():
+        sound = is_sound(network.eval()(batch.x))
+    if sound.all():
+        return None
+    place = int(batch.index[int(sound.int().argmin())])
+    return f"the {name} gives logits that are not finite for {part}[{place}], which is finite"
+
+
+def _kind_of(tensor: Tensor) -> str:
+    return "NaN" if tensor.isnan().any() else "an infinity"
+
+
+def _all_finite(tensors: Iterable[Tensor]) -> bool:
+    return bool(torch.stack([full_state_dict(tensor.detach()).isfinite().all() for tensor in tensors]).all())
+
+
+def doubt_about(teacher: float, student: float | None, labels: Sequence[float]) -> str:
+    """Return why a teacher can teach little, in one line; empty where nothing says so.
+
+    Args:
+        teacher: its accuracy on the test set, percent.
+        student: that of the student before training; None: not known.
+        labels: how many test samples each class has.
+
+    Chance is the share of the most frequent class, or one of all classes. A teacher is near it if it has gone less than a
+    tenth of the way from there to 100 %, or not two standard errors of a guesser's accuracy.
+    """
+    samples = sum(labels)
+    if not samples:
+        return ""
+    chance = max(max(labels) / samples, 1 / len(labels))
+    near = chance + max(0.1 * (1 - chance), 2 * math.sqrt(chance * (1 - chance) / samples))
+    if teacher <= 100 * near:
+        than = f"where the most frequent class alone has {100 * chance:.1f} %"
+    elif student is not None and teacher <= student:
+        than = f"no more than the student before training ({student:.1f} %)"
+    else:
+        return ""
+    return (
+        f"the teacher's accuracy on the test set is {teacher:.1f} %, {than}: is it given images normalised as those it was "
+        f"trained on (--mean and --std, or mean and std of kcd_ext.data.load), and are its classes in this order?"
+    )
