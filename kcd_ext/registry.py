@@ -94,8 +94,9 @@ def _form(name: str) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """The first line of its message; torch adds a call stack to some."""
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    """Return the first line of its message, or two if that ends in a colon; torch adds a call stack to some."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[: 2 if lines[0].endswith(":") else 1])
 
 
 def _told(error: BaseException) -> str:

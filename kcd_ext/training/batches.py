@@ -3,7 +3,7 @@
 import random
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,28 +20,6 @@ from ..registry import one_line
 from .randomness import seeded
 
 
-class Feed(Protocol):
-    """The batches of a data set, on the training device."""
-
-    def entries(self, sampler: CondensedSampler) -> Sequence:
-        """Return what this process trains on in the sampler's epoch, in order; padding repeats included."""
-
-    def epoch(self, entries: Sequence, batches: Sequence[slice], seed: int, epoch: int) -> Iterator[Batch]:
-        """Yield the training batches of these entries."""
-
-    def eval_batches(self, batch_size: int, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
-        """Yield samples rank, rank + world_size, ... once each, by ascending index, without augmentation or mixes.
-
-        All processes get equally many: repeats in the end are marked by index -1.
-        """
-
-    def first(self, count: int) -> Batch:
-        """Return the first `count` samples, or as many as there are, as `eval_batches` gives them."""
-
-    def close(self) -> None:
-        """End worker processes."""
-
-
 def feed_of(
     dataset: IndexedDataset | ImageSet,
     condenser: KnowledgeCondenser | None,
@@ -50,12 +28,12 @@ def feed_of(
     *,
     name: str = "the data set",
     mixes: bool = False,
-) -> Feed:
+) -> "Feed":
     """Return the feed of a data set.
 
     Args:
         condenser: says what images are mixed of; None: nothing is mixed (a test set).
-        num_workers: processes that load items, from the first batch on until `Feed.close`.
+        num_workers: processes that load items, from the first batch on until the feed's `close`.
         name: what errors call the data set.
         mixes: whether raw items will be mixed, and must therefore have one shape and dtype.
 
@@ -73,7 +51,7 @@ def feed_of(
 class Samples:
     """A training set as `Method.prepare` sees it: batches, as often as it iterates."""
 
-    def __init__(self, feed: Feed, batch_size: int):
+    def __init__(self, feed: "Feed", batch_size: int):
         self.feed = feed
         self.batch_size = batch_size
         self.labels = getattr(feed, "labels", None)  # of images in memory
@@ -129,10 +107,10 @@ def flat_labels(label: Tensor) -> Tensor:
 
 
 class LoadedFeed:
-    """Loads items one by one, transformed by the data set, and collates them; labels (b, 1) become (b,).
+    """The batches of any data set, on the training device: loads items one by one and collates them.
 
-    Worker processes live from the first batch to `close`. They are seeded anew for every pass over the data, by a number
-    drawn from torch's generator when the pass begins.
+    Labels (b, 1) become (b,). Worker processes live from the first batch to `close`. They are seeded anew for every pass
+    over the data, by a number drawn from torch's generator when the pass begins.
     """
 
     def __init__(self, dataset: IndexedDataset, device: torch.device, num_workers: int, name: str = "the data set"):
@@ -147,26 +125,32 @@ class LoadedFeed:
         self._in_use = False
 
     def entries(self, sampler: CondensedSampler) -> list:
-        """Return (index, recipe) of each; see `Feed`."""
+        """Return (index, recipe) of what this process trains on in the sampler's epoch, padding repeats included."""
         return list(sampler)
 
     def epoch(self, entries: Sequence, batches: Sequence[slice], seed: int, epoch: int) -> Iterator[Batch]:
-        """See `Feed`. Transforms draw from the generators that the trainer has seeded."""
+        """Yield the training batches of these entries. Transforms draw from the generators that the trainer has seeded."""
         return self._load([entries[part] for part in batches])
 
     def eval_batches(self, batch_size: int, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
-        """See `Feed`."""
+        """Yield samples rank, rank + world_size, ... once each, by ascending index, without mixes.
+
+        All processes get equally many: repeats in the end are marked by index -1.
+        """
         index, sample = (part.tolist() for part in _share(len(self.items), rank, world_size))
         entries = list(zip(index, sample, strict=True))
         return self._load([entries[i : i + batch_size] for i in range(0, len(entries), batch_size)])
 
     def first(self, count: int) -> Batch:
-        """See `Feed`. Raises ValueError, naming the item, where one cannot be loaded."""
+        """Return the first `count` samples, or as many as there are, without mixes.
+
+        Raises ValueError, naming the item, where one cannot be loaded.
+        """
         dataset = self.items.dataset
         return self._batch(_collate([load_item(self.name, dataset, i) for i in range(min(count, len(dataset)))]))
 
     def close(self) -> None:
-        """See `Feed`."""
+        """End the worker processes."""
         if self._iterator is not None:
             self._iterator._shutdown_workers()  # they would live as long as an error that holds the iterator
             self._iterator = self._loader = None
@@ -281,7 +265,7 @@ def _collate(items: list | _Refused) -> object:
 
 
 class ResidentFeed:
-    """Keeps all images on the device; gathers, crops, flips and normalises a batch there as a whole."""
+    """As `LoadedFeed`, of images that are all on the device: a batch is cropped, flipped and normalised there as a whole."""
 
     def __init__(self, dataset: ImageSet, condenser: KnowledgeCondenser | None, device: torch.device):
         self.images, self.labels = dataset.tensors(device)
@@ -291,14 +275,14 @@ class ResidentFeed:
         self._current, self._stage = self.images, 0
 
     def entries(self, sampler: CondensedSampler) -> tuple[Tensor, Tensor]:
-        """Return (index, sample), (n,) int64 each; see `Feed`. Mixes the images at a new stage."""
+        """Return (index, sample), (n,) int64 each, as `LoadedFeed` does. Mixes the images at a new stage."""
         if self._stage != self.condenser.stage:
             self._stage, self._current = self.condenser.stage, self.images  # frees those of the last stage first
             self._current = self.condenser.mix(self.images)
         return self._on_device(sampler.order())
 
     def epoch(self, entries: Sequence, batches: Sequence[slice], seed: int, epoch: int) -> Iterator[Batch]:
-        """See `Feed`. The view of a sample is a function of seed, epoch and sample alone."""
+        """Yield as `LoadedFeed` does. The view of a sample is a function of seed, epoch and sample alone."""
         index, sample = entries
         for part in batches:
             chosen = sample[part]
@@ -306,7 +290,7 @@ class ResidentFeed:
             yield Batch(x, self.labels[chosen], index[part])
 
     def eval_batches(self, batch_size: int, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
-        """See `Feed`."""
+        """Yield as `LoadedFeed` does, neither cropped nor flipped."""
         index, sample = self._on_device(_share(len(self.labels), rank, world_size))
         for start in range(0, len(index), batch_size):
             part = slice(start, start + batch_size)
@@ -314,15 +298,18 @@ class ResidentFeed:
             yield Batch(x, self.labels[sample[part]], index[part])
 
     def first(self, count: int) -> Batch:
-        """See `Feed`."""
+        """Return as `LoadedFeed` does."""
         return next(self.eval_batches(count))
 
     def close(self) -> None:
-        """See `Feed`: there are no workers."""
+        """Do nothing: there are no workers."""
 
     def _on_device(self, arrays: tuple[np.ndarray, np.ndarray]) -> tuple[Tensor, Tensor]:
         index, sample = (torch.from_numpy(array).to(self.device) for array in arrays)
         return index, sample
+
+
+Feed = LoadedFeed | ResidentFeed
 
 
 def _share(count: int, rank: int, world_size: int) -> tuple[np.ndarray, np.ndarray]:

@@ -10,10 +10,10 @@ from torch.utils.data import Dataset, default_collate
 from ..data import IndexedDataset
 from ..data.images import ImageSet
 from ..methods import Batch, Method, Outcome
+from ..module_state import is_dense
 from ..networks import OutputError, logits_alone
 from ..registry import one_line
 from .batches import flat_labels, load_item
-from .layout import is_dense
 from .recipe import Recipe
 
 

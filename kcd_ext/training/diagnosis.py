@@ -29,30 +29,23 @@ def check_start(
     method: str,
 ) -> None:
     """Raise NotFiniteError, naming the cause, where a loss or gradient is not finite before anything is trained."""
-    if not _all_finite([outcome.loss, *gradients.values()]):
-        cause = _cause_of(outcome, batch, gradients, student, teacher, method)
-        raise NotFiniteError(f"nothing can be trained: {cause}")
-
-
-def _cause_of(
-    outcome: Outcome,
-    batch: Batch,
-    gradients: Mapping[str, Tensor],
-    student: nn.Module,
-    teacher: nn.Module | None,
-    method: str,
-) -> str:
-    cause = _broken_sample("train", batch) or _broken_weights("student", student) or _broken_weights("teacher", teacher)
-    if cause is not None:
-        return cause
-    if not is_sound(outcome.logits).all():
-        return "student gives logits that are not finite, from finite weights and samples"
-    if teacher is not None and (cause := _broken_answer("teacher", teacher, "train", batch)) is not None:
-        return cause
-    if not outcome.loss.isfinite():
-        return f"method {method!r} gives a loss of {outcome.loss.item()}, from finite logits"
-    name = next(name for name, gradient in gradients.items() if not _all_finite([gradient]))
-    return f"method {method!r} gives {name} a gradient that is not finite"
+    if _all_finite([outcome.loss, *gradients.values()]):
+        return
+    broken = [name for name, gradient in gradients.items() if not _all_finite([gradient])]
+    causes = (
+        _broken_sample("train", batch),
+        _broken_weights("student", student),
+        None if teacher is None else _broken_weights("teacher", teacher),
+        None
+        if is_sound(outcome.logits).all()
+        else "student gives logits that are not finite, from finite weights and samples",
+        None if teacher is None else _broken_answer("teacher", teacher, "train", batch),
+        None
+        if outcome.loss.isfinite()
+        else f"method {method!r} gives a loss of {outcome.loss.item()}, from finite logits",
+        *(f"method {method!r} gives {name} a gradient that is not finite" for name in broken),
+    )
+    raise NotFiniteError(f"nothing can be trained: {next(filter(None, causes))}")
 
 
 def first_broken(part: str, batches: Iterable[Batch], networks: Mapping[str, nn.Module]) -> str | None:
@@ -77,9 +70,8 @@ def _broken_sample(part: str, batch: Batch) -> str | None:
     return f"{part}[{int(batch.index[place])}] holds {_kind_of(batch.x[place])}"
 
 
-def _broken_weights(name: str, network: nn.Module | None) -> str | None:
-    tensors = () if network is None else chain(network.named_parameters(), network.named_buffers())
-    for path, tensor in tensors:
+def _broken_weights(name: str, network: nn.Module) -> str | None:
+    for path, tensor in chain(network.named_parameters(), network.named_buffers()):
         if not _all_finite([tensor]):
             return f"the {name}'s {path} holds {_kind_of(full_state_dict(tensor.detach()))} before training"
     return None

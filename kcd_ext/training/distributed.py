@@ -4,6 +4,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import copy
+from itertools import chain
 
 import torch
 from accelerate import Accelerator
@@ -94,8 +95,8 @@ def accumulating(accelerator: Accelerator, module: nn.Module, last: bool) -> Abs
 def optimizer_step(accelerator: Accelerator, optimizer: torch.optim.Optimizer, student: nn.Module) -> None:
     """Take a step and clear the gradients. With float16, leave out a step whose gradients overflowed."""
     if accelerator.num_processes > 1 and is_sharded(student):
-        for parameter in parameters_of(optimizer):  # those that no wrapper averages
-            if parameter.grad is not None and not _is_shard(parameter.grad):
+        for parameter in chain.from_iterable(group["params"] for group in optimizer.param_groups):
+            if parameter.grad is not None and not _is_shard(parameter.grad):  # which nothing else averages
                 torch.distributed.all_reduce(parameter.grad)
                 parameter.grad /= accelerator.num_processes
     if accelerator.scaler is None:
@@ -133,11 +134,6 @@ def broadcast_buffers(accelerator: Accelerator, module: nn.Module) -> None:
         for buffer in module.buffers():
             if not _is_shard(buffer):
                 torch.distributed.broadcast(buffer, src=0)
-
-
-def parameters_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    """Return an optimizer's parameters, in the order of its state."""
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 # --- sharded parameters (FSDP): whole in a checkpoint, in shards while they are trained ---

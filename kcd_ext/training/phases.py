@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from ..condensation import Condensation, KnowledgeCondenser
 from ..methods import Batch, Method, Outcome, Pretraining
-from .checks import check_outcome
-from .distributed import labels_in, parameters_of, prepare
+from .distributed import labels_in, prepare
 from .recipe import milestones_passed
 
 if TYPE_CHECKING:
@@ -54,6 +53,9 @@ class PretrainingStep(nn.Module):
 class Phase:
     """A module that is trained for some epochs: its step, its optimizer and its lines of metrics.
 
+    A subclass has `lr_at(epoch)`, the learning rate; `record(batch, outcome)`, which notes what a step gave, on the device,
+    and returns its loss; and `means()`, what the line of metrics says of it.
+
     Args:
         run: what the phase is a part of.
         module: called with the teacher and a batch at every step.
@@ -78,14 +80,15 @@ class Phase:
         epochs: range,
         history: list[dict],
     ):
-        recipe = run.recipe
         self.run = run
+        self.parameters = parameters
         self.initial_lr = lr
         self.epochs = epochs
         self.history = history
-        self.optimizer = torch.optim.SGD(parameters, lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
+        options = {"momentum": run.recipe.momentum, "weight_decay": run.recipe.weight_decay}
+        # Not prepared: accelerate's wrapper looks for packages on the disk at every step.
+        self.optimizer = torch.optim.SGD(parameters, lr, **options)
         self.optimizer.zero_grad()  # what the caller's own training left behind
-        # The optimizer is not prepared: accelerate's wrapper looks for packages on the disk at every step.
         self.step = prepare(run.accelerator, module)
 
     def remaining_epochs(self) -> range:
@@ -94,38 +97,17 @@ class Phase:
 
     def begin_epoch(self, epoch: int) -> None:
         """Set modes and the learning rate, and clear the sums."""
+        self.lr = self.lr_at(epoch)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.lr_at(epoch)
+            group["lr"] = self.lr
         if self.run.teacher is not None:
             self.run.teacher.eval()  # should the method have made it a part of its own
         self.rows, self.sums = 0, torch.zeros(1, device=self.run.device)
 
-    def lr_at(self, epoch: int) -> float:
-        """Return the learning rate of an epoch."""
-        raise NotImplementedError
-
-    def record(self, batch: Batch, outcome: Outcome | Tensor) -> Tensor:
-        """Check what a step gave and note it, on the device; return its loss."""
-        raise NotImplementedError
-
-    def means(self) -> dict[str, object]:
-        """Return the epoch's means over the samples of all processes. Waits for the device."""
-        raise NotImplementedError
-
     def end_epoch(self) -> dict[str, object]:
-        """Return what the epoch's line of metrics has besides. Raises FloatingPointError where training has diverged."""
+        """Return what else the line of metrics has. Raise FloatingPointError where training has diverged."""
         self.run.check_finite(self, self.loss)
         return {}
-
-    @property
-    def lr(self) -> float:
-        """The learning rate of the current epoch."""
-        return self.optimizer.param_groups[0]["lr"]
-
-    @property
-    def parameters(self) -> list[Tensor]:
-        """What the optimizer changes."""
-        return parameters_of(self.optimizer)
 
     def _add(self, rows: int, *means: Tensor) -> None:
         self.rows += rows
@@ -146,37 +128,33 @@ class PretrainingPhase(Phase):
     stream = PRETRAINING_SEED_OFFSET
 
     def __init__(self, run: "Run", plan: Pretraining, first: int):
-        plan.part.requires_grad_(True)
-        epochs = range(first, first + plan.epochs)
-        super().__init__(
-            run, PretrainingStep(plan), [*plan.part.parameters()], plan.lr, epochs, run.pretraining_history
-        )
-        plan.part.requires_grad_(False)
         self.plan = plan
+        epochs, part = range(first, first + plan.epochs), plan.part.requires_grad_(True)
+        super().__init__(run, PretrainingStep(plan), [*part.parameters()], plan.lr, epochs, run.pretraining_history)
+        part.requires_grad_(False)
+
+    def lr_at(self, epoch: int) -> float:
+        """Return a tenth of the rate at every milestone of the plan."""
+        passed = milestones_passed(self.plan.milestones, epoch - self.epochs.start, self.plan.epochs)
+        return self.initial_lr * 0.1**passed
 
     def begin_epoch(self, epoch: int) -> None:
-        """See `Phase`."""
+        """Let the part be trained."""
         super().begin_epoch(epoch)
         self.plan.part.requires_grad_(True).train()
 
-    def lr_at(self, epoch: int) -> float:
-        """See `Phase`."""
-        return self.initial_lr * 0.1 ** milestones_passed(
-            self.plan.milestones, epoch - self.epochs.start, self.plan.epochs
-        )
-
-    def record(self, batch: Batch, outcome: Tensor) -> Tensor:
-        """See `Phase`."""
-        self._add(len(batch.label), outcome.detach())
-        return outcome
+    def record(self, batch: Batch, loss: Tensor) -> Tensor:
+        """Note the loss, and return it."""
+        self._add(len(batch.label), loss.detach())
+        return loss
 
     def means(self) -> dict[str, object]:
-        """See `Phase`."""
+        """Return the mean loss. Waits for the device."""
         self._reduced()
         return {"loss": self.loss}
 
     def end_epoch(self) -> dict[str, object]:
-        """See `Phase`."""
+        """Make the part a constant again."""
         self.plan.part.requires_grad_(False).eval()
         return super().end_epoch()
 
@@ -192,8 +170,13 @@ class StudentPhase(Phase):
         super().__init__(run, run.module, [*trained.values()], run.recipe.lr, range(run.recipe.epochs), run.history)
         self.trained = [*trained]
 
+    def lr_at(self, epoch: int) -> float:
+        """Return the rate of the method's own schedule, if it has one, else of the recipe's milestones."""
+        factor = self.run.method.lr_factor(epoch, self.run.recipe.epochs)
+        return self.run.recipe.lr_at(epoch) if factor is None else self.initial_lr * factor
+
     def begin_epoch(self, epoch: int) -> None:
-        """See `Phase`."""
+        """Begin the method's epoch, and collect what the condenser gets in the end."""
         run = self.run
         run.method.begin(epoch, run.recipe.epochs)
         self.step.train()
@@ -201,33 +184,28 @@ class StudentPhase(Phase):
             phase.plan.part.eval()
         super().begin_epoch(epoch)
         self.sample_weight = run.condenser.sample_weight
-        # What the condenser gets; labels of items that are loaded one by one: the first epoch shows them all.
         self.visits: list[tuple[Tensor, Tensor]] = []
+        # The labels of items that are loaded one by one: the first epoch shows them all.
         collects = run.recipe.condense.shrinks_the_set and run.condenser.labels is None and epoch == 0
         self.labels: list[tuple[Tensor, Tensor]] | None = [] if collects else None
 
-    def lr_at(self, epoch: int) -> float:
-        """Return the rate of the method's own schedule, if it has one, else of the recipe's milestones."""
-        factor = self.run.method.lr_factor(epoch, self.run.recipe.epochs)
-        return self.run.recipe.lr_at(epoch) if factor is None else self.run.recipe.lr * factor
-
     def record(self, batch: Batch, outcome: Outcome) -> Tensor:
-        """See `Phase`."""
-        method, measure = self.run.recipe.method, self.run.condenser.measure
+        """Note loss, accuracy, terms and values, and return the loss."""
         if not self.visits:
-            check_outcome(outcome, batch, measure, method)
             self.terms = [*outcome.terms]
         if outcome.terms.keys() != {*self.terms}:
+            method = self.run.recipe.method
             raise ValueError(f"method {method!r} must give the terms {self.terms}, got {[*outcome.terms]}")
-        self.visits.append((batch.index, getattr(outcome, measure)))
+        self.visits.append((batch.index, getattr(outcome, self.run.condenser.measure)))
         if self.labels is not None:
             self.labels.append((batch.index, batch.label))
         accuracy = 100 * (outcome.logits.argmax(-1) == batch.label).double().mean()
-        self._add(len(batch.label), outcome.loss.detach(), accuracy, *(outcome.terms[name] for name in self.terms))
+        terms = [outcome.terms[name] for name in self.terms]
+        self._add(len(batch.label), outcome.loss.detach(), accuracy, *terms)
         return outcome.loss
 
     def means(self) -> dict[str, object]:
-        """See `Phase`."""
+        """Return the mean loss, accuracy and terms, and how many samples were visited. Waits for the device."""
         rows, padding, (accuracy, *terms) = self._reduced()
         self.run.totals["sample_visits"] += rows - padding
         terms = [term if math.isfinite(term) else None for term in terms]  # JSON has no NaN
@@ -240,7 +218,7 @@ class StudentPhase(Phase):
         }
 
     def end_epoch(self) -> dict[str, object]:
-        """Feed the condenser and take its step; see `Phase`."""
+        """Feed the condenser and take its step; return what it decided."""
         run, condenser = self.run, self.run.condenser
         with run.timed("seconds"), run.timed("condensation_seconds"):
             # A whole epoch's visits at once: a few operations on long tensors instead of many on short ones.

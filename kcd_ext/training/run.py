@@ -250,7 +250,7 @@ class Run:
                 f"{found.source} was written with {threads} threads of torch, this process has {here}: "
                 "the run goes on, but not bit for bit as it would have with as many",
                 RuntimeWarning,
-                stacklevel=3,
+                stacklevel=5,  # the caller of distill
             )
 
 

@@ -1,9 +1,8 @@
 """Everything that comes before the first epoch and writes nothing: checks, the state of a run, a step that is undone."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
-from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -14,23 +13,21 @@ from .. import methods
 from ..condensation import CondensedSampler, KnowledgeCondenser
 from ..data import IndexedDataset
 from ..data.images import ImageSet
-from ..methods import Method, Pretraining
-from ..networks import hookable, logits_alone, usual_modes
-from .batches import Feed, Samples, batches_of_steps, feed_of, with_weight
+from ..methods import Method
+from ..module_state import Layout
+from ..networks import forward_flops, hookable, logits_alone, usual_modes
+from .batches import Feed, Samples, feed_of
 from .checks import check_method, check_networks, check_storable, indexed
-from .distributed import Accelerator, accelerator_on, autocast, is_sharded, labels_in, reshard
+from .distributed import Accelerator, accelerator_on, is_sharded, labels_in, reshard
 from .fingerprint import fingerprint
-from .flops import forward_flops
 from .folder import RunFolder
-from .layout import Layout
 from .phases import PRETRAINING_SEED_OFFSET, PretrainingPhase, StudentPhase, StudentStep
 from .randomness import seeded
 from .recipe import PRECISIONS, Recipe
-from .rehearsal import Rehearsal, rehearse
+from .rehearsal import Rehearsal
 from .run import Run
 
 SETUP_SEED = PRETRAINING_SEED_OFFSET - 1  # in the place of an epoch's number: before the first epoch
-REHEARSAL_SEED = PRETRAINING_SEED_OFFSET - 2  # for the step that is undone
 
 
 def check_run(student: nn.Module, teacher: nn.Module | None, train: Dataset, test: Dataset, recipe: Recipe) -> None:
@@ -77,7 +74,7 @@ def open_run(
         stack.enter_context(usual_modes())
         outputs = {name: stack.enter_context(logits_alone(name, network)) for name, network in given.items()}
         networks = {name: output.network for name, output in outputs.items()}
-        layouts = {name: Layout(network) for name, network in given.items()}
+        layouts = {name: Layout(network) for name, network in given.items() if not is_sharded(network)}
         for layout in layouts.values():
             stack.callback(layout.restore)
         accelerator = stack.enter_context(accelerator_on(recipe.device, PRECISIONS[recipe.precision]))
@@ -95,7 +92,8 @@ def open_run(
 
         condenser, feeds = _data(stack, recipe, train, test, accelerator)
         x = next(iter(feeds["train"].eval_batches(1))).x
-        costs = {name: forward_flops(net, x) if method.flops_known else None for name, net in given.items()}
+        countable = method.flops_known and not any(map(is_sharded, given.values()))
+        costs = {name: forward_flops(network, x) if countable else None for name, network in given.items()}
         method.prepare(student.to(accelerator.device), teacher, Samples(feeds["train"], recipe.batch_size))
         method.to(accelerator.device)
         reshard(student, teacher)
@@ -105,7 +103,7 @@ def open_run(
         if asked is teacher:
             asked = networks.get("teacher")
         elif asked is not None:
-            layouts["teacher"], asked = Layout(asked), hookable(asked)
+            layouts["teacher"], asked = Layout(asked), hookable(asked)  # not restored: it ends with the run
 
         run = Run(
             recipe=recipe,
@@ -132,7 +130,13 @@ def open_run(
         )
         plans = method.pretraining()
         # Convolutions run faster with a pixel's channels side by side, on CPUs as on tensor cores.
-        _rehearse(run, plans, [*layouts.values()] if x.dim() == 4 else [])
+        rehearsal = Rehearsal(run, plans)
+        rehearsal.choose_layouts([*layouts.values()] if x.dim() == 4 else [])
+        for hook in outputs.values():
+            if not hook.acts_in:
+                hook.remove()  # torch.compile would split a network there
+        if recipe.compile:
+            _compile(run, rehearsal)
         for plan in plans:
             first = run.phases[-1].epochs.stop if run.phases else 0
             run.phases.append(PretrainingPhase(run, plan, first))
@@ -175,51 +179,16 @@ def _data(
     return condenser, feeds
 
 
-def _rehearse(run: Run, plans: Sequence[Pretraining], layouts: Sequence[Layout]) -> None:
-    """Choose the networks' memory layouts by a step that is undone, and compile the networks."""
-    recipe, accelerator, student = run.recipe, run.accelerator, run.module.student
-    rehearsal = Rehearsal(
-        step=run.module,
-        student=run.student,
-        teacher=run.teacher,
-        method=run.method,
-        label=recipe.method,
-        plans=plans,
-        epochs=recipe.epochs,
-        autocast=partial(autocast, accelerator),
-        scaled=accelerator.scaler is not None,
-        measure=run.condenser.measure,
-        every_gradient=accelerator.num_processes > 1,
-        fresh=run.folder is None or run.folder.epoch == 0,
-    )
-    first_of = cache(lambda feed, size: feed.first(size))
-
-    def take(size: int, rehearsal: Rehearsal = rehearsal, tests: bool = True) -> None:
-        with seeded(recipe.seed, REHEARSAL_SEED, device=run.device):
-            batch = with_weight(first_of(run.feed, size), run.condenser.sample_weight)
-            rehearsal.take(batch, first_of(run.test_feed, size) if tests else None)
-
-    run.sampler.set_epoch(0, consumed=0)
-    rows, *_ = next(batches_of_steps(len(run.sampler), recipe.batch_size, recipe.gradient_accumulation))
-    whole = rows.stop  # the size of the first batch of the run
-    # A sharded student is in no state for another attempt after one that failed.
-    sizes = [whole] if is_sharded(student) else sorted({min(2, whole), whole})
-    rehearse(take, sizes, layouts, [*run.outputs.values()])
-    for output in run.outputs.values():
-        if not output.acts_in:
-            output.remove()  # torch.compile would split a network there
-    if not recipe.compile:
-        return
+def _compile(run: Run, rehearsal: Rehearsal) -> None:
     # For batches of any size at once: else the first two sizes decide what is compiled, and a resumed run meets others.
     run.student = torch.compile(run.student, dynamic=True)
     if run.teacher is not None and run.method.compiles_teacher:
         run.teacher = torch.compile(run.teacher, dynamic=True)
-    run.module = StudentStep(student, run.method, run.student)
-    if accelerator.num_processes == 1:
+    run.module = StudentStep(run.module.student, run.method, run.student)
+    if run.accelerator.num_processes == 1:
         # Once more, at the size that is then trained with, for it is compiled for this size. Several processes compile
         # other parts of it, inside their wrapper.
-        compiled = replace(rehearsal, step=run.module, student=run.student, teacher=run.teacher)
-        take(whole, compiled, tests=False)
+        rehearsal.take(rehearsal.batch_size, tests=False)
 
 
 def _check_all_see(folder: RunFolder, accelerator: Accelerator) -> None:
