@@ -89,14 +89,15 @@ def evaluate(run: Run, network: nn.Module, labels: list[Tensor] | None = None) -
 
 def measure_teacher(run: Run) -> None:
     """Measure the given teacher, unless a resumed run has done so; warn where it can teach little."""
-    if "teacher" not in run.networks or run.teacher_accuracy is not None:
+    if "teacher" not in run.outputs or run.teacher_accuracy is not None:
         return
+    networks = {name: output.network for name, output in run.outputs.items()}
     labels: list[Tensor] = []
-    run.teacher_accuracy, _ = evaluate(run, run.networks["teacher"], labels)
+    run.teacher_accuracy, _ = evaluate(run, networks["teacher"], labels)
     labels = torch.cat(labels)
     classes = labels[(labels >= 0) & (labels < run.classes)].bincount(minlength=run.classes)
-    student = evaluate(run, run.networks["student"])[0] if not run.begun else None
-    reshard(*run.networks.values())
+    student = evaluate(run, networks["student"])[0] if not run.begun else None
+    reshard(*networks.values())
     doubt = doubt_about(run.teacher_accuracy, student, sum_over_ranks(run.accelerator, classes))
     if doubt and run.is_main:
         warnings.warn(doubt, stacklevel=3)

@@ -30,11 +30,11 @@ class StudentStep(nn.Module):
         super().__init__()
         self.student = student
         self.method = method
-        self._called = [called]  # the student, or what was compiled of it; a list hides it, so it is saved once
+        self.called = [called]  # the student, or what was compiled of it; a list hides it, so it is saved once
 
     def forward(self, teacher: nn.Module | None, batch: Batch) -> Outcome:
         """Return the method's outcome of the batch."""
-        return self.method(self._called[0], teacher, batch)
+        return self.method(self.called[0], teacher, batch)
 
 
 class PretrainingStep(nn.Module):
@@ -81,6 +81,7 @@ class Phase:
         history: list[dict],
     ):
         self.run = run
+        self.module = module
         self.parameters = parameters
         self.initial_lr = lr
         self.epochs = epochs
@@ -88,8 +89,11 @@ class Phase:
         options = {"momentum": run.recipe.momentum, "weight_decay": run.recipe.weight_decay}
         # Not prepared: accelerate's wrapper looks for packages on the disk at every step.
         self.optimizer = torch.optim.SGD(parameters, lr, **options)
+
+    def prepare(self) -> None:
+        """Get ready for the first epoch: `step` is the module as several processes call it."""
+        self.step = prepare(self.run.accelerator, self.module)
         self.optimizer.zero_grad()  # what the caller's own training left behind
-        self.step = prepare(run.accelerator, module)
 
     def remaining_epochs(self) -> range:
         """Return the numbers of the epochs that have no line of metrics yet."""
@@ -127,11 +131,12 @@ class PretrainingPhase(Phase):
     name = "pretraining epoch"
     stream = PRETRAINING_SEED_OFFSET
 
-    def __init__(self, run: "Run", plan: Pretraining, first: int):
+    def __init__(self, run: "Run", plan: Pretraining):
+        first = run.phases[-1].epochs.stop if run.phases else 0
         self.plan = plan
-        epochs, part = range(first, first + plan.epochs), plan.part.requires_grad_(True)
-        super().__init__(run, PretrainingStep(plan), [*part.parameters()], plan.lr, epochs, run.pretraining_history)
-        part.requires_grad_(False)
+        epochs, parameters = range(first, first + plan.epochs), [*plan.part.parameters()]
+        super().__init__(run, PretrainingStep(plan), parameters, plan.lr, epochs, run.pretraining_history)
+        plan.part.requires_grad_(False)  # until its first epoch
 
     def lr_at(self, epoch: int) -> float:
         """Return a tenth of the rate at every milestone of the plan."""
@@ -155,8 +160,18 @@ class PretrainingPhase(Phase):
 
     def end_epoch(self) -> dict[str, object]:
         """Make the part a constant again."""
-        self.plan.part.requires_grad_(False).eval()
+        self.freeze()
         return super().end_epoch()
+
+    def freeze(self) -> None:
+        """Make the part a constant."""
+        self.plan.part.requires_grad_(False).eval()
+
+    def prepare(self) -> None:
+        """See `Phase`: wrappers look for what requires a gradient."""
+        self.plan.part.requires_grad_(True)
+        super().prepare()
+        self.freeze()
 
 
 class StudentPhase(Phase):
@@ -179,9 +194,9 @@ class StudentPhase(Phase):
         """Begin the method's epoch, and collect what the condenser gets in the end."""
         run = self.run
         run.method.begin(epoch, run.recipe.epochs)
-        self.step.train()
+        self.module.train()
         for phase in run.phases[:-1]:
-            phase.plan.part.eval()
+            phase.freeze()
         super().begin_epoch(epoch)
         self.sample_weight = run.condenser.sample_weight
         self.visits: list[tuple[Tensor, Tensor]] = []

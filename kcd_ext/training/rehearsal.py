@@ -8,7 +8,7 @@ from itertools import product
 import torch
 from torch import nn
 
-from ..methods import Batch, Outcome, Pretraining
+from ..methods import Batch, Outcome
 from ..module_state import Layout, undone
 from ..networks import LogitsAlone, OutputError
 from ..processes import is_left_alone
@@ -25,16 +25,10 @@ REHEARSAL_SEED = PRETRAINING_SEED_OFFSET - 2  # in the place of an epoch's numbe
 
 
 class Rehearsal:
-    """A step on the first samples of a run, as often as it is to be taken.
+    """A step on the first samples of a run: one of each of its phases, which are not prepared yet."""
 
-    Args:
-        run: what is trained; it has no phases yet.
-        plans: the method's own pretraining, of which the step takes one step each.
-    """
-
-    def __init__(self, run: Run, plans: Sequence[Pretraining]):
+    def __init__(self, run: Run):
         self.run = run
-        self.plans = plans
         run.sampler.set_epoch(0, consumed=0)
         recipe = run.recipe
         rows, *_ = next(batches_of_steps(len(run.sampler), recipe.batch_size, recipe.gradient_accumulation))
@@ -91,8 +85,7 @@ class Rehearsal:
             stack.callback(reshard, *roots)
             running = stack.enter_context(_running(networks))
             try:
-                self._pretrain(batch)
-                self._train(batch, running)
+                self._step(batch, running)
                 if tested is not None:
                     with torch.no_grad():
                         run.student.eval()(tested.x).argmax(-1)
@@ -111,30 +104,20 @@ class Rehearsal:
                     f"method {run.recipe.method!r} fails in a training step with this {' and '.join(networks)}: {told}"
                 ) from error
 
-    def _pretrain(self, batch: Batch) -> None:
-        if self.run.teacher is not None:
-            self.run.teacher.eval()
-        for plan in self.plans:
-            plan.part.requires_grad_(False)
-        for plan in self.plans:
-            plan.part.requires_grad_(True).train()
-            with autocast(self.run.accelerator):
-                loss = plan.loss(self.run.teacher, batch)
+    def _step(self, batch: Batch, running: list[str]) -> None:
+        run, method, student = self.run, self.run.recipe.method, self.run.phases[-1]
+        for phase in run.phases[:-1]:
+            phase.begin_epoch(phase.epochs.start)
+            with autocast(run.accelerator):
+                loss = phase.module(run.teacher, batch)
             loss.backward()
-            plan.part.requires_grad_(False).eval()
-
-    def _train(self, batch: Batch, running: list[str]) -> None:
-        run, method = self.run, self.run.recipe.method
-        run.method.begin(0, run.recipe.epochs)
-        run.module.train()
-        for constant in (*(plan.part for plan in self.plans), run.teacher):
-            if constant is not None:
-                constant.eval()
-        trained = {name: p for name, p in run.module.named_parameters() if p.requires_grad}
+            phase.freeze()
+        student.begin_epoch(0)
+        trained = dict(zip(student.trained, student.parameters, strict=True))
         for parameter in trained.values():
             parameter.grad = None
         with autocast(run.accelerator):
-            outcome = run.module(run.teacher, batch)
+            outcome = student.module(run.teacher, batch)
         if isinstance(outcome, Outcome) and not getattr(outcome.loss, "requires_grad", True):
             if not getattr(run.student(batch.x), "requires_grad", True):
                 raise ValueError(

@@ -19,7 +19,7 @@ from .checks import check_same_parts
 from .diagnosis import first_broken
 from .distributed import Accelerator, full_state_dict, local, sharded_like, sum_over_ranks
 from .folder import RunFolder
-from .phases import Phase
+from .phases import Phase, StudentStep
 from .recipe import Recipe
 from .summary import Summary
 
@@ -34,25 +34,31 @@ class Run:
     recipe: Recipe
     accelerator: Accelerator
     method: Method
-    networks: Mapping[str, nn.Module]  # student and teacher as they were given, giving logits alone
-    outputs: Mapping[str, LogitsAlone]  # the hooks on them
+    outputs: Mapping[str, LogitsAlone]  # the hooks on student and teacher as they were given
     classes: int
     condenser: KnowledgeCondenser
-    sampler: CondensedSampler
     feed: Feed
     test_feed: Feed
     folder: RunFolder | None
     dataset: str  # the name of the data
-    student: nn.Module  # that is trained, or what was compiled of it
     teacher: nn.Module | None  # that is asked: the given one, or one of the method's own
-    module: nn.Module  # student and method: what a checkpoint holds
-    flops: Mapping[str, int | None]  # of a row: the student's training, the teacher's answer; None: not countable
+    module: StudentStep  # student and method: what a checkpoint holds
+    flops: Mapping[str, int | None]  # of a network's forward pass for a row; None: not countable
     phases: list[Phase] = field(default_factory=list)
     history: list[dict] = field(default_factory=list)
     pretraining_history: list[dict] = field(default_factory=list)
     totals: dict = field(default_factory=lambda: {**INITIAL_TOTALS})
     teacher_accuracy: float | None = None
     about: Mapping[str, object] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        ranks = self.accelerator.num_processes
+        self.sampler = CondensedSampler(self.condenser, seed=self.recipe.seed, rank=self.rank, world_size=ranks)
+
+    @property
+    def student(self) -> nn.Module:
+        """What is called for the student's logits: the network, or what was compiled of it."""
+        return self.module.called[0]
 
     @property
     def rank(self) -> int:
@@ -109,14 +115,13 @@ class Run:
 
     def count(self, student_rows: Iterable[int], teacher_rows: Iterable[int]) -> None:
         """Add the rows that this process's networks were asked about, and what they cost, to the totals."""
-        rows = {"student": sum(student_rows), "teacher": sum(teacher_rows)}
-        rows = {name: count * self.accelerator.num_processes for name, count in rows.items()}
-        costs = {name: self.flops[name] for name, count in rows.items() if count}
-        self.totals["teacher_visits"] += rows["teacher"]
-        if self.totals["flops"] is None or None in costs.values():
-            self.totals["flops"] = None
-        else:
-            self.totals["flops"] += sum(rows[name] * cost for name, cost in costs.items())
+        ranks, totals = self.accelerator.num_processes, self.totals
+        totals["teacher_visits"] += ranks * sum(teacher_rows)
+        # Of a step of the student's the backward pass counts as two forward passes.
+        for name, passes, rows in (("student", 3, sum(student_rows)), ("teacher", 1, sum(teacher_rows))):
+            if rows:
+                known = totals["flops"] is not None and self.flops[name] is not None
+                totals["flops"] = totals["flops"] + passes * ranks * rows * self.flops[name] if known else None
 
     def check_finite(self, phase: Phase, loss: float) -> None:
         """Raise FloatingPointError, with the cause, where the loss or a parameter is not finite after an epoch."""

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from .. import methods
-from ..condensation import CondensedSampler, KnowledgeCondenser
+from ..condensation import KnowledgeCondenser
 from ..data import IndexedDataset
 from ..data.images import ImageSet
 from ..methods import Method
@@ -93,7 +93,7 @@ def open_run(
         condenser, feeds = _data(stack, recipe, train, test, accelerator)
         x = next(iter(feeds["train"].eval_batches(1))).x
         countable = method.flops_known and not any(map(is_sharded, given.values()))
-        costs = {name: forward_flops(network, x) if countable else None for name, network in given.items()}
+        flops = {name: forward_flops(network, x) if countable else None for name, network in given.items()}
         method.prepare(student.to(accelerator.device), teacher, Samples(feeds["train"], recipe.batch_size))
         method.to(accelerator.device)
         reshard(student, teacher)
@@ -109,38 +109,30 @@ def open_run(
             recipe=recipe,
             accelerator=accelerator,
             method=method,
-            networks=networks,
             outputs=outputs,
             classes=classes,
             condenser=condenser,
-            sampler=CondensedSampler(
-                condenser, seed=recipe.seed, rank=accelerator.process_index, world_size=accelerator.num_processes
-            ),
             feed=feeds["train"],
             test_feed=feeds["test"],
             folder=folder,
             dataset=type(getattr(train, "dataset", train)).__name__,
-            student=networks["student"],
             teacher=asked,
             module=StudentStep(student, method, networks["student"]),
-            flops={
-                "student": None if costs["student"] is None else 3 * costs["student"],
-                "teacher": costs.get("teacher"),
-            },
+            flops=flops,
         )
-        plans = method.pretraining()
+        for plan in method.pretraining():
+            run.phases.append(PretrainingPhase(run, plan))
+        run.phases.append(StudentPhase(run))
         # Convolutions run faster with a pixel's channels side by side, on CPUs as on tensor cores.
-        rehearsal = Rehearsal(run, plans)
+        rehearsal = Rehearsal(run)
         rehearsal.choose_layouts([*layouts.values()] if x.dim() == 4 else [])
         for hook in outputs.values():
             if not hook.acts_in:
                 hook.remove()  # torch.compile would split a network there
         if recipe.compile:
             _compile(run, rehearsal)
-        for plan in plans:
-            first = run.phases[-1].epochs.stop if run.phases else 0
-            run.phases.append(PretrainingPhase(run, plan, first))
-        run.phases.append(StudentPhase(run))
+        for phase in run.phases:
+            phase.prepare()
         if folder is not None:
             check_storable("method", method)
             _check_all_see(folder, accelerator)
@@ -181,10 +173,9 @@ def _data(
 
 def _compile(run: Run, rehearsal: Rehearsal) -> None:
     # For batches of any size at once: else the first two sizes decide what is compiled, and a resumed run meets others.
-    run.student = torch.compile(run.student, dynamic=True)
+    run.module.called = [torch.compile(run.student, dynamic=True)]
     if run.teacher is not None and run.method.compiles_teacher:
         run.teacher = torch.compile(run.teacher, dynamic=True)
-    run.module = StudentStep(run.module.student, run.method, run.student)
     if run.accelerator.num_processes == 1:
         # Once more, at the size that is then trained with, for it is compiled for this size. Several processes compile
         # other parts of it, inside their wrapper.
