@@ -24,9 +24,9 @@ from kcd_ext.evaluation import evaluate
 from kcd_ext.methods import Batch, Method, Outcome
 from kcd_ext.module_state import undone
 from kcd_ext.networks import LogitsAlone, logits_alone, usual_modes
+from kcd_ext.randomness import seeded
 from kcd_ext.training import Condense, Recipe, checkpoint, distill
 from kcd_ext.training.batches import LoadedFeed
-from kcd_ext.training.randomness import seeded
 from kcd_ext.training.rehearsal import Rehearsal
 from kcd_ext.training.setup import check_run
 

@@ -26,6 +26,7 @@ from kcd_ext.data.images import REGISTRY as DATASETS
 from kcd_ext.data.images import ImageSet
 from kcd_ext.data.views import Views
 from kcd_ext.methods import Batch, Method, Outcome, Pretraining
+from kcd_ext.randomness import seeded
 from kcd_ext.registry import call, resolve
 from kcd_ext.reports.tables import tabulate
 from kcd_ext.training import Condense, Recipe, Summary, checkpoint, distill
@@ -33,7 +34,6 @@ from kcd_ext.training.batches import split_evenly
 from kcd_ext.training.fingerprint import digest_of_samples
 from kcd_ext.training.folder import ENTRIES
 from kcd_ext.training.phases import PRETRAINING_SEED_OFFSET
-from kcd_ext.training.randomness import seeded
 from kcd_ext.training.run import MIN_EVAL_BATCH_SIZE
 
 CLASSES, FEATURES = 4, 6

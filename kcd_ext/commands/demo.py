@@ -14,13 +14,12 @@ from ..condensation.random_keys import MAX_SEED
 from ..condensation.schedules import stage_size
 from ..data.images import ImageData, load
 from ..describe import describe
-from ..environment import versions
+from ..environment import MOST_THREADS, threads, versions
+from ..randomness import seeded
 from ..reports import page, runs
 from ..reports.tables import as_text, cells
 from ..training.checks import check_networks
-from ..training.distributed import MOST_THREADS, threads
 from ..training.loop import distill
-from ..training.randomness import seeded
 from ..training.recipe import Condense, Recipe
 from ..training.setup import build_method
 from ..training.summary import Summary, results

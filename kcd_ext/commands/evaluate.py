@@ -14,13 +14,13 @@ from tyro.conf import Positional, arg
 from .. import files, terminal
 from ..checks import check_int
 from ..data.images import ImageData, load
-from ..environment import versions
+from ..environment import MOST_THREADS, threads, versions
 from ..evaluation import TEMPERATURES, Evaluation, checked_temperatures, evaluate
 from ..reports import page, runs
 from ..reports.runs import Normalisation
 from ..reports.tables import as_text
 from ..training.batches import feed_of
-from ..training.distributed import MOST_THREADS, accelerator_on, threads
+from ..training.distributed import accelerator_on
 from ..training.fingerprint import digest, digest_of_samples
 from ..training.folder import WEIGHTS
 from ..training.run import MIN_EVAL_BATCH_SIZE

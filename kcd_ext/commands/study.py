@@ -13,11 +13,10 @@ import torch
 
 from .. import files, processes, terminal
 from ..data.images import ImageData, ImageSet
-from ..environment import versions
+from ..environment import threads, versions
 from ..reports import page, runs
 from ..reports.runs import Normalisation
 from ..reports.tables import as_text, cells
-from ..training.distributed import threads
 from ..training.fingerprint import check_same, digest_of_samples
 from ..training.folder import ENTRIES, WEIGHTS
 from ..training.loop import distill

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..describe import describe
+from ..environment import MOST_THREADS
 from ..evaluation import Evaluation
 from ..files import read_regular
 from ..training import checkpoint
-from ..training.distributed import MOST_THREADS
 from ..training.folder import SUMS, WEIGHTS
 from ..training.summary import ComparedWith, Summary
 

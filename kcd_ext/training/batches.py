@@ -1,23 +1,19 @@
 """Batches on the training device: from a loader over any data set, or from images that fit there as a whole."""
 
-import random
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
 
 from ..condensation import CondensedSampler, KnowledgeCondenser
 from ..condensation.table import SKIP
 from ..data import IndexedDataset
 from ..data.images import ImageSet
-from ..data.indexed import UnlikeItemsError
+from ..data.loading import Loader
 from ..methods import Batch
-from ..registry import one_line
-from .randomness import seeded
+from ..randomness import seeded
 
 
 def feed_of(
@@ -91,38 +87,17 @@ def with_weight(batch: Batch, weight: Tensor | None) -> Batch:
     return batch if weight is None else batch._replace(weight=weight[batch.index].where(batch.index >= 0, 1))
 
 
-def load_item(name: str, dataset: IndexedDataset, index: int) -> tuple:
-    """Return an item. Raises ValueError, naming it, where it cannot be loaded."""
-    try:
-        return dataset[index]
-    except UnlikeItemsError as error:
-        raise ValueError(f"{name}: {error}") from error
-    except Exception as error:  # the data set and its transform are the user's: they raise what they like
-        raise ValueError(f"{name}[{index}] cannot be loaded: {type(error).__name__}: {one_line(error)}") from error
-
-
 def flat_labels(label: Tensor) -> Tensor:
     """Return labels (b,) for (b,) or (b, 1); others as they are."""
     return label.squeeze(1) if label.dim() == 2 and label.shape[1] == 1 else label
 
 
 class LoadedFeed:
-    """The batches of any data set, on the training device: loads items one by one and collates them.
-
-    Labels (b, 1) become (b,). Worker processes live from the first batch to `close`. They are seeded anew for every pass
-    over the data, by a number drawn from torch's generator when the pass begins.
-    """
+    """The batches of any data set, on the training device; labels (b, 1) become (b,)."""
 
     def __init__(self, dataset: IndexedDataset, device: torch.device, num_workers: int, name: str = "the data set"):
-        self.items = _Items(dataset)
+        self.loader = Loader(dataset, num_workers, name=name, pin_memory=device.type == "cuda")
         self.device = device
-        self.num_workers = num_workers
-        self.name = name
-        self._parts = _Parts()
-        self._iterator: Iterator | None = None  # that of the loader whose workers stay
-        self._loader: DataLoader | None = None
-        self._passes = 0
-        self._in_use = False
 
     def entries(self, sampler: CondensedSampler) -> list:
         """Return (index, recipe) of what this process trains on in the sampler's epoch, padding repeats included."""
@@ -130,138 +105,32 @@ class LoadedFeed:
 
     def epoch(self, entries: Sequence, batches: Sequence[slice], seed: int, epoch: int) -> Iterator[Batch]:
         """Yield the training batches of these entries. Transforms draw from the generators that the trainer has seeded."""
-        return self._load([entries[part] for part in batches])
+        return map(self._batch, self.loader.load([entries[part] for part in batches]))
 
     def eval_batches(self, batch_size: int, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
         """Yield samples rank, rank + world_size, ... once each, by ascending index, without mixes.
 
         All processes get equally many: repeats in the end are marked by index -1.
         """
-        index, sample = (part.tolist() for part in _share(len(self.items), rank, world_size))
+        index, sample = (part.tolist() for part in _share(len(self.loader.dataset), rank, world_size))
         entries = list(zip(index, sample, strict=True))
-        return self._load([entries[i : i + batch_size] for i in range(0, len(entries), batch_size)])
+        batches = [entries[start : start + batch_size] for start in range(0, len(entries), batch_size)]
+        return map(self._batch, self.loader.load(batches))
 
     def first(self, count: int) -> Batch:
         """Return the first `count` samples, or as many as there are, without mixes.
 
         Raises ValueError, naming the item, where one cannot be loaded.
         """
-        dataset = self.items.dataset
-        return self._batch(_collate([load_item(self.name, dataset, i) for i in range(min(count, len(dataset)))]))
+        return self._batch(self.loader.first(count))
 
     def close(self) -> None:
         """End the worker processes."""
-        if self._iterator is not None:
-            self._iterator._shutdown_workers()  # they would live as long as an error that holds the iterator
-            self._iterator = self._loader = None
+        self.loader.close()
 
-    def _load(self, batches: list[list]) -> Iterator[Batch]:
-        self._passes += 1
-        seed = torch.empty((), dtype=torch.int64).random_().item()
-        for loaded in self._loaded([_Part(self._passes, seed, entries) for entries in batches]):
-            yield self._batch(loaded)
-
-    def _loaded(self, parts: list["_Part"]) -> Iterator[object]:
-        if self.num_workers == 0 or self._in_use:  # a second reader at a time has workers of its own
-            yield from self._loader_of(parts)
-            return
-        self._in_use = True
-        try:
-            self._parts.parts = parts
-            self._loader = self._loader or self._loader_of(self._parts, persistent_workers=True)
-            self._iterator = iter(self._loader)
-            yield from self._iterator
-        finally:
-            self._in_use = False
-
-    def _loader_of(self, parts: Sequence["_Part"], **options: bool) -> DataLoader:
-        # Its generator draws numbers that nothing depends on.
-        return DataLoader(
-            self.items,
-            batch_sampler=parts,
-            generator=torch.Generator(),
-            num_workers=self.num_workers,
-            pin_memory=self.device.type == "cuda",
-            collate_fn=_collate,
-            **options,
-        )
-
-    def _batch(self, loaded: object) -> Batch:
-        if isinstance(loaded, _Refused):
-            raise ValueError(f"{self.name}: {loaded.why}")
+    def _batch(self, loaded: Sequence[Tensor]) -> Batch:
         x, label, index = (part.to(self.device, non_blocking=True) for part in loaded)
         return Batch(x, flat_labels(label), index)
-
-
-class _Part(NamedTuple):
-    """A batch to load: `entries` of an `IndexedDataset`, in the pass of this number, for which workers seed themselves."""
-
-    number: int
-    seed: int
-    entries: list
-
-
-class _Parts:
-    """A `batch_sampler` whose content changes from pass to pass."""
-
-    parts: Sequence[_Part] = ()
-
-    def __iter__(self) -> Iterator[_Part]:
-        return iter(self.parts)
-
-    def __len__(self) -> int:
-        return len(self.parts)
-
-
-class _Refused(NamedTuple):
-    """Why there is no batch. An exception would come out of a worker with its traceback as text."""
-
-    why: str
-
-
-class _Items(Dataset):
-    """The data set as loaders read it, a part at a time."""
-
-    def __init__(self, dataset: IndexedDataset):
-        self.dataset = dataset
-        self._pass = 0
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitems__(self, part: _Part) -> list | _Refused:
-        worker = get_worker_info()
-        if worker is not None and self._pass != part.number:
-            self._pass = part.number
-            _seed_worker(part.seed, worker.id)
-        try:
-            return [self.dataset[entry] for entry in part.entries]
-        except UnlikeItemsError as error:
-            return _Refused(str(error))
-
-
-def _seed_worker(seed: int, worker: int) -> None:
-    """Seed this process's generators as torch seeds those of a worker that it starts."""
-    random.seed(seed + worker)
-    torch.manual_seed(seed + worker)
-    np.random.seed(np.random.SeedSequence([worker, seed % 2**32, seed // 2**32, 0]).generate_state(4))
-
-
-def _collate(items: list | _Refused) -> object:
-    """Return (x, label, index) of a batch."""
-    if isinstance(items, _Refused):
-        return items
-    try:
-        return default_collate(items)
-    except RuntimeError:
-        first, shape = items[0][2], getattr(items[0][0], "shape", None)
-        for x, _, index in items:
-            if getattr(x, "shape", None) != shape:
-                return _Refused(
-                    f"item {first} has shape {tuple(shape)} and item {index} {tuple(x.shape)}, which make no batch: "
-                    f"resize them in the data set, or crop them in the transform of an IndexedDataset"
-                )
-        raise
 
 
 class ResidentFeed:

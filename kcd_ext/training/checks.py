@@ -9,11 +9,12 @@ from torch.utils.data import Dataset, default_collate
 
 from ..data import IndexedDataset
 from ..data.images import ImageSet
+from ..data.loading import load_item
 from ..methods import Batch, Method, Outcome
 from ..module_state import is_dense
 from ..networks import OutputError, logits_alone
 from ..registry import one_line
-from .batches import flat_labels, load_item
+from .batches import flat_labels
 from .recipe import Recipe
 
 

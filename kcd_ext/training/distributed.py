@@ -13,19 +13,6 @@ from accelerate.utils import GradientAccumulationPlugin
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-MOST_THREADS = 4096  # of torch's
-
-
-@contextmanager
-def threads(count: int | None) -> Iterator[None]:
-    """Set torch's number of threads inside the context; None leaves it."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(before if count is None else count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
 
 @contextmanager
 def accelerator_on(device: str, mixed_precision: str | None = None) -> Iterator[Accelerator]:

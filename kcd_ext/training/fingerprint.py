@@ -12,8 +12,8 @@ from ..data import IndexedDataset
 from ..data.images import ImageSet
 from ..describe import brief
 from ..models.normalisation import renormalisation
+from ..randomness import seeded
 from .distributed import Accelerator, full_state_dict
-from .randomness import seeded
 from .recipe import Recipe
 
 PROBED = 5  # samples of a data set that are looked at, the first and the last among them

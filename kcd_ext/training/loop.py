@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from ..randomness import seeded
 from .diagnosis import doubt_about, is_sound
 from .distributed import accumulating, autocast, broadcast_buffers, optimizer_step, reshard, sum_over_ranks
 from .phases import Phase
-from .randomness import seeded
 from .recipe import Recipe
 from .run import Run, count_rows
 from .setup import open_run

@@ -12,13 +12,13 @@ from ..methods import Batch, Outcome
 from ..module_state import Layout, undone
 from ..networks import LogitsAlone, OutputError
 from ..processes import is_left_alone
+from ..randomness import seeded
 from ..registry import one_line
 from .batches import batches_of_steps, with_weight
 from .checks import check_gradients, check_outcome
 from .diagnosis import NotFiniteError, check_start
 from .distributed import autocast, is_sharded, reshard
 from .phases import PRETRAINING_SEED_OFFSET
-from .randomness import seeded
 from .run import Run
 
 REHEARSAL_SEED = PRETRAINING_SEED_OFFSET - 2  # in the place of an epoch's number

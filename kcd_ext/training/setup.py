@@ -16,13 +16,13 @@ from ..data.images import ImageSet
 from ..methods import Method
 from ..module_state import Layout
 from ..networks import forward_flops, hookable, logits_alone, usual_modes
+from ..randomness import seeded
 from .batches import Feed, Samples, feed_of
 from .checks import check_method, check_networks, check_storable, indexed
 from .distributed import Accelerator, accelerator_on, is_sharded, labels_in, reshard
 from .fingerprint import fingerprint
 from .folder import RunFolder
 from .phases import PRETRAINING_SEED_OFFSET, PretrainingPhase, StudentPhase, StudentStep
-from .randomness import seeded
 from .recipe import PRECISIONS, Recipe
 from .rehearsal import Rehearsal
 from .run import Run
