@@ -1,14 +1,20 @@
 """Why training cannot go well: numbers that are not finite, and teachers that can teach little."""
 
 import math
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from ..methods import Batch, Outcome
-from .distributed import full_state_dict
+from .distributed import full_state_dict, local
+
+if TYPE_CHECKING:
+    from .phases import Phase
+    from .run import Run
 
 
 class NotFiniteError(ValueError):
@@ -46,6 +52,37 @@ def check_start(
         *(f"method {method!r} gives {name} a gradient that is not finite" for name in broken),
     )
     raise NotFiniteError(f"nothing can be trained: {next(filter(None, causes))}")
+
+
+def check_finite(run: "Run", phase: "Phase", loss: float) -> None:
+    """Raise FloatingPointError, with the cause, where the loss or a parameter is not finite after an epoch."""
+    when = f"after {phase.name} {len(phase.history) + 1}"
+    what = f"the loss is not finite {when} ({loss})"
+    if math.isfinite(loss):
+        broken = torch.stack([~local(parameter).isfinite().all() for parameter in phase.parameters]).any()
+        if not run.sum([broken])[0]:
+            return
+        what = f"weights are not finite {when}"
+    trained = {*map(id, phase.parameters)}
+    is_constant = run.teacher is not None and trained.isdisjoint(map(id, run.teacher.parameters()))
+    asked = {"teacher": run.teacher} if is_constant else {}  # one that is trained is no cause
+    cause = first_broken("train", run.feed.eval_batches(run.recipe.batch_size), asked)
+    raise FloatingPointError(f"{what}: {cause or f'a smaller lr than {phase.initial_lr}?'}")
+
+
+def check_answers(run: "Run", unsound: int, epoch: int) -> None:
+    """Raise FloatingPointError where a test sample is not finite; warn where only the student's answer is not.
+
+    `unsound`: the number of test samples whose highest logit is not finite after the epoch.
+    """
+    if not unsound:
+        return
+    if (cause := first_broken("test", run.test_batches(), {})) is not None:
+        raise FloatingPointError(f"the accuracy after epoch {epoch + 1} means nothing: {cause}")
+    cause = first_broken("test", run.test_batches(), {"student": run.student})  # on every process: it may be sharded
+    if run.is_main:
+        text = f"after epoch {epoch + 1} {unsound} test samples have no finite logits: {cause}"
+        warnings.warn(text, RuntimeWarning, stacklevel=3)
 
 
 def first_broken(part: str, batches: Iterable[Batch], networks: Mapping[str, nn.Module]) -> str | None:

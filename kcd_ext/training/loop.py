@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from ..randomness import seeded
-from .diagnosis import doubt_about, is_sound
+from .diagnosis import check_answers, doubt_about, is_sound
 from .distributed import accumulating, autocast, broadcast_buffers, optimizer_step, reshard, sum_over_ranks
 from .phases import Phase
 from .recipe import Recipe
@@ -40,7 +40,7 @@ def distill(
                     metrics = train_epoch(run, phase, epoch) | phase.end_epoch()
                     if phase.trains_student:
                         metrics["accuracy"], unsound = evaluate(run, run.student)
-                        run.check_answers(unsound, epoch)
+                        check_answers(run, unsound, epoch)
                 line = run.save(phase, metrics)
                 if progress is not None and run.is_main:
                     progress(line)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..condensation import Condensation, KnowledgeCondenser
 from ..methods import Batch, Method, Outcome, Pretraining
+from .diagnosis import check_finite
 from .distributed import labels_in, prepare
 from .recipe import milestones_passed
 
@@ -110,7 +111,7 @@ class Phase:
 
     def end_epoch(self) -> dict[str, object]:
         """Return what else the line of metrics has. Raise FloatingPointError where training has diverged."""
-        self.run.check_finite(self, self.loss)
+        check_finite(self.run, self, self.loss)
         return {}
 
     def _add(self, rows: int, *means: Tensor) -> None:

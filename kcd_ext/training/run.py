@@ -1,6 +1,5 @@
 """The state of a run: everything that changes while a student is trained, and how it is saved and restored."""
 
-import math
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -16,8 +15,7 @@ from ..networks import LogitsAlone
 from .batches import Feed, batches_of_steps, with_weight
 from .checkpoint import Checkpoint, reading
 from .checks import check_same_parts
-from .diagnosis import first_broken
-from .distributed import Accelerator, full_state_dict, local, sharded_like, sum_over_ranks
+from .distributed import Accelerator, full_state_dict, sharded_like, sum_over_ranks
 from .folder import RunFolder
 from .phases import Phase, StudentStep
 from .recipe import Recipe
@@ -123,36 +121,6 @@ class Run:
                 known = totals["flops"] is not None and self.flops[name] is not None
                 totals["flops"] = totals["flops"] + passes * ranks * rows * self.flops[name] if known else None
 
-    def check_finite(self, phase: Phase, loss: float) -> None:
-        """Raise FloatingPointError, with the cause, where the loss or a parameter is not finite after an epoch."""
-        when = f"after {phase.name} {len(phase.history) + 1}"
-        what = f"the loss is not finite {when} ({loss})"
-        if math.isfinite(loss):
-            broken = torch.stack([~local(parameter).isfinite().all() for parameter in phase.parameters]).any()
-            if not self.sum([broken])[0]:
-                return
-            what = f"weights are not finite {when}"
-        trained, teacher = {*map(id, phase.parameters)}, self.teacher
-        is_constant = teacher is not None and trained.isdisjoint(map(id, teacher.parameters()))
-        asked = {"teacher": teacher} if is_constant else {}  # one that is trained is no cause
-        cause = first_broken("train", self.feed.eval_batches(self.recipe.batch_size), asked)
-        raise FloatingPointError(f"{what}: {cause or f'a smaller lr than {phase.initial_lr}?'}")
-
-    def check_answers(self, unsound: int, epoch: int) -> None:
-        """Raise FloatingPointError where a test sample is not finite; warn where only the student's answer is not."""
-        if not unsound:
-            return
-        if (cause := first_broken("test", self.test_batches(), {})) is not None:
-            raise FloatingPointError(f"the accuracy after epoch {epoch + 1} means nothing: {cause}")
-        # On every process: the student may be sharded.
-        cause = first_broken("test", self.test_batches(), {"student": self.student})
-        if self.is_main:
-            warnings.warn(
-                f"after epoch {epoch + 1} {unsound} test samples have no finite logits: {cause}",
-                RuntimeWarning,
-                stacklevel=3,
-            )
-
     # --- what is written ---
 
     def report_outputs(self) -> None:
@@ -255,7 +223,7 @@ class Run:
                 f"{found.source} was written with {threads} threads of torch, this process has {here}: "
                 "the run goes on, but not bit for bit as it would have with as many",
                 RuntimeWarning,
-                stacklevel=5,  # the caller of distill
+                stacklevel=6,  # the caller of distill
             )
 
 

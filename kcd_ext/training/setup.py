@@ -52,7 +52,17 @@ def build_method(recipe: Recipe) -> Method:
 
 
 @contextmanager
-def open_run(
+def open_run(*arguments: object) -> Iterator[Run]:
+    """Yield a run, at its start or restored from its checkpoint; afterwards the process and the networks are as before.
+
+    Takes the arguments of `distill` up to `resume`, and raises what it raises before anything is written.
+    """
+    with ExitStack() as stack:
+        yield _opened(stack, *arguments)
+
+
+def _opened(
+    stack: ExitStack,
     student: nn.Module,
     teacher: nn.Module | None,
     train: Dataset,
@@ -60,85 +70,82 @@ def open_run(
     recipe: Recipe,
     output: str | Path | None,
     resume: bool,
-) -> Iterator[Run]:
-    """Yield a run, at its start or restored from its checkpoint; afterwards the process and the networks are as before.
-
-    Takes the arguments of `distill`, and raises what it raises before anything is written.
-    """
+) -> Run:
     method = build_method(recipe)
     train, test = indexed("train", train), indexed("test", test)
     if teacher is None and method.needs_teacher:
         raise ValueError(f"teacher must be a torch.nn.Module: method {recipe.method!r} asks one, got None")
     given = {"student": student} | ({} if teacher is None else {"teacher": teacher})
-    with ExitStack() as stack:
-        stack.enter_context(usual_modes())
-        outputs = {name: stack.enter_context(logits_alone(name, network)) for name, network in given.items()}
-        networks = {name: output.network for name, output in outputs.items()}
-        layouts = {name: Layout(network) for name, network in given.items() if not is_sharded(network)}
-        for layout in layouts.values():
-            stack.callback(layout.restore)
-        accelerator = stack.enter_context(accelerator_on(recipe.device, PRECISIONS[recipe.precision]))
-        stack.enter_context(seeded(recipe.seed, SETUP_SEED, device=accelerator.device))
-        classes = check_networks(networks["student"], networks.get("teacher"), train, test, accelerator.device)
-        for hook in outputs.values():
-            hook.act_where_found()
-        folder = None
-        if output is not None:
-            check_storable("student", student)
-            facts = fingerprint(recipe, teacher, train, test, accelerator)
-            opened = RunFolder.opened(Path(output), facts, resume, accelerator.is_main_process)
-            folder = stack.enter_context(opened)
-        stack.callback(method.release)
+    stack.enter_context(usual_modes())
+    outputs = {name: stack.enter_context(logits_alone(name, network)) for name, network in given.items()}
+    networks = {name: output.network for name, output in outputs.items()}
+    layouts = {name: Layout(network) for name, network in given.items() if not is_sharded(network)}
+    for layout in layouts.values():
+        stack.callback(layout.restore)
+    accelerator = stack.enter_context(accelerator_on(recipe.device, PRECISIONS[recipe.precision]))
+    stack.enter_context(seeded(recipe.seed, SETUP_SEED, device=accelerator.device))
+    classes = check_networks(networks["student"], networks.get("teacher"), train, test, accelerator.device)
+    for hook in outputs.values():
+        hook.act_where_found()
+    folder = None
+    if output is not None:
+        check_storable("student", student)
+        facts = fingerprint(recipe, teacher, train, test, accelerator)
+        opened = RunFolder.opened(Path(output), facts, resume, accelerator.is_main_process)
+        folder = stack.enter_context(opened)
+    stack.callback(method.release)
 
-        condenser, feeds = _data(stack, recipe, train, test, accelerator)
-        x = next(iter(feeds["train"].eval_batches(1))).x
-        countable = method.flops_known and not any(map(is_sharded, given.values()))
-        flops = {name: forward_flops(network, x) if countable else None for name, network in given.items()}
-        method.prepare(student.to(accelerator.device), teacher, Samples(feeds["train"], recipe.batch_size))
-        method.to(accelerator.device)
-        reshard(student, teacher)
-        # Freeze the teacher only now: prepare() may have copied it for training, or made it a part of the method.
-        stack.enter_context(_frozen(teacher))
-        asked = method.teacher_of(teacher)
-        if asked is teacher:
-            asked = networks.get("teacher")
-        elif asked is not None:
-            layouts["teacher"], asked = Layout(asked), hookable(asked)  # not restored: it ends with the run
+    condenser, feeds = _data(stack, recipe, train, test, accelerator)
+    x = next(iter(feeds["train"].eval_batches(1))).x
+    countable = method.flops_known and not any(map(is_sharded, given.values()))
+    flops = {name: forward_flops(network, x) if countable else None for name, network in given.items()}
+    method.prepare(student.to(accelerator.device), teacher, Samples(feeds["train"], recipe.batch_size))
+    method.to(accelerator.device)
+    reshard(student, teacher)
+    # Freeze the teacher only now: prepare() may have copied it for training, or made it a part of the method.
+    stack.enter_context(_frozen(teacher))
+    asked = method.teacher_of(teacher)
+    if asked is teacher:
+        asked = networks.get("teacher")
+    elif asked is not None:
+        if not is_sharded(asked):
+            layouts["teacher"] = Layout(asked)
+        asked = hookable(asked)
 
-        run = Run(
-            recipe=recipe,
-            accelerator=accelerator,
-            method=method,
-            outputs=outputs,
-            classes=classes,
-            condenser=condenser,
-            feed=feeds["train"],
-            test_feed=feeds["test"],
-            folder=folder,
-            dataset=type(getattr(train, "dataset", train)).__name__,
-            teacher=asked,
-            module=StudentStep(student, method, networks["student"]),
-            flops=flops,
-        )
-        for plan in method.pretraining():
-            run.phases.append(PretrainingPhase(run, plan))
-        run.phases.append(StudentPhase(run))
-        # Convolutions run faster with a pixel's channels side by side, on CPUs as on tensor cores.
-        rehearsal = Rehearsal(run)
-        rehearsal.choose_layouts([*layouts.values()] if x.dim() == 4 else [])
-        for hook in outputs.values():
-            if not hook.acts_in:
-                hook.remove()  # torch.compile would split a network there
-        if recipe.compile:
-            _compile(run, rehearsal)
-        for phase in run.phases:
-            phase.prepare()
-        if folder is not None:
-            check_storable("method", method)
-            _check_all_see(folder, accelerator)
-            if (found := folder.pop_checkpoint()) is not None:
-                run.restore(found)
-        yield run
+    run = Run(
+        recipe=recipe,
+        accelerator=accelerator,
+        method=method,
+        outputs=outputs,
+        classes=classes,
+        condenser=condenser,
+        feed=feeds["train"],
+        test_feed=feeds["test"],
+        folder=folder,
+        dataset=type(getattr(train, "dataset", train)).__name__,
+        teacher=asked,
+        module=StudentStep(student, method, networks["student"]),
+        flops=flops,
+    )
+    for plan in method.pretraining():
+        run.phases.append(PretrainingPhase(run, plan))
+    run.phases.append(StudentPhase(run))
+    # Convolutions run faster with a pixel's channels side by side, on CPUs as on tensor cores.
+    rehearsal = Rehearsal(run)
+    rehearsal.choose_layouts([*layouts.values()] if x.dim() == 4 else [])
+    for hook in outputs.values():
+        if not hook.acts_in:
+            hook.remove()  # torch.compile would split a network there
+    if recipe.compile:
+        _compile(run, rehearsal)
+    for phase in run.phases:
+        phase.prepare()
+    if folder is not None:
+        check_storable("method", method)
+        _check_all_see(folder, accelerator)
+        if (found := folder.pop_checkpoint()) is not None:
+            run.restore(found)
+    return run
 
 
 def _data(
