@@ -21,11 +21,12 @@ class Layout:
         self._module = module
         self._strides = {name: (x.shape, x.stride()) for name, x in _tensors(module)}
 
-    def to_channels_last(self) -> bool:
-        """Put a pixel's channels side by side in all tensors of four dimensions; return whether that changed any."""
+    def choose(self, channels_last: bool) -> bool:
+        """Put a pixel's channels side by side in all tensors of four dimensions, or restore; return whether any changed."""
+        self.restore()
         changed = False
         for _, tensor in _tensors(self._module):
-            if tensor.dim() == 4:
+            if channels_last and tensor.dim() == 4:
                 converted = tensor.data.to(memory_format=torch.channels_last)
                 if converted.stride() != tensor.stride():
                     tensor.data, changed = converted, True

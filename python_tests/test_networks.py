@@ -83,7 +83,7 @@ def assert_equal(one, other):
 
 def without_a_step(rehearsal, layouts):
     for layout in layouts:
-        layout.to_channels_last()
+        layout.choose(True)
 
 
 @pytest.mark.parametrize(

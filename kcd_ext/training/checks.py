@@ -118,18 +118,6 @@ def check_outcome(outcome: Outcome, batch: Batch, measure: str, method: str) -> 
         raise ValueError(f"method {method!r} must give logits ({rows}, classes), detached, got {got}")
 
 
-def check_gradients(parameters: dict[str, nn.Parameter]) -> None:
-    """Raises ValueError, naming it, where a parameter had no part in the loss.
-
-    Several processes reduce their gradients in buckets, and one that waits for such a parameter waits for ever.
-    """
-    for name, parameter in parameters.items():
-        if parameter.grad is None:
-            raise ValueError(
-                f"{name} has no part in the loss: with several processes every parameter must have one, or requires_grad=False"
-            )
-
-
 def check_same_parts(saved: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
     """Raise ValueError, naming the first difference, where a checkpoint is of another student or method."""
     for name in [*own, *sorted(saved)]:

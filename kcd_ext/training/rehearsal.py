@@ -15,7 +15,7 @@ from ..processes import is_left_alone
 from ..randomness import seeded
 from ..registry import one_line
 from .batches import batches_of_steps, with_weight
-from .checks import check_gradients, check_outcome
+from .checks import check_outcome
 from .diagnosis import NotFiniteError, check_start
 from .distributed import autocast, is_sharded, reshard
 from .phases import PRETRAINING_SEED_OFFSET
@@ -54,7 +54,7 @@ class Rehearsal:
         few = self.batch_size if is_sharded(self.run.module) else min(2, self.batch_size)
         tried: set[tuple[bool, ...]] = set()
         for channels_last in product((True, False), repeat=len(layouts)):
-            changed = tuple(_laid_out(layout, last) for layout, last in zip(layouts, channels_last, strict=True))
+            changed = tuple(layout.choose(last) for layout, last in zip(layouts, channels_last, strict=True))
             if changed in tried:
                 continue
             tried.add(changed)
@@ -133,8 +133,13 @@ class Rehearsal:
             raise ValueError(
                 f"student has no part in the loss of method {method!r}: none of its parameters has a gradient"
             )
-        if run.accelerator.num_processes > 1:
-            check_gradients(trained)
+        unused = [name for name in trained if name not in gradients]
+        if unused and run.accelerator.num_processes > 1:
+            # Several processes reduce their gradients in buckets, and one that waits for such a parameter waits for ever.
+            raise ValueError(
+                f"{unused[0]} has no part in the loss: with several processes every parameter must have one, or "
+                "requires_grad=False"
+            )
         if run.folder is None or run.folder.epoch == 0:  # else the weights are those of a checkpoint, which come later
             scaled = run.accelerator.scaler is not None  # then gradients may overflow
             check_start(outcome, batch, {} if scaled else gradients, run.module.student, run.teacher, method)
@@ -149,12 +154,6 @@ class Rehearsal:
                     return error
             else:
                 return None
-
-
-def _laid_out(layout: Layout, last: bool) -> bool:
-    """Choose the layout; return whether that changed the network's tensors."""
-    layout.restore()
-    return layout.to_channels_last() if last else False
 
 
 @contextmanager
