@@ -2,7 +2,6 @@
 
 import functools
 import math
-import numbers
 import sys
 import warnings
 from typing import NamedTuple
@@ -10,12 +9,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .checks import INT64_MAX, is_int, is_number
 from .describe import brief, describe
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 VALUES = ("entropy", "teacher_entropy", "kl", "cross_entropy")
 REDUCTIONS = ("mean", "sum", "none")
-INT64_MAX = 2**63 - 1
 FLOAT32_MAX = float(torch.finfo(torch.float32).max)
 TEMPERATURES = 1e-18, 1e18  # T, 1/T and T² are normal numbers in float32
 
@@ -54,7 +53,7 @@ def check_logits(name: str, logits: Tensor, class_dim: int | None = None) -> Non
 
 def check_class_dim(class_dim: int | None) -> None:
     """An int (NumPy's too), bool excepted, or None."""
-    if class_dim is not None and (isinstance(class_dim, bool) or not isinstance(class_dim, (int, numbers.Integral))):
+    if class_dim is not None and not is_int(class_dim):
         raise TypeError(f"class_dim must be an int or None, got {describe(class_dim)}")
 
 
@@ -209,7 +208,7 @@ def check_value(student: Tensor, value: str | Tensor, labels: Tensor | None, cla
 
 def check_number(name: str, x: float) -> float:
     """A finite real number that float32 can hold (NumPy's too), bool excepted."""
-    if type(x) not in (float, int) and (isinstance(x, bool) or not isinstance(x, numbers.Real)):
+    if not is_number(x):
         raise TypeError(f"{name} must be a number, got {describe(x)}")
     if not -math.inf < x < math.inf:  # unlike math.isfinite, torch.compile traces it
         raise ValueError(f"{name} must be finite, got {brief(x)}")
@@ -235,9 +234,9 @@ def check_temperature(temperature: float) -> float:
 
 def check_keep(keep: float | int) -> Keep:
     """A float in (0, 1] is a fraction of the candidates, an int >= 1 a number of rows."""
-    if isinstance(keep, bool) or not (isinstance(keep, (float, int)) or isinstance(keep, numbers.Real)):
+    if not is_number(keep):
         raise TypeError(f"keep must be a float in (0, 1] or an int >= 1, got {describe(keep)}")
-    if isinstance(keep, int) or isinstance(keep, numbers.Integral):
+    if is_int(keep):
         if keep < 1:
             raise ValueError(f"keep as a number of rows must be >= 1, got {brief(keep)}")
         return Keep(1.0, min(int(keep), INT64_MAX))
@@ -266,7 +265,7 @@ def check_reduction(reduction: str) -> str:
 
 def check_ignore_index(ignore_index: int) -> int:
     """An int that a label can be (NumPy's too), bool excepted."""
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, (int, numbers.Integral)):
+    if not is_int(ignore_index):
         raise TypeError(f"ignore_index must be an int, got {describe(ignore_index)}")
     if not -INT64_MAX - 1 <= ignore_index <= INT64_MAX:
         raise ValueError(f"ignore_index must fit an int64 label, got {brief(ignore_index)}")

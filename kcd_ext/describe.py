@@ -1,7 +1,8 @@
-"""Short descriptions of values, for error messages: never a whole tensor, array or container."""
+"""Short descriptions of values and errors, for messages: one line, never a whole tensor, array or container."""
 
+import difflib
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
 LENGTH = 60  # characters of a value that a message shows
 ARRAYS = (("torch", "Tensor", "tensor"), ("numpy", "ndarray", "array"))
@@ -59,3 +60,39 @@ def _summary(x: object) -> str | None:
         except Exception:
             return type(x).__name__
     return None
+
+
+def did_you_mean(name: object, names: Iterable[str]) -> str:
+    """Return `: did you mean X?` with the nearest of `names`, or nothing where none is near or `name` is no string.
+
+    The last part of a name with dots is enough: keep is near to condense.keep.
+    """
+    if not isinstance(name, str):
+        return ""
+    names = list(names)
+    by_form = {_form(other).rpartition(".")[2]: other for other in names} | {_form(other): other for other in names}
+    nearest = difflib.get_close_matches(_form(name), by_form, n=1)
+    return f": did you mean {by_form[nearest[0]]}?" if nearest else ""
+
+
+def _form(name: str) -> str:
+    """Return what spellings of one name have in common."""
+    return name.lower().replace("_", "-").lstrip("-")
+
+
+def one_line(error: BaseException) -> str:
+    """Return the first line of its message, or two if that ends in a colon; torch adds a call stack to some."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[: 2 if lines[0].endswith(":") else 1])
+
+
+def describe_error(error: BaseException) -> str:
+    """Return its type and the first line of its message."""
+    return f"{type(error).__name__}: {one_line(error)}"
+
+
+def some(names: Iterable[str], limit: int = 4) -> str:
+    """Join the first names for a message, and count the others."""
+    names = [*names]
+    rest = len(names) - limit
+    return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")

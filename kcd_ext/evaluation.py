@@ -21,9 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from .checks import check_float
-from .describe import describe
-from .methods.features import Tap, evaluation
-from .networks import logits_alone, usual_modes
+from .describe import describe, some
+from .methods.features import Tap, stages_of
+from .networks import check_network, evaluation_mode, logits_alone, usual_modes
 
 TEMPERATURES = (1.0, 4.0)
 COLDEST, HOTTEST = 1e-3, 1e3  # beyond, probabilities are those of the top class alone, or all alike
@@ -223,7 +223,7 @@ def evaluate(
         stack.enter_context(torch.no_grad())
         compared = _compared(student, teacher, layers, stack)
         for network in (student, teacher):
-            stack.enter_context(evaluation(network))
+            stack.enter_context(evaluation_mode(network))
         outputs = [
             stack.enter_context(logits_alone(name, network))
             for name, network in (("student", student), ("teacher", teacher))
@@ -526,8 +526,7 @@ def _compared(
     """The pairs of layers, tapped until the stack closes. Raises ValueError where `layers` names what there is not."""
     networks = {"student": student, "teacher": teacher}
     for role, network in networks.items():
-        if not isinstance(network, nn.Module):
-            raise TypeError(f"{role} must be a torch.nn.Module, got {type(network).__name__}")
+        check_network(role, network)
 
     def tapped(names: tuple[str, str], like: _Pair | None = None) -> _Pair:
         taps = tuple(_tap(network, name, role) for (role, network), name in zip(networks.items(), names, strict=True))
@@ -565,10 +564,9 @@ def _has_linear(network: nn.Module) -> bool:
 
 
 def _stages(network: nn.Module) -> tuple[str, ...]:
-    """Those that the network says it has; other libraries call other things so."""
-    stages, known = getattr(network, "stages", ()), dict(network.named_modules())
-    said = isinstance(stages, tuple) and all(isinstance(path, str) and path and path in known for path in stages)
-    return stages if said else ()
+    """Those that the network has, if it has all that it names."""
+    stages, known = stages_of(network), dict(network.named_modules())
+    return stages if all(path and path in known for path in stages) else ()
 
 
 def _check_layers(networks: dict[str, nn.Module], layers: Sequence[tuple[str, str]]) -> None:
@@ -594,8 +592,7 @@ def _check_layers(networks: dict[str, nn.Module], layers: Sequence[tuple[str, st
 
 def _listed(paths: Sequence[str]) -> str:
     """Some of the paths, those of the fewest parts."""
-    shown = sorted(paths, key=lambda path: path.count("."))[:LISTED]
-    return ", ".join(shown) + (f" and {len(paths) - len(shown)} more" if len(paths) > len(shown) else "")
+    return some(sorted(paths, key=lambda path: path.count(".")), LISTED)
 
 
 # --- checks -----------------------------------------------------------------------------------------------------------

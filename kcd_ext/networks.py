@@ -1,7 +1,7 @@
 """How networks are called: in torch's usual modes, whatever the caller's are, and for their logits alone."""
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -36,18 +36,31 @@ def usual_modes() -> Iterator[None]:
 
 def forward_flops(network: nn.Module, x: Tensor) -> int:
     """Return the floating-point operations of convolutions and matrix products for `x`, 2 a multiply-add."""
-    modes = {module: module.training for module in network.modules()}
-    try:
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            network.to(x.device).eval()(x)
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+    with evaluation_mode(network), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        network.to(x.device)(x)
     return counter.get_total_flops()
 
 
 class OutputError(ValueError):
     """A network gave no logits (b, classes)."""
+
+
+def check_network(name: str, network: object) -> None:
+    """Raise TypeError for what is no module."""
+    if not isinstance(network, nn.Module):
+        raise TypeError(f"{name} must be a torch.nn.Module, got {type(network).__name__}")
+
+
+@contextmanager
+def evaluation_mode(network: nn.Module) -> Iterator[None]:
+    """Put the network into evaluation mode; at the end every module of it is in the mode it was in."""
+    modes = [(module, module.training) for module in network.modules()]
+    network.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 class _Scripted(nn.Module):
@@ -83,8 +96,7 @@ class LogitsAlone:
     """
 
     def __init__(self, name: str, network: nn.Module):
-        if not isinstance(network, nn.Module):
-            raise TypeError(f"{name} must be a torch.nn.Module, got {type(network).__name__}")
+        check_network(name, network)
         self.name = name
         self.network = hookable(network)  # what is to be called
         self.acts_in = {True, False}  # the values of `training` in which outputs are replaced
@@ -132,7 +144,7 @@ class LogitsAlone:
         return self
 
     def __reduce__(self):
-        return _nothing_of, ()
+        return no_hook, ()
 
 
 @contextmanager
@@ -175,10 +187,10 @@ def _mode(training: bool) -> str:
     return " in training mode" if training else " in evaluation mode"
 
 
-def _nothing_of():
-    """Return what pickles of a network carry in place of the hook."""
+def no_hook() -> Callable[..., None]:
+    """Return what pickles and copies of a network carry in place of a hook of this package: one that does nothing."""
     return _leave_alone
 
 
-def _leave_alone(network: nn.Module, arguments: tuple, options: dict, output: object) -> None:
+def _leave_alone(network: nn.Module, *_: object) -> None:
     pass

@@ -1,11 +1,10 @@
 """Names for things that live elsewhere: a short one, or `module:attribute` for what this package never heard of."""
 
-import difflib
 import importlib
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 
-from .describe import brief, describe
+from .describe import brief, describe, describe_error, did_you_mean, one_line  # noqa: F401
 from .import_path import resolving
 
 
@@ -37,7 +36,7 @@ def resolve(kind: str, name: str, registry: Mapping[str, str]) -> object:
     except ImportError:
         raise
     except (Exception, SystemExit) as error:
-        raise ValueError(f"{kind} {name!r}: import of {module_name} raised {_told(error)}") from error
+        raise ValueError(f"{kind} {name!r}: import of {module_name} raised {describe_error(error)}") from error
     for part in attribute.split("."):
         if not hasattr(found, part):
             raise ValueError(f"{kind} {name!r}: {module_name!r} has no {attribute!r}{did_you_mean(part, dir(found))}")
@@ -59,7 +58,7 @@ def call(kind: str, name: str, registry: Mapping[str, str], /, **arguments: obje
     except (TypeError, ValueError, ImportError, OSError):
         raise
     except (Exception, SystemExit) as error:
-        raise ValueError(f"{kind} {name!r} raised {_told(error)}") from error
+        raise ValueError(f"{kind} {name!r} raised {describe_error(error)}") from error
 
 
 def unknown(
@@ -73,31 +72,3 @@ def unknown(
     nearest = did_you_mean(name, [*names, *variants])
     others = ", ".join(names) + (f", or {otherwise}" if otherwise else "")
     return ValueError(f"unknown {kind} {brief(name)}{f'{nearest} Else' if nearest else ':'} take {others}")
-
-
-def did_you_mean(name: object, names: Iterable[str]) -> str:
-    """Return `: did you mean X?` with the nearest of `names`, or nothing where none is near or `name` is no string.
-
-    The last part of a name with dots is enough: keep is near to condense.keep.
-    """
-    if not isinstance(name, str):
-        return ""
-    names = list(names)
-    by_form = {_form(other).rpartition(".")[2]: other for other in names} | {_form(other): other for other in names}
-    nearest = difflib.get_close_matches(_form(name), by_form, n=1)
-    return f": did you mean {by_form[nearest[0]]}?" if nearest else ""
-
-
-def _form(name: str) -> str:
-    """Return what spellings of one name have in common."""
-    return name.lower().replace("_", "-").lstrip("-")
-
-
-def one_line(error: BaseException) -> str:
-    """Return the first line of its message, or two if that ends in a colon; torch adds a call stack to some."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    return " ".join(lines[: 2 if lines[0].endswith(":") else 1])
-
-
-def _told(error: BaseException) -> str:
-    return f"{type(error).__name__}: {one_line(error)}"

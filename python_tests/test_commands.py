@@ -437,7 +437,10 @@ BAD = [
     (["--method", "kc-nothing"], "unknown method 'kc-nothing'"),
     (["--options", "warmth", "4"], "method 'kd' has no option 'warmth'; it takes temperature, "),
     (["--options", "temperature", "-4"], "temperature must be"),
-    (["--method", "iekd", "--options", "student_layer", "5"], r"student's layer '5' had a tensor of shape \(1, 10\)"),
+    (
+        ["--method", "iekd", "--options", "student_layer", "5"],
+        r"student's layer '5' had a torch.float32 tensor of shape \(1, 10\)",
+    ),
     (
         ["--method", "kr", "--options", "student_layers", "0,2", "teacher_layers", "1"],
         r"groups, got 2 \(0,2\) and 1 \(1\)",

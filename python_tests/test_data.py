@@ -32,7 +32,6 @@ from scipy import stats
 from kcd_ext.condensation.mixing import blend
 from kcd_ext.data import ImageData, ImageSet, IndexedDataset, Views, cifar, load, npz
 from kcd_ext.data.images import REGISTRY, assemble, stratified_split
-from kcd_ext.data.plain_pickle import unpickle
 from kcd_ext.registry import resolve
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -94,7 +93,7 @@ def test_views_are_those_made_by_hand(padding, flip, shape, seed, epoch):
     got = views(torch.from_numpy(images), index, seed=seed, epoch=epoch)
     assert got.dtype == torch.float32 and got.is_contiguous()
     np.testing.assert_allclose(got.numpy(), by_hand(views, images, index, seed, epoch), rtol=2e-6, atol=1e-6)
-    plain = views.plain(torch.from_numpy(images))
+    plain = views.normalize(torch.from_numpy(images))
     np.testing.assert_allclose(
         plain.numpy(), by_hand(replace(views, padding=0, flip=False), images, index, 0, 0), rtol=2e-6, atol=1e-6
     )
@@ -369,7 +368,7 @@ def test_data_sets_that_come_with_packages(name, shape, sizes):
         assert np.ptp(np.bincount(part.labels)) <= 0.05 * len(part)
         assert (part.views.padding, part.views.flip) == (0, False)
     assert len(np.unique(np.concatenate([data.train.images, data.test.images]), axis=0)) > 0.99 * sum(sizes)
-    x = data.train.views.plain(data.train.tensors("cpu")[0])
+    x = data.train.views.normalize(data.train.tensors("cpu")[0])
     assert x.shape == (sizes[0], 1, *shape[:2])
     assert abs(x.mean()) < 1e-4 and abs(x.std() - 1) < 1e-4
 
@@ -462,11 +461,10 @@ def python2_pickle(value):
 
 def test_the_pickles_written_here_are_pickles():
     value = {b"data": random_images(3, 7), b"turned": random_images(3, 7).T, b"labels": [1, -2, 300], b"x": b"y" * 300}
-    for read in (lambda raw: pickle.loads(raw, encoding="bytes"), unpickle):
-        held = read(python2_pickle(value))
-        assert held.keys() == value.keys() and held[b"labels"] == value[b"labels"] and held[b"x"] == value[b"x"]
-        for name in (b"data", b"turned"):
-            assert type(held[name]) is np.ndarray and np.array_equal(held[name], value[name])
+    held = pickle.loads(python2_pickle(value), encoding="bytes")
+    assert held.keys() == value.keys() and held[b"labels"] == value[b"labels"] and held[b"x"] == value[b"x"]
+    for name in (b"data", b"turned"):
+        assert type(held[name]) is np.ndarray and np.array_equal(held[name], value[name])
 
 
 class Tiny:
@@ -702,47 +700,26 @@ def test_files_of_cifar_that_hold_something_else(edition, damage, tmp_path):
     if damage == "label":
         tiny.labels[name][-1] = edition.classes
     tiny.files[name] = tiny.file(name)
-    if damage == "half a record":
-        tiny.files[name] = tiny.files[name][:-1000]
     if damage == "names":
         name = edition.names.name
         tiny.class_names.pop()
         tiny.files[name] = tiny.names()
-    folder, known = tiny.write_folder(tmp_path), [tiny.known()]
+    known = [tiny.known()]
+    if damage == "half a record":
+        tiny.files[name] = tiny.files[name][:-1000]
+    folder = tiny.write_folder(tmp_path)
     if damage == "not there":
         (folder / name).unlink()
     with pytest.raises((ValueError, OSError)) as caught:
         cifar.read(folder, known)
     wanted = {
         "short": f"must hold {tiny.counts[edition.train[-1].name]} images",
-        "half a record": "whole records" if tiny.binary else "pickle",
+        "half a record": "whole records" if tiny.binary else "its md5 is",
         "label": f"labels must lie in [0, {edition.classes})",
         "names": f"must hold {edition.classes} names",
         "not there": "No such file",
     }[damage]
     assert one_line(caught, folder, name, wanted)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({b"labels": [1, 2]}, r"must hold 4 images of 3072 numbers and as many labels, got \(4, 3072\) and \(2,\)"),
-        ({b"labels": [1, 2, 3, b"4"]}, "labels must be a list of integers"),
-        ({b"labels": random_images(4)}, "labels must be a list of integers, got ndarray"),
-        ({b"labels": [1, 2, 3, -1]}, r"labels must lie in \[0, 10\), got -1 to 3"),
-        ({b"data": [1, 2, 3]}, "data must be an array, got list"),
-        ({b"data": random_images(4, 3, 1024)}, r"got \(4, 3, 1024\)"),
-        ({b"data": None}, "the pickle has no data"),
-    ],
-)
-def test_batches_of_cifar_that_hold_something_else(changes, message, tmp_path):
-    tiny = Tiny(cifar.EDITIONS[0])
-    held = {b"data": random_images(4, 3072), b"labels": [1, 2, 3, 4], **changes}
-    tiny.files["data_batch_2"] = python2_pickle({key: value for key, value in held.items() if value is not None})
-    folder = tiny.write_folder(tmp_path)
-    with pytest.raises(ValueError, match=message) as caught:
-        cifar.read(folder, [tiny.known()])
-    assert one_line(caught, folder, "data_batch_2")
 
 
 def test_sums_of_files_in_a_folder_are_checked(tmp_path):
@@ -769,61 +746,25 @@ def test_a_pickle_runs_nothing(tmp_path, protocol):
     pickle.loads(raw)
     assert (tmp_path / "ran").is_dir()  # so it is a pickle that would
     (tmp_path / "ran").rmdir()
-    with pytest.raises(ValueError, match=r"it names (posix|nt|os).mkdir, which is not admitted"):
-        unpickle(raw)
     tiny = Tiny(cifar.EDITIONS[0])
     tiny.files["data_batch_2"] = raw
     path = tiny.write_archive(tmp_path)
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError, match=r"the pickle names (posix|nt|os).mkdir, which is not admitted") as caught:
         cifar.read(path, [tiny.known(path)])
-    assert one_line(caught, path, "data_batch_2", "mkdir")
+    assert one_line(caught, path, "data_batch_2")
     assert not (tmp_path / "ran").exists()
 
 
-@pytest.mark.parametrize("protocol", [3, 4])
-def test_pickles_of_later_pythons(protocol):
-    value = {b"data": random_images(4, 6), "a": [1.5, None, True, ("b", [2, "c"])]}
-    held = unpickle(pickle.dumps(value, protocol))
-    assert np.array_equal(held[b"data"], value[b"data"]) and held["a"] == value["a"]
-
-
 @pytest.mark.parametrize(
-    ("protocol", "value", "name"),
-    [
-        *[(protocol, b"bytes", "_codecs.encode") for protocol in (0, 1, 2)],
-        (2, np.zeros(3, dtype=np.uint8), "_codecs.encode"),
-        (5, np.zeros(3, dtype=np.uint8), "_frombuffer"),
-        (4, np.uint8(3), "multiarray.scalar"),
-        (4, 1j, "builtins.complex"),
-    ],
+    "name", ["numpy.load", "builtins.getattr", "__builtin__.eval", "copyreg._reconstructor", "builtins.complex"]
 )
-def test_what_pickles_of_python_3_cannot_hold(protocol, value, name):
-    with pytest.raises(ValueError, match=f"it names .*{name}, which is not admitted"):
-        unpickle(pickle.dumps({"x": value}, protocol))
-    plain = {"x": "text", "y": [1, -(2**70), 0.5, None, True, ("a", {})]}
-    assert unpickle(pickle.dumps(plain, protocol)) == plain
-
-
-@pytest.mark.parametrize(
-    ("raw", "message"),
-    [
-        (b"", "Ran out of input"),
-        (b"\x80\x02}", "pickle"),
-        (b"\x80\x02](K\x01e.", "it must be of a dict, got list"),
-        (b"\x80\x02cnumpy\nload\n.", "it names numpy.load"),
-        (b"\x80\x02cnumpy.core.multiarray\n_reconstruct\n}(U\x01aK\x01ub.", "pickle cannot be read"),
-        (b"\x80\x02cbuiltins\ngetattr\n.", "it names builtins.getattr"),
-        (b"\x80\x02c__builtin__\neval\n.", "it names __builtin__.eval"),
-        (b"\x80\x02ccopyreg\n_reconstructor\n.", "it names copyreg._reconstructor"),
-        (b"\x80\x02P1\n.", "pickle cannot be read"),
-        (b"\x80\x02\x82\x01.", "pickle cannot be read"),
-        (python2_pickle({b"data": np.arange(3)}), "it holds an array of b'i8', only uint8 is read"),
-        (python2_pickle({b"data": random_images(2, 3)}).replace(pickled(2) + pickled(3), pickled(9) * 2), "reshape"),
-    ],
-)
-def test_pickles_of_something_else(raw, message):
-    with pytest.raises(ValueError, match=message):
-        unpickle(raw)
+def test_a_pickle_imports_nothing(name, tmp_path):
+    tiny = Tiny(cifar.EDITIONS[0])
+    tiny.files["data_batch_2"] = b"\x80\x02c%b\n." % name.replace(".", "\n").encode()
+    folder = tiny.write_folder(tmp_path)
+    with pytest.raises(ValueError, match=f"the pickle names {name}, which is not admitted") as caught:
+        cifar.read(folder, [tiny.known()])
+    assert one_line(caught, folder, "data_batch_2")
 
 
 # --- .npz -------------------------------------------------------------------------------------------------------------

@@ -519,7 +519,7 @@ def test_a_teacher_of_fewer_channels_has_zeros_for_the_others():
     method, _, teacher = prepared("iekd")
     x = Samples().batch.x
     method.teacher_width = 11
-    _, maps = method.ask_teacher(teacher, x)
+    _, maps = method.teacher_forward(teacher, x)
     assert maps.shape == (SAMPLES, 11, 3, 3) and not maps[:, 8:].any()
     np.testing.assert_allclose(maps[:, :8], network_of(numbers(teacher), x.numpy(), 2)[1], rtol=1e-9, atol=1e-12)
 
@@ -622,7 +622,7 @@ class Poor(Network):
             {"student_layer": "classifier"},
             {},
             RuntimeError,
-            r"'classifier' had a tensor of shape \(1, 4\).* maps",
+            r"'classifier' had a torch.float32 tensor of shape \(1, 4\).* maps",
         ),
         ("ie-dml", {}, {"student": Bare()}, ValueError, r"peer must be a network's name .*'outermost module' \(Bare\)"),
         ("ie-dml", {"peer": f"{__name__}:Poor"}, {}, ValueError, r"peer must give logits .*\(1, 4\), got \(1, 2\)"),

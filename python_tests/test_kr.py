@@ -369,7 +369,7 @@ def test_what_cannot_be_compared_is_refused_in_one_line():
     refused(ValueError, r"teacher_layers must be names in .* no 'layers.7'", None, absent, student_layers="layers.0")
     refused(
         RuntimeError,
-        r"teacher's layer 'classifier' had a tensor of shape \(1, 4\) .* maps \(b, c, h, w\)",
+        r"teacher's layer 'classifier' had a torch.float32 tensor of shape \(1, 4\) .* maps \(b, c, h, w\)",
         **with_layers("layers.0", "classifier"),
     )
     refused(RuntimeError, r"student's layer 'unused' was not passed", **with_layers("unused", "layers.0"))

@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from kcd_ext import methods
 from kcd_ext.methods import Batch, features, kd, pkt, selection
 from kcd_ext.methods.features import Tap, unit_rows
-from kcd_ext.methods.selection import choose
+from kcd_ext.methods.selection import select_batch_rows
 from kcd_ext.methods.sskd import least_wrong
 from kcd_ext.models.cnn import cnn
 
@@ -250,8 +250,8 @@ def test_rows_are_chosen_as_by_a_loop(both_ways):
     for keep in (0.03, 0.3, 0.5, 0.9):
         order = sorted(range(37), key=lambda i: -(np.inf if np.isnan(z[i, 0]) else entropies(z.astype(float))[i]))
         wide = torch.tensor(np.stack([z, 0 * z], 1)).requires_grad_()[:, 0]  # rows that do not lie side by side
-        assert choose(wide, keep).tolist() == sorted(order[: max(1, int(37 * keep))])
-    assert choose(torch.tensor(z), 1.0) is None
+        assert select_batch_rows(wide, keep).tolist() == sorted(order[: max(1, int(37 * keep))])
+    assert select_batch_rows(torch.tensor(z), 1.0) is None
 
 
 # --- pkt --------------------------------------------------------------------------------------------------------------

@@ -472,13 +472,13 @@ def test_features_that_a_partial_teacher_lacks_are_zeros():
         with torch.no_grad():
             logits, narrow = tap.through(stand_in, batch.x)
         tap.remove()
-        found, padded = method.base.ask_teacher(stand_in, batch.x)
+        found, padded = method.base.teacher_forward(stand_in, batch.x)
         assert narrow.shape == (7, width) and padded.shape == (7, 8) and torch.equal(found, logits)
         assert torch.equal(padded[:, :width], narrow) and not padded[:, width:].any()
         torch.manual_seed(0)
         outcome = method(student, stand_in, batch)
         torch.manual_seed(0)
-        _, features = method.base.ask_student(student, batch.x)
+        _, features = method.base.student_forward(student, batch.x)
         torch.testing.assert_close(outcome.terms["pkt"], pkt.transfer_loss(features, narrow).detach())  # as without
     method.release()
     assert not any(layer._forward_pre_hooks for layer in [*student.modules(), *stand_in.modules()])

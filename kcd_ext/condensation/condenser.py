@@ -11,12 +11,11 @@ import torch
 from torch import Tensor
 
 from ..arguments import check_group
-from ..checks import check_bool, check_float, check_int
+from ..checks import check_bool, check_choice, check_fraction, check_int, check_non_negative, check_unit_interval
 from ..describe import brief
-from ..registry import did_you_mean
 from .classes import checked_labels, largest_minimum, with_minimum
 from .condensation import Condensation
-from .mixing import Recipe, build_recipes, mix_strength, overwrite, pixel_weight
+from .mixing import MixTree, build_recipes, mix_strength, overwrite, pixel_weight
 from .random_keys import MAX_SEED
 from .schedules import SCHEDULES, final_size, stage_size
 from .table import ValueTable, check_tensor
@@ -122,17 +121,12 @@ class KnowledgeCondenser:
         group: torch.distributed.ProcessGroup | None = None,
     ):
         self._num_samples = check_int("num_samples", num_samples, 1)
-        self._keep = check_float("keep", keep, "a number in (0, 1]", 5e-324, 1)
+        self._keep = check_fraction("keep", keep)
         self._every = check_int("every", every, 1)
         self._stages = check_int("stages", stages, 1)
-        if not isinstance(schedule, str) or schedule not in SCHEDULES:
-            raise ValueError(
-                f"schedule must be one of {', '.join(map(repr, SCHEDULES))}, got {brief(schedule)}"
-                f"{did_you_mean(schedule, SCHEDULES)}"
-            )
-        self._schedule = schedule
-        self._alpha = check_float("alpha", alpha, "a finite number >= 0", 0)
-        self._epsilon = check_float("epsilon", epsilon, "a number in [0, 1]", 0, 1)
+        self._schedule = check_choice("schedule", schedule, SCHEDULES)
+        self._alpha = check_non_negative("alpha", alpha)
+        self._epsilon = check_unit_interval("epsilon", epsilon)
         self._accumulate = check_bool("accumulate", accumulate)
         self._convex = check_bool("convex", convex)
         self._warmup = check_int("warmup", warmup, 0)
@@ -145,7 +139,7 @@ class KnowledgeCondenser:
         self._table = self._table_type(self._num_samples, device)
         self._set_kept(torch.arange(self._num_samples, dtype=torch.int64, device="cpu"))
         self._log = _no_mixes()
-        self._recipes: dict[int, Recipe] | None = None
+        self._recipes: dict[int, MixTree] | None = None
         self._epoch = 0
         self._stage = 0
         self._has_warned_of_classes = False
@@ -281,7 +275,7 @@ class KnowledgeCondenser:
         return self._ascending
 
     @property
-    def recipes(self) -> Mapping[int, Recipe]:
+    def recipes(self) -> Mapping[int, MixTree]:
         """Original index -> what the image is made of (see `mixing.py`), for all samples that are mixes."""
         if self._recipes is None:
             mixes = zip(*(self._log[name].tolist() for name in ("mixed", "partner", "weight")), strict=True)

@@ -8,7 +8,7 @@ import warnings
 import torch
 from torch import Tensor
 
-from ..checks import check_float, check_int
+from ..checks import check_int, check_unit_interval
 from .condenser import KnowledgeCondenser
 from .random_keys import PRUNING, random_keys
 from .table import LastLossTable
@@ -90,7 +90,7 @@ class InfoBatch(KnowledgeCondenser):
             group=group,
         )
         self._epochs = check_int("epochs", epochs, 1)
-        self._anneal = check_float("anneal", anneal, "a number in [0, 1]", 0, 1)
+        self._anneal = check_unit_interval("anneal", anneal)
         # floor((1 - anneal)·epochs), without the rounding of 1 - anneal, which can make it one less.
         self._annealed = self._epochs - math.ceil(self._anneal * self._epochs)
         pruned = self._annealed > 1  # the first epoch has all samples anyway

@@ -1,6 +1,6 @@
 """Value-adaptive knowledge summary (KCD, Eq. 14–15): what a kept sample takes over from one that is dropped.
 
-A *recipe* says what a sample's image is made of: an index (the raw image), or (recipe, recipe, e) for
+A recipe, a `MixTree`, says what a sample's image is made of: an index (the raw image), or (recipe, recipe, e) for
 (1 - e)·first + e·second, or (recipe, recipe, e, own) for own·first + e·second. It is plain Python ints, floats and
 tuples, so it travels with the index to any worker and is exact there.
 
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .condensation import Condensation
 
-Recipe: TypeAlias = "int | tuple[Recipe, Recipe, float] | tuple[Recipe, Recipe, float, float]"
+MixTree: TypeAlias = "int | tuple[MixTree, MixTree, float] | tuple[MixTree, MixTree, float, float]"
 
 BLOCK = 2**17  # numbers that many images are blended at a time
 
@@ -54,7 +54,7 @@ def pixel_weight(pairs: int, dropped: int, epsilon: float, convex: bool) -> Tens
     return (1 - own).double()
 
 
-def build_recipes(log: Iterable[tuple[int, int, float]], convex: bool) -> dict[int, Recipe]:
+def build_recipes(log: Iterable[tuple[int, int, float]], convex: bool) -> dict[int, MixTree]:
     """The recipe of every sample that is a mix, from the log of mixes (sample, partner, e) in the order they were
     made.
 
@@ -62,7 +62,7 @@ def build_recipes(log: Iterable[tuple[int, int, float]], convex: bool) -> dict[i
     that is what they were before it, in whichever order: what is dropped and what is kept have no sample in common.
     """
     own = () if convex else (1.0,)
-    recipes: dict[int, Recipe] = {}
+    recipes: dict[int, MixTree] = {}
     for sample, partner, weight in log:
         recipes[sample] = (recipes.get(sample, sample), recipes.get(partner, partner), weight, *own)
     return recipes

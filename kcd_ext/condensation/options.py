@@ -4,7 +4,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 
-from ..checks import check_float, check_int
+from ..checks import check_fraction, check_int
 from ..describe import brief
 from ..registry import resolve
 from .condenser import KnowledgeCondenser
@@ -51,8 +51,8 @@ class Condense:
     """The fraction of every batch, of highest student's entropy, that the teacher is asked about, in (0, 1]."""
 
     def __post_init__(self) -> None:
-        check_float("batch_keep", self.batch_keep, "a number in (0, 1]", 5e-324, 1)
-        check_float("keep", self.keep, "a number in (0, 1]", 5e-324, 1)
+        check_fraction("batch_keep", self.batch_keep)
+        check_fraction("keep", self.keep)
         if self.every is not None:
             check_int("every", self.every, 1)
         check_int("stages", self.stages, 1)

@@ -9,7 +9,7 @@ from torch.utils.data import Sampler
 
 from ..checks import check_bool, check_int
 from .condenser import KnowledgeCondenser
-from .mixing import Recipe
+from .mixing import MixTree
 from .random_keys import MAX_SEED, ORDER, random_keys
 from .table import SKIP
 
@@ -104,7 +104,7 @@ class CondensedSampler(Sampler):
         """Samples the next iterator yields on this rank; the same on all ranks that consumed the same."""
         return max(0, self._share() - self._consumed)
 
-    def __iter__(self) -> Iterator[tuple[int, Recipe]]:
+    def __iter__(self) -> Iterator[tuple[int, MixTree]]:
         self._passes += 1
         recipes = self._condenser.recipes  # a stage makes new ones and leaves these as they are
         indices, samples = (part.tolist() for part in self.order())

@@ -5,7 +5,9 @@ the Python versions those that torchvision checks. CIFAR-100 has its 100 fine la
 """
 
 import hashlib
+import io
 import os
+import pickle
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,10 +17,9 @@ from typing import BinaryIO
 
 import numpy as np
 
-from ..files import check_regular
-from ..registry import one_line
+from ..describe import one_line
+from ..files import open_regular, read_regular
 from .images import ImageData, assemble
-from .plain_pickle import unpickle
 
 URL = "https://www.cs.toronto.edu/~kriz/"
 SIDE = 32
@@ -75,28 +76,37 @@ def _lines(raw: bytes) -> tuple[str, ...]:
 # --- the Python version: pickles --------------------------------------------------------------------------------------
 
 
+# What a pickle of an array names. Python 2 wrote numpy.core, which NumPy 2 calls numpy._core.
+_RECONSTRUCT = np.empty(0).__reduce__()[0]
+_ADMITTED = {
+    ("numpy", "dtype"): np.dtype,
+    ("numpy", "ndarray"): np.ndarray,
+    ("numpy.core.multiarray", "_reconstruct"): _RECONSTRUCT,
+    ("numpy._core.multiarray", "_reconstruct"): _RECONSTRUCT,
+}
+
+
+class _Unpickler(pickle.Unpickler):
+    """Reads plain values and arrays. Raises ValueError where the pickle names anything else, and imports nothing."""
+
+    def find_class(self, module: str, name: str) -> object:
+        if (module, name) not in _ADMITTED:
+            raise ValueError(f"the pickle names {module}.{name}, which is not admitted")
+        return _ADMITTED[module, name]
+
+
+def _unpickled(raw: bytes) -> dict[bytes, object]:
+    """The dict in a pickle of Python 2. It has passed its published sum, so what is in it is not checked again."""
+    return _Unpickler(io.BytesIO(raw), encoding="bytes").load()
+
+
 def _batch(label_key: bytes, raw: bytes) -> tuple[np.ndarray, np.ndarray]:
-    pixels, labels = _values(raw, b"data", label_key)
-    if not isinstance(pixels, np.ndarray):
-        raise ValueError(f"data must be an array, got {type(pixels).__name__}")
-    if not isinstance(labels, list) or not all(type(label) is int for label in labels):
-        raise ValueError(f"{label_key.decode()} must be a list of integers, got {type(labels).__name__}")
-    return pixels, np.array(labels)
+    held = _unpickled(raw)
+    return held[b"data"], np.array(held[label_key])
 
 
 def _label_names(key: bytes, raw: bytes) -> tuple[str, ...]:
-    (names,) = _values(raw, key)
-    if not isinstance(names, list) or not all(isinstance(name, bytes) for name in names):
-        raise ValueError(f"{key.decode()} must be a list of strings, got {type(names).__name__}")
-    return tuple(name.decode("ascii") for name in names)
-
-
-def _values(raw: bytes, *keys: bytes) -> list[object]:
-    held = unpickle(raw)
-    missing = [key.decode() for key in keys if key not in held]
-    if missing:
-        raise ValueError(f"the pickle has no {', '.join(missing)}")
-    return [held[key] for key in keys]
+    return tuple(name.decode("ascii") for name in _unpickled(raw)[key])
 
 
 EDITIONS = (
@@ -207,8 +217,7 @@ def read(path: Path, editions: Sequence[Edition] = EDITIONS) -> ImageData:
         if edition is None:
             raise ValueError(f"{path}: must be {' or '.join(edition.folder for edition in editions)}")
         return _collect(edition, path, _in_folder(edition, path))
-    check_regular(path)
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         edition = _published(path, file, editions)
         return _collect(edition, path, _in_archive(edition, path, file))
 
@@ -250,8 +259,7 @@ def _published(path: Path, file: BinaryIO, editions: Sequence[Edition]) -> Editi
 def _in_folder(edition: Edition, path: Path) -> Iterator[tuple[str, bytes]]:
     """Name and contents of every file there should be."""
     for file in (*edition.train, edition.test, edition.names):
-        check_regular(path / file.name)
-        raw = (path / file.name).read_bytes()
+        raw = read_regular(path / file.name)
         md5 = hashlib.md5(raw, usedforsecurity=False).hexdigest()
         if file.md5 not in (None, md5):
             raise ValueError(f"{path / file.name}: damaged or not complete: its md5 is {md5}, must be {file.md5}")

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 
 from ..checks import check_int
+from ..describe import one_line, some
 from ..files import check_regular
-from ..registry import one_line
-from .images import ImageData, assemble, check_class_names, some
+from .images import ImageData, assemble, check_class_names
 
 # Names of the folder of a part, the preferred one first.
 TRAIN = ("train", "training")

@@ -12,15 +12,15 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..checks import check_int
-from ..describe import describe
+from ..describe import describe, some
 from ..registry import call
 from .views import Views, check_normalisation
 
 REGISTRY = {
     "cifar10": "kcd_ext.data.cifar:cifar10",
     "cifar100": "kcd_ext.data.cifar:cifar100",
-    "digits": "kcd_ext.data.digits:load",
-    "mnist5k": "kcd_ext.data.mnist5k:load",
+    "digits": "kcd_ext.data.packaged:digits",
+    "mnist5k": "kcd_ext.data.packaged:mnist5k",
 }
 PATHS = "kcd_ext.data.files:read"
 
@@ -130,12 +130,6 @@ def check_class_names(data_set: str, names: tuple[str, ...]) -> None:
             name.encode()
         except UnicodeEncodeError as error:  # of a file's name in another encoding; no report could be written
             raise ValueError(f"data set {data_set!r}: class name {name!r} is no text in UTF-8") from error
-
-
-def some(names: Sequence[str], limit: int = 4) -> str:
-    """Join the first names for a message, and count the others."""
-    rest = len(names) - limit
-    return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def assemble(

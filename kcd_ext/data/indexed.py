@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..condensation.mixing import Recipe, blend
+from ..condensation.mixing import MixTree, blend
 
 # The PIL modes whose numbers are intensities and which PIL recognises again in an array of them.
 PIL_MODES = ("L", "LA", "RGB", "RGBA", "F")
@@ -82,7 +82,7 @@ class IndexedDataset(Dataset):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, entry: int | tuple[int, Recipe]) -> tuple[Any, Any, int]:
+    def __getitem__(self, entry: int | tuple[int, MixTree]) -> tuple[Any, Any, int]:
         index, recipe = entry if isinstance(entry, tuple) else (self._plain(entry),) * 2
         x, label = self._make(recipe)
         return (x if self.transform is None else self.transform(x)), label, index
@@ -93,11 +93,11 @@ class IndexedDataset(Dataset):
             raise IndexError(f"index must lie in [0, {len(self)}), got {index}")
         return index
 
-    def _make(self, recipe: Recipe) -> tuple[Any, Any]:
+    def _make(self, recipe: MixTree) -> tuple[Any, Any]:
         """The mixed raw item. Without recursion, so that mixes can be nested as deep as one likes."""
         made: dict[int, tuple[Any, Any]] = {}  # a recipe can name a part of itself many times: each is made once
 
-        def part_of(recipe: Recipe) -> tuple[Any, Any]:
+        def part_of(recipe: MixTree) -> tuple[Any, Any]:
             return made[id(recipe)] if isinstance(recipe, tuple) else self._item(recipe)
 
         waiting = [recipe] if isinstance(recipe, tuple) else []

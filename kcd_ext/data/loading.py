@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
 
-from ..registry import one_line
+from ..describe import describe_error
 from .indexed import IndexedDataset, UnlikeItemsError
 
 
@@ -20,7 +20,7 @@ def load_item(name: str, dataset: IndexedDataset, index: int) -> tuple:
     except UnlikeItemsError as error:
         raise ValueError(f"{name}: {error}") from error
     except Exception as error:  # the data set and its transform are the user's: they raise what they like
-        raise ValueError(f"{name}[{index}] cannot be loaded: {type(error).__name__}: {one_line(error)}") from error
+        raise ValueError(f"{name}[{index}] cannot be loaded: {describe_error(error)}") from error
 
 
 class Loader:

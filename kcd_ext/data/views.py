@@ -95,8 +95,8 @@ class Views:
                 raise ValueError(f"{name} must be of pixels / 255, in {bracket}0, 1], got {outside[0]}")
         return replace(self, **changed)
 
-    def plain(self, images: Tensor) -> Tensor:
-        """Normalised alone, as for a test set: uint8 (b, h, w, c) -> float32 (b, c, h, w)."""
+    def normalize(self, images: Tensor) -> Tensor:
+        """Return the images normalised alone, as for a test set: uint8 (b, h, w, c) -> float32 (b, c, h, w)."""
         self._check(images)
         result = images.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
         # By numbers, not by a tensor of them, which would have to be copied to the device. First minus, then times:
@@ -104,6 +104,8 @@ class Views:
         for channel, (mean, std) in enumerate(zip(self.mean, self.std, strict=True)):
             result[:, channel].sub_(255 * mean).mul_(1 / (255 * std))
         return result
+
+    plain = normalize  # its earlier name
 
     def __call__(self, images: Tensor, index: Tensor, *, seed: int, epoch: int) -> Tensor:
         """The views of samples `index` (b,) int64 in an epoch; `images` are theirs, in the same order."""
@@ -115,7 +117,7 @@ class Views:
             )
         seed, epoch = check_int("seed", seed, 0, MAX_SEED), check_int("epoch", epoch, 0, MAX_SEED)
         if not (self.padding or self.flip) or not images.numel():
-            return self.plain(images)
+            return self.normalize(images)
         bits = _bits(index, seed, epoch)
         count, height, width, channels = images.shape
         tall, wide = height + 2 * self.padding, width + 2 * self.padding
@@ -130,7 +132,7 @@ class Views:
         first = first * wide + self._offset((bits >> 31) & FIELD)
         rows = first[:, None] + torch.arange(0, height * wide, wide, device=images.device)
         stretches = padded.reshape(-1).unfold(0, width * channels, channels)
-        return self.plain(stretches.index_select(0, rows.view(-1)).view(images.shape))
+        return self.normalize(stretches.index_select(0, rows.view(-1)).view(images.shape))
 
     def _offset(self, field: Tensor) -> Tensor:
         """31 random bits -> one of 0 ... 2·padding."""

@@ -7,11 +7,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..checks import check_float, check_int
+from ..checks import check_finite, check_int, check_positive, check_unit_interval
 from .features import FeatureMethod, full_precision, unit_rows
-from .options import check_batch_keep, check_temperature, check_weight
 from .protocol import Batch, Outcome, entropy
-from .selection import choose, of_rows
+from .selection import select_batch_rows, take_rows
 
 
 class ContrastiveRepresentationDistillation(FeatureMethod):
@@ -49,7 +48,7 @@ class ContrastiveRepresentationDistillation(FeatureMethod):
         momentum: in [0, 1].
         ce_weight, crd_weight: finite; 1 and 0.8 in the comparison of RepDistiller, which KCD builds on.
         batch_keep: the fraction of every batch that the teacher is asked about, that is contrasted and remembered, in
-            (0, 1], by the student's entropy, the highest first (`selection.choose`). 1: all.
+            (0, 1], by the student's entropy, the highest first (`selection.select_batch_rows`). 1: all.
         student_layer, teacher_layer: whose input the features are (`features.Tap`); None: the last linear layer's.
 
     Raises:
@@ -68,14 +67,12 @@ class ContrastiveRepresentationDistillation(FeatureMethod):
         student_layer: str | None = None,
         teacher_layer: str | None = None,
     ):
-        super().__init__(student_layer, teacher_layer)
+        super().__init__(student_layer, teacher_layer, batch_keep)
         self.dimension = check_int("dimension", dimension, 1)
         self.negatives = check_int("negatives", negatives, 1)
-        self.temperature = check_temperature("temperature", temperature)
-        self.momentum = check_float("momentum", momentum, "a number in [0, 1]", 0, 1)
-        self.ce_weight = check_weight("ce_weight", ce_weight)
-        self.crd_weight = check_weight("crd_weight", crd_weight)
-        self.batch_keep = check_batch_keep(batch_keep)
+        self.set_options(check_positive, temperature=temperature)
+        self.set_options(check_unit_interval, momentum=momentum)
+        self.set_options(check_finite, ce_weight=ce_weight, crd_weight=crd_weight)
         # Whether `log_z` is known to hold numbers, without a look at it: not before a batch here, and not after a load.
         self._has_z = False
         self.register_load_state_dict_post_hook(_look_again)
@@ -110,15 +107,15 @@ class ContrastiveRepresentationDistillation(FeatureMethod):
 
     def forward(self, student: nn.Module, teacher: nn.Module | None, batch: Batch) -> Outcome:
         """`terms["crd"]`: CRD without its weight."""
-        logits, features = self.ask_student(student, batch.x)
-        rows = choose(logits, self.batch_keep)
-        _, target = self.ask_teacher(teacher, of_rows(batch.x, rows))
+        logits, features = self.student_forward(student, batch.x)
+        rows = select_batch_rows(logits, self.batch_keep)
+        _, target = self.teacher_forward(teacher, take_rows(batch.x, rows))
         with full_precision(logits):
             embeddings = (
-                unit_rows(self.student_embedding(of_rows(features, rows).float())),
+                unit_rows(self.student_embedding(take_rows(features, rows).float())),
                 unit_rows(self.teacher_embedding(target.float())),
             )
-            crd = self._contrast(embeddings, of_rows(batch.index, rows), of_rows(batch.label, rows))
+            crd = self._contrast(embeddings, take_rows(batch.index, rows), take_rows(batch.label, rows))
         loss = self.ce_weight * functional.cross_entropy(logits, batch.label) + self.crd_weight * crd
         return Outcome(loss, logits.detach(), entropy(logits), {"crd": crd.detach()})
 

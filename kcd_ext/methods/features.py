@@ -3,13 +3,15 @@
 (For maps of every stage of this package's own networks there is `kcd_ext.models.features`.)
 """
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ..checks import check_fraction
+from ..describe import describe
+from ..networks import evaluation_mode, no_hook
 from .protocol import Batch, Method
 
 SMALLEST_LENGTH = 1e-7  # added to a row's length before the row is divided by it, as in the published code of PKT
@@ -86,7 +88,7 @@ class Tap:
         return features
 
     def _told(self, features: object) -> str:
-        got = "was not passed" if features is None else f"had {_describe(features)}"
+        got = "was not passed" if features is None else f"had {describe(features)}"
         return f"the {self._name}'s layer {self.path!r} {got} in its forward pass"
 
     def remove(self) -> None:
@@ -108,22 +110,13 @@ class _Catch:
             self.version = _version(self.caught)
 
     def __reduce__(self):
-        return _nothing_of, ()
+        return no_hook, ()
 
 
 def _version(x: object) -> int | None:
     """How often a tensor has been changed in place; None where nobody counts, as in compiled code, which changes copies."""
     counted = isinstance(x, Tensor) and not torch.compiler.is_compiling() and not x.is_inference()
     return x._version if counted else None
-
-
-def _nothing_of():
-    """What copies of a network carry in place of a hook."""
-    return _ignore
-
-
-def _ignore(module: nn.Module, arguments: tuple, *output: object) -> None:
-    pass
 
 
 def _layer(network: nn.Module, path: str | None, name: str) -> tuple[str, nn.Module]:
@@ -152,8 +145,11 @@ def _check_takes_hooks(module: nn.Module, name: str) -> None:
         )
 
 
-def _describe(x: object) -> str:
-    return f"a tensor of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+def stages_of(network: nn.Module) -> tuple[str, ...]:
+    """Return the names of a network's stages; of one without any (other libraries call other things so), none."""
+    stages = getattr(network, "stages", ())
+    named = isinstance(stages, tuple | list) and all(isinstance(path, str) for path in stages)
+    return tuple(stages) if named else ()
 
 
 def check_layer(name: str, layer: str | None) -> str | None:
@@ -168,14 +164,16 @@ class FeatureMethod(Method):
 
     Args:
         student_layer, teacher_layer: see `Tap`, `path`.
+        batch_keep: the fraction of every batch that the teacher is asked about, in (0, 1].
 
     After `prepare`, `student_width` and `teacher_width` are the features' numbers of dimensions.
     """
 
-    def __init__(self, student_layer: str | None = None, teacher_layer: str | None = None):
+    def __init__(self, student_layer: str | None = None, teacher_layer: str | None = None, batch_keep: float = 1.0):
         super().__init__()
         self.student_layer = check_layer("student_layer", student_layer)
         self.teacher_layer = check_layer("teacher_layer", teacher_layer)
+        self.batch_keep = check_fraction("batch_keep", batch_keep)
         self._taps: dict[str, Tap] = {}
 
     def prepare(self, student: nn.Module, teacher: nn.Module | None, samples: Iterable[Batch]) -> None:
@@ -195,18 +193,18 @@ class FeatureMethod(Method):
     def probe(self, name: str, network: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
         """Taps the network and sends x through it, in evaluation mode and without gradients: logits and features."""
         self._taps[name] = self.tap(network, getattr(self, f"{name}_layer"), name)
-        with evaluation(network), torch.no_grad():
+        with evaluation_mode(network), torch.no_grad():
             return self._through(name, network, x)
 
     def input_of(self, x: Tensor) -> Tensor:
         """What the networks are given for a batch's x."""
         return x
 
-    def ask_student(self, student: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    def student_forward(self, student: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
         """Logits (b, classes) and features (b, d), both differentiable."""
         return self._through("student", student, x)
 
-    def ask_teacher(self, teacher: nn.Module | None, x: Tensor) -> tuple[Tensor, Tensor]:
+    def teacher_forward(self, teacher: nn.Module | None, x: Tensor) -> tuple[Tensor, Tensor]:
         """Logits (b, classes) and features (b, d), both constants; after `prepare`, d is at least `teacher_width`.
 
         A teacher may have fewer features by then, as the partial ones of `pwkd`: zeros take the place of the last ones.
@@ -216,6 +214,8 @@ class FeatureMethod(Method):
         missing = self.teacher_width - features.shape[1]
         fill = (*(0, 0) * (features.dim() - 2), 0, missing)
         return logits, functional.pad(features, fill) if missing > 0 else features
+
+    ask_student, ask_teacher = student_forward, teacher_forward  # the names that methods written before use
 
     def _through(self, name: str, network: nn.Module | None, x: Tensor) -> tuple[Tensor, Tensor]:
         if name not in self._taps:
@@ -228,21 +228,14 @@ class FeatureMethod(Method):
             self._taps.popitem()[1].remove()
 
 
-@contextmanager
-def evaluation(network: nn.Module) -> Iterator[None]:
-    """Inside, the network is in evaluation mode; afterwards every module of it is in the mode it was in."""
-    modes = [(module, module.training) for module in network.modules()]
-    network.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
 def full_precision(like: Tensor) -> torch.autocast:
     """Inside, autocast is off on the device of `like`: products of small differences need float32."""
     return torch.autocast(like.device.type, enabled=False)
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """Return x, in float32 where its dtype has fewer digits."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def unit_rows(x: Tensor, offset: float = SMALLEST_LENGTH) -> Tensor:
@@ -251,7 +244,7 @@ def unit_rows(x: Tensor, offset: float = SMALLEST_LENGTH) -> Tensor:
     offset: >= 0. A row of zeros has no direction: it stays zeros, and passes no gradient. Lengths beyond the range of squares in
     float32 are no trouble; a row that holds an infinity or a NaN becomes NaN.
     """
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    x = at_least_float32(x)
     largest = x.detach().abs().amax(1, keepdim=True)
     zero = largest == 0
     scale = largest.masked_fill(zero, 1)  # cancels: it only keeps the squares in range

@@ -9,15 +9,21 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .. import models
-from ..checks import check_float, check_int
-from ..describe import brief
+from ..checks import check_choice, check_finite, check_int, check_non_negative, check_positive, check_used
 from ..models.layers import initialise_convolutions
-from ..registry import did_you_mean
-from .features import FeatureMethod, Tap, check_layer, evaluation, full_precision, unit_rows
-from .kd import kd_loss
-from .options import check_batch_keep, check_temperature, check_used, check_weight
-from .protocol import Batch, Outcome, Pretraining, entropy
-from .selection import choose, of_rows
+from ..networks import evaluation_mode
+from .features import (
+    FeatureMethod,
+    Tap,
+    at_least_float32,
+    check_layer,
+    full_precision,
+    stages_of,
+    unit_rows,
+)
+from .kd import distill_optionally, distill_rows
+from .protocol import Batch, Outcome, Pretraining
+from .selection import select_batch_rows, take_rows
 
 SLOPE = 0.1  # of every LeakyReLU
 
@@ -109,7 +115,7 @@ class FactorAutoEncoder(nn.Module):
         factors = self.encoder(maps)
         reconstruction = self.decoder(factors)
         with full_precision(maps):
-            return factors, (_at_least_float32(maps) - _at_least_float32(reconstruction)).abs().mean()
+            return factors, (at_least_float32(maps) - at_least_float32(reconstruction)).abs().mean()
 
 
 class SplitEncoder(nn.Module):
@@ -132,18 +138,6 @@ class SplitEncoder(nn.Module):
         return self.inheritance(first), self.exploration(second)
 
 
-def natural_order(channels: int, seed: int) -> None:
-    """Channels as they come."""
-
-
-def permuted_order(channels: int, seed: int) -> Tensor:
-    """A permutation (channels,) int64 that is a function of both numbers alone."""
-    return torch.randperm(channels, generator=torch.Generator().manual_seed(seed))
-
-
-SPLITS = {"natural": natural_order, "permuted": permuted_order}
-
-
 class _MapTap(Tap):
     """Catches the map (b, c, h, w) that comes out of a layer. `path` None or "": the last of the network's `stages`."""
 
@@ -160,26 +154,10 @@ class _FactorMethod(FeatureMethod):
 
     flops_known = False  # the encoders are beside the networks
 
-    def __init__(
-        self,
-        student_layer: str | None,
-        teacher_layer: str | None,
-        *,
-        ce_weight: float,
-        inheritance_weight: float,
-        exploration_weight: float,
-        temperature: float,
-        distance: str,
-        split: str,
-        split_seed: int,
-    ):
-        super().__init__(student_layer, teacher_layer)
-        self.ce_weight = check_weight("ce_weight", ce_weight)
-        self.inheritance_weight = check_weight("inheritance_weight", inheritance_weight)
-        self.exploration_weight = check_weight("exploration_weight", exploration_weight)
-        self.temperature = check_temperature("temperature", temperature)
-        self.distance = _one_of("distance", distance, DISTANCES)
-        self.split = _one_of("split", split, SPLITS)
+    def set_comparison(self, distance: str, split: str, split_seed: int) -> None:
+        """Check and set the options by which factors are made and compared."""
+        self.distance = check_choice("distance", distance, DISTANCES)
+        self.split = check_choice("split", split, ("natural", "permuted"))
         self.split_seed = check_int("split_seed", split_seed, 0, 2**63 - 1)
         check_used("split_seed", split_seed, 0, split == "natural", "split='natural'")
 
@@ -188,13 +166,15 @@ class _FactorMethod(FeatureMethod):
         return _MapTap(network, path, name)
 
     def split_encoder(self, channels: int, factor_channels: int) -> SplitEncoder:
-        """A new one, by `split` and `split_seed`."""
-        return SplitEncoder(channels, factor_channels, SPLITS[self.split](channels, self.split_seed))
+        """Return a new one. Its permuted order is a function of `split_seed` and the number of channels alone."""
+        generator = torch.Generator().manual_seed(self.split_seed)
+        order = torch.randperm(channels, generator=generator) if self.split == "permuted" else None
+        return SplitEncoder(channels, factor_channels, order)
 
     def compare(self, factors: tuple[Tensor, Tensor], target: Tensor) -> dict[str, Tensor]:
         """The losses of inheritance and exploration, () each, of the halves' factors against another network's."""
         with full_precision(target):
-            inherited, explored, target = at_one_size(*map(_at_least_float32, (*factors, target)))
+            inherited, explored, target = at_one_size(*map(at_least_float32, (*factors, target)))
             losses = DISTANCES[self.distance]
             return {
                 "inheritance": losses.inheritance(inherited, target),
@@ -261,7 +241,7 @@ class InheritanceExplorationDistillation(_FactorMethod):
         split_seed: of the permuted order, >= 0.
         factor_epochs, factor_lr: of the auto-encoder, with the momentum and weight decay of the run.
         batch_keep: the fraction of every batch that the teacher is asked about and whose factors are compared, in
-            (0, 1], by the student's entropy, the highest first (`selection.choose`). 1: all.
+            (0, 1], by the student's entropy, the highest first (`selection.select_batch_rows`). 1: all.
         student_layer, teacher_layer: whose output (b, c, h, w) the maps are, names in named_modules(); None: the last of
             the network's `stages`, which every network of `kcd_ext.models` has.
 
@@ -285,22 +265,19 @@ class InheritanceExplorationDistillation(_FactorMethod):
         student_layer: str | None = None,
         teacher_layer: str | None = None,
     ):
-        super().__init__(
-            student_layer,
-            teacher_layer,
+        super().__init__(student_layer, teacher_layer, batch_keep)
+        self.set_options(
+            check_finite,
             ce_weight=ce_weight,
             inheritance_weight=inheritance_weight,
             exploration_weight=exploration_weight,
-            temperature=temperature,
-            distance=distance,
-            split=split,
-            split_seed=split_seed,
+            kd_weight=kd_weight,
         )
-        self.kd_weight = check_weight("kd_weight", kd_weight)
+        self.set_options(check_positive, temperature=temperature)
         check_used("temperature", temperature, 4, kd_weight == 0, "kd_weight=0")
+        self.set_comparison(distance, split, split_seed)
         self.factor_epochs = check_int("factor_epochs", factor_epochs, 1)
-        self.factor_lr = check_float("factor_lr", factor_lr, "a finite number >= 0", 0)
-        self.batch_keep = check_batch_keep(batch_keep)
+        self.set_options(check_non_negative, factor_lr=factor_lr)
 
     def prepare(self, student: nn.Module, teacher: nn.Module | None, samples: Iterable[Batch]) -> None:
         """Taps both networks and builds the auto-encoder and the two encoders.
@@ -324,35 +301,22 @@ class InheritanceExplorationDistillation(_FactorMethod):
         return (plan,)
 
     def _reconstruction_loss(self, teacher: nn.Module | None, batch: Batch) -> Tensor:
-        _, maps = self.ask_teacher(teacher, batch.x)
+        _, maps = self.teacher_forward(teacher, batch.x)
         return self.auto_encoder(maps)[1]
 
     def forward(self, student: nn.Module, teacher: nn.Module | None, batch: Batch) -> Outcome:
         """`terms`: "inheritance" and "exploration", INH and EXP without their weights; where `kd_weight` is not 0 also
         "kl", the mean KL divergence of the chosen rows at temperature T, in nats, without its weight and T^2."""
-        logits, maps = self.ask_student(student, batch.x)
-        rows = choose(logits, self.batch_keep)
-        target_logits, target_maps = self.ask_teacher(teacher, of_rows(batch.x, rows))
+        logits, maps = self.student_forward(student, batch.x)
+        rows = select_batch_rows(logits, self.batch_keep)
+        target_logits, target_maps = self.teacher_forward(teacher, take_rows(batch.x, rows))
         with torch.no_grad():
             target = self.auto_encoder.encoder(target_maps)
-        terms = self.compare(self.student_encoder(of_rows(maps, rows)), target)
-        loss = self.weigh(terms)
-        if self.kd_weight:
-            distilled, knowledge = kd_loss(
-                logits,
-                target_logits,
-                temperature=self.temperature,
-                labels=batch.label,
-                kd_weight=self.kd_weight,
-                ce_weight=self.ce_weight,
-                rows=rows,
-                return_knowledge=True,
-            )
-            loss, value = loss + distilled, knowledge.entropy.detach()
-            terms["kl"] = of_rows(knowledge.kl, rows).mean()
-        else:
-            loss, value = loss + self.ce_weight * _cross_entropy(logits, batch.label), entropy(logits)
-        return Outcome(loss, logits.detach(), value, {name: x.detach() for name, x in terms.items()})
+        losses = self.compare(self.student_encoder(take_rows(maps, rows)), target)
+        weights = {"temperature": self.temperature, "kd_weight": self.kd_weight, "ce_weight": self.ce_weight}
+        loss, value, kd_terms = distill_optionally(logits, target_logits, batch.label, rows, **weights)
+        terms = {name: x.detach() for name, x in losses.items()}
+        return Outcome(self.weigh(losses) + loss, logits.detach(), value, {**terms, **kd_terms})
 
 
 class InheritanceExplorationMutualLearning(_FactorMethod):
@@ -406,18 +370,16 @@ class InheritanceExplorationMutualLearning(_FactorMethod):
         student_layer: str | None = None,
         peer_layer: str | None = None,
     ):
-        super().__init__(
-            student_layer,
-            None,
+        super().__init__(student_layer)
+        self.set_options(
+            check_finite,
             ce_weight=ce_weight,
+            kl_weight=kl_weight,
             inheritance_weight=inheritance_weight,
             exploration_weight=exploration_weight,
-            temperature=temperature,
-            distance=distance,
-            split=split,
-            split_seed=split_seed,
         )
-        self.kl_weight = check_weight("kl_weight", kl_weight)
+        self.set_options(check_positive, temperature=temperature)
+        self.set_comparison(distance, split, split_seed)
         if peer is not None and not isinstance(peer, str):
             raise TypeError(f"peer must be a network's name, module:function or None, got {type(peer).__name__}")
         self.peer = peer
@@ -451,38 +413,25 @@ class InheritanceExplorationMutualLearning(_FactorMethod):
     def forward(self, student: nn.Module, teacher: nn.Module | None, batch: Batch) -> Outcome:
         """`terms`: of the student "inheritance" and "exploration", and "kl" in nats, without their weights and T^2;
         "peer_ce", the peer's cross entropy, and "reconstruction", the sum of both auto-encoders' losses."""
-        logits, maps = self.ask_student(student, batch.x)
+        logits, maps = self.student_forward(student, batch.x)
         peer_logits, peer_maps = self._through("peer", self.peer_network, batch.x)
         factors, reconstruction = self.student_auto_encoder(maps.detach())
         peer_factors, peer_reconstruction = self.peer_auto_encoder(peer_maps.detach())
         losses = self.compare(self.student_encoder(maps), peer_factors.detach())
         peer_losses = self.compare(self.peer_encoder(peer_maps), factors.detach())
-        distilled, knowledge = self._mutual(logits, peer_logits, batch.label)
-        peer_distilled, _ = self._mutual(peer_logits, logits, batch.label)
+        weights = {"temperature": self.temperature, "kd_weight": self.kl_weight, "ce_weight": self.ce_weight}
+        distilled, value, kl = distill_rows(logits, peer_logits.detach(), batch.label, **weights)
+        peer_distilled, _, _ = distill_rows(peer_logits, logits.detach(), batch.label, **weights)
 
         reconstruction = reconstruction + peer_reconstruction
         loss = distilled + self.weigh(losses) + peer_distilled + self.weigh(peer_losses) + reconstruction
         terms = {
-            **losses,
-            "kl": knowledge.kl.mean(),
-            "peer_ce": _cross_entropy(peer_logits.detach(), batch.label),
-            "reconstruction": reconstruction,
+            **{name: x.detach() for name, x in losses.items()},
+            "kl": kl,
+            "peer_ce": functional.cross_entropy(at_least_float32(peer_logits.detach()), batch.label),
+            "reconstruction": reconstruction.detach(),
         }
-        return Outcome(
-            loss, logits.detach(), knowledge.entropy.detach(), {name: x.detach() for name, x in terms.items()}
-        )
-
-    def _mutual(self, logits: Tensor, other: Tensor, label: Tensor):
-        """Cross entropy and divergence from the other's logits, which are constants, and what was learnt of every row."""
-        return kd_loss(
-            logits,
-            other.detach(),
-            temperature=self.temperature,
-            labels=label,
-            kd_weight=self.kl_weight,
-            ce_weight=self.ce_weight,
-            return_knowledge=True,
-        )
+        return Outcome(loss, logits.detach(), value, terms)
 
 
 def _convolution(in_channels: int, out_channels: int) -> tuple[nn.Module, nn.Module, nn.Module]:
@@ -498,14 +447,6 @@ def _directions(x: Tensor) -> Tensor:
     return unit_rows(x.flatten(1), offset=0)
 
 
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def _cross_entropy(logits: Tensor, label: Tensor) -> Tensor:
-    return functional.cross_entropy(_at_least_float32(logits), label)
-
-
 def _placed(part: nn.Module, device: torch.device) -> nn.Module:
     """On this device, and with a pixel's channels side by side, as the networks' maps have them."""
     return part.to(device, memory_format=torch.channels_last)
@@ -516,24 +457,16 @@ def _placed_as_it_runs(network: nn.Module, x: Tensor) -> nn.Module:
     as_it_was = copy.deepcopy(network)
     placed = _placed(network, x.device)
     try:
-        with evaluation(placed), torch.no_grad():
+        with evaluation_mode(placed), torch.no_grad():
             placed(x)
     except RuntimeError:
         return as_it_was.to(x.device)
     return placed
 
 
-def _one_of(name: str, value: str, choices: Mapping[str, object]) -> str:
-    if not isinstance(value, str) or value not in choices:
-        raise ValueError(
-            f"{name} must be one of {', '.join(map(repr, choices))}, got {brief(value)}{did_you_mean(value, choices)}"
-        )
-    return value
-
-
 def _last_stage(network: nn.Module, name: str) -> str:
-    stages = getattr(network, "stages", None)
-    if not isinstance(stages, list | tuple) or not stages or not isinstance(stages[-1], str):
+    stages = stages_of(network)
+    if not stages:
         raise ValueError(
             f"the {name} has no stages, a tuple of names whose last one its maps would come out of: set {name}_layer to a "
             f"name in {name}.named_modules()"

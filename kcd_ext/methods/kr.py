@@ -6,13 +6,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..checks import check_float
+from ..checks import check_finite, check_fraction, check_positive, check_used
 from ..describe import brief, describe
-from .features import Tap, evaluation, full_precision, unit_rows
-from .kd import kd_loss
-from .options import check_batch_keep, check_temperature, check_used, check_weight
-from .protocol import Batch, Method, Outcome, entropy
-from .selection import choose, of_rows
+from ..networks import evaluation_mode
+from .features import Tap, at_least_float32, full_precision, stages_of, unit_rows
+from .kd import distill_optionally
+from .protocol import Batch, Method, Outcome
+from .selection import select_batch_rows, take_rows
 
 EXAMPLE = "layer1.0+layer1.1,layer2"  # of two groups, as errors show it
 
@@ -48,7 +48,7 @@ class KnowledgeRepresenting(Method):
         ratio: the support's share of the places, in (0, 1]; max(1, int(ratio * places)) of them, by the teacher's A_g, the
             lower index (row by row) first among equals.
         batch_keep: the fraction of every batch that the teacher is asked about and whose maps are compared, in (0, 1], by
-            the student's entropy, the highest first (`selection.choose`). 1: all.
+            the student's entropy, the highest first (`selection.select_batch_rows`). 1: all.
         student_layers, teacher_layers: names in `named_modules()` whose outputs are the maps; groups with commas between
             them, the layers of a group with + between them, as layer1.0+layer1.1,layer2. Both networks need equally
             many groups. None: the network's `stages`, as all of this package's have: a group each, of the stage's blocks
@@ -72,13 +72,9 @@ class KnowledgeRepresenting(Method):
         teacher_layers: str | None = None,
     ):
         super().__init__()
-        self.temperature = check_temperature("temperature", temperature)
-        self.ce_weight = check_weight("ce_weight", ce_weight)
-        self.kd_weight = check_weight("kd_weight", kd_weight)
-        self.kr_weight = check_weight("kr_weight", kr_weight)
-        self.tau = check_temperature("tau", tau)
-        self.ratio = check_float("ratio", ratio, "a number in (0, 1]", 5e-324, 1)
-        self.batch_keep = check_batch_keep(batch_keep)
+        self.set_options(check_positive, temperature=temperature, tau=tau)
+        self.set_options(check_finite, ce_weight=ce_weight, kd_weight=kd_weight, kr_weight=kr_weight)
+        self.set_options(check_fraction, ratio=ratio, batch_keep=batch_keep)
         check_used("temperature", temperature, 4, kd_weight == 0, "kd_weight=0")
         self.student_layers = student_layers
         self.teacher_layers = teacher_layers
@@ -111,14 +107,19 @@ class KnowledgeRepresenting(Method):
                 for path in group:
                     self._taps[name][-1].append(Tap(networks[name], path, name, output=True))
         x = next(iter(samples)).x[:1]
-        with evaluation(student), evaluation(teacher), torch.no_grad():
+        with evaluation_mode(student), evaluation_mode(teacher), torch.no_grad():
             for name, network in networks.items():
                 self._ask(name, network, x)
 
     def _groups_of(self, name: str, network: nn.Module) -> list[list[str]]:
         """The paths of the network's layers, by group."""
         named, there = self._named[name], dict(network.named_modules())
-        groups = [[path] for path in _stages_of(name, network)] if named is None else named
+        if named is None and not stages_of(network):
+            raise ValueError(
+                f"{name}_layers must name layers, as {EXAMPLE}: the {name}, of {type(network).__name__}, has no stages, a tuple "
+                f"of their names"
+            )
+        groups = [[path] for path in stages_of(network)] if named is None else named
         for path in (path for group in groups for path in group):
             if path not in there:
                 raise ValueError(f"{name}_layers must be names in {name}.named_modules(), which has no {path!r}")
@@ -137,32 +138,18 @@ class KnowledgeRepresenting(Method):
         """`terms`: "kr", the sum of all L_g without its weight; "kl", where kd_weight is not 0, the mean KL divergence at
         temperature T, in nats, without its weight and T^2."""
         logits, maps = self._ask("student", student, batch.x)
-        rows = choose(logits, self.batch_keep)
+        rows = select_batch_rows(logits, self.batch_keep)
         with torch.no_grad():
-            target, target_maps = self._ask("teacher", teacher, of_rows(batch.x, rows))
+            target, target_maps = self._ask("teacher", teacher, take_rows(batch.x, rows))
         kr = torch.stack(
             [
-                representing_loss([of_rows(x, rows) for x in group], of_teacher, self.tau, self.ratio)
+                representing_loss([take_rows(x, rows) for x in group], of_teacher, self.tau, self.ratio)
                 for group, of_teacher in zip(maps, target_maps, strict=True)
             ]
         ).sum()
-        terms = {"kr": kr.detach()}
-        if self.kd_weight:
-            loss, knowledge = kd_loss(
-                logits,
-                target,
-                temperature=self.temperature,
-                labels=batch.label,
-                rows=rows,
-                kd_weight=self.kd_weight,
-                ce_weight=self.ce_weight,
-                return_knowledge=True,
-            )
-            value = knowledge.entropy.detach()
-            terms["kl"] = of_rows(knowledge.kl, rows).detach().mean()
-        else:
-            loss, value = self.ce_weight * functional.cross_entropy(logits, batch.label), entropy(logits)
-        return Outcome(loss + self.kr_weight * kr, logits.detach(), value, terms)
+        weights = {"temperature": self.temperature, "kd_weight": self.kd_weight, "ce_weight": self.ce_weight}
+        loss, value, terms = distill_optionally(logits, target, batch.label, rows, **weights)
+        return Outcome(loss + self.kr_weight * kr, logits.detach(), value, {"kr": kr.detach(), **terms})
 
     def release(self) -> None:
         """Takes the hooks off the networks."""
@@ -195,7 +182,7 @@ def aggregated(maps: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
 
 def _energy(x: Tensor) -> Tensor:
     """Mean over the channels of the squares: (b, c, h, w) -> (b, 1, h, w), at least float32."""
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    x = at_least_float32(x)
     # Not `square().mean(1)`: the gradient of that mean is written out in full, in a layout that need not be x's.
     return (x * x).sum(1, keepdim=True) / x.shape[1]
 
@@ -224,17 +211,6 @@ def _groups_in(option: str, given: str | None) -> list[list[str]] | None:
     if not all(path for group in groups for path in group):
         raise ValueError(f"{option} must be {takes}, got {brief(given)}, where a name is empty")
     return groups
-
-
-def _stages_of(name: str, network: nn.Module) -> Sequence[str]:
-    """Those the network says it has; what is called so in the networks of others may be anything."""
-    stages = getattr(network, "stages", None)
-    if isinstance(stages, tuple | list) and stages and all(isinstance(path, str) for path in stages):
-        return stages
-    raise ValueError(
-        f"{name}_layers must name layers, as {EXAMPLE}: the {name}, of {type(network).__name__}, has no stages, a tuple of "
-        f"their names"
-    )
 
 
 def _layers_of(path: str, stage: nn.Module) -> list[str]:

@@ -3,10 +3,10 @@
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ..checks import check_finite
 from .features import FeatureMethod, full_precision, unit_rows
-from .options import check_batch_keep, check_weight
 from .protocol import Batch, Outcome, entropy
-from .selection import choose, of_rows
+from .selection import select_batch_rows, take_rows
 
 EPSILON = 1e-7  # added to both probabilities inside the logarithm, as in the published code
 
@@ -25,7 +25,7 @@ class ProbabilisticKnowledgeTransfer(FeatureMethod):
     Args:
         ce_weight, pkt_weight: finite; 1 and 30000 in the comparison of RepDistiller, which KCD builds on.
         batch_keep: the fraction of every batch that the teacher is asked about and whose features are compared, in
-            (0, 1], by the student's entropy, the highest first (`selection.choose`). 1: all.
+            (0, 1], by the student's entropy, the highest first (`selection.select_batch_rows`). 1: all.
         student_layer, teacher_layer: whose input the features are (`features.Tap`); None: the last linear layer's.
 
     Raises:
@@ -40,17 +40,15 @@ class ProbabilisticKnowledgeTransfer(FeatureMethod):
         student_layer: str | None = None,
         teacher_layer: str | None = None,
     ):
-        super().__init__(student_layer, teacher_layer)
-        self.ce_weight = check_weight("ce_weight", ce_weight)
-        self.pkt_weight = check_weight("pkt_weight", pkt_weight)
-        self.batch_keep = check_batch_keep(batch_keep)
+        super().__init__(student_layer, teacher_layer, batch_keep)
+        self.set_options(check_finite, ce_weight=ce_weight, pkt_weight=pkt_weight)
 
     def forward(self, student: nn.Module, teacher: nn.Module | None, batch: Batch) -> Outcome:
         """`terms["pkt"]`: PKT without its weight."""
-        logits, features = self.ask_student(student, batch.x)
-        rows = choose(logits, self.batch_keep)
-        _, target = self.ask_teacher(teacher, of_rows(batch.x, rows))
-        pkt = transfer_loss(of_rows(features, rows), target)
+        logits, features = self.student_forward(student, batch.x)
+        rows = select_batch_rows(logits, self.batch_keep)
+        _, target = self.teacher_forward(teacher, take_rows(batch.x, rows))
+        pkt = transfer_loss(take_rows(features, rows), target)
         loss = self.ce_weight * functional.cross_entropy(logits, batch.label) + self.pkt_weight * pkt
         return Outcome(loss, logits.detach(), entropy(logits), {"pkt": pkt.detach()})
 

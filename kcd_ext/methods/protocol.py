@@ -53,6 +53,12 @@ class Method(nn.Module):
     weighs_samples = False  # True: `forward` heeds `batch.weight` and gives `Outcome.losses`
     flops_known = True  # False: more is computed than one pass of the teacher and one step of the student a row
     compiles_teacher = True  # False: a recipe's `compile` leaves the teacher alone
+    batch_keep = 1.0  # the fraction of every batch that the teacher is asked about
+
+    def set_options(self, check: Callable[[str, object], object], **options: object) -> None:
+        """Set each option as an attribute: what `check(name, value)`, one of `kcd_ext.checks`, returns of it or raises."""
+        for name, value in options.items():
+            setattr(self, name, check(name, value))
 
     def prepare(self, student: nn.Module, teacher: nn.Module | None, samples: Iterable[Batch]) -> None:
         """Called once before training, also before a resumed run goes on: probe shapes, build the method's own parts.

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..checks import check_bool, check_float, check_int
+from ..checks import check_bool, check_int, check_non_negative, check_unit_interval, check_used
 from ..registry import one_line, resolve
 from . import REGISTRY, as_typed, build, unknown_of
-from .features import full_precision
+from .features import at_least_float32, full_precision
 from .protocol import Batch, Method, Outcome, Pretraining
 from .slimmable import SLIMMABLE, check_widths, slimmable
 
@@ -39,7 +39,7 @@ class PartialToWhole:
     def __post_init__(self) -> None:
         object.__setattr__(self, "widths", check_widths("widths", self.widths))
         check_int("epochs", self.epochs, 1)
-        check_float("lr_min", self.lr_min, "a number in [0, 1]", 0, 1)
+        check_unit_interval("lr_min", self.lr_min)
         if self.epochs < len(self.widths):
             raise ValueError(
                 f"epochs must be at least {len(self.widths)}, one for each of widths {_listed(self.widths)}, got {self.epochs}"
@@ -81,7 +81,7 @@ class PartialToWholeDistillation(Method):
     Huang, ICCV 2019), stages of equal length, the cosine, that the whole width starts as the trained teacher, and every
     number. So it does not claim to reproduce the paper's results.
 
-    Methods that compare features find zeros where a partial teacher has none (`FeatureMethod.ask_teacher`).
+    Methods that compare features find zeros where a partial teacher has none (`FeatureMethod.teacher_forward`).
 
     Args:
         base: a method that asks a teacher, by name or `module:Class`; its own pretraining follows that of the teacher.
@@ -116,9 +116,9 @@ class PartialToWholeDistillation(Method):
         super().__init__()
         self.widths = check_widths("widths", widths)
         self.teacher_epochs = check_int("teacher_epochs", teacher_epochs, 1)
-        self.teacher_lr = check_float("teacher_lr", teacher_lr, "a finite number >= 0", 0)
-        self.lr_min = check_float("lr_min", lr_min, "a number in [0, 1]", 0, 1)
-        self.in_place = check_bool("in_place", in_place)
+        self.set_options(check_non_negative, teacher_lr=teacher_lr)
+        self.set_options(check_unit_interval, lr_min=lr_min)
+        self.set_options(check_bool, in_place=in_place, partial=partial)
         if widths_a_step is not None:
             widths_a_step = check_int("widths_a_step", widths_a_step, 2)
             if widths_a_step > len(self.widths):
@@ -126,9 +126,9 @@ class PartialToWholeDistillation(Method):
                     f"widths_a_step must be at most the {len(self.widths)} of widths {_listed(self.widths)}, got {widths_a_step}"
                 )
         self.widths_a_step = widths_a_step
-        self.partial = check_bool("partial", partial)
-        if not self.partial:
-            self._check_untouched("teacher_epochs", "teacher_lr", "in_place", "widths_a_step")
+        for option in ("teacher_epochs", "teacher_lr", "in_place", "widths_a_step"):
+            usual = inspect.signature(type(self)).parameters[option].default
+            check_used(option, getattr(self, option), usual, not partial, "partial=False, which pretrains nothing")
         self._check_names(base, base_options)
         self.base = build(base, as_typed(base, base_options))
         if not self.base.needs_teacher:
@@ -155,15 +155,6 @@ class PartialToWholeDistillation(Method):
                 f"method 'pwkd' has no option {unknown[0]!r}, nor has its base {base!r}: it takes {', '.join(own)}, and "
                 f"for the base {', '.join(theirs) or 'none'}"
             )
-
-    def _check_untouched(self, *options: str) -> None:
-        """Raises ValueError for an option that the control has no use for."""
-        usual = inspect.signature(type(self)).parameters
-        for option in options:
-            if getattr(self, option) != usual[option].default:
-                raise ValueError(
-                    f"{option}={getattr(self, option)!r} has no effect with partial=False, which pretrains nothing"
-                )
 
     def prepare(self, student: nn.Module, teacher: nn.Module | None, samples: Iterable[Batch]) -> None:
         """Makes the teacher slimmable, sends one sample through every width, and prepares `base` with the whole.
@@ -221,7 +212,7 @@ class PartialToWholeDistillation(Method):
             self.slimmable.use(width)
             logits = teacher(batch.x)
             with full_precision(logits):
-                logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+                logits = at_least_float32(logits)
                 total = total + functional.cross_entropy(logits, target)
                 if self.in_place and width == 1:
                     target = logits.detach().softmax(-1)

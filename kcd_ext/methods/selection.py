@@ -8,8 +8,8 @@ from ..losses import select_rows
 from ..ops import has_kernels_for
 
 
-def choose(student_logits: Tensor, batch_keep: float) -> Tensor | None:
-    """The rows the teacher is to be asked about: those of highest entropy, the lower row first among equals.
+def select_batch_rows(student_logits: Tensor, batch_keep: float) -> Tensor | None:
+    """Return the rows the teacher is asked about: those of highest entropy, the lower row first among equals.
 
     Entropy first, as `kcd_ext.select_rows`: a row that is not a number ranks first, so that it reaches the loss. The
     number of rows is known without a look at the logits, so nothing waits for a device that has the kernels.
@@ -32,6 +32,9 @@ def choose(student_logits: Tensor, batch_keep: float) -> Tensor | None:
     return order[: check_keep(batch_keep).of(len(order))]
 
 
-def of_rows(x: Tensor, rows: Tensor | None) -> Tensor:
-    """The entries of x (b, ...) at `rows`, what `choose` returned: (k, ...), or x itself for all rows."""
+def take_rows(x: Tensor, rows: Tensor | None) -> Tensor:
+    """Return the entries of x (b, ...) at `rows`, what `select_batch_rows` returned: (k, ...), or x itself for all rows."""
     return x if rows is None else x.index_select(0, rows)
+
+
+choose, of_rows = select_batch_rows, take_rows  # the names that methods written before use

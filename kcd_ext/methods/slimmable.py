@@ -10,14 +10,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _NormBase
 
+from ..checks import check_fractions
 from ..describe import brief
-from .options import fractions
+from ..networks import check_network
 
 
 def check_widths(name: str, widths: Sequence[float] | float | str) -> tuple[float, ...]:
     """Ascending fractions in (0, 1] that end with 1; also as one number or as text. Raises TypeError or ValueError."""
     takes = "ascending fractions in (0, 1] that end with 1, as 0.25,0.5,0.75,1"
-    found = fractions(name, widths, takes)
+    found = check_fractions(name, widths, takes)
     if not found or found[0] <= 0 or found[-1] != 1 or any(a >= b for a, b in pairwise(found)):
         raise ValueError(f"{name} must be {takes}, got {brief(widths)}")
     return found
@@ -95,8 +96,7 @@ def slimmable(module: nn.Module, widths: Sequence[float] | float | str) -> Slimm
             At a forward pass: a grouped convolution is given a number of channels that its groups do not divide.
     """
     widths = check_widths("widths", widths)
-    if not isinstance(module, nn.Module):
-        raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
+    check_network("module", module)
     for path, layer in module.named_modules():
         _check_layer(path, layer)
     network = copy.deepcopy(module)

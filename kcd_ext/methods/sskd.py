@@ -6,12 +6,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..checks import check_float, check_int
+from ..checks import (
+    check_finite,
+    check_fractions,
+    check_int,
+    check_non_negative,
+    check_positive,
+    check_unit_interval,
+)
 from .features import FeatureMethod, full_precision, unit_rows
-from .kd import kd_loss
-from .options import check_batch_keep, check_temperature, check_weight, fractions
+from .kd import distill_rows, kd_loss
 from .protocol import Batch, Outcome, Pretraining
-from .selection import choose, of_rows
+from .selection import select_batch_rows, take_rows
 
 VIEWS = 4  # an image turned by 0, 90, 180 and 270 degrees; the first is the normal view, the others are transformed
 
@@ -46,7 +52,7 @@ class SelfSupervisedKnowledgeDistillation(FeatureMethod):
         head_epochs, head_lr, head_milestones: of the teacher's head; see `Pretraining`. A command, whose options are
             numbers and strings, gives several milestones with commas between them, "0.5,0.75", and "" for none.
         batch_keep: the fraction of every batch that the teacher is asked about, in (0, 1], by the entropy of the
-            normal views, the highest first (`selection.choose`): KD, TF and SS are those of all views of these images,
+            normal views, the highest first (`selection.select_batch_rows`): KD, TF and SS are those of all views of these images,
             among themselves. 1: all.
         student_layer, teacher_layer: whose input the features are (`features.Tap`); None: the last linear layer's.
 
@@ -72,22 +78,26 @@ class SelfSupervisedKnowledgeDistillation(FeatureMethod):
         student_layer: str | None = None,
         teacher_layer: str | None = None,
     ):
-        super().__init__(student_layer, teacher_layer)
-        self.temperature = check_temperature("temperature", temperature)
-        self.transformed_temperature = check_temperature("transformed_temperature", transformed_temperature)
-        self.similarity_temperature = check_temperature("similarity_temperature", similarity_temperature)
-        self.ce_weight = check_weight("ce_weight", ce_weight)
-        self.kd_weight = check_weight("kd_weight", kd_weight)
-        self.transformed_weight = check_weight("transformed_weight", transformed_weight)
-        self.similarity_weight = check_weight("similarity_weight", similarity_weight)
-        self.transformed_ratio = check_float("transformed_ratio", transformed_ratio, "a number in [0, 1]", 0, 1)
-        self.similarity_ratio = check_float("similarity_ratio", similarity_ratio, "a number in [0, 1]", 0, 1)
+        super().__init__(student_layer, teacher_layer, batch_keep)
+        self.set_options(
+            check_positive,
+            temperature=temperature,
+            transformed_temperature=transformed_temperature,
+            similarity_temperature=similarity_temperature,
+        )
+        self.set_options(
+            check_finite,
+            ce_weight=ce_weight,
+            kd_weight=kd_weight,
+            transformed_weight=transformed_weight,
+            similarity_weight=similarity_weight,
+        )
+        self.set_options(check_unit_interval, transformed_ratio=transformed_ratio, similarity_ratio=similarity_ratio)
         self.head_epochs = check_int("head_epochs", head_epochs, 1)
-        self.head_lr = check_float("head_lr", head_lr, "a finite number >= 0", 0)
-        self.head_milestones = fractions(
+        self.set_options(check_non_negative, head_lr=head_lr)
+        self.head_milestones = check_fractions(
             "head_milestones", head_milestones, "fractions of head_epochs in [0, 1], as 0.5,0.75"
         )
-        self.batch_keep = check_batch_keep(batch_keep)
 
     def prepare(self, student: nn.Module, teacher: nn.Module | None, samples: Iterable[Batch]) -> None:
         """Builds both heads. Raises ValueError where x is not a batch of square images."""
@@ -111,7 +121,7 @@ class SelfSupervisedKnowledgeDistillation(FeatureMethod):
 
     def _head_loss(self, teacher: nn.Module | None, batch: Batch) -> Tensor:
         """(), cross entropy of the cosines (3 b, b) of transformed to normal views, each view's own image the truth."""
-        _, features = self.ask_teacher(teacher, self.input_of(batch.x))
+        _, features = self.teacher_forward(teacher, self.input_of(batch.x))
         with full_precision(features):
             similarity = _similarities(self.teacher_head(features.float()))
             return functional.cross_entropy(similarity, _images_of(similarity))
@@ -119,29 +129,21 @@ class SelfSupervisedKnowledgeDistillation(FeatureMethod):
     def forward(self, student: nn.Module, teacher: nn.Module | None, batch: Batch) -> Outcome:
         """`terms`: "kl", "transformed" and "similarity", the three mean KL divergences in nats, without their weights and T^2."""
         views = self.input_of(batch.x)
-        logits, features = self.ask_student(student, views)
+        logits, features = self.student_forward(student, views)
         normal, transformed = _normal_and_transformed(logits)
-        rows = choose(normal, self.batch_keep)
-        target_logits, target_features = self.ask_teacher(teacher, _of_images(views, rows))
+        rows = select_batch_rows(normal, self.batch_keep)
+        target_logits, target_features = self.teacher_forward(teacher, _of_images(views, rows))
         target_normal, target_transformed = _normal_and_transformed(target_logits)
 
-        loss, knowledge = kd_loss(
-            normal,
-            target_normal,
-            temperature=self.temperature,
-            labels=batch.label,
-            kd_weight=self.kd_weight,
-            ce_weight=self.ce_weight,
-            rows=rows,
-            return_knowledge=True,
-        )
+        weights = {"temperature": self.temperature, "kd_weight": self.kd_weight, "ce_weight": self.ce_weight}
+        loss, value, kl = distill_rows(normal, target_normal, batch.label, rows, **weights)
         with full_precision(logits):
             similarity = _similarities(self.student_head(_of_images(features, rows).float()))
             with torch.no_grad():
                 target_similarity = _similarities(self.teacher_head(target_features.float()))
-        label = of_rows(batch.label, rows)[:, None].expand(-1, VIEWS - 1).flatten()
+        label = take_rows(batch.label, rows)[:, None].expand(-1, VIEWS - 1).flatten()
         transformed_kl = _selected_kl(
-            of_rows(transformed, rows).flatten(0, 1),
+            take_rows(transformed, rows).flatten(0, 1),
             target_transformed.flatten(0, 1),
             truth=label,
             ratio=self.transformed_ratio,
@@ -156,14 +158,8 @@ class SelfSupervisedKnowledgeDistillation(FeatureMethod):
         )
         loss = loss + self.transformed_weight * self.transformed_temperature**2 * transformed_kl
         loss = loss + self.similarity_weight * self.similarity_temperature**2 * similarity_kl
-        terms = {
-            "kl": of_rows(knowledge.kl, rows).mean(),
-            "transformed": transformed_kl,
-            "similarity": similarity_kl,
-        }
-        return Outcome(
-            loss, normal.detach(), knowledge.entropy.detach(), {name: x.detach() for name, x in terms.items()}
-        )
+        terms = {"kl": kl, "transformed": transformed_kl.detach(), "similarity": similarity_kl.detach()}
+        return Outcome(loss, normal.detach(), value, terms)
 
 
 def _head(width: int) -> nn.Sequential:
@@ -178,7 +174,7 @@ def _normal_and_transformed(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def _of_images(x: Tensor, rows: Tensor | None) -> Tensor:
     """(4 b, ...) of all views -> (4 k, ...), those of the images `rows` (k,)."""
-    return x if rows is None else of_rows(x.unflatten(0, (-1, VIEWS)), rows).flatten(0, 1)
+    return x if rows is None else take_rows(x.unflatten(0, (-1, VIEWS)), rows).flatten(0, 1)
 
 
 def _similarities(embeddings: Tensor) -> Tensor:

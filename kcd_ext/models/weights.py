@@ -12,6 +12,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from ..describe import some
 from ..files import read_regular
 
 # Where checkpoints keep the weights: the first of these names that holds any is taken. Moving averages come last, because
@@ -194,14 +195,14 @@ def _unwrapped(path: Path, held: object, notes: list[str]) -> object:
             wrappers = [name for name, entry in held.items() if isinstance(name, str) and _is_state_dict(entry)]
             if len(wrappers) > 1:
                 raise ValueError(
-                    f"{path} must hold the weights of one network, got {_listed(wrappers)}: save those that are meant alone"
+                    f"{path} must hold the weights of one network, got {_quoted(wrappers)}: save those that are meant alone"
                 )
         if not wrappers:
             return held
         taken = wrappers[0]
         others = [name for name, entry in held.items() if name != taken and (name in wrappers or _is_state_dict(entry))]
         if others:
-            notes.append(f"{path}: the weights under {taken!r} are taken, not those under {_listed(others)}")
+            notes.append(f"{path}: the weights under {taken!r} are taken, not those under {_quoted(others)}")
         held = held[taken]
     return held
 
@@ -227,13 +228,13 @@ def _tensors(path: Path, held: object, notes: list[str]) -> dict[str, Tensor]:
         raise ValueError(f"{what}, got a {type(held).__name__.removeprefix('_').lower()}")
     tensors = {name: entry for name, entry in held.items() if isinstance(entry, Tensor) and isinstance(name, str)}
     if not tensors:
-        raise ValueError(f"{what}, got {_listed(held) or 'an empty one'}")
+        raise ValueError(f"{what}, got {_quoted(held) or 'an empty one'}")
     others = {name: entry for name, entry in held.items() if name not in tensors}
     for name, entry in others.items():
         if _has_tensor(entry):
             raise ValueError(f"{what}, got {name!r}, a {type(entry).__name__}, among them")
     if others:
-        notes.append(f"{path}: {_listed(others)} beside the weights left out: no tensor")
+        notes.append(f"{path}: {_quoted(others)} beside the weights left out: no tensor")
     for name, tensor in tensors.items():
         _check_plain(path, name, tensor)
     return tensors
@@ -268,11 +269,8 @@ def _check_plain(path: Path, name: str, tensor: Tensor) -> None:
         raise ValueError(f"{path} must hold plain dense tensors, got {name}, which is {kind}")
 
 
-def _listed(names: Iterable[object], most: int = 3) -> str:
-    """The first of them, and how many more there are."""
-    names = [*names]
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(map(repr, names[:most])) + more
+def _quoted(names: Iterable[object]) -> str:
+    return some(map(repr, names), 3)
 
 
 # --- whose they are ---------------------------------------------------------------------------------------------------
@@ -300,7 +298,7 @@ def fitted(what: str, own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) 
         raise ValueError(f"{what}: {_difference(own, nearest)}")
     left_out = [before for before, name in zip(weights, nearest, strict=True) if name not in own]
     state = {name: nearest[name] if name in nearest else tensor for name, tensor in own.items()}
-    note = f"{_listed(left_out)} left out of the weights: counted or measured, no parameter of the network"
+    note = f"{_quoted(left_out)} left out of the weights: counted or measured, no parameter of the network"
     return Weights(state, (note,) if left_out else ())
 
 
@@ -327,7 +325,7 @@ def _difference(own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> str
             if _last(name) == TRACKED:
                 continue
             unknown = [other for other, given in weights.items() if other not in own and not _is_counter(other, given)]
-            return f"they have no {name}" + (f", but {_listed(unknown)}" if unknown else "")
+            return f"they have no {name}" + (f", but {_quoted(unknown)}" if unknown else "")
         given = weights[name]
         if given.shape != tensor.shape:
             return f"{name} has shape {tuple(given.shape)}, the network's has {tuple(tensor.shape)}"

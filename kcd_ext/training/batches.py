@@ -163,7 +163,7 @@ class ResidentFeed:
         index, sample = self._on_device(_share(len(self.labels), rank, world_size))
         for start in range(0, len(index), batch_size):
             part = slice(start, start + batch_size)
-            x = self.views.plain(self.images[sample[part]])
+            x = self.views.normalize(self.images[sample[part]])
             yield Batch(x, self.labels[sample[part]], index[part])
 
     def first(self, count: int) -> Batch:

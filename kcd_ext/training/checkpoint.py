@@ -14,8 +14,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from ..describe import one_line
 from ..files import json_bytes, read_json, read_regular, remove, write_bytes
-from ..registry import one_line
 
 FORMAT = 2  # of what is in a checkpoint; one more whenever that changes
 FILES = ("model.safetensors", "training.pt", "run.json")

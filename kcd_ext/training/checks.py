@@ -10,10 +10,10 @@ from torch.utils.data import Dataset, default_collate
 from ..data import IndexedDataset
 from ..data.images import ImageSet
 from ..data.loading import load_item
+from ..describe import one_line
 from ..methods import Batch, Method, Outcome
 from ..module_state import is_dense
-from ..networks import OutputError, logits_alone
-from ..registry import one_line
+from ..networks import OutputError, check_network, logits_alone
 from .batches import flat_labels
 from .recipe import Recipe
 
@@ -64,8 +64,7 @@ def check_networks(
     """
     networks = {"student": student} if teacher is None else {"student": student, "teacher": teacher}
     for name, network in networks.items():
-        if not isinstance(network, nn.Module):
-            raise TypeError(f"{name} must be a torch.nn.Module, got {type(network).__name__}")
+        check_network(name, network)
         for path, parameter in network.named_parameters():
             if not is_lazy(parameter) and parameter.is_inference():
                 raise ValueError(
@@ -134,7 +133,7 @@ def _sample(part: str, dataset: IndexedDataset | ImageSet) -> tuple[Tensor, Tens
     """Return the first sample as a batch of one, and its label; of images in memory all labels."""
     if isinstance(dataset, ImageSet):
         images, labels = dataset.tensors(torch.device("cpu"))
-        return dataset.views.plain(images[:1]), labels
+        return dataset.views.normalize(images[:1]), labels
     x, label, _ = default_collate([load_item(part, dataset, 0)])
     if not isinstance(x, Tensor):
         raise TypeError(f"{part} must give items that collate to one tensor, got {type(x).__name__}")

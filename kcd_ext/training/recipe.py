@@ -6,8 +6,7 @@ from dataclasses import asdict, dataclass, field, fields
 from ..checks import check_bool, check_float, check_int
 from ..condensation.options import Condense
 from ..condensation.random_keys import MAX_SEED
-from ..describe import brief, describe
-from ..registry import did_you_mean
+from ..describe import brief, describe, did_you_mean
 
 PRECISIONS = {"auto": None, "float32": "no", "bfloat16": "bf16", "float16": "fp16"}  # as accelerate calls them
 

@@ -8,12 +8,12 @@ from itertools import product
 import torch
 from torch import nn
 
+from ..describe import describe_error
 from ..methods import Batch, Outcome
 from ..module_state import Layout, undone
 from ..networks import LogitsAlone, OutputError
 from ..processes import is_left_alone
 from ..randomness import seeded
-from ..registry import one_line
 from .batches import batches_of_steps, with_weight
 from .checks import check_outcome
 from .diagnosis import NotFiniteError, check_start
@@ -94,7 +94,7 @@ class Rehearsal:
             except Exception as error:
                 if isinstance(error, RuntimeError) and is_left_alone(error):
                     raise  # another process says why
-                told = f"{type(error).__name__}: {one_line(error)}"
+                told = describe_error(error)
                 if running:
                     x = f"x of {batch.x.dtype} {tuple(batch.x.shape)}"
                     raise ValueError(f"{running[-1]} fails in a training step on {x}: {told}") from error
