@@ -19,9 +19,9 @@ from importlib import metadata
 from typing import Any, NamedTuple
 
 from . import processes, terminal
-from .describe import LENGTH, brief
+from .describe import LENGTH, brief, did_you_mean, one_line
 from .processes import BAD_INPUT
-from .registry import did_you_mean, one_line, unknown
+from .registry import unknown
 
 DESCRIPTION = """Knowledge Condensation Distillation: distil only what the student still has to learn.
 

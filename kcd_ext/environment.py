@@ -4,6 +4,8 @@ import ctypes
 import os
 import platform
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 
@@ -11,6 +13,8 @@ import numpy
 import torch
 
 from .ops import build_info
+
+MOST_THREADS = 4096  # of torch's
 
 
 def versions() -> dict[str, str]:
@@ -87,3 +91,14 @@ def _cuda_devices() -> str:
         return "none that this torch can use"
     names = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
     return "; ".join(f"{p.name}, compute capability {p.major}.{p.minor}" for p in names)
+
+
+@contextmanager
+def threads(count: int | None) -> Iterator[None]:
+    """Set torch's number of threads inside the context; None leaves it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(before if count is None else count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

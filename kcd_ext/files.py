@@ -12,7 +12,7 @@ from typing import BinaryIO, TypeVar
 
 from filelock import FileLock, Timeout
 
-from .registry import one_line
+from .describe import one_line
 
 Parsed = TypeVar("Parsed")
 

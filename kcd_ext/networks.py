@@ -6,6 +6,7 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 SHOWN = 5  # keys of a mapping that an error lists
 
@@ -31,6 +32,13 @@ def usual_modes() -> Iterator[None]:
                 stack.enter_context(torch.autocast(device, enabled=False))
         torch.set_autocast_cache_enabled(True)
         yield
+
+
+def forward_flops(network: nn.Module, x: Tensor) -> int:
+    """Return the floating-point operations of convolutions and matrix products for `x`, 2 a multiply-add."""
+    with evaluation_mode(network), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        network.to(x.device)(x)
+    return counter.get_total_flops()
 
 
 class OutputError(ValueError):

@@ -18,10 +18,11 @@ import torch
 
 from kcd_ext import cli, methods, models, terminal
 from kcd_ext.commands import presets
+from kcd_ext.condensation.options import SELECTIONS
 from kcd_ext.condensation.schedules import SCHEDULES
 from kcd_ext.data import images
 from kcd_ext.data.images import load
-from kcd_ext.training.recipe import PRECISIONS, SELECTIONS
+from kcd_ext.training.recipe import PRECISIONS
 
 TIMEOUT = 180
 

@@ -268,7 +268,7 @@ def test_a_teacher_of_other_images_is_measured_on_these(home, here, capfd):
     assert trained_on == f"kcd: warning: teacher {home / 'teacher'} was trained on digits, not on this inverted"
     data, network = inverted().test, models.build("cnn_large", in_channels=1, num_classes=10)
     network.load_state_dict(load_file(home / "teacher" / "student.safetensors"))
-    x = load("digits").train.views.plain(torch.from_numpy(data.images))
+    x = load("digits").train.views.normalize(torch.from_numpy(data.images))
     with torch.no_grad():
         accuracy = 100 * (network.eval()(x).argmax(1).numpy() == data.labels).mean()
     assert warned.startswith(

@@ -525,7 +525,7 @@ def evaluated(home, tmp_path_factory):
 
 def test_what_is_written_of_several_seeds(evaluated):
     data = load("digits").test
-    x = data.views.plain(torch.from_numpy(data.images))
+    x = data.views.normalize(torch.from_numpy(data.images))
     teacher = loaded(evaluated / "two" / "teacher", "cnn_large")
     for seed in (5, 6):
         folder = evaluated / "two" / f"seed-{seed}"

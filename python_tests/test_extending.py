@@ -21,7 +21,7 @@ from kcd_ext import KnowledgeCondenser, cli, files, methods, models
 from kcd_ext.data import load
 from kcd_ext.methods import Batch
 from kcd_ext.training import Condense, Recipe, checkpoint, distill
-from kcd_ext.training.batches import cut
+from kcd_ext.training.batches import split_evenly
 
 ROOT = Path(__file__).parents[1]
 GUIDE = (ROOT / "docs" / "extending.md").read_text()
@@ -128,7 +128,7 @@ def test_the_program(folder, capsys):
     accuracy, visits, asked = map(float, capsys.readouterr().out.split())
     sizes = [DIGITS - 54 * stage for stage in range(6)]  # a stage of one epoch each
     assert accuracy > 60 and visits == sum(sizes)
-    batches = [part.stop - part.start for size in sizes for part in cut(size, 64)]
+    batches = [part.stop - part.start for size in sizes for part in split_evenly(size, 64)]
     assert asked == sum(size // 2 for size in batches)
     lines = files.read_lines(folder / "runs" / "decoupled" / "metrics.jsonl")
     assert all(line["terms"].keys() == {"target", "other"} for line in lines)

@@ -22,10 +22,13 @@ from torch.utils.data import DataLoader, TensorDataset
 from kcd_ext import IndexedDataset, methods, models
 from kcd_ext.evaluation import evaluate
 from kcd_ext.methods import Batch, Method, Outcome
+from kcd_ext.module_state import undone
 from kcd_ext.networks import LogitsAlone, logits_alone, usual_modes
-from kcd_ext.training import Condense, Recipe, checkpoint, distill, loop, rehearsal
+from kcd_ext.randomness import seeded
+from kcd_ext.training import Condense, Recipe, checkpoint, distill
 from kcd_ext.training.batches import LoadedFeed
-from kcd_ext.training.randomness import seeded
+from kcd_ext.training.rehearsal import Rehearsal
+from kcd_ext.training.setup import check_run
 
 TRAIN, TEST = images(24), images(12, seed=1)
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -78,9 +81,9 @@ def assert_equal(one, other):
 # --- the step that is undone ------------------------------------------------------------------------------------------
 
 
-def without_a_step(take, sizes, layouts, outputs):
+def without_a_step(rehearsal, layouts):
     for layout in layouts:
-        layout.to_channels_last()
+        layout.choose(True)
 
 
 @pytest.mark.parametrize(
@@ -94,7 +97,7 @@ def test_the_step_leaves_no_trace_in_the_result(method, changes, monkeypatch):
     found = []
     for patched in (False, True):
         if patched:
-            monkeypatch.setattr(loop, "rehearse", without_a_step)
+            monkeypatch.setattr(Rehearsal, "choose_layouts", without_a_step)
         student, teacher = Net(1), Net(2)
         history = run(student, teacher, method, **changes).history
         lines = [{name: x for name, x in line.items() if not name.endswith("seconds")} for line in history]
@@ -144,7 +147,7 @@ def test_undone_restores_tensors_gradients_modes_and_attributes(fails):
         return parameters, modes, module.steps, module.eager, hasattr(module, "cached"), module.last
 
     before, tensors = state(), copy.deepcopy(module.state_dict())
-    with pytest.raises(KeyError) if fails else nullcontext(), rehearsal.undone(module):
+    with pytest.raises(KeyError) if fails else nullcontext(), undone(module):
         module.train()
         module(torch.randn(4, 3)).sum().backward()
         module.eager = True
@@ -187,7 +190,7 @@ class Mutable(nn.Module):
 def test_undone_restores_what_attributes_hold():
     module, untouched = Mutable(), Mutable()
     held = {name: value for name, value in vars(module).items() if not name.startswith("_")}
-    with rehearsal.undone(module):
+    with undone(module):
         module(torch.randn(4, 3)).sum().backward()
     assert module.head is None and not module._forward_hooks and [*module._modules] == ["fc"]
     assert vars(module).keys() == vars(untouched).keys() and all(vars(module)[name] is held[name] for name in held)
@@ -203,7 +206,7 @@ def test_undone_restores_what_attributes_hold():
 def test_a_buffer_that_a_gradient_reaches_in_place_is_a_leaf_again():
     module = nn.Linear(3, 2)
     module.register_buffer("mean", torch.zeros(2))
-    with rehearsal.undone(module):
+    with undone(module):
         module.mean.add_(module(torch.ones(4, 3)).mean(0))
         assert module.mean.requires_grad
     assert module.mean.is_leaf and not module.mean.requires_grad and not module.mean.any()
@@ -455,7 +458,7 @@ def test_networks_that_use_view_are_trained(method):
         student = Net(1, flatten=flatten)
         run(student, Net(2, flatten=flatten), method)
         results.append(student)
-        student.eval()(TEST.views.plain(torch.from_numpy(TEST.images)))
+        student.eval()(TEST.views.normalize(torch.from_numpy(TEST.images)))
     for one, other in zip(*(bits(net).values() for net in results), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
 
@@ -572,7 +575,7 @@ def test_a_check_leaves_the_warning_to_the_run():
     student, recipe = Net(1, gives=lambda y: (y, None)), Recipe("ce", epochs=1, batch_size=8, device="cpu")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        loop.check_run(student, None, TRAIN, TEST, recipe)
+        check_run(student, None, TRAIN, TEST, recipe)
     with pytest.warns(UserWarning, match="^student gives a tuple") as caught:
         distill(student, None, TRAIN, TEST, recipe)
     assert len(caught) == 1
@@ -705,7 +708,7 @@ def test_scripted_networks_may_give_more_than_logits_and_use_view(monkeypatch):
     found = []
     for patched in (False, True):
         if patched:
-            monkeypatch.setattr(loop, "rehearse", lambda take, sizes, layouts, outputs: None)
+            monkeypatch.setattr(Rehearsal, "choose_layouts", lambda rehearsal, layouts: None)
             monkeypatch.setattr(LogitsAlone, "act_where_found", lambda hook: False)
         with pytest.warns(UserWarning, match="^student gives a tuple of Tensor, Tensor in evaluation mode: its first"):
             student = scripted()
@@ -837,10 +840,10 @@ def test_passes_are_those_of_a_loader_that_starts_anew(workers):
                 assert torch.equal(one.x[:, 0], other.x[:, 0]) and torch.equal(one.label, other.label)
             pids |= {float(pid) for batch in found for pid in batch.x[:, 1].unique()}
             drawn.append(torch.cat([batch.x[:, 0] for batch in found]))
-            next(iter(feed.plain(4)))  # broken off
-            held = feed.plain(4)
+            next(iter(feed.eval_batches(4)))  # broken off
+            held = feed.eval_batches(4)
             next(held)
-            assert len([*feed.plain(7)]) == 4  # while another one is being read
+            assert len([*feed.eval_batches(7)]) == 4  # while another one is being read
             del held
         assert not torch.equal(drawn[0], drawn[1])
         assert len(pids) == max(workers, 1)

@@ -25,6 +25,8 @@ ROOMS = (
     "losses",
     "reference",
     "networks",
+    "module_state",
+    "randomness",
     "environment",
     "ops",
     "knowledge",

@@ -207,7 +207,7 @@ def test_an_interrupted_run_goes_on_with_its_threads(small, monkeypatch, capfd):
     options, set_available = small
     assert cli.main(["distill", *options, "--output", "whole"]) == 0
     assert "kcd: threads 2 for teacher (" in capfd.readouterr().err and threads_in("whole") == {2}
-    keep = RunFolder.keep
+    keep = RunFolder.save_epoch
 
     def interrupted(*arguments):
         keep(*arguments)
@@ -215,7 +215,7 @@ def test_an_interrupted_run_goes_on_with_its_threads(small, monkeypatch, capfd):
 
     for _ in ("teacher", "student"):
         with monkeypatch.context() as patch:
-            patch.setattr(RunFolder, "keep", interrupted)
+            patch.setattr(RunFolder, "save_epoch", interrupted)
             assert cli.main(["distill", *options, "--output", "broken", "--resume"]) == 130
         set_available(1)  # as on another machine
     for path in Path("broken").rglob("config.json"):  # an earlier version wrote the number into checkpoints alone
@@ -235,14 +235,14 @@ def test_other_threads_that_the_user_asks_for_are_warned_of(small, monkeypatch, 
     options, _ = small
     run = ["distill", *options, "--method", "ce", "--output", "run", "--threads"]
     run = [word for word in run if word not in ("--teacher", "cnn_large")]
-    keep = RunFolder.keep
+    keep = RunFolder.save_epoch
 
     def interrupted(*arguments):
         keep(*arguments)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(RunFolder, "keep", interrupted)
+        patch.setattr(RunFolder, "save_epoch", interrupted)
         assert cli.main([*run, "1"]) == 130
     assert threads_in("run") == {1}
     assert cli.main([*run, "2", "--resume"]) == 0

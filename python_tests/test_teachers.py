@@ -28,7 +28,7 @@ from kcd_ext.models import weights
 from kcd_ext.reports import page
 from kcd_ext.reports.tables import results_table
 from kcd_ext.training import Recipe, distill
-from kcd_ext.training.loop import doubt_about
+from kcd_ext.training.diagnosis import doubt_about
 from kcd_ext.training.summary import Summary
 
 DIGITS = ["--data", "digits", "--epochs", "1", "--threads", "1", "--device", "cpu"]
@@ -427,7 +427,7 @@ def test_a_teacher_that_knows_nothing_is_warned_of_before_it_teaches(loaded):
 
 
 def plain(part):
-    return part.views.plain(torch.from_numpy(part.images))
+    return part.views.normalize(torch.from_numpy(part.images))
 
 
 def test_a_student_that_is_better_already_is_told():
@@ -629,9 +629,9 @@ def test_renormalising_changes_nothing_else():
     network = models.build("cnn_small", in_channels=3, num_classes=3).eval()
     state, layers = copy.deepcopy(network.state_dict()), [name for name, _ in network.named_modules()]
     images = torch.from_numpy(coloured().images)
-    expected = network(Views(*HAD).plain(images))
+    expected = network(Views(*HAD).normalize(images))
     assert models.renormalise(network, given=GIVEN, own=HAD) is network
-    x = Views(*GIVEN).plain(images)
+    x = Views(*GIVEN).normalize(images)
     for same in (network, copy.deepcopy(network), torch.compile(network, backend="eager")):
         torch.testing.assert_close(same(x), expected, rtol=1e-4, atol=1e-4)
     assert [*network.state_dict()] == [*state] and [name for name, _ in network.named_modules()] == layers

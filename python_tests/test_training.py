@@ -25,15 +25,16 @@ from kcd_ext.data.images import REGISTRY as DATASETS
 from kcd_ext.data.images import ImageSet
 from kcd_ext.data.views import Views
 from kcd_ext.methods import Batch, Method, Outcome, Pretraining
+from kcd_ext.randomness import seeded
 from kcd_ext.registry import call, resolve
 from kcd_ext.reports import page
 from kcd_ext.reports.tables import results_table
 from kcd_ext.training import Condense, Recipe, Summary, checkpoint, distill
-from kcd_ext.training.batches import cut
+from kcd_ext.training.batches import split_evenly
+from kcd_ext.training.fingerprint import digest_of_samples
 from kcd_ext.training.folder import ENTRIES
-from kcd_ext.training.identity import digest_of_samples
-from kcd_ext.training.loop import EVALUATED, PREPARING
-from kcd_ext.training.randomness import seeded
+from kcd_ext.training.phases import PRETRAINING_SEED_OFFSET
+from kcd_ext.training.run import MIN_EVAL_BATCH_SIZE
 
 CLASSES, FEATURES = 4, 6
 
@@ -202,7 +203,7 @@ def test_pretraining_is_the_loop_written_out_by_hand(tmp_path):
             optimizer = torch.optim.SGD(part.parameters(), rate, momentum=r.momentum, weight_decay=r.weight_decay)
             method.eval(), part.train()
         optimizer.param_groups[0]["lr"] = rate
-        sampler.set_epoch(PREPARING + 1 + epoch)
+        sampler.set_epoch(PRETRAINING_SEED_OFFSET + epoch)
         order, losses = [index for index, _ in sampler], []
         for start, middle, end in ((0, 6, 13), (13, 19, 26), (26, 33, 40)):  # at most 16 a step and 8 a batch
             optimizer.zero_grad()
@@ -364,7 +365,7 @@ def test_workers_change_nothing_and_images_in_memory_are_the_same():
     lie in memory are mixed there, all at once, to the same pixels."""
     images = np.random.default_rng(0).integers(0, 256, (41, 8, 8, 1), dtype=np.uint8)
     held = ImageSet(images, np.arange(41) % 10, Views.of(images))
-    loaded = IndexedDataset(held, lambda image: held.views.plain(torch.from_numpy(image)[None])[0])
+    loaded = IndexedDataset(held, lambda image: held.views.normalize(torch.from_numpy(image)[None])[0])
     weights = []
     for num_workers, train in ((0, loaded), (2, loaded), (0, held)):
         torch.manual_seed(0)
@@ -428,7 +429,7 @@ def test_a_student_that_needs_two_samples_gets_them_at_every_stage():
 @pytest.mark.parametrize("batch_size", [1, 2, 8])
 @pytest.mark.parametrize("size", [1, 2, 7, 8, 9, 16, 17, 40])
 def test_batches_cover_everything_in_order_and_are_alike(size, batch_size):
-    batches = [range(size)[part] for part in cut(size, batch_size)]
+    batches = [range(size)[part] for part in split_evenly(size, batch_size)]
     assert [entry for batch in batches for entry in batch] == list(range(size))
     sizes = list(map(len, batches))
     assert max(sizes) - min(sizes) <= 1 and (min(sizes) > 1 or 1 in (size, batch_size))
@@ -1040,7 +1041,7 @@ def test_distill_checks_before_it_writes(tmp_path, arguments, changes, error, me
 
 
 def test_labels_of_another_shape_further_on_are_no_accuracy():
-    x, size = torch.zeros(FEATURES), EVALUATED
+    x, size = torch.zeros(FEATURES), MIN_EVAL_BATCH_SIZE
     test = [(x, torch.tensor(0))] * size + [(x, torch.tensor([0, 0]))] * size
     with pytest.raises(ValueError, match=rf"labels must have shape \({size},\), got \({size}, 2\)"):
         distill(network(), network(2), Blobs(20), test, recipe())

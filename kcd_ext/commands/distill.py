@@ -8,8 +8,8 @@ from tyro.conf import Positional, arg
 from .. import models
 from ..checks import check_int
 from ..registry import unknown
-from ..training.loop import build_method
 from ..training.recipe import Recipe
+from ..training.setup import build_method
 from . import presets, teachers
 from .options import ALONE, NETWORKS, Images, TrainingOptions
 from .study import TEACHER, Run, Study

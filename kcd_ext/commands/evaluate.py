@@ -15,16 +15,16 @@ from .. import files, terminal
 from ..checks import check_int
 from ..data.images import ImageData, load
 from ..describe import one_line
-from ..environment import versions
+from ..environment import MOST_THREADS, threads, versions
 from ..evaluation import TEMPERATURES, Evaluation, checked_temperatures, evaluate
 from ..reports import page, runs, tables
 from ..reports.comparison import compare
 from ..reports.tables import as_text
 from ..training.batches import feed_of
-from ..training.device import MOST_THREADS, accelerator_on, threads
+from ..training.distributed import accelerator_on
+from ..training.fingerprint import digest, digest_of_samples
 from ..training.folder import WEIGHTS
-from ..training.identity import digest, digest_of_samples
-from ..training.loop import EVALUATED
+from ..training.run import MIN_EVAL_BATCH_SIZE
 from . import teachers
 from .progress import note
 from .study import REPORT
@@ -193,12 +193,12 @@ class _Plan:
             chosen = Threads(self.threads)
         else:
             networks = [(1, self.student), (1, self.teacher)]
-            chosen = by_rule(batch_flops(networks, self.data.test, EVALUATED, device.type), "batch")
+            chosen = by_rule(batch_flops(networks, self.data.test, MIN_EVAL_BATCH_SIZE, device.type), "batch")
         with threads(chosen.count):
             evaluation = evaluate(
                 self.student.to(device),
                 self.teacher.to(device),
-                feed_of(self.data.test, None, device, 0).plain(EVALUATED),
+                feed_of(self.data.test, None, device, 0).eval_batches(MIN_EVAL_BATCH_SIZE),
                 temperatures=temperatures,
                 layers=layers,
                 class_names=self.data.class_names,

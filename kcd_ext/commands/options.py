@@ -12,8 +12,8 @@ from tyro.conf import Fixed, FlagCreatePairsOff, Suppress, arg
 from .. import methods, models, processes
 from ..checks import check_int
 from ..data.images import ImageData, load
+from ..environment import MOST_THREADS
 from ..registry import unknown
-from ..training.device import MOST_THREADS
 from ..training.recipe import Condense, Recipe
 from .study import Run, Study
 

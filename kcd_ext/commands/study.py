@@ -18,15 +18,15 @@ from torch import nn
 from .. import files, processes, terminal
 from ..data.images import ImageData, ImageSet
 from ..data.views import Views
-from ..environment import versions
+from ..environment import threads, versions
 from ..reports import page, ranking, runs
 from ..reports.runs import RUN_GLOBS, TEACHER, Normalisation
 from ..reports.tables import as_text
-from ..training.device import threads
+from ..training.fingerprint import check_same, digest_of_samples
 from ..training.folder import ENTRIES, WEIGHTS
-from ..training.identity import check_same, digest_of_samples
-from ..training.loop import build_method, check_run, distill
+from ..training.loop import distill
 from ..training.recipe import Recipe
+from ..training.setup import build_method, check_run
 from . import teachers
 from .progress import Bar, note, warnings_as_notes
 from .teachers import Teacher

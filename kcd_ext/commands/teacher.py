@@ -6,7 +6,7 @@ from typing import Annotated
 from tyro.conf import arg
 
 from .. import models
-from ..training.loop import build_method
+from ..training.setup import build_method
 from . import presets
 from .options import ALONE, NETWORKS, RecipeArgs, TrainingOptions
 from .study import TEACHER, Run, Study

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from .. import models
 from ..data.images import ImageData
 from ..models.weights import fitted, read
+from ..randomness import seeded
 from ..registry import did_you_mean
 from ..reports.runs import Normalisation, check_weights, network_of, normalisation_of
 from ..training.folder import WEIGHTS
-from ..training.randomness import seeded
 
 
 @dataclass(frozen=True)

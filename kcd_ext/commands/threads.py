@@ -10,8 +10,8 @@ from torch import nn
 from .. import processes
 from ..data.images import ImageSet
 from ..environment import usable_processors
+from ..networks import forward_flops
 from ..reports import runs
-from ..training.flops import forward_flops
 
 # Measured (docs/training.md): with less than twice as many FLOPs a step, a second thread saves a tenth of the time at most on
 # an idle machine. On a busy one threads wait for each other at every operator, and small networks become many times slower.

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..checks import check_bool, check_int, check_non_negative, check_unit_interval, check_used
-from ..registry import one_line, resolve
+from ..describe import one_line
+from ..registry import resolve
 from . import REGISTRY, as_typed, build, unknown_of
 from .features import at_least_float32, full_precision
 from .protocol import Batch, Method, Outcome, Pretraining

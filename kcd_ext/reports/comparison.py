@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ..training.identity import FREE
+from ..training.fingerprint import RESUMABLE_CHANGES
 from ..training.summary import Summary
 from . import ranking, runs
 from .ranking import Ranking
@@ -13,7 +13,12 @@ from .runs import TEACHER, Run
 from .tables import Table
 
 BASELINE = "kd"
-APART = (*FREE, "seed", "condense", "options")  # of a recipe: what runs of one group may differ in, and what has parts
+APART = (
+    *RESUMABLE_CHANGES,
+    "seed",
+    "condense",
+    "options",
+)  # of a recipe: what runs of one group may differ in, and what has parts
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,10 @@ from typing import NamedTuple
 from ..checks import check_float, check_int
 from ..condensation.random_keys import MAX_SEED
 from ..describe import describe
+from ..environment import MOST_THREADS
 from ..evaluation import Evaluation
 from ..files import read_json, read_lines, read_regular
 from ..training import checkpoint
-from ..training.device import MOST_THREADS
 from ..training.folder import SUMS, WEIGHTS
 from ..training.summary import ComparedWith, Summary
 

@@ -1,8 +1,9 @@
-"""Training a student: recipes, the loop, checkpoints, reports. Needs the extra `train`."""
+"""Training a student: recipes, the loop, checkpoints. Needs the extra `train`."""
 
 try:
-    import accelerate as _accelerate  # noqa: F401
     import safetensors as _safetensors  # noqa: F401
+
+    from . import distributed as _distributed  # noqa: F401 - imports accelerate
 except ImportError as error:
     message = f'kcd_ext.training needs the package {error.name}: pip install "kcd-ext[train]"'
     raise ImportError(message, name=error.name) from error

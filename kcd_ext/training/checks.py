@@ -1,7 +1,6 @@
-"""What is found out about data and networks before anything is trained."""
+"""Checks of data, networks and methods before anything is trained."""
 
-from collections.abc import Iterable, Mapping
-from itertools import chain
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -10,17 +9,13 @@ from torch.utils.data import Dataset, default_collate
 
 from ..data import IndexedDataset
 from ..data.images import ImageSet
+from ..data.loading import load_item
+from ..describe import one_line
 from ..methods import Batch, Method, Outcome
-from ..networks import OutputError, logits_alone
-from ..registry import one_line
-from .batches import plain_labels
-from .layout import is_dense
+from ..module_state import is_dense
+from ..networks import OutputError, check_network, logits_alone
+from .batches import flat_labels
 from .recipe import Recipe
-from .sharding import whole
-
-
-class NotFiniteError(ValueError):
-    """The first step of a run holds NaN or an infinity."""
 
 
 def indexed(name: str, dataset: Dataset) -> IndexedDataset | ImageSet:
@@ -69,8 +64,7 @@ def check_networks(
     """
     networks = {"student": student} if teacher is None else {"student": student, "teacher": teacher}
     for name, network in networks.items():
-        if not isinstance(network, nn.Module):
-            raise TypeError(f"{name} must be a torch.nn.Module, got {type(network).__name__}")
+        check_network(name, network)
         for path, parameter in network.named_parameters():
             if not is_lazy(parameter) and parameter.is_inference():
                 raise ValueError(
@@ -123,111 +117,30 @@ def check_outcome(outcome: Outcome, batch: Batch, measure: str, method: str) -> 
         raise ValueError(f"method {method!r} must give logits ({rows}, classes), detached, got {got}")
 
 
-def check_gradients(parameters: dict[str, nn.Parameter]) -> None:
-    """Raises ValueError, naming it, where a parameter had no part in the loss.
-
-    Several processes reduce their gradients in buckets, and one that waits for such a parameter waits for ever.
-    """
-    for name, parameter in parameters.items():
-        if parameter.grad is None:
-            raise ValueError(
-                f"{name} has no part in the loss: with several processes every parameter must have one, or requires_grad=False"
-            )
-
-
-def check_start(
-    outcome: Outcome,
-    batch: Batch,
-    gradients: Mapping[str, Tensor],
-    step: nn.Module,
-    teacher: nn.Module | None,
-    method: str,
-) -> None:
-    """Raise NotFiniteError, naming the cause, where a loss or gradient is not finite before anything is trained.
-
-    `step` holds the student; `gradients` are those to be looked at. Waits for the device.
-    """
-    if _all_finite([outcome.loss, *gradients.values()]):
-        return
-    cause = _broken_sample("train", batch) or _broken_weights("student", step.student)
-    if cause is None and teacher is not None:
-        cause = _broken_weights("teacher", teacher)
-    if cause is None and not is_sound(outcome.logits).all():
-        cause = "student gives logits that are not finite, from finite weights and samples"
-    if cause is None and teacher is not None:
-        cause = _broken_answer("teacher", teacher, "train", batch)
-    if cause is None and not outcome.loss.isfinite():
-        cause = f"method {method!r} gives a loss of {outcome.loss.item()}, from finite logits"
-    if cause is None:
-        name = next(name for name, gradient in gradients.items() if not _all_finite([gradient]))
-        cause = f"method {method!r} gives {name} a gradient that is not finite"
-    raise NotFiniteError(f"nothing can be trained: {cause}")
-
-
-def broken(part: str, batches: Iterable[Batch], networks: Mapping[str, nn.Module]) -> str | None:
-    """Return which is the first sample that is not finite, or whose logits by one of these networks are not; None: none is.
-
-    The networks are called in evaluation mode, in which they stay.
-    """
-    for batch in batches:
-        found = _broken_sample(part, batch)
-        for name, network in networks.items():
-            found = found or _broken_answer(name, network, part, batch)
-        if found:
-            return found
-    return None
-
-
-def _broken_sample(part: str, batch: Batch) -> str | None:
-    finite = batch.x.isfinite().reshape(len(batch.x), -1).all(1)
-    if finite.all():
-        return None
-    place = int(finite.int().argmin())
-    kind = "NaN" if batch.x[place].isnan().any() else "an infinity"
-    return f"{part}[{int(batch.index[place])}] holds {kind}"
-
-
-def _broken_weights(name: str, network: nn.Module) -> str | None:
-    for path, tensor in chain(network.named_parameters(), network.named_buffers()):
-        if not _all_finite([tensor]):
-            kind = "NaN" if whole(tensor.detach()).isnan().any() else "an infinity"
-            return f"the {name}'s {path} holds {kind} before training"
-    return None
-
-
-def _broken_answer(name: str, network: nn.Module, part: str, batch: Batch) -> str | None:
-    with torch.no_grad():
-        sound = is_sound(network.eval()(batch.x))
-    if sound.all():
-        return None
-    place = int(batch.index[int(sound.int().argmin())])
-    return f"the {name} gives logits that are not finite for {part}[{place}], which is finite"
-
-
-def is_sound(logits: Tensor) -> Tensor:
-    """Return whether the highest of a sample's logits (b, classes) is finite, (b,) bool; other classes may have -inf."""
-    return logits.amax(-1).isfinite()
-
-
-def _all_finite(tensors: Iterable[Tensor]) -> bool:
-    return bool(torch.stack([whole(tensor.detach()).isfinite().all() for tensor in tensors]).all())
+def check_same_parts(saved: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
+    """Raise ValueError, naming the first difference, where a checkpoint is of another student or method."""
+    for name in [*own, *sorted(saved)]:
+        shapes = [tuple(state[name].shape) if name in state else None for state in (saved, own)]
+        if shapes[0] != shapes[1]:
+            was, is_ = ("missing" if shape is None else f"of shape {shape}" for shape in shapes)
+            raise ValueError(f"student is not the one of the checkpoint: {name} is {was} there, {is_} here")
+        if saved[name].dtype != own[name].dtype:
+            dtypes = f"{saved[name].dtype} there, {own[name].dtype} here"
+            raise ValueError(f"student is not the one of the checkpoint: {name} is {dtypes}")
 
 
 def _sample(part: str, dataset: IndexedDataset | ImageSet) -> tuple[Tensor, Tensor]:
-    """The first sample as a batch of one, and its label; of images in memory all labels."""
+    """Return the first sample as a batch of one, and its label; of images in memory all labels."""
     if isinstance(dataset, ImageSet):
         images, labels = dataset.tensors(torch.device("cpu"))
-        return dataset.views.plain(images[:1]), labels
-    try:
-        x, label, _ = default_collate([dataset[0]])
-    except Exception as error:  # the data set and its transform are the user's: they raise what they like
-        raise ValueError(f"{part}[0] cannot be loaded: {type(error).__name__}: {one_line(error)}") from error
+        return dataset.views.normalize(images[:1]), labels
+    x, label, _ = default_collate([load_item(part, dataset, 0)])
     if not isinstance(x, Tensor):
         raise TypeError(f"{part} must give items that collate to one tensor, got {type(x).__name__}")
     if not isinstance(label, Tensor) or label.dtype != torch.int64 or label.shape not in ((1,), (1, 1)):
         got = f"{label.dtype} {tuple(label.shape)}" if isinstance(label, Tensor) else type(label).__name__
         raise ValueError(f"{part} must give labels that collate to int64 (b,) or (b, 1), got {got} for b = 1")
-    return x, plain_labels(label)
+    return x, flat_labels(label)
 
 
 def _classes(name: str, network: nn.Module, x: Tensor, part: str) -> int:

@@ -1,11 +1,10 @@
-"""What makes two runs the same run: all that decides the result, small enough to be kept in a checkpoint."""
+"""The fingerprint of a run: all that decides its result, small enough to be kept in a checkpoint."""
 
 import hashlib
 from collections.abc import Mapping
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 
@@ -13,30 +12,30 @@ from ..data import IndexedDataset
 from ..data.images import ImageSet
 from ..describe import brief
 from ..models.normalisation import renormalisation
-from .randomness import seeded
+from ..randomness import seeded
+from .distributed import Accelerator, full_state_dict
 from .recipe import Recipe
-from .sharding import whole
 
 PROBED = 5  # samples of a data set that are looked at, the first and the last among them
-FREE = ("device", "name")  # of a recipe: where a run computes and what it is called may change
-OF_A_STEP = ("batch_size", "gradient_accumulation")  # may change together with the number of processes
+RESUMABLE_CHANGES = ("device", "name")  # of a recipe, which a resumed run may have otherwise
+STEP_SIZE = ("batch_size", "gradient_accumulation")  # may change together with the number of processes
 
 
-def identity_of(
+def fingerprint(
     recipe: Recipe,
     teacher: nn.Module | None,
     train: IndexedDataset | ImageSet,
     test: IndexedDataset | ImageSet,
     accelerator: Accelerator,
 ) -> dict[str, object]:
-    """As JSON. The student is not in it: a run that goes on takes its weights from the checkpoint."""
+    """Return the fingerprint as JSON. The student is not in it: a resumed run takes its weights from the checkpoint."""
     return {
         "recipe": recipe.as_json(),
         "train": len(train),
         "test": len(test),
         "train_samples": digest_of_samples(train),
         "test_samples": digest_of_samples(test),
-        "teacher": None if teacher is None else digest(whole(teacher.state_dict())),
+        "teacher": None if teacher is None else digest(full_state_dict(teacher.state_dict())),
         "teacher_input": None if teacher is None else renormalisation(teacher),  # the same weights can be given others
         "precision": accelerator.mixed_precision,
         "processes": accelerator.num_processes,
@@ -44,10 +43,11 @@ def identity_of(
 
 
 def check_same(saved: Mapping, mine: Mapping, path: object) -> None:
-    """Raises ValueError, naming the first difference, unless the run in `path` may go on as this one."""
-    free = FREE if saved.get("processes") == mine["processes"] else FREE + OF_A_STEP
+    """Raise ValueError, naming the first difference, unless the run in `path` may go on as this one."""
+    free = RESUMABLE_CHANGES if saved.get("processes") == mine["processes"] else RESUMABLE_CHANGES + STEP_SIZE
+    recipe = saved["recipe"] if isinstance(saved.get("recipe"), Mapping) else {}
     pairs = [(key, saved.get(key), value) for key, value in mine.items() if key not in ("recipe", "processes")]
-    pairs += [(key, saved["recipe"].get(key), value) for key, value in mine["recipe"].items() if key not in free]
+    pairs += [(key, recipe.get(key), value) for key, value in mine["recipe"].items() if key not in free]
     for key, old, new in pairs:
         if old != new:
             key, old, new = _first_difference(key, old, new)
@@ -69,7 +69,7 @@ def _first_difference(key: str, old: object, new: object) -> tuple[str, object, 
 
 
 def digest(tensors: Mapping[str, object]) -> str:
-    """16 hexadecimal digits of the names, dtypes, shapes and bytes of the tensors among these."""
+    """Return 16 hexadecimal digits of the names, dtypes, shapes and bytes of the tensors among these."""
     sha = hashlib.sha256()
     for name, tensor in tensors.items():
         if isinstance(tensor, Tensor):
@@ -79,7 +79,7 @@ def digest(tensors: Mapping[str, object]) -> str:
 
 
 def digest_of_samples(dataset: IndexedDataset | ImageSet) -> str:
-    """`digest` of a few samples and their labels, whatever the state of the generators that transforms draw from.
+    """Return the `digest` of a few samples and their labels, whatever the state of the generators that transforms draw from.
 
     Of images in memory it is that of all of them, and names their views.
     """
