@@ -27,7 +27,7 @@ def show(*lines: str) -> None:
 
 def say(*parts: str) -> None:
     """Print one line on stderr: who says it, and the parts that are not empty, with colons between them."""
-    name = f"kcd: process {processes.number()}" if processes.number() else "kcd"
+    name = f"kcd: process {processes.rank()}" if processes.rank() else "kcd"
     line = ": ".join([name, *filter(None, parts)])
     with suppress(OSError):  # of a stderr that is full or has no reader: the exit code still tells
         print(printable(line if len(line) <= LONGEST else f"{line[:LONGEST]}..."), file=sys.stderr)

@@ -102,7 +102,7 @@ class Demo:
             OSError: a file cannot be written; an earlier demo in `output` is as it was.
             KeyboardInterrupt: with a message that says where the finished runs are.
         """
-        if processes.count() > 1:
+        if processes.world_size() > 1:
             raise ValueError("kcd demo runs in one process: start it without torchrun and accelerate launch")
         plan = self._plan()
         data = load(self.data)

@@ -6,13 +6,13 @@ from typing import Annotated
 
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
-from .. import methods, models, processes
+from .. import models, processes
 from ..checks import check_int
 from ..registry import unknown
 from ..training.loop import build_method
 from ..training.recipe import Recipe
 from . import presets, teachers
-from .options import ALONE, NETWORKS, Images, Said, as_json, checked_threads, slug
+from .options import ALONE, NETWORKS, Images, RecipeArgs, as_json, checked_threads, slug
 from .study import TEACHER, Job
 from .teachers import Teacher
 
@@ -52,14 +52,14 @@ class Distill:
     """Goes on with what an interrupted command of the same options has left there."""
     threads: int | None = None
     """Threads of torch on the CPU. None: those of the run that goes on, else one for every 16 GFLOPs of a training step."""
-    recipe: Annotated[Said, arg(name="")] = field(default_factory=Said)
+    recipe: Annotated[RecipeArgs, arg(name="")] = field(default_factory=RecipeArgs)
 
-    def implied(self) -> "Distill":
+    def defaults(self) -> "Distill":
         """The defaults of all options that are not given: those of RECIPE, and of kc- before the method.
 
         Raises ValueError for a RECIPE that there is not.
         """
-        default = Distill(recipe=self.recipe.implied())
+        default = Distill(recipe=self.recipe.defaults())
         if self.preset:
             pair = self._pair
             recipe, images = replace(default.recipe, lr=pair.lr), Images("cifar100")
@@ -67,10 +67,6 @@ class Distill:
             own = {"teacher": pair.teacher, "student": pair.student, "teacher_lr": teacher_lr}
             default = replace(default, recipe=recipe, images=images, **own)
         return default
-
-    def method_options(self) -> tuple[str, list[methods.Option]]:
-        """As `Said.method_options`."""
-        return self.recipe.method_options()
 
     def run(self) -> None:
         """Checks everything, trains, writes the report and prints the table.
@@ -80,7 +76,7 @@ class Distill:
             OSError: a file cannot be written; what was finished before is intact.
             KeyboardInterrupt: with a message that says how to go on.
         """
-        with processes.first_one_says():
+        with processes.report_on_rank_zero():
             job = self._job().checked()
         job.run()
 
@@ -96,7 +92,7 @@ class Distill:
     def _job(self) -> Job:
         check_int("seeds", self.seeds, 1)
         data = self.images.load()
-        first = self.recipe.of_method()
+        first = self.recipe.resolve_method()
         recipes = [replace(first, seed=seed) for seed in range(first.seed, first.seed + self.seeds)]
         student, teacher = self._network("student"), None
         if build_method(first).needs_teacher:
@@ -123,7 +119,7 @@ class Distill:
 
     def _check_effect(self, recipe: Recipe, teacher: Teacher | None) -> None:
         """Raises ValueError for what the user has said of a teacher that there is not, or is trained already."""
-        implied = self.implied()
+        implied = self.defaults()
         for name in ("teacher", "teacher_network", "teacher_lr"):
             said = getattr(self, name)
             if said == getattr(implied, name):

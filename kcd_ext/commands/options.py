@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated
@@ -62,7 +62,7 @@ class Images:
 
 
 @dataclass(frozen=True)
-class Said(Recipe):
+class RecipeArgs(Recipe):
     """A recipe as the command line says it."""
 
     options: Annotated[Mapping[str, str], arg(metavar="[NAME VALUE ...]")] = field(default_factory=dict)
@@ -72,9 +72,9 @@ class Said(Recipe):
     num_workers: Suppress[Fixed[int]] = 0
     """There is nothing to load: all that a command trains on lies in memory."""
 
-    def implied(self) -> "Said":
+    def defaults(self) -> "RecipeArgs":
         """The defaults of what is not given, which the method decides."""
-        return replace(Said(), condense=Condense()) if self.method.startswith(CONDENSED) else Said()
+        return replace(RecipeArgs(), condense=Condense()) if self.method.startswith(CONDENSED) else RecipeArgs()
 
     @property
     def plain_method(self) -> str:
@@ -94,8 +94,19 @@ class Said(Recipe):
         found = methods.options_of(self.plain_method)
         return self.method, [option for option in found if option.name not in own]
 
-    def of_method(self) -> "Said":
-        """With the method's own name, what goes before it taken away."""
+    def check_unread(self, words: Sequence[str]) -> None:
+        """Raise ValueError if one of the words, which are no options of the command, is an option of the method."""
+        names = [option.name for option in self.method_options()[1]] if words else []
+        for word in words:
+            option = word.partition("=")[0]
+            name = option.lstrip("-").replace("-", "_")
+            if option.startswith("--") and name in names:
+                raise ValueError(
+                    f"unrecognized option {option}: method {self.method} takes it, as --options {name} VALUE"
+                )
+
+    def resolve_method(self) -> "RecipeArgs":
+        """Return the recipe with the `kc-` prefix removed from `method`, and the method's options as it takes them."""
         method = self.plain_method
         if method == self.method and not self.condense.shrinks_the_set:  # where keep is 1 because nobody gave it
             for option in fields(self.condense):

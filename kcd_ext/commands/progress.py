@@ -42,14 +42,14 @@ class Bar:
 @contextmanager
 def bar_over(runs: int, epochs: int) -> Iterator[Bar]:
     """None is drawn where nobody watches: a log file would be filled with it."""
-    hidden = True if processes.number() else None
+    hidden = True if processes.rank() else None
     with tqdm(total=runs * epochs, unit="epoch", disable=hidden) as bar:
         yield Bar(bar, epochs)
 
 
 def note(text: str) -> None:
     """A line for whoever watches, above the bar where there is one."""
-    if processes.number() == 0:
+    if processes.rank() == 0:
         with tqdm.external_write_mode(file=sys.stderr):
             say(" ".join(text.split()))
 

@@ -84,7 +84,7 @@ class Job:
             OSError: a file cannot be written; what was finished before is intact.
             KeyboardInterrupt: with a message that says how to go on.
         """
-        first = processes.number() == 0
+        first = processes.rank() == 0
         with files.alone_in(self.output) if first else nullcontext():
             if first:
                 self._check_output()
@@ -154,7 +154,7 @@ class Job:
         if moved and there.get("train_samples") == digest_of_samples(self.data.train):
             del facts["spec"]  # the same images, wherever they lie by now
         facts = {name: fact for name, fact in facts.items() if name in there}  # not all that a library's run need say
-        facts |= {"processes": processes.count(), "recipe": recipe.as_json()}
+        facts |= {"processes": processes.world_size(), "recipe": recipe.as_json()}
         check_same(there, json.loads(json.dumps(facts)), folder)
 
     def _taken(self) -> list[str]:

@@ -6,10 +6,10 @@ from typing import Annotated
 
 from tyro.conf import FlagCreatePairsOff, arg
 
-from .. import methods, models, processes
+from .. import models, processes
 from ..training.loop import build_method
 from . import presets
-from .options import ALONE, NETWORKS, Images, Said, as_json, checked_threads, slug
+from .options import ALONE, NETWORKS, Images, RecipeArgs, as_json, checked_threads, slug
 from .study import TEACHER, Job
 
 
@@ -31,19 +31,15 @@ class Train:
     threads: int | None = None
     """Threads of torch on the CPU. None: those of the run that goes on, else one for every 16 GFLOPs of a training step."""
     images: Annotated[Images, arg(name="")] = field(default_factory=Images)
-    recipe: Annotated[Said, arg(name="")] = field(default_factory=lambda: Said(method=ALONE))
+    recipe: Annotated[RecipeArgs, arg(name="")] = field(default_factory=lambda: RecipeArgs(method=ALONE))
 
-    def implied(self) -> "Train":
+    def defaults(self) -> "Train":
         """The defaults of all options that are not given."""
-        return Train(recipe=replace(self.recipe.implied(), method=ALONE))
-
-    def method_options(self) -> tuple[str, list[methods.Option]]:
-        """As `Said.method_options`."""
-        return self.recipe.method_options()
+        return Train(recipe=replace(self.recipe.defaults(), method=ALONE))
 
     def run(self) -> None:
         """As `Distill.run`."""
-        with processes.first_one_says():
+        with processes.report_on_rank_zero():
             job = self._job().checked()
         job.run()
 
@@ -52,7 +48,7 @@ class Train:
         network = pair.teacher if self.network is None and pair else models.canonical(self.network)
         if network is None:
             raise ValueError(f"--network must be given: none goes with data {self.images.data!r}")
-        recipe = replace(self.recipe.of_method(), name=self.recipe.name or TEACHER)
+        recipe = replace(self.recipe.resolve_method(), name=self.recipe.name or TEACHER)
         if build_method(recipe).needs_teacher:
             raise ValueError(f"method {recipe.method!r} needs a teacher: take {ALONE}, or kcd distill")
         name = "-".join((self.images.slug, slug(network), TEACHER, str(recipe.seed)))

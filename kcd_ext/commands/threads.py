@@ -40,7 +40,7 @@ def available() -> int:
     The processors that it may use are divided among the processes of the command on this machine; where torch takes fewer threads
     of its own accord, as OMP_NUM_THREADS makes it, these are all.
     """
-    usable = len(usable_processors()) // processes.count_here()
+    usable = len(usable_processors()) // processes.local_world_size()
     return max(1, min(usable, torch.get_num_threads()))
 
 

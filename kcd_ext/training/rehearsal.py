@@ -15,7 +15,6 @@ from torch.nn.parameter import is_lazy
 
 from ..methods import Batch, Method, Outcome, Pretraining
 from ..networks import LogitsAlone, OutputError
-from ..processes import is_left_alone
 from . import sharding
 from .checks import NotFiniteError, check_gradients, check_outcome, check_start
 from .layout import Layout, is_expanded
@@ -66,9 +65,7 @@ class Rehearsal:
             except OutputError:
                 raise
             except Exception as error:
-                if isinstance(error, torch.OutOfMemoryError) or (
-                    isinstance(error, RuntimeError) and is_left_alone(error)
-                ):
+                if isinstance(error, torch.OutOfMemoryError | torch.distributed.DistError):
                     raise  # there are handlers for it, and it is of no network's doing
                 told = _told(error)
                 if running:

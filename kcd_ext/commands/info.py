@@ -1,0 +1,16 @@
+"""`kcd info`: what a bug report needs. It works without any extra installed."""
+
+from dataclasses import dataclass
+
+from .. import environment, terminal
+
+
+@dataclass(frozen=True)
+class Info:
+    """Prints versions, instruction sets and devices, to paste into a bug report."""
+
+    def run(self) -> None:
+        """Print one fact a line."""
+        facts = environment.describe()
+        width = max(map(len, facts))
+        terminal.show(*(f"{name.ljust(width)}  {fact}" for name, fact in facts.items()))
