@@ -83,7 +83,7 @@ _inside: ContextVar[frozenset[tuple[int, int, int]]] = ContextVar(
 
 
 @contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
+def folder_lock(folder: Path) -> Iterator[None]:
     """Inside, nobody else is. The folder is made where there is none, and taken away again if nothing came into it.
 
     Who is alone there may enter again: the run of a command that has entered its folder. The lock is the kernel's, on

@@ -767,14 +767,10 @@ def test_bad_input_of_a_report(arguments, message, home, here, capfd):
 
 
 @pytest.mark.parametrize("command", ["distill", "teacher", "report", "evaluate", "demo", "info"])
-def test_help_lists_the_options(command, monkeypatch, capsys):
-    monkeypatch.setenv("COLUMNS", "80")
+def test_help_lists_the_options(command, capsys):
     assert cli.main([command, "--help"]) == 0
     out = capsys.readouterr().out
-    assert (
-        out.startswith(f"usage: kcd {command}")
-        and max(len(line) for line in out.splitlines() if line[:1] in ("│", "|")) <= 80
-    )
+    assert out.startswith(f"usage: kcd {command}")
     assert ("cifar100-vgg13-mobilenet_v2" in out) == (command == "distill")
 
 

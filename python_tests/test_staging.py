@@ -173,46 +173,46 @@ def test_one_at_a_time_is_in_a_folder(tmp_path):
     refused = pytest.raises(
         FileExistsError, match=f"another kcd is running in {folder}: wait for it, or choose another"
     )
-    with files.alone_in(folder):
-        assert entered(files.alone_in(folder)) and list(folder.iterdir()) == []  # a command's own run
+    with files.folder_lock(folder):
+        assert entered(files.folder_lock(folder)) and list(folder.iterdir()) == []  # a command's own run
         with refused:
-            elsewhere(lambda: entered(files.alone_in(folder)))
+            elsewhere(lambda: entered(files.folder_lock(folder)))
         with refused:
             elsewhere(lambda: entered(RunFolder.opened(folder, {}, resume=True, writes=True)))
         assert elsewhere(lambda: entered(RunFolder.opened(folder, {}, resume=True, writes=False)))  # another rank
-        assert entered(files.alone_in(folder / "teacher")) and folder.exists()
+        assert entered(files.folder_lock(folder / "teacher")) and folder.exists()
     assert list(tmp_path.iterdir()) == []
-    with pytest.raises(KeyError), files.alone_in(folder):
+    with pytest.raises(KeyError), files.folder_lock(folder):
         (folder / "config.json").write_text("{}")
         raise KeyError
-    assert elsewhere(lambda: entered(files.alone_in(folder))) and contents(folder) == {"config.json": "{}"}
+    assert elsewhere(lambda: entered(files.folder_lock(folder))) and contents(folder) == {"config.json": "{}"}
 
 
 def test_who_is_killed_leaves_the_folder_to_others(tmp_path):
     child = os.fork()
     if child == 0:
-        with files.alone_in(tmp_path / "run"):
+        with files.folder_lock(tmp_path / "run"):
             (tmp_path / "run" / "begun").write_text("")
             time.sleep(60)
         os._exit(0)
     while not (tmp_path / "run" / "begun").exists():
         time.sleep(0.001)
     with pytest.raises(FileExistsError, match="another kcd is running"):
-        entered(files.alone_in(tmp_path / "run"))
+        entered(files.folder_lock(tmp_path / "run"))
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    assert entered(files.alone_in(tmp_path / "run"))
+    assert entered(files.folder_lock(tmp_path / "run"))
 
 
 def test_what_was_forked_inside_does_not_keep_others_out(tmp_path):
-    with files.alone_in(tmp_path / "run"):
+    with files.folder_lock(tmp_path / "run"):
         child = os.fork()
         if child == 0:
             time.sleep(60)
             os._exit(0)
         (tmp_path / "run" / "begun").write_text("")
     try:
-        assert elsewhere(lambda: entered(files.alone_in(tmp_path / "run")))
+        assert elsewhere(lambda: entered(files.folder_lock(tmp_path / "run")))
     finally:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
@@ -226,7 +226,7 @@ def test_where_folders_cannot_be_locked_everybody_enters(tmp_path, monkeypatch):
         return flock
 
     monkeypatch.setattr(fcntl, "flock", fails(errno.ENOLCK))
-    assert entered(files.alone_in(tmp_path / "run"))
+    assert entered(files.folder_lock(tmp_path / "run"))
     monkeypatch.setattr(fcntl, "flock", fails(errno.EIO))
     with pytest.raises(OSError, match="Input/output error"):
-        entered(files.alone_in(tmp_path / "run"))
+        entered(files.folder_lock(tmp_path / "run"))

@@ -78,7 +78,7 @@ class Evaluate:
         left_out: list[str] = []
         with ExitStack() as stack:
             for home in homes:
-                stack.enter_context(files.alone_in(home))
+                stack.enter_context(files.folder_lock(home))
             loaded, found = cache(_loaded), cache(teachers.find)  # runs of several seeds share both
             plans = self._attempted(asked, lambda folder: self._plan(folder, loaded, found), left_out)
             homes = _checked_homes(homes, plans)

@@ -42,7 +42,7 @@ class Staging:
             FileExistsError: `partial` holds an interrupted command and `resume` is False, or another process works there.
             OSError: it cannot be written, or `output` cannot be replaced. Nothing has changed.
         """
-        with files.alone_in(self.partial):
+        with files.folder_lock(self.partial):
             self._settle()
             if not resume and any(self.partial.iterdir()):
                 raise FileExistsError(

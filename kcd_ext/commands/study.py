@@ -85,7 +85,7 @@ class Job:
             KeyboardInterrupt: with a message that says how to go on.
         """
         first = processes.rank() == 0
-        with files.alone_in(self.output) if first else nullcontext():
+        with files.folder_lock(self.output) if first else nullcontext():
             if first:
                 self._check_output()
                 if self.resume and not self._taken():

@@ -60,7 +60,7 @@ class RunFolder:
 
         Raises what RunFolder does, and FileExistsError while another one is.
         """
-        with files.alone_in(path) if writes else nullcontext():
+        with files.folder_lock(path) if writes else nullcontext():
             yield cls(path, identity, resume)
 
     @property
