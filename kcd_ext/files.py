@@ -1,16 +1,16 @@
 """Files: read where they are regular ones, written as the old one or the new one, whole; folders one process at a time works in."""
 
 import errno
-import fcntl
 import json
 import os
 import shutil
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from contextvars import ContextVar
 from pathlib import Path
 from typing import BinaryIO, TypeVar
+
+from filelock import FileLock, Timeout
 
 from .registry import one_line
 
@@ -74,67 +74,45 @@ def _check(mode: int, path: str | os.PathLike) -> None:
         raise ValueError(f"{path}: must be a regular file, is {kind}")
 
 
-# What flock says where folders cannot be locked, as on some network file systems.
+LOCK = ".kcd.lock"  # in a folder while a process works there
+# What flock says where files cannot be locked, as on some network file systems.
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EBADF)
-
-_inside: ContextVar[frozenset[tuple[int, int, int]]] = ContextVar(
-    "folders that this thread is alone in", default=frozenset()
-)
 
 
 @contextmanager
 def folder_lock(folder: Path) -> Iterator[None]:
-    """Inside, nobody else is. The folder is made where there is none, and taken away again if nothing came into it.
+    """Keep other processes and threads out of a folder. It is made if there is none, and removed again if it stays empty.
 
-    Who is alone there may enter again: the run of a command that has entered its folder. The lock is the kernel's, on
-    the folder itself: no file is left, it moves with the folder, and if the process is killed it ends with it and those
-    it has forked. Where folders cannot be locked everybody enters.
+    The thread that holds the lock may enter again, as the run of a command does. The kernel releases the lock of a
+    process that is killed. Where files cannot be locked, everyone enters.
 
     Raises:
         FileExistsError: another process, or another thread, is inside.
-        OSError: the folder cannot be made or read.
+        OSError: the folder cannot be made, or nothing can be written there.
     """
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    file = folder.resolve() / LOCK
+    lock = FileLock(file, is_singleton=True)
     try:
-        found = os.fstat(descriptor)
-        name = os.getpid(), found.st_dev, found.st_ino
-        if name in _inside.get():
-            yield
-            return
-        _lock(descriptor, folder)
-        token = _inside.set(_inside.get() | {name})
         try:
-            yield
-        finally:
-            _inside.reset(token)
-            if os.getpid() == name[0]:  # not a process that was forked inside, and ends here
-                if _is_at(folder, descriptor):
-                    with suppress(OSError):  # not empty
-                        for path in made:
-                            path.rmdir()
-                with suppress(OSError):  # closing it does not do where a forked process holds it too
-                    fcntl.flock(descriptor, fcntl.LOCK_UN)
+            lock.acquire(blocking=False)
+        except Timeout:
+            message = f"another kcd is running in {folder}: wait for it, or choose another --output"
+            raise FileExistsError(message) from None
+        except OSError as error:
+            if made or error.errno in NO_LOCKS:  # else the file may be another process's
+                file.unlink(missing_ok=True)
+            if error.errno not in NO_LOCKS:
+                raise
+        yield
     finally:
-        os.close(descriptor)
-
-
-def _lock(descriptor: int, folder: Path) -> None:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise FileExistsError(f"another kcd is running in {folder}: wait for it, or choose another --output") from None
-    except OSError as error:
-        if error.errno not in NO_LOCKS:
-            raise
-    if not _is_at(folder, descriptor):
-        raise FileExistsError(f"another kcd has just ended in {folder}: start again")
-
-
-def _is_at(folder: Path, descriptor: int) -> bool:
-    """Whether the path still leads to what is open."""
-    return folder.exists() and os.path.samestat(os.stat(folder), os.fstat(descriptor))
+        if lock.lock_counter == 1:
+            file.unlink(missing_ok=True)  # before the release: whoever is next makes a new one
+        lock.release()
+        with suppress(OSError):  # not empty
+            for path in made:
+                path.rmdir()
 
 
 def write_bytes(path: Path, content: bytes) -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import struct
 import subprocess
@@ -33,7 +34,7 @@ ENTRIES = {
 }
 METHODS = ["teacher", "student", "kd", "random", "kc-kd"]
 SMALL = ["demo", "--data", "digits", "--epochs", "6", "--threads", "1", "--device", "cpu"]
-WITH_TESTS = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+WITH_TESTS = {**os.environ, "PYTHONPATH": f"{Path(__file__).parent}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
 
 
 def without_seconds(folder):
@@ -151,65 +152,73 @@ def running(tmp_path):
 
 @pytest.mark.slow
 def test_interrupted_demos_lose_nothing_and_go_on(demo, running, tmp_path):
-    earlier = tmp_path / "runs" / "demo"
+    earlier, previous = tmp_path / "runs" / "demo", tmp_path / "runs" / "demo.previous"
     earlier.mkdir(parents=True)
     (earlier / "config.json").write_text('{"command": "kcd demo"}')
-    (earlier / "summary.json").write_text("the earlier one")
+    (earlier / "report.html").write_text("the earlier one")
     (earlier / "notes.txt").write_text("the user's")
-    before = contents(earlier)
+    before = {path.name: content for path, content in contents(earlier).items()}
 
-    runs = "runs/demo.partial/checkpoint"
+    runs = "runs/demo/checkpoint"
     code, out, _ = running(f"{runs}/seed-3/teacher/metrics.jsonl", signal.SIGKILL)
-    assert (code, out) == (-signal.SIGKILL, "") and contents(earlier) == before
+    assert (code, out) == (-signal.SIGKILL, "")
+    assert {path.name: content for path, content in contents(previous).items()} == before
     code, out, error = running(f"{runs}/seed-3/random/metrics.jsonl", signal.SIGINT, "--resume")
-    assert (code, out, error.count("\n")) == (130, "", 1)
-    assert error.startswith("kcd: interrupted: finished runs are in ") and "--resume" in error
-    assert contents(earlier) == before
+    assert (code, out, error) == (130, "", "kcd: interrupted: --resume goes on with what is in runs/demo\n")
+    finished = json.loads((earlier / "summary.json").read_text())["results"]
+    assert [r["method"] for r in finished] == METHODS[:3]
     everything = contents(tmp_path)
     for options, message in (
-        ([], r"kcd: an interrupted demo is in .*demo.partial: --resume goes on with it, or remove it"),
-        (["--resume", "--keep", "0.5"], "was started with --keep 0.7, got 0.5"),
-        (["--resume", "--data", f"{__name__}:constant"], "was started with --data digits, got test_cli:constant"),
+        ([], r"kcd: output runs/demo holds a config.json already: --resume goes on with a run, or choose another"),
+        (["--resume", "--keep", "0.5"], "random was run with condense.keep=0.7, got condense.keep=0.5"),
+        (["--resume", "--lr", "0.1"], "seed-3/teacher was run with lr=0.05, got lr=0.1"),
+        (["--resume", "--data", f"{__name__}:constant"], "seed-3/teacher was run with spec='digits', got spec='test_"),
+        (["--resume", "--seeds", "1"], "runs/demo holds checkpoint/seed-3/kd, which is none of these runs"),
     ):
         refused = commands.run(*SMALL, "--seeds", 3, 1, *options, cwd=tmp_path, env=WITH_TESTS)
         assert (refused.returncode, refused.stderr.count("\n")) == (2, 1) and re.search(message, refused.stderr)
         assert contents(tmp_path) == everything
-    finished = json.loads((tmp_path / "runs/demo.partial/summary.json").read_text())["results"]
-    assert [r["method"] for r in finished] == METHODS[:3]
 
     done = commands.run(*SMALL, "--seeds", 3, 1, "--resume", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert without_seconds(earlier) == without_seconds(demo[0])
-    assert {path.name for path in earlier.iterdir()} == ENTRIES | {"notes.txt"}
-    assert (earlier / "notes.txt").read_text() == "the user's"
-    assert not (tmp_path / "runs" / "demo.partial").exists()
+    assert {path.name for path in earlier.iterdir()} == ENTRIES
+    assert {path.name: content for path, content in contents(previous).items()} == before
+
+    shutil.rmtree(previous)
+    small = ["demo", "--data", "digits", "--epochs", "2", "--keep", "0.5", "--threads", "1", "--device", "cpu"]
+    for results in ([3, 1], [0]):  # what was there before the first and the second time
+        done = commands.run(*small, cwd=tmp_path)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert json.loads((previous / "summary.json").read_text())["seeds"] == results
+    (previous / "notes.txt").write_text("the user's")
+    everything = contents(tmp_path)
+    refused = commands.run(*small, cwd=tmp_path)
+    assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
+    assert f"{previous} holds a notes.txt: move it away" in refused.stderr and contents(tmp_path) == everything
 
 
 @pytest.mark.slow
 def test_a_second_demo_on_one_output_is_refused(running, tmp_path):
     def second():
-        for resume in ([], ["--resume"]):
+        for resume, message in (
+            ([], "output runs/demo holds a config.json already"),
+            (["--resume"], "another kcd is ru"),
+        ):
             done = commands.run(*SMALL, "--seeds", 3, 1, *resume, cwd=tmp_path)
             assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-            assert done.stderr.startswith("kcd: another kcd is running in ")
+            assert done.stderr.startswith(f"kcd: {message}")
 
-    code, _, error = running(
-        "runs/demo.partial/checkpoint/seed-3/teacher/metrics.jsonl", signal.SIGINT, meanwhile=second
-    )
+    code, _, error = running("runs/demo/checkpoint/seed-3/teacher/metrics.jsonl", signal.SIGINT, meanwhile=second)
     assert code == 130 and "--resume" in error
 
 
 @pytest.mark.slow
 def test_no_more_room(tmp_path):
     """A limit on the size of files stands for a full disk where nothing may be mounted."""
-    earlier = tmp_path / "runs" / "demo"
-    earlier.mkdir(parents=True)
-    (earlier / "config.json").write_text('{"command": "kcd demo"}')
-    before = contents(earlier)
     done = commands.run(*SMALL, cwd=tmp_path, preexec_fn=limit_files_to(50_000))
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert done.stderr.startswith("kcd: File too large: ")
-    assert contents(earlier) == before
 
 
 @pytest.mark.slow
@@ -272,7 +281,7 @@ def three_channels(*, in_channels, num_classes):
         (["--data", f"{__name__}:leaves"], "raised SystemExit: 3"),
         (["--data", f"{__name__}:of_lists"], "data set 'lists': train must be an ImageSet, got list"),
         (["--data", "unreadable:load"], "data set 'unreadable:load': import of unreadable raised SyntaxError: "),
-        (["--output", "/"], "output must be a folder that can be replaced, got /"),
+        (["--output", "/"], "output must be a folder below the root, got /"),
         (["--seeds", str(10**22)], r"seeds must be an integer in \[0, 18446744073709551615\]"),
         (["--keep", "1.5"], r"keep must be a number in \(0, 1\], got 1.5"),
         (["--schedule", "linear"], "schedule must be one of 'reference', 'cosine', 'immediate', got 'linear'"),
@@ -287,8 +296,9 @@ def three_channels(*, in_channels, num_classes):
         (["--teacher", f"{__name__}:ENTRIES"], "'set' object is not callable"),
         (["--output", "file"], "is a file: choose another --output"),
         (["--output", "file/demo"], "Not a directory"),
-        (["--output", "project"], "holds a config.json that is not of a demo"),
-        (["--output", "kept"], "kept.partial holds a notes.txt that is not of a demo"),
+        (["--output", "project"], "output project holds a config.json already"),
+        (["--output", "project", "--resume"], "output project holds a config.json that is not of kcd demo"),
+        (["--output", "kept"], "kept.previous is not of kcd demo: move it away, or choose another --output"),
         (["--output", "/proc/kcd/demo"], "No such file or directory: /proc/kcd"),
     ],
 )
@@ -300,15 +310,18 @@ def test_bad_input_is_one_line_and_changes_nothing(arguments, message, tmp_path,
     (tmp_path / "file").write_text("precious")
     (tmp_path / "project").mkdir()
     (tmp_path / "project" / "config.json").write_text("{}")
-    (tmp_path / "kept.partial").mkdir()
-    (tmp_path / "kept.partial" / "notes.txt").write_text("the user's")
+    (tmp_path / "kept.previous").mkdir()
+    (tmp_path / "kept.previous" / "report.html").write_text("the user's")
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / "config.json").write_text('{"command": "kcd demo"}')
+    (tmp_path / "kept" / "report.html").write_text("")
     before = contents(tmp_path)
     assert cli.main(["demo", "--data", "digits", *arguments]) == 2
     out, error = capfd.readouterr()
     assert (out, error.count("\n"), error[:5]) == ("", 1, "kcd: ")
     assert re.search(message, error)
     assert contents(tmp_path) == before
-    assert {p.name for p in tmp_path.iterdir()} == {"file", "project", "kept.partial", "modules"}
+    assert {p.name for p in tmp_path.iterdir()} == {"file", "project", "kept", "kept.previous", "modules"}
 
 
 @pytest.mark.slow
@@ -330,8 +343,9 @@ def test_more_processes_are_refused(tmp_path):
 @pytest.mark.slow
 def test_a_failure_is_one_line_whatever_was_warned_of(tmp_path):
     done = commands.run(*SMALL, "--lr", "1e30", cwd=tmp_path)
-    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
-    assert re.match(r"kcd: (the loss|weights).* not finite after epoch 1", done.stderr)
+    *warned, failed = done.stderr.splitlines()
+    assert (done.returncode, done.stdout) == (2, "") and all(line.startswith("kcd: warning: ") for line in warned)
+    assert re.match(r"kcd: (the loss|weights).* not finite after epoch 1", failed)
 
 
 def test_warnings_are_lines_of_their_own(monkeypatch, capfd):

@@ -90,7 +90,7 @@ def cells(results):
 
 def test_what_several_seeds_leave(home):
     folder = home / "two"
-    assert names(folder) == {"seed-5", "seed-6", "teacher", "summary.json", *REPORT}
+    assert names(folder) == {"seed-5", "seed-6", "teacher", "config.json", "metrics.jsonl", "summary.json", *REPORT}
     assert names(folder / "seed-5") == names(folder / "seed-6") == names(folder / "teacher") == RUN
     runs = [folder / "seed-5", folder / "seed-6"]
     assert [recipe(run)["seed"] for run in (*runs, folder / "teacher")] == [5, 6, 5]
@@ -290,22 +290,22 @@ def test_a_method_without_a_teacher_trains_none(here):
 
 def test_a_prefix_condenses():
     def asked(*arguments):
-        (first,) = parsed("distill", "--data", "digits", *arguments)._job().recipes
-        return first
+        return parsed("distill", "--data", "digits", *arguments).study().runs[-1].recipe
 
     assert asked("--method", "kc-pkt") == asked("--method", "pkt", "--condense.keep", "0.7")
     assert asked("--method", "kc-pkt").label == "kc-pkt"
     assert asked("--method", "kc-kd", "--condense.keep", "0.5").condense.keep == 0.5
     assert asked("--method", "kc-kd", "--condense.keep", "1").condense.keep == 1
     assert asked("--method", "kd").condense.keep == 1
-    (teacher,) = parsed("teacher", "--data", "digits", "--method", "kc-ce")._job().recipes
+    (run,) = parsed("teacher", "--data", "digits", "--method", "kc-ce").study().runs
+    teacher = run.recipe
     assert (teacher.method, teacher.condense.keep, teacher.label) == ("ce", 0.7, "teacher")
 
 
 def test_options_are_read_as_the_method_takes_them():
     def options(method, *words):
-        (recipe,) = parsed("distill", "--data", "digits", "--method", method, "--options", *words)._job().recipes
-        return dict(recipe.options)
+        study = parsed("distill", "--data", "digits", "--method", method, "--options", *words).study()
+        return dict(study.runs[-1].recipe.options)
 
     assert options("kd", "temperature", "2", "kd_weight", "1e-3") == {"temperature": 2, "kd_weight": 0.001}
     assert options("pkt", "student_layer", "2", "teacher_layer", "1.10") == {
@@ -365,7 +365,7 @@ def test_every_field_of_a_recipe_is_an_option():
     [([], (0, False)), (["--padding", "2", "--flip"], (2, True)), (["--padding", "0", "--no-flip"], (0, False))],
 )
 def test_views_are_options(arguments, views):
-    data = parsed("distill", "--data", "digits", *arguments)._job().data
+    data = parsed("distill", "--data", "digits", *arguments).study().data
     assert (data.train.views.padding, data.train.views.flip) == views
 
 
@@ -386,9 +386,9 @@ def test_recipes_are_those_of_the_paper():
         assert (recipe.lr, recipe.epochs, recipe.batch_size, recipe.momentum) == (float(lr), 240, 64, 0.9)
         assert (recipe.weight_decay, recipe.gamma, recipe.condense.keep, recipe.options) == (5e-4, 0.1, 0.7, {})
         assert [round(recipe.lr_at(e) / recipe.lr, 9) for e in (149, 150, 180, 210)] == [1, 0.1, 0.01, 0.001]
-        job = parsed("distill", f"cifar100-{teacher}-{student}", "--data", "digits")._job()
-        assert (job.teacher.network, job.student, job.recipes[0].lr) == (teacher, student, float(lr))
-        assert (job.teacher_recipe.lr, job.teacher_recipe.method, job.teacher_recipe.condense.keep) == (0.05, "ce", 1)
+        first, second = parsed("distill", f"cifar100-{teacher}-{student}", "--data", "digits").study().runs
+        assert (first.network, second.network, second.recipe.lr) == (teacher, student, float(lr))
+        assert (first.recipe.lr, first.recipe.method, first.recipe.condense.keep) == (0.05, "ce", 1)
 
 
 @pytest.mark.slow
@@ -507,7 +507,7 @@ BAD = [
     (["--output", "{two}/seed-5", "--resume", "--seeds", "2"], "seed-5 holds a single run: give the same --seeds"),
     (
         ["--output", "{two}", "--resume", "--seed", "6", "--seeds", "2"],
-        "two holds seed-5, which is none of these seeds",
+        "two holds seed-5, which is none of these runs",
     ),
     (["--output", "{teacher}", "--resume"], "teacher was run with student='cnn_large', got student='cnn_small'"),
     ([*AGAIN, "--seed", "4"], "seed-5 was run with seed=5, got seed=4"),

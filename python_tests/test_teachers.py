@@ -314,9 +314,10 @@ def test_names_of_repdistiller(here, data):
     with torch.device("meta"):
         built = models.build("ShuffleV2", in_channels=3, num_classes=100)
     assert type(built).__name__ == "ShuffleNetV2"
-    command = cli._parse(["distill", *DIGITS, "--teacher", "ResNet50", "--student", "ShuffleV1"]).__self__._job()
-    assert (command.teacher.network, command.student) == ("resnet50", "shufflenet_v1")
-    assert cli._parse(["teacher", *DIGITS, "--network", "MobileNetV2"]).__self__._job().student == "mobilenet_v2"
+    study = cli._parse(["distill", *DIGITS, "--teacher", "ResNet50", "--student", "ShuffleV1"]).__self__.study()
+    assert [run.network for run in study.runs] == ["resnet50", "shufflenet_v1"]
+    (run,) = cli._parse(["teacher", *DIGITS, "--network", "MobileNetV2"]).__self__.study().runs
+    assert run.network == "mobilenet_v2"
     with pytest.raises(
         ValueError, match=r"no network out of cnn_large, .*\(or MobileNetV2, ResNet50, ShuffleV1, ShuffleV2"
     ):

@@ -13,7 +13,7 @@ from ..training.loop import build_method
 from ..training.recipe import Recipe
 from . import presets, teachers
 from .options import ALONE, NETWORKS, Images, RecipeArgs, as_json, checked_threads, slug
-from .study import TEACHER, Job
+from .study import TEACHER, Run, Study
 from .teachers import Teacher
 
 
@@ -69,7 +69,7 @@ class Distill:
         return default
 
     def run(self) -> None:
-        """Checks everything, trains, writes the report and prints the table.
+        """Check everything, train, write the report and print the table.
 
         Raises:
             TypeError, ValueError, ImportError, FileExistsError: an option does not fit; nothing has been written then.
@@ -77,8 +77,8 @@ class Distill:
             KeyboardInterrupt: with a message that says how to go on.
         """
         with processes.report_on_rank_zero():
-            job = self._job().checked()
-        job.run()
+            study = self.study().checked()
+        study.run()
 
     @property
     def _pair(self) -> presets.Pair | None:
@@ -89,7 +89,8 @@ class Distill:
             raise unknown("recipe", self.preset, presets.RECIPES)
         return presets.RECIPES[self.preset]
 
-    def _job(self) -> Job:
+    def study(self) -> Study:
+        """Return the runs that the options ask for. Raises as `run` does."""
         check_int("seeds", self.seeds, 1)
         data = self.images.load()
         first = self.recipe.resolve_method()
@@ -102,17 +103,23 @@ class Distill:
                 self._network("teacher"), self.teacher_network, self._pair.teacher if self._pair else None
             )
         self._check_effect(first, teacher)
-        lr = first.lr if self.teacher_lr is None else self.teacher_lr
-        return Job(
+        output = self._default_output(student, recipes) if self.output is None else self.output
+        runs, taught = [], {"teacher": teacher}
+        if teacher is not None and teacher.origin is None:
+            taught["teacher_folder"] = output / TEACHER
+            lr = first.lr if self.teacher_lr is None else self.teacher_lr
+            alone = replace(first, name=TEACHER, method=ALONE, options={}, condense=None, lr=lr)
+            runs = [Run(teacher.network, alone, output / TEACHER)]
+        for recipe in recipes:
+            folder = output if self.seeds == 1 else output / f"seed-{recipe.seed}"
+            runs.append(Run(student, recipe, folder, **taught))
+        return Study(
             command="kcd distill",
             options=as_json(self),
             data=data,
             data_options=self.images.as_json(),
-            student=student,
-            teacher=teacher,
-            teacher_recipe=replace(first, name=TEACHER, method=ALONE, options={}, condense=None, lr=lr),
-            recipes=recipes,
-            output=self._default_output(student, recipes) if self.output is None else self.output,
+            runs=runs,
+            output=output,
             resume=self.resume,
             threads=checked_threads(self.threads),
         )

@@ -1,29 +1,33 @@
-"""The runs of a command: a student by every seed and, where nobody has trained it, their teacher first."""
+"""Several runs of one command: by methods and seeds, the teacher first, side by side, resumed, and one page of all."""
 
 import json
+import multiprocessing
 import os
+import signal
+import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import MappingProxyType
 
-import torch
+from torch import nn
 
 from .. import files, processes, terminal
 from ..data.images import ImageData, ImageSet
+from ..data.views import Views
+from ..environment import versions
 from ..reports import page, ranking, runs
-from ..reports.runs import TEACHER, Normalisation
+from ..reports.runs import RUN_GLOBS, TEACHER, Normalisation
 from ..reports.tables import as_text
 from ..training.device import threads
 from ..training.folder import ENTRIES, WEIGHTS
 from ..training.identity import check_same, digest_of_samples
-from ..training.loop import check_run, distill
+from ..training.loop import build_method, check_run, distill
 from ..training.recipe import Recipe
-from ..training.summary import Summary, results
 from . import teachers
-from .progress import Bar, bar_over, note, warnings_as_notes
+from .progress import bar_over, note, warnings_as_notes
 from .teachers import Teacher
 from .threads import Threads, announcement, choose, step_flops
 
@@ -31,8 +35,21 @@ REPORT = ("report.html", "report.png")
 
 
 @dataclass(frozen=True)
-class Job:
-    """Everything is known, nothing is trained or written yet."""
+class Run:
+    """A network to be trained."""
+
+    network: str
+    """By name."""
+    recipe: Recipe
+    folder: Path
+    teacher: Teacher | None = None
+    teacher_folder: Path | None = None
+    """The folder of the earlier run of the study that trains the teacher; None: the teacher is trained."""
+
+
+@dataclass(frozen=True)
+class Study:
+    """Runs that are planned: nothing is trained or written yet."""
 
     command: str
     options: Mapping[str, object]
@@ -40,260 +57,362 @@ class Job:
     data: ImageData
     data_options: Mapping[str, object]
     """What `load` made it of: spec, size."""
-    student: str
-    """A network by name."""
-    teacher: Teacher | None
-    teacher_recipe: Recipe | None
-    """How the teacher is trained, if it is not yet."""
-    recipes: Sequence[Recipe]
-    """One for each seed."""
+    runs: Sequence[Run]
+    """In their order: that of a teacher comes before those that it teaches."""
     output: Path
-    """The folder of the run or, of several seeds, of their folders."""
+    """The folder of the only student, or of the folders of all runs."""
     resume: bool
-    threads: int | None
-    """That the user asks for."""
+    threads: int | None = None
+    """Of torch's, for each run; None: as many as it needs."""
+    title: str = ""
+    """Of the page; empty: each run's own."""
+    keeps_previous: bool = False
+    """Whether a finished study of the same command in `output` is moved to OUTPUT.previous."""
+    side_by_side: int = 1
+    """How many runs are trained at a time, each in a process of its own if there are several."""
+    deadline: float | None = None
+    """When training is interrupted, by `time.monotonic`."""
     chosen: Mapping[Path, Threads] = field(default_factory=dict)
-    """Those of the run in each folder, once `checked`."""
+    """The threads of the run in each folder, once `checked`."""
 
-    def checked(self) -> "Job":
-        """Find out all that takes no training to find out; nothing is written. Return the job, its threads chosen.
+    def checked(self) -> "Study":
+        """Find out all that takes no training to find out; nothing is written. Return the study, its threads chosen.
 
         Raises:
             TypeError, ValueError, ImportError: data, networks, method and recipe do not fit each other.
-            FileExistsError: `output` holds a run and is not to be resumed, or something else.
+            FileExistsError: `output` holds a study and is not to be resumed, or something else.
         """
         self._check_output()
-        recipe, data = self.recipes[0], self.data
         with threads(self.threads or 1), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the runs will warn of the same
-            if self._trains_teacher:
-                try:
-                    check_run(self._teacher(), None, data.train, data.test, self.teacher_recipe)
-                except (TypeError, ValueError) as error:
-                    raise type(error)(
-                        f"teacher {self.teacher}, which is trained first as a student is: {error}"
-                    ) from error
-            check_run(self._student(recipe.seed), self._teacher(), data.train, data.test, recipe)
+            for run in self._kinds():
+                self._check_run(run)
         return replace(self, chosen=self._choose_threads())
 
     def run(self) -> None:
-        """Trains, writes the report and prints the table.
+        """Train, write the report and print the table.
 
         Raises:
-            FileExistsError: another command is running in `output`, or has left something there since `check`.
+            FileExistsError: another command is running in `output`, or has left something there since `checked`.
             OSError: a file cannot be written; what was finished before is intact.
             KeyboardInterrupt: with a message that says how to go on.
         """
         first = processes.rank() == 0
+        if first and self._is_finished():
+            self._move_aside()
         with files.folder_lock(self.output) if first else nullcontext():
             if first:
                 self._check_output()
-                if self.resume and not self._taken():
-                    note(f"nothing to resume in {self.output}: starting anew")
-                for line in [] if self.teacher is None else self.teacher.told(self.data):
-                    note(line)
-                if line := announcement((recipe.label, self.chosen[folder]) for _, recipe, folder in self._runs()):
-                    note(line)
+                self._announce()
+                self._begin()
             try:
-                with warnings_as_notes():
-                    summaries = list(self._summaries())
+                self._train_all()
             except KeyboardInterrupt:
                 raise KeyboardInterrupt(f"--resume goes on with what is in {self.output}") from None
             if first:
-                self._report(summaries)
+                self._report()
+
+    # --- before training ----------------------------------------------------------------------------------------------
+
+    def _kinds(self) -> list[Run]:
+        """Return the first run of every label: others differ from it in the seed alone."""
+        return list({run.recipe.label: run for run in reversed(self.runs)}.values())[::-1]
+
+    def _networks(self, run: Run) -> tuple[nn.Module, nn.Module | None]:
+        """Return student and teacher, the latter with weights of the seed where it is not trained yet."""
+        student = teachers.build(run.network, self.data, run.recipe.seed)
+        teacher = run.teacher
+        if run.teacher_folder is not None and (weights := run.teacher_folder / WEIGHTS).exists():
+            # As every process finds it, and every later run: the file of the first one.
+            teacher = replace(teacher, weights=teachers.read(weights).tensors, origin=run.teacher_folder)
+        return student, None if teacher is None else teacher.build(self.data, run.recipe.seed)
+
+    def _check_run(self, run: Run) -> None:
+        try:
+            check_run(*self._networks(run), self.data.train, self.data.test, run.recipe)
+        except (TypeError, ValueError) as error:
+            if not self._is_teacher(run):
+                raise
+            raise type(error)(f"teacher {run.network}, which is trained first as a student is: {error}") from error
+
+    def _is_teacher(self, run: Run) -> bool:
+        return run.folder in [other.teacher_folder for other in self.runs]
 
     def _choose_threads(self) -> dict[Path, Threads]:
         """Choose the threads of the run in each folder. Raises ValueError where a config.json there is damaged."""
         if self.threads is not None:
-            return {folder: Threads(self.threads) for _, _, folder in self._runs()}
-        teacher, recipe = self._teacher(), self.recipes[0]
+            alone = {run.folder: self.side_by_side for run in self.runs if self._is_teacher(run)}
+            return {run.folder: Threads(self.threads * alone.get(run.folder, 1)) for run in self.runs}
+        flops = {}
+        for run in self._kinds():
+            (student, teacher), recipe = self._networks(run), run.recipe
+            asked = teacher if build_method(recipe).needs_teacher else None
+            flops[recipe.label] = step_flops(student, asked, self.data.train, recipe.batch_size, recipe.device)
+        return choose({run.folder: run.recipe.label for run in self.runs}, flops)
 
-        def flops(network: torch.nn.Module, of: torch.nn.Module | None) -> int | None:
-            return step_flops(network, of, self.data.train, recipe.batch_size, recipe.device)
+    def _announce(self) -> None:
+        if self.resume and not self._taken():
+            note(f"nothing to resume in {self.output}: starting anew")
+        for teacher in {
+            run.teacher.origin: run.teacher for run in self.runs if run.teacher and run.teacher.origin
+        }.values():
+            for line in teacher.told(self.data):
+                note(line)
+            folder = teacher.origin
+            if (folder / "metrics.jsonl").exists() and (of := self._other_images(folder, teacher)):
+                note(f"warning: teacher {folder} was trained on {of}, not on this {self.data.name}")
+        if line := announcement((run.recipe.label, self.chosen[run.folder]) for run in self.runs):
+            note(line)
 
-        costs = {recipe.label: flops(self._student(recipe.seed), teacher)}  # of every seed
-        if self._trains_teacher:
-            costs[TEACHER] = flops(teacher, None)
-        return choose({folder: recipe.label for _, recipe, folder in self._runs()}, costs)
+    # --- the folder -----------------------------------------------------------------------------------------------------
+
+    @property
+    def _collected(self) -> list[Run]:
+        """The runs whose results stand in the summary.json of `output`: none where a run is there itself."""
+        if any(run.folder == self.output for run in self.runs):
+            return []
+        return [run for run in self.runs if run.folder != self.output / TEACHER]
 
     def _check_output(self) -> None:
+        if self.output.resolve().parent == self.output.resolve():
+            raise ValueError(f"output must be a folder below the root, got {self.output}")
         for path in (self.output, *self.output.parents):
             if path.is_symlink() and not path.exists():
                 raise FileExistsError(f"output {path} is a link to {os.readlink(path)}, which is not there")
         if self.output.exists() and not self.output.is_dir():
             raise FileExistsError(f"output {self.output} is a file: choose another --output")
+        if self._is_finished():
+            self._check_previous()
+            return
         taken = self._taken()
         if taken and not self.resume:
             raise FileExistsError(
                 f"output {self.output} holds a {taken[0]} already: --resume goes on with a run, or choose another --output"
             )
-        alone, several = (self.output / "config.json").exists(), self._seed_folders()
-        if several if len(self.recipes) == 1 else alone:
-            held = "several seeds" if several else "a single run"
+        config = self.output / "config.json"
+        content = files.read_json(config) if self._collected and config.exists() else {"command": self.command}
+        if content.get("command") != self.command:
+            found = "a single run" if "recipe" in content else f"a config.json that is not of {self.command}"
             raise FileExistsError(
-                f"output {self.output} holds {held}: give the same --seeds, or choose another --output"
+                f"output {self.output} holds {found}: give the same --seeds, or choose another --output"
             )
-        others = [name for name in several if name not in [folder.name for _, _, folder in self._runs()]]
+        folders = [run.folder for run in self.runs]
+        others = [folder for folder in self._folders_of_runs() if folder not in folders]
+        if others and self.output in folders:
+            raise FileExistsError(
+                f"output {self.output} holds several seeds: give the same --seeds, or choose another --output"
+            )
         if others:
             raise FileExistsError(
-                f"output {self.output} holds {others[0]}, which is none of these seeds: give the same --seed and as many "
-                "--seeds at least, or choose another --output"
+                f"output {self.output} holds {others[0].relative_to(self.output)}, which is none of these runs: give the same "
+                "seeds and as many at least, or choose another --output"
             )
-        for network, recipe, folder in self._runs():
-            if (folder / "config.json").exists():
-                self._check_begun(network, recipe, folder)
+        for run in self.runs:
+            if (run.folder / "config.json").exists():
+                self._check_begun(run)
 
-    def _check_begun(self, network: str, recipe: Recipe, folder: Path) -> None:
-        """Raises ValueError where the run in a folder differs from this one in what is known before there is a teacher."""
-        config = runs.metadata_of(folder).config
+    def _taken(self) -> list[str]:
+        """Return what is in `output` under a name that this study would write to."""
+        names = [name for name in (*ENTRIES, TEACHER, *REPORT) if (self.output / name).exists()]
+        return names + [str(folder.relative_to(self.output)) for folder in self._folders_of_runs()]
+
+    def _folders_of_runs(self) -> list[Path]:
+        return sorted(config.parent for glob in RUN_GLOBS for config in self.output.glob(glob))
+
+    def _check_begun(self, run: Run) -> None:
+        """Raise ValueError where the run in a folder differs from this one in what is known before there is a teacher."""
+        config = runs.metadata_of(run.folder).config
         there = config.get("about") or {}
         there = {**(there.get("data") or {}), **there, **config}
-        here = about(self.command, self.data, self.data_options, network, None)
-        facts = {"student": network, **here["data"], "train": len(self.data.train), "test": len(self.data.test)}
+        facts = {**self._about_data(), "student": run.network}
+        facts |= {"train": len(self.data.train), "test": len(self.data.test)}
         moved = there.get("spec") != facts["spec"]
         if moved and there.get("train_samples") == digest_of_samples(self.data.train):
             del facts["spec"]  # the same images, wherever they lie by now
         facts = {name: fact for name, fact in facts.items() if name in there}  # not all that a library's run need say
-        facts |= {"processes": processes.world_size(), "recipe": recipe.as_json()}
-        check_same(there, json.loads(json.dumps(facts)), folder)
+        facts |= {"processes": processes.world_size(), "recipe": run.recipe.as_json()}
+        check_same(there, json.loads(json.dumps(facts)), run.folder)
 
-    def _taken(self) -> list[str]:
-        """What is in `output` under a name that this job would write to."""
-        names = (*ENTRIES, TEACHER, *REPORT)
-        return [name for name in names if (self.output / name).exists()] + self._seed_folders()
-
-    def _seed_folders(self) -> list[str]:
-        return sorted(config.parent.name for config in self.output.glob("seed-*/config.json"))
-
-    def _runs(self) -> list[tuple[str, Recipe, Path]]:
-        """All that will be: which network, how and in which folder; the teacher's first, if it is to be trained."""
-        alone = len(self.recipes) == 1
-        students = [(self.student, r, self.output if alone else self.output / f"seed-{r.seed}") for r in self.recipes]
-        if not self._trains_teacher:
-            return students
-        return [(self.teacher.network, self.teacher_recipe, self.output / TEACHER), *students]
+    def _is_finished(self) -> bool:
+        """Return whether a finished study of the same command is in `output`, to be kept while this one begins anew."""
+        config = self.output / "config.json"
+        if not self.keeps_previous or self.resume or not (config.exists() and (self.output / REPORT[0]).exists()):
+            return False
+        return files.read_json(config).get("command") == self.command
 
     @property
-    def _trains_teacher(self) -> bool:
-        return self.teacher is not None and self.teacher.origin is None
+    def _previous(self) -> Path:
+        output = Path(os.path.realpath(self.output))
+        return output.with_name(f"{output.name}.previous")
 
-    def _student(self, seed: int) -> torch.nn.Module:
-        return teachers.build(self.student, self.data, seed)
+    def _check_previous(self) -> None:
+        previous = self._previous
+        found = {path.name for path in previous.iterdir()} if previous.exists() else set()
+        config = previous / "config.json"
+        if foreign := sorted(found - {*ENTRIES, *REPORT}):
+            raise FileExistsError(f"{previous} holds a {foreign[0]}: move it away, or choose another --output")
+        if found and not (config.exists() and files.read_json(config).get("command") == self.command):
+            raise FileExistsError(f"{previous} is not of {self.command}: move it away, or choose another --output")
 
-    def _teacher(self) -> torch.nn.Module | None:
-        return None if self.teacher is None else self.teacher.build(self.data, self.recipes[0].seed)
+    def _move_aside(self) -> None:
+        with files.folder_lock(self.output):
+            files.remove(self._previous)
+            Path(os.path.realpath(self.output)).rename(self._previous)
+            (self._previous / files.LOCK).unlink(missing_ok=True)
 
-    def _summaries(self) -> Iterator[Summary]:
-        """Train one after the other: the teacher, if nobody has yet, and a student by every seed. Yield the students'."""
-        to_do, found = self._runs(), self.teacher
-        teacher_run = self._teacher_run(found.origin) if found is not None and not self._trains_teacher else {}
-        with bar_over(len(to_do), self.recipes[0].epochs) as bar:
-            if self._trains_teacher:
-                network, recipe, folder = to_do.pop(0)
-                self._distilled(network, None, recipe, folder, bar, {})
-                # As every process finds it, and every later run: the file of the first one.
-                found = replace(found, weights=teachers.read(folder / WEIGHTS).tensors, origin=folder)
-                teacher_run = runs.fingerprint(folder)
-            for network, recipe, folder in to_do:
-                yield self._distilled(network, found, recipe, folder, bar, teacher_run)
+    # --- training -------------------------------------------------------------------------------------------------------
 
-    def _teacher_run(self, origin: Path) -> dict[str, str]:
-        """Return the fingerprint of the teacher's own run, where it is of these images, however normalised; else nothing."""
-        if not (origin / "metrics.jsonl").exists():
-            return {}
-        run, images = runs.read(origin), self.data.test
-        own = self.teacher.differing(self.data)
-        if own is not None:
-            images = ImageSet(images.images, images.labels, replace(images.views, mean=own.mean, std=own.std))
-        if run.metadata.config.get("test_samples") == digest_of_samples(images):
-            return runs.fingerprint(origin)
-        dataset = (run.metadata.config.get("about") or {}).get("dataset")
-        of = "other images" if dataset in (None, self.data.name) else dataset
-        note(f"warning: teacher {origin} was trained on {of}, not on this {self.data.name}")
-        return {}
+    def _train_all(self) -> None:
+        """Train the runs in their order; side by side those that teach nobody."""
+        here = [run for run in self.runs if self.side_by_side == 1 or self._is_teacher(run)]
+        apart = [run for run in self.runs if run not in here]
+        with bar_over(len(self.runs), self.runs[0].recipe.epochs) as bar:
+            for run in here:
+                self._train(run, bar.begin(f"{run.recipe.label}, seed {run.recipe.seed}"))
+                bar.end()
+                self._collect()
+            if not apart:
+                return
+            # Processes of their own: a process has one number of threads and one default stream.
+            with ProcessPoolExecutor(self.side_by_side, multiprocessing.get_context("spawn")) as pool:
+                try:
+                    for future in as_completed([pool.submit(self._train, run) for run in apart]):
+                        future.result()
+                        bar.end()
+                        self._collect()
+                except BaseException:
+                    pool.shutdown(cancel_futures=True)
+                    raise
 
-    def _distilled(
-        self,
-        network: str,
-        teacher: Teacher | None,
-        recipe: Recipe,
-        folder: Path,
-        bar: Bar,
-        teacher_run: Mapping[str, str],
-    ) -> Summary:
-        with threads(self.chosen[folder].count):
+    def _train(self, run: Run, progress: Callable[[dict], None] | None = None) -> None:
+        """Train a run or, if it is finished, check that it is this one. Nothing happens after the deadline."""
+        finished = (run.folder / "summary.json").exists()
+        left = None if self.deadline is None or finished else self.deadline - time.monotonic()
+        if left is not None and (left <= 0 or not self._has_teacher(run)):
+            return
+        with threads(self.chosen[run.folder].count), warnings_as_notes(), _interrupted_after(left):
             summary = distill(
-                teachers.build(network, self.data, recipe.seed),
-                None if teacher is None else teacher.build(self.data, recipe.seed),
+                *self._networks(run),
                 self.data.train,
                 self.data.test,
-                recipe,
-                output=folder,
+                run.recipe,
+                output=run.folder,
                 resume=self.resume,
-                progress=bar.begin(f"{recipe.label}, seed {recipe.seed}"),
-                about=about(
-                    self.command,
-                    self.data,
-                    self.data_options,
-                    network,
-                    None if teacher is None else self.teacher,
-                    {recipe.label: self.chosen[home].count for _, recipe, home in self._runs()},
-                    {"title": f"{recipe.label} on {self.data.name}: {network}", "options": self.options},
-                    teacher_run,
-                ),
+                progress=progress,
+                about=self._about(run),
             )
-        bar.end()
-        if processes.number() == 0:
-            ranking.write(folder, summary, self.data.train, self.data.class_names)
-        return summary
+            if processes.rank() == 0:
+                ranking.write(run.folder, summary, self.data.train, self.data.class_names)
 
-    def _report(self, summaries: Sequence[Summary]) -> None:
-        if len(summaries) > 1:
-            seeds = [recipe.seed for recipe in self.recipes]
-            files.write_json(self.output / "summary.json", results(self.data.name, seeds, summaries))
+    def _has_teacher(self, run: Run) -> bool:
+        return run.teacher_folder is None or (run.teacher_folder / WEIGHTS).exists()
+
+    def _begin(self) -> None:
+        """Mark the folder of several runs as that of this command."""
+        if self._collected:
+            content = {"command": self.command, "options": self.options, "versions": versions()}
+            files.write_json(self.output / "config.json", content)
+
+    def _collect(self) -> None:
+        """Write the results of the runs that are finished, where they have folders of their own."""
+        done = [run for run in self._collected if (run.folder / "summary.json").exists()]
+        if processes.rank() > 0 or not done:
+            return
+        found = [files.read_json(run.folder / "summary.json")["results"][0] for run in done]
+        seeds = list(dict.fromkeys(run.recipe.seed for run in self._collected))
+        lines = [
+            {"method": run.recipe.label, "seed": run.recipe.seed, **line}
+            for run in done
+            for line in files.read_lines(run.folder / "metrics.jsonl")
+        ]
+        files.write_lines(self.output / "metrics.jsonl", lines)
+        files.write_json(self.output / "summary.json", {"dataset": self.data.name, "seeds": seeds, "results": found})
+
+    def _report(self) -> None:
         report = page.write(self.output / REPORT[0], [self.output])
         terminal.show(*as_text(report.tables[0]), *report.notes, "", f"report: {self.output / REPORT[0]}")
 
+    # --- what config.json says ------------------------------------------------------------------------------------------
 
-def about(
-    command: str,
-    data: ImageData,
-    options: Mapping[str, object],
-    student: str,
-    teacher: Teacher | None,
-    threads: Mapping[str, int] = MappingProxyType({}),
-    page: Mapping[str, object] = MappingProxyType({}),
-    teacher_run: Mapping[str, str] = MappingProxyType({}),
-) -> dict[str, object]:
-    """What config.json says of a run, so that it can be read without its command: `load(**data)` gives its images.
+    def _about(self, run: Run) -> dict[str, object]:
+        """Return what config.json says of a run, so that it can be read without its command: `load(**data)` gives its images.
 
-    "teacher_path" is where the teacher's weights were read; None where the command itself has trained them, beside the run.
-    "teacher_normalisation" is that of the images which the teacher was given. "threads" are those of all runs of the command, by
-    label, in their order: one that is interrupted may go on elsewhere before it has begun them all. "teacher_run" is the
-    fingerprint of the teacher's own run on these images. "page" is what reports show as it is: "title", "options" and more.
-    """
-    views, trained = data.train.views, teacher is not None and teacher.origin is not None
-    own = Normalisation(views.mean, views.std)
-    alike = own == Normalisation(data.test.views.mean, data.test.views.std)  # else no two numbers give both parts again
-    given = None if teacher is None else teacher.differing(data) or own
-    return {
-        "command": command,
-        "dataset": data.name,
-        "data": {
-            **{"size": None, **options, "padding": views.padding, "flip": views.flip},
+        "teacher_path" is where the teacher's weights were read; None where the command has trained them beside the run.
+        "teacher_normalisation" is that of the images which the teacher was given. "teacher_run" is the fingerprint of the
+        teacher's own run on these images. "threads" are those of all runs of the command, by label, in their order: one
+        that is interrupted may go on elsewhere before it has begun them all. "page" is what reports show as it is.
+        """
+        teacher, views = run.teacher, self.data.test.views
+        given = None if teacher is None else teacher.differing(self.data) or _normalisation(self.data.train.views)
+        return {
+            "command": self.command,
+            "dataset": self.data.name,
+            "data": self._about_data(),
+            "student": run.network,
+            "teacher": None if teacher is None else str(teacher),
+            "teacher_network": None if teacher is None else teacher.network,
+            "teacher_path": self._teacher_path(run),
+            "teacher_normalisation": None if given is None else given._asdict(),
+            "teacher_run": {} if teacher is None else self._teacher_run(run),
+            "threads": {other.recipe.label: self.chosen[other.folder].count for other in self.runs},
+            "page": {
+                "command": self.command,
+                "normalisation": {"mean": views.mean, "std": views.std},
+                "class_names": self.data.class_names,
+                "title": self.title or f"{run.recipe.label} on {self.data.name}: {run.network}",
+                "options": self.options,
+            },
+        }
+
+    def _about_data(self) -> dict[str, object]:
+        views = self.data.train.views
+        own = _normalisation(views)
+        alike = own == _normalisation(self.data.test.views)  # else no two numbers give both parts again
+        return {
+            **{"size": None, **self.data_options, "padding": views.padding, "flip": views.flip},
             **{name: list(numbers) if alike else None for name, numbers in own._asdict().items()},
-        },
-        "student": student,
-        "teacher": None if teacher is None else str(teacher),
-        "teacher_network": None if teacher is None else teacher.network,
-        "teacher_path": str(teacher.origin.absolute()) if trained else None,
-        "teacher_normalisation": None if given is None else given._asdict(),
-        "threads": dict(threads),
-        "teacher_run": dict(teacher_run),
-        "page": {
-            "command": command,
-            "normalisation": {"mean": data.test.views.mean, "std": data.test.views.std},
-            "class_names": data.class_names,
-            **page,
-        },
-    }
+        }
+
+    def _teacher_path(self, run: Run) -> str | None:
+        if run.teacher_folder in (None, run.folder / TEACHER, run.folder.parent / TEACHER):
+            return str(run.teacher.origin.absolute()) if run.teacher and run.teacher.origin else None
+        return str(run.teacher_folder.absolute())
+
+    def _teacher_run(self, run: Run) -> dict[str, str]:
+        folder = run.teacher_folder or run.teacher.origin
+        if not (folder / "metrics.jsonl").exists() or self._other_images(folder, run.teacher):
+            return {}
+        return runs.fingerprint(folder)
+
+    def _other_images(self, folder: Path, teacher: Teacher) -> str:
+        """Return what the teacher's run in a folder was tested on, if not on these images, however normalised; else nothing."""
+        own, images, config = teacher.differing(self.data), self.data.test, runs.metadata_of(folder).config
+        if own is not None:
+            images = ImageSet(images.images, images.labels, replace(images.views, mean=own.mean, std=own.std))
+        if config.get("test_samples") == digest_of_samples(images):
+            return ""
+        dataset = (config.get("about") or {}).get("dataset")
+        return "other images" if dataset in (None, self.data.name) else dataset
+
+
+def _normalisation(views: Views) -> Normalisation:
+    return Normalisation(views.mean, views.std)
+
+
+@contextmanager
+def _interrupted_after(seconds: float | None) -> Iterator[None]:
+    """Leave what is inside as Ctrl-C does, once so much time has passed; None: never. Ctrl-C itself is raised."""
+    if seconds is None:
+        yield
+        return
+    deadline = time.monotonic() + seconds
+    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    except KeyboardInterrupt:
+        if time.monotonic() < deadline:
+            raise
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)

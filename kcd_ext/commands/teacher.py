@@ -10,7 +10,7 @@ from .. import models, processes
 from ..training.loop import build_method
 from . import presets
 from .options import ALONE, NETWORKS, Images, RecipeArgs, as_json, checked_threads, slug
-from .study import TEACHER, Job
+from .study import TEACHER, Run, Study
 
 
 @dataclass(frozen=True)
@@ -40,10 +40,11 @@ class Train:
     def run(self) -> None:
         """As `Distill.run`."""
         with processes.report_on_rank_zero():
-            job = self._job().checked()
-        job.run()
+            study = self.study().checked()
+        study.run()
 
-    def _job(self) -> Job:
+    def study(self) -> Study:
+        """Return the run that the options ask for. Raises as `Distill.run` does."""
         data, pair = self.images.load(), presets.OF_DATA.get(self.images.data)
         network = pair.teacher if self.network is None and pair else models.canonical(self.network)
         if network is None:
@@ -52,16 +53,14 @@ class Train:
         if build_method(recipe).needs_teacher:
             raise ValueError(f"method {recipe.method!r} needs a teacher: take {ALONE}, or kcd distill")
         name = "-".join((self.images.slug, slug(network), TEACHER, str(recipe.seed)))
-        return Job(
+        output = Path("runs") / name if self.output is None else self.output
+        return Study(
             command="kcd teacher",
             options=as_json(self),
             data=data,
             data_options=self.images.as_json(),
-            student=network,
-            teacher=None,
-            teacher_recipe=None,
-            recipes=[recipe],
-            output=Path("runs") / name if self.output is None else self.output,
+            runs=[Run(network, recipe, output)],
+            output=output,
             resume=self.resume,
             threads=checked_threads(self.threads),
         )
