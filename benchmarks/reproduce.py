@@ -6,43 +6,44 @@ An hour on two CPU cores answers the same question with a small pair and a fifth
 
     python benchmarks/reproduce.py --data cifar100 --pair resnet20-resnet8 --classes 20 --epochs 24 --precision bfloat16
 
-Every run is a `kcd distill` of its own; several run side by side on one GPU or CPU. What is finished is not run again,
-and what was interrupted goes on. Writes a table beside the paper's numbers, and all figures as JSON, to --results.
+Several runs are trained side by side on one GPU or CPU. What is finished is not run again, and what was interrupted goes
+on. Writes a table beside the paper's numbers, and all figures as JSON, to --results.
 """
 
-import json
-import os
 import shlex
-import subprocess
 import sys
 import time
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import mean, median, stdev
 
 import numpy as np
+import torch
 import tyro
 
 from kcd_ext import environment
 from kcd_ext.checks import check_int
+from kcd_ext.commands import teachers
 from kcd_ext.commands.presets import CIFAR100
+from kcd_ext.commands.study import TEACHER, Run, Study
+from kcd_ext.commands.teachers import Teacher
 from kcd_ext.data.images import ImageData, load
-from kcd_ext.files import write_bytes, write_json
+from kcd_ext.files import read_json, write_bytes, write_json
+from kcd_ext.training.recipe import Condense, Recipe
 
-# What is compared: the name of a run -> the options of `kcd distill` that make it. Random selection mixes no images, so
-# what KC-KD is better by than "random" is both: "kc-kd unmixed" tells them apart.
-KINDS: dict[str, list[str]] = {
-    "kd": ["--method", "kd"],
-    "student alone": ["--method", "ce"],
-    "random": ["--method", "kc-kd", "--condense.selection", "random"],
-    "infobatch": ["--method", "kd", "--condense.selection", "infobatch", "--condense.keep", "0.5"],
-    "kc-kd": ["--method", "kc-kd"],
-    "kc-kd immediate": ["--method", "kc-kd", "--condense.schedule", "immediate"],
-    "kc-kd unmixed": ["--method", "kc-kd", "--condense.epsilon", "0"],
-    "random immediate": ["--method", "kc-kd", "--condense.selection", "random", "--condense.schedule", "immediate"],
-    "kd, half of a batch": ["--method", "kd", "--condense.batch-keep", "0.5"],
+# What is compared: the name of a run -> what is its own of the recipe. Random selection mixes no images, so what KC-KD is
+# better by than "random" is both: "kc-kd unmixed" tells them apart.
+KINDS: dict[str, dict[str, object]] = {
+    "kd": {"method": "kd"},
+    "student alone": {"method": "ce"},
+    "random": {"method": "kd", "condense": Condense(selection="random")},
+    "infobatch": {"method": "kd", "condense": Condense(selection="infobatch", keep=0.5)},
+    "kc-kd": {"method": "kd", "condense": Condense()},
+    "kc-kd immediate": {"method": "kd", "condense": Condense(schedule="immediate")},
+    "kc-kd unmixed": {"method": "kd", "condense": Condense(epsilon=0.0)},
+    "random immediate": {"method": "kd", "condense": Condense(selection="random", schedule="immediate")},
+    "kd, half of a batch": {"method": "kd", "condense": Condense(keep=1.0, batch_keep=0.5)},
 }
 BASELINE, ALONE = "kd", "student alone"  # the second asks no teacher
 
@@ -107,68 +108,69 @@ class Reproduce:
     def run(self) -> None:
         """Everything; goes on where an earlier call of the same options stopped."""
         self._check()
-        teacher_name, student_name = self.pair.split("-")
         started = time.monotonic()
-        deadline = started + 60 * self.minutes if self.minutes is not None else None
         whole = load(self.data)
-        data = self._images(whole)
-        common = ["--epochs", str(self.epochs), "--device", self.device, "--resume"]
-        common += ["--data", data, "--padding", "4", "--flip", "--precision", self.precision]
-        side_by_side = self._side_by_side()
+        study = self._study(load(self._images(whole), padding=4, flip=True))
+        if self.minutes is not None:
+            study = replace(study, deadline=started + 60 * self.minutes)
+        study.checked().run()
+        students = [run for run in study.runs if run.recipe.label in self.only]
+        found = {
+            (run.recipe.label, run.recipe.seed): _result(run.folder) for run in students if _is_finished(run.folder)
+        }
+        print(f"{len(found)} of {len(students)} runs are finished, {time.monotonic() - started:.0f} s", flush=True)
+        if found:
+            self._write(whole, _result(self._teacher_folder), found)
 
-        teacher = self.teacher or self.output / "teacher"
+    def _study(self, data: ImageData) -> Study:
+        teacher_name, student = self.pair.split("-")
+        common = {"epochs": self.epochs, "device": self.device, "precision": self.precision}
+        runs = []
         if self.teacher is None:
-            threads = str(self.threads * side_by_side)  # it runs alone
-            call(["teacher", *common, "--network", teacher_name, "--threads", threads], teacher, deadline)
-        common += [
-            "--threads",
-            str(self.threads),
-            "--student",
-            student_name,
-            "--lr",
-            lr_of(self.pair),
-        ]
-        asks = {kind: [] if kind == ALONE else ["--teacher", str(teacher)] for kind in self.only}
-        jobs = {
-            (kind, seed): ["distill", *common, "--seed", str(seed), "--name", kind, *asks[kind], *KINDS[kind]]
-            for seed in range(self.seeds)  # all kinds of a seed first: what is interrupted is a smaller comparison
-            for kind in self.only
-        }
-        with ThreadPoolExecutor(side_by_side) as pool:
-            folders = {key: self.output / key[0].replace(" ", "-").replace(",", "") / f"seed-{key[1]}" for key in jobs}
-            futures = {key: pool.submit(call, job, folders[key], deadline) for key, job in jobs.items()}
-            try:
-                finished = [future.result() for future in futures.values()]
-            except BaseException:
-                pool.shutdown(cancel_futures=True)  # those that run get the interrupt themselves
-                raise
-        print(f"{sum(finished)} of {len(jobs)} runs are finished, {time.monotonic() - started:.0f} s", flush=True)
-        runs = {
-            key: json.loads((folder / "summary.json").read_text())["results"][0]
-            for (key, folder), done in zip(folders.items(), finished, strict=True)
-            if done
-        }
-        if runs:
-            held = json.loads((teacher / "summary.json").read_text())["results"][0]
-            self._write(whole, held, runs)
+            teacher = Teacher(teacher_name)
+            runs = [Run(teacher_name, Recipe("ce", name=TEACHER, **common), self._teacher_folder)]
+        else:
+            teacher = replace(teachers.find(str(self.teacher), None, None), weights=None, origin=None)
+        for seed in range(self.seeds):  # all kinds of a seed first: what is interrupted is a smaller comparison
+            for kind in self.only:
+                folder = self.output / kind.replace(" ", "-").replace(",", "") / f"seed-{seed}"
+                taught = {} if kind == ALONE else {"teacher": teacher, "teacher_folder": self._teacher_folder}
+                recipe = Recipe(name=kind, seed=seed, lr=lr_of(self.pair), **common, **KINDS[kind])
+                runs.append(Run(student, recipe, folder, **taught))
+        return Study(
+            command="benchmarks/reproduce.py",
+            options={name: str(value) for name, value in asdict(self).items()},
+            data=data,
+            data_options={"spec": self._spec},
+            runs=runs,
+            output=self.output,
+            resume=self.output.exists(),
+            threads=self.threads,
+            side_by_side=self._side_by_side(),
+        )
+
+    @property
+    def _teacher_folder(self) -> Path:
+        return self.teacher or self.output / TEACHER
 
     def _side_by_side(self) -> int:
-        import torch
-
         on_gpu = self.device == "cuda" or (self.device == "auto" and torch.cuda.is_available())
-        return self.side_by_side or (4 if on_gpu else max(1, len(os.sched_getaffinity(0)) // self.threads))
+        return self.side_by_side or (4 if on_gpu else max(1, len(environment.usable_processors()) // self.threads))
+
+    @property
+    def _spec(self) -> str:
+        """What `load` takes: the data set itself, or a file of some of its classes."""
+        return self.data if self.classes is None else str(self.output / f"{self.classes}-classes.npz")
 
     def _images(self, whole: ImageData) -> str:
-        """What follows --data: the data set itself, or a file of some of its classes, written anew."""
-        if self.classes is None:
-            return self.data
-        path = self.output / f"{self.classes}-classes.npz"
-        arrays = subset(whole, self.classes)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_suffix(".partial.npz")
-        np.savez(beside, **arrays)
-        beside.rename(path)
-        return str(path)
+        """Write the file of some classes anew, if only these are taken. Return what `load` takes."""
+        if self.classes is not None:
+            arrays = subset(whole, self.classes)
+            self.output.mkdir(parents=True, exist_ok=True)
+            beside = self.output / f".{self.classes}-classes.partial.npz"
+            np.savez(beside, **arrays)
+            beside.rename(self._spec)
+        return self._spec
 
     def _check(self) -> None:
         """Raises ValueError for what would be found out only after hours."""
@@ -178,7 +180,7 @@ class Reproduce:
             raise ValueError(f"only must be out of {', '.join(map(repr, KINDS))}, got {unknown[0]!r}")
         for name, least in (("seeds", 1), ("epochs", 1), ("threads", 1), ("side_by_side", 0)):
             check_int(name, getattr(self, name), least)
-        if self.teacher is not None and not (self.teacher / "summary.json").exists():
+        if self.teacher is not None and not _is_finished(self.teacher):
             raise ValueError(f"teacher must be the folder of a finished run, got {self.teacher}")
 
     def _write(self, data: ImageData, teacher: dict, runs: dict) -> None:
@@ -235,9 +237,9 @@ def command() -> str:
     return shlex.join(["python", "benchmarks/reproduce.py", *sys.argv[1:]])
 
 
-def lr_of(pair: str) -> str:
+def lr_of(pair: str) -> float:
     """The paper's learning rate for the student; 0.05 for a pair that it has not."""
-    return str(next((known.lr for known in CIFAR100 if pair == f"{known.teacher}-{known.student}"), 0.05))
+    return next((known.lr for known in CIFAR100 if pair == f"{known.teacher}-{known.student}"), 0.05)
 
 
 def subset(data: ImageData, classes: int) -> dict[str, np.ndarray]:
@@ -252,29 +254,13 @@ def subset(data: ImageData, classes: int) -> dict[str, np.ndarray]:
     return arrays
 
 
-def call(arguments: Sequence[str], output: Path, deadline: float | None) -> bool:
-    """Runs `kcd` with these and --output; what it prints goes to a log beside that folder.
+def _is_finished(folder: Path) -> bool:
+    return (folder / "summary.json").exists()
 
-    False: it was stopped at the deadline, or not begun. What is finished is not run again, but checked by it to be of
-    the same options, which takes seconds, so whatever the deadline. Raises RuntimeError if it fails.
-    """
-    finished = (output / "summary.json").exists()
-    left = None if deadline is None or finished else deadline - time.monotonic()
-    if left is not None and left <= 0:
-        return False
-    log = output.with_suffix(".log")
-    log.parent.mkdir(parents=True, exist_ok=True)
-    arguments = [*arguments, "--output", str(output)]
-    command = [sys.executable, "-m", "kcd_ext.cli", *arguments]
-    with open(log, "a") as file:
-        try:
-            done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, timeout=left)
-        except subprocess.TimeoutExpired:
-            return False
-    if done.returncode:
-        last = (log.read_text().splitlines() or ["nothing printed"])[-1]
-        raise RuntimeError(f"kcd {shlex.join(arguments)}: exit status {done.returncode}: {last}")
-    return True
+
+def _result(folder: Path) -> Mapping[str, float]:
+    """Return what a finished run came to."""
+    return read_json(folder / "summary.json")["results"][0]
 
 
 def row(kind: str, results: Sequence[dict], baseline: Sequence[dict] | None) -> list[str]:

@@ -1,12 +1,9 @@
-"""benchmarks/reproduce.py: its figures against NumPy's and the published table, its runs against a `kcd` that is none."""
+"""benchmarks/reproduce.py: its figures against NumPy's and the published table, and the study that it plans."""
 
 import importlib.util
 import json
 import re
-import shlex
-import subprocess
-import sys
-import types
+import time
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +11,10 @@ import pytest
 import torch
 
 from kcd_ext import cli
-from kcd_ext.commands.distill import Distill
 from kcd_ext.commands.presets import CIFAR100
-from kcd_ext.data.images import assemble
+from kcd_ext.commands.study import Study
+from kcd_ext.data.images import assemble, load
+from kcd_ext.training import Recipe
 
 SCRIPT = Path(__file__).resolve().parents[1] / "benchmarks" / "reproduce.py"
 if not SCRIPT.exists():
@@ -52,8 +50,8 @@ def test_the_papers_numbers_are_those_of_its_table(script):
 def test_learning_rates_are_the_papers(script):
     for pair in script.PAPER:
         light = re.search("-(mobilenet|shufflenet)", pair) is not None
-        assert script.lr_of(pair) == ("0.01" if light else "0.05")
-    assert script.lr_of("resnet20-resnet8") == script.lr_of("mobilenet_v2-vgg8") == "0.05"
+        assert script.lr_of(pair) == (0.01 if light else 0.05)
+    assert script.lr_of("resnet20-resnet8") == script.lr_of("mobilenet_v2-vgg8") == 0.05
 
 
 @pytest.mark.parametrize(
@@ -72,10 +70,9 @@ def test_learning_rates_are_the_papers(script):
     ],
 )
 def test_a_kind_is_what_it_is_called(script, kind, method, condenser, sizes, mixed):
-    command = cli._parse(["distill", "--data", "digits", "--name", kind, *script.KINDS[kind]]).__self__
-    assert isinstance(command, Distill) and command.recipe.name == kind
-    assert command.recipe.method.removeprefix("kc-") == method
-    condense = command.recipe.condense
+    recipe = Recipe(name=kind, **script.KINDS[kind])
+    assert recipe.method == method
+    condense = recipe.condense
     assert condense.batch_keep == (0.5 if kind == "kd, half of a batch" else 1)
     built = condense.build(1000, seed=0, device="cpu", epochs=24)
     assert type(built).__name__ == condenser
@@ -93,16 +90,16 @@ def test_a_kind_is_what_it_is_called(script, kind, method, condenser, sizes, mix
 
 def test_all_kinds_are_looked_at_here_and_the_baseline_is_one(script):
     looked_at = {case[0] for case in test_a_kind_is_what_it_is_called.pytestmark[0].args[1]}
-    assert looked_at == set(script.KINDS) and script.KINDS[script.BASELINE] == ["--method", "kd"]
+    assert looked_at == set(script.KINDS) and script.KINDS[script.BASELINE] == {"method": "kd"}
 
 
 def images(classes, train=60, test=30):
-    """Images of one pixel, the classes in no order and some of them rarer."""
+    """Small images, the classes in no order and some of them rarer."""
     draw = np.random.default_rng(0)
     parts = []
     for count in (train, test):
         labels = draw.permutation(np.concatenate((np.arange(classes), draw.integers(0, classes, count - classes))))
-        parts.append((draw.integers(0, 256, (count, 1, 1, 1), np.uint8), labels))
+        parts.append((draw.integers(0, 256, (count, 6, 6, 1), np.uint8), labels))
     return assemble("pixels", *parts, classes)
 
 
@@ -128,7 +125,7 @@ def test_a_subset_that_cannot_be_is_named(script, classes, error):
         script.subset(images(10), classes)
 
 
-def run(seed, last, best=90.0, visits=(1000, 500), seconds=8.0, condensation=0.5, flops=1.5e15):
+def result(seed, last, best=90.0, visits=(1000, 500), seconds=8.0, condensation=0.5, flops=1.5e15):
     return {
         "seed": seed,
         "accuracy_last": last,
@@ -142,12 +139,16 @@ def run(seed, last, best=90.0, visits=(1000, 500), seconds=8.0, condensation=0.5
 
 
 def test_a_row_by_hand(script):
-    baseline = [run(0, 70.0, visits=(2000, 2000)), run(1, 74.0, visits=(2000, 2000)), run(2, 66.0, visits=(2000, 2000))]
+    baseline = [
+        result(0, 70.0, visits=(2000, 2000)),
+        result(1, 74.0, visits=(2000, 2000)),
+        result(2, 66.0, visits=(2000, 2000)),
+    ]
     # 1, 2 and 6 better than the run of the same seed; one took a hundred times as long.
     results = [
-        run(0, 71.0, 72.0, (1000, 501), 10.0, 0.1, 1e15),
-        run(1, 76.0, 77.0, (1001, 501), 1000.0, 20.0, 2e15),
-        run(2, 72.0, 73.5, (1002, 502), 12.0, 0.36, 6e15),
+        result(0, 71.0, 72.0, (1000, 501), 10.0, 0.1, 1e15),
+        result(1, 76.0, 77.0, (1001, 501), 1000.0, 20.0, 2e15),
+        result(2, 72.0, 73.5, (1002, 502), 12.0, 0.36, 6e15),
     ]
     deviation, best, error = np.std([71, 76, 72], ddof=1), np.std([72, 77, 73.5], ddof=1), np.std([1, 2, 6], ddof=1)
     found = script.row("kc-kd", results, baseline)
@@ -171,45 +172,45 @@ def test_a_row_by_hand(script):
 
 def test_a_difference_is_taken_seed_by_seed(script):
     # Both spread by ten percent points, their difference by nothing.
-    assert script.difference([run(i, 60.5 + 10 * i) for i in range(3)], [run(i, 60 + 10 * i) for i in range(3)]) == (
-        "+0.50 ± 0.00"
-    )
+    assert script.difference(
+        [result(i, 60.5 + 10 * i) for i in range(3)], [result(i, 60 + 10 * i) for i in range(3)]
+    ) == ("+0.50 ± 0.00")
     with pytest.raises(ValueError):
-        script.difference([run(0, 1.0)], [run(0, 1.0), run(1, 1.0)])
-    assert script.visits([run(0, 1.0, visits=(999_999, 0))], [run(0, 1.0, visits=(1_000_000, 7))], "sample_visits") == (
-        "999,999 (100.0 %)"
-    )
+        script.difference([result(0, 1.0)], [result(0, 1.0), result(1, 1.0)])
+    assert script.visits(
+        [result(0, 1.0, visits=(999_999, 0))], [result(0, 1.0, visits=(1_000_000, 7))], "sample_visits"
+    ) == ("999,999 (100.0 %)")
 
 
-# --- the whole of it, with a `kcd` that trains nothing ----------------------------------------------------------------
+# --- the whole of it, with a study that trains nothing ----------------------------------------------------------------
 
 ONLY = ("kd", "kc-kd", "kd, half of a batch")
-ACCURACIES = {"kd": 70.0, "kc-kd": 72.0, "kd, half of a batch": 69.0, "": 80.0}
+ACCURACIES = {"kd": 70.0, "kc-kd": 72.0, "kd, half of a batch": 69.0, "teacher": 80.0}
 
 
 @pytest.fixture
-def commands(script, monkeypatch):
-    """Every call of `kcd` as (its options, its timeout); each leaves behind what it would have come to."""
+def studies(monkeypatch):
+    """Every study that is run; its runs leave what they would have come to, if there is time."""
     made = []
 
-    def called(command, *, stdout, stderr, timeout):
-        assert command[:3] == [sys.executable, "-m", "kcd_ext.cli"] and stderr == subprocess.STDOUT
-        options = dict(zip(command[4::2], command[5::2], strict=False))
-        made.append((command[3:], timeout))
-        folder = Path(options["--output"])
-        folder.mkdir(parents=True, exist_ok=True)
-        seed = int(options.get("--seed", 0))
-        result = run(seed, ACCURACIES[options.get("--name", "")] + seed)
-        (folder / "summary.json").write_text(json.dumps({"results": [result]}))
-        return types.SimpleNamespace(returncode=0)
+    def run(study):
+        made.append(study)
+        for each in study.runs:
+            if study._is_due(each):
+                each.folder.mkdir(parents=True, exist_ok=True)
+                seed = each.recipe.seed
+                found = result(seed, ACCURACIES[each.recipe.label] + seed)
+                (each.folder / "student.safetensors").touch()
+                (each.folder / "summary.json").write_text(json.dumps({"results": [found]}))
 
-    monkeypatch.setattr(script, "subprocess", types.SimpleNamespace(**{**vars(subprocess), "run": called}))
+    monkeypatch.setattr(Study, "checked", lambda study: study)
+    monkeypatch.setattr(Study, "run", run)
     return made
 
 
 @pytest.fixture
 def comparison(script, tmp_path):
-    """Options of a comparison of three kinds by two seeds, on images of one pixel."""
+    """Options of a comparison of three kinds by two seeds, on small images."""
     path = tmp_path / "pixels.npz"
     store(path, images(10))
 
@@ -232,24 +233,25 @@ def table(folder):
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
 
 
-def test_every_run_is_a_command_and_stands_in_the_table(comparison, commands, tmp_path, capsys):
+def test_every_run_is_planned_and_stands_in_the_table(comparison, studies, tmp_path, capsys):
     comparison(threads=3, side_by_side=2).run()
     assert "6 of 6 runs are finished" in capsys.readouterr().out
-    teacher, *runs = commands
-    assert teacher[0][0] == "teacher" and shlex.join(["--network", "resnet20", "--threads", "6"]) in shlex.join(
-        teacher[0]
+    (study,) = studies
+    teacher, *runs = study.runs
+    assert (study.threads, study.side_by_side, study.deadline, study.output) == (3, 2, None, tmp_path / "runs")
+    assert (study.data.train.views.padding, study.data.train.views.flip) == (4, True)
+    assert (teacher.network, teacher.recipe.method, teacher.recipe.lr, teacher.recipe.epochs) == (
+        "resnet20",
+        "ce",
+        0.05,
+        24,
     )
-    folders = {f"{kind}/seed-{seed}" for kind in ("kd", "kc-kd", "kd-half-of-a-batch") for seed in (0, 1)}
-    assert len(runs) == 6 and {str(p.parent.relative_to(tmp_path / "runs")) for p in summaries(tmp_path)} == {
-        *folders,
-        "teacher",
-    }
-    for arguments, timeout in runs:
-        said = shlex.join(arguments)
-        assert arguments[0] == "distill" and timeout is None and said.count("--output") == 1
-        for part in ("--student resnet8 ", f"--teacher {tmp_path}/runs/teacher ", "--lr 0.05 ", "--threads 3 "):
-            assert part in said
-        assert "--resume" in arguments and "--epochs 24 " in said and "--padding 4 --flip " in said
+    assert [(run.recipe.name, run.recipe.seed) for run in runs] == [(kind, seed) for seed in (0, 1) for kind in ONLY]
+    names = {str(run.folder.relative_to(study.output)) for run in runs}
+    assert names == {f"{kind}/seed-{seed}" for kind in ("kd", "kc-kd", "kd-half-of-a-batch") for seed in (0, 1)}
+    for run in runs:
+        assert (run.network, run.teacher.network, run.teacher_folder) == ("resnet8", "resnet20", teacher.folder)
+        assert (run.recipe.lr, run.recipe.epochs, run.recipe.device) == (0.05, 24, "cpu")
     assert [row[:4] for row in table(tmp_path / "results")[2:]] == [
         ["kd", "70.50 ± 0.71", "90.00 ± 0.00", ""],
         ["kc-kd", "72.50 ± 0.71", "90.00 ± 0.00", "+2.00 ± 0.00"],
@@ -263,22 +265,28 @@ def test_every_run_is_a_command_and_stands_in_the_table(comparison, commands, tm
     assert found == {(kind, seed, ACCURACIES[kind] + seed) for kind in ONLY for seed in (0, 1)}
 
 
+def test_a_trained_teacher_serves_all_runs_but_the_student_alone(comparison, tmp_path):
+    folder = tmp_path / "trained"
+    small = ["--data", "digits", "--network", "cnn_small", "--epochs", "1", "--threads", "1", "--device", "cpu"]
+    assert cli.main(["teacher", *small, "--output", str(folder)]) == 0
+    alone, kd = comparison(teacher=folder, only=("student alone", "kd"), seeds=1)._study(load("digits")).runs
+    assert (alone.teacher, alone.teacher_folder) == (None, None)
+    assert (kd.teacher.network, kd.teacher.weights, kd.teacher_folder) == ("cnn_small", None, folder)
+
+
 def summaries(folder):
     return list((folder / "runs").rglob("summary.json"))
 
 
-def test_without_time_nothing_is_begun_and_what_is_finished_is_shown(comparison, commands, tmp_path, capsys):
+def test_without_time_nothing_is_begun_and_what_is_finished_is_shown(comparison, studies, tmp_path, capsys):
     comparison(minutes=0).run()
-    assert commands == [] and "0 of 6 runs are finished" in capsys.readouterr().out and not summaries(tmp_path)
+    assert "0 of 6 runs are finished" in capsys.readouterr().out and not summaries(tmp_path)
     comparison().run()
     whole = table(tmp_path / "results")
     for seed, kind in ((1, "kc-kd"), (0, "kd")):
         capsys.readouterr()
-        commands.clear()
         comparison(minutes=0).run()
         count = len(summaries(tmp_path)) - 1
-        # All that is finished, the teacher too, was looked at in however much time it takes, and nothing else begun.
-        assert [timeout for _, timeout in commands] == [None] * (count + 1)
         assert f"{count} of 6 runs are finished" in capsys.readouterr().out
         rows = table(tmp_path / "results")
         assert rows == whole if count == 6 else rows[2:][1][:4] == ["kc-kd", "72.00", "90.00", "+2.00"]
@@ -287,30 +295,9 @@ def test_without_time_nothing_is_begun_and_what_is_finished_is_shown(comparison,
     comparison(minutes=0).run()
     out = capsys.readouterr().out
     assert "4 of 6 runs are finished" in out and "no seed is finished in all kinds" in out
-    commands.clear()
     comparison(minutes=5).run()
-    timed = [timeout for _, timeout in commands if timeout is not None]
-    assert len(commands) == 7 and len(timed) == 2 and all(0 < timeout <= 300 for timeout in timed)
+    assert 0 < studies[-1].deadline - time.monotonic() <= 300
     assert table(tmp_path / "results") == whole
-
-
-def test_what_kcd_says_when_it_fails_is_passed_on(script, commands, monkeypatch, tmp_path):
-    def fails(command, *, stdout, stderr, timeout):
-        stdout.write("one\nkcd: error: two\n")
-        stdout.flush()
-        return types.SimpleNamespace(returncode=2)
-
-    monkeypatch.setattr(script.subprocess, "run", fails)
-    with pytest.raises(RuntimeError) as error:
-        script.call(["distill", "--seed", "3"], tmp_path / "a b" / "seed-3", None)
-    command = shlex.join(["kcd", "distill", "--seed", "3", "--output", str(tmp_path / "a b" / "seed-3")])
-    assert str(error.value) == f"{command}: exit status 2: kcd: error: two"
-
-    def too_slow(command, *, timeout, **_):
-        raise subprocess.TimeoutExpired(command, timeout)
-
-    monkeypatch.setattr(script.subprocess, "run", too_slow)
-    assert script.call(["distill"], tmp_path / "seed-4", script.time.monotonic() + 9) is False
 
 
 @pytest.mark.parametrize(
@@ -322,15 +309,14 @@ def test_what_kcd_says_when_it_fails_is_passed_on(script, commands, monkeypatch,
         (50_000, 240, 50, "Smaller than the paper's setting"),
     ],
 )
-def test_the_papers_numbers_stand_beside_its_setting_alone(
-    comparison, commands, tmp_path, train, epochs, classes, says
-):
+def test_the_papers_numbers_stand_beside_its_setting_alone(comparison, studies, tmp_path, train, epochs, classes, says):
     store(tmp_path / "pixels.npz", images(100, train, 100))
     comparison(pair="resnet32x4-resnet8x4", epochs=epochs, classes=classes, seeds=1).run()
     (page,) = (tmp_path / "results").glob("*.md")
     assert says in page.read_text() and ("50-classes" in page.name) == (classes == 50)
     spec = str(tmp_path / "pixels.npz") if classes is None else str(tmp_path / "runs" / "50-classes.npz")
-    assert all(f"--data {spec}" in shlex.join(arguments) for arguments, _ in commands)
+    (study,) = studies
+    assert study.data_options == {"spec": spec} and study.data.num_classes == (classes or 100)
 
 
 @pytest.mark.parametrize(
@@ -344,7 +330,7 @@ def test_the_papers_numbers_stand_beside_its_setting_alone(
         ({"teacher": Path("nowhere")}, "teacher must be the folder of a finished run, got nowhere"),
     ],
 )
-def test_what_cannot_be_is_said_before_anything_is_run(comparison, commands, tmp_path, options, message):
+def test_what_cannot_be_is_said_before_anything_is_run(comparison, studies, tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         comparison(**options).run()
-    assert commands == [] and not (tmp_path / "runs").exists()
+    assert studies == [] and not (tmp_path / "runs").exists()

@@ -6,10 +6,11 @@ import os
 import signal
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 from torch import nn
@@ -109,7 +110,7 @@ class Study:
                 self._train_all()
             except KeyboardInterrupt:
                 raise KeyboardInterrupt(f"--resume goes on with what is in {self.output}") from None
-            if first:
+            if first and any((run.folder / "metrics.jsonl").exists() for run in self.runs):
                 self._report()
 
     # --- before training ----------------------------------------------------------------------------------------------
@@ -263,17 +264,17 @@ class Study:
     # --- training -------------------------------------------------------------------------------------------------------
 
     def _train_all(self) -> None:
-        """Train the runs in their order; side by side those that teach nobody."""
+        """Train the runs in their order. Side by side are those that teach nobody, if they are not finished."""
         here = [run for run in self.runs if self.side_by_side == 1 or self._is_teacher(run)]
-        apart = [run for run in self.runs if run not in here]
         with bar_over(len(self.runs), self.runs[0].recipe.epochs) as bar:
             for run in here:
                 self._train(run, bar.begin(f"{run.recipe.label}, seed {run.recipe.seed}"))
                 bar.end()
                 self._collect()
+            apart = [run for run in self.runs if run not in here and self._is_due(run) and not _is_finished(run)]
             if not apart:
                 return
-            # Processes of their own: a process has one number of threads and one default stream.
+            # Processes of their own: the number of threads and the generators of random numbers are those of a process.
             with ProcessPoolExecutor(self.side_by_side, multiprocessing.get_context("spawn")) as pool:
                 try:
                     for future in as_completed([pool.submit(self._train, run) for run in apart]):
@@ -285,27 +286,32 @@ class Study:
                     raise
 
     def _train(self, run: Run, progress: Callable[[dict], None] | None = None) -> None:
-        """Train a run or, if it is finished, check that it is this one. Nothing happens after the deadline."""
-        finished = (run.folder / "summary.json").exists()
-        left = None if self.deadline is None or finished else self.deadline - time.monotonic()
-        if left is not None and (left <= 0 or not self._has_teacher(run)):
-            return
-        with threads(self.chosen[run.folder].count), warnings_as_notes(), _interrupted_after(left):
-            summary = distill(
-                *self._networks(run),
-                self.data.train,
-                self.data.test,
-                run.recipe,
-                output=run.folder,
-                resume=self.resume,
-                progress=progress,
-                about=self._about(run),
-            )
-            if processes.rank() == 0:
-                ranking.write(run.folder, summary, self.data.train, self.data.class_names)
+        """Train a run until the deadline or, if it is finished, check that it is this one."""
+        if self._is_due(run):
+            deadline = None if _is_finished(run) else self.deadline
+            with threads(self.chosen[run.folder].count), warnings_as_notes():
+                _call_until(deadline, partial(self._distill, run, progress))
 
-    def _has_teacher(self, run: Run) -> bool:
-        return run.teacher_folder is None or (run.teacher_folder / WEIGHTS).exists()
+    def _distill(self, run: Run, progress: Callable[[dict], None] | None) -> None:
+        summary = distill(
+            *self._networks(run),
+            self.data.train,
+            self.data.test,
+            run.recipe,
+            output=run.folder,
+            resume=self.resume,
+            progress=progress,
+            about=self._about(run),
+        )
+        if processes.rank() == 0:
+            ranking.write(run.folder, summary, self.data.train, self.data.class_names)
+
+    def _is_due(self, run: Run) -> bool:
+        """Return whether a run is to be begun, or looked at: there is time, and its teacher is trained."""
+        if self.deadline is None or _is_finished(run):
+            return True
+        trained = run.teacher_folder is None or (run.teacher_folder / WEIGHTS).exists()
+        return trained and time.monotonic() < self.deadline
 
     def _begin(self) -> None:
         """Mark the folder of several runs as that of this command."""
@@ -315,7 +321,7 @@ class Study:
 
     def _collect(self) -> None:
         """Write the results of the runs that are finished, where they have folders of their own."""
-        done = [run for run in self._collected if (run.folder / "summary.json").exists()]
+        done = [run for run in self._collected if _is_finished(run)]
         if processes.rank() > 0 or not done:
             return
         found = [files.read_json(run.folder / "summary.json")["results"][0] for run in done]
@@ -399,20 +405,23 @@ def _normalisation(views: Views) -> Normalisation:
     return Normalisation(views.mean, views.std)
 
 
-@contextmanager
-def _interrupted_after(seconds: float | None) -> Iterator[None]:
-    """Leave what is inside as Ctrl-C does, once so much time has passed; None: never. Ctrl-C itself is raised."""
-    if seconds is None:
-        yield
-        return
-    deadline = time.monotonic() + seconds
+def _is_finished(run: Run) -> bool:
+    return (run.folder / "summary.json").exists()
+
+
+def _call_until(deadline: float | None, work: Callable[[], None]) -> None:
+    """Call `work`, and leave it as Ctrl-C does at a time of `time.monotonic`; None: never. Ctrl-C itself is raised."""
+    if deadline is None:
+        return work()
     before = signal.signal(signal.SIGALRM, signal.default_int_handler)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
-        yield
+        try:
+            signal.setitimer(signal.ITIMER_REAL, max(1e-6, deadline - time.monotonic()))
+            work()
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
     except KeyboardInterrupt:
         if time.monotonic() < deadline:
             raise
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)

@@ -1,0 +1,64 @@
+"""Runs of a study side by side, in processes of their own, and until a deadline."""
+
+import shutil
+import signal
+import time
+from dataclasses import replace
+from functools import partial
+
+import pytest
+
+from kcd_ext.commands import study
+from kcd_ext.commands.study import Run, Study
+from kcd_ext.commands.teachers import Teacher
+from kcd_ext.data.images import load
+from kcd_ext.training import Recipe
+from kcd_ext.training.folder import WEIGHTS
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def plan(output, data, side_by_side, epochs=2):
+    """A teacher and two students of it."""
+
+    def recipe(method, name, seed):
+        return Recipe(method, name=name, seed=seed, epochs=epochs, device="cpu", batch_size=256)
+
+    teacher = Run("cnn_small", recipe("ce", "teacher", 0), output / "teacher")
+    taught = {"teacher": Teacher("cnn_small"), "teacher_folder": teacher.folder}
+    students = [Run("cnn_small", recipe("kd", "kd", seed), output / f"seed-{seed}", **taught) for seed in (0, 1)]
+    more = {"resume": True, "threads": 1, "side_by_side": side_by_side}
+    return Study("a test", {}, data, {"spec": "digits"}, [teacher, *students], output, **more)
+
+
+@pytest.mark.slow
+def test_runs_side_by_side_are_those_of_one_after_the_other(tmp_path, capfd):
+    data = load("digits")
+    plan(tmp_path / "alone", data, 1).checked().run()
+    shutil.copytree(tmp_path / "alone" / "teacher", tmp_path / "beside" / "teacher")  # it had one thread there
+    plan(tmp_path / "beside", data, 2).checked().run()
+    for run in ("seed-0", "seed-1"):
+        one, other = ((tmp_path / name / run / WEIGHTS).read_bytes() for name in ("alone", "beside"))
+        assert one == other
+    shown, again = (text.split("report: ")[0] for text in capfd.readouterr().out.split("method ")[1:])
+    assert shown.count("kd") == again.count("kd") == 1
+    (tmp_path / "beside" / "seed-1" / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"beside/seed-1/config.json is damaged"):
+        plan(tmp_path / "beside", data, 2).checked()
+
+
+def test_after_the_deadline_nothing_is_begun(tmp_path, capfd):
+    late = replace(plan(tmp_path / "late", load("digits"), 2), deadline=time.monotonic() - 1)
+    late.checked().run()
+    assert {path.name for path in (tmp_path / "late").iterdir()} == {"config.json"} and capfd.readouterr().out == ""
+
+
+def test_a_deadline_interrupts_and_ctrl_c_is_raised():
+    handler = signal.getsignal(signal.SIGALRM)
+    started = time.monotonic()
+    study._call_until(started + 0.05, partial(time.sleep, 60))
+    study._call_until(started, partial(time.sleep, 60))  # it is over
+    assert 0.05 <= time.monotonic() - started < 50
+    with pytest.raises(KeyboardInterrupt):
+        study._call_until(started + 1000, partial(signal.raise_signal, signal.SIGINT))
+    assert signal.getsignal(signal.SIGALRM) is handler and signal.getitimer(signal.ITIMER_REAL) == (0, 0)
