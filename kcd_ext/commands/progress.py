@@ -1,4 +1,4 @@
-"""A bar over the epochs of all runs of a command."""
+"""What a command shows while it works: a bar over the epochs of all its runs, and lines above it."""
 
 import sys
 import warnings
@@ -12,15 +12,14 @@ from ..terminal import printable, say
 
 
 class Bar:
-    """Runs of `epochs` each, one after the other."""
+    """A bar over runs of `epochs` each, one after the other. It is not drawn where stderr is no terminal, nor on other ranks."""
 
-    def __init__(self, bar: tqdm, epochs: int):
-        self._bar = bar
-        self._epochs = epochs
-        self._done = 0
+    def __init__(self, runs: int, epochs: int):
+        self._bar = tqdm(total=runs * epochs, unit="epoch", disable=True if processes.rank() else None)
+        self._epochs, self._done = epochs, 0
 
     def begin(self, label: str) -> Callable[[dict], None]:
-        """The next run; what `distill` is to call after its epochs."""
+        """Begin the next run. Return what `distill` calls after each of its epochs."""
         self._bar.set_description(printable(label))
         before = self._done
 
@@ -34,21 +33,19 @@ class Bar:
         return show
 
     def end(self) -> None:
-        """The run is finished, and may have been from the beginning."""
+        """Count a run that is finished, and may have been from the beginning."""
         self._done += self._epochs
         self._bar.update(self._done - self._bar.n)
 
+    def __enter__(self) -> "Bar":
+        return self
 
-@contextmanager
-def bar_over(runs: int, epochs: int) -> Iterator[Bar]:
-    """None is drawn where nobody watches: a log file would be filled with it."""
-    hidden = True if processes.rank() else None
-    with tqdm(total=runs * epochs, unit="epoch", disable=hidden) as bar:
-        yield Bar(bar, epochs)
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
 
 
 def note(text: str) -> None:
-    """A line for whoever watches, above the bar where there is one."""
+    """Print a line on rank 0, above the bar if there is one."""
     if processes.rank() == 0:
         with tqdm.external_write_mode(file=sys.stderr):
             say(" ".join(text.split()))
@@ -56,7 +53,7 @@ def note(text: str) -> None:
 
 @contextmanager
 def warnings_as_notes() -> Iterator[None]:
-    """Inside, a warning is a line as soon as it is raised, each text once: some are about hours that lie ahead."""
+    """Print each warning as a line at once, each text once: some are about hours that lie ahead."""
     seen = set()
 
     def show(message: Warning, *_: object) -> None:

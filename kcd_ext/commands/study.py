@@ -28,7 +28,7 @@ from ..training.identity import check_same, digest_of_samples
 from ..training.loop import build_method, check_run, distill
 from ..training.recipe import Recipe
 from . import teachers
-from .progress import bar_over, note, warnings_as_notes
+from .progress import Bar, note, warnings_as_notes
 from .teachers import Teacher
 from .threads import Threads, announcement, choose, step_flops
 
@@ -99,7 +99,7 @@ class Study:
             KeyboardInterrupt: with a message that says how to go on.
         """
         first = processes.rank() == 0
-        if first and self._is_finished():
+        if first and self._has_finished():
             self._move_aside()
         with files.folder_lock(self.output) if first else nullcontext():
             if first:
@@ -107,7 +107,8 @@ class Study:
                 self._announce()
                 self._begin()
             try:
-                self._train_all()
+                with warnings_as_notes():
+                    self._train_all()
             except KeyboardInterrupt:
                 raise KeyboardInterrupt(f"--resume goes on with what is in {self.output}") from None
             if first and any((run.folder / "metrics.jsonl").exists() for run in self.runs):
@@ -142,8 +143,8 @@ class Study:
     def _choose_threads(self) -> dict[Path, Threads]:
         """Choose the threads of the run in each folder. Raises ValueError where a config.json there is damaged."""
         if self.threads is not None:
-            alone = {run.folder: self.side_by_side for run in self.runs if self._is_teacher(run)}
-            return {run.folder: Threads(self.threads * alone.get(run.folder, 1)) for run in self.runs}
+            alone = self.threads * self.side_by_side  # nothing runs beside a teacher
+            return {run.folder: Threads(alone if self._is_teacher(run) else self.threads) for run in self.runs}
         flops = {}
         for run in self._kinds():
             (student, teacher), recipe = self._networks(run), run.recipe
@@ -154,14 +155,12 @@ class Study:
     def _announce(self) -> None:
         if self.resume and not self._taken():
             note(f"nothing to resume in {self.output}: starting anew")
-        for teacher in {
-            run.teacher.origin: run.teacher for run in self.runs if run.teacher and run.teacher.origin
-        }.values():
+        given = {run.teacher.origin: run.teacher for run in self.runs if run.teacher and run.teacher.origin}
+        for teacher in given.values():
             for line in teacher.told(self.data):
                 note(line)
-            folder = teacher.origin
-            if (folder / "metrics.jsonl").exists() and (of := self._other_images(folder, teacher)):
-                note(f"warning: teacher {folder} was trained on {of}, not on this {self.data.name}")
+            if of := self._other_images(teacher.origin, teacher):
+                note(f"warning: teacher {teacher.origin} was trained on {of}, not on this {self.data.name}")
         if line := announcement((run.recipe.label, self.chosen[run.folder]) for run in self.runs):
             note(line)
 
@@ -180,34 +179,27 @@ class Study:
         for path in (self.output, *self.output.parents):
             if path.is_symlink() and not path.exists():
                 raise FileExistsError(f"output {path} is a link to {os.readlink(path)}, which is not there")
+        otherwise = "or choose another --output"
         if self.output.exists() and not self.output.is_dir():
             raise FileExistsError(f"output {self.output} is a file: choose another --output")
-        if self._is_finished():
+        if self._has_finished():
             self._check_previous()
             return
         taken = self._taken()
         if taken and not self.resume:
             raise FileExistsError(
-                f"output {self.output} holds a {taken[0]} already: --resume goes on with a run, or choose another --output"
+                f"output {self.output} holds a {taken[0]} already: --resume goes on with a run, {otherwise}"
             )
         config = self.output / "config.json"
         content = files.read_json(config) if self._collected and config.exists() else {"command": self.command}
         if content.get("command") != self.command:
             found = "a single run" if "recipe" in content else f"a config.json that is not of {self.command}"
-            raise FileExistsError(
-                f"output {self.output} holds {found}: give the same --seeds, or choose another --output"
-            )
+            raise FileExistsError(f"output {self.output} holds {found}: give the same --seeds, {otherwise}")
         folders = [run.folder for run in self.runs]
-        others = [folder for folder in self._folders_of_runs() if folder not in folders]
-        if others and self.output in folders:
-            raise FileExistsError(
-                f"output {self.output} holds several seeds: give the same --seeds, or choose another --output"
-            )
-        if others:
-            raise FileExistsError(
-                f"output {self.output} holds {others[0].relative_to(self.output)}, which is none of these runs: give the same "
-                "seeds and as many at least, or choose another --output"
-            )
+        if others := [folder for folder in self._folders_of_runs() if folder not in folders]:
+            found = f"{others[0].relative_to(self.output)}, which is none of these runs"
+            found = "several seeds" if self.output in folders else found
+            raise FileExistsError(f"output {self.output} holds {found}: give the same --seeds, {otherwise}")
         for run in self.runs:
             if (run.folder / "config.json").exists():
                 self._check_begun(run)
@@ -234,7 +226,7 @@ class Study:
         facts |= {"processes": processes.world_size(), "recipe": run.recipe.as_json()}
         check_same(there, json.loads(json.dumps(facts)), run.folder)
 
-    def _is_finished(self) -> bool:
+    def _has_finished(self) -> bool:
         """Return whether a finished study of the same command is in `output`, to be kept while this one begins anew."""
         config = self.output / "config.json"
         if not self.keeps_previous or self.resume or not (config.exists() and (self.output / REPORT[0]).exists()):
@@ -266,7 +258,7 @@ class Study:
     def _train_all(self) -> None:
         """Train the runs in their order. Side by side are those that teach nobody, if they are not finished."""
         here = [run for run in self.runs if self.side_by_side == 1 or self._is_teacher(run)]
-        with bar_over(len(self.runs), self.runs[0].recipe.epochs) as bar:
+        with Bar(len(self.runs), self.runs[0].recipe.epochs) as bar:
             for run in here:
                 self._train(run, bar.begin(f"{run.recipe.label}, seed {run.recipe.seed}"))
                 bar.end()
@@ -277,7 +269,7 @@ class Study:
             # Processes of their own: the number of threads and the generators of random numbers are those of a process.
             with ProcessPoolExecutor(self.side_by_side, multiprocessing.get_context("spawn")) as pool:
                 try:
-                    for future in as_completed([pool.submit(self._train, run) for run in apart]):
+                    for future in as_completed([pool.submit(self._train_apart, run) for run in apart]):
                         future.result()
                         bar.end()
                         self._collect()
@@ -289,8 +281,12 @@ class Study:
         """Train a run until the deadline or, if it is finished, check that it is this one."""
         if self._is_due(run):
             deadline = None if _is_finished(run) else self.deadline
-            with threads(self.chosen[run.folder].count), warnings_as_notes():
+            with threads(self.chosen[run.folder].count):
                 _call_until(deadline, partial(self._distill, run, progress))
+
+    def _train_apart(self, run: Run) -> None:
+        with warnings_as_notes():
+            self._train(run)
 
     def _distill(self, run: Run, progress: Callable[[dict], None] | None) -> None:
         summary = distill(
@@ -386,19 +382,19 @@ class Study:
 
     def _teacher_run(self, run: Run) -> dict[str, str]:
         folder = run.teacher_folder or run.teacher.origin
-        if not (folder / "metrics.jsonl").exists() or self._other_images(folder, run.teacher):
-            return {}
-        return runs.fingerprint(folder)
+        is_run = (folder / "metrics.jsonl").exists()
+        return runs.fingerprint(folder) if is_run and not self._other_images(folder, run.teacher) else {}
 
     def _other_images(self, folder: Path, teacher: Teacher) -> str:
-        """Return what the teacher's run in a folder was tested on, if not on these images, however normalised; else nothing."""
+        """Return what the run in a teacher's folder was tested on, if not on these images, however normalised; else nothing."""
+        if not (folder / "metrics.jsonl").exists():
+            return ""
         own, images, config = teacher.differing(self.data), self.data.test, runs.metadata_of(folder).config
         if own is not None:
             images = ImageSet(images.images, images.labels, replace(images.views, mean=own.mean, std=own.std))
-        if config.get("test_samples") == digest_of_samples(images):
-            return ""
         dataset = (config.get("about") or {}).get("dataset")
-        return "other images" if dataset in (None, self.data.name) else dataset
+        same = config.get("test_samples") == digest_of_samples(images)
+        return "" if same else "other images" if dataset in (None, self.data.name) else dataset
 
 
 def _normalisation(views: Views) -> Normalisation:
