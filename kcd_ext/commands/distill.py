@@ -1,24 +1,23 @@
 """`kcd distill`: a student from a teacher, by one seed or several."""
 
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Annotated
 
-from tyro.conf import FlagCreatePairsOff, Positional, arg
+from tyro.conf import Positional, arg
 
-from .. import models, processes
+from .. import models
 from ..checks import check_int
 from ..registry import unknown
 from ..training.loop import build_method
 from ..training.recipe import Recipe
 from . import presets, teachers
-from .options import ALONE, NETWORKS, Images, RecipeArgs, as_json, checked_threads, slug
+from .options import ALONE, NETWORKS, Images, TrainingOptions
 from .study import TEACHER, Run, Study
 from .teachers import Teacher
 
 
 @dataclass(frozen=True)
-class Distill:
+class Distill(TrainingOptions):
     """Distils a student from a teacher, by one seed or several, and writes a report.
 
     A teacher that is not trained yet is trained first, with cross entropy by the same schedule, and kept beside the
@@ -29,7 +28,6 @@ class Distill:
         Positional[str],
         arg(metavar="[RECIPE]", help=f"A pair of the paper's comparison on CIFAR-100: {', '.join(presets.RECIPES)}."),
     ] = ""
-    images: Annotated[Images, arg(name="")] = field(default_factory=Images)
     teacher: str | None = None
     """The folder of a trained run, a file of weights (.safetensors, .pt, .pth), or a network, by name (see --student) or
     as module:function, that is trained first. None: the recipe's, or that which goes with the data (digits, mnist5k)."""
@@ -46,13 +44,6 @@ class Distill:
     ] = None
     seeds: int = 1
     """How many runs: with --seed, the one after it, and so on. They share their teacher."""
-    output: Path | None = None
-    """The folder for the results. None: runs/DATA-STUDENT-METHOD-SEED."""
-    resume: Annotated[bool, FlagCreatePairsOff] = False
-    """Goes on with what an interrupted command of the same options has left there."""
-    threads: int | None = None
-    """Threads of torch on the CPU. None: those of the run that goes on, else one for every 16 GFLOPs of a training step."""
-    recipe: Annotated[RecipeArgs, arg(name="")] = field(default_factory=RecipeArgs)
 
     def defaults(self) -> "Distill":
         """The defaults of all options that are not given: those of RECIPE, and of kc- before the method.
@@ -68,18 +59,6 @@ class Distill:
             default = replace(default, recipe=recipe, images=images, **own)
         return default
 
-    def run(self) -> None:
-        """Check everything, train, write the report and print the table.
-
-        Raises:
-            TypeError, ValueError, ImportError, FileExistsError: an option does not fit; nothing has been written then.
-            OSError: a file cannot be written; what was finished before is intact.
-            KeyboardInterrupt: with a message that says how to go on.
-        """
-        with processes.report_on_rank_zero():
-            study = self.study().checked()
-        study.run()
-
     @property
     def _pair(self) -> presets.Pair | None:
         """The networks of RECIPE or, without one, of the data."""
@@ -90,7 +69,7 @@ class Distill:
         return presets.RECIPES[self.preset]
 
     def study(self) -> Study:
-        """Return the runs that the options ask for. Raises as `run` does."""
+        """Return the students' runs, after that of their teacher if it is not trained yet. Raises as `run` does."""
         check_int("seeds", self.seeds, 1)
         data = self.images.load()
         first = self.recipe.resolve_method()
@@ -103,7 +82,8 @@ class Distill:
                 self._network("teacher"), self.teacher_network, self._pair.teacher if self._pair else None
             )
         self._check_effect(first, teacher)
-        output = self._default_output(student, recipes) if self.output is None else self.output
+        seeds = dict.fromkeys((recipes[0].seed, recipes[-1].seed))
+        output = self.folder(student, first.label, *seeds)
         runs, taught = [], {"teacher": teacher}
         if teacher is not None and teacher.origin is None:
             taught["teacher_folder"] = output / TEACHER
@@ -113,16 +93,7 @@ class Distill:
         for recipe in recipes:
             folder = output if self.seeds == 1 else output / f"seed-{recipe.seed}"
             runs.append(Run(student, recipe, folder, **taught))
-        return Study(
-            command="kcd distill",
-            options=as_json(self),
-            data=data,
-            data_options=self.images.as_json(),
-            runs=runs,
-            output=output,
-            resume=self.resume,
-            threads=checked_threads(self.threads),
-        )
+        return self.study_of("kcd distill", data, runs, output)
 
     def _check_effect(self, recipe: Recipe, teacher: Teacher | None) -> None:
         """Raises ValueError for what the user has said of a teacher that there is not, or is trained already."""
@@ -143,7 +114,3 @@ class Distill:
         if named is None:
             raise ValueError(f"--{role} must be given: no pair of networks goes with data {self.images.data!r}")
         return models.canonical(named) if role == "student" else named
-
-    def _default_output(self, student: str, recipes: list[Recipe]) -> Path:
-        seeds = "-".join(dict.fromkeys((str(recipes[0].seed), str(recipes[-1].seed))))
-        return Path("runs") / "-".join((self.images.slug, slug(student), slug(recipes[0].label), seeds))

@@ -1,4 +1,4 @@
-"""Options that several commands take: images, a recipe, threads."""
+"""Options that several commands take: images, a recipe, where its runs lie and how many threads they have."""
 
 import json
 import re
@@ -9,12 +9,13 @@ from typing import Annotated
 
 from tyro.conf import Fixed, FlagCreatePairsOff, Suppress, arg
 
-from .. import methods, models
+from .. import methods, models, processes
 from ..checks import check_int
 from ..data.images import ImageData, load
 from ..registry import unknown
 from ..training.device import MOST_THREADS
 from ..training.recipe import Condense, Recipe
+from .study import Run, Study
 
 CONDENSED = "kc-"  # before a method: condensed as in the paper
 ALONE = "ce"  # the method that trains a teacher
@@ -50,15 +51,6 @@ class Images:
         flip = True if self.flip else False if self.no_flip else None
         mean, std = _numbers(self.mean), _numbers(self.std)
         return load(self.data, padding=self.padding, flip=flip, size=self.size, mean=mean, std=std)
-
-    def as_json(self) -> dict[str, object]:
-        """What `load` made the images of, but for their views, which they know themselves."""
-        return {"spec": self.data, "size": self.size}
-
-    @property
-    def slug(self) -> str:
-        """For the name of a folder."""
-        return slug(Path(self.data).name)
 
 
 @dataclass(frozen=True)
@@ -119,6 +111,54 @@ class RecipeArgs(Recipe):
         return replace(self, method=method, options=methods.as_typed(method, self.options))
 
 
+@dataclass(frozen=True)
+class TrainingOptions:
+    """What `kcd distill` and `kcd teacher` share."""
+
+    images: Annotated[Images, arg(name="")] = field(default_factory=Images)
+    recipe: Annotated[RecipeArgs, arg(name="")] = field(default_factory=RecipeArgs)
+    output: Path | None = None
+    """The folder for the results. None: one in runs/, named after the data, the network, the method or teacher, and the seed."""
+    resume: Annotated[bool, FlagCreatePairsOff] = False
+    """Goes on with what an interrupted command of the same options has left there."""
+    threads: int | None = None
+    """Threads of torch on the CPU. None: those of the run that goes on, else one for every 16 GFLOPs of a training step."""
+
+    def run(self) -> None:
+        """Check everything, train, write the report and print the table.
+
+        Raises:
+            TypeError, ValueError, ImportError, FileExistsError: an option does not fit; nothing has been written then.
+            OSError: a file cannot be written; what was finished before is intact.
+            KeyboardInterrupt: with a message that says how to go on.
+        """
+        with processes.report_on_rank_zero():
+            study = self.study().checked()
+        study.run()
+
+    def study(self) -> Study:
+        """Return the runs that the options ask for. Raises as `run` does."""
+        raise NotImplementedError
+
+    def study_of(self, command: str, data: ImageData, runs: Sequence[Run], output: Path) -> Study:
+        """Return these runs with the options of this command."""
+        return Study(
+            command=command,
+            options=json.loads(json.dumps(asdict(self), default=str)),
+            data=data,
+            data_options={"spec": self.images.data, "size": self.images.size},
+            runs=runs,
+            output=output,
+            resume=self.resume,
+            threads=checked_threads(self.threads),
+        )
+
+    def folder(self, *names: object) -> Path:
+        """Return `output` or, if it is not given, a folder in runs/ named after the data and these."""
+        parts = (Path(self.images.data).name, *map(str, names))
+        return self.output or Path("runs") / "-".join(re.sub(r"[^\w.-]+", "-", part) for part in parts)
+
+
 def _numbers(words: tuple[str, ...] | None) -> list[float] | str | None:
     """Words, or parts of them between commas, as numbers; as text where one of them is none."""
     if words is None:
@@ -131,12 +171,3 @@ def _numbers(words: tuple[str, ...] | None) -> list[float] | str | None:
 
 def checked_threads(threads: int | None) -> int | None:
     return None if threads is None else check_int("threads", threads, 1, MOST_THREADS)
-
-
-def as_json(command: object) -> dict:
-    return json.loads(json.dumps(asdict(command), default=str))
-
-
-def slug(name: str) -> str:
-    """As a part of a file's name."""
-    return re.sub(r"[^\w.-]+", "-", name)
