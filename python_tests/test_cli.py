@@ -202,7 +202,7 @@ def test_interrupted_demos_lose_nothing_and_go_on(demo, running, tmp_path):
 def test_a_second_demo_on_one_output_is_refused(running, tmp_path):
     def second():
         for resume, message in (
-            ([], "output runs/demo holds a config.json already"),
+            ([], "output runs/demo holds a checkpoint already"),
             (["--resume"], "another kcd is ru"),
         ):
             done = commands.run(*SMALL, "--seeds", 3, 1, *resume, cwd=tmp_path)

@@ -175,10 +175,10 @@ def test_flops_of_a_step():
     held = ImageSet(images, np.zeros(10, np.int64), Views(mean=(0.0,), std=(1.0,)))
     student, teacher = (torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(6, n)) for n in (5, 7))
     a_row, of_teacher = 3 * 2 * 6 * 5, 2 * 6 * 7
-    assert threads.step_flops(student, None, held, 4, "cpu") == 4 * a_row
-    assert threads.step_flops(student, teacher, held, 64, "cpu") == 10 * (a_row + of_teacher)
-    assert threads.step_flops(student, teacher, held, 64, "cuda") == 0
-    assert threads.step_flops(torch.nn.Linear(5, 5), teacher, held, 4, "cpu") is None
+    assert threads.batch_flops([(3, student), (1, None)], held, 4, "cpu") == 4 * a_row
+    assert threads.batch_flops([(3, student), (1, teacher)], held, 64, "cpu") == 10 * (a_row + of_teacher)
+    assert threads.batch_flops([(3, student), (1, teacher)], held, 64, "cuda") == 0
+    assert threads.batch_flops([(3, torch.nn.Linear(5, 5)), (1, teacher)], held, 4, "cpu") is None
 
 
 @pytest.fixture

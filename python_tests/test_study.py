@@ -50,7 +50,7 @@ def test_runs_side_by_side_are_those_of_one_after_the_other(tmp_path, capfd):
 def test_after_the_deadline_nothing_is_begun(tmp_path, capfd):
     late = replace(plan(tmp_path / "late", load("digits"), 2), deadline=time.monotonic() - 1)
     late.checked().run()
-    assert {path.name for path in (tmp_path / "late").iterdir()} == {"config.json"} and capfd.readouterr().out == ""
+    assert not any(tmp_path.iterdir()) and capfd.readouterr().out == ""
 
 
 def test_a_deadline_interrupts_and_ctrl_c_is_raised():

@@ -30,7 +30,7 @@ from ..training.recipe import Recipe
 from . import teachers
 from .progress import Bar, note, warnings_as_notes
 from .teachers import Teacher
-from .threads import Threads, announcement, choose, step_flops
+from .threads import Threads, announcement, batch_flops, choose
 
 REPORT = ("report.html", "report.png")
 
@@ -105,7 +105,6 @@ class Study:
             if first:
                 self._check_output()
                 self._announce()
-                self._begin()
             try:
                 with warnings_as_notes():
                     self._train_all()
@@ -148,8 +147,9 @@ class Study:
         flops = {}
         for run in self._kinds():
             (student, teacher), recipe = self._networks(run), run.recipe
-            asked = teacher if build_method(recipe).needs_teacher else None
-            flops[recipe.label] = step_flops(student, asked, self.data.train, recipe.batch_size, recipe.device)
+            # The backward pass is counted as two forward passes.
+            passes = [(3, student), (1, teacher if build_method(recipe).needs_teacher else None)]
+            flops[recipe.label] = batch_flops(passes, self.data.train, recipe.batch_size, recipe.device)
         return choose({run.folder: run.recipe.label for run in self.runs}, flops)
 
     def _announce(self) -> None:
@@ -309,14 +309,11 @@ class Study:
         trained = run.teacher_folder is None or (run.teacher_folder / WEIGHTS).exists()
         return trained and time.monotonic() < self.deadline
 
-    def _begin(self) -> None:
-        """Mark the folder of several runs as that of this command."""
-        if self._collected:
-            content = {"command": self.command, "options": self.options, "versions": versions()}
-            files.write_json(self.output / "config.json", content)
-
     def _collect(self) -> None:
-        """Write the results of the runs that are finished, where they have folders of their own."""
+        """Write the command, and the results of the runs that are finished, where runs have folders of their own.
+
+        Before the first run has ended another rank may still look whether `output` is free.
+        """
         done = [run for run in self._collected if _is_finished(run)]
         if processes.rank() > 0 or not done:
             return
@@ -327,6 +324,8 @@ class Study:
             for run in done
             for line in files.read_lines(run.folder / "metrics.jsonl")
         ]
+        config = {"command": self.command, "options": self.options, "versions": versions()}
+        files.write_json(self.output / "config.json", config)
         files.write_lines(self.output / "metrics.jsonl", lines)
         files.write_json(self.output / "summary.json", {"dataset": self.data.name, "seeds": seeds, "results": found})
 

@@ -70,16 +70,6 @@ def by_rule(flops: int | None, work: str = "step") -> Threads:
     return Threads(rule(flops, available()), "FLOPs unknown" if flops is None else f"{_shown(flops)}FLOPs a {work}")
 
 
-def step_flops(
-    student: nn.Module, teacher: nn.Module | None, images: ImageSet, batch_size: int, device: str
-) -> int | None:
-    """Return the FLOPs of a training step on a batch of these images, as `batch_flops` does.
-
-    They are those of three forward passes of the student (a backward pass is counted as two) and of one of the teacher.
-    """
-    return batch_flops([(3, student), (1, teacher)], images, batch_size, device)
-
-
 def batch_flops(
     passes: Iterable[tuple[int, nn.Module | None]], images: ImageSet, batch_size: int, device: str
 ) -> int | None:
