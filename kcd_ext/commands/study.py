@@ -45,7 +45,7 @@ class Run:
     folder: Path
     teacher: Teacher | None = None
     teacher_folder: Path | None = None
-    """The folder of the earlier run of the study that trains the teacher; None: the teacher is trained."""
+    """Where the weights of the teacher are once an earlier run has trained it; None: `teacher` has them."""
 
 
 @dataclass(frozen=True)
@@ -239,6 +239,10 @@ class Study:
         return output.with_name(f"{output.name}.previous")
 
     def _check_previous(self) -> None:
+        if Path.cwd().is_relative_to(self.output.resolve()):
+            raise FileExistsError(
+                f"output {self.output} holds a finished run and is the current folder: choose another --output"
+            )
         previous = self._previous
         found = {path.name for path in previous.iterdir()} if previous.exists() else set()
         config = previous / "config.json"
@@ -248,10 +252,12 @@ class Study:
             raise FileExistsError(f"{previous} is not of {self.command}: move it away, or choose another --output")
 
     def _move_aside(self) -> None:
-        with files.folder_lock(self.output):
-            files.remove(self._previous)
-            Path(os.path.realpath(self.output)).rename(self._previous)
-            (self._previous / files.LOCK).unlink(missing_ok=True)
+        output, previous = Path(os.path.realpath(self.output)), self._previous
+        with files.folder_lock(output):
+            files.remove(previous)
+            output.rename(previous)
+            (previous / files.LOCK).unlink(missing_ok=True)
+        output.mkdir(exist_ok=True)  # where a link leads
 
     # --- training -------------------------------------------------------------------------------------------------------
 
@@ -324,7 +330,8 @@ class Study:
             for run in done
             for line in files.read_lines(run.folder / "metrics.jsonl")
         ]
-        config = {"command": self.command, "options": self.options, "versions": versions()}
+        options = {name: value for name, value in self.options.items() if name != "resume"}
+        config = {"command": self.command, "options": options, "versions": versions()}
         files.write_json(self.output / "config.json", config)
         files.write_lines(self.output / "metrics.jsonl", lines)
         files.write_json(self.output / "summary.json", {"dataset": self.data.name, "seeds": seeds, "results": found})

@@ -240,7 +240,7 @@ def check_weights(folder: Path) -> None:
         OSError: a file cannot be read.
     """
     path = folder / "summary.json"
-    sums = read_json(path, lambda content: _object(content, SUMS)) if path.exists() else {}
+    sums = read_json(path, lambda content: _object({SUMS: {}, **content}, SUMS, null=False)) if path.exists() else {}
     if WEIGHTS in sums and sha256(read_regular(folder / WEIGHTS)).hexdigest() != sums[WEIGHTS]:
         raise ValueError(f"{folder / WEIGHTS} is not as the run wrote it: its SHA-256 is not that in {path.name}")
 
@@ -354,11 +354,11 @@ def _normalisation(found: Mapping) -> Normalisation:
     return Normalisation(mean, std)
 
 
-def _object(holder: Mapping, name: str) -> dict:
-    value = holder.get(name)
-    if not isinstance(value or {}, dict):
+def _object(holder: Mapping, name: str, null: bool = True) -> dict:
+    value = {} if holder.get(name) is None and null else holder[name]
+    if not isinstance(value, dict):
         raise TypeError(f"{name} must be an object, got {describe(value)}")
-    return value or {}
+    return value
 
 
 def _text(holder: Mapping, name: str) -> str | None:
