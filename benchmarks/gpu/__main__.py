@@ -118,7 +118,12 @@ def install_wheels(source: Path | None, target: Path) -> dict[str, list[str]]:
 
 def _run(only: list[str], deadline: Deadline, folder: Path, out: Path, log: IO[str]) -> Iterator[Outcome]:
     """The outcomes, one after another: the build's first, without which nothing else runs."""
-    library = os.environ.get("KCD_LIBRARY")
+    # Sections run in another folder. A set of images may also be named without a path.
+    library, images = os.environ.get("KCD_LIBRARY"), os.environ.get("KCD_CIFAR100", "")
+    if os.path.exists(images):
+        os.environ["KCD_CIFAR100"] = os.path.abspath(images)
+    if library:
+        os.environ["KCD_LIBRARY"] = os.path.abspath(library)
     build = folder if library else _build_folder(folder)
     chosen = [section for section in SECTIONS if section.name in only and section is not BUILD]
     outcome = execute(BUILD, limit(BUILD, chosen, deadline.left()), folder, build, out, log)
@@ -126,7 +131,8 @@ def _run(only: list[str], deadline: Deadline, folder: Path, out: Path, log: IO[s
     if not outcome.good:
         yield from (Outcome(section.name, NOT_REACHED, "the build failed") for section in chosen)
         return
-    os.environ["KCD_LIBRARY"] = os.path.abspath(library or build / "libkcd_ext.so")  # sections run in another folder
+    if not library:
+        os.environ["KCD_LIBRARY"] = str(build / "libkcd_ext.so")
     while chosen:
         section = chosen.pop(0)
         yield execute(section, limit(section, chosen, deadline.left()), folder, build, out, log)

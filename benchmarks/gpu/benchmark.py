@@ -5,10 +5,8 @@ Where logits are few the host takes longer than the device: there calls are repl
 What is measured, and for how long; how is the harness's (benchmarks/harness).
 """
 
-import argparse
 import math
 import sys
-from pathlib import Path
 
 import torch
 from harness import cuda
@@ -18,6 +16,8 @@ from harness.machine import write_json
 from harness.names import BOTH, EAGER, MEASURED, OWN
 from harness.places import Place, Shape
 from harness.timing import Deadline
+
+from .process import section_options
 
 SHAPES = (  # in order of importance: what the time does not suffice for is left out from the end
     Shape(8192, 32_000, torch.bfloat16),
@@ -121,10 +121,7 @@ def _count_launches(benchmark: Benchmark, place: Place, end: Deadline) -> None:
 
 def main() -> int:
     """Prints one line for each measurement, and last how many there are."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, required=True, help="for all of it")
-    parser.add_argument("--data", type=Path, required=True, help="a JSON file for the figures")
-    options = parser.parse_args()
+    options = section_options(__doc__)
     torch.manual_seed(0)
     end, end_of_replays = Deadline(options.seconds), Deadline(options.seconds * (1 - LAUNCHES_SHARE))
     end_of_timing = Deadline(options.seconds * (1 - LAUNCHES_SHARE - REPLAYS_SHARE))

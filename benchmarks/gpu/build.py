@@ -1,9 +1,8 @@
 """Section build: cmake and ninja make libkcd_ext.so for this machine's GPU, the package loads it, and one call runs.
 
-With --library nothing is made: that one is loaded and called.
+Where the variable KCD_LIBRARY names a library nothing is made: that one is loaded and called.
 """
 
-import argparse
 import os
 import subprocess
 import sys
@@ -11,6 +10,8 @@ import time
 from pathlib import Path
 
 from harness.machine import CHECKOUT, write_json
+
+from .process import section_options
 
 
 def architectures() -> list[str]:
@@ -78,23 +79,17 @@ def call_once(library: Path) -> dict[str, object]:
 
 def main() -> int:
     """Prints one line: for which architectures, in which time."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument("--build", type=Path, help="the build folder")
-    which.add_argument("--library", type=Path, help="a libkcd_ext.so that is there")
-    parser.add_argument("--data", type=Path, required=True, help="a JSON file for the figures")
-    options = parser.parse_args()
+    options, given = section_options(__doc__), os.environ.get("KCD_LIBRARY")
     start = time.monotonic()
     try:
-        figures = make(options.build) if options.build else {}
-        library = options.library or options.build / "libkcd_ext.so"
-        figures["build_info"] = call_once(library)
+        figures = {} if given else make(options.build)
+        figures["build_info"] = call_once(Path(given or options.build / "libkcd_ext.so"))
     except (RuntimeError, ImportError, OSError) as error:
         print(next(iter(str(error).splitlines()), type(error).__name__))
         return 1
     write_json(options.data, figures)
     names = " ".join(figures["build_info"]["cuda_architectures"])
-    made = f"built in {time.monotonic() - start:.1f} s" if options.build else f"not built: KCD_LIBRARY names {library}"
+    made = f"not built: KCD_LIBRARY names {given}" if given else f"built in {time.monotonic() - start:.1f} s"
     print(f"libkcd_ext.so for CUDA {names}, {made}; one call gives what the reference gives")
     return 0
 

@@ -1,8 +1,6 @@
 """Section graphs: CUDA graphs of forward and backward, two at once on two streams, and that no call waits for the device."""
 
-import argparse
 import sys
-from pathlib import Path
 
 import torch
 from harness.machine import write_json
@@ -10,6 +8,7 @@ from harness.timing import Deadline
 from torch import Tensor
 
 from .cases import Case, Inputs, call, inputs
+from .process import section_options
 
 SETS = 3  # different inputs, which the replays take in turn
 REPLAYS = 60
@@ -120,10 +119,7 @@ def waits_for_device(case: Case) -> str | None:
 
 def main() -> int:
     """Prints one line: how many replays were bit for bit the eager calls."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seconds", type=float, required=True)
-    parser.add_argument("--data", type=Path, required=True, help="a JSON file for what is wrong")
-    options = parser.parse_args()
+    options = section_options(__doc__)
     deadline = Deadline(options.seconds)
     faults = [fault for case in UNSYNCHRONISED if (fault := waits_for_device(case))]
     for pair in PAIRS:

@@ -1,9 +1,7 @@
 """Section large: logits whose elements lie more than 2³¹ apart, some rows of which must give what they give alone."""
 
-import argparse
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from harness.inputs import Produced
@@ -12,7 +10,7 @@ from torch import Tensor
 
 import kcd_ext
 
-from .process import UNAVAILABLE
+from .process import UNAVAILABLE, section_options
 
 LIMIT = 2**31
 ROOM = 1.1  # of the memory counted, for statistics and what torch holds
@@ -86,9 +84,7 @@ CHECKS: dict[str, tuple[Callable[[], list[str]], int]] = {
 
 def main() -> int:
     """Prints one line: what was compared, what did not fit."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, required=True, help="a JSON file for the findings")
-    options = parser.parse_args()
+    options = section_options(__doc__)
     findings, wrong, checked = {}, False, False
     for name, (check, size) in CHECKS.items():
         free = torch.cuda.mem_get_info()[0]

@@ -4,7 +4,6 @@ A machine that does not let its counters be read (ERR_NVGPUCTRPERM: they are the
 is no failure: nothing of ours can mend it, and nothing is wrong with the kernels.  A missing ncu is one: it can be installed.
 """
 
-import argparse
 import csv
 import math
 import re
@@ -14,7 +13,7 @@ from pathlib import Path
 
 from harness.machine import write_json
 
-from .process import UNAVAILABLE, run_within, tool_of_cuda
+from .process import UNAVAILABLE, output_of, section_options, tool_of_cuda
 
 # The clocks stay as they are: they may be others' too.
 OPTIONS = ["--clock-control", "none", "-k", "regex:forward_rows|backward_rows|select", "-c", "8"]
@@ -95,20 +94,16 @@ def dominant(kernel: dict) -> str:
 
 def main() -> int:
     """Prints a line for each kernel, and last how many there are and what they wait for."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seconds", type=float, required=True)
-    parser.add_argument("--data", type=Path, required=True, help="a JSON file for the kernels")
-    options = parser.parse_args()
+    options = section_options(__doc__)
     ncu = tool_of_cuda("ncu")
     if ncu is None:
         print("ncu is not installed: it comes with the CUDA toolkit, or as Nsight Compute")
         return 1
     with tempfile.TemporaryDirectory() as folder:
-        said, log = Path(folder) / "said", Path(folder) / "log"
-        with said.open("w") as output:
-            command = [ncu, *OPTIONS, "--log-file", str(log), sys.executable, "-m", "gpu.profiled"]
-            status = run_within(options.seconds, command, output)
-        printed, text = (path.read_text(errors="replace") if path.exists() else "" for path in (said, log))
+        log = Path(folder) / "log"
+        command = [ncu, *OPTIONS, "--log-file", str(log), sys.executable, "-m", "gpu.profiled"]
+        status, printed = output_of(options.seconds, command)
+        text = log.read_text(errors="replace") if log.exists() else ""
     print(printed, text, sep="\n", flush=True)
     lines = [*text.splitlines(), *printed.splitlines()]
     problems = [line.removeprefix(ERROR).strip() for line in lines if line.startswith(ERROR)]

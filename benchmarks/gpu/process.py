@@ -1,14 +1,27 @@
-"""What a section and the run of all of them agree on: time limits, exit statuses."""
+"""What a section and the run of all of them agree on: options, time limits, exit statuses."""
 
+import argparse
 import os
 import shutil
 import signal
 import subprocess
+import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
 UNAVAILABLE = 77  # the exit status of a section that cannot run on this machine, as automake has it
+
+
+def section_options(description: str | None) -> argparse.Namespace:
+    """Return the options that every section is started with (`sections.Run`)."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, required=True, help="for all of it")
+    parser.add_argument("--data", type=Path, required=True, help="a JSON file for the figures")
+    parser.add_argument("--build", type=Path, required=True, help="the build folder")
+    parser.add_argument("--out", type=Path, required=True, help="the folder for results that are files of their own")
+    return parser.parse_args()
 
 
 def tool_of_cuda(name: str) -> str | None:
@@ -41,30 +54,25 @@ def run_within(
         cwd=folder,
         start_new_session=True,
     )
-    patience = 0.0
     try:
         return process.wait(seconds)
     except subprocess.TimeoutExpired:
-        patience = 10.0
+        os.killpg(process.pid, signal.SIGINT)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(10)
         return None
     finally:
-        _end_session(process, patience)
+        # A process that the driver holds on to may outlive even SIGKILL: go on without it.
+        with suppress(ProcessLookupError, subprocess.TimeoutExpired):
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait(5)
 
 
-def _end_session(process: subprocess.Popen, patience: float) -> None:
-    """Interrupts a process that still runs, and after so many seconds kills it and whatever it left behind."""
-    if process.poll() is None and patience:
-        os.killpg(process.pid, signal.SIGINT)
-        _wait(process, patience)
-    try:
-        os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        return
-    _wait(process, 5)
-
-
-def _wait(process: subprocess.Popen, seconds: float) -> None:
-    try:
-        process.wait(seconds)
-    except subprocess.TimeoutExpired:
-        pass  # a process that the driver holds on to may outlive even SIGKILL: go on without it
+def output_of(
+    seconds: float, command: Sequence[str], environment: Mapping[str, str] | None = None
+) -> tuple[int | None, str]:
+    """Return the exit status, as `run_within` does, and the output of a command."""
+    with tempfile.TemporaryFile("w+", errors="replace") as file:
+        status = run_within(seconds, command, file, environment=environment)
+        file.seek(0)
+        return status, file.read()

@@ -3,14 +3,15 @@
 As many runs as the time lets finish; that not one seed is finished in all kinds is a failure, since there is then no comparison.
 """
 
-import argparse
 import json
 import math
+import os
 import subprocess
 import sys
-from pathlib import Path
 
 from harness.machine import CHECKOUT, write_json
+
+from .process import section_options
 
 CLASSES = 100
 SCRIPT = CHECKOUT / "benchmarks" / "reproduce.py"
@@ -18,16 +19,11 @@ SCRIPT = CHECKOUT / "benchmarks" / "reproduce.py"
 
 def main() -> int:
     """Prints what reproduce.py prints, and last which kinds it compared, or why it did not."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--images", required=True, metavar="DATA", help="CIFAR-100 as `kcd distill --data` names it")
-    parser.add_argument("--seconds", type=float, required=True)
-    parser.add_argument("--data", type=Path, required=True, help="a JSON file for the figures")
-    parser.add_argument("--out", type=Path, required=True, help="the folder for the table")
-    options = parser.parse_args()
+    options, spec = section_options(__doc__), os.environ["KCD_CIFAR100"]
     from kcd_ext.data.images import load
 
     try:
-        images = load(options.images)
+        images = load(spec)
     except (OSError, ValueError) as error:
         print(f"KCD_CIFAR100: {error}")
         return 1
@@ -35,7 +31,7 @@ def main() -> int:
         print(f"KCD_CIFAR100 names {images.name}, which is not CIFAR-100: it has {images.num_classes} classes")
         return 1
     before = {path: path.stat().st_mtime_ns for path in options.out.glob("reproduce-*.json")}
-    command = [sys.executable, str(SCRIPT), "--data", options.images, "--epochs", "30", "--device", "cuda"]
+    command = [sys.executable, str(SCRIPT), "--data", spec, "--epochs", "30", "--device", "cuda"]
     command += ["--precision", "bfloat16", "--minutes", f"{options.seconds / 60:.2f}", "--results", str(options.out)]
     if status := subprocess.run(command).returncode:
         print(f"reproduce.py ended with status {status}: see the log")

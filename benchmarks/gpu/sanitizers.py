@@ -1,18 +1,15 @@
 """Section sanitizers: compute-sanitizer's four tools, each over the program of `sanitized`."""
 
-import argparse
 import os
 import re
 import sys
-import tempfile
 import time
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 from harness.machine import write_json
 from harness.timing import Deadline
 
-from .process import UNAVAILABLE, run_within, tool_of_cuda
+from .process import UNAVAILABLE, output_of, section_options, tool_of_cuda
 from .sanitized import READY
 from .sections import FAILED, NOT_AVAILABLE, PASSED, TIMED_OUT
 
@@ -59,15 +56,6 @@ def judge(tool: str, status: int | None, output: str) -> Verdict:
     return Verdict(tool, PASSED if clean else FAILED, f"{found}, {cases}")
 
 
-def overall(verdicts: list[Verdict]) -> str:
-    """The section's status: not available only where no tool works."""
-    statuses = {verdict.status for verdict in verdicts}
-    for status in (FAILED, TIMED_OUT, PASSED):
-        if status in statuses:
-            return status
-    return NOT_AVAILABLE
-
-
 def check(sanitizer: str, tool: str, seconds: float) -> Verdict:
     """Runs one tool within so many seconds; its output goes to standard output."""
     until = time.time() + seconds - MARGIN_SECONDS
@@ -77,20 +65,14 @@ def check(sanitizer: str, tool: str, seconds: float) -> Verdict:
     command += [sys.executable, "-m", "gpu.sanitized", "--until", str(until)]
     # torch's caching allocator makes one allocation of many tensors, where no overrun is seen.
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    with tempfile.TemporaryFile("w+", errors="replace") as file:
-        status = run_within(seconds, command, file, environment=environment)
-        file.seek(0)
-        output = file.read()
+    status, output = output_of(seconds, command, environment)
     print(f"---- {tool}\n{output}", flush=True)
     return judge(tool, status, output)
 
 
 def main() -> int:
     """Prints one line with the verdict of every tool."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seconds", type=float, required=True, help="for all tools together")
-    parser.add_argument("--data", type=Path, required=True, help="a JSON file for the verdicts")
-    options = parser.parse_args()
+    options = section_options(__doc__)
     sanitizer = tool_of_cuda("compute-sanitizer")
     if sanitizer is None:
         print("compute-sanitizer is not installed: it comes with the CUDA toolkit")
@@ -99,12 +81,12 @@ def main() -> int:
     for i, tool in enumerate(TOOLS):
         verdicts.append(check(sanitizer, tool, deadline.left() / (len(TOOLS) - i)))
         write_json(options.data, [asdict(verdict) for verdict in verdicts])
-    status = overall(verdicts)
-    if status == NOT_AVAILABLE:
+    statuses = {verdict.status for verdict in verdicts}
+    if statuses == {NOT_AVAILABLE}:  # a tool that does not work here hides nothing where another does
         print(verdicts[0].summary)
         return UNAVAILABLE
     print("; ".join(f"{verdict.tool} {verdict.status}: {verdict.summary}" for verdict in verdicts))
-    return 0 if status == PASSED else 1
+    return 1 if statuses & {FAILED, TIMED_OUT} else 0
 
 
 if __name__ == "__main__":

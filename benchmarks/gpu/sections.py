@@ -66,25 +66,11 @@ class Section:
 
 
 def _module(name: str) -> Callable[[Run], Sequence[str]]:
-    return lambda run: [sys.executable, "-m", f"gpu.{name}", "--seconds", run.own_seconds, "--data", str(run.data)]
+    def command(run: Run) -> list[str]:
+        folders = ["--data", str(run.data), "--build", str(run.build), "--out", str(run.out)]
+        return [sys.executable, "-m", f"gpu.{name}", "--seconds", run.own_seconds, *folders]
 
-
-def _build(run: Run) -> list[str]:
-    library = os.environ.get("KCD_LIBRARY")
-    which = ["--library", os.path.abspath(library)] if library else ["--build", str(run.build)]
-    return [sys.executable, "-m", "gpu.build", *which, "--data", str(run.data)]
-
-
-def _large(run: Run) -> list[str]:
-    return [sys.executable, "-m", "gpu.large", "--data", str(run.data)]
-
-
-def _reproduction(run: Run) -> list[str]:
-    images = os.environ["KCD_CIFAR100"]
-    if os.path.exists(images):  # it is run in another folder
-        images = os.path.abspath(images)
-    command = [sys.executable, "-m", "gpu.reproduction", "--images", images]
-    return [*command, "--seconds", run.own_seconds, "--data", str(run.data), "--out", str(run.out)]
+    return command
 
 
 CONFORMANCE = ("conformance", "autograd", "arguments", "group", "simt_operators")
@@ -114,7 +100,7 @@ def _tests(*names: str, parallel: bool) -> Callable[[Run], Sequence[str]]:
 
 
 SECTIONS = (
-    Section("build", 80, _build),
+    Section("build", 80, _module("build")),
     Section("conformance", 110, _tests(*CONFORMANCE, parallel=True), modules=("pytest", "hypothesis", "numpy")),
     Section(
         "training",
@@ -124,13 +110,13 @@ SECTIONS = (
     ),
     Section("sanitizers", 130, _module("sanitizers")),
     Section("graphs", 20, _module("graphs")),
-    Section("large", 25, _large),
+    Section("large", 25, _module("large")),
     Section("ncu", 60, _module("ncu")),
     Section("benchmarks", 205, _module("benchmark")),
     Section(
         "reproduction",
         10,
-        _reproduction,
+        _module("reproduction"),
         modules=("accelerate", "safetensors", "tqdm", "tyro", "matplotlib"),
         variable="KCD_CIFAR100",
         optional=True,
