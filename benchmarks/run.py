@@ -128,9 +128,8 @@ class Run:
 
     def measure(self) -> None:
         """Everything that was asked for, to stdout."""
-        facts = [[name, "not known" if fact is None else str(fact)] for name, fact in self.result["facts"].items()]
         self.report.add(f"# {self.device.name}")
-        self.report.add(report.table(["", ""], facts))
+        self.report.add(report.facts(self.result["facts"]))
         if self.options.shapes:
             self._main_table()
         self._overhead()

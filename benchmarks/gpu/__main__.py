@@ -53,7 +53,7 @@ def main() -> int:
             "not_asked_for": [name for name in NAMES if name not in {BUILD.name, *options.only}],
             "sections": [],
         }
-        base = options.out / slug(results["machine"]["gpu"])
+        base = options.out / slug(results["machine"]["GPU"])
         outcomes, asked_for = [], {BUILD.name, *options.only}
         with base.with_suffix(".log").open("w") as log:
             for outcome in _run(options.only, deadline, folder, options.out, log):

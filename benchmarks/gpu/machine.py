@@ -4,7 +4,7 @@ import importlib.util
 import platform
 import shutil
 
-from harness.machine import commit, lines, nvidia_smi, processor, version
+from harness.machine import commit, gpu, lines, processor
 
 
 def missing(*, building: bool) -> list[str]:
@@ -33,23 +33,12 @@ def missing(*, building: bool) -> list[str]:
 
 def facts() -> dict[str, object]:
     """The GPU, its software and the code that runs: what it is -> what was found."""
-    import torch
-
-    gpu = torch.cuda.get_device_properties(0)
     return {
-        "gpu": gpu.name,
-        "compute_capability": f"{gpu.major}.{gpu.minor}",
-        "multiprocessors": gpu.multi_processor_count,
-        "memory_bytes": gpu.total_memory,
-        "l2_bytes": gpu.L2_cache_size,
-        "driver": nvidia_smi("driver_version"),
-        "torch": torch.__version__,
+        **gpu(),
         "nvcc": next((x for x in lines("nvcc", "--version") if "release" in x), None),
         "cmake": next(iter(lines("cmake", "--version")), None),
-        "python": platform.python_version(),
-        "triton": version("triton"),
-        "liger_kernel": version("liger-kernel"),
+        "Python": platform.python_version(),
         "processor": processor(),
-        "platform": platform.platform(),
+        "system": platform.platform(),
         "commit": commit(),
     }

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from functools import partial
 
 from harness.names import BOTH, FORWARD
-from harness.report import by_place, errors, not_measured, number, table, times
+from harness.report import by_place, errors, facts, not_measured, number, table, times
 
 from .ncu import dominant
 from .sections import FAILED, NOT_AVAILABLE, NOT_REACHED, PASSED, TIMED_OUT
@@ -44,30 +44,11 @@ def markdown(results: dict) -> tuple[str, list[str]]:
 
 
 def _verdict(results: dict) -> str:
-    return f"# {results['machine']['gpu']}\n\n**{results['verdict']}**"
+    return f"# {results['machine']['GPU']}\n\n**{results['verdict']}**"
 
 
 def _machine(results: dict) -> str:
-    machine = results["machine"]
-    facts = [
-        ("GPU", f"{machine['gpu']}, compute capability {machine['compute_capability']}"),
-        ("multiprocessors, memory, L2", _sizes(machine)),
-        ("driver", machine["driver"]),
-        ("torch", machine["torch"]),
-        ("nvcc", machine["nvcc"]),
-        ("Triton, Liger-Kernel", f"{machine['triton'] or 'none'}, {machine['liger_kernel'] or 'none'}"),
-        ("Python", machine["python"]),
-        ("processor", machine["processor"]),
-        ("system", machine["platform"]),
-        ("commit", machine["commit"]),
-        ("begun", results["started"]),
-    ]
-    return "## Machine\n\n" + table(["", ""], [[name, fact or "not known"] for name, fact in facts])
-
-
-def _sizes(machine: dict) -> str:
-    memory, l2 = machine["memory_bytes"] / 2**30, machine["l2_bytes"] / 2**20
-    return f"{machine['multiprocessors']}, {memory:.0f} GiB, {l2:.0f} MiB"
+    return "## Machine\n\n" + facts({**results["machine"], "begun": results["started"]})
 
 
 def _sections(results: dict) -> str:

@@ -17,7 +17,7 @@ from .candidates import Candidate
 from .device import Device
 from .floors import Ceilings, Job, Work
 from .inputs import Rotation
-from .machine import nvidia_smi, slug, version
+from .machine import gpu, nvidia_smi, slug
 from .names import BOTH, FORWARD, LIGER
 from .places import Place, Shape
 from .timing import Seconds
@@ -62,13 +62,7 @@ class Cuda(Device):
 
     def facts(self) -> dict[str, object]:
         """GPU and driver."""
-        gpu = torch.cuda.get_device_properties(0)
-        return {
-            "GPU": f"{gpu.name}, compute capability {gpu.major}.{gpu.minor}, {gpu.multi_processor_count} multiprocessors",
-            "driver": nvidia_smi("driver_version"),
-            "Triton": version("triton"),
-            "Liger-Kernel": version("liger-kernel"),
-        }
+        return gpu()
 
     def candidates(self) -> tuple[list[Candidate], dict[str, str]]:
         """Liger-Kernel's too, where it is installed."""

@@ -74,6 +74,24 @@ def nvidia_smi(field: str) -> str | None:
     return None
 
 
+def gpu() -> dict[str, object]:
+    """Return facts about the GPU that torch calls 0 and the software that drives it: name -> fact, None where not known."""
+    import torch
+
+    found = torch.cuda.get_device_properties(0)
+    return {
+        "GPU": found.name,
+        "compute capability": f"{found.major}.{found.minor}",
+        "multiprocessors": found.multi_processor_count,
+        "memory, bytes": found.total_memory,
+        "L2 cache, bytes": found.L2_cache_size,
+        "driver": nvidia_smi("driver_version"),
+        "torch": torch.__version__,
+        "Triton": version("triton"),
+        "Liger-Kernel": version("liger-kernel"),
+    }
+
+
 def write_json(path: Path, content: object) -> None:
     """Whole or not at all: what reads it may come at any moment."""
     part = path.with_name(path.name + ".part")

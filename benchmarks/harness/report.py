@@ -131,6 +131,11 @@ def number(microseconds: float) -> str:
     return f"{microseconds:.0f}" if microseconds >= 100 else f"{microseconds:.3g}"
 
 
+def facts(known: dict[str, object]) -> str:
+    """A table of facts by name."""
+    return table(["", ""], [[name, "not known" if fact is None else str(fact)] for name, fact in known.items()])
+
+
 def table(head: list[str], lines: list[list[str]]) -> str:
     """A Markdown table."""
     rows = [head, ["---"] * len(head), *lines]
