@@ -11,6 +11,7 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "python_tests"))
 import static_checks
+from harness.report import table
 from static_checks import Build, Work
 
 # Threads of a block, as csrc/cuda/shape.h and launch.cu choose them.
@@ -52,11 +53,9 @@ def tables(builds: dict[str, Build], architecture: str) -> str:
 def occupancy_table(builds: dict[str, Build], architecture: str) -> str:
     """Registers, shared memory and resident blocks."""
     multiprocessor = static_checks.MULTIPROCESSORS[architecture]
-    lines = [
-        f"| kernel | registers, sm_{architecture} | most on any | static shared memory, bytes | threads a block | blocks resident"
-        " | occupancy |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    head = ["kernel", f"registers, sm_{architecture}", "most on any", "static shared memory, bytes"]
+    head += ["threads a block", "blocks resident", "occupancy"]
+    lines = []
     for kernel, all_threads in THREADS.items():
         own = builds[architecture].resources[kernel]
         most = max(build.resources[kernel].registers for build in builds.values())
@@ -65,31 +64,25 @@ def occupancy_table(builds: dict[str, Build], architecture: str) -> str:
             f"{blocks * threads / multiprocessor.threads:.1%}"
             for blocks, threads in zip(resident, all_threads, strict=True)
         ]
-        cells = (own.registers, most, own.shared, _either(all_threads), _either(resident), _either(shares))
-        lines.append(f"| `{kernel}` | {' | '.join(map(str, cells))} |")
-    return "\n".join(lines) + "\n"
+        either = [" or ".join(map(str, values)) for values in (all_threads, resident, shares)]
+        lines.append([f"`{kernel}`", *map(str, (own.registers, most, own.shared)), *either])
+    return table(head, lines) + "\n"
 
 
 def work_table(build: Build) -> str:
     """Exponentials and instructions for one pair of logits: of all types of a size the most."""
     code = static_checks.disassemble(build)
-    lines = [
-        "| for a pair of logits | exponentials, 16-bit | instructions | exponentials, float32 | instructions |",
-        "| --- | --- | --- | --- | --- |",
-    ]
+    head = ["for a pair of logits", "exponentials, 16-bit", "instructions", "exponentials, float32", "instructions"]
+    lines = []
     for name, work in WORK:
-        cells = []
+        cells = [name]
         for size in (2, 4):
             loops = static_checks.hot_loops_of(code[work.kernel], size)
             pairs = [static_checks.of_a_pair(loop, work, size) for loop in loops]
             exponentials, instructions = map(max, zip(*pairs, strict=True))
             cells += [f"{exponentials:.3g}", f"{instructions:.1f}"]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
-
-
-def _either(values) -> str:
-    return " or ".join(map(str, values))
+        lines.append(cells)
+    return table(head, lines) + "\n"
 
 
 def main() -> int:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -37,14 +37,11 @@ class Candidate:
     """How far from the exact loss it may be, relatively; None: it is another loss."""
 
 
-def ours(student: Tensor, teacher: Tensor, labels: Tensor | None, keep: float) -> Tensor:
-    """The job as one call."""
-    return kcd_ext.condensed_kd_loss(student, teacher, labels=labels, temperature=TEMPERATURE, keep=keep)
-
-
-def ours_inplace(student: Tensor, teacher: Tensor, labels: Tensor | None, keep: float) -> Tensor:
-    """The same, and the gradient takes the logits' place."""
-    return kcd_ext.condensed_kd_loss(student, teacher, labels=labels, temperature=TEMPERATURE, keep=keep, inplace=True)
+def ours(student: Tensor, teacher: Tensor, labels: Tensor | None, keep: float, inplace: bool = False) -> Tensor:
+    """The job as one call; in place the gradient overwrites the logits."""
+    return kcd_ext.condensed_kd_loss(
+        student, teacher, labels=labels, temperature=TEMPERATURE, keep=keep, inplace=inplace
+    )
 
 
 def eager(student: Tensor, teacher: Tensor, labels: Tensor | None, keep: float) -> Tensor:
@@ -92,7 +89,7 @@ def ours_and_torchs() -> list[Candidate]:
     """On every device; ours first."""
     return [
         Candidate(OWN, ours, tolerance=1e-4),
-        Candidate(OWN_INPLACE, ours_inplace, inplace=True, tolerance=1e-4),
+        Candidate(OWN_INPLACE, partial(ours, inplace=True), inplace=True, tolerance=1e-4),
         Candidate(EAGER, eager, tolerance=0.1),  # half precision rounds every step
         Candidate(COMPILE, lambda *arguments: _compiled()(*arguments), compiles=True, tolerance=0.1),
     ]
