@@ -96,25 +96,13 @@ def arguments() -> argparse.Namespace:
     return options
 
 
-class Report:
-    """What is printed as it comes, and written in the end."""
-
-    def __init__(self) -> None:
-        self.parts: list[str] = []
-
-    def add(self, text: str) -> None:
-        """A paragraph, a heading or a table."""
-        self.parts.append(text)
-        print(text, end="\n\n", flush=True)
-
-
 class Run:
     """All tables of one command."""
 
     def __init__(self, options: argparse.Namespace, device: Device) -> None:
         self.options, self.device = options, device
         self.candidates, self.absent = device.candidates()
-        self.report = Report()
+        self.parts: list[str] = []
         self.faults: list[str] = []
         self.result = {
             "benchmark": device.kind,
@@ -126,10 +114,15 @@ class Run:
             "ratios": {},
         }
 
+    def add(self, text: str) -> None:
+        """Print a paragraph, a heading or a table, which `write` also writes."""
+        self.parts.append(text)
+        print(text, end="\n\n", flush=True)
+
     def measure(self) -> None:
         """Everything that was asked for, to stdout."""
-        self.report.add(f"# {self.device.name}")
-        self.report.add(report.facts(self.result["facts"]))
+        self.add(f"# {self.device.name}")
+        self.add(report.facts(self.result["facts"]))
         if self.options.shapes:
             self._main_table()
         self._overhead()
@@ -162,40 +155,38 @@ class Run:
         figures = self._benchmark([Place(shape) for shape in self.options.shapes], everyone, compiled)
         self.result |= {"ratios": report.ratios(figures), "figures": figures}
         for direction in (BOTH, FORWARD):
-            self.report.add(f"## {direction.capitalize()}, µs")
-            self.report.add(report.times(figures, direction))
-        self.report.add(self.device.about_ceilings())
-        self.report.add("## Errors")
-        self.report.add(report.errors(figures))
+            self.add(f"## {direction.capitalize()}, µs")
+            self.add(report.times(figures, direction))
+        self.add(self.device.about_ceilings())
+        self.add("## Errors")
+        self.add(report.errors(figures))
         if any(row["status"] != MEASURED for row in figures["rows"]):
-            self.report.add("## Not measured")
-            self.report.add(report.not_measured(figures))
+            self.add("## Not measured")
+            self.add(report.not_measured(figures))
 
     def _overhead(self) -> None:
         compiled = self.options.compile == EVERYWHERE or (self.options.compile == TABLE and not self.options.short)
         everyone = [candidate for candidate in self.candidates if not candidate.inplace]
         figures = self._benchmark([Place(SMALL)], [*everyone, candidates.least()], compiled)
         self.result["overhead"] = figures
-        self.report.add(f"## What a call costs: {SMALL.rows} × {SMALL.classes}, µs")
-        self.report.add(report.overhead(figures))
+        self.add(f"## What a call costs: {SMALL.rows} × {SMALL.classes}, µs")
+        self.add(report.overhead(figures))
 
     def _sweep(self, name: str) -> dict:
         everyone = [candidate for candidate in self.candidates if not candidate.inplace]
         some = places.SWEEPS[name](self.device.threads or 1)
         figures = self._benchmark(some, everyone, self.options.compile == EVERYWHERE)
-        self.report.add(f"## Over {name}: forward + backward, µs")
-        self.report.add(report.times(figures, BOTH))
+        self.add(f"## Over {name}: forward + backward, µs")
+        self.add(report.times(figures, BOTH))
         return figures
 
     def _memory(self) -> None:
         chosen = self._chosen(self.candidates, self.options.compile != NEVER)
         rows = [row for shape in self.options.memory for row in memory.peaks(self.device, shape, chosen)]
         self.result["memory"] = rows
-        self.report.add("## Memory of a call")
-        self.report.add(report.memory(rows))
-        self.report.add(
-            "At the peak, beyond the inputs, each in a fresh process that keeps no buffer from call to call."
-        )
+        self.add("## Memory of a call")
+        self.add(report.memory(rows))
+        self.add("At the peak, beyond the inputs, each in a fresh process that keeps no buffer from call to call.")
 
     def write(self, folder: Path) -> None:
         """NAME.md, NAME.json and, where matplotlib is there, NAME.svg."""
@@ -205,12 +196,12 @@ class Run:
         if not any(row["status"] == MEASURED for row in rows):
             pass
         elif importlib.util.find_spec("matplotlib") is None:
-            self.report.add("No plot: matplotlib is not installed (the extra `train` has it).")
+            self.add("No plot: matplotlib is not installed (the extra `train` has it).")
         else:
             plot.draw(rows, f"{self.device.name}, keep {places.KEEP}", Path(f"{base}.svg"))
-            self.report.add(f"![time against bytes]({self.device.name}.svg)")
+            self.add(f"![time against bytes]({self.device.name}.svg)")
         write_json(Path(f"{base}.json"), self.result)
-        Path(f"{base}.md").write_text("\n\n".join(self.report.parts) + "\n")
+        Path(f"{base}.md").write_text("\n\n".join(self.parts) + "\n")
 
 
 def main() -> int:

@@ -32,13 +32,8 @@ def main() -> int:
     if lacks := machine.missing(building="KCD_LIBRARY" not in os.environ):
         print(f"gpu_check: missing here: {'; '.join(lacks)}", file=sys.stderr)
         return 2
-    try:
-        options.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        print(f"gpu_check: --out: {error}", file=sys.stderr)
-        return 2
-    if not os.access(options.out, os.W_OK):
-        print(f"gpu_check: --out: {options.out} cannot be written to", file=sys.stderr)
+    if fault := unwritable(options.out):
+        print(f"gpu_check: --out: {fault}", file=sys.stderr)
         return 2
     # A shell that starts this in the background has interrupts ignored, which sections would inherit.
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -124,7 +119,8 @@ def _run(only: list[str], deadline: Deadline, folder: Path, out: Path, log: IO[s
         os.environ["KCD_CIFAR100"] = os.path.abspath(images)
     if library:
         os.environ["KCD_LIBRARY"] = os.path.abspath(library)
-    build = folder if library else _build_folder(folder)
+    kept = CHECKOUT / "build" / "gpu_check"  # where ninja finds the last build
+    build = folder / "build" if library or unwritable(kept) else kept
     chosen = [section for section in SECTIONS if section.name in only and section is not BUILD]
     outcome = execute(BUILD, limit(BUILD, chosen, deadline.left()), folder, build, out, log)
     yield outcome
@@ -138,14 +134,13 @@ def _run(only: list[str], deadline: Deadline, folder: Path, out: Path, log: IO[s
         yield execute(section, limit(section, chosen, deadline.left()), folder, build, out, log)
 
 
-def _build_folder(folder: Path) -> Path:
-    """In the checkout, where ninja finds the last build, if that can be written."""
-    build = CHECKOUT / "build" / "gpu_check"
+def unwritable(folder: Path) -> str | None:
+    """Make a folder. Return why nothing can be written there; None where it can."""
     try:
-        build.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        return folder / "build"
-    return build if os.access(build, os.W_OK) else folder / "build"
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        return str(error)
+    return None if os.access(folder, os.W_OK) else f"{folder} cannot be written to"
 
 
 if __name__ == "__main__":
