@@ -30,6 +30,7 @@ from kcd_ext.commands.study import TEACHER, Run, Study
 from kcd_ext.commands.teachers import Teacher
 from kcd_ext.data.images import ImageData, load
 from kcd_ext.files import read_json, write_bytes, write_json
+from kcd_ext.reports.tables import spread
 from kcd_ext.training.recipe import Condense, Recipe
 
 # What is compared: the name of a run -> what is its own of the recipe. Random selection mixes no images, so what KC-KD is
@@ -266,19 +267,15 @@ def _result(folder: Path) -> Mapping[str, float]:
 def row(kind: str, results: Sequence[dict], baseline: Sequence[dict] | None) -> list[str]:
     """A line of the table."""
     gap = "" if baseline is None or kind == BASELINE else difference(results, baseline)
-    flops, share = (
-        mean(r["flops"] / 1e15 for r in results),
-        mean(100 * r["condensation_seconds"] / r["seconds"] for r in results),
-    )
     return [
         kind,
-        spread([r["accuracy_last"] for r in results]),
-        spread([r["accuracy_best"] for r in results]),
+        spread([r["accuracy_last"] for r in results], ".2f"),
+        spread([r["accuracy_best"] for r in results], ".2f"),
         gap,
         *(visits(results, baseline, name) for name in ("sample_visits", "teacher_visits")),
-        f"{flops:.3g}",
+        f"{mean(r['flops'] / 1e15 for r in results):.3g}",
         f"{median(r['seconds'] for r in results):.0f}",
-        f"{share:.2f}",
+        f"{mean(100 * r['condensation_seconds'] / r['seconds'] for r in results):.2f}",
     ]
 
 
@@ -287,11 +284,6 @@ def visits(results: Sequence[dict], baseline: Sequence[dict] | None, name: str) 
     count = mean(r[name] for r in results)
     part = f" ({100 * count / mean(r[name] for r in baseline):.1f} %)" if baseline else ""
     return f"{count:,.0f}{part}"
-
-
-def spread(numbers: Sequence[float]) -> str:
-    """Mean ± standard deviation."""
-    return f"{mean(numbers):.2f}" + (f" ± {stdev(numbers):.2f}" if len(numbers) > 1 else "")
 
 
 def difference(results: Sequence[dict], baseline: Sequence[dict]) -> str:

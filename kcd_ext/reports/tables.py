@@ -56,19 +56,19 @@ def results_table(summaries: Iterable[Summary], baseline: str = "kd") -> Table:
         return f"{count:,.0f}" + (f" ({100 * count / full:.1f} %)" if full and count else "")
 
     measured = measured_teachers(groups).items()
-    rows = [[name, _spread(accuracies, ".2f"), *["-"] * (len(RESULTS) - 2)] for name, accuracies in measured]
+    rows = [[name, spread(accuracies, ".2f"), *["-"] * (len(RESULTS) - 2)] for name, accuracies in measured]
     for method, group in groups.items():
         seconds = [s.seconds for s in group]
         rows.append(
             [
                 method,
-                _spread([s.accuracy_last for s in group], ".2f"),
-                _spread([s.accuracy_best for s in group], ".2f"),
+                spread([s.accuracy_last for s in group], ".2f"),
+                spread([s.accuracy_best for s in group], ".2f"),
                 _agreement(group),
                 visits("sample_visits", group),
                 visits("teacher_visits", group),
                 "unknown" if flops[method] is None else f"{flops[method] / unit:.4g} {letter}",
-                _spread(seconds, ".1f"),
+                spread(seconds, ".1f"),
                 f"{100 * sum(s.condensation_seconds for s in group) / (sum(seconds) or 1):.1f} %",
             ]
         )
@@ -113,7 +113,8 @@ def number(value: float, form: str) -> str:
     return text if float(text) else text.lstrip("+-")  # what rounds to 0 has no sign
 
 
-def _spread(numbers: Sequence[float], form: str) -> str:
+def spread(numbers: Sequence[float], form: str) -> str:
+    """Return the mean ± the sample standard deviation, which a single number has none of."""
     if len(numbers) == 1:
         return f"{numbers[0]:{form}}"
     return f"{mean(numbers):{form}} ± {stdev(numbers):{form}}"
@@ -124,7 +125,7 @@ def _agreement(group: Sequence[Summary]) -> str:
     found = [s.evaluation.agreement for s in group if s.evaluation is not None]
     if not found:
         return "-"
-    return _spread(found, ".2f") + (f" ({len(found)} of {len(group)})" if len(found) < len(group) else "")
+    return spread(found, ".2f") + (f" ({len(found)} of {len(group)})" if len(found) < len(group) else "")
 
 
 def _mean_flops(group: Sequence[Summary]) -> float | None:
