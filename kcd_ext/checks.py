@@ -78,6 +78,11 @@ def check_unit_interval(name: str, value: object) -> float:
     return check_float(name, value, "a number in [0, 1]", 0, 1)
 
 
+def check_percent(name: str, value: object) -> float:
+    """Return a number in [0, 100] as a float."""
+    return check_float(name, value, "a number in [0, 100]", 0, 100)
+
+
 def check_fractions(name: str, given: Sequence[float] | float | str, takes: str) -> tuple[float, ...]:
     """Return numbers in [0, 1], given as a sequence, as one number alone, or as text with commas between them.
 

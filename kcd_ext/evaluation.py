@@ -20,7 +20,7 @@ from typing import get_args, get_origin, get_type_hints
 import torch
 from torch import Tensor, nn
 
-from .checks import check_float, check_int
+from .checks import check_float, check_int, check_percent
 from .describe import describe, some
 from .methods.features import Tap, stages_of
 from .networks import check_network, evaluation_mode, logits_alone, usual_modes
@@ -244,7 +244,7 @@ def evaluate(
                 pair.add()
         for output in outputs:
             output.report()
-    if not labels:
+    if not any(map(len, labels)):
         raise ValueError("batches must hold at least one sample, got none")
     of_student, of_teacher, labels = torch.cat(logits[0]), torch.cat(logits[1]), torch.cat(labels)
     _check_all(of_student, of_teacher, labels, class_names)
@@ -282,8 +282,9 @@ def divergence(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> fl
     A class of teacher's probability 0 adds 0; one that the student alone rules out makes it infinite. (Stanton et al.,
     2021, arXiv 2106.05945, at temperature 1.)
     """
-    q, p = _log_softmax(student, temperature), _log_softmax(teacher, temperature)
-    return _weighted(p.exp(), p - q).sum(-1).mean().item()
+    log_q, log_p = _log_softmax(student, temperature), _log_softmax(teacher, temperature)
+    p = log_p.exp()
+    return torch.where(p > 0, p * (log_p - log_q), 0).sum(-1).mean().item()
 
 
 @usual_modes()
@@ -379,11 +380,6 @@ def exaggeration(student: Tensor, teacher: Tensor) -> Exaggeration:
 def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
     logits = logits.double()
     return ((logits - logits.amax(-1, keepdim=True)) / temperature).log_softmax(-1)  # no T makes the largest infinite
-
-
-def _weighted(p: Tensor, x: Tensor) -> Tensor:
-    """p x, and 0 where p is."""
-    return torch.where(p > 0, p * x, 0)
 
 
 def _percent(true: Tensor) -> float:
@@ -585,17 +581,13 @@ def _check_layers(networks: dict[str, nn.Module], layers: Sequence[tuple[str, st
             if path in paths or path == LOGITS:
                 continue
             if path != PENULTIMATE:
+                shallow = sorted(paths, key=lambda path: path.count("."))
                 raise ValueError(
                     f"layers must name a path in {role}.named_modules(), {PENULTIMATE} or {LOGITS}; the {role} has no "
-                    f"{path!r}, but {_listed(paths)}"
+                    f"{path!r}, but {some(shallow, LISTED)}"
                 )
             if not _has_linear(network):
                 raise ValueError(f"layers: the {role} has no torch.nn.Linear, which {PENULTIMATE} features go into")
-
-
-def _listed(paths: Sequence[str]) -> str:
-    """Some of the paths, those of the fewest parts."""
-    return some(sorted(paths, key=lambda path: path.count(".")), LISTED)
 
 
 # --- checks -----------------------------------------------------------------------------------------------------------
@@ -620,8 +612,6 @@ def _check_logits(name: str, logits: object, label: Tensor) -> None:
 
 
 def _check_all(student: Tensor, teacher: Tensor, labels: Tensor, class_names: Sequence[str]) -> None:
-    if not len(labels):
-        raise ValueError("batches must hold at least one sample, got none")
     if student.shape != teacher.shape:
         raise ValueError(
             f"student and teacher must have as many classes, got {student.shape[1]} and {teacher.shape[1]}"
@@ -645,17 +635,14 @@ def _check_consistent(found: Evaluation) -> None:
         raise ValueError("evaluation must have samples, layers and classes")
     if sum(one.count for one in found.classes) != found.samples:
         raise ValueError(f"evaluation.classes must hold all {found.samples} samples")
-    percents = {"agreement": found.agreement}
+    check_percent("evaluation.agreement", found.agreement)
     for role in ("student", "teacher"):
         scores: Scores = getattr(found, role)
-        percents[f"{role}.accuracy"] = scores.accuracy
+        check_percent(f"evaluation.{role}.accuracy", scores.accuracy)
         if sum(one.count for one in scores.bins) != found.samples:
             raise ValueError(f"evaluation.{role}.bins must hold all {found.samples} samples")
         if [one.temperature for one in scores.quality] != temperatures:
             raise ValueError(f"evaluation.{role}.quality must be at temperatures {temperatures}")
-    for name, percent in percents.items():
-        if not 0 <= percent <= 100:
-            raise ValueError(f"evaluation.{name} must be a number in [0, 100], got {percent}")
 
 
 # --- JSON -------------------------------------------------------------------------------------------------------------

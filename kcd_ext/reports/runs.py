@@ -9,7 +9,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
 
-from ..checks import check_float, check_int
+from ..checks import check_float, check_int, check_percent
 from ..condensation.random_keys import MAX_SEED
 from ..describe import describe
 from ..environment import MOST_THREADS
@@ -82,7 +82,7 @@ class RunMetadata:
             teacher_path=path or None,
             teacher_normalisation=_normalisation(given) if given else None,
             teacher_run=_object(about, "teacher_run"),
-            teacher_accuracy=None if accuracy is None else _percent("teacher_accuracy", accuracy),
+            teacher_accuracy=None if accuracy is None else check_percent("teacher_accuracy", accuracy),
             page=page,
         )
 
@@ -312,7 +312,7 @@ def _epoch(line: dict) -> dict:
     """Return a line of metrics.jsonl, with every number that a report draws."""
     line = {**OPTIONAL, **line}
     check_int("epoch", line["epoch"], 1)
-    _percent("accuracy", line["accuracy"])
+    check_percent("accuracy", line["accuracy"])
     for name in ("sample_visits", "teacher_visits"):
         check_int(name, line[name], 0)
     for name in ("seconds", "condensation_seconds"):
@@ -338,10 +338,6 @@ def _step(found: dict) -> dict:
 
 def _threads(count: object) -> int:
     return check_int("threads", count, 1, MOST_THREADS)
-
-
-def _percent(name: str, value: object) -> float:
-    return check_float(name, value, "a number in [0, 100]", 0, 100)
 
 
 def _normalisation(found: Mapping) -> Normalisation:
