@@ -39,27 +39,14 @@ class Case:
         )
 
 
-@dataclass
-class Inputs:
-    """What a case's call takes."""
+Inputs = dict[str, Tensor]
+"""What a case's call takes: the student's logits within `memory`, (rows, shift + classes + 1) where shifted, else (rows, classes);
+`teacher`; and the options that are tensors."""
 
-    memory: Tensor
-    """(rows, shift + classes + 1) where shifted, else (rows, classes): the student's logits lie in it."""
-    teacher: Tensor
-    tensors: dict[str, Tensor]
-    """The options that are tensors."""
 
-    def to(self, device: str) -> "Inputs":
-        """Copied there, the memory around the logits with them."""
-        tensors = {name: x.to(device) for name, x in self.tensors.items()}
-        return Inputs(self.memory.to(device), self.teacher.to(device), tensors)
-
-    def copy_(self, other: "Inputs") -> None:
-        """Takes the other's numbers, in place and in the current stream."""
-        self.memory.copy_(other.memory)
-        self.teacher.copy_(other.teacher)
-        for name, x in self.tensors.items():
-            x.copy_(other.tensors[name])
+def on_device(given: Inputs, device: str) -> Inputs:
+    """Return copies there, of the memory around the logits too."""
+    return {name: x.to(device) for name, x in given.items()}
 
 
 def inputs(case: Case, seed: int) -> Inputs:
@@ -69,32 +56,31 @@ def inputs(case: Case, seed: int) -> Inputs:
     def normal(rows: int, columns: int) -> Tensor:
         return (torch.randn(rows, columns, generator=generator) * 2).to(case.dtype)
 
-    memory = normal(case.rows, case.shift + case.classes + 1 if case.shift else case.classes)
-    teacher_rows, tensors = case.rows, {}
+    given = {"memory": normal(case.rows, case.shift + case.classes + 1 if case.shift else case.classes)}
+    teacher_rows = case.rows
     if case.named:
-        named = torch.arange(0, case.rows, 2)
-        tensors["rows"] = torch.cat([named, torch.tensor([-1])])
-        teacher_rows = len(tensors["rows"])
+        given["rows"] = torch.cat([torch.arange(0, case.rows, 2), torch.tensor([-1])])
+        teacher_rows = len(given["rows"])
     if case.labelled or case.value == "cross_entropy":
         labels = torch.randint(case.classes, (case.rows,), generator=generator)
         labels[3::4] = -100
-        tensors["labels"] = labels
+        given["labels"] = labels
     if case.value == "scores":
-        tensors["value"] = torch.randn(case.rows, generator=generator)
-    return Inputs(memory, normal(teacher_rows, case.classes), tensors)
+        given["value"] = torch.randn(case.rows, generator=generator)
+    given["teacher"] = normal(teacher_rows, case.classes)
+    return given
 
 
 def call(case: Case, given: Inputs) -> dict[str, Tensor]:
     """Loss, gradient and knowledge of one call, on the device where the inputs are."""
-    memory = given.memory.detach().requires_grad_()
+    options = {"value": case.value, **given}
+    memory, teacher = options.pop("memory").detach().requires_grad_(), options.pop("teacher")
     if case.inplace:  # the gradient overwrites what is no leaf, nor part of one
         memory = memory.clone()
     logits = memory[:, case.shift : case.shift + case.classes]
-    options = dict(given.tensors)
-    options.setdefault("value", case.value)
     loss, knowledge = kcd_ext.condensed_kd_loss(
         logits,
-        given.teacher,
+        teacher,
         keep=case.keep,
         reduction=case.reduction,
         inplace=case.inplace,

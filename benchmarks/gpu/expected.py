@@ -35,10 +35,10 @@ def faults(case: Case, given: Inputs, got: dict[str, Tensor]) -> list[str]:
     if n_selected and chosen.min() < value.sort(descending=True).values[n_selected - 1]:
         found.append("a row of a higher value is left out")
 
-    logits = given.memory[:, case.shift : case.shift + case.classes].detach().clone().requires_grad_()
-    options = {name: x for name, x in given.tensors.items() if name != "value"}
+    logits = given["memory"][:, case.shift : case.shift + case.classes].detach().clone().requires_grad_()
+    options = {name: x for name, x in given.items() if name not in ("memory", "teacher", "value")}
     options |= {"value": selected.float(), "keep": max(1, n_selected), "reduction": case.reduction}
-    loss, knowledge = kcd_ext.reference.condensed_kd_loss(logits, given.teacher, return_knowledge=True, **options)
+    loss, knowledge = kcd_ext.reference.condensed_kd_loss(logits, given["teacher"], return_knowledge=True, **options)
     (gradient,) = torch.autograd.grad(loss, logits, torch.ones_like(loss))
     if not torch.allclose(got["loss"].double(), loss.double(), rtol=TOLERANCE, atol=1e-6):
         found.append(f"loss {got['loss'].sum().item():.6g} instead of {loss.sum().item():.6g}")
@@ -64,11 +64,11 @@ def off_by(got: Tensor, want: Tensor) -> float:
 def _how_many(case: Case, given: Inputs) -> int:
     """Rows that are to be selected: of the valid ones that the teacher holds."""
     candidates = torch.ones(case.rows, dtype=torch.bool)
-    if "labels" in given.tensors:
-        candidates &= given.tensors["labels"] != -100
-    if "rows" in given.tensors:
+    if "labels" in given:
+        candidates &= given["labels"] != -100
+    if "rows" in given:
         named = torch.zeros_like(candidates)
-        named[given.tensors["rows"][given.tensors["rows"] >= 0]] = True
+        named[given["rows"][given["rows"] >= 0]] = True
         candidates &= named
     n = int(candidates.sum())
     return min(case.keep, n) if isinstance(case.keep, int) else max(1, int(case.keep * n)) if n else 0

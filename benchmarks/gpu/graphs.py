@@ -7,7 +7,7 @@ from harness.machine import write_json
 from harness.timing import Deadline
 from torch import Tensor
 
-from .cases import Case, Inputs, call, inputs
+from .cases import Case, call, inputs, on_device
 from .process import section_options
 
 SETS = 3  # different inputs, which the replays take in turn
@@ -54,10 +54,10 @@ class Captured:
 
     def __init__(self, case: Case, seed: int) -> None:
         self.case = case
-        self.sets = [inputs(case, seed + i).to("cuda") for i in range(SETS)]
+        self.sets = [on_device(inputs(case, seed + i), "cuda") for i in range(SETS)]
         self.eager = [call(case, given) for given in self.sets]
         self.stream = torch.cuda.Stream()
-        self.given: Inputs = inputs(case, seed).to("cuda")
+        self.given = on_device(inputs(case, seed), "cuda")
         torch.cuda.synchronize()
         with torch.cuda.stream(self.stream):
             for _ in range(2):  # loads the kernels, which cannot be done while capturing
@@ -71,7 +71,8 @@ class Captured:
     def replay(self) -> None:
         """Queues one replay on the next inputs, and a copy of its results."""
         with torch.cuda.stream(self.stream):
-            self.given.copy_(self.sets[len(self.replays) % SETS])
+            for name, x in self.sets[len(self.replays) % SETS].items():
+                self.given[name].copy_(x)
             self.graph.replay()
             self.replays.append({name: x.clone() for name, x in self.results.items()})
 
@@ -97,7 +98,7 @@ def replay_together(pair: tuple[Case, Case], deadline: Deadline) -> list[str]:
 
 def waits_for_device(case: Case) -> str | None:
     """Whether a call waits: torch's own watch over synchronising calls, and a device that is kept busy meanwhile."""
-    given = inputs(case, seed=7).to("cuda")
+    given = on_device(inputs(case, seed=7), "cuda")
     for _ in range(2):
         call(case, given)  # loads the kernels and fills torch's allocator
     torch.cuda.synchronize()

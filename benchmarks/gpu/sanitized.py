@@ -21,8 +21,8 @@ def check(case: "Case", device: str) -> list[str]:
     from . import cases, expected
 
     given = cases.inputs(case, seed=1)
-    results = {name: x.cpu() for name, x in cases.call(case, given.to(device)).items()}  # all, for initcheck to look at
-    return expected.faults(case, given, results)
+    results = cases.call(case, cases.on_device(given, device))
+    return expected.faults(case, given, cases.on_device(results, "cpu"))  # all of them, for initcheck to look at
 
 
 def main(device: str = "cuda") -> int:
