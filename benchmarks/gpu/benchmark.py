@@ -7,6 +7,7 @@ What is measured, and for how long; how is the harness's (benchmarks/harness).
 
 import math
 import sys
+from functools import partial
 
 import torch
 from harness import cuda
@@ -82,8 +83,24 @@ def replays_that_failed(benchmark: Benchmark) -> list[str]:
 def count_launches(benchmark: Benchmark, end: Deadline) -> None:
     """Of every candidate that was timed, as far as the time goes; calls after it are slower."""
     for place in sorted(places(), key=lambda place: KEEPS.index(place.keep)):
-        if end.left() > 0 and "launches" not in benchmark.figures:
-            _count_launches(benchmark, place, end)
+        given = None  # frees the last place's inputs before the next are made
+        measured = _measured(benchmark, place)
+        given = benchmark.rotation(place.shape, sets=1) if measured else None
+        for direction, candidate in measured if given else []:
+            if end.left() == 0:
+                return
+            backward = direction == BOTH
+            try:
+                with torch.set_grad_enabled(backward):
+                    seen = cuda.launches(partial(given.call, candidate, place.keep, backward=backward))
+            except torch.OutOfMemoryError:
+                continue
+            except RuntimeError as error:  # a profiler that does not work here
+                benchmark.figures["launches"] = f"not counted: {first_line(error)}"
+                benchmark.write()
+                return
+            benchmark.rows[place, direction, candidate.name].update(seen._asdict())
+            benchmark.write()
 
 
 def _measured(benchmark: Benchmark, place: Place) -> list[tuple[str, Candidate]]:
@@ -93,30 +110,6 @@ def _measured(benchmark: Benchmark, place: Place) -> list[tuple[str, Candidate]]
         for candidate in benchmark.candidates
         if benchmark.rows.get((place, direction, candidate.name), {}).get("status") == MEASURED
     ]
-
-
-def _count_launches(benchmark: Benchmark, place: Place, end: Deadline) -> None:
-    measured = _measured(benchmark, place)
-    given = benchmark.rotation(place.shape, sets=1) if measured else None
-    if given is None:
-        return
-    for direction, candidate in measured:
-        if end.left() == 0:
-            return
-        backward = direction == BOTH
-        with torch.set_grad_enabled(backward):
-            try:
-                seen = cuda.launches(
-                    lambda each=candidate, backward=backward: given.call(each, place.keep, backward=backward)
-                )
-            except torch.OutOfMemoryError:
-                continue
-            except RuntimeError as error:  # a profiler that does not work here
-                benchmark.figures["launches"] = f"not counted: {first_line(error)}"
-                benchmark.write()
-                return
-        benchmark.rows[place, direction, candidate.name].update(seen._asdict())
-        benchmark.write()
 
 
 def main() -> int:
