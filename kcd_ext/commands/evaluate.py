@@ -79,7 +79,7 @@ class Evaluate:
         with ExitStack() as stack:
             for home in homes:
                 stack.enter_context(files.folder_lock(home))
-            loaded, found = cache(_loaded), cache(teachers.find)  # runs of several seeds share both
+            loaded, found = cache(load), cache(teachers.find)  # runs of several seeds share both
             plans = self._attempted(asked, lambda folder: self._plan(folder, loaded, found), left_out)
             homes = _checked_homes(homes, plans)
             for line in dict.fromkeys(line for plan in plans.values() for line in plan.source.told(plan.data)):
@@ -226,10 +226,6 @@ class _Plan:
 def _shown(folder: Path) -> str:
     """Return the folder as it was given; its own name where that was `.` or `..`."""
     return folder.resolve().name if folder.name in ("", "..") else str(folder)
-
-
-def _loaded(**options: object) -> ImageData:
-    return load(options.pop("spec"), **options)
 
 
 def _own_teacher(run: runs.Run, data: ImageData, found: Callable[..., Teacher]) -> Teacher:

@@ -11,7 +11,7 @@ from ..data.images import ImageData
 from ..models.weights import fitted, read
 from ..randomness import seeded
 from ..registry import did_you_mean
-from ..reports.runs import Normalisation, check_weights, network_of, normalisation_of
+from ..reports.runs import Normalisation, check_weights, metadata_if_begun
 from ..training.folder import WEIGHTS
 
 
@@ -106,8 +106,11 @@ def find(spec: str, network: str | None, usual: str | None) -> Teacher:
         if not weights.exists():
             raise ValueError(f"teacher {spec} is no folder of a finished run: it has no {WEIGHTS}")
         check_weights(path)
-        found = read(weights)
-        return Teacher(network or network_of(path), found.tensors, path, normalisation_of(path), found.notes)
+        found, metadata = read(weights), metadata_if_begun(path)
+        network = network or (metadata and metadata.student)
+        if network is None:
+            raise ValueError(f"{path / 'config.json'} does not say which network was trained: give teacher_network")
+        return Teacher(network, found.tensors, path, metadata and metadata.normalisation, found.notes)
     if not path.exists():
         raise ValueError(
             f"unknown teacher {spec!r}: no such file or folder, and no network out of {', '.join(sorted(models.REGISTRY))} "

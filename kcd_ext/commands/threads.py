@@ -57,7 +57,8 @@ def choose(labels: Mapping[Path, str], flops: Mapping[str, int | None]) -> dict[
     """
     planned: dict[str, int] = {}
     for folder in labels:
-        planned |= runs.planned_threads(folder)
+        if begun := runs.metadata_if_begun(folder):
+            planned |= begun.planned_threads
     before = {folder: runs.threads_of(folder) or planned.get(label) for folder, label in labels.items()}
     return {
         folder: by_rule(flops[label]) if before[folder] is None else Threads(before[folder], "as before")

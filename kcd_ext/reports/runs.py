@@ -53,6 +53,11 @@ class RunMetadata:
     teacher_accuracy: float | None  # as measured before training, percent
     page: Mapping[str, object]  # what reports show as it is: title, command, options, normalisation, class_names
 
+    @property
+    def normalisation(self) -> Normalisation | None:
+        """That of the images which the network was trained on; None: the file does not say."""
+        return None if self.data.get("mean") is None else Normalisation(self.data["mean"], self.data["std"])
+
     @classmethod
     def from_config(cls, config: dict) -> "RunMetadata":
         """Return what the content of a config.json says. Raises KeyError, TypeError or ValueError where it is damaged."""
@@ -169,6 +174,11 @@ def metadata_of(folder: Path) -> RunMetadata:
     return read_json(folder / "config.json", RunMetadata.from_config)
 
 
+def metadata_if_begun(folder: Path) -> RunMetadata | None:
+    """Return what config.json says; None where there is none. Raises as `metadata_of` does."""
+    return metadata_of(folder) if (folder / "config.json").exists() else None
+
+
 def with_evaluation(run: Run) -> Summary:
     """Return the summary of a run with what `kcd evaluate` has left there, if anything.
 
@@ -245,42 +255,17 @@ def check_weights(folder: Path) -> None:
         raise ValueError(f"{folder / WEIGHTS} is not as the run wrote it: its SHA-256 is not that in {path.name}")
 
 
-def network_of(folder: Path) -> str:
-    """Return the network that was trained in a run's folder. Raises ValueError where its config.json does not say."""
-    network = metadata_of(folder).student
-    if network is None:
-        raise ValueError(f"{folder / 'config.json'} does not say which network was trained: give teacher_network")
-    return network
-
-
-def normalisation_of(folder: Path) -> Normalisation | None:
-    """Return that of the images which a run was trained on; None where its folder does not say.
-
-    Raises ValueError where its config.json is damaged.
-    """
-    data = metadata_of(folder).data if (folder / "config.json").exists() else {}
-    return None if data.get("mean") is None else Normalisation(data["mean"], data["std"])
-
-
 def threads_of(folder: Path) -> int | None:
     """Return the threads of torch by which the last epoch of the run in a folder was computed; None where no file says it.
 
     Of a run without a checkpoint they are those it was last started with. Raises ValueError where config.json is damaged.
     """
-    started = metadata_of(folder).threads if (folder / "config.json").exists() else None
+    begun = metadata_if_begun(folder)
     found = checkpoint.facts_of(folder / "checkpoint")
     try:
-        return _threads(found["threads"]) if "threads" in found else started
+        return _threads(found["threads"]) if "threads" in found else begun and begun.threads
     except (TypeError, ValueError) as error:
         raise ValueError(f"{folder / 'checkpoint'} is damaged: {error}") from error
-
-
-def planned_threads(folder: Path) -> Mapping[str, int]:
-    """Return the threads that the command which has begun the run in a folder has chosen for all its runs, by label.
-
-    Raises ValueError where config.json is damaged.
-    """
-    return metadata_of(folder).planned_threads if (folder / "config.json").exists() else {}
 
 
 # --- the content of files ---------------------------------------------------------------------------------------------
