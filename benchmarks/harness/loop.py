@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from types import MappingProxyType
+from dataclasses import KW_ONLY, dataclass, field
 
 import torch
 
@@ -30,57 +30,49 @@ def takes_part(candidate: Candidate, place: Place, directions: Directions) -> bo
     return keeps and labels and (BOTH in directions or not candidate.inplace)
 
 
+@dataclass(eq=False)
 class Benchmark:
-    """All measurements of some candidates at some places.
+    """All measurements of some candidates at some places."""
 
-    Args:
-        device: where.
-        places: in order of importance: what the time does not suffice for is left out from the end.
-        candidates: the first is ours.
-        absent: those that cannot be measured: name -> why.
-        wanted: whether a candidate is measured at a place, where it can be.
-        seconds: of measuring at one place and pass, at most (the fewest rounds are made even so).
-        deadline: for everything.
-        with_memory: also what a call takes, in this process.
-        facts: stand among the figures.
-        written: is given the figures after each place.
-        told: is given a line for each measurement.
-    """
+    device: Device
+    places: Sequence[Place]
+    """In order of importance: what the time does not suffice for is left out from the end."""
+    candidates: Sequence[Candidate]
+    """The first is ours."""
+    _: KW_ONLY
+    seconds: float
+    """Of measuring at one place and pass, at most (the fewest rounds are made even so)."""
+    absent: Mapping[str, str] = field(default_factory=dict)
+    """Candidates that cannot be measured: name -> why."""
+    wanted: Callable[[Candidate, Place], bool] = lambda candidate, place: True
+    """Whether a candidate is measured at a place, where it can be."""
+    deadline: Deadline = field(default_factory=lambda: Deadline(math.inf))
+    """For everything."""
+    with_memory: bool = False
+    """Measure also what a call takes, in this process."""
+    facts: Mapping[str, object] = field(default_factory=dict)
+    """Stand among the figures."""
+    written: Callable[[dict], None] = lambda figures: None
+    """Is called with the figures after each place."""
+    told: Callable[[str], None] = lambda line: None
+    """Is called with a line for each measurement."""
 
-    def __init__(
-        self,
-        device: Device,
-        places: Sequence[Place],
-        candidates: Sequence[Candidate],
-        *,
-        absent: Mapping[str, str] = MappingProxyType({}),
-        wanted: Callable[[Candidate, Place], bool] = lambda candidate, place: True,
-        seconds: float,
-        deadline: Deadline | None = None,
-        with_memory: bool = False,
-        facts: Mapping[str, object] = MappingProxyType({}),
-        written: Callable[[dict], None] = lambda figures: None,
-        told: Callable[[str], None] = lambda line: None,
-    ) -> None:
-        self.device, self.places, self.candidates = device, places, candidates
-        self._wanted, self._seconds, self._with_memory = wanted, seconds, with_memory
-        self._deadline = deadline or Deadline(math.inf)
-        self._written, self._told = written, told
+    def __post_init__(self) -> None:
         self._compile_seconds = COMPILE_SECONDS
         self.rows: dict[tuple[Place, str, str], Row] = {
             (place, direction, candidate.name): self._row(place, direction, candidate.name)
-            for place in places
-            for directions in device.passes
+            for place in self.places
+            for directions in self.device.passes
             for direction in directions
             for candidate in self._taking_part(place, directions)
         }
-        for place in places:
+        for place in self.places:
             self._state_floors(place, [])
         self.figures = {
-            **facts,
+            **self.facts,
             "directions": [FORWARD, BOTH],
-            "candidates": [*(candidate.name for candidate in candidates), *absent],
-            "absent": dict(absent),
+            "candidates": [*(candidate.name for candidate in self.candidates), *self.absent],
+            "absent": dict(self.absent),
             "rows": list(self.rows.values()),
         }
         self.write()
@@ -89,7 +81,7 @@ class Benchmark:
         return [
             candidate
             for candidate in self.candidates
-            if takes_part(candidate, place, directions) and self._wanted(candidate, place)
+            if takes_part(candidate, place, directions) and self.wanted(candidate, place)
         ]
 
     def _row(self, place: Place, direction: str, name: str) -> Row:
@@ -115,14 +107,14 @@ class Benchmark:
 
     def write(self) -> None:
         """The figures as they are now."""
-        self._written(self.figures)
+        self.written(self.figures)
 
     def measure(self) -> None:
         """Times, and memory where it is asked for, of every place, as far as the time goes."""
         groups = by_shape(self.places)
         for i, (shape, places) in enumerate(groups.items()):
-            if self._deadline.left() > 0:
-                self._measure_shape(shape, places, Deadline(self._deadline.left() / (len(groups) - i)))
+            if self.deadline.left() > 0:
+                self._measure_shape(shape, places, Deadline(self.deadline.left() / (len(groups) - i)))
 
     def rotation(self, shape: Shape, sets: int) -> Rotation | None:
         """Inputs; None where they do not fit, which the rows then say."""
@@ -142,7 +134,7 @@ class Benchmark:
             return
         want = exact(given.students[0], given.teachers[0], given.labels[0], tuple(place.keep for place in places))
         to_do = [(place, directions) for place in places for directions in self.device.passes]
-        while to_do and self._deadline.left() > 0:
+        while to_do and self.deadline.left() > 0:
             place, directions = to_do.pop(0)
             with torch.set_grad_enabled(BOTH in directions):
                 ready = [
@@ -150,7 +142,7 @@ class Benchmark:
                     for candidate in self._taking_part(place, directions)
                     if self._prepare(candidate, place, directions, given, want[place.keep])
                 ]
-                seconds = min(self._seconds, deadline.left() / (len(to_do) + 1))
+                seconds = min(self.seconds, deadline.left() / (len(to_do) + 1))
                 self._time(ready, place, directions, given, seconds)
             given.forget_original()
             self.write()
@@ -159,7 +151,7 @@ class Benchmark:
         self, candidate: Candidate, place: Place, directions: Directions, given: Rotation, want: float
     ) -> bool:
         """Whether a candidate is ready to be timed; if not, its rows say why."""
-        if candidate.compiles and self._deadline.left() < 2 * self._compile_seconds:
+        if candidate.compiles and self.deadline.left() < 2 * self._compile_seconds:
             return False
         found: Row = {}
         try:
@@ -204,7 +196,7 @@ class Benchmark:
         error = None if candidate.tolerance is None else abs(loss - want) / abs(want)
         if error is not None and not error <= candidate.tolerance:
             raise ArithmeticError(f"loss {loss:.6g} instead of {want:.6g}")
-        peak = {"peak_bytes": self.device.peak_bytes(call)} if self._with_memory else {}
+        peak = {"peak_bytes": self.device.peak_bytes(call)} if self.with_memory else {}
         return {
             "first_call_seconds": round(first_seconds, 2),
             "relative_error": error and float(f"{error:.1e}"),
@@ -238,7 +230,7 @@ class Benchmark:
                 row = self.rows[place, direction, name]
                 row.update(status=MEASURED, rounds=len(taken), **summary([each[i] for each in taken]))
                 row["of_floor"] = round(row["floor_us"] / row["median_us"], 3)
-                self._told(f"{place}, {direction}: {name} {row['median_us']} us, {row['of_floor']:.0%} of the floor")
+                self.told(f"{place}, {direction}: {name} {row['median_us']} us, {row['of_floor']:.0%} of the floor")
 
     def verdict(self) -> tuple[bool, str]:
         """Whether something was measured, and ours wherever there was time and memory; and the summary."""
