@@ -527,35 +527,36 @@ def _compared(
     for role, network in networks.items():
         check_network(role, network)
 
-    def tapped(names: tuple[str, str], like: _Pair | None = None) -> _Pair:
-        taps = tuple(_tap(network, name, role) for (role, network), name in zip(networks.items(), names, strict=True))
-        for tap in taps:
-            if tap is not None:
-                stack.callback(tap.remove)
-        return _Pair(names, taps, like)
+    def tapped(names: tuple[str | None, str | None]) -> tuple[_Pooled | None, _Pooled | None]:
+        pairs = zip(networks.items(), names, strict=True)
+        return tuple(_tap(network, name, role, stack) for (role, network), name in pairs)
 
     if layers is not None:
         _check_layers(networks, layers)
-        return [tapped(pair) for pair in map(tuple, layers)]
+        return [_Pair(names, tapped(names)) for names in map(tuple, layers)]
     logits = _Pair((LOGITS, LOGITS), (None, None))
     if any(isinstance(network, torch.jit.ScriptModule) for network in networks.values()):
         return [logits]  # which takes no hooks
     stages = [_stages(network) for network in networks.values()]
     depth = min(map(len, stages))
-    pairs = [tapped(pair) for pair in zip(*(paths[len(paths) - depth :] for paths in stages), strict=True)]
+    last = zip(*(paths[len(paths) - depth :] for paths in stages), strict=True)
+    pairs = [_Pair(names, tapped(names)) for names in last]
     if all(map(_has_linear, networks.values())):
-        taps = tuple(_Pooled(network, None, role) for role, network in networks.items())
-        for tap in taps:
-            stack.callback(tap.remove)
-        pairs.append(_Pair((PENULTIMATE, PENULTIMATE), taps, pairs[-1] if pairs else None))
+        pairs.append(_Pair((PENULTIMATE, PENULTIMATE), tapped((None, None)), pairs[-1] if pairs else None))
     return [*pairs, logits]
 
 
-def _tap(network: nn.Module, name: str, role: str) -> _Pooled | None:
-    """What catches a layer's features; None for the logits. A path comes before the other two names."""
-    if name in dict(network.named_modules()):
-        return _Pooled(network, name, role, output=True)
-    return None if name == LOGITS else _Pooled(network, None, role)
+def _tap(network: nn.Module, name: str | None, role: str, stack: ExitStack) -> _Pooled | None:
+    """Return what catches a layer's features until the stack closes; None for the logits.
+
+    A path comes before the other two names; no name is for the penultimate features.
+    """
+    is_path = name in dict(network.named_modules())
+    if name == LOGITS and not is_path:
+        return None
+    tap = _Pooled(network, name if is_path else None, role, output=is_path)
+    stack.callback(tap.remove)
+    return tap
 
 
 def _has_linear(network: nn.Module) -> bool:
