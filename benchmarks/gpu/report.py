@@ -77,51 +77,47 @@ two log-softmaxes, choose no rows and give no entropies.
 {times(figures, direction)}"""
 
 
-def _replays(figures: dict, direction: str) -> str:
-    def cells(by_name: dict[str, dict]) -> list[str]:
-        found = [by_name.get(name, {}).get("replay_us") for name in names]
-        return [x if isinstance(x, str) else "" if x is None else number(x) for x in found]
+def _by_candidate(figures: dict, direction: str, name: str, cell: Callable[[dict], str]) -> str:
+    """Return a table with a column for each candidate that has a figure of this name, made into a cell of it."""
+    having = {row["candidate"] for row in figures["rows"] if name in row}
+    columns = [candidate for candidate in figures["candidates"] if candidate in having]
 
-    names = [
-        name
-        for name in figures["candidates"]
-        if any("replay_us" in x for x in figures["rows"] if x["candidate"] == name)
-    ]
+    def cells(by_name: dict[str, dict]) -> list[str]:
+        return [cell(by_name[column]) if name in by_name.get(column, {}) else "" for column in columns]
+
+    return by_place(figures, direction, columns, cells)
+
+
+def _replays(figures: dict, direction: str) -> str:
+    def cell(row: dict) -> str:
+        return row["replay_us"] if isinstance(row["replay_us"], str) else number(row["replay_us"])
+
     return f"""## Time of a call replayed, {direction}
 
 Medians in µs of calls that a CUDA graph holds, so that the host has no part in them; only where logits are few.
 
-{by_place(figures, direction, names, cells)}"""
+{_by_candidate(figures, direction, "replay_us", cell)}"""
 
 
 def _memory(figures: dict, direction: str) -> str:
-    def cells(by_name: dict[str, dict]) -> list[str]:
-        peaks = [by_name.get(name, {}).get("peak_bytes") for name in figures["candidates"]]
-        return ["" if peak is None else f"{peak / 2**20:.2f}" for peak in peaks]
-
     return f"""## Memory of a call, {direction}
 
 MiB at the peak, beyond what was allocated before the call.
 
-{by_place(figures, direction, figures["candidates"], cells)}"""
+{_by_candidate(figures, direction, "peak_bytes", lambda row: f"{row['peak_bytes'] / 2**20:.2f}")}"""
 
 
 def _launches(figures: dict, direction: str) -> str:
     def cell(row: dict) -> str:
-        if "kernels" not in row:
-            return ""
         numbers = " + ".join(f"{row[name]:g}" for name in ("kernels", "memsets", "copies"))
         return f"{numbers}: {number(row['device_us'])}"
-
-    def cells(by_name: dict[str, dict]) -> list[str]:
-        return [cell(by_name.get(name, {})) for name in figures["candidates"]]
 
     note = figures.get("launches", "empty: not counted")
     return f"""## Launches of a call, {direction}
 
 Kernels + memsets + copies: µs in which the device is at them, as torch's profiler sees them; {note}.
 
-{by_place(figures, direction, figures["candidates"], cells)}"""
+{_by_candidate(figures, direction, "kernels", cell)}"""
 
 
 def _waits(kernels: list[dict]) -> str:
