@@ -45,13 +45,8 @@ WORK = (
 )
 
 
-def tables(builds: dict[str, Build], architecture: str) -> str:
-    """Both tables for one architecture, from builds for it and others."""
-    return occupancy_table(builds, architecture) + "\n" + work_table(builds[architecture])
-
-
 def occupancy_table(builds: dict[str, Build], architecture: str) -> str:
-    """Registers, shared memory and resident blocks."""
+    """Registers, shared memory and resident blocks for one architecture, from builds for it and others."""
     multiprocessor = static_checks.MULTIPROCESSORS[architecture]
     head = ["kernel", f"registers, sm_{architecture}", "most on any", "static shared memory, bytes"]
     head += ["threads a block", "blocks resident", "occupancy"]
@@ -96,7 +91,7 @@ def main() -> int:
         with tempfile.TemporaryDirectory() as folder:
             everywhere = dict.fromkeys((*static_checks.architectures(), architecture))
             builds = static_checks.compile_all(everywhere, Path(folder))
-            print(tables(builds, architecture), end="")
+            print(occupancy_table(builds, architecture), work_table(builds[architecture]), sep="\n", end="")
     except static_checks.MissingToolError as missing:
         print(missing, file=sys.stderr)
         return 1

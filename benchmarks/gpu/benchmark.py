@@ -12,11 +12,13 @@ from functools import partial
 import torch
 from harness import cuda
 from harness.candidates import Candidate
-from harness.loop import Benchmark, first_line
+from harness.loop import Benchmark
 from harness.machine import write_json
 from harness.names import BOTH, EAGER, MEASURED, OWN
 from harness.places import Place, Shape
 from harness.timing import Deadline
+
+from kcd_ext.describe import one_line
 
 from .process import section_options
 
@@ -65,7 +67,7 @@ def replay(benchmark: Benchmark, end: Deadline) -> None:
                 seconds = cuda.replayed(given, candidate, place.keep, backward=direction == BOTH)
                 figure: object = round(seconds * 1e6, 2)
             except (RuntimeError, torch.OutOfMemoryError) as error:
-                figure = f"failed: {first_line(error)}"
+                figure = f"failed: {one_line(error)}"
             benchmark.rows[place, direction, candidate.name]["replay_us"] = figure
             benchmark.write()
 
@@ -96,7 +98,7 @@ def count_launches(benchmark: Benchmark, end: Deadline) -> None:
             except torch.OutOfMemoryError:
                 continue
             except RuntimeError as error:  # a profiler that does not work here
-                benchmark.figures["launches"] = f"not counted: {first_line(error)}"
+                benchmark.figures["launches"] = f"not counted: {one_line(error)}"
                 benchmark.write()
                 return
             benchmark.rows[place, direction, candidate.name].update(seen._asdict())

@@ -14,20 +14,15 @@ from harness.machine import CHECKOUT, write_json
 from .process import section_options
 
 
-def architectures() -> list[str]:
-    """CMAKE_CUDA_ARCHITECTURES to try in turn: cmake's own look at the GPU, and torch's if that fails."""
+def configure(build: Path) -> str:
+    """Configure the build folder by cmake's own look at the GPU, by torch's if that fails. Return the architecture.
+
+    Raises RuntimeError where both fail.
+    """
     import torch
 
     major, minor = torch.cuda.get_device_capability()
-    return ["native", f"{major}{minor}-real"]
-
-
-def configure(build: Path, candidates: list[str]) -> str:
-    """Configures the build folder for the first of the candidates that works, which it returns.
-
-    Raises:
-        RuntimeError: none did.
-    """
+    candidates = ["native", f"{major}{minor}-real"]
     # --fresh: the folder may be configured for another GPU.  -lineinfo costs nothing, and lets the sanitizers name lines.
     command = ["cmake", "--fresh", "-G", "Ninja", "-S", str(CHECKOUT), "-B", str(build)]
     command += ["-DKCD_CUDA=ON", "-DCMAKE_CUDA_FLAGS=-lineinfo"]
@@ -44,7 +39,7 @@ def make(build: Path) -> dict[str, object]:
         RuntimeError: cmake or ninja failed.
     """
     start = time.monotonic()
-    architecture = configure(build, architectures())
+    architecture = configure(build)
     configured = time.monotonic()
     if status := subprocess.run(["ninja", "-C", str(build)]).returncode:
         raise RuntimeError(f"ninja failed with status {status}: see the log")

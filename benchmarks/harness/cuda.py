@@ -76,9 +76,13 @@ class Cuda(Device):
         """Nothing."""
 
     def sets(self, shape: Shape) -> int:
-        """By the L2 cache."""
+        """Of student and teacher: together several times larger than L2, and some more where they are small.
+
+        A gradient in place overwrites its set, so that their number limits how many such calls are timed together.
+        """
+        size = 2 * shape.rows * shape.classes * shape.dtype.itemsize
         l2_bytes = torch.cuda.get_device_properties(0).L2_cache_size
-        return how_many_sets(shape.rows, shape.classes, shape.dtype.itemsize, l2_bytes)
+        return max(2, math.ceil(L2_TIMES * l2_bytes / size), min(MORE_SETS, MORE_BYTES // size))
 
     def calls(self, call: Callable[[], object], given: Rotation, candidate: Candidate) -> int:
         """As many as take some milliseconds; a set that is overwritten serves once."""
@@ -127,15 +131,6 @@ class Cuda(Device):
 With N the bytes of the student's logits and k of B rows selected, the floor is the larger of two times: bytes that must move,
 2N forward, (2k/B + 1)N more backward; exponentials, two a pair of logits forward, two a pair of the selected rows backward.
 Where the logits fit in L2 a backward pass need not read them from memory, and a time may be below the floor."""
-
-
-def how_many_sets(rows: int, classes: int, itemsize: int, l2_bytes: int) -> int:
-    """Sets of student and teacher: together several times larger than L2, and some more where they are small.
-
-    A gradient in place overwrites its set, so that their number limits how many such calls are timed together.
-    """
-    size = 2 * rows * classes * itemsize
-    return max(2, math.ceil(L2_TIMES * l2_bytes / size), min(MORE_SETS, MORE_BYTES // size))
 
 
 def elapsed(function: Callable[[], object], calls: int) -> float:

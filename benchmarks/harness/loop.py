@@ -7,6 +7,8 @@ from dataclasses import KW_ONLY, dataclass, field
 
 import torch
 
+from kcd_ext.describe import describe_error
+
 from .candidates import Candidate, exact
 from .device import Device
 from .floors import floor
@@ -162,7 +164,7 @@ class Benchmark:
             found = {"status": OUT_OF_MEMORY}
             self.device.release()
         except Exception as error:  # one that fails must not hide the others' times
-            found = {"status": f"failed: {type(error).__name__}: {first_line(error)}"}
+            found = {"status": f"failed: {describe_error(error)}"}
         finally:
             given.restore()
         for direction in directions:
@@ -252,8 +254,3 @@ class Benchmark:
             if any(s.startswith(status) for s in statuses)
         )
         return not faults and MEASURED in statuses, "; ".join([counted, *faults[:1]])
-
-
-def first_line(error: Exception) -> str:
-    """Of its message."""
-    return next(iter(str(error).splitlines()), "")
