@@ -4,6 +4,7 @@ import ctypes
 import math
 import statistics
 import time
+import timeit
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
@@ -110,7 +111,7 @@ class Cpu(Device):
         n = math.ceil(shape.rows * shape.classes * shape.dtype.itemsize / 4)
         a, b, c = (torch.ones(n) for _ in range(3))
         if isinstance(self._compiled, NoCompilerError):
-            return [_seconds(lambda: torch.add(a, b, out=c)) for _ in range(2 * TRIADS)][TRIADS:]
+            return timeit.repeat(lambda: torch.add(a, b, out=c), number=1, repeat=2 * TRIADS)[TRIADS:]
         return [self._compiled.triad_seconds(a, b, c, torch.get_num_threads()) for _ in range(TRIADS)]
 
     def ceilings(self, shape: Shape, gauged: list[float]) -> Ceilings | None:
@@ -148,12 +149,6 @@ malloc is left as it is: where it hands intermediates of some MB back to the sys
 up to half from one process to the next. In place the student's logits are copied back before each call: they are in the caches.
 `student.sum()` and its backward pass compute next to nothing: where batches are small their time is the way through autograd, which
 no loss can leave out."""
-
-
-def _seconds(function: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
 
 
 def _status(field: str) -> int:
