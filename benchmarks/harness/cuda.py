@@ -5,7 +5,7 @@ So the first read of a logit comes from memory.  The device is idle before: what
 
 import math
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import cached_property
 from typing import NamedTuple
 
@@ -222,19 +222,10 @@ def launches(function: Callable[[], object]) -> Launches:
             function()
         torch.cuda.synchronize()
     on_device = [event for event in profiler.events() if event.device_type == DeviceType.CUDA]
-    return count((event.name, event.time_range.elapsed_us()) for event in on_device)
-
-
-def count(events: Iterable[tuple[str, float]]) -> Launches:
-    """What device events (name, microseconds) of PROFILED_CALLS calls amount to in one."""
-    numbers = {"kernels": 0, "memsets": 0, "copies": 0}
-    busy = 0.0
-    for name, microseconds in events:
-        if name.endswith(" Sync"):  # a record of the host waiting
-            continue
-        kind = "memsets" if name.startswith("Memset") else "copies" if name.startswith("Memcpy") else "kernels"
-        numbers[kind] += 1
-        busy += microseconds
-    if not any(numbers.values()):
+    seen = [event for event in on_device if not event.name.endswith(" Sync")]  # that is a record of the host waiting
+    if not seen:
         raise RuntimeError("torch's profiler saw nothing on the device")
-    return Launches(*(round(n / PROFILED_CALLS, 1) for n in numbers.values()), round(busy / PROFILED_CALLS, 2))
+    memsets, copies = (sum(event.name.startswith(name) for event in seen) for name in ("Memset", "Memcpy"))
+    numbers = (len(seen) - memsets - copies, memsets, copies)
+    busy = sum(event.time_range.elapsed_us() for event in seen)
+    return Launches(*(round(n / PROFILED_CALLS, 1) for n in numbers), round(busy / PROFILED_CALLS, 2))
