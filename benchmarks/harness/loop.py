@@ -14,7 +14,7 @@ from .device import Device
 from .floors import floor
 from .inputs import Rotation
 from .names import BOTH, FORWARD, MEASURED, NOT_REACHED, OUT_OF_MEMORY
-from .places import Place, Shape, by_shape
+from .places import Place, Shape
 from .timing import Deadline, Seconds, in_turns, summary
 
 COMPILE_SECONDS = 40.0  # what torch.compile is taken to need until it has been seen
@@ -113,7 +113,9 @@ class Benchmark:
 
     def measure(self) -> None:
         """Times, and memory where it is asked for, of every place, as far as the time goes."""
-        groups = by_shape(self.places)
+        groups: dict[Shape, list[Place]] = {}  # that share their inputs
+        for place in self.places:
+            groups.setdefault(place.shape, []).append(place)
         for i, (shape, places) in enumerate(groups.items()):
             if self.deadline.left() > 0:
                 self._measure_shape(shape, places, Deadline(self.deadline.left() / (len(groups) - i)))

@@ -1,6 +1,5 @@
 """Where the candidates are measured: shapes of the logits, fractions of rows to keep, directions; what a run measures of them."""
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -143,11 +142,3 @@ SWEEPS = {
     "keep": lambda _: [Place(_BASE, keep) for keep in (1.0, 0.7, 0.2)],
     "threads": _threads,
 }
-
-
-def by_shape(places: Sequence[Place]) -> dict[Shape, list[Place]]:
-    """Places that share their inputs."""
-    groups: dict[Shape, list[Place]] = {}
-    for place in places:
-        groups.setdefault(place.shape, []).append(place)
-    return groups
