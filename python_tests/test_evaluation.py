@@ -443,6 +443,14 @@ def test_bad_arguments(change, message):
         evaluate(**arguments)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_no_hook_stays_on_the_student_where_the_teachers_layer_takes_none():
+    student, teacher = network((3, 5)), nn.Sequential(nn.Flatten(), torch.jit.script(nn.Linear(16, 3)))
+    with pytest.raises(ValueError, match="the teacher's features cannot be had of TorchScript"):
+        evaluate(student, teacher, batches((1,)), layers=[("1", "1")])
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in student.modules())
+
+
 def test_wide_layers_are_refused():
     wide = nn.Sequential(nn.Conv2d(1, 513, 1), nn.Flatten(), nn.Linear(513 * 16, 3))
     with pytest.raises(ValueError, match="student's penultimate has 8208 features"):
