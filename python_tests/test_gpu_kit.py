@@ -464,7 +464,7 @@ ERRORS = {
     ),
     "a large case out of tolerance": (
         "large",
-        set_of("kcd_ext.ops:condensed_kd_gradient", lambda gradient: changed(gradient, last_row_off)),
+        set_of("kcd_ext.ops:condensed_kd_backward", lambda gradient: changed(gradient, last_row_off)),
         "FAILED: large: bfloat16: other gradient than the rows alone; rows apart: as the rows alone",
     ),
     "a time that is no number": (
