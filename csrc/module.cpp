@@ -13,5 +13,5 @@ PYBIND11_MODULE(_C, module) {
       "dict: version, compiler, instruction sets built and in use, CUDA architectures built.");
   // How kcd_ext/ops.py reads a state (kernels.h): the numbers of counts and of statistics, and the places of two of these.
   module.attr("STATE") = pybind11::make_tuple(kcd::kCounts, int{kcd::kStatsRows}, int{kcd::kEntropy}, int{kcd::kKl});
-  if (kcd::fast_path::add_to(module.ptr()) != 0) throw pybind11::error_already_set();
+  kcd::fast_path::add_to(module);
 }

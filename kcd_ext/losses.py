@@ -151,7 +151,7 @@ def _fast_path(
     ahead = differentiable and student.dim() > 0 and _writes_gradient(student, options)
     value_kind = arguments.VALUES.index(value)
     result = ops.fast_path(student, teacher, labels, options.keep, value_kind, options.operators, ahead)
-    if result is None:
+    if result is NotImplemented:
         return None
     loss, state, gradient = result
     if differentiable:

@@ -254,23 +254,12 @@ def with_derivative(
         if x is not None and x.is_inference():
             saved, constants = [None if x is None or x.is_inference() else x for x in inputs], inputs
             break
-    call = _Call(constants, options, inplace, student.dtype != torch.bfloat16, None if gradient is None else [gradient])
+    # Whether a gradient times a number is the same as computed with it: bfloat16 would be rounded once more.
+    scales = student.dtype != torch.bfloat16
+    ahead = None if gradient is None else [gradient]  # a list, whose pop() is thread-safe
     apply = CondensedKD.apply if torch.compiler.is_compiling() else _apply
     # In a tuple, because autograd handles every tensor that it sees.
-    return apply(student, (loss, (*saved, state), call))
-
-
-class _Call(NamedTuple):
-    """What `CondensedKD` keeps beside the saved tensors."""
-
-    constants: tuple[Tensor | None, ...] | None
-    """The inputs, if some of them cannot be saved."""
-    options: tuple
-    inplace: bool
-    scales: bool
-    """Whether a gradient times a number is the same as computed with it: bfloat16 would be rounded once more."""
-    ahead: list[Tensor] | None
-    """The gradient that the forward pass wrote, until it is handed over: a list, whose pop() is thread-safe."""
+    return apply(student, (loss, (*saved, state), (constants, options, inplace, scales, ahead)))
 
 
 class CondensedKD(torch.autograd.Function):
@@ -287,14 +276,14 @@ class CondensedKD(torch.autograd.Function):
     def backward(ctx, grad_output: Tensor) -> tuple[Tensor, None]:
         """Return the gradient with respect to the student's logits, (..., C) in their dtype."""
         differentiable = torch.is_grad_enabled()
-        _, options, inplace, _, ahead = ctx.call
+        _, options, inplace, scales, ahead = ctx.call
         if ahead is not None and not differentiable and dispatch_is_plain():
-            factor = grad_output.tolist()  # on the CPU, where nothing waits for it
+            factor = _compiled.item(grad_output)
             if factor == 1:
-                return _take_gradient(ctx, grad_output), None
+                return _take_gradient(ctx, ahead, grad_output), None
             # What is not finite would make rows NaN that are not selected.
-            if math.isfinite(factor) and ctx.call.scales:
-                return _take_gradient(ctx, grad_output).mul_(factor), None
+            if scales and factor is not NotImplemented and math.isfinite(factor):
+                return _take_gradient(ctx, ahead, grad_output).mul_(factor), None
         saved = _unpack(ctx)  # raises where an earlier backward pass overwrote the logits
         if inplace:
             return _backward_in_place(grad_output, *saved, options, differentiable), None
@@ -306,19 +295,20 @@ class CondensedKD(torch.autograd.Function):
 _apply = super(torch.autograd.Function, CondensedKD).apply
 
 
-def _take_gradient(ctx, grad_output: Tensor) -> Tensor:
+def _take_gradient(ctx, ahead: list[Tensor], grad_output: Tensor) -> Tensor:
     """Return the gradient that the forward pass wrote; in further backward passes the same bits, computed anew."""
     try:
-        return ctx.call.ahead.pop()
+        return ahead.pop()
     except IndexError:
-        return _backward(condensed_kd_backward, torch.ones_like(grad_output), *_unpack(ctx), ctx.call.options)
+        return _backward(condensed_kd_backward, torch.ones_like(grad_output), *_unpack(ctx), ctx.call[1])
 
 
 def _unpack(ctx) -> tuple[Tensor, ...]:
     """Return student, teacher, labels, row_weight, rows and state. Runs the unpack hooks of saved tensors: call it once."""
     student, *saved, state = ctx.saved_tensors
-    if ctx.call.constants is not None:
-        saved = [constant if x is None else x for x, constant in zip(saved, ctx.call.constants, strict=True)]
+    constants = ctx.call[0]
+    if constants is not None:
+        saved = [constant if x is None else x for x, constant in zip(saved, constants, strict=True)]
     return student, *(absent(student) if x is None else x for x in saved), state
 
 
@@ -379,7 +369,7 @@ def _setup_context(ctx, inputs, output):
     student, teacher, labels, _, row_weight, rows, *options = inputs
     loss, state, gradient = output
     saved = given(teacher, labels, row_weight, rows)
-    CondensedKD.forward(ctx, student, (loss, (*saved, state), _Call(None, options[3:-1], False, False, None)))
+    CondensedKD.forward(ctx, student, (loss, (*saved, state), (None, tuple(options[3:-1]), False, False, None)))
     ctx.mark_non_differentiable(state, gradient)
     ctx.set_materialize_grads(False)
 
@@ -408,21 +398,9 @@ def fast_path_is_open() -> bool:
     return HAS_FAST_PATH and dispatch_is_plain()
 
 
-def fast_path(
-    student: Tensor,
-    teacher: Tensor,
-    labels: Tensor | None,
-    keep: tuple[float, int],
-    value: int,
-    options: tuple,
-    with_gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor | None] | None:
-    """Return what `condensed_kd` returns; None if the call is unsupported, and the operator then reports any error.
-
-    Supports plain CPU tensors up to 1 MB. Call it only if `fast_path_is_open()`.
-    """
-    computed = _compiled.condensed_kd(student, teacher, labels, keep, value, options, with_gradient)
-    return None if computed is NotImplemented else computed
+# (student, teacher, labels or None, keep, value, options, with_gradient) -> what `condensed_kd` returns, or NotImplemented, and the
+# operator then reports any error. keep and options are tuples of its arguments. Supports plain CPU tensors up to 1 MB.
+fast_path: Callable | None = getattr(_compiled, "condensed_kd", None)
 
 
 def _fast_backward(grad_output, student, teacher, labels, row_weight, rows, state, options) -> Tensor | None:

@@ -12,8 +12,8 @@ KCD_INLINE int64_t number_to_keep(double fraction, int64_t count, int64_t n) {
   return share > 1 ? share : 1;
 }
 
-// What a row is ranked by; NaN where it is no candidate.  A candidate whose entropy or KL is not a number ranks first, whatever is asked
-// for, so that it reaches the loss.
+// What a row is ranked by; NaN where it is no candidate.  A candidate whose entropy or KL is not a number ranks first, whatever is
+// asked for, so that it reaches the loss.
 template <class Score, class Real>
 KCD_INLINE Score ranked(bool candidate, Score value, Real entropy, Real kl) {
   return candidate && entropy == entropy && kl == kl ? value : Limits<Score>::nan();

@@ -196,9 +196,7 @@ inline void check_value(const Call& call, const View& score, Value value) {
 // ---- the state
 
 // What rows are ranked by: of the scores' dtype, or the accumulator's.
-inline bool ranks_by_double(const Call& call, const View& score) {
-  return call.is_double() || score.dtype() == dtypes().float64;
-}
+inline bool ranks_by_double(const Call& call, const View& score) { return call.is_double() || score.dtype() == dtypes().float64; }
 
 inline State state_of(const Call& call, bool value_is_double, void* data) {
   return {static_cast<char*>(data), call.problem.rows, value_is_double ? 8 : 4, call.accumulator_bytes()};
@@ -225,10 +223,8 @@ struct ForwardCall {
   bool with_gradient;
 
   static ForwardCall of(Arguments& args) {
-    return {args.tensor(),         args.tensor(),
-            args.tensor(),         args.tensor(),
-            args.tensor(),         args.tensor(),
-            KeepOptions::of(args), static_cast<Value>(args.integer()),
+    return {args.tensor(),         args.tensor(), args.tensor(),         args.tensor(),
+            args.tensor(),         args.tensor(), KeepOptions::of(args), static_cast<Value>(args.integer()),
             LossOptions::of(args), args.boolean()};
   }
 
