@@ -106,7 +106,7 @@ struct Gradient {
 namespace cpu {
 
 // A row that several threads sum: each some of its pieces, then one of them the row.
-struct Columns {
+struct SplitRow {
   int64_t piece;            // classes of one
   int64_t bytes_of_piece;   // what is left of one, by double accumulators
   // Pieces [begin, end) of row i, which is read: sums has room for all pieces of the row.
@@ -121,7 +121,7 @@ struct Kernels {
   // guess whether the row will be selected; it says so in `written`, and the backward kernel writes the rest.
   void (*forward)(const Problem&, const RowOutputs&, const Gradient*, int64_t begin, int64_t end);
   void (*backward)(const Problem&, const Gradient&, int64_t begin, int64_t end);
-  const Columns* columns;
+  const SplitRow* split_row;
   void (*write_pieces)(const Problem&, const Gradient&, int64_t i, int64_t begin, int64_t end);   // backward of a row's pieces
 };
 

@@ -49,17 +49,17 @@ void rank(const Problem& p, const void* value, bool by_double, const Rows& rows)
 }
 
 // Whether threads would be idle if each took whole rows.
-bool by_columns(const Problem& p) { return p.rows > 0 && p.classes >= 2 * kRead && p.rows < number_of_threads(); }
+bool split_rows(const Problem& p) { return p.rows > 0 && p.classes >= 2 * kRead && p.rows < number_of_threads(); }
 
-void sum_by_columns(const CpuCall& call, const RowOutputs& outputs) {
+void sum_split_rows(const CpuCall& call, const RowOutputs& outputs) {
   const Problem& p = call.problem;
-  const cpu::Columns& columns = *cpu::kernels().columns;
-  const int64_t row_bytes = (p.classes + columns.piece - 1) / columns.piece * columns.bytes_of_piece;
+  const cpu::SplitRow& split = *cpu::kernels().split_row;
+  const int64_t row_bytes = (p.classes + split.piece - 1) / split.piece * split.bytes_of_piece;
   const std::unique_ptr<double[]> sums(new double[static_cast<size_t>(p.rows * row_bytes) / sizeof(double)]);
   const auto of_row = [&](int64_t i) { return reinterpret_cast<char*>(sums.get()) + i * row_bytes; };
-  call.over_pieces(kRead, columns.piece,
-                   [&](int64_t i, int64_t begin, int64_t end) { columns.sum_pieces(p, outputs, i, begin, end, of_row(i)); });
-  for (int64_t i = 0; i < p.rows; ++i) columns.finish_row(p, outputs, i, of_row(i));
+  call.over_pieces(kRead, split.piece,
+                   [&](int64_t i, int64_t begin, int64_t end) { split.sum_pieces(p, outputs, i, begin, end, of_row(i)); });
+  for (int64_t i = 0; i < p.rows; ++i) split.finish_row(p, outputs, i, of_row(i));
 }
 
 // What rows are ranked by: it stands there once they are read.
@@ -79,8 +79,8 @@ void read_rows(const CpuCall& call, const View& score, Value value, const Rows& 
   const Problem& p = call.problem;
   // The teacher's entropy only ranks: it is written where the ranking is read from.
   const RowOutputs outputs{rows.stats, rows.cross_entropy, value == Value::teacher_entropy ? rows.value : nullptr};
-  by_columns(p)
-      ? sum_by_columns(call, outputs)
+  split_rows(p)
+      ? sum_split_rows(call, outputs)
       : call.over_rows(kRead, [&](int64_t begin, int64_t end) { cpu::kernels().forward(p, outputs, gradient, begin, end); });
 
   const void* source = value_of(call, score, value, rows);
@@ -140,8 +140,8 @@ Gradient gradient_of(const Call& call, const LossOptions& options, const View& r
 
 void write_rows(const CpuCall& call, const Gradient& gradient) {
   const Problem& p = call.problem;
-  if (by_columns(p))
-    return call.over_pieces(kRead, cpu::kernels().columns->piece, [&](int64_t i, int64_t begin, int64_t end) {
+  if (split_rows(p))
+    return call.over_pieces(kRead, cpu::kernels().split_row->piece, [&](int64_t i, int64_t begin, int64_t end) {
       cpu::kernels().write_pieces(p, gradient, i, begin, end);
     });
   const bool mostly_written = gradient.written != nullptr;
