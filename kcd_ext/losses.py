@@ -257,26 +257,26 @@ def _over_group(
     state, cross_entropy, candidate = ops.row_stats(
         student, teacher, labels, score, rows, options.temperature, value, options.ignore_index
     )
-    own = ops.arrays_of(state, student, ops.ranked_dtype(student, score))
+    own = ops.arrays_of(state, student, ops.ranked_dtype(student, score)).value
     valid = torch.ones_like(candidate) if labels.dtype == torch.bool else labels != options.ignore_index
 
-    local = torch.stack([x.reshape(-1).to(own.value.dtype) for x in (own.value, candidate, valid)])
+    local = torch.stack([x.reshape(-1).to(own.dtype) for x in (own, candidate, valid)])
     everywhere = [torch.empty_like(local) for _ in range(size)]
     dist.all_gather(everywhere, local, group=group)
     values, candidates, valids = torch.cat(everywhere, dim=1)  # in the order (rank, row), which settles ties
     chosen = ops.select_topk(values.contiguous(), candidates.bool(), *options.keep)
 
-    n = own.value.numel()
-    own.counts.copy_(torch.stack([chosen.sum(), valids.sum(dtype=torch.int64)]))
-    own.selected.copy_(chosen[rank * n : (rank + 1) * n].view(own.selected.shape))
+    counts = torch.stack([chosen.sum(), valids.sum(dtype=torch.int64)])
+    n = own.numel()
+    state = ops.with_selection(state, counts, chosen[rank * n : (rank + 1) * n])
     backward = (*options.operators[:-1], float(size))
     loss = ops.reduce_rows(student, labels, row_weight, state, cross_entropy, *backward)
     return loss, state, backward
 
 
 def _knowledge(state: Tensor, student: Tensor, value: str | Tensor) -> Knowledge:
-    """Return copies, so that the caller may change them, or keep them without the rest; autograd has saved the state."""
-    _, ranked, *stats, selected = ops.arrays_of(state, student, _score_dtype(value, student), torch.view_copy)
+    """Return copies, so that the caller may change them; autograd has saved the state."""
+    ranked, *stats, selected = ops.arrays_of(state, student, _score_dtype(value, student))
     ranked = ranked.to(value.dtype) if isinstance(value, Tensor) else ranked
     return Knowledge(ranked, *stats, selected, selected.sum())
 
@@ -342,13 +342,14 @@ def select_rows(
         (absent, arguments.VALUES.index(value)) if isinstance(value, str) else (_score(value, student), _SCORES)
     )
     state, _, candidate = ops.row_stats(student, absent, labels, score, absent, 1.0, value_kind, ignore_index)
-    rows = ops.arrays_of(state, student, ops.ranked_dtype(student, score))
-    selected = rows.selected.copy_(ops.select_topk(rows.value, candidate, *kept))
+    ranked = ops.arrays_of(state, student, ops.ranked_dtype(student, score)).value
+    selected = ops.select_topk(ranked, candidate, *kept)
     # Selected rows first, in order; how many entries there are depends on the number of rows alone.
     order = torch.sort(selected.reshape(-1), descending=True, stable=True).indices[: kept.of(selected.numel())]
     position = torch.arange(order.shape[0], device=order.device)
     knowledge = _knowledge(state, student, value)
-    knowledge = knowledge._replace(kl=torch.full_like(knowledge.entropy, math.nan))  # no teacher was read
+    no_teacher = torch.full_like(knowledge.entropy, math.nan)
+    knowledge = knowledge._replace(kl=no_teacher, selected=selected, n_selected=selected.sum())
     return torch.where(position < knowledge.n_selected, order, torch.full_like(order, -1)), knowledge
 
 

@@ -19,6 +19,7 @@ from .torch_internals import BelowAutograd, dispatch_is_plain
 _compiled = _extension.load()
 build_info: dict = _compiled.build_info()
 HAS_FAST_PATH: bool = hasattr(_compiled, "condensed_kd")  # csrc/fast_path.h: this torch publishes what it needs
+_item = getattr(_compiled, "item", Tensor.item)  # NotImplemented for a tensor that the fast path does not support
 _WITH_CUDA = bool(build_info["cuda_architectures"]) and torch.version.hip is None  # ROCm's devices call themselves cuda
 
 _ALLOCATION = re.compile(r"kcd_ext: allocating (-?\d+) bytes on .* failed")  # csrc/torch/abi.h
@@ -29,11 +30,11 @@ def _kernel_of(operator: Callable) -> Callable:
 
     Without memory it raises torch.OutOfMemoryError, or on the CPU what torch raises.
     """
-    below_autograd = BelowAutograd or nullcontext
 
     def call(*arguments):
+        recorded = BelowAutograd is None or torch.compiler.is_compiling()  # torch.compile would break the graph there
         try:
-            with below_autograd():
+            with nullcontext() if recorded else BelowAutograd():
                 return operator(*arguments)
         except RuntimeError as error:
             found = _ALLOCATION.search(str(error))
@@ -103,11 +104,21 @@ def given(*inputs: Tensor) -> tuple[Tensor | None, ...]:
 _COUNTS, _STATS, _ENTROPY, _KL = _compiled.STATE
 
 
-class StateArrays(NamedTuple):
-    """The arrays of a state, (...) the shape of the logits without their classes."""
+def with_selection(state: Tensor, counts: Tensor, selected: Tensor) -> Tensor:
+    """Return the state with a selection, for which it was computed without one.
 
-    counts: Tensor
-    """int64 (2,): how many rows are selected, how many are valid."""
+    Args:
+        state: as `row_stats` leaves it.
+        counts: int64 (2,), how many rows are selected and how many are valid.
+        selected: bool (...).
+    """
+    rest = state[_COUNTS * 8 : state.numel() - selected.numel()]
+    return torch.cat((counts.view(torch.uint8), rest, selected.reshape(-1).view(torch.uint8)))
+
+
+class StateArrays(NamedTuple):
+    """The arrays of a state that have one entry a row, (...) the shape of the logits without their classes."""
+
     value: Tensor
     """(...) what rows are ranked by: of the scores' dtype, or the accumulator's."""
     entropy: Tensor
@@ -118,10 +129,10 @@ class StateArrays(NamedTuple):
     """bool (...)."""
 
 
-def arrays_of(state: Tensor, student: Tensor, value_dtype: torch.dtype, view: Callable = Tensor.view) -> StateArrays:
-    """Return the arrays of what `condensed_kd` or `row_stats` left of these logits.
+def arrays_of(state: Tensor, student: Tensor, value_dtype: torch.dtype) -> StateArrays:
+    """Return copies of the arrays of what `condensed_kd` or `row_stats` left of these logits.
 
-    view: reinterprets bytes; `torch.view_copy` for copies, `Tensor.view` for views, which torch.jit.trace cannot record.
+    The caller may change them, or keep one without the rest. torch.jit.trace records view_copy, but no view of another dtype.
     """
     accumulator, shape = accumulator_of(student), student.shape[:-1]
     stats = value_dtype.itemsize  # bytes of a row before
@@ -129,14 +140,13 @@ def arrays_of(state: Tensor, student: Tensor, value_dtype: torch.dtype, view: Ca
     rows = state[_COUNTS * 8 :].view(selected + 1, *shape)
 
     def array(first: int, dtype: torch.dtype) -> Tensor:
-        return view(rows[first : first + dtype.itemsize].reshape(-1), dtype).view(shape)
+        return torch.view_copy(rows[first : first + dtype.itemsize].reshape(-1), dtype).view(shape)
 
     return StateArrays(
-        view(state[: _COUNTS * 8], torch.int64),
         array(0, value_dtype),
         array(stats + _ENTROPY * accumulator.itemsize, accumulator),
         array(stats + _KL * accumulator.itemsize, accumulator),
-        view(rows[selected], torch.bool),
+        torch.view_copy(rows[selected], torch.bool),
     )
 
 
@@ -278,7 +288,7 @@ class CondensedKD(torch.autograd.Function):
         differentiable = torch.is_grad_enabled()
         _, options, inplace, scales, ahead = ctx.call
         if ahead is not None and not differentiable and dispatch_is_plain():
-            factor = _compiled.item(grad_output)
+            factor = _item(grad_output)
             if factor == 1:
                 return _take_gradient(ctx, ahead, grad_output), None
             # What is not finite would make rows NaN that are not selected.
@@ -286,7 +296,9 @@ class CondensedKD(torch.autograd.Function):
                 return _take_gradient(ctx, ahead, grad_output).mul_(factor), None
         saved = _unpack(ctx)  # raises where an earlier backward pass overwrote the logits
         if inplace:
-            return _backward_in_place(grad_output, *saved, options, differentiable), None
+            if differentiable:
+                _refuse_second_derivative()
+            return _backward_in_place(grad_output, saved, options), None
         operator = recorded_condensed_kd_backward if differentiable else condensed_kd_backward
         return _backward(operator, grad_output, *saved, options), None
 
@@ -322,10 +334,7 @@ def _backward(operator, grad_output, student, teacher, labels, row_weight, rows,
     return operator(grad_output.contiguous(), readable(student), readable(teacher), *per_row, *options)
 
 
-def _backward_in_place(grad_output, *saved_and_options):
-    *saved, options, differentiable = saved_and_options
-    if differentiable:
-        _refuse_second_derivative()
+def _backward_in_place(grad_output: Tensor, saved: tuple[Tensor, ...], options: tuple) -> Tensor:
     # The dispatcher cannot negate lazily for an operator that returns nothing.
     grad_output, student, *saved = (x.detach().resolve_neg() for x in (grad_output, *saved))
     student = readable(student)
@@ -352,14 +361,16 @@ class _NoSecondDerivative(torch.autograd.Function):
 
 
 def _condensed_kd_by_autograd(student, teacher, labels, score, row_weight, rows, *options):
-    loss, state, gradient = condensed_kd(student, teacher, labels, score, row_weight, rows, *options)
+    with BelowAutograd():
+        loss, state, gradient = condensed_kd(student, teacher, labels, score, row_weight, rows, *options)
     if torch.is_grad_enabled() and student.requires_grad:
         loss = with_derivative(loss, student, given(teacher, labels, row_weight, rows), state, options[3:-1])
     return loss, state, gradient
 
 
 def _backward_by_autograd(grad_output, student, *rest):
-    gradient = condensed_kd_backward(grad_output, student, *rest)
+    with BelowAutograd():
+        gradient = condensed_kd_backward(grad_output, student, *rest)
     if torch.is_grad_enabled() and (grad_output.requires_grad or student.requires_grad):
         gradient = _NoSecondDerivative.apply((gradient,), grad_output, student)
     return gradient

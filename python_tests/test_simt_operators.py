@@ -99,17 +99,15 @@ def test_simt_operators_between_which_processes_meet(backend, dtype, reduction):
 
     def results(device):
         student, teacher, labels, weight, counts, absent = (there(x, device) for x in given)
-        state, cross_entropy, candidate = ops.row_stats(
-            student, teacher, labels, absent, absent, options[0], 2, -100
-        )
+        state, cross_entropy, candidate = ops.row_stats(student, teacher, labels, absent, absent, options[0], 2, -100)
         rows = ops.arrays_of(state, student, dtype)
-        rows.counts.copy_(counts)
-        rows.selected.copy_(ops.select_topk(rows.value, candidate, 0.3, 0))
+        selected = ops.select_topk(rows.value, candidate, 0.3, 0)
+        state = ops.with_selection(state, counts, selected)
         loss = ops.reduce_rows(student, labels, weight, state, cross_entropy, *options)
         one = torch.ones_like(loss)
         grad = ops.condensed_kd_backward(one, student, teacher, labels, weight, absent, state, *options)
         more = {"cross_entropy": cross_entropy, "candidate": candidate, "loss": loss, "grad": grad}
-        return {**rows._asdict(), **more}
+        return {**rows._asdict(), "selected": selected, **more}
 
     want = results("cpu")
     context, device = in_place(backend)

@@ -48,7 +48,8 @@ for derivative in (
     except RuntimeError:
         continue
     raise AssertionError("a derivative that there is not")
-raw = torch.ops.kcd_ext.condensed_kd(leaf, y, *[torch.empty(0, dtype=torch.bool)] * 4, 0.5, 0, 0, 4.0, 1.0, 0.0, -100, 0, 1.0, False)
+absent = [torch.empty(0, dtype=torch.bool)] * 4
+raw = torch.ops.kcd_ext.condensed_kd(leaf, y, *absent, 0.5, 0, 0, 4.0, 1.0, 0.0, -100, 0, 1.0, False)
 torch.testing.assert_close(torch.autograd.grad(raw[0], leaf)[0], wanted[0])
 with kcd_ext.torch_internals.untraced():
     print(kcd_ext.torch_internals.dispatch_is_plain(), kcd_ext.torch_internals.BelowAutograd is not None)
