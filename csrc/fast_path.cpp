@@ -27,8 +27,6 @@ void require_supported(bool condition) {
   if (!condition) throw Unsupported{};
 }
 
-// ---- tensors
-
 int32_t dtype_of(const dlpack::DataType& type) {
   const bool is_float = type.code == dlpack::kFloat;
   require_supported(type.lanes == 1);
@@ -65,8 +63,7 @@ bool same_sizes(const View& x, const View& other, int64_t dim) {
   return x.dim() == dim && std::equal(x.sizes(), x.sizes() + dim, other.sizes());
 }
 
-// A contiguous tensor, not written yet.
-struct NewTensor {
+struct NewTensor {   // contiguous, not written yet
   py::object object;
   void* data;
 };
@@ -93,6 +90,12 @@ NewTensor make(const int64_t* sizes, int64_t dim, uint8_t code, int64_t element_
   return {py::reinterpret_steal<py::object>(static_cast<PyObject*>(object)), data};
 }
 
+// The caller is warned of one class.  What is large does not notice the dispatcher, and lies in memory that is kept.
+void require_small(const Problem& p) {
+  const int64_t bytes = p.rows * p.classes * size_of(p.student.type);
+  require_supported(p.classes > 1 && bytes > 0 && static_cast<size_t>(bytes) < cpu::kLargeBytes);
+}
+
 NewTensor make_gradient(const View& student, const Problem& p) {
   const uint8_t code = p.student.type == Type::bfloat16 ? dlpack::kBfloat : dlpack::kFloat;
   return make(student.sizes(), student.dim(), code, size_of(p.student.type));
@@ -112,13 +115,11 @@ py::object condensed_kd(py::handle student, py::handle teacher, py::handle label
   require_supported(same_sizes(y, z, z.dim()) && (labels.is_none() || same_sizes(targets, z, z.dim() - 1)));
   const Call checked = a.call();
   const Problem& p = checked.problem;
-  const int64_t bytes = p.rows * p.classes * size_of(p.student.type);
-  // The caller is warned of one class.  What is large does not notice the dispatcher, and lies in memory that is kept.
-  require_supported(p.classes > 1 && bytes > 0 && static_cast<size_t>(bytes) < cpu::kLargeBytes);
+  require_small(p);
   const CpuCall call(checked);
 
-  const bool per_row = a.options.reduction == Reduction::none;
-  const NewTensor loss = make(z.sizes(), per_row ? z.dim() - 1 : 0, dlpack::kFloat, call.accumulator_bytes());
+  const int64_t loss_dim = a.options.reduction == Reduction::none ? z.dim() - 1 : 0;
+  const NewTensor loss = make(z.sizes(), loss_dim, dlpack::kFloat, call.accumulator_bytes());
   const int64_t state_bytes = state_of(call, call.is_double(), nullptr).bytes();
   const NewTensor state = make(&state_bytes, 1, dlpack::kUInt, 1);
   const NewTensor gradient = with_gradient ? make_gradient(z, p) : NewTensor{py::none(), nullptr};
@@ -137,6 +138,7 @@ py::object condensed_kd_backward(py::handle grad_output, py::handle student, py:
   const BackwardCall a{g, z, y, view_or_absent(labels), none, none, view(state), loss_options};
   const CpuCall call(a.call());
   const Problem& p = call.problem;
+  require_small(p);
   const NewTensor gradient = make_gradient(z, p);
   {
     py::gil_scoped_release unlocked;
