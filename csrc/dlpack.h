@@ -6,8 +6,8 @@
 namespace kcd::dlpack {
 
 constexpr uint32_t kMajorVersion = 1;
-constexpr int32_t kCpu = 1;                                       // device_type
-constexpr uint8_t kInt = 0, kUInt = 1, kFloat = 2, kBfloat = 4;   // DataType.code
+constexpr int32_t kCpu = 1;                                                  // device_type
+constexpr uint8_t kInt = 0, kUInt = 1, kFloat = 2, kBfloat = 4, kBool = 6;   // DataType.code
 
 struct Version {
   uint32_t major, minor;

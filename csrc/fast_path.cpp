@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <cstring>
 #include <new>
 #include <tuple>
 
@@ -13,11 +14,8 @@ namespace kcd::fast_path {
 namespace {
 
 namespace py = pybind11;
-
 const dlpack::ExchangeApi* api;
 PyObject *tensor_type, *parameter_type, *is_neg;   // torch.Tensor, torch.nn.Parameter, torch.Tensor.is_neg
-
-constexpr int32_t kCpu = 0, kIndex = 0;   // every tensor here is on the CPU
 constexpr int kMaxDim = 8;
 
 // Thrown when the fast path does not support a call.  The caller falls back to the dispatcher, which reports any real error.
@@ -48,12 +46,7 @@ View view(py::handle tensor) {
   dlpack::Array x;
   require_supported(negative.ptr() == Py_False && api->view(tensor.ptr(), &x) == 0);
   require_supported(x.device.device_type == dlpack::kCpu && x.ndim <= kMaxDim && (x.ndim == 0 || x.strides) && x.data);
-  return {static_cast<const char*>(x.data) + x.byte_offset, x.shape, x.strides, x.ndim, dtype_of(x.dtype), kCpu, kIndex};
-}
-
-View absent_view() {
-  static const int64_t size = 0, stride = 1;
-  return {nullptr, &size, &stride, 1, dtypes().boolean, kCpu, kIndex};
+  return {static_cast<const char*>(x.data) + x.byte_offset, x.shape, x.strides, x.ndim, dtype_of(x.dtype), 0, 0};
 }
 
 View view_or_absent(py::handle tensor) { return tensor.is_none() ? absent_view() : view(tensor); }
@@ -101,8 +94,6 @@ NewTensor make_gradient(const View& student, const Problem& p) {
   return make(student.sizes(), student.dim(), code, size_of(p.student.type));
 }
 
-// ---- calls
-
 using Keep = std::tuple<double, int64_t>;
 using Options = std::tuple<double, double, double, int64_t, int64_t, double>;   // as in the schemas
 
@@ -147,10 +138,21 @@ py::object condensed_kd_backward(py::handle grad_output, py::handle student, py:
   return gradient.object;
 }
 
-py::object item(py::handle tensor) {
-  const View x = view(tensor);
-  require_supported(x.dim() == 0 && (x.dtype() == dtypes().float32 || x.dtype() == dtypes().float64));
-  return py::float_(x.dtype() == dtypes().float64 ? *x.data<double>() : static_cast<double>(*x.data<float>()));
+py::object knowledge(py::handle state, py::handle student) {
+  const View z = view(student), bytes = view(state);
+  const Call call(z, nullptr, absent_view(), nullptr, 1, 0);
+  const State s = given_state(call, bytes);
+  const int64_t width = call.accumulator_bytes(), dim = z.dim() - 1;
+  const auto copy = [&](const void* array, uint8_t code, int64_t element) {
+    const NewTensor x = make(z.sizes(), dim, code, element);
+    std::memcpy(x.data, array, static_cast<size_t>(s.rows * element));
+    return x.object;
+  };
+  const auto stats = [&](Stats row) { return copy(s.stats() + row * s.rows * width, dlpack::kFloat, width); };
+  const NewTensor selected = make(nullptr, 0, dlpack::kInt, sizeof(int64_t));
+  *static_cast<int64_t*>(selected.data) = std::count(s.selected(), s.selected() + s.rows, uint8_t{1});
+  return py::make_tuple(copy(s.value(), dlpack::kFloat, s.value_bytes), stats(kEntropy), stats(kKl),
+                        copy(s.selected(), dlpack::kBool, 1), selected.object);
 }
 
 // The function, which returns NotImplemented for calls that it does not support.
@@ -182,7 +184,7 @@ void add_to(py::module_& module) {
              "(student, teacher, labels or None, keep, value, options, with_gradient) -> (loss, state, gradient or None)");
   module.def("condensed_kd_backward", or_not_implemented(condensed_kd_backward),
              "(grad_output, student, teacher, labels or None, state, options) -> gradient");
-  module.def("item", or_not_implemented(item), "(tensor) -> float");
+  module.def("knowledge", or_not_implemented(knowledge), "(state, student) -> value, entropy, kl, selected, n_selected");
 }
 
 }   // namespace kcd::fast_path

@@ -276,9 +276,8 @@ def _over_group(
 
 def _knowledge(state: Tensor, student: Tensor, value: str | Tensor) -> Knowledge:
     """Return copies, so that the caller may change them; autograd has saved the state."""
-    ranked, *stats, selected = ops.arrays_of(state, student, _score_dtype(value, student))
-    ranked = ranked.to(value.dtype) if isinstance(value, Tensor) else ranked
-    return Knowledge(ranked, *stats, selected, selected.sum())
+    ranked, *rest = ops.arrays_of(state, student, _score_dtype(value, student))
+    return Knowledge(ranked.to(value.dtype) if isinstance(value, Tensor) else ranked, *rest)
 
 
 def select_rows(

@@ -19,7 +19,6 @@ from .torch_internals import BelowAutograd, dispatch_is_plain
 _compiled = _extension.load()
 build_info: dict = _compiled.build_info()
 HAS_FAST_PATH: bool = hasattr(_compiled, "condensed_kd")  # csrc/fast_path.h: this torch publishes what it needs
-_item = getattr(_compiled, "item", Tensor.item)  # NotImplemented for a tensor that the fast path does not support
 _WITH_CUDA = bool(build_info["cuda_architectures"]) and torch.version.hip is None  # ROCm's devices call themselves cuda
 
 _ALLOCATION = re.compile(r"kcd_ext: allocating (-?\d+) bytes on .* failed")  # csrc/torch/abi.h
@@ -117,7 +116,7 @@ def with_selection(state: Tensor, counts: Tensor, selected: Tensor) -> Tensor:
 
 
 class StateArrays(NamedTuple):
-    """The arrays of a state that have one entry a row, (...) the shape of the logits without their classes."""
+    """What a state holds of every row, (...) the shape of the logits without their classes."""
 
     value: Tensor
     """(...) what rows are ranked by: of the scores' dtype, or the accumulator's."""
@@ -127,6 +126,8 @@ class StateArrays(NamedTuple):
     """(...) of the accumulator's dtype."""
     selected: Tensor
     """bool (...)."""
+    n_selected: Tensor
+    """int64 scalar: how many of these rows are selected."""
 
 
 def arrays_of(state: Tensor, student: Tensor, value_dtype: torch.dtype) -> StateArrays:
@@ -134,6 +135,10 @@ def arrays_of(state: Tensor, student: Tensor, value_dtype: torch.dtype) -> State
 
     The caller may change them, or keep one without the rest. torch.jit.trace records view_copy, but no view of another dtype.
     """
+    if not torch.compiler.is_compiling() and fast_path_is_open():
+        copies = _compiled.knowledge(state, student)
+        if copies is not NotImplemented:
+            return StateArrays(*copies)
     accumulator, shape = accumulator_of(student), student.shape[:-1]
     stats = value_dtype.itemsize  # bytes of a row before
     selected = stats + _STATS * accumulator.itemsize
@@ -142,12 +147,9 @@ def arrays_of(state: Tensor, student: Tensor, value_dtype: torch.dtype) -> State
     def array(first: int, dtype: torch.dtype) -> Tensor:
         return torch.view_copy(rows[first : first + dtype.itemsize].reshape(-1), dtype).view(shape)
 
-    return StateArrays(
-        array(0, value_dtype),
-        array(stats + _ENTROPY * accumulator.itemsize, accumulator),
-        array(stats + _KL * accumulator.itemsize, accumulator),
-        torch.view_copy(rows[selected], torch.bool),
-    )
+    entropy, kl = (array(stats + i * accumulator.itemsize, accumulator) for i in (_ENTROPY, _KL))
+    chosen = torch.view_copy(rows[selected], torch.bool)
+    return StateArrays(array(0, value_dtype), entropy, kl, chosen, chosen.sum())
 
 
 def ranked_dtype(student: Tensor, score: Tensor) -> torch.dtype:
@@ -288,11 +290,11 @@ class CondensedKD(torch.autograd.Function):
         differentiable = torch.is_grad_enabled()
         _, options, inplace, scales, ahead = ctx.call
         if ahead is not None and not differentiable and dispatch_is_plain():
-            factor = _item(grad_output)
+            factor = grad_output.tolist()  # sooner than item(), which dispatches
             if factor == 1:
                 return _take_gradient(ctx, ahead, grad_output), None
             # What is not finite would make rows NaN that are not selected.
-            if scales and factor is not NotImplemented and math.isfinite(factor):
+            if scales and math.isfinite(factor):
                 return _take_gradient(ctx, ahead, grad_output).mul_(factor), None
         saved = _unpack(ctx)  # raises where an earlier backward pass overwrote the logits
         if inplace:

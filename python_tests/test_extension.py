@@ -249,7 +249,7 @@ def test_the_declared_slice_of_dlpack_is_its_own():
         ),
     }
     numbers = {"kMajorVersion": "DLPACK_MAJOR_VERSION", "kCpu": "kDLCPU", "kInt": "kDLInt", "kFloat": "kDLFloat"}
-    numbers |= {"kBfloat": "kDLBfloat", "kUInt": "kDLUInt"}
+    numbers |= {"kBfloat": "kDLBfloat", "kUInt": "kDLUInt", "kBool": "kDLBool"}
     lines = ["#include <cstddef>", "#include <ATen/dlpack.h>", "#include <dlpack.h>", "namespace d = kcd::dlpack;"]
     for ours, (theirs, fields) in pairs.items():
         lines.append(f"static_assert(sizeof(d::{ours}) == sizeof({theirs}));")

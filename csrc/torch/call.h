@@ -31,6 +31,10 @@ inline Type type_of(const View& logits) {
 }
 
 inline bool absent(const View& x) { return x.dtype() == dtypes().boolean; }
+inline View absent_view() {
+  static const int64_t size = 0, stride = 1;
+  return {nullptr, &size, &stride, 1, dtypes().boolean, 0, 0};
+}
 
 inline void require(bool condition, const char* message) {
   if (!condition) throw std::invalid_argument(std::string("kcd_ext: ") + message);
