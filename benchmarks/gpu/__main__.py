@@ -18,6 +18,7 @@ from harness.machine import CHECKOUT, slug, write_json
 from harness.timing import Deadline
 
 from . import machine, report
+from .build import module_in
 from .sections import NOT_REACHED, SECTIONS, Outcome, execute, limit
 
 NAMES = [section.name for section in SECTIONS]
@@ -126,7 +127,7 @@ def _run(only: list[str], deadline: Deadline, folder: Path, out: Path, log: IO[s
     if not outcome.good:
         yield from (Outcome(section.name, NOT_REACHED, "the build failed") for section in chosen)
         return
-    os.environ["KCD_LIBRARY"] = os.path.abspath(library or build / "libkcd_ext.so")  # sections run in another folder
+    os.environ["KCD_LIBRARY"] = os.path.abspath(library or module_in(build))  # sections run in another folder
     while chosen:
         section = chosen.pop(0)
         yield execute(section, limit(section, chosen, deadline.left()), folder, build, out, log)

@@ -1,12 +1,14 @@
-"""Section build: cmake and ninja make libkcd_ext.so for this machine's GPU, the package loads it, and one call runs.
+"""Section build: cmake and ninja compile kcd_ext's module for this machine's GPU, the package loads it, and one call runs.
 
-With --library nothing is made: that one is loaded and called.
+With --library nothing is compiled: that module is loaded and called.
 """
 
 import argparse
+import importlib.util
 import os
 import subprocess
 import sys
+import sysconfig
 import time
 from pathlib import Path
 
@@ -25,19 +27,26 @@ def configure(build: Path, candidates: list[str]) -> str:
     """Configures the build folder for the first of the candidates that works, which it returns.
 
     Raises:
-        RuntimeError: none did.
+        RuntimeError: none did, or pybind11 is missing.
     """
+    if importlib.util.find_spec("pybind11") is None:
+        raise RuntimeError("pybind11 is not installed: pip install pybind11, or hand its wheel over with --wheels")
     # --fresh: the folder may be configured for another GPU.  -lineinfo costs nothing, and lets the sanitizers name lines.
     command = ["cmake", "--fresh", "-G", "Ninja", "-S", str(CHECKOUT), "-B", str(build)]
-    command += ["-DKCD_CUDA=ON", "-DCMAKE_CUDA_FLAGS=-lineinfo"]
+    command += [f"-DPython_EXECUTABLE={sys.executable}", "-DKCD_CUDA=ON", "-DCMAKE_CUDA_FLAGS=-lineinfo"]
     for architecture in candidates:
         if subprocess.run([*command, f"-DCMAKE_CUDA_ARCHITECTURES={architecture}"]).returncode == 0:
             return architecture
     raise RuntimeError(f"cmake configured for none of {', '.join(candidates)}: see the log")
 
 
+def module_in(build: Path) -> Path:
+    """Return where the compiled module is in a build folder."""
+    return build / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+
+
 def make(build: Path) -> dict[str, object]:
-    """Builds libkcd_ext.so, and returns what was asked for and how long it took.
+    """Builds the module, and returns what was asked for and how long it took.
 
     Raises:
         RuntimeError: cmake or ninja failed.
@@ -81,13 +90,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--build", type=Path, help="the build folder")
-    which.add_argument("--library", type=Path, help="a libkcd_ext.so that is there")
+    which.add_argument("--library", type=Path, help="a compiled module that is there")
     parser.add_argument("--data", type=Path, required=True, help="a JSON file for the figures")
     options = parser.parse_args()
     start = time.monotonic()
     try:
         figures = make(options.build) if options.build else {}
-        library = options.library or options.build / "libkcd_ext.so"
+        library = options.library or module_in(options.build)
         figures["build_info"] = call_once(library)
     except (RuntimeError, ImportError, OSError) as error:
         print(next(iter(str(error).splitlines()), type(error).__name__))
@@ -95,7 +104,7 @@ def main() -> int:
     write_json(options.data, figures)
     names = " ".join(figures["build_info"]["cuda_architectures"])
     made = f"built in {time.monotonic() - start:.1f} s" if options.build else f"not built: KCD_LIBRARY names {library}"
-    print(f"libkcd_ext.so for CUDA {names}, {made}; one call gives what the reference gives")
+    print(f"kcd_ext for CUDA {names}, {made}; one call gives what the reference gives")
     return 0
 
 
