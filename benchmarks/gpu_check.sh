@@ -3,13 +3,13 @@
 #
 #   benchmarks/gpu_check.sh [--wheels FOLDER] [--out FOLDER] [--only SECTION,...] [--minutes 8.5]
 #
-# It needs an NVIDIA GPU with its driver, nvcc, cmake, ninja and a Python with PyTorch for CUDA (python3, or the one that the
-# variable PYTHON names); no network, no scikit-build-core, no pybind11.  The checkout may be read-only.
+# It needs an NVIDIA GPU with its driver, nvcc, cmake, ninja and a Python with its headers, PyTorch for CUDA and pybind11 (python3,
+# or the one that the variable PYTHON names); no network, no scikit-build-core.  The checkout may be read-only.
 #
 # Sections: build, conformance, training, sanitizers, graphs, large, ncu, benchmarks, reproduction.  Each runs by itself within
 # its share of the minutes, which begin with this script; one that fails or hangs does not hide the others.
 #
-#   build         cmake and ninja for this GPU alone; where the variable KCD_LIBRARY names a libkcd_ext.so, that one is taken.
+#   build         cmake and ninja for this GPU alone; where the variable KCD_LIBRARY names a compiled module, that one is taken.
 #                 One call must give what the reference gives
 #   conformance   the operator's tests that are marked gpu: with autograd, torch.library's checks, torch.compile, CUDA graphs and
 #                 process groups (gloo with two ranks, NCCL with one); side by side where pytest-xdist is installed
@@ -34,7 +34,7 @@
 #
 #   python3 -m pip download --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
 #       --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 -d wheels \
-#       pytest pluggy iniconfig packaging pygments hypothesis sortedcontainers pytest-xdist execnet liger-kernel pillow \
+#       pybind11 pytest pluggy iniconfig packaging pygments hypothesis sortedcontainers pytest-xdist execnet liger-kernel pillow \
 #       accelerate safetensors tqdm tyro docstring_parser typeguard matplotlib contourpy cycler kiwisolver pyparsing
 #   benchmarks/gpu_check.sh --wheels wheels
 #

@@ -1,13 +1,13 @@
-// The slice of DLPack (github.com/dmlc/dlpack, version 1) that the door for small calls uses: PyTorch >= 2.10 publishes it as
-// torch.Tensor.__dlpack_c_exchange_api__.  python_tests/test_extension.py compares it with torch's own header.
+// The slice of DLPack (github.com/dmlc/dlpack, version 1) that the eager fast path (fast_path.cpp) uses: PyTorch >= 2.10 publishes
+// it as torch.Tensor.__dlpack_c_exchange_api__.  python_tests/test_extension.py compares it with torch's own header.
 #pragma once
 #include <cstdint>
 
 namespace kcd::dlpack {
 
 constexpr uint32_t kMajorVersion = 1;
-constexpr int32_t kCpu = 1;                                       // device_type
-constexpr uint8_t kInt = 0, kFloat = 2, kBfloat = 4, kBool = 6;   // DataType.code
+constexpr int32_t kCpu = 1;                                                  // device_type
+constexpr uint8_t kInt = 0, kUInt = 1, kFloat = 2, kBfloat = 4, kBool = 6;   // DataType.code
 
 struct Version {
   uint32_t major, minor;

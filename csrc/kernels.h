@@ -43,8 +43,8 @@ struct Problem {
 };
 
 // What the forward pass keeps of every row: an array of `rows` numbers each, side by side, of the accumulator's type (double where
-// the student is float64, else float).  Rows that are not read have NaN in entropy and kl. Maxima and inverse sums apart, for their
-// log-sum-exp would lose the digits of logits like 1e4.
+// the student is float64, else float).  Rows that are not valid have NaN in entropy, rows whose teacher is not read NaN in kl (0
+// where a call has no teacher).  Maxima and inverse sums apart, for their log-sum-exp would lose the digits of logits like 1e4.
 enum Stats : int32_t {
   kEntropy,
   kKl,
@@ -54,6 +54,28 @@ enum Stats : int32_t {
   kTeacherInverseSum,
   kStudentInverseSum1,
   kStatsRows
+};
+
+// The state: one block of bytes, so that it is one tensor, by which the backward pass and `Knowledge` know the forward pass.
+//
+//   counts     int64 (2,)                how many rows are selected, how many are valid
+//   value      (rows,)                   what rows are ranked by; NaN in rows that are no candidates.  In the accumulator's type,
+//                                        or double: at least as wide as the statistics, so that nothing needs padding
+//   stats      (kStatsRows, rows)        the accumulator's type
+//   selected   bool (rows,)
+//
+// kcd_ext/ops.py reads it by the numbers that csrc/module.cpp hands on.
+constexpr int64_t kCounts = 2;
+
+struct State {
+  char* data;
+  int64_t rows, value_bytes, accumulator_bytes;   // bytes of one number
+
+  int64_t* counts() const { return reinterpret_cast<int64_t*>(data); }
+  char* value() const { return data + kCounts * 8; }
+  char* stats() const { return value() + rows * value_bytes; }
+  uint8_t* selected() const { return reinterpret_cast<uint8_t*>(stats() + kStatsRows * rows * accumulator_bytes); }
+  int64_t bytes() const { return kCounts * 8 + rows * (value_bytes + kStatsRows * accumulator_bytes + 1); }
 };
 
 // What stands in a row of the gradient while it is not known which rows are selected.
@@ -84,7 +106,7 @@ struct Gradient {
 namespace cpu {
 
 // A row that several threads sum: each some of its pieces, then one of them the row.
-struct Columns {
+struct SplitRow {
   int64_t piece;            // classes of one
   int64_t bytes_of_piece;   // what is left of one, by double accumulators
   // Pieces [begin, end) of row i, which is read: sums has room for all pieces of the row.
@@ -99,7 +121,7 @@ struct Kernels {
   // guess whether the row will be selected; it says so in `written`, and the backward kernel writes the rest.
   void (*forward)(const Problem&, const RowOutputs&, const Gradient*, int64_t begin, int64_t end);
   void (*backward)(const Problem&, const Gradient&, int64_t begin, int64_t end);
-  const Columns* columns;
+  const SplitRow* split_row;
   void (*write_pieces)(const Problem&, const Gradient&, int64_t i, int64_t begin, int64_t end);   // backward of a row's pieces
 };
 

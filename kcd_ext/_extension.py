@@ -1,15 +1,13 @@
-"""Loads the compiled operators: the Python module `_C`, or a `libkcd_ext.so` built by plain cmake and named by KCD_LIBRARY."""
+"""Loads the compiled operators: the module `_C`, the package's own or one that the environment variable KCD_LIBRARY names."""
 
-import ctypes
 import hashlib
 import importlib
 import importlib.util
-import json
 import os
 import pathlib
 import sys
 from importlib import metadata
-from importlib.machinery import PathFinder
+from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 
 import torch
@@ -28,32 +26,24 @@ def _check_torch() -> None:
         )
 
 
-def _load_library(path: str) -> dict:
-    torch.ops.load_library(path)
-    library = ctypes.CDLL(path)
-    for function in (library.kcd_load_error, library.kcd_build_info):
-        function.restype = ctypes.c_char_p
-    error = library.kcd_load_error().decode()
-    if error:
-        raise ImportError(f"{path}: {error}")
-    return json.loads(library.kcd_build_info())
-
-
-def load() -> tuple[dict, ModuleType | None]:
-    """Registers torch.ops.kcd_ext.*.
-
-    Returns:
-        The build's facts, as `kcd_ext._C.build_info()` gives them, and the module, where it has the functions of csrc/small.h.
-    """
+def load() -> ModuleType:
+    """Return the compiled module; importing it registers torch.ops.kcd_ext.*."""
     _check_torch()
     if path := os.environ.get("KCD_LIBRARY"):
-        return _load_library(path), None
+        return _module_at(path)
     module = _own_module() or _installed_module()
-    info = module.build_info()
     sources = _sources_beside(_HERE)
-    if sources is not None and info.get("sources") != _hash_of(sources):
+    if sources is not None and module.build_info().get("sources") != _hash_of(sources):
         raise ImportError(f"{sources} has changed since kcd_ext was installed: run pip install again")
-    return info, module if hasattr(module, "small_forward") else None
+    return module
+
+
+def _module_at(path: str) -> ModuleType:
+    """Import a compiled module from any place."""
+    spec = importlib.util.spec_from_file_location(_NAME, path)
+    if spec is None or not os.path.isfile(path):
+        raise ImportError(f"KCD_LIBRARY must name a compiled module of kcd_ext, such as build/_C.*.so, got {path!r}")
+    return _run(spec)
 
 
 def _own_module() -> ModuleType | None:
@@ -86,8 +76,12 @@ def _installed_module() -> ModuleType:
         raise ImportError(
             f"{_HERE} holds sources, and kcd_ext is not installed for this Python: run pip install . first"
         )
-    module = importlib.util.module_from_spec(found)
-    found.loader.exec_module(module)
+    return _run(found)
+
+
+def _run(spec: ModuleSpec) -> ModuleType:
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
     sys.modules[_NAME] = sys.modules[__package__]._C = module
     return module
 

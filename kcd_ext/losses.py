@@ -12,6 +12,7 @@ from . import arguments, ops
 from .arguments import LossOptions
 from .describe import describe
 from .knowledge import Knowledge
+from .torch_internals import transforms_are_active, untraced
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -102,17 +103,81 @@ def condensed_kd_loss(
     options = arguments.check_loss_options(
         temperature, keep, kd_weight, ce_weight, labels is not None, ignore_index, reduction
     )
-    if (
-        ops.has_small_loss
-        and (row_weight is None and rows is None and group is None)
-        and not (inplace or return_knowledge or torch.compiler.is_compiling())
-        and (loss := _small(student_logits, teacher_logits, labels, value, options, class_dim)) is not None
-    ):
-        return loss
-    with ops.untraced() if ops.is_tracing() else nullcontext():
-        classes = arguments.check_loss_tensors(
+    result = None
+    if not (inplace or torch.compiler.is_compiling()) and row_weight is None and rows is None and group is None:
+        result = _fast_path(student_logits, teacher_logits, labels, value, options, class_dim)
+    if result is None:
+        result = _dispatched(
             student_logits,
             teacher_logits,
+            options,
+            value=value,
+            labels=labels,
+            row_weight=row_weight,
+            rows=rows,
+            group=group,
+            inplace=inplace,
+            class_dim=class_dim,
+        )
+    loss, student, state = result
+    return (loss, _knowledge(state, student, value)) if return_knowledge else loss
+
+
+# Both ways return the loss with its derivative, the student's logits with their classes last, and the state.
+
+
+def _fast_path(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor | None,
+    value: str | Tensor,
+    options: LossOptions,
+    class_dim: int | None,
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Fast path for small CPU batches; None if an option is unsupported. The operator validates the arguments."""
+    if not ops.fast_path_is_open():
+        return None  # before anything that a tracer would record
+    if not (isinstance(student, Tensor) and isinstance(value, str) and value in arguments.VALUES):
+        return None
+    if class_dim is None and student.dim() > 3:
+        return None  # the caller is warned
+    if class_dim is not None and not (type(class_dim) is int and class_dim == -1):
+        return None
+    if value == "cross_entropy" and labels is None:
+        return None
+    if getattr(teacher, "requires_grad", False) or _has_tangent(student):
+        return None
+    differentiable = student.requires_grad and torch.is_grad_enabled()
+    ahead = differentiable and student.dim() > 0 and _writes_gradient(student, options)
+    value_kind = arguments.VALUES.index(value)
+    result = ops.fast_path(student, teacher, labels, options.keep, value_kind, options.operators, ahead)
+    if result is NotImplemented:
+        return None
+    loss, state, gradient = result
+    if differentiable:
+        inputs = teacher, labels, None, None
+        loss = ops.with_derivative(loss, student, inputs, state, options.operators, gradient=gradient)
+    return loss, student, state
+
+
+def _dispatched(
+    student: Tensor,
+    teacher: Tensor,
+    options: LossOptions,
+    *,
+    value: str | Tensor,
+    labels: Tensor | None,
+    row_weight: Tensor | None,
+    rows: Tensor | None,
+    group: "ProcessGroup | None",
+    inplace: bool,
+    class_dim: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """By torch's dispatcher: any device and option, torch.compile and torch.jit.trace."""
+    with untraced() if ops.is_tracing() else nullcontext():
+        classes = arguments.check_loss_tensors(
+            student,
+            teacher,
             value=value,
             labels=labels,
             row_weight=row_weight,
@@ -120,76 +185,48 @@ def condensed_kd_loss(
             group=group,
             class_dim=class_dim,
         )
-        _check_kernels(student_logits)
-        arguments.warn_about_classes(student_logits, class_dim)
-    student_logits = arguments.classes_last(student_logits, classes)
+        _check_kernels(student)
+        arguments.warn_about_classes(student, class_dim)
+    student = arguments.classes_last(student, classes)
     if rows is None:
-        teacher_logits = arguments.classes_last(teacher_logits, classes)
-    differentiable = student_logits.requires_grad and torch.is_grad_enabled()
+        teacher = arguments.classes_last(teacher, classes)
+    differentiable = student.requires_grad and torch.is_grad_enabled()
     if inplace:
-        _check_inplace(student_logits, teacher_logits, differentiable)
+        _check_inplace(student, teacher, differentiable)
     if group is not None and ops.is_tracing():
         raise RuntimeError("group cannot be traced by torch.jit.trace, which records no collectives: leave it None")
 
-    absent = ops.absent(student_logits)
-    student = ops.readable(student_logits)
-    teacher = teacher_logits.detach() if teacher_logits.requires_grad else teacher_logits
+    absent = ops.absent(student)
+    student = ops.readable(student)
+    teacher = teacher.detach() if teacher.requires_grad else teacher
     inputs = (
         ops.readable(teacher),
         absent if labels is None else labels.contiguous(),
-        absent if isinstance(value, str) else _score(value),
+        absent if isinstance(value, str) else _score(value, student),
         absent if row_weight is None else row_weight.detach().to(ops.accumulator_of(student)).contiguous(),
         absent if rows is None else rows.contiguous(),
     )
     value_kind = arguments.VALUES.index(value) if isinstance(value, str) else _SCORES
-    if (torch.compiler.is_compiling() or ops.is_tracing()) and group is None:
-        compute = _recorded
+    if group is None and (torch.compiler.is_compiling() or ops.is_tracing()):
+        # One node of the graph a direction: the operator carries its derivative.
+        loss, state, _ = ops.recorded_condensed_kd(
+            student, *inputs, *options.keep, value_kind, *options.operators, False
+        )
+        return loss, student, state
+    _refuse_transforms(student)
+    if group is None:
+        ahead = differentiable and not inplace and _writes_gradient(student, options)
+        arguments_of_operator = (*inputs, *options.keep, value_kind, *options.operators, ahead)
+        loss, state, gradient = ops.condensed_kd(student.detach(), *arguments_of_operator)
+        backward, gradient = options.operators, gradient if ahead else None
     else:
-        _refuse_transforms(student)
-        compute = _eager if group is None else _over_group
-    gradient = None
-    if compute is _eager and differentiable and not inplace and _writes_gradient(student, options):
-        out = ops.condensed_kd_with_gradient(student.detach(), *inputs, *options.keep, value_kind, *options.operators)
-        loss, ranked, stats, selected, counts, gradient = out
-        backward = options.operators
-    else:
-        loss, ranked, stats, selected, counts, backward = compute(student, inputs, value_kind, options, group)
-    if differentiable and backward is not None:
-        given, state = (inputs[0], inputs[1], *inputs[3:]), (selected, stats, counts)
-        loss = ops.with_gradient(loss, student, given, state, backward, inplace, gradient)
-    if not return_knowledge:
-        return loss
-    valid = _valid(labels, options.ignore_index)
-    return loss, _knowledge(ranked, stats, selected, value, valid, _candidates(valid, rows, selected))
-
-
-# Three ways to compute one loss: (student, (teacher, labels, score, row_weight, rows), value, options, group) -> loss, values,
-# stats, selected, counts of the selected and of the valid rows, and what the backward operator needs beside them (None where the
-# loss carries its derivative).
-
-
-def _small(
-    student: Tensor,
-    teacher: Tensor,
-    labels: Tensor | None,
-    value: str | Tensor,
-    options: LossOptions,
-    class_dim: int | None,
-) -> Tensor | None:
-    """The loss of a small batch, where it needs nothing that its door lacks; checks are those of the operators."""
-    if not (isinstance(student, Tensor) and isinstance(value, str) and value in arguments.VALUES):
-        return None
-    if class_dim is not None and not (type(class_dim) is int and class_dim == -1):
-        return None
-    if ops.operators_are_watched():
-        return None  # also by a tracer, which would record every look at a shape
-    differentiable = student.requires_grad and torch.is_grad_enabled()
-    ahead = differentiable and student.dim() > 0 and _writes_gradient(student, options)
-    value_kind = arguments.VALUES.index(value)
-    few_dimensions = class_dim is None  # of more the caller is warned
-    return ops.small_loss(
-        student, teacher, labels, options.keep, value_kind, options.operators, differentiable, ahead, few_dimensions
-    )
+        loss, state, backward = _over_group(student.detach(), inputs, value_kind, options, group)
+        gradient = None
+    if differentiable:
+        teacher, labels, _, row_weight, rows = inputs
+        given = ops.given(teacher, labels, row_weight, rows)
+        loss = ops.with_derivative(loss, student, given, state, backward, inplace, gradient)
+    return loss, student, state
 
 
 def _writes_gradient(student: Tensor, options: LossOptions) -> bool:
@@ -206,75 +243,41 @@ def _writes_gradient(student: Tensor, options: LossOptions) -> bool:
     return 4 * count >= student.numel() // max(1, student.shape[-1]) if count else fraction >= 0.25
 
 
-def _eager(student: Tensor, inputs: tuple[Tensor, ...], value: int, options: LossOptions, _: None):
-    """One process: one operator."""
-    out = ops.condensed_kd_forward(student.detach(), *inputs, *options.keep, value, *options.operators)
-    return *out, options.operators
+def _over_group(
+    student: Tensor, inputs: tuple[Tensor, ...], value: int, options: LossOptions, group: "ProcessGroup"
+) -> tuple[Tensor, Tensor, tuple]:
+    """Several processes: each reads its rows, values are gathered (never logits), every rank selects among all of them.
 
-
-def _recorded(student: Tensor, inputs: tuple[Tensor, ...], value: int, options: LossOptions, _: None):
-    """Under torch.compile and torch.jit.trace: the operator that carries its derivative, one node of the graph a direction."""
-    return *ops.condensed_kd(student, *inputs, *options.keep, value, *options.operators), None
-
-
-def _over_group(student: Tensor, inputs: tuple[Tensor, ...], value: int, options: LossOptions, group: "ProcessGroup"):
-    """Several processes: each reads its rows, values are gathered (never logits), every rank selects among all of them."""
+    Returns the loss, the state, and the options of its backward pass.
+    """
     import torch.distributed as dist
 
     size, rank = dist.get_world_size(group), dist.get_rank(group)
-    student = student.detach()
     teacher, labels, score, row_weight, rows = inputs
-    ranked, stats, cross_entropy, candidate = ops.row_stats(
+    state, cross_entropy, candidate = ops.row_stats(
         student, teacher, labels, score, rows, options.temperature, value, options.ignore_index
     )
+    own = ops.arrays_of(state, student, ops.ranked_dtype(student, score)).value
     valid = torch.ones_like(candidate) if labels.dtype == torch.bool else labels != options.ignore_index
 
-    local = torch.stack([x.reshape(-1).to(ranked.dtype) for x in (ranked, candidate, valid)])
+    local = torch.stack([x.reshape(-1).to(own.dtype) for x in (own, candidate, valid)])
     everywhere = [torch.empty_like(local) for _ in range(size)]
     dist.all_gather(everywhere, local, group=group)
     values, candidates, valids = torch.cat(everywhere, dim=1)  # in the order (rank, row), which settles ties
     chosen = ops.select_topk(values.contiguous(), candidates.bool(), *options.keep)
+
     counts = torch.stack([chosen.sum(), valids.sum(dtype=torch.int64)])
-
-    n = ranked.numel()
-    selected = chosen[rank * n : (rank + 1) * n].view(ranked.shape)
+    n = own.numel()
+    state = ops.with_selection(state, counts, chosen[rank * n : (rank + 1) * n])
     backward = (*options.operators[:-1], float(size))
-    loss = ops.reduce_rows(student, labels, row_weight, selected, stats, cross_entropy, counts, *backward)
-    return loss, ranked, stats, selected, counts, backward
+    loss = ops.reduce_rows(student, labels, row_weight, state, cross_entropy, *backward)
+    return loss, state, backward
 
 
-def _valid(labels: Tensor | None, ignore_index: int) -> Tensor | None:
-    """bool (...), or None where all rows are valid."""
-    return None if labels is None else labels != ignore_index
-
-
-def _candidates(valid: Tensor | None, rows: Tensor | None, like: Tensor) -> Tensor | None:
-    """bool (...): the valid rows that the teacher holds; None where all rows are candidates."""
-    if rows is None:
-        return valid
-    n = like.numel()
-    named = torch.where((rows >= 0) & (rows < n), rows, n)  # rows that there are not: one past the end
-    held = like.new_zeros(n + 1, dtype=torch.int64).index_fill(0, named, 1)[:n].view(like.shape) == 1
-    return held if valid is None else held & valid
-
-
-def _knowledge(
-    ranked: Tensor,
-    stats: Tensor,
-    selected: Tensor,
-    value: str | Tensor,
-    valid: Tensor | None,
-    candidate: Tensor | None,
-) -> Knowledge:
-    """Copies, so that the caller may change them, or keep them without the rest.
-
-    `valid`, `candidate`: bool (...), None for all. The operators give 0 for rows that are not; Knowledge has NaN there.
-    """
-    entropy, kl = (stats[i].view(selected.shape) for i in (ops.ENTROPY, ops.KL))
-    entropy = entropy.clone() if valid is None else torch.where(valid, entropy, math.nan)
-    kl, ranked = (x.clone() if candidate is None else torch.where(candidate, x, math.nan) for x in (kl, ranked))
-    ranked = ranked.to(value.dtype) if isinstance(value, Tensor) else ranked
-    return Knowledge(ranked, entropy, kl, selected.clone(), selected.sum())
+def _knowledge(state: Tensor, student: Tensor, value: str | Tensor) -> Knowledge:
+    """Return copies, so that the caller may change them; autograd has saved the state."""
+    ranked, *rest = ops.arrays_of(state, student, _score_dtype(value, student))
+    return Knowledge(ranked.to(value.dtype) if isinstance(value, Tensor) else ranked, *rest)
 
 
 def select_rows(
@@ -332,16 +335,20 @@ def select_rows(
     arguments.warn_about_classes(student_logits, class_dim)
 
     student = ops.readable(arguments.classes_last(student_logits.detach(), classes))
-    absent, valid = ops.absent(student_logits), _valid(labels, ignore_index)
+    absent = ops.absent(student_logits)
     labels = absent if labels is None else labels.contiguous()
-    score, value_kind = (absent, arguments.VALUES.index(value)) if isinstance(value, str) else (_score(value), _SCORES)
-    ranked, stats, _, candidate = ops.row_stats(student, absent, labels, score, absent, 1.0, value_kind, ignore_index)
+    score, value_kind = (
+        (absent, arguments.VALUES.index(value)) if isinstance(value, str) else (_score(value, student), _SCORES)
+    )
+    state, _, candidate = ops.row_stats(student, absent, labels, score, absent, 1.0, value_kind, ignore_index)
+    ranked = ops.arrays_of(state, student, ops.ranked_dtype(student, score)).value
     selected = ops.select_topk(ranked, candidate, *kept)
     # Selected rows first, in order; how many entries there are depends on the number of rows alone.
     order = torch.sort(selected.reshape(-1), descending=True, stable=True).indices[: kept.of(selected.numel())]
     position = torch.arange(order.shape[0], device=order.device)
-    knowledge = _knowledge(ranked, stats, selected, value, valid, valid)
-    knowledge = knowledge._replace(kl=torch.full_like(knowledge.entropy, math.nan))  # no teacher was read
+    knowledge = _knowledge(state, student, value)
+    no_teacher = torch.full_like(knowledge.entropy, math.nan)
+    knowledge = knowledge._replace(kl=no_teacher, selected=selected, n_selected=selected.sum())
     return torch.where(position < knowledge.n_selected, order, torch.full_like(order, -1)), knowledge
 
 
@@ -416,10 +423,14 @@ class CondensedKDLoss(nn.Module):
         return ", ".join(f"{name}={option!r}" for name, option in self.options.items() if option is not None)
 
 
-def _score(value: Tensor) -> Tensor:
-    """Scores as float32 or, without loss, float64: half precision is exact in float32."""
-    dtype = torch.float64 if value.dtype == torch.float64 else torch.float32
-    return value.detach().to(dtype).contiguous()
+def _score(value: Tensor, student: Tensor) -> Tensor:
+    """Return scores as the operators take them, exactly: at least as wide as the accumulator."""
+    return value.detach().to(_score_dtype(value, student)).contiguous()
+
+
+def _score_dtype(value: str | Tensor, student: Tensor) -> torch.dtype:
+    is_double = isinstance(value, Tensor) and value.dtype == torch.float64
+    return torch.float64 if is_double else ops.accumulator_of(student)
 
 
 def _check_kernels(student: Tensor) -> None:
@@ -440,7 +451,7 @@ def _check_inplace(student: Tensor, teacher: Tensor, differentiable: bool) -> No
         )
     if not differentiable:
         return
-    base = student if student._base is None else student._base
+    base = student if student._base is None else student._base  # what a view is of
     if student.is_leaf or (base.is_leaf and base.requires_grad):
         raise ValueError("inplace=True would overwrite student_logits, a leaf that requires grad (or a view of one)")
     if not ops.lies_in_place(student) or _overlaps_itself(student):
@@ -462,10 +473,13 @@ def _overlaps_itself(logits: Tensor) -> bool:
     return False
 
 
+def _has_tangent(student: Tensor) -> bool:
+    return forward_ad.unpack_dual(student).tangent is not None
+
+
 def _refuse_transforms(student: Tensor) -> None:
     """The operator has one derivative, the reverse one: another would silently come out as 0."""
-    in_transform = torch._C._are_functorch_transforms_active()
-    if in_transform or (forward_ad._current_level >= 0 and forward_ad.unpack_dual(student).tangent is not None):
+    if transforms_are_active() or _has_tangent(student):
         raise RuntimeError(
             "condensed_kd_loss has no forward derivative and no rule for torch.func's transforms: for those use"
             " kcd_ext.reference.condensed_kd_loss, the same function in plain PyTorch"

@@ -1,41 +1,40 @@
-"""torch.library's side of the raw operators: shapes without data (fake kernels) and derivatives.
+"""torch.library's side of the operators: shapes without data (fake kernels), the derivative, and the eager fast path.
 
 The operators themselves are in csrc/torch/ops.cpp.  They take a tensor that is absent as an empty one of dtype bool.
 """
 
 import math
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch._C import (
-    DispatchKey,
-    _are_functorch_transforms_active,
-    _dispatch_tls_is_dispatch_key_included,
-    _get_tracing_state,
-    _len_torch_dispatch_stack,
-    _set_tracing_state,
-)
-from torch.autograd import forward_ad
 
 from . import _extension
 from .arguments import REDUCTIONS
+from .torch_internals import BelowAutograd, dispatch_is_plain
 
-build_info, _small = _extension.load()
-has_small_loss = _small is not None
+_compiled = _extension.load()
+build_info: dict = _compiled.build_info()
+HAS_FAST_PATH: bool = hasattr(_compiled, "condensed_kd")  # csrc/fast_path.h: this torch publishes what it needs
 _WITH_CUDA = bool(build_info["cuda_architectures"]) and torch.version.hip is None  # ROCm's devices call themselves cuda
 
 _ALLOCATION = re.compile(r"kcd_ext: allocating (-?\d+) bytes on .* failed")  # csrc/torch/abi.h
 
 
-def _raising_out_of_memory(operator: Callable) -> Callable:
-    """Return the operator as a function that raises torch.OutOfMemoryError, or on the CPU what torch raises, without memory."""
+def _kernel_of(operator: Callable) -> Callable:
+    """Return the operator without its derivative, as a function.
+
+    Without memory it raises torch.OutOfMemoryError, or on the CPU what torch raises.
+    """
 
     def call(*arguments):
+        recorded = BelowAutograd is None or torch.compiler.is_compiling()  # torch.compile would break the graph there
         try:
-            return operator(*arguments)
+            with nullcontext() if recorded else BelowAutograd():
+                return operator(*arguments)
         except RuntimeError as error:
             found = _ALLOCATION.search(str(error))
             if found is None:
@@ -47,42 +46,21 @@ def _raising_out_of_memory(operator: Callable) -> Callable:
     return call
 
 
-# Carry their derivative: for torch.compile and torch.jit.trace.
-condensed_kd = torch.ops.kcd_ext.condensed_kd.default
-condensed_kd_backward = torch.ops.kcd_ext.condensed_kd_backward.default
-# Carry none.
-condensed_kd_forward = _raising_out_of_memory(torch.ops.kcd_ext.condensed_kd_forward.default)
-condensed_kd_with_gradient = _raising_out_of_memory(
-    torch.ops.kcd_ext.condensed_kd_with_gradient.default
-)  # on the CPU alone
-condensed_kd_gradient = _raising_out_of_memory(torch.ops.kcd_ext.condensed_kd_gradient.default)
-condensed_kd_gradient_ = _raising_out_of_memory(torch.ops.kcd_ext.condensed_kd_gradient_.default)
-row_stats = _raising_out_of_memory(torch.ops.kcd_ext.row_stats.default)
-select_topk = _raising_out_of_memory(torch.ops.kcd_ext.select_topk.default)
-reduce_rows = _raising_out_of_memory(torch.ops.kcd_ext.reduce_rows.default)
+condensed_kd = _kernel_of(torch.ops.kcd_ext.condensed_kd.default)
+condensed_kd_backward = _kernel_of(torch.ops.kcd_ext.condensed_kd_backward.default)
+condensed_kd_backward_ = _kernel_of(torch.ops.kcd_ext.condensed_kd_backward_.default)
+row_stats = _kernel_of(torch.ops.kcd_ext.row_stats.default)
+select_topk = _kernel_of(torch.ops.kcd_ext.select_topk.default)
+reduce_rows = _kernel_of(torch.ops.kcd_ext.reduce_rows.default)
 
-
-def register_recorded_operators(device: str) -> torch.library.Library:
-    """Give the operators that carry their derivative the kernels of those that carry none, out of memory handled.
-
-    A compiled graph calls them by the dispatcher, so that only a kernel in Python can raise torch.OutOfMemoryError there. On
-    CUDA they have no other. Returns the registration, which lasts as long as it does.
-    """
-    library = torch.library.Library("kcd_ext", "IMPL")
-    library.impl(condensed_kd, condensed_kd_forward, device)
-    library.impl(condensed_kd_backward, condensed_kd_gradient, device)
-    return library
-
-
-_recorded_operators = register_recorded_operators("CUDA") if build_info["cuda_architectures"] else None
+# With their derivatives, as torch.compile and torch.jit.trace record them.
+recorded_condensed_kd = torch.ops.kcd_ext.condensed_kd.default
+recorded_condensed_kd_backward = torch.ops.kcd_ext.condensed_kd_backward.default
 
 with torch.inference_mode(False):  # a tensor made in that mode could never be saved for a backward pass
     _ABSENT = torch.empty(0, dtype=torch.bool, device="cpu")
 
 _PLAIN = (Tensor, torch.nn.Parameter)
-_PRE_DISPATCH = DispatchKey.PreDispatch
-
-ENTROPY, KL, STATS = 0, 1, 7  # csrc/kernels.h, enum Stats: two of its rows, and how many there are
 REDUCTION_NONE = REDUCTIONS.index("none")
 
 
@@ -101,7 +79,7 @@ def has_kernels_for(logits: Tensor) -> bool:
 
 
 def writes_gradient_ahead(logits: Tensor) -> bool:
-    """Whether `condensed_kd_with_gradient` is there for these logits: on the CPU, and not for tensors without numbers."""
+    """Whether `condensed_kd` takes `with_gradient` for these logits: on the CPU, and not for tensors without numbers."""
     return logits.is_cpu and type(logits) in _PLAIN
 
 
@@ -112,30 +90,76 @@ def accumulator_of(student: Tensor) -> torch.dtype:
 
 def is_tracing() -> bool:
     """Return whether torch.jit.trace records operators."""
-    return not torch.compiler.is_compiling() and _get_tracing_state() is not None
+    return not torch.compiler.is_compiling() and torch.jit.is_tracing()
 
 
-def operators_are_watched() -> bool:
-    """Return whether a tracer or a mode of torch's watches operators. It takes what they do not compute for a constant."""
-    return bool(
-        _len_torch_dispatch_stack()
-        or _get_tracing_state() is not None
-        or _dispatch_tls_is_dispatch_key_included(_PRE_DISPATCH)
-    )
+def given(*inputs: Tensor) -> tuple[Tensor | None, ...]:
+    """Return the tensors, with None for those that are absent."""
+    return tuple(None if x.dtype == torch.bool else x for x in inputs)
 
 
-@contextmanager
-def untraced() -> Iterator[None]:
-    """Hide what runs inside from torch.jit.trace: checks of arguments, whose look at shapes it would record.
+# ---- the state: one tensor of bytes, laid out as csrc/kernels.h says
 
-    torch names the values of a graph by the variables that it finds them in, and takes two names for two graphs.
+_COUNTS, _STATS, _ENTROPY, _KL = _compiled.STATE
+
+
+def with_selection(state: Tensor, counts: Tensor, selected: Tensor) -> Tensor:
+    """Return the state with a selection, for which it was computed without one.
+
+    Args:
+        state: as `row_stats` leaves it.
+        counts: int64 (2,), how many rows are selected and how many are valid.
+        selected: bool (...).
     """
-    state = _get_tracing_state()
-    _set_tracing_state(None)
-    try:
-        yield
-    finally:
-        _set_tracing_state(state)
+    rest = state[_COUNTS * 8 : state.numel() - selected.numel()]
+    return torch.cat((counts.view(torch.uint8), rest, selected.reshape(-1).view(torch.uint8)))
+
+
+class StateArrays(NamedTuple):
+    """What a state holds of every row, (...) the shape of the logits without their classes."""
+
+    value: Tensor
+    """(...) what rows are ranked by: of the scores' dtype, or the accumulator's."""
+    entropy: Tensor
+    """(...) of the accumulator's dtype."""
+    kl: Tensor
+    """(...) of the accumulator's dtype."""
+    selected: Tensor
+    """bool (...)."""
+    n_selected: Tensor
+    """int64 scalar: how many of these rows are selected."""
+
+
+def arrays_of(state: Tensor, student: Tensor, value_dtype: torch.dtype) -> StateArrays:
+    """Return copies of the arrays of what `condensed_kd` or `row_stats` left of these logits.
+
+    The caller may change them, or keep one without the rest. torch.jit.trace records view_copy, but no view of another dtype.
+    """
+    if not torch.compiler.is_compiling() and fast_path_is_open():
+        copies = _compiled.knowledge(state, student)
+        if copies is not NotImplemented:
+            return StateArrays(*copies)
+    accumulator, shape = accumulator_of(student), student.shape[:-1]
+    stats = value_dtype.itemsize  # bytes of a row before
+    selected = stats + _STATS * accumulator.itemsize
+    rows = state[_COUNTS * 8 :].view(selected + 1, *shape)
+
+    def array(first: int, dtype: torch.dtype) -> Tensor:
+        return torch.view_copy(rows[first : first + dtype.itemsize].reshape(-1), dtype).view(shape)
+
+    entropy, kl = (array(stats + i * accumulator.itemsize, accumulator) for i in (_ENTROPY, _KL))
+    chosen = torch.view_copy(rows[selected], torch.bool)
+    return StateArrays(array(0, value_dtype), entropy, kl, chosen, chosen.sum())
+
+
+def ranked_dtype(student: Tensor, score: Tensor) -> torch.dtype:
+    """Return the dtype of a state's values."""
+    return accumulator_of(student) if score.dtype == torch.bool else score.dtype
+
+
+def _state_bytes(student: Tensor, score: Tensor) -> int:
+    row = ranked_dtype(student, score).itemsize + _STATS * accumulator_of(student).itemsize + 1
+    return _COUNTS * 8 + math.prod(student.shape[:-1]) * row
 
 
 # ---- memory layouts
@@ -170,50 +194,37 @@ def readable(logits: Tensor) -> Tensor:
 # ---- fake kernels
 
 
-def _per_row(student: Tensor, dtype: torch.dtype) -> Tensor:
-    return student.new_empty(student.shape[:-1], dtype=dtype)
-
-
-def _fake_rows(student: Tensor, score: Tensor) -> tuple[Tensor, Tensor]:
-    dtype = accumulator_of(student)
-    value = _per_row(student, dtype if score.dtype == torch.bool else score.dtype)
-    return value, student.new_empty((STATS, value.numel()), dtype=dtype)
+def _fake_state(student: Tensor, score: Tensor) -> Tensor:
+    return student.new_empty(_state_bytes(student, score), dtype=torch.uint8)
 
 
 def _fake_loss(student: Tensor, reduction: int) -> Tensor:
-    dtype = accumulator_of(student)
-    return _per_row(student, dtype) if reduction == REDUCTION_NONE else student.new_empty((), dtype=dtype)
+    return student.new_empty(student.shape[:-1] if reduction == REDUCTION_NONE else (), dtype=accumulator_of(student))
 
 
-@torch.library.register_fake(condensed_kd)
-@torch.library.register_fake("kcd_ext::condensed_kd_forward")
-def _fake_forward(student, teacher, labels, score, row_weight, rows, *options):
-    value, stats = _fake_rows(student, score)
-    loss = _fake_loss(student, reduction=options[-2])
-    return loss, value, stats, _per_row(student, torch.bool), student.new_empty(2, dtype=torch.int64)
+@torch.library.register_fake("kcd_ext::condensed_kd")
+def _fake_condensed_kd(student, teacher, labels, score, row_weight, rows, *options):
+    *_, reduction, _, with_gradient = options
+    gradient = student.new_empty(student.shape if with_gradient else 0)
+    return _fake_loss(student, reduction), _fake_state(student, score), gradient
 
 
-@torch.library.register_fake("kcd_ext::condensed_kd_with_gradient")
-def _fake_forward_with_gradient(student, *arguments):
-    return *_fake_forward(student, *arguments), student.new_empty(student.shape)
-
-
-@torch.library.register_fake(condensed_kd_backward)
-@torch.library.register_fake("kcd_ext::condensed_kd_gradient")
-def _fake_gradient(grad_output, student, *_):
+@torch.library.register_fake("kcd_ext::condensed_kd_backward")
+def _fake_backward(grad_output, student, *_):
     return student.new_empty(student.shape)
 
 
-@torch.library.register_fake("kcd_ext::condensed_kd_gradient_")
-def _fake_gradient_in_place(*_):
+@torch.library.register_fake("kcd_ext::condensed_kd_backward_")
+def _fake_backward_in_place(*_):
     return None
 
 
 @torch.library.register_fake("kcd_ext::row_stats")
 def _fake_row_stats(student, teacher, labels, score, *_):
-    value, stats = _fake_rows(student, score)
-    cross_entropy = student.new_empty(0 if labels.dtype == torch.bool else student.shape[:-1], dtype=stats.dtype)
-    return value, stats, cross_entropy, _per_row(student, torch.bool)
+    cross_entropy = student.new_empty(
+        0 if labels.dtype == torch.bool else student.shape[:-1], dtype=accumulator_of(student)
+    )
+    return _fake_state(student, score), cross_entropy, student.new_empty(student.shape[:-1], dtype=torch.bool)
 
 
 @torch.library.register_fake("kcd_ext::select_topk")
@@ -226,185 +237,188 @@ def _fake_reduce(student, *options):
     return _fake_loss(student, reduction=options[-2])
 
 
-# ---- derivatives
+# ---- the derivative: one function, for eager calls, process groups and recorded graphs
 
 
-def _save_for_backward(ctx, inputs, output):
-    student, teacher, labels, _, row_weight, rows, _, _, _, *options = inputs
-    _, value, stats, selected, counts = output
-    ctx.save_for_backward(student, teacher, labels, row_weight, rows, selected, stats, counts)
-    ctx.options = options
-    ctx.n_inputs = len(inputs)
-    ctx.mark_non_differentiable(value, stats, selected, counts)
-    ctx.set_materialize_grads(False)
+def with_derivative(
+    loss: Tensor,
+    student: Tensor,
+    inputs: tuple[Tensor | None, ...],
+    state: Tensor,
+    options: tuple,
+    inplace: bool = False,
+    gradient: Tensor | None = None,
+) -> Tensor:
+    """Return the loss, differentiable with respect to the student's logits.
+
+    Args:
+        loss: computed without autograd.
+        student: the logits it is a function of.
+        inputs: teacher, labels, row_weight, rows, as the operators take them; None for those that are absent.
+        state: as `condensed_kd` leaves it, nobody else's.
+        options: the operators' temperature, kd_weight, ce_weight, ignore_index, reduction and number of processes.
+        inplace: whether the gradient overwrites the logits.
+        gradient: that of the loss for an incoming gradient of 1, if the forward pass wrote it. It is handed over.
+    """
+    # Autograd cannot save tensors made in inference mode; nor can they be changed before the backward pass.
+    saved, constants = inputs, None
+    for x in inputs:
+        if x is not None and x.is_inference():
+            saved, constants = [None if x is None or x.is_inference() else x for x in inputs], inputs
+            break
+    # Whether a gradient times a number is the same as computed with it: bfloat16 would be rounded once more.
+    scales = student.dtype != torch.bfloat16
+    ahead = None if gradient is None else [gradient]  # a list, whose pop() is thread-safe
+    apply = CondensedKD.apply if torch.compiler.is_compiling() else _apply
+    # In a tuple, because autograd handles every tensor that it sees.
+    return apply(student, (loss, (*saved, state), (constants, options, inplace, scales, ahead)))
 
 
-def _backward(ctx, grad_output, *_):
-    gradient = None
-    if grad_output is not None:
-        gradient = _gradient(condensed_kd_backward, grad_output, *ctx.saved_tensors, ctx.options)
-    return gradient, *(None,) * (ctx.n_inputs - 1)
+class CondensedKD(torch.autograd.Function):
+    """The derivative of `condensed_kd`, with respect to the student's logits alone."""
+
+    @staticmethod
+    def forward(ctx, student: Tensor, computed: tuple) -> Tensor:
+        """Return the loss that `with_derivative` was given."""
+        loss, saved, ctx.call = computed
+        ctx.save_for_backward(student, *saved)
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad_output: Tensor) -> tuple[Tensor, None]:
+        """Return the gradient with respect to the student's logits, (..., C) in their dtype."""
+        differentiable = torch.is_grad_enabled()
+        _, options, inplace, scales, ahead = ctx.call
+        if ahead is not None and not differentiable and dispatch_is_plain():
+            factor = grad_output.tolist()  # sooner than item(), which dispatches
+            if factor == 1:
+                return _take_gradient(ctx, ahead, grad_output), None
+            # What is not finite would make rows NaN that are not selected.
+            if scales and math.isfinite(factor):
+                return _take_gradient(ctx, ahead, grad_output).mul_(factor), None
+        saved = _unpack(ctx)  # raises where an earlier backward pass overwrote the logits
+        if inplace:
+            if differentiable:
+                _refuse_second_derivative()
+            return _backward_in_place(grad_output, saved, options), None
+        operator = recorded_condensed_kd_backward if differentiable else condensed_kd_backward
+        return _backward(operator, grad_output, *saved, options), None
 
 
-def _gradient(operator, grad_output, student, teacher, labels, row_weight, rows, selected, stats, counts, options):
+# Function.apply handles torch.func's transforms first, which are refused before this is reached.
+_apply = super(torch.autograd.Function, CondensedKD).apply
+
+
+def _take_gradient(ctx, ahead: list[Tensor], grad_output: Tensor) -> Tensor:
+    """Return the gradient that the forward pass wrote; in further backward passes the same bits, computed anew."""
+    try:
+        return ahead.pop()
+    except IndexError:
+        return _backward(condensed_kd_backward, torch.ones_like(grad_output), *_unpack(ctx), ctx.call[1])
+
+
+def _unpack(ctx) -> tuple[Tensor, ...]:
+    """Return student, teacher, labels, row_weight, rows and state. Runs the unpack hooks of saved tensors: call it once."""
+    student, *saved, state = ctx.saved_tensors
+    constants = ctx.call[0]
+    if constants is not None:
+        saved = [constant if x is None else x for x, constant in zip(saved, constants, strict=True)]
+    return student, *(absent(student) if x is None else x for x in saved), state
+
+
+def _backward(operator, grad_output, student, teacher, labels, row_weight, rows, state, options):
     """Call a backward operator with saved tensors, which an unpack hook may return in any memory layout."""
-    per_row = (x.contiguous() for x in (labels, row_weight, rows, selected, stats, counts))
+    if operator is condensed_kd_backward:
+        gradient = _fast_backward(grad_output, student, teacher, labels, row_weight, rows, state, options)
+        if gradient is not None:
+            return gradient
+    per_row = (x.contiguous() for x in (labels, row_weight, rows, state))
     return operator(grad_output.contiguous(), readable(student), readable(teacher), *per_row, *options)
 
 
-def _no_second_derivative(ctx, *_):
+def _backward_in_place(grad_output: Tensor, saved: tuple[Tensor, ...], options: tuple) -> Tensor:
+    # The dispatcher cannot negate lazily for an operator that returns nothing.
+    grad_output, student, *saved = (x.detach().resolve_neg() for x in (grad_output, *saved))
+    student = readable(student)
+    _backward(condensed_kd_backward_, grad_output, student, *saved, options)
+    torch.autograd.graph.increment_version(student)
+    return student
+
+
+def _refuse_second_derivative(*_):
     raise RuntimeError(
         "condensed_kd_loss has no second derivative: for that use kcd_ext.reference.condensed_kd_loss, the same function in"
         " plain PyTorch"
     )
 
 
-torch.library.register_autograd(condensed_kd, _backward, setup_context=_save_for_backward)
-torch.library.register_autograd(condensed_kd_backward, _no_second_derivative)
-
-
-class GradientOfStudent(torch.autograd.Function):
-    """Ties a loss that is computed to the student's logits; `with_gradient` applies it.
-
-    The eager path's door to autograd: torch.library's own wrapper costs 60 us a call, more than a small batch takes.
-    """
+class _NoSecondDerivative(torch.autograd.Function):
+    """Ties a gradient to what it is a function of, so that its derivative raises instead of being 0."""
 
     @staticmethod
-    def forward(ctx, student: Tensor, computed: tuple) -> Tensor:
-        """The loss, out of what `with_gradient` puts together: in a tuple, since autograd handles every tensor it sees."""
-        loss, saved, ctx.constants, ctx.state, ctx.options, ctx.inplace, ctx.gradient = computed
-        ctx.ahead = ctx.gradient is not None
-        ctx.scales = student.dtype != torch.bfloat16
-        ctx.save_for_backward(student, *saved)
-        ctx.set_materialize_grads(False)
-        return loss
+    def forward(ctx, computed: tuple, *inputs: Tensor) -> Tensor:
+        return computed[0]
 
-    @staticmethod
-    def backward(ctx, grad_output: Tensor | None) -> tuple[Tensor | None, None]:
-        """The gradient with respect to the student's logits, (..., C) in their dtype."""
-        if grad_output is None:
-            return None, None
-        if ctx.ahead and not torch.is_grad_enabled() and not operators_are_watched():
-            factor = _number(grad_output)
-            # bfloat16 would be rounded once more; what is not finite would make rows NaN that are not selected.
-            if factor == 1 or (math.isfinite(factor) and ctx.scales):
-                gradient, ctx.gradient = ctx.gradient, None  # handed over, once
-                if gradient is None:  # another backward pass through a graph that is kept: the same bits
-                    gradient = _gradient(condensed_kd_gradient, torch.ones_like(grad_output), *_saved(ctx), ctx.options)
-                return gradient if factor == 1 else gradient.mul_(factor), None
-        student, *saved = _saved(ctx)  # raises where an earlier backward pass overwrote the logits
-        if ctx.inplace:
-            if torch.is_grad_enabled():
-                _no_second_derivative(ctx)
-            # The dispatcher cannot negate lazily for an operator that returns nothing.
-            grad_output, student, *saved = (x.detach().resolve_neg() for x in (grad_output, student, *saved))
-            student = readable(student)
-            _gradient(condensed_kd_gradient_, grad_output, student, *saved, ctx.options)
-            torch.autograd.graph.increment_version(student)
-            return student, None
-        operator = condensed_kd_backward if torch.is_grad_enabled() else condensed_kd_gradient
-        return _gradient(operator, grad_output, student, *saved, ctx.options), None
+    backward = staticmethod(_refuse_second_derivative)
 
 
-def _number(grad_output: Tensor) -> float:
-    """Read where it lies: on the CPU there is nothing to wait for. NaN where several come as one (is_grads_batched)."""
-    try:
-        return grad_output.detach().numpy().item()
-    except RuntimeError:
-        return math.nan
+def _condensed_kd_by_autograd(student, teacher, labels, score, row_weight, rows, *options):
+    with BelowAutograd():
+        loss, state, gradient = condensed_kd(student, teacher, labels, score, row_weight, rows, *options)
+    if torch.is_grad_enabled() and student.requires_grad:
+        loss = with_derivative(loss, student, given(teacher, labels, row_weight, rows), state, options[3:-1])
+    return loss, state, gradient
 
 
-def _saved(ctx) -> list[Tensor]:
-    """Return what a backward operator takes behind grad_output. Unpacks the saved tensors: call it once."""
-    student, *saved = ctx.saved_tensors
-    saved = [constant if x is None else x for x, constant in zip(saved, ctx.constants, strict=True)]
-    return [student, *saved, *ctx.state]
+def _backward_by_autograd(grad_output, student, *rest):
+    with BelowAutograd():
+        gradient = condensed_kd_backward(grad_output, student, *rest)
+    if torch.is_grad_enabled() and (grad_output.requires_grad or student.requires_grad):
+        gradient = _NoSecondDerivative.apply((gradient,), grad_output, student)
+    return gradient
 
 
-class GradientOfSmall(torch.autograd.Function):
-    """`GradientOfStudent` for a loss of `small_loss`: all in C, but for what is rare."""
-
-    forward = _small and staticmethod(_small.small_attach)
-
-    @staticmethod
-    def backward(ctx, grad_output: Tensor | None) -> tuple[Tensor | None, None, None]:
-        """The gradient with respect to the student's logits, (..., C) in their dtype."""
-        if grad_output is None:
-            return None, None, None
-        differentiable = torch.is_grad_enabled()
-        gradient = _small.small_backward(ctx, grad_output, differentiable or operators_are_watched())
-        if type(gradient) is tuple:  # what the operators take in its place
-            student, teacher, labels, *rest, options = gradient
-            operator = condensed_kd_backward if differentiable else condensed_kd_gradient
-            saved = (student, teacher, _ABSENT if labels is None else labels, _ABSENT, _ABSENT, *rest)
-            gradient = _gradient(operator, grad_output, *saved, options)
-        return gradient, None, None
+def _setup_context(ctx, inputs, output):
+    student, teacher, labels, _, row_weight, rows, *options = inputs
+    loss, state, gradient = output
+    saved = given(teacher, labels, row_weight, rows)
+    CondensedKD.forward(ctx, student, (loss, (*saved, state), (None, tuple(options[3:-1]), False, False, None)))
+    ctx.mark_non_differentiable(state, gradient)
+    ctx.set_materialize_grads(False)
 
 
-# Function.apply handles torch.func's transforms first, which are refused before this is reached.
-_apply_without_transforms = super(torch.autograd.Function, GradientOfStudent).apply
+def _backward_of_all(ctx, grad_output, *_):
+    gradient = None if grad_output is None else CondensedKD.backward(ctx, grad_output)[0]
+    return gradient, *(None,) * 15
 
-_apply_small_without_transforms = super(torch.autograd.Function, GradientOfSmall).apply
+
+# What a compiled graph, torch.jit.trace and torch.ops call. Its kernels are in Python to raise torch.OutOfMemoryError there too,
+# which those of torch.library.register_autograd do not.
+if BelowAutograd is not None:
+    _autograd_kernels = torch.library.Library("kcd_ext", "IMPL")
+    _autograd_kernels.impl("condensed_kd", _condensed_kd_by_autograd, "Autograd")
+    _autograd_kernels.impl("condensed_kd_backward", _backward_by_autograd, "Autograd")
+else:
+    torch.library.register_autograd("kcd_ext::condensed_kd", _backward_of_all, setup_context=_setup_context)
+    torch.library.register_autograd("kcd_ext::condensed_kd_backward", _refuse_second_derivative)
 
 
-def small_loss(
-    student: Tensor,
-    teacher: Tensor,
-    labels: Tensor | None,
-    keep: tuple[float, int],
-    value: int,
-    options: tuple,
-    differentiable: bool,
-    ahead: bool,
-    few_dimensions: bool,
-) -> Tensor | None:
-    """The loss by the door for small calls, with its derivative if it is to be `differentiable`; None where that does not serve.
+# ---- the eager fast path: csrc/fast_path.cpp
 
-    It serves plain tensors on the CPU, of up to 1 MB, outside of torch's transforms. Where `operators_are_watched` call the
-    operators in its place.
 
-    Args:
-        student, teacher, labels: as `condensed_kd_loss` takes them, not checked.
-        keep, value, options: as the operators take them.
-        ahead: whether the forward pass writes the gradient.
-        few_dimensions: whether logits of four dimensions or more are left to the operator.
-    """
-    plain = type(student) in _PLAIN and type(teacher) in _PLAIN and not teacher.requires_grad
-    if not plain or (labels is not None and type(labels) not in _PLAIN):
+def fast_path_is_open() -> bool:
+    """Return whether calls may bypass the dispatcher: outside tracing, dispatch modes and functorch transforms."""
+    return HAS_FAST_PATH and dispatch_is_plain()
+
+
+# (student, teacher, labels or None, keep, value, options, with_gradient) -> what `condensed_kd` returns, or NotImplemented, and the
+# operator then reports any error. keep and options are tuples of its arguments. Supports plain CPU tensors up to 1 MB.
+fast_path: Callable | None = getattr(_compiled, "condensed_kd", None)
+
+
+def _fast_backward(grad_output, student, teacher, labels, row_weight, rows, state, options) -> Tensor | None:
+    if not (row_weight is _ABSENT and rows is _ABSENT and fast_path_is_open()):
         return None
-    if _are_functorch_transforms_active() or forward_ad._current_level >= 0:
-        return None
-    state = _small.small_forward(student, teacher, labels, keep, value, options, ahead, few_dimensions)
-    if state is NotImplemented:
-        return None
-    if not differentiable:
-        return _small.small_loss(state)
-    return _apply_small_without_transforms(student, (teacher, labels), state)
-
-
-def with_gradient(
-    loss: Tensor,
-    student: Tensor,
-    inputs: tuple[Tensor, ...],
-    state: tuple[Tensor, ...],
-    options: tuple,
-    inplace: bool,
-    gradient: Tensor | None = None,
-) -> Tensor:
-    """The loss, differentiable with respect to the student's logits.
-
-    Args:
-        loss: computed without autograd.
-        student: the logits it is a function of.
-        inputs: teacher, labels, row_weight, rows, as the operators take them.
-        state: selected, stats, counts, as the operators take them.
-        options: the operators' temperature, kd_weight, ce_weight, ignore_index, reduction and number of processes.
-        inplace: whether the gradient overwrites the logits.
-        gradient: that of the loss, where it is at hand.
-    """
-    # Saved are the same tensors as by the door for small calls, since activation checkpointing may compute a loss by one way and
-    # again by the other. Tensors made in inference mode cannot be saved for a backward pass; nor can they be changed before it.
-    constants = [x if x.dtype == torch.bool or x.is_inference() else None for x in inputs]
-    saved = [x if constant is None else None for x, constant in zip(inputs, constants, strict=True)]
-    apply = GradientOfStudent.apply if torch.compiler.is_compiling() else _apply_without_transforms
-    return apply(student, (loss, saved, constants, state, options, inplace, gradient))
+    labels = None if labels is _ABSENT else labels
+    gradient = _compiled.condensed_kd_backward(grad_output, student, teacher, labels, state, options)
+    return None if gradient is NotImplemented else gradient

@@ -249,6 +249,6 @@ def install() -> None:
     for name, fake in fakes.items():
         setattr(torch.cuda, name, fake)
     ops._WITH_CUDA = True
-    ops.has_small_loss = False  # that door looks at the memory itself
+    ops.HAS_FAST_PATH = False  # it looks at the memory itself
     ops.build_info["cuda_architectures"] = ["sm_90"]
     _Tensors().__enter__()

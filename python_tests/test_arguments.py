@@ -200,7 +200,7 @@ def test_the_raw_operators_refuse_what_would_read_out_of_bounds():
     one = torch.tensor(3.0)
     refused(
         ops.condensed_kd,
-        {**inputs, **dict(fraction=1.0, count=0, value=0), **options},
+        {**inputs, **dict(fraction=1.0, count=0, value=0), **options, **dict(with_gradient=True)},
         [
             (dict(teacher=Y[:3]), "same number of rows"),
             (dict(teacher=Y[:, :5]), "same number of classes"),
@@ -212,9 +212,10 @@ def test_the_raw_operators_refuse_what_would_read_out_of_bounds():
             (dict(labels=torch.tensor(3).expand(4)), "labels must be int64"),
             (dict(value=9), "value must be"),
             (dict(reduction=7), "reduction must be"),
+            (dict(reduction=2), "the gradient of the rows' losses needs their grad_output"),
             (dict(score=torch.ones(4)), "a score goes with value 4"),
-            (dict(value=4, score=torch.ones(3)), "score must be float32"),
-            (dict(value=4, score=one.expand(4)), "score must be float32"),
+            (dict(value=4, score=torch.ones(3)), "score must be of the accumulator"),
+            (dict(value=4, score=one.expand(4)), "score must be of the accumulator"),
             (dict(row_weight=torch.ones(3)), "row_weight must be"),
             (dict(row_weight=one.expand(4)), "row_weight must be"),
             (dict(rows=torch.arange(3)), "rows must be int64"),
@@ -238,24 +239,22 @@ def test_the_raw_operators_refuse_what_would_read_out_of_bounds():
             (dict(fraction=2.0), "keep_fraction"),
         ],
     )
-    _, _, stats, selected, counts = ops.condensed_kd_forward(*inputs.values(), 0.5, 0, 0, *options.values())
-    row = selected.nonzero()[:1, 0]
+    _, state, _ = ops.condensed_kd(*inputs.values(), 0.5, 0, 0, *options.values(), False)
+    row = condensed_kd_loss(Z, Y, keep=0.5, return_knowledge=True)[1].selected.nonzero()[:1, 0]
     backward = dict(
-        grad=torch.tensor(1.0), student=Z, teacher=Y, labels=ABSENT, row_weight=ABSENT, rows=ABSENT, selected=selected,
-        stats=stats, counts=counts,
-    )  # fmt: skip
+        grad=torch.tensor(1.0), student=Z, teacher=Y, labels=ABSENT, row_weight=ABSENT, rows=ABSENT, state=state
+    )
     refused(
-        ops.condensed_kd_gradient,
+        ops.condensed_kd_backward,
         {**backward, **options},
         [
             (dict(teacher=ABSENT), "teacher logits are missing"),
             (dict(teacher=Y[:1], rows=(row + 1) % 4), "selected names a row that the teacher does not hold"),
             (dict(grad=torch.ones(3)), "grad_output must be"),
             (dict(grad=one.expand(4)), "grad_output must be"),
-            (dict(stats=stats[:5]), "must come from the forward pass"),
-            (dict(stats=stats.t()), "must come from the forward pass"),
-            (dict(counts=counts[:1]), "must come from the forward pass"),
-            (dict(selected=selected[:2]), "must come from the forward pass"),
+            (dict(state=state[:-1]), "must come from the forward pass"),
+            (dict(state=state.repeat(2)[::2]), "must come from the forward pass"),
+            (dict(state=state.view(torch.bool)), "must come from the forward pass"),
         ],
     )
 

@@ -1,4 +1,4 @@
-"""The compiled extension: its ABI, its instruction sets, what importing it does to a process, and the builds without Python."""
+"""The compiled extension: its ABI, its instruction sets, what importing it does to a process, and how it is built."""
 
 import contextlib
 import io
@@ -17,6 +17,7 @@ from kcd_ext import _extension, ops
 
 ROOT = Path(__file__).parents[1]
 SOURCES = ROOT / "csrc"
+PYTHON = f"-DPython_EXECUTABLE={sys.executable}"  # of cmake
 
 
 def python(code: str, **env: str) -> subprocess.CompletedProcess:
@@ -248,7 +249,7 @@ def test_the_declared_slice_of_dlpack_is_its_own():
         ),
     }
     numbers = {"kMajorVersion": "DLPACK_MAJOR_VERSION", "kCpu": "kDLCPU", "kInt": "kDLInt", "kFloat": "kDLFloat"}
-    numbers |= {"kBfloat": "kDLBfloat", "kBool": "kDLBool"}
+    numbers |= {"kBfloat": "kDLBfloat", "kUInt": "kDLUInt", "kBool": "kDLBool"}
     lines = ["#include <cstddef>", "#include <ATen/dlpack.h>", "#include <dlpack.h>", "namespace d = kcd::dlpack;"]
     for ours, (theirs, fields) in pairs.items():
         lines.append(f"static_assert(sizeof(d::{ours}) == sizeof({theirs}));")
@@ -257,7 +258,7 @@ def test_the_declared_slice_of_dlpack_is_its_own():
     compile_ = ["g++", "-std=c++20", "-fsyntax-only", "-x", "c++", "-", f"-I{SOURCES}", f"-isystem{TORCH_INCLUDE}"]
     done = subprocess.run(compile_, input="\n".join(lines), text=True, capture_output=True)
     assert done.returncode == 0, done.stderr
-    wrong = "\n".join(lines).replace("d::kBool == kDLBool", "d::kBool == kDLInt")
+    wrong = "\n".join(lines).replace("d::kUInt == kDLUInt", "d::kUInt == kDLInt")
     assert subprocess.run(compile_, input=wrong, text=True, capture_output=True).returncode != 0
 
 
@@ -283,7 +284,7 @@ def test_every_declared_function_is_torchs_and_documented():
     assert set(re.findall(r"^\| `(\w+)`", document, re.M)) == functions, "docs/abi.md lists functions that are not used"
 
 
-# ---- builds without Python
+# ---- builds
 
 
 @pytest.mark.slow
@@ -352,7 +353,7 @@ def test_an_nvcc_that_does_not_work_is_no_missing_one(tmp_path, place):
         if "empty" in place:
             environment["CUDACXX"] = ""
     define = [f"-D{place}"] if place.startswith("KCD") else []
-    command = [shutil.which("cmake"), "-G", "Ninja", "-S", str(ROOT), "-B", str(tmp_path / "build"), *define]
+    command = [shutil.which("cmake"), "-G", "Ninja", "-S", str(ROOT), "-B", str(tmp_path / "build"), PYTHON, *define]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     said = " ".join(done.stderr.split())
     asked = place.startswith("CUDACXX") or place == "KCD_CUDA=ON"
@@ -383,10 +384,52 @@ def test_the_build_against_torchs_own_headers(tmp_path):
         "-B",
         str(tmp_path),
         "-DKCD_TORCH_HEADERS=ON",
-        f"-DPython3_EXECUTABLE={sys.executable}",
+        PYTHON,
     ]
     objects = ["ops.cpp.o", "cpu_ops.cpp.o"] + (["cuda_ops.cpp.o", "device.cpp.o"] if shutil.which("nvcc") else [])
     compile_ = ["ninja", "-C", str(tmp_path), *(f"csrc/CMakeFiles/operators.dir/torch/{name}" for name in objects)]
     for command in (configure, compile_):
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+
+@pytest.fixture(scope="module")
+def built_by_cmake(tmp_path_factory) -> Path:
+    """A build folder of cmake and ninja alone, without a network, warnings as errors."""
+    if not (shutil.which("cmake") and shutil.which("ninja")):
+        pytest.skip("needs cmake and ninja")
+    build = tmp_path_factory.mktemp("build")
+    environment = {**os.environ, "PIP_NO_INDEX": "1", "CUDAARCHS": "90-real"}  # of all the architectures one
+    for proxy in ("http_proxy", "https_proxy"):
+        environment[proxy] = "http://127.0.0.1:9"
+    for command in (
+        ["cmake", "-G", "Ninja", "-S", str(ROOT), "-B", str(build), PYTHON, "-DCMAKE_CXX_FLAGS=-Werror"],
+        ["ninja", "-j", os.environ["OMP_NUM_THREADS"], "-C", str(build)],  # a share of the processors
+    ):
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return build
+
+
+@pytest.mark.slow
+def test_a_module_built_by_cmake_is_used_where_the_environment_names_it(built_by_cmake, tmp_path):
+    (module,) = built_by_cmake.glob("_C*.so")
+    code = f"{USED}import sys; print(sys.modules['kcd_ext._C'].__file__, kcd_ext.ops.build_info['cuda_architectures'])"
+    named, own = python(code, KCD_LIBRARY=str(module)), python(USED)
+    architectures = "['sm_90']" if shutil.which("nvcc") else "[]"
+    assert named.stdout == f"{own.stdout}{module} {architectures}\n", named.stderr
+    done = python("import kcd_ext", KCD_LIBRARY=str(tmp_path / "none.so"))
+    assert "KCD_LIBRARY must name a compiled module of kcd_ext" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_no_code_for_one_processor_can_reach_another(built_by_cmake):
+    """Objects compiled for an instruction set share nothing: a weak symbol could be linked in place of the baseline's."""
+    for name in ops.build_info["instruction_sets"]:
+        objects = list(built_by_cmake.glob(f"csrc/CMakeFiles/kernels_{name}.dir/**/*.o"))
+        assert len(objects) == 2
+        for path in objects:
+            symbols = subprocess.run(["nm", "-C", path], capture_output=True, text=True, check=True).stdout
+            assert not re.search(r"^[0-9a-f]* [WVu] ", symbols, re.M), f"{path}:\n{symbols}"
+            visible = re.findall(r"^[0-9a-f]+ [A-Z] (.*)$", symbols, re.M)
+            assert visible and all(symbol.startswith(f"kcd::cpu::{name}::") for symbol in visible), visible

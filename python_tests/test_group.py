@@ -2,6 +2,8 @@
 
 import datetime
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -138,3 +140,32 @@ def test_ranks_equal_one_process(results, world, name):
     whole = grad if reduction == "mean" else grad / n_ranks
     for r in ranks:
         assert torch.allclose(r[3], whole, atol=1e-6, equal_nan=True)
+
+
+COMPILED = """
+import os, tempfile
+import torch
+import torch.distributed as dist
+from kcd_ext import condensed_kd_loss
+
+with tempfile.TemporaryDirectory() as folder:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
+    z, y = torch.randn(8, 10, requires_grad=True), torch.randn(8, 10)
+
+    def step(z, y):
+        return condensed_kd_loss(z * 1, y, keep=0.5, group=dist.group.WORLD, return_knowledge=True)
+
+    results = []
+    for function in (step, torch.compile(step, backend="aot_eager")):
+        loss, knowledge = function(z, y)
+        results.append((loss, *knowledge, torch.autograd.grad(loss, z)[0]))
+    assert all(map(torch.equal, *results))
+print("equal", flush=True)
+os._exit(0)
+"""
+
+
+@pytest.mark.slow
+def test_a_compiled_loss_over_a_group_is_the_eager_one():
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", COMPILED], capture_output=True, text=True)
+    assert done.stdout == "equal\n", done.stderr

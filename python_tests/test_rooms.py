@@ -29,6 +29,7 @@ ROOMS = (
     "randomness",
     "environment",
     "ops",
+    "torch_internals",
     "knowledge",
     "arguments",
     "files",

@@ -99,23 +99,15 @@ def test_simt_operators_between_which_processes_meet(backend, dtype, reduction):
 
     def results(device):
         student, teacher, labels, weight, counts, absent = (there(x, device) for x in given)
-        value, stats, cross_entropy, candidate = ops.row_stats(
-            student, teacher, labels, absent, absent, options[0], 2, -100
-        )
-        selected = ops.select_topk(value, candidate, 0.3, 0)
-        loss = ops.reduce_rows(student, labels, weight, selected, stats, cross_entropy, counts, *options)
-        grad = ops.condensed_kd_gradient(
-            torch.ones_like(loss), student, teacher, labels, weight, absent, selected, stats, counts, *options
-        )
-        return {
-            "value": value,
-            "stats": stats,
-            "cross_entropy": cross_entropy,
-            "candidate": candidate,
-            "selected": selected,
-            "loss": loss,
-            "grad": grad,
-        }
+        state, cross_entropy, candidate = ops.row_stats(student, teacher, labels, absent, absent, options[0], 2, -100)
+        rows = ops.arrays_of(state, student, dtype)
+        selected = ops.select_topk(rows.value, candidate, 0.3, 0)
+        state = ops.with_selection(state, counts, selected)
+        loss = ops.reduce_rows(student, labels, weight, state, cross_entropy, *options)
+        one = torch.ones_like(loss)
+        grad = ops.condensed_kd_backward(one, student, teacher, labels, weight, absent, state, *options)
+        more = {"cross_entropy": cross_entropy, "candidate": candidate, "loss": loss, "grad": grad}
+        return {**rows._asdict(), "selected": selected, **more}
 
     want = results("cpu")
     context, device = in_place(backend)
@@ -142,7 +134,7 @@ def test_simt_refuses_wrong_calls_before_anything_runs(backend):
     context, device = in_place(backend)
     student = logits(4, 6, seed=11).to(device)
     with context, pytest.raises(ValueError, match="same number of rows"):
-        ops.condensed_kd_forward(student, student[:2], *(ABSENT,) * 4, 0.5, 0, 0, 4.0, 1.0, 0.0, -100, 0, 1.0)
+        ops.condensed_kd(student, student[:2], *(ABSENT,) * 4, 0.5, 0, 0, 4.0, 1.0, 0.0, -100, 0, 1.0, False)
 
 
 @pytest.mark.cuda_on_cpu

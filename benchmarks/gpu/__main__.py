@@ -18,6 +18,7 @@ from harness.machine import CHECKOUT, slug, write_json
 from harness.timing import Deadline
 
 from . import machine, report
+from .build import module_in
 from .sections import NOT_REACHED, SECTIONS, Outcome, execute, limit
 
 NAMES = [section.name for section in SECTIONS]
@@ -128,7 +129,7 @@ def _run(only: list[str], deadline: Deadline, folder: Path, out: Path, log: IO[s
         yield from (Outcome(section.name, NOT_REACHED, "the build failed") for section in chosen)
         return
     if not library:
-        os.environ["KCD_LIBRARY"] = str(build / "libkcd_ext.so")
+        os.environ["KCD_LIBRARY"] = str(module_in(build))
     while chosen:
         section = chosen.pop(0)
         yield execute(section, limit(section, chosen, deadline.left()), folder, build, out, log)

@@ -1,11 +1,13 @@
-"""Section build: cmake and ninja make libkcd_ext.so for this machine's GPU, the package loads it, and one call runs.
+"""Section build: cmake and ninja compile kcd_ext's module for this machine's GPU, the package loads it, and one call runs.
 
-Where the variable KCD_LIBRARY names a library nothing is made: that one is loaded and called.
+Where the variable KCD_LIBRARY names a module nothing is compiled: that one is loaded and called.
 """
 
+import importlib.util
 import os
 import subprocess
 import sys
+import sysconfig
 import time
 from pathlib import Path
 
@@ -17,23 +19,30 @@ from .process import section_options
 def configure(build: Path) -> str:
     """Configure the build folder by cmake's own look at the GPU, by torch's if that fails. Return the architecture.
 
-    Raises RuntimeError where both fail.
+    Raises RuntimeError where both fail, or pybind11 is missing.
     """
     import torch
 
     major, minor = torch.cuda.get_device_capability()
     candidates = ["native", f"{major}{minor}-real"]
+    if importlib.util.find_spec("pybind11") is None:
+        raise RuntimeError("pybind11 is not installed: pip install pybind11, or hand its wheel over with --wheels")
     # --fresh: the folder may be configured for another GPU.  -lineinfo costs nothing, and lets the sanitizers name lines.
     command = ["cmake", "--fresh", "-G", "Ninja", "-S", str(CHECKOUT), "-B", str(build)]
-    command += ["-DKCD_CUDA=ON", "-DCMAKE_CUDA_FLAGS=-lineinfo"]
+    command += [f"-DPython_EXECUTABLE={sys.executable}", "-DKCD_CUDA=ON", "-DCMAKE_CUDA_FLAGS=-lineinfo"]
     for architecture in candidates:
         if subprocess.run([*command, f"-DCMAKE_CUDA_ARCHITECTURES={architecture}"]).returncode == 0:
             return architecture
     raise RuntimeError(f"cmake configured for none of {', '.join(candidates)}: see the log")
 
 
+def module_in(build: Path) -> Path:
+    """Return where the compiled module is in a build folder."""
+    return build / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+
+
 def make(build: Path) -> dict[str, object]:
-    """Builds libkcd_ext.so, and returns what was asked for and how long it took.
+    """Builds the module, and returns what was asked for and how long it took.
 
     Raises:
         RuntimeError: cmake or ninja failed.
@@ -78,14 +87,14 @@ def main() -> int:
     start = time.monotonic()
     try:
         figures = {} if given else make(options.build)
-        figures["build_info"] = call_once(Path(given or options.build / "libkcd_ext.so"))
+        figures["build_info"] = call_once(Path(given or module_in(options.build)))
     except (RuntimeError, ImportError, OSError) as error:
         print(next(iter(str(error).splitlines()), type(error).__name__))
         return 1
     write_json(options.data, figures)
     names = " ".join(figures["build_info"]["cuda_architectures"])
     made = f"not built: KCD_LIBRARY names {given}" if given else f"built in {time.monotonic() - start:.1f} s"
-    print(f"libkcd_ext.so for CUDA {names}, {made}; one call gives what the reference gives")
+    print(f"kcd_ext for CUDA {names}, {made}; one call gives what the reference gives")
     return 0
 
 

@@ -11,7 +11,7 @@ def missing(*, building: bool) -> list[str]:
     """What every section needs and this machine lacks, each with what to do.
 
     Args:
-        building: whether libkcd_ext.so is to be built.
+        building: whether kcd_ext's module is to be built.
     """
     lacks = [
         f"{tool} ({advice})"

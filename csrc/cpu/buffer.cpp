@@ -27,12 +27,12 @@ Memory wanted() {
 }
 
 // One buffer for the process.  Never destroyed: tensors are given up while the process ends, too.
-struct Shelf {
+struct GradientCache {
   std::mutex mutex;
   Buffer kept{nullptr, 0};
 };
-Shelf& shelf() {
-  static Shelf& only = *new Shelf;
+GradientCache& cache() {
+  static GradientCache& only = *new GradientCache;
   return only;
 }
 
@@ -47,8 +47,8 @@ const char* name_of(Memory memory) { return memory == Memory::kept ? "kept" : me
 
 Buffer take_buffer(size_t bytes) {
   {
-    const std::lock_guard<std::mutex> lock(shelf().mutex);
-    Buffer& kept = shelf().kept;
+    const std::lock_guard<std::mutex> lock(cache().mutex);
+    Buffer& kept = cache().kept;
     if (kept.bytes >= bytes && kept.bytes / 2 <= bytes) return std::exchange(kept, {nullptr, 0});
   }
   const size_t rounded = (bytes + kHugePage - 1) / kHugePage * kHugePage;
@@ -58,11 +58,11 @@ Buffer take_buffer(size_t bytes) {
   return {data, rounded};
 }
 
-void give_back_buffer(Buffer buffer) {
+void release_buffer(Buffer buffer) {
   if (gradient_memory() == Memory::kept) {
     if (buffer.bytes > kStays) madvise(buffer.data, buffer.bytes, MADV_FREE);   // its pages stay until the system wants them
-    const std::lock_guard<std::mutex> lock(shelf().mutex);
-    std::swap(buffer, shelf().kept);
+    const std::lock_guard<std::mutex> lock(cache().mutex);
+    std::swap(buffer, cache().kept);
   }
   std::free(buffer.data);
 }

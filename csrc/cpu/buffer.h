@@ -20,6 +20,6 @@ Memory gradient_memory();
 const char* name_of(Memory memory);
 
 Buffer take_buffer(size_t bytes);
-void give_back_buffer(Buffer buffer);
+void release_buffer(Buffer buffer);
 
 }   // namespace kcd::cpu

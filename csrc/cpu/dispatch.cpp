@@ -16,7 +16,7 @@ struct Candidate {
 
 const Candidate* candidates() {   // best first, a null name at the end
 #define X(set, name, supported) \
-  {{name, set::forward, set::backward, &set::columns, set::write_pieces}, static_cast<bool>(supported)},
+  {{name, set::forward, set::backward, &set::split_row, set::write_pieces}, static_cast<bool>(supported)},
   static const Candidate all[] = {KCD_SETS(X){{}, false}};
 #undef X
   return all;

@@ -94,7 +94,7 @@ class RowGradient {
         with_ce_(problem.with_labels && gradient.ce_factor != 0),
         next_(problem.classes) {}
 
-  void begin(int64_t i, const RowPair& at, const RowSums<Real>& sums, const Exponentials<Real>& kept, bool selected) {
+  void begin(int64_t i, const RowPair& row, const RowSums<Real>& sums, const Exponentials<Real>& kept, bool selected) {
     terms_ = {selected, with_ce_, power_of(problem_.temperature)};
     const Real* row_weight = static_cast<const Real*>(gradient_.row_weight);
     const Real kd = static_cast<Real>(gradient_.kd_factor * (row_weight ? static_cast<double>(row_weight[i]) : 1.0));
@@ -103,7 +103,7 @@ class RowGradient {
                 kd * (1 / sums.teacher.sum()), ce * (1 / sums.student.sum_1())};
     target_ = {problem_.student.type, gradient_.streaming, const_cast<char*>(gradient_.out.row(i)),
                with_ce_ ? problem_.labels[i] : -1, ce};
-    student_ = at.student;
+    student_ = row.student;
     kept_ = kept;
     next_ = 0;
   }
@@ -212,56 +212,75 @@ KCD_INLINE RowSums<Real> sum_piece(SomePass pass, const Piece<Real>& here, int64
   return {student, teacher, infinite ? Limits<Real>::infinity() : cross};
 }
 
-// Whether float32 held the sums of a piece (Units::difference_scale).
+// Whether float32 can hold the sums of a piece (Units::difference_scale).
 template <class Real>
-KCD_INLINE bool held(const RowSums<Real>& sums) {
+KCD_INLINE bool within_float_range(const RowSums<Real>& sums) {
   return sums.cross < Real(1e30) && sums.cross > Real(-1e30);
 }
 
-// in_range: whether it held those of all pieces; if not, they count for nothing.  after: the row that is read next.  known: a piece
-// whose maxima are known, of this row or, in the end, of the next; without a teacher its y is null.  pending: the row before, a
-// piece of whose gradient is written after each piece of this row; null where no exponentials are kept.
+// What summing a row takes.
+template <class Real>
+struct RowTask {
+  const Problem& problem;
+  const Scale<Real>& scale;
+  RowPair row;
+  RowPair next_row;                        // read after this one; none: it is not known, or there is none
+  Exponentials<Real> kept;                 // where the row's exponentials go, if the pass keeps them
+  RowGradient<Real>* previous = nullptr;   // of the row before; written while this one is summed, if the pass keeps exponentials
+
+  void on_piece_done() const { previous->write_piece(); }
+};
+
+// The sums of a row.  If some piece was not within float range they are invalid; what is infinite is not within range either.
+template <class Real>
+struct SummedRow {
+  RowSums<Real> sums;
+  bool within_float_range;
+};
+
+// prefetched: a piece whose maxima are known.  On entry of this row, on return of the next one; if it is another one it is not
+// used.  Without a teacher its y is null.
 template <class Real, class SomePass>
-RowSums<Real> sum_row(SomePass pass, const Problem& problem, const RowPair& at, const RowPair& after, const Scale<Real>& scale,
-                      bool& in_range, const Exponentials<Real>& kept, Piece<Real>& known, RowGradient<Real>* pending) {
+SummedRow<Real> sum_row(SomePass pass, const RowTask<Real>& task, Piece<Real>& prefetched) {
   alignas(64) Real z[kPiece], y[kPiece];
+  const Problem& problem = task.problem;
+  const RowPair& row = task.row;
   const Type student_type = problem.student.type, teacher_type = problem.teacher.type;
   const bool in_place = is_type<Real>(student_type) && (!pass.teacher || is_type<Real>(teacher_type));
   const int64_t classes = problem.classes;
-  RowSums<Real> row;
-  in_range = true;
+  SummedRow<Real> summed{{}, true};
   for (int64_t first = 0; first < classes; first += kPiece) {
     const int64_t n = classes - first < kPiece ? classes - first : kPiece;
-    Piece<Real> here = known;
-    if (!in_place || known.z != in_memory<Real>(at.student, first) || known.y != in_memory<Real>(at.teacher, first)) {
-      here.z = piece_and_maximum(student_type, at.student, first, n, z, here.student_max);
-      if (pass.teacher) here.y = piece_and_maximum(teacher_type, at.teacher, first, n, y, here.teacher_max);
+    Piece<Real> here = prefetched;
+    if (!in_place || here.z != in_memory<Real>(row.student, first) || here.y != in_memory<Real>(row.teacher, first)) {
+      here.z = piece_and_maximum(student_type, row.student, first, n, z, here.student_max);
+      if (pass.teacher) here.y = piece_and_maximum(teacher_type, row.teacher, first, n, y, here.teacher_max);
     }
     const bool last = first + n == classes;
-    const RowPair next_row = last ? after : at;
+    const RowPair next_row = last ? task.next_row : row;
     const int64_t next_first = last ? 0 : first + kPiece;
     // The next piece, where it is as long as this one and lies in place.
     const bool with_next = in_place && next_row.student && (!pass.teacher || next_row.teacher) &&
                            (last ? classes <= kPiece : next_first + kPiece <= classes);
     if (with_next)
-      known = {in_memory<Real>(next_row.student, next_first),
-               in_memory<Real>(pass.teacher ? next_row.teacher : nullptr, next_first), 0, 0};
-    const RowPair& read = with_next ? next_row : at;
+      prefetched = {in_memory<Real>(next_row.student, next_first),
+                    in_memory<Real>(pass.teacher ? next_row.teacher : nullptr, next_first), 0, 0};
+    const RowPair& read = with_next ? next_row : row;
     const int64_t read_first = with_next ? next_first : first;
     const Ahead later_z = ahead(problem.student, read.student, read_first),
                 later_y = ahead(problem.teacher, read.teacher, read_first);
-    Real *e = kept.student + first, *f = kept.teacher + first;
-    const RowSums<Real> sums = with_next ? sum_piece<true>(pass, here, n, scale, later_z, later_y, e, f, known)
-                                         : sum_piece<false>(pass, here, n, scale, later_z, later_y, e, f, known);
+    Real *e = task.kept.student + first, *f = task.kept.teacher + first;
+    const RowSums<Real> sums = with_next ? sum_piece<true>(pass, here, n, task.scale, later_z, later_y, e, f, prefetched)
+                                         : sum_piece<false>(pass, here, n, task.scale, later_z, later_y, e, f, prefetched);
     if (pass.keep) {
-      kept.student_max[first / kPiece] = sums.student.max;
-      kept.teacher_max[first / kPiece] = sums.teacher.max;
+      task.kept.student_max[first / kPiece] = sums.student.max;
+      task.kept.teacher_max[first / kPiece] = sums.teacher.max;
     }
-    in_range &= held(sums);
-    row = first ? merge(row, sums, scale.units) : sums;
-    if (pass.keep) pending->write_piece();
+    summed.within_float_range &= within_float_range(sums);
+    summed.sums = first ? merge(summed.sums, sums, task.scale.units) : sums;
+    if (pass.keep) task.on_piece_done();
   }
-  return row;
+  return summed;
 }
 
 template <class To>
@@ -288,33 +307,33 @@ double cross_of_row(const Problem& problem, const char* student, const char* tea
   return cross;
 }
 
-// The sums of a row that float32 did not hold, or that are infinite.
+// The sums of a row whose pieces were not all within float range.
 template <class Real>
-__attribute__((noinline)) RowSums<Real> settle(const Pass<false>& pass, const Problem& problem, const RowPair& at,
-                                               const Scale<Real>& scale, RowSums<Real> row, bool in_range) {
-  if (!in_range && sizeof(Real) < sizeof(double)) {
+__attribute__((noinline)) RowSums<Real> recompute_in_double(const Pass<false>& pass, const Problem& problem, const RowPair& row,
+                                                            const Scale<Real>& scale, RowSums<Real> sums) {
+  if (sizeof(Real) < sizeof(double)) {
     const Scale<double> wide_scale(problem.temperature);
-    bool wide_in_range;
-    Piece<double> unknown{};
-    const RowSums<double> wide =
-        sum_row<double>(pass, problem, at, RowPair{}, wide_scale, wide_in_range, Exponentials<double>{}, unknown, nullptr);
-    row = {convert<Real>(wide.student), convert<Real>(wide.teacher),
-           static_cast<Real>(wide.cross / wide_scale.units.difference_scale * scale.units.difference_scale)};
+    Piece<double> nothing{};
+    const RowSums<double> wide = sum_row<double>(pass, {problem, wide_scale, row, {}, {}}, nothing).sums;
+    sums = {convert<Real>(wide.student), convert<Real>(wide.teacher),
+            static_cast<Real>(wide.cross / wide_scale.units.difference_scale * scale.units.difference_scale)};
   }
-  if (pass.teacher && row.cross == Limits<Real>::infinity())
-    row.cross = static_cast<Real>(cross_of_row(problem, at.student, at.teacher, static_cast<double>(row.student.max),
-                                               static_cast<double>(row.teacher.max))) *
-                scale.units.difference_scale;
-  return row;
+  if (pass.teacher && sums.cross == Limits<Real>::infinity())
+    sums.cross = static_cast<Real>(cross_of_row(problem, row.student, row.teacher, static_cast<double>(sums.student.max),
+                                                static_cast<double>(sums.teacher.max))) *
+                 scale.units.difference_scale;
+  return sums;
 }
 
+// As sum_row; the sums are valid in any case.
 template <class Real, class SomePass>
-RowSums<Real> sum_whole_row(const SomePass& pass, const Problem& problem, const RowPair& at, const RowPair& after,
-                            const Scale<Real>& scale, const Exponentials<Real>& kept, Piece<Real>& known, bool& in_range,
-                            RowGradient<Real>* pending) {
-  const RowSums<Real> row = sum_row<Real>(pass, problem, at, after, scale, in_range, kept, known, pending);
-  if (in_range) return row;   // what is infinite is not
-  return settle(Pass<false>{pass.power, pass.teacher, pass.teacher_entropy}, problem, at, scale, row, in_range);
+SummedRow<Real> sum_whole_row(const SomePass& pass, const RowTask<Real>& task, Piece<Real>& prefetched) {
+  SummedRow<Real> summed = sum_row<Real>(pass, task, prefetched);
+  if (!summed.within_float_range) {
+    const Pass<false> again{pass.power, pass.teacher, pass.teacher_entropy};
+    summed.sums = recompute_in_double(again, task.problem, task.row, task.scale, summed.sums);
+  }
+  return summed;
 }
 
 template <class Real>
@@ -373,24 +392,22 @@ KCD_INLINE Real label_logit(const Problem& problem, const char* student, int64_t
 
 // The sums of a row whose teacher is not read, if its student is.
 template <class Real>
-RowSums<Real> sum_student_row(const Problem& problem, const RowPair& at, const RowPair& after, Piece<Real>& known) {
-  if (!at.student) return {};
-  return with_pass<Real>(kStudentAlone, [&](auto pass) {
-    bool in_range;
-    return sum_whole_row<Real>(pass, problem, at, after, Scale<Real>(1.0), {}, known, in_range, nullptr);
-  });
+RowSums<Real> sum_student_row(const Problem& problem, const RowPair& row, const RowPair& next_row, Piece<Real>& prefetched) {
+  if (!row.student) return {};
+  const Scale<Real> scale(1.0);
+  return with_pass<Real>(
+      kStudentAlone, [&](auto pass) { return sum_whole_row<Real>(pass, {problem, scale, row, next_row, {}}, prefetched).sums; });
 }
 
 template <class Real, class SomePass>
 void forward(const SomePass& pass, const Problem& problem, const RowOutputs& outputs, int64_t begin, int64_t end) {
   const Scale<Real> scale(problem.temperature);
-  Piece<Real> known{};
+  Piece<Real> prefetched{};
   for (int64_t i = begin; i < end; ++i) {
-    const RowPair at = row_pair(problem, i), after = at.student ? next_row_pair(problem, i + 1, end) : RowPair{};
-    bool in_range;
-    const RowSums<Real> sums = at.teacher ? sum_whole_row<Real>(pass, problem, at, after, scale, {}, known, in_range, nullptr)
-                                          : sum_student_row(problem, at, after, known);
-    write_row(problem, outputs, i, at.teacher != nullptr, sums, label_logit<Real>(problem, at.student, i), scale.units);
+    const RowPair row = row_pair(problem, i), next_row = row.student ? next_row_pair(problem, i + 1, end) : RowPair{};
+    const RowSums<Real> sums = row.teacher ? sum_whole_row<Real>(pass, {problem, scale, row, next_row, {}}, prefetched).sums
+                                           : sum_student_row(problem, row, next_row, prefetched);
+    write_row(problem, outputs, i, row.teacher != nullptr, sums, label_logit<Real>(problem, row.student, i), scale.units);
   }
 }
 
@@ -400,32 +417,31 @@ void forward_with_gradient(const SomePass& pass, const Problem& problem, const R
                            int64_t begin, int64_t end) {
   const Scale<Real> scale(problem.temperature);
   const auto kept = scratch_of_thread.exponentials<Real>(problem.classes);
-  RowGradient<Real> pending(problem, gradient, scale);
+  RowGradient<Real> previous(problem, gradient, scale);
   int turn = 0;   // which of the two is free
   const Real* value = static_cast<const Real*>(gradient.value);
   Guess<Real> guess(gradient.share);
-  Piece<Real> known{};
+  Piece<Real> prefetched{};
   for (int64_t i = begin; i < end; ++i) {
-    const RowPair at = row_pair(problem, i), after = at.teacher ? next_row_pair(problem, i + 1, end) : RowPair{};
+    const RowPair row = row_pair(problem, i), next_row = row.teacher ? next_row_pair(problem, i + 1, end) : RowPair{};
     gradient.written[i] = kNotWritten;
-    if (!at.teacher) {
-      const RowSums<Real> sums = sum_student_row(problem, at, after, known);
-      write_row(problem, outputs, i, false, sums, label_logit<Real>(problem, at.student, i), scale.units);
+    if (!row.teacher) {
+      const RowSums<Real> sums = sum_student_row(problem, row, next_row, prefetched);
+      write_row(problem, outputs, i, false, sums, label_logit<Real>(problem, row.student, i), scale.units);
       continue;
     }
     const Exponentials<Real>& here = kept[turn];
-    bool in_range;
-    const RowSums<Real> sums = sum_whole_row<Real>(pass, problem, at, after, scale, here, known, in_range, &pending);
-    pending.finish();
-    write_row(problem, outputs, i, true, sums, label_logit<Real>(problem, at.student, i), scale.units);
+    const auto [sums, in_range] = sum_whole_row<Real>(pass, {problem, scale, row, next_row, here, &previous}, prefetched);
+    previous.finish();
+    write_row(problem, outputs, i, true, sums, label_logit<Real>(problem, row.student, i), scale.units);
     // What is infinite or not a number is left to the backward pass.
     if (!in_range || !finite(sums.cross + sums.student.sum() + sums.teacher.sum() + sums.student.max + sums.teacher.max)) continue;
     const bool selected = !value || guess.selected(value[i]);
-    pending.begin(i, at, sums, here, selected);
+    previous.begin(i, row, sums, here, selected);
     turn = 1 - turn;
     gradient.written[i] = selected ? kAsSelected : kAsNotSelected;
   }
-  pending.finish();
+  previous.finish();
   if (gradient.streaming) stream_fence();
 }
 
@@ -453,37 +469,35 @@ struct WholeRow {
 
 template <class Real>
 void sum_pieces(const Problem& problem, const RowOutputs& outputs, int64_t i, int64_t begin, int64_t end, RowSums<Real>* sums) {
-  const RowPair at = row_pair(problem, i);
-  const WholeRow<Real> row(problem, outputs, at.teacher);
-  Piece<Real> known{};
-  bool in_range;
+  const RowPair row = row_pair(problem, i);
+  const WholeRow<Real> whole(problem, outputs, row.teacher);
+  Piece<Real> nothing{};
   for (int64_t k = begin; k < end; ++k) {
     Problem alone = problem;   // a row of this piece alone
     alone.classes = std::min(kPiece, problem.classes - k * kPiece);
-    const auto from_here = [&](const char* row, Type type) { return row ? row + k * kPiece * size_of(type) : nullptr; };
-    const RowPair here{from_here(at.student, problem.student.type), from_here(at.teacher, problem.teacher.type)};
-    sums[k] = with_pass<Real>(row.pass, [&](auto pass) {
-      return sum_row<Real>(pass, alone, here, RowPair{}, row.scale, in_range, Exponentials<Real>{}, known, nullptr);
-    });
+    const auto from_here = [&](const char* logits, Type type) { return logits ? logits + k * kPiece * size_of(type) : nullptr; };
+    const RowPair here{from_here(row.student, problem.student.type), from_here(row.teacher, problem.teacher.type)};
+    sums[k] = with_pass<Real>(whole.pass,
+                              [&](auto pass) { return sum_row<Real>(pass, {alone, whole.scale, here, {}, {}}, nothing).sums; });
   }
 }
 
 template <class Real>
 void finish_row(const Problem& problem, const RowOutputs& outputs, int64_t i, const RowSums<Real>* sums) {
-  const RowPair at = row_pair(problem, i);
-  const WholeRow<Real> row(problem, outputs, at.teacher);
-  RowSums<Real> whole{};
-  if (at.student) {
-    whole = sums[0];
-    bool in_range = held(whole);
+  const RowPair row = row_pair(problem, i);
+  const WholeRow<Real> whole(problem, outputs, row.teacher);
+  RowSums<Real> merged{};
+  if (row.student) {
+    merged = sums[0];
+    bool in_range = within_float_range(merged);
     for (int64_t k = 1; k * kPiece < problem.classes; ++k) {
-      whole = merge(whole, sums[k], row.scale.units);
-      in_range &= held(sums[k]);
+      merged = merge(merged, sums[k], whole.scale.units);
+      in_range &= within_float_range(sums[k]);
     }
-    if (!in_range) whole = settle(row.pass, problem, at, row.scale, whole, in_range);
+    if (!in_range) merged = recompute_in_double(whole.pass, problem, row, whole.scale, merged);
   }
   const Units<Real> units = Scale<Real>(problem.temperature).units;
-  write_row(problem, outputs, i, at.teacher != nullptr, whole, label_logit<Real>(problem, at.student, i), units);
+  write_row(problem, outputs, i, row.teacher != nullptr, merged, label_logit<Real>(problem, row.student, i), units);
 }
 
 void sum_pieces(const Problem& problem, const RowOutputs& outputs, int64_t i, int64_t begin, int64_t end, void* sums) {
@@ -504,6 +518,6 @@ void forward(const Problem& problem, const RowOutputs& outputs, const Gradient* 
                                         : forward<float>(problem, outputs, gradient, begin, end);
 }
 
-const Columns columns{kPiece, sizeof(RowSums<double>), sum_pieces, finish_row};
+const SplitRow split_row{kPiece, sizeof(RowSums<double>), sum_pieces, finish_row};
 
 }   // namespace kcd::cpu::KCD_SET

@@ -19,7 +19,7 @@ namespace kcd::cpu {
   namespace set {                                                                                                        \
   void forward(const Problem& problem, const RowOutputs& outputs, const Gradient* gradient, int64_t begin, int64_t end); \
   void backward(const Problem& problem, const Gradient& gradient, int64_t begin, int64_t end);                           \
-  extern const Columns columns;                                                                                          \
+  extern const SplitRow split_row;                                                                                       \
   void write_pieces(const Problem& problem, const Gradient& gradient, int64_t i, int64_t begin, int64_t end);            \
   }
 KCD_SETS(X)

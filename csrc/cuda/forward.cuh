@@ -273,8 +273,7 @@ KCD_DEVICE void finish_row(const ForwardArguments<Real>& a, int64_t i, const Row
   Real label_logit = Limits<Real>::nan();
   if (valid && p.with_labels && p.labels[i] >= 0 && p.labels[i] < p.classes)
     label_logit = load_logit<Real>(row_of(p.student, i).at(static_cast<int>(p.labels[i])), p.student.type);
-  const Real without_kl = candidate && p.with_teacher ? Limits<Real>::nan() : 0;   // named twice
-  const RowResults<Real> row = write_row(p, a.outputs, i, with_teacher, sums, label_logit, a.scale.units, without_kl);
+  const RowResults<Real> row = write_row(p, a.outputs, i, with_teacher, sums, label_logit, a.scale.units);
   if (a.candidate) a.candidate[i] = candidate;
   if (a.value == Value::score) {
     const auto copy = [&](auto* out) {

@@ -362,6 +362,11 @@ void reduce(const Reduce& call, const Machine& machine, void* memory) {
                           : reduce<float>(call.problem, loss, planned, machine);
 }
 
+void clear(const State& state, const Machine& machine) {
+  const auto bytes = static_cast<size_t>(state.bytes());
+  check(gpu::fill(state.data, 0, bytes, stream_of(machine)), "clearing the state", state.rows, 0);
+}
+
 void map_teacher_rows(const int64_t* rows, int64_t n, int64_t* teacher_row, int64_t student_rows, const Machine& machine) {
   const cudaStream_t stream = stream_of(machine);
   if (student_rows == 0) return;

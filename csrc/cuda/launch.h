@@ -102,6 +102,8 @@ void backward(const Backward&, const Machine&);
 void select(const Select&, const Machine&, void* workspace);
 void reduce(const Reduce&, const Machine&, void* workspace);
 
+void clear(const State&, const Machine&);
+
 // teacher_row[i]: the teacher's row of student's row i, as named by rows[0..n), or -1 for none.
 void map_teacher_rows(const int64_t* rows, int64_t n, int64_t* teacher_row, int64_t student_rows, const Machine&);
 

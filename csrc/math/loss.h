@@ -12,12 +12,11 @@ KCD_INLINE int64_t number_to_keep(double fraction, int64_t count, int64_t n) {
   return share > 1 ? share : 1;
 }
 
-// What a row is ranked by; 0 where it is no candidate.  A row whose entropy or KL is not a number ranks first, whatever is asked
-// for, so that it reaches the loss.
+// What a row is ranked by; NaN where it is no candidate.  A candidate whose entropy or KL is not a number ranks first, whatever is
+// asked for, so that it reaches the loss.
 template <class Score, class Real>
 KCD_INLINE Score ranked(bool candidate, Score value, Real entropy, Real kl) {
-  if (!candidate) return 0;
-  return entropy == entropy && kl == kl ? value : Limits<Score>::nan();
+  return candidate && entropy == entropy && kl == kl ? value : Limits<Score>::nan();
 }
 
 // A weight of 0 takes a row out, whatever its divergence, unless that is not a number: NaN is never hidden.

@@ -7,16 +7,16 @@ namespace kcd {
 
 template <class Real>
 struct RowResults {
-  Real entropy, kl, cross_entropy, teacher_entropy;   // 0 where the row was not read
+  Real entropy, kl, cross_entropy, teacher_entropy;   // of a row that was not read NaN, NaN (0 without a teacher), 0, 0
 };
 
-// with_teacher: the teacher's row was read; without_kl: the KL of a row whose teacher was not.  label_logit: the student's logit of
-// the label; NaN where there is no such class.
+// with_teacher: the teacher's row was read.  label_logit: the student's logit of the label; NaN where there is no such class.
 template <class Real>
 KCD_INLINE RowResults<Real> write_row(const Problem& problem, const RowOutputs& outputs, int64_t i, bool with_teacher,
-                                      const RowSums<Real>& sums, Real label_logit, const Units<Real>& units, Real without_kl = 0) {
+                                      const RowSums<Real>& sums, Real label_logit, const Units<Real>& units) {
   const bool valid = problem.valid(i);
-  RowResults<Real> row{0, without_kl, 0, 0};
+  const Real nan = Limits<Real>::nan();
+  RowResults<Real> row{nan, problem.with_teacher ? nan : 0, 0, 0};
   if (valid) row.entropy = entropy(sums.student);
   if (with_teacher) row.kl = kl(sums, units);
   if (outputs.cross_entropy) {

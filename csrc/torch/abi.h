@@ -50,6 +50,7 @@ using StableIValue = uint64_t;
   X(aoti_torch_dtype_float16, ())                                                                                                  \
   X(aoti_torch_dtype_bfloat16, ())                                                                                                 \
   X(aoti_torch_dtype_int64, ())                                                                                                    \
+  X(aoti_torch_dtype_uint8, ())                                                                                                    \
   X(aoti_torch_dtype_bool, ())                                                                                                     \
   X(torch_get_num_threads, (uint32_t* threads))                                                                                    \
   X(torch_parallel_for, (int64_t begin, int64_t end, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context))
@@ -91,7 +92,8 @@ inline void check_allocation(int32_t error, const int64_t* sizes, int64_t dim, i
   if (error == 0) return;
   const bool wide = dtype == aoti_torch_dtype_float64() || dtype == aoti_torch_dtype_int64();
   const bool half = dtype == aoti_torch_dtype_float16() || dtype == aoti_torch_dtype_bfloat16();
-  int64_t bytes = wide ? 8 : half ? 2 : dtype == aoti_torch_dtype_bool() ? 1 : 4;
+  const bool byte = dtype == aoti_torch_dtype_bool() || dtype == aoti_torch_dtype_uint8();
+  int64_t bytes = wide ? 8 : half ? 2 : byte ? 1 : 4;
   for (int64_t i = 0; i < dim; ++i) bytes *= sizes[i];
   constexpr int32_t kCpu = 0;
   throw std::runtime_error("kcd_ext: allocating " + std::to_string(bytes) + " bytes on " +
@@ -216,6 +218,7 @@ class Arguments {
   const Tensor& tensor() { return tensors_[count_++].emplace(*next_++); }
   const Tensor& operator[](size_t i) const { return *tensors_[i]; }   // of those already taken
   double real() { return scalar<double>(); }
+  bool boolean() { return scalar<bool>(); }
   int64_t integer() { return scalar<int64_t>(); }
 
  private:
@@ -226,13 +229,13 @@ class Arguments {
     return value;
   }
   StableIValue* next_;
-  std::array<std::optional<Tensor>, 9> tensors_;   // no schema has more
+  std::array<std::optional<Tensor>, 7> tensors_;   // no schema has more
   size_t count_ = 0;
 };
 
 // Replaces a boxed call's arguments by its results.
 template <class... Tensors>
-void give_back(StableIValue* stack, Tensors&... results) {
+void return_results(StableIValue* stack, Tensors&... results) {
   ((*stack++ = results.release()), ...);
 }
 

@@ -13,7 +13,8 @@ namespace kcd {
 
 struct Dtypes {
   int32_t float32 = aoti_torch_dtype_float32(), float64 = aoti_torch_dtype_float64(), float16 = aoti_torch_dtype_float16(),
-          bfloat16 = aoti_torch_dtype_bfloat16(), int64 = aoti_torch_dtype_int64(), boolean = aoti_torch_dtype_bool();
+          bfloat16 = aoti_torch_dtype_bfloat16(), int64 = aoti_torch_dtype_int64(), uint8 = aoti_torch_dtype_uint8(),
+          boolean = aoti_torch_dtype_bool();
 };
 inline const Dtypes& dtypes() {
   static const Dtypes all;
@@ -30,6 +31,10 @@ inline Type type_of(const View& logits) {
 }
 
 inline bool absent(const View& x) { return x.dtype() == dtypes().boolean; }
+inline View absent_view() {
+  static const int64_t size = 0, stride = 1;
+  return {nullptr, &size, &stride, 1, dtypes().boolean, 0, 0};
+}
 
 inline void require(bool condition, const char* message) {
   if (!condition) throw std::invalid_argument(std::string("kcd_ext: ") + message);
@@ -188,15 +193,30 @@ inline void check_value(const Call& call, const View& score, Value value) {
   require(value != Value::cross_entropy || p.with_labels, "the cross entropy needs labels");
   require(p.with_teacher || (value != Value::kl && value != Value::teacher_entropy), "this value needs a teacher");
   if (value == Value::score)
-    dense(score, score.dtype() == dtypes().float64 ? dtypes().float64 : dtypes().float32, p.rows,
-          "score must be float32 or float64, one a row");
+    dense(score, score.dtype() == dtypes().float64 ? dtypes().float64 : call.accumulator(), p.rows,
+          "score must be of the accumulator's dtype or float64, one a row");
 }
 
-inline void check_rows_of(const Call& call, const View& selected, const View& stats, const View& counts) {
-  constexpr const char* message = "selected, stats and counts must come from the forward pass on the same logits";
-  dense(selected, dtypes().boolean, call.problem.rows, message);
-  dense(stats, call.accumulator(), kStatsRows * call.problem.rows, message);
-  dense(counts, dtypes().int64, 2, message);
+// ---- the state
+
+// What rows are ranked by: of the scores' dtype, or the accumulator's.
+inline bool ranks_by_double(const Call& call, const View& score) { return call.is_double() || score.dtype() == dtypes().float64; }
+
+inline State state_of(const Call& call, bool value_is_double, void* data) {
+  return {static_cast<char*>(data), call.problem.rows, value_is_double ? 8 : 4, call.accumulator_bytes()};
+}
+
+inline Tensor state_like(const Call& call, const View& score, const View& like) {
+  return Tensor::empty({state_of(call, ranks_by_double(call, score), nullptr).bytes()}, dtypes().uint8, like);
+}
+
+// The state that an earlier call has left, checked.  It is read alone.
+inline State given_state(const Call& call, const View& x) {
+  constexpr const char* message = "state must come from the forward pass on the same logits";
+  State state = state_of(call, call.is_double(), const_cast<void*>(x.data<void>()));
+  if (x.numel() != state.bytes()) state.value_bytes = sizeof(double);
+  dense(x, dtypes().uint8, state.bytes(), message);
+  return state;
 }
 
 struct ForwardCall {
@@ -204,11 +224,12 @@ struct ForwardCall {
   KeepOptions keep;
   Value value;
   LossOptions options;
+  bool with_gradient;
 
   static ForwardCall of(Arguments& args) {
-    return {args.tensor(),        args.tensor(), args.tensor(),         args.tensor(),
-            args.tensor(),        args.tensor(), KeepOptions::of(args), static_cast<Value>(args.integer()),
-            LossOptions::of(args)};
+    return {args.tensor(),         args.tensor(), args.tensor(),         args.tensor(),
+            args.tensor(),         args.tensor(), KeepOptions::of(args), static_cast<Value>(args.integer()),
+            LossOptions::of(args), args.boolean()};
   }
 
   Call call() const {
@@ -218,6 +239,7 @@ struct ForwardCall {
     require(options.ce_weight == 0 || call.problem.with_labels, "ce_weight needs labels");
     check_value(call, score, value);
     row_weight_of(call, row_weight);
+    require(!with_gradient || options.reduction != Reduction::none, "the gradient of the rows' losses needs their grad_output");
     return call;
   }
 };
@@ -257,22 +279,20 @@ struct SelectCall {
 };
 
 struct ReduceCall {
-  View student, labels, row_weight, selected, stats, cross_entropy, counts;
+  View student, labels, row_weight, state, cross_entropy;
   LossOptions options;
   explicit ReduceCall(Arguments& args)
       : student(args.tensor()),
         labels(args.tensor()),
         row_weight(args.tensor()),
-        selected(args.tensor()),
-        stats(args.tensor()),
+        state(args.tensor()),
         cross_entropy(args.tensor()),
-        counts(args.tensor()),
         options(LossOptions::of(args)) {}
 
   Call call() const {
-    on_one_device(student, {&selected, &stats, &counts}, {&labels, &row_weight, &cross_entropy});
+    on_one_device(student, {&state}, {&labels, &row_weight, &cross_entropy});
     const Call call(student, nullptr, labels, nullptr, options.temperature, options.ignore_index);
-    check_rows_of(call, selected, stats, counts);
+    given_state(call, state);
     if (call.problem.with_labels)
       dense(cross_entropy, call.accumulator(), call.problem.rows, "cross_entropy must come from row_stats");
     require(options.ce_weight == 0 || call.problem.with_labels, "ce_weight needs labels");
@@ -282,22 +302,22 @@ struct ReduceCall {
 };
 
 struct BackwardCall {
-  View grad_output, student, teacher, labels, row_weight, rows, selected, stats, counts;
+  View grad_output, student, teacher, labels, row_weight, rows, state;
   LossOptions options;
 
   static constexpr size_t kStudent = 1;   // its place among the arguments
   static BackwardCall of(Arguments& args) {
-    return {args.tensor(), args.tensor(), args.tensor(), args.tensor(), args.tensor(),
-            args.tensor(), args.tensor(), args.tensor(), args.tensor(), LossOptions::of(args)};
+    return {args.tensor(), args.tensor(), args.tensor(), args.tensor(),
+            args.tensor(), args.tensor(), args.tensor(), LossOptions::of(args)};
   }
 
   bool one_for_all() const { return grad_output.dim() == 0; }
 
   Call call() const {
-    on_one_device(student, {&grad_output, &selected, &stats, &counts}, {&teacher, &labels, &row_weight, &rows});
+    on_one_device(student, {&grad_output, &state}, {&teacher, &labels, &row_weight, &rows});
     const Call call(student, &teacher, labels, &rows, options.temperature, options.ignore_index);
     require(call.problem.with_teacher, "teacher logits are missing");
-    check_rows_of(call, selected, stats, counts);
+    given_state(call, state);
     dense(grad_output, call.accumulator(), one_for_all() ? 1 : call.problem.rows,
           "grad_output must be of the accumulator's dtype, a scalar or one a row");
     row_weight_of(call, row_weight);
@@ -312,28 +332,16 @@ inline Tensor loss_like(const Call& call, const LossOptions& options, const View
                                               : Tensor::empty({}, call.accumulator(), student);
 }
 
-// What rows are ranked by: of the scores' dtype, or the accumulator's.
-inline int32_t ranked_dtype(const Call& call, const View& score) { return absent(score) ? call.accumulator() : score.dtype(); }
-inline bool ranks_by_double(const Call& call, const View& score) { return ranked_dtype(call, score) == dtypes().float64; }
-inline Tensor ranked_like(const Call& call, const View& score, const View& student) {
-  return call.per_row(ranked_dtype(call, score), student);
-}
-
-inline Tensor stats_like(const Call& call, const View& student) {
-  return Tensor::empty({kStatsRows, call.problem.rows}, call.accumulator(), student);
-}
-
 inline Tensor cross_entropy_like(const Call& call, const View& student) {
   return call.problem.with_labels ? call.per_row(call.accumulator(), student) : Tensor::empty({0}, call.accumulator(), student);
 }
 
 // ---- operators
 
-// The boxed kernels of one device; null: it has none.
+// The boxed kernels of one device.
 using BoxedKernel = void (*)(StableIValue* stack, uint64_t inputs, uint64_t outputs);
 struct OperatorKernels {
-  BoxedKernel condensed_kd, condensed_kd_forward, condensed_kd_with_gradient, condensed_kd_backward, condensed_kd_gradient,
-      condensed_kd_gradient_, row_stats, select_topk, reduce_rows;
+  BoxedKernel condensed_kd, condensed_kd_backward, condensed_kd_backward_, row_stats, select_topk, reduce_rows;
 };
 const OperatorKernels& cpu_operators();
 const OperatorKernels& cuda_operators();

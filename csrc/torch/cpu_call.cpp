@@ -49,17 +49,17 @@ void rank(const Problem& p, const void* value, bool by_double, const Rows& rows)
 }
 
 // Whether threads would be idle if each took whole rows.
-bool by_columns(const Problem& p) { return p.rows > 0 && p.classes >= 2 * kRead && p.rows < number_of_threads(); }
+bool split_rows(const Problem& p) { return p.rows > 0 && p.classes >= 2 * kRead && p.rows < number_of_threads(); }
 
-void sum_by_columns(const CpuCall& call, const RowOutputs& outputs) {
+void sum_split_rows(const CpuCall& call, const RowOutputs& outputs) {
   const Problem& p = call.problem;
-  const cpu::Columns& columns = *cpu::kernels().columns;
-  const int64_t row_bytes = (p.classes + columns.piece - 1) / columns.piece * columns.bytes_of_piece;
+  const cpu::SplitRow& split = *cpu::kernels().split_row;
+  const int64_t row_bytes = (p.classes + split.piece - 1) / split.piece * split.bytes_of_piece;
   const std::unique_ptr<double[]> sums(new double[static_cast<size_t>(p.rows * row_bytes) / sizeof(double)]);
   const auto of_row = [&](int64_t i) { return reinterpret_cast<char*>(sums.get()) + i * row_bytes; };
-  call.over_pieces(kRead, columns.piece,
-                   [&](int64_t i, int64_t begin, int64_t end) { columns.sum_pieces(p, outputs, i, begin, end, of_row(i)); });
-  for (int64_t i = 0; i < p.rows; ++i) columns.finish_row(p, outputs, i, of_row(i));
+  call.over_pieces(kRead, split.piece,
+                   [&](int64_t i, int64_t begin, int64_t end) { split.sum_pieces(p, outputs, i, begin, end, of_row(i)); });
+  for (int64_t i = 0; i < p.rows; ++i) split.finish_row(p, outputs, i, of_row(i));
 }
 
 // What rows are ranked by: it stands there once they are read.
@@ -79,8 +79,8 @@ void read_rows(const CpuCall& call, const View& score, Value value, const Rows& 
   const Problem& p = call.problem;
   // The teacher's entropy only ranks: it is written where the ranking is read from.
   const RowOutputs outputs{rows.stats, rows.cross_entropy, value == Value::teacher_entropy ? rows.value : nullptr};
-  by_columns(p)
-      ? sum_by_columns(call, outputs)
+  split_rows(p)
+      ? sum_split_rows(call, outputs)
       : call.over_rows(kRead, [&](int64_t begin, int64_t end) { cpu::kernels().forward(p, outputs, gradient, begin, end); });
 
   const void* source = value_of(call, score, value, rows);
@@ -98,21 +98,21 @@ void select(const void* value, bool is_double, const uint8_t* candidate, int64_t
 namespace {
 
 template <class Real>
-void reduce(const Call& call, const LossOptions& options, const View& row_weight, const uint8_t* selected, const void* stats,
-            const void* cross_entropy, const int64_t* counts, void* loss) {
+void reduce_as(const Call& call, const LossOptions& options, const View& row_weight, const State& state, const void* cross_entropy,
+               void* loss) {
   const LossFactors factors{options.kd_weight * options.temperature * options.temperature, options.ce_weight,
-                            options.divisor(counts[0]), options.divisor(counts[1])};
-  cpu::loss(call.problem, static_cast<const Real*>(stats) + kKl * call.problem.rows, static_cast<const Real*>(cross_entropy),
-            static_cast<const Real*>(row_weight_of(call, row_weight)), selected, factors, options.reduction,
+                            options.divisor(state.counts()[0]), options.divisor(state.counts()[1])};
+  cpu::loss(call.problem, reinterpret_cast<const Real*>(state.stats()) + kKl * state.rows, static_cast<const Real*>(cross_entropy),
+            static_cast<const Real*>(row_weight_of(call, row_weight)), state.selected(), factors, options.reduction,
             static_cast<Real*>(loss));
 }
 
 }   // namespace
 
-void reduce(const Call& call, const LossOptions& options, const View& row_weight, const uint8_t* selected, const void* stats,
-            const void* cross_entropy, const int64_t* counts, void* loss) {
-  call.is_double() ? reduce<double>(call, options, row_weight, selected, stats, cross_entropy, counts, loss)
-                   : reduce<float>(call, options, row_weight, selected, stats, cross_entropy, counts, loss);
+void reduce(const Call& call, const LossOptions& options, const View& row_weight, const State& state, const void* cross_entropy,
+            void* loss) {
+  call.is_double() ? reduce_as<double>(call, options, row_weight, state, cross_entropy, loss)
+                   : reduce_as<float>(call, options, row_weight, state, cross_entropy, loss);
 }
 
 // ---- gradient
@@ -140,8 +140,8 @@ Gradient gradient_of(const Call& call, const LossOptions& options, const View& r
 
 void write_rows(const CpuCall& call, const Gradient& gradient) {
   const Problem& p = call.problem;
-  if (by_columns(p))
-    return call.over_pieces(kRead, cpu::kernels().columns->piece, [&](int64_t i, int64_t begin, int64_t end) {
+  if (split_rows(p))
+    return call.over_pieces(kRead, cpu::kernels().split_row->piece, [&](int64_t i, int64_t begin, int64_t end) {
       cpu::kernels().write_pieces(p, gradient, i, begin, end);
     });
   const bool mostly_written = gradient.written != nullptr;
@@ -153,12 +153,12 @@ void write_rows(const CpuCall& call, const Gradient& gradient) {
 
 void write_gradient(const BackwardCall& a, const CpuCall& call, const Logits& out) {
   const Problem& p = call.problem;
-  const auto* selected = a.selected.data<uint8_t>();
+  const State state = given_state(call, a.state);
   for (int64_t i = 0; i < p.rows; ++i)
-    require(!selected[i] || p.teacher_row_of(i) >= 0, "selected names a row that the teacher does not hold");
-  Gradient gradient = gradient_of(call, a.options, a.row_weight, a.counts.data<int64_t>(), out);
-  gradient.stats = a.stats.data<void>();
-  gradient.selected = selected;
+    require(!state.selected()[i] || p.teacher_row_of(i) >= 0, "selected names a row that the teacher does not hold");
+  Gradient gradient = gradient_of(call, a.options, a.row_weight, state.counts(), out);
+  gradient.stats = state.stats();
+  gradient.selected = state.selected();
   gradient.grad_output = a.grad_output.data<void>();
   gradient.grad_output_stride = a.one_for_all() ? 0 : 1;
   write_rows(call, gradient);
@@ -166,32 +166,32 @@ void write_gradient(const BackwardCall& a, const CpuCall& call, const Logits& ou
 
 // ---- both
 
-void forward(const ForwardCall& a, const CpuCall& call, const Results& results, const Logits* out) {
+void forward(const ForwardCall& a, const CpuCall& call, void* loss, const State& state, const Logits& out) {
   const Problem& p = call.problem;
   const auto rows = static_cast<size_t>(p.rows);
-  std::vector<uint8_t> candidate(rows), written(out ? rows : 0);
+  std::vector<uint8_t> candidate(rows), written(a.with_gradient ? rows : 0);
   std::vector<double> cross_entropy(p.with_labels ? rows : 0);   // room for either type
-  const Rows read{results.value, results.stats, p.with_labels ? cross_entropy.data() : nullptr, candidate.data()};
-  int64_t* counts = results.counts;
+  const Rows read{state.value(), state.stats(), p.with_labels ? cross_entropy.data() : nullptr, candidate.data()};
+  int64_t* counts = state.counts();
   const int64_t candidates = cpu::mark_candidates(p, candidate.data());
   counts[0] = number_to_keep(a.keep.fraction, a.keep.count, candidates);
   counts[1] = cpu::count_valid(p);
 
   Gradient gradient{};
-  if (out) {
-    gradient = gradient_of(call, a.options, a.row_weight, counts, *out);
+  if (a.with_gradient) {
+    gradient = gradient_of(call, a.options, a.row_weight, counts, out);
     gradient.written = written.data();
     gradient.value = ranks_by_double(call, a.score) == call.is_double() ? value_of(call, a.score, a.value, read) : nullptr;
     gradient.share = static_cast<double>(counts[0]) / static_cast<double>(std::max<int64_t>(1, candidates));
   }
-  read_rows(call, a.score, a.value, read, out ? &gradient : nullptr);
-  select(results.value, ranks_by_double(call, a.score), candidate.data(), p.rows, counts[0], results.selected);
-  if (out) {
-    gradient.stats = results.stats;
-    gradient.selected = results.selected;
+  read_rows(call, a.score, a.value, read, a.with_gradient ? &gradient : nullptr);
+  select(state.value(), ranks_by_double(call, a.score), candidate.data(), p.rows, counts[0], state.selected());
+  if (a.with_gradient) {
+    gradient.stats = state.stats();
+    gradient.selected = state.selected();
     write_rows(call, gradient);
   }
-  reduce(call, a.options, a.row_weight, results.selected, results.stats, read.cross_entropy, counts, results.loss);
+  reduce(call, a.options, a.row_weight, state, read.cross_entropy, loss);
 }
 
 }   // namespace kcd

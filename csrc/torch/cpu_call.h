@@ -1,5 +1,5 @@
-// A call on the CPU: O(rows) bookkeeping here, logits in the kernels of csrc/cpu.  The operators and the eager path's own door are
-// thin shells of it.
+// A call on the CPU: O(rows) bookkeeping here, logits in the kernels of csrc/cpu.  The operators and the eager fast path are thin
+// shells of it.
 #pragma once
 #include <vector>
 
@@ -60,18 +60,11 @@ void read_rows(const CpuCall& call, const View& score, Value value, const Rows& 
 
 void select(const void* value, bool is_double, const uint8_t* candidate, int64_t rows, int64_t k, uint8_t* selected);
 
-// counts: how many rows are selected, how many are valid.
-void reduce(const Call& call, const LossOptions& options, const View& row_weight, const uint8_t* selected, const void* stats,
-            const void* cross_entropy, const int64_t* counts, void* loss);
+void reduce(const Call& call, const LossOptions& options, const View& row_weight, const State& state, const void* cross_entropy,
+            void* loss);
 
-// What condensed_kd gives.
-struct Results {
-  void *loss, *value, *stats;
-  uint8_t* selected;
-  int64_t* counts;
-};
-// out: where the gradient of the loss goes as well; null: nowhere.
-void forward(const ForwardCall& a, const CpuCall& call, const Results& results, const Logits* out);
+// gradient: where that of the loss goes, if a.with_gradient.
+void forward(const ForwardCall& a, const CpuCall& call, void* loss, const State& state, const Logits& gradient);
 
 void write_gradient(const BackwardCall& a, const CpuCall& call, const Logits& out);
 

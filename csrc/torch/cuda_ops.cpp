@@ -38,16 +38,15 @@ cuda::Sum sum_of(const Call& call, const LossOptions& options, const View& row_w
 
 cuda::Keep keep_of(const KeepOptions& keep) { return {keep.fraction, keep.count}; }
 
-cuda::Forward forward_of(const Call& call, const View& score, Value value, const Tensor& stats, const Tensor& ranked) {
-  const bool by_teacher_entropy = value == Value::teacher_entropy;
+cuda::Forward forward_of(const Call& call, const View& score, Value value, const State& state) {
   cuda::Forward forward{};
   forward.problem = call.problem;
   // The teacher's entropy only ranks: it is written where the ranking is read from.
-  forward.outputs = {stats.mutable_data<void>(), nullptr, by_teacher_entropy ? ranked.mutable_data<void>() : nullptr};
+  forward.outputs = {state.stats(), nullptr, value == Value::teacher_entropy ? state.value() : nullptr};
   forward.value = value;
   forward.score = value == Value::score ? score.data<void>() : nullptr;
-  forward.value_is_double = ranked.dtype() == dtypes().float64;
-  forward.ranked = ranked.mutable_data<void>();
+  forward.value_is_double = ranks_by_double(call, score);
+  forward.ranked = state.value();
   return forward;
 }
 
@@ -56,32 +55,35 @@ void run(const cuda::Forward& forward, const View& like, const cuda::Machine& ma
   cuda::forward(forward, machine, workspace.mutable_data<void>());
 }
 
-void condensed_kd_forward(StableIValue* stack, uint64_t, uint64_t) {
+void condensed_kd(StableIValue* stack, uint64_t, uint64_t) {
   Arguments arguments(stack);
   const ForwardCall a = ForwardCall::of(arguments);
+  require(!a.with_gradient, "the forward pass writes the gradient on the CPU alone");
   const CudaCall call(a.call(), a.student);
-  Tensor value = ranked_like(call, a.score, a.student), stats = stats_like(call, a.student);
-  Tensor selected = call.per_row(dtypes().boolean, a.student), counts = Tensor::empty({2}, dtypes().int64, a.student);
-  Tensor loss = loss_like(call, a.options, a.student);
-  const cuda::Loss outputs{keep_of(a.keep), sum_of(call, a.options, a.row_weight), selected.mutable_data<uint8_t>(),
-                           loss.mutable_data<void>(), counts.mutable_data<int64_t>()};
-  cuda::Forward forward = forward_of(call, a.score, a.value, stats, value);
+  Tensor loss = loss_like(call, a.options, a.student), state = state_like(call, a.score, a.student);
+  Tensor gradient = Tensor::empty({0}, a.student.dtype(), a.student);
+  const State rows = state_of(call, ranks_by_double(call, a.score), state.mutable_data<void>());
+  const cuda::Loss outputs{keep_of(a.keep), sum_of(call, a.options, a.row_weight), rows.selected(), loss.mutable_data<void>(),
+                           rows.counts()};
+  cuda::Forward forward = forward_of(call, a.score, a.value, rows);
   forward.loss = &outputs;
   run(forward, a.student, call.machine());
-  give_back(stack, loss, value, stats, selected, counts);
+  return_results(stack, loss, state, gradient);
 }
 
 void row_stats(StableIValue* stack, uint64_t, uint64_t) {
   Arguments arguments(stack);
   const RowStatsCall a(arguments);
   const CudaCall call(a.call(), a.student);
-  Tensor value = ranked_like(call, a.score, a.student), stats = stats_like(call, a.student);
-  Tensor cross_entropy = cross_entropy_like(call, a.student), candidate = call.per_row(dtypes().boolean, a.student);
-  cuda::Forward forward = forward_of(call, a.score, a.value, stats, value);
+  Tensor state = state_like(call, a.score, a.student), cross_entropy = cross_entropy_like(call, a.student);
+  Tensor candidate = call.per_row(dtypes().boolean, a.student);
+  const State rows = state_of(call, ranks_by_double(call, a.score), state.mutable_data<void>());
+  cuda::clear(rows, call.machine());   // nothing is selected yet
+  cuda::Forward forward = forward_of(call, a.score, a.value, rows);
   if (call.problem.with_labels) forward.outputs.cross_entropy = cross_entropy.mutable_data<void>();
   forward.candidate = candidate.mutable_data<uint8_t>();
   run(forward, a.student, call.machine());
-  give_back(stack, value, stats, cross_entropy, candidate);
+  return_results(stack, state, cross_entropy, candidate);
 }
 
 void select_topk(StableIValue* stack, uint64_t, uint64_t) {
@@ -93,7 +95,7 @@ void select_topk(StableIValue* stack, uint64_t, uint64_t) {
                             a.value.numel(),      keep_of(a.keep), selected.mutable_data<uint8_t>()};
   const Tensor workspace = bytes_like(cuda::workspace_of(select, device.machine()), a.value);
   cuda::select(select, device.machine(), workspace.mutable_data<void>());
-  give_back(stack, selected);
+  return_results(stack, selected);
 }
 
 void reduce_rows(StableIValue* stack, uint64_t, uint64_t) {
@@ -101,26 +103,28 @@ void reduce_rows(StableIValue* stack, uint64_t, uint64_t) {
   const ReduceCall a(arguments);
   const CudaCall call(a.call(), a.student);
   Tensor loss = loss_like(call, a.options, a.student);
+  const State state = given_state(call, a.state);
   const cuda::Reduce reduce{call.problem,
-                            a.stats.data<char>() + kKl * call.problem.rows * call.accumulator_bytes(),
+                            state.stats() + kKl * call.problem.rows * call.accumulator_bytes(),
                             a.cross_entropy.data<void>(),
-                            a.selected.data<uint8_t>(),
-                            a.counts.data<int64_t>(),
+                            state.selected(),
+                            state.counts(),
                             sum_of(call, a.options, a.row_weight),
                             loss.mutable_data<void>()};
   const Tensor workspace = bytes_like(cuda::workspace_of(reduce, call.machine()), a.student);
   cuda::reduce(reduce, call.machine(), workspace.mutable_data<void>());
-  give_back(stack, loss);
+  return_results(stack, loss);
 }
 
 void write_gradient(const BackwardCall& a, const CudaCall& call, const Logits& out) {
+  const State state = given_state(call, a.state);
   const cuda::Backward backward{call.problem,
-                                a.stats.data<void>(),
-                                a.selected.data<uint8_t>(),
+                                state.stats(),
+                                state.selected(),
                                 row_weight_of(call, a.row_weight),
                                 a.grad_output.data<void>(),
                                 a.one_for_all() ? 0 : 1,
-                                a.counts.data<int64_t>(),
+                                state.counts(),
                                 a.options.kd_weight * a.options.temperature,
                                 a.options.ce_weight,
                                 a.options.reduction,
@@ -129,16 +133,16 @@ void write_gradient(const BackwardCall& a, const CudaCall& call, const Logits& o
   cuda::backward(backward, call.machine());
 }
 
-void condensed_kd_gradient(StableIValue* stack, uint64_t, uint64_t) {
+void condensed_kd_backward(StableIValue* stack, uint64_t, uint64_t) {
   Arguments arguments(stack);
   const BackwardCall a = BackwardCall::of(arguments);
   const CudaCall call(a.call(), a.student);
   Tensor out = call.like_student(a.student);
   write_gradient(a, call, logits_of(out, out.mutable_data<void>()));
-  give_back(stack, out);
+  return_results(stack, out);
 }
 
-void condensed_kd_gradient_(StableIValue* stack, uint64_t, uint64_t) {
+void condensed_kd_backward_(StableIValue* stack, uint64_t, uint64_t) {
   Arguments arguments(stack);
   const BackwardCall a = BackwardCall::of(arguments);
   write_gradient(a, CudaCall(a.call(), a.student), logits_of(a.student, arguments[BackwardCall::kStudent].mutable_data<void>()));
@@ -147,9 +151,8 @@ void condensed_kd_gradient_(StableIValue* stack, uint64_t, uint64_t) {
 }   // namespace
 
 const OperatorKernels& cuda_operators() {
-  static const OperatorKernels kernels{nullptr,   condensed_kd_forward,  nullptr,
-                                       nullptr,   condensed_kd_gradient, condensed_kd_gradient_,
-                                       row_stats, select_topk,           reduce_rows};
+  static const OperatorKernels kernels{condensed_kd, condensed_kd_backward, condensed_kd_backward_,
+                                       row_stats,    select_topk,           reduce_rows};
   return kernels;
 }
 

@@ -17,8 +17,7 @@ namespace {
 void implement(const char* device, const OperatorKernels& kernels) {
   TorchLibraryHandle library;
   KCD_CALL(aoti_torch_library_init_impl, "kcd_ext", device, __FILE__, __LINE__, &library);
-#define X(name, kernel, schema) \
-  if (kernels.kernel) KCD_CALL(torch_library_impl, library, #name, kernels.kernel, kTorchVersion);
+#define X(name, schema) KCD_CALL(torch_library_impl, library, #name, kernels.name, kTorchVersion);
   KCD_OPERATORS(X)
 #undef X
   // The handle is never given back: the registrations live as long as the process.
@@ -40,7 +39,7 @@ void register_operators() {
   TorchLibraryHandle library;
   if (aoti_torch_library_init_def("kcd_ext", __FILE__, __LINE__, &library) != 0)
     throw std::runtime_error("another copy of kcd_ext's extension is already loaded in this process: import only one of them");
-#define X(name, kernel, schema) KCD_CALL(aoti_torch_library_def, library, #name schema);
+#define X(name, schema) KCD_CALL(aoti_torch_library_def, library, #name schema);
   KCD_OPERATORS(X)
 #undef X
   implement("CPU", cpu_operators());

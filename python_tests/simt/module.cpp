@@ -20,12 +20,11 @@ namespace {
 void register_operators() {
   TorchLibraryHandle definitions, library;
   KCD_CALL(aoti_torch_library_init_def, "kcd_ext_simt", __FILE__, __LINE__, &definitions);
-#define X(name, kernel, schema) KCD_CALL(aoti_torch_library_def, definitions, #name schema);
+#define X(name, schema) KCD_CALL(aoti_torch_library_def, definitions, #name schema);
   KCD_OPERATORS(X)
 #undef X
   KCD_CALL(aoti_torch_library_init_impl, "kcd_ext_simt", "CPU", __FILE__, __LINE__, &library);
-#define X(name, kernel, schema) \
-  if (cuda_operators().kernel) KCD_CALL(torch_library_impl, library, #name, cuda_operators().kernel, kTorchVersion);
+#define X(name, schema) KCD_CALL(torch_library_impl, library, #name, cuda_operators().name, kTorchVersion);
   KCD_OPERATORS(X)
 #undef X
 }

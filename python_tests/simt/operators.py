@@ -17,9 +17,9 @@ from . import build
 
 SOURCES = Path(__file__).resolve().parents[2] / "csrc"
 OPERATORS = (
-    "condensed_kd_forward",
-    "condensed_kd_gradient",
-    "condensed_kd_gradient_",
+    "condensed_kd",
+    "condensed_kd_backward",
+    "condensed_kd_backward_",
     "row_stats",
     "select_topk",
     "reduce_rows",
@@ -55,8 +55,5 @@ def in_place(machine: tuple[int, int] = MACHINE, schedule: tuple[str, int, int] 
     module().set_machine(*machine)
     module().set_schedule(*schedule)
     operators = {name: getattr(torch.ops.kcd_ext_simt, name).default for name in OPERATORS}
-    # As ops.register_recorded_operators has it.
-    operators["condensed_kd"] = operators["condensed_kd_forward"]
-    operators["condensed_kd_backward"] = operators["condensed_kd_gradient"]
-    with mock.patch.multiple(ops, **operators, has_small_loss=False, writes_gradient_ahead=lambda logits: False):
+    with mock.patch.multiple(ops, **operators, HAS_FAST_PATH=False, writes_gradient_ahead=lambda logits: False):
         yield

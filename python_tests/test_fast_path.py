@@ -1,4 +1,4 @@
-"""The door for small calls (csrc/small.h): it gives what the operators give, bit for bit, or leaves the call to them."""
+"""The eager fast path (csrc/fast_path.h): it gives what the operators give, bit for bit, or leaves the call to them."""
 
 import contextlib
 import gc
@@ -14,29 +14,29 @@ import torch.fx.experimental.proxy_tensor
 import torch.utils.checkpoint
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kcd_ext import condensed_kd_loss, ops
+from kcd_ext import condensed_kd_loss, losses, ops
 
-pytestmark = pytest.mark.skipif(not ops.has_small_loss, reason="this torch, or a plain library, has no such door")
+pytestmark = pytest.mark.skipif(not ops.HAS_FAST_PATH, reason="this torch does not publish what the fast path needs")
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 
 @contextlib.contextmanager
 def watched():
-    """A list that fills with whether the door served, call for call."""
-    served, door = [], ops.small_loss
+    """A list that fills with whether the fast path was taken, call for call."""
+    taken, fast_path = [], losses._fast_path
 
     def spy(*arguments):
-        loss = door(*arguments)
-        served.append(loss is not None)
-        return loss
+        result = fast_path(*arguments)
+        taken.append(result is not None)
+        return result
 
-    with mock.patch.object(ops, "small_loss", spy):
-        yield served
+    with mock.patch.object(losses, "_fast_path", spy):
+        yield taken
 
 
 def by_operators():
-    return mock.patch.object(ops, "has_small_loss", False)
+    return mock.patch.object(ops, "HAS_FAST_PATH", False)
 
 
 def logits(*shape, dtype=torch.float32, seed=0):
@@ -44,10 +44,12 @@ def logits(*shape, dtype=torch.float32, seed=0):
 
 
 def loss_and_gradient(student, teacher, factor=None, **options):
+    """Return the loss, its gradient, and with return_knowledge=True the knowledge too."""
     leaf = student.detach().requires_grad_()
-    loss = condensed_kd_loss(leaf, teacher, **options)
+    result = condensed_kd_loss(leaf, teacher, **options)
+    loss, knowledge = result if options.get("return_knowledge") else (result, ())
     factor = torch.ones_like(loss) if factor is None else factor
-    return loss.detach(), torch.autograd.grad(loss, leaf, factor)[0]
+    return loss.detach(), torch.autograd.grad(loss, leaf, factor)[0], *knowledge
 
 
 def same(one, other):
@@ -60,7 +62,7 @@ def same(one, other):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("keep", [0.2, 0.7, 5, 1.0])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_served_calls_are_the_operators_bit_for_bit(dtype, keep, reduction):
+def test_taken_calls_are_the_operators_bit_for_bit(dtype, keep, reduction):
     labels = torch.tensor([3, -100, 0, 16, 5, -100, 9, 2])
     for shape, teacher_dtype in (((8, 17), dtype), ((2, 4, 17), torch.float32), ((1, 8, 1, 17), dtype)):
         student, teacher = logits(*shape, dtype=dtype), logits(*shape, dtype=teacher_dtype, seed=1)
@@ -75,12 +77,12 @@ def test_served_calls_are_the_operators_bit_for_bit(dtype, keep, reduction):
             options |= {"keep": keep, "reduction": reduction, "class_dim": -1}
             per_row = logits(*shape[:-1], seed=2).to(torch.float64 if dtype == torch.float64 else torch.float32)
             for factor in (None, per_row if reduction == "none" else per_row.flatten()[0]):
-                with watched() as served:
-                    here = loss_and_gradient(student, teacher, factor, **options)
+                with watched() as taken:
+                    here = loss_and_gradient(student, teacher, factor, return_knowledge=True, **options)
                     without = condensed_kd_loss(student, teacher, **options)
-                assert served == [True, True]
+                assert taken == [True, True]
                 with by_operators():
-                    assert same(here, loss_and_gradient(student, teacher, factor, **options))
+                    assert same(here, loss_and_gradient(student, teacher, factor, return_knowledge=True, **options))
                 assert same([without], here[:1]) and not without.requires_grad
 
 
@@ -99,10 +101,10 @@ def test_every_factor(dtype, factor):
 def test_strides_and_dirty_memory_are_read_in_place():
     wide = logits(6, 2, 40)
     student, teacher = wide[:, 1, 3:20], logits(6, 50, seed=1)[:, 7:24]
-    with watched() as served:
+    with watched() as taken:
         here = loss_and_gradient(student, teacher, keep=0.5)
         expanded = loss_and_gradient(student, teacher[:1].expand(6, 17), keep=0.5)
-    assert served == [True, True]
+    assert taken == [True, True]
     with by_operators():
         assert same(here, loss_and_gradient(student.clone(), teacher.clone(), keep=0.5))
         assert same(expanded, loss_and_gradient(student.clone(), teacher[:1].repeat(6, 1), keep=0.5))
@@ -124,11 +126,11 @@ class Seen(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_what_is_not_served_goes_to_the_operators():
+def test_what_is_not_supported_goes_to_the_operators():
     student, teacher = logits(6, 17), logits(6, 17, seed=1)
     negative = torch.complex(student, -teacher).conj().imag  # what torch has not negated yet
     assert negative.is_neg()
-    with watched() as served:
+    with watched() as taken:
         for z, y in (
             (student.as_subclass(Subclass), teacher),
             (student, teacher.clone().requires_grad_()),
@@ -147,17 +149,17 @@ def test_what_is_not_served_goes_to_the_operators():
         with pytest.warns(UserWarning, match="one class"):
             condensed_kd_loss(student[:, :1], teacher[:, :1])
         condensed_kd_loss(student, teacher, labels=torch._neg_view(-torch.arange(6)))
-    assert served == [False] * 13
+    assert taken == [False] * 13
     with by_operators():
         expected = loss_and_gradient(teacher, negative.resolve_neg().clone(), keep=0.5)
     assert same(loss_and_gradient(teacher, negative, keep=0.5), expected)
-    with Seen() as mode, watched() as served:
+    with Seen() as mode, watched() as taken:
         condensed_kd_loss(student, teacher)
-    assert not any(served) and "kcd_ext.condensed_kd_forward.default" in mode.names
-    with watched() as served:  # a gradient of 1 MB, and of one row less
+    assert taken == [False] and "kcd_ext.condensed_kd.default" in mode.names
+    with watched() as taken:  # a gradient of 1 MB, and of one row less
         loss_and_gradient(logits(257, 1024), logits(257, 1024))
         loss_and_gradient(logits(255, 1024), logits(255, 1024))
-    assert served == [False, True]
+    assert taken == [False, True]
 
 
 @pytest.mark.filterwarnings("ignore")  # tracing is on its way out
@@ -172,9 +174,9 @@ def test_who_records_operators_sees_them():
     make_fx = torch.fx.experimental.proxy_tensor.make_fx
     for options in ({}, {"pre_dispatch": True}):
         assert torch.equal(make_fx(function, **options)(student, teacher)(other, teacher), expected)
-    with watched() as served:
+    with watched() as taken:
         condensed_kd_loss(student, teacher, labels=torch.arange(6).as_subclass(Subclass))
-    assert served == [False]
+    assert taken == [False]
 
 
 def test_what_is_wrong_is_said_by_the_ordinary_way():
@@ -246,7 +248,7 @@ def test_saved_tensors_go_through_hooks(keep):
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x.clone()):
         loss = condensed_kd_loss(student, teacher, keep=keep, labels=torch.arange(9))
-    assert packed == [(9, 17), (9, 17), (9,)]
+    assert packed[:3] == [(9, 17), (9, 17), (9,)] and len(packed) == 4  # the state
     gradients = [torch.autograd.grad(loss, student, retain_graph=True)[0] for _ in range(2)]
     assert same(gradients[:1], gradients[1:])
 
@@ -365,9 +367,9 @@ def test_constants_made_in_inference_mode(keep):
     student = logits(9, 17)
     with torch.inference_mode():
         teacher, labels = logits(9, 17, seed=1), torch.arange(9)
-    with watched() as served:
+    with watched() as taken:
         here = loss_and_gradient(student, teacher, labels=labels, keep=keep)
-    assert served == [True]
+    assert taken == [True]
     assert same(here, loss_and_gradient(student, teacher.clone(), labels=labels.clone(), keep=keep))
     leaf = student.requires_grad_()
     loss = condensed_kd_loss(leaf, teacher, labels=labels, keep=keep)
