@@ -634,6 +634,12 @@ def test_what_a_run_leaves(tmp_path):
     assert all(torch.equal(loaded[name], tensor) for name, tensor in student.state_dict().items())
 
 
+def test_the_summary_names_the_data_that_a_subset_is_of(tmp_path):
+    train = torch.utils.data.Subset(Blobs(30), range(20))
+    distill(network(), network(2), train, Blobs(20), recipe(epochs=1), output=tmp_path)
+    assert json.loads((tmp_path / "summary.json").read_text())["dataset"] == "Blobs"
+
+
 def test_a_folder_with_a_run_is_not_overwritten(tmp_path):
     distill(network(), network(2), Blobs(20), Blobs(20), recipe(), output=tmp_path)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}

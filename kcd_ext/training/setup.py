@@ -72,6 +72,7 @@ def _opened(
     resume: bool,
 ) -> Run:
     method = build_method(recipe)
+    dataset = type(getattr(train, "dataset", train)).__name__
     train, test = indexed("train", train), indexed("test", test)
     if teacher is None and method.needs_teacher:
         raise ValueError(f"teacher must be a torch.nn.Module: method {recipe.method!r} asks one, got None")
@@ -122,7 +123,7 @@ def _opened(
         feed=feeds["train"],
         test_feed=feeds["test"],
         folder=folder,
-        dataset=type(getattr(train, "dataset", train)).__name__,
+        dataset=dataset,
         teacher=asked,
         module=StudentStep(student, method, networks["student"]),
         flops=flops,
