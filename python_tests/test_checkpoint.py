@@ -6,6 +6,7 @@ import io
 import json
 import os
 import random
+from dataclasses import replace
 
 import pytest
 import safetensors.torch
@@ -66,13 +67,13 @@ class _StopError(Exception):
     pass
 
 
-def run(output, stop_after=None):
+def run(output, stop_after=None, recipe=RECIPE):
     def stop(line):
         if stop_after in line.items():
             raise _StopError
 
     torch.set_num_threads(1)
-    return distill(network(), None, Blobs(), Blobs(9), RECIPE, output=output, resume=True, progress=stop)
+    return distill(network(), None, Blobs(), Blobs(9), recipe, output=output, resume=True, progress=stop)
 
 
 @pytest.fixture(scope="module")
@@ -203,6 +204,40 @@ def test_a_run_resumes_in_its_pretraining(tmp_path, whole):
     assert training["optimizer"]["state"].keys() == {0, 1}  # weight and bias of the part
     run(tmp_path)
     assert (tmp_path / "student.safetensors").read_bytes() == whole
+
+
+class Twice(First):
+    """Trains two parts first."""
+
+    plan = (2, 1)  # the epochs of each
+
+    def prepare(self, student, teacher, samples):
+        self.parts = nn.ModuleList([nn.Linear(4, 1), nn.Linear(4, 2)])
+
+    def pretraining(self):
+        return [
+            Pretraining(part, lambda _, batch, part=part: part(batch.x).square().mean(), epochs=epochs, lr=0.1)
+            for part, epochs in zip(self.parts, self.plan, strict=True)
+        ]
+
+
+@pytest.mark.parametrize("plan", [(1, 1), (2, 2)])
+@pytest.mark.parametrize("stop_after", [("pretraining", 2), ("pretraining", 3), ("epoch", 1)])
+def test_a_run_does_not_resume_with_another_pretraining(tmp_path, monkeypatch, stop_after, plan):
+    """Of a run stopped before the second part nothing says how long that was to be trained."""
+    recipe = replace(RECIPE, method=f"{__name__}:Twice")
+    with pytest.raises(_StopError):
+        run(tmp_path, stop_after, recipe)
+    before = contents(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(Twice, "plan", plan)
+        if (stop_after, plan) != (("pretraining", 2), (2, 2)):
+            with pytest.raises(
+                ValueError, match=r"epochs of pretraining, method|the momentum is not that of the param"
+            ):
+                run(tmp_path, recipe=recipe)
+            assert contents(tmp_path) == before
+    assert len(run(tmp_path, recipe=recipe).history) == 3
 
 
 def test_another_number_of_threads_is_warned_of_once(begun):

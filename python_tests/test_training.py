@@ -479,6 +479,25 @@ def test_a_copy_of_the_teacher_may_be_trained():
     assert not torch.equal(before["0.weight"], Tunes.seen["0.weight"])
 
 
+class Brings(Method):
+    """Asks a teacher of its own."""
+
+    needs_teacher = False
+
+    def teacher_of(self, teacher):
+        return network(2)
+
+    def forward(self, student, teacher, batch):
+        logits = student(batch.x)
+        loss = functional.mse_loss(logits, teacher(batch.x).detach())
+        return Outcome(loss, logits.detach(), methods.entropy(logits))
+
+
+def test_a_teacher_that_the_method_brings_is_asked_and_counted():
+    summary = distill(network(), None, Blobs(40), Blobs(20), recipe(method=f"{__name__}:Brings", epochs=2))
+    assert summary.teacher_visits == 2 * 40 and summary.flops is None  # nothing says what a row costs
+
+
 def test_a_torchscript_teacher_is_asked_and_counted():
     summary = distill(network(1), torch.jit.script(network(2).eval()), Blobs(40), Blobs(20), recipe(epochs=1))
     plain = distill(network(1), network(2), Blobs(40), Blobs(20), recipe(epochs=1))
@@ -517,6 +536,9 @@ class Says(Method):
         (lambda o, step: replace(o, terms={"t": 1.0}), ValueError, r"must give terms\['t'\] of shape \(\), got float"),
         (lambda o, step: replace(o, logits=o.logits[:1]), ValueError, r"must give logits \(6, classes\).*got \(1, 4\)"),
         (lambda o, step: replace(o, terms={} if step > 1 else o.terms), ValueError, r"the terms \['t'\], got \[\]"),
+        # In a later epoch, as a method may that changes in `begin`.
+        (lambda o, step: o if step < 7 else o.loss, TypeError, "must give an Outcome, got Tensor"),
+        (lambda o, step: o if step < 7 else replace(o, value=o.value * o.loss), ValueError, "value without a gradient"),
     ],
 )
 def test_a_method_that_gives_something_else_is_told_so(monkeypatch, wrong, error, message):
@@ -632,6 +654,12 @@ def test_what_a_run_leaves(tmp_path):
 
     loaded = load_file(folder / "student.safetensors")
     assert all(torch.equal(loaded[name], tensor) for name, tensor in student.state_dict().items())
+
+
+def test_the_summary_names_the_data_that_a_subset_is_of(tmp_path):
+    train = torch.utils.data.Subset(Blobs(30), range(20))
+    distill(network(), network(2), train, Blobs(20), recipe(epochs=1), output=tmp_path)
+    assert json.loads((tmp_path / "summary.json").read_text())["dataset"] == "Blobs"
 
 
 def test_a_folder_with_a_run_is_not_overwritten(tmp_path):

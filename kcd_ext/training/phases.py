@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..condensation import Condensation, KnowledgeCondenser
 from ..methods import Batch, Method, Outcome, Pretraining
+from .checks import check_outcome
 from .diagnosis import check_finite
 from .distributed import labels_in, prepare
 from .recipe import milestones_passed
@@ -207,12 +208,13 @@ class StudentPhase(Phase):
 
     def record(self, batch: Batch, outcome: Outcome) -> Tensor:
         """Note loss, accuracy, terms and values, and return the loss."""
+        method, measure = self.run.recipe.method, self.run.condenser.measure
         if not self.visits:
+            check_outcome(outcome, batch, measure, method)
             self.terms = [*outcome.terms]
         if outcome.terms.keys() != {*self.terms}:
-            method = self.run.recipe.method
             raise ValueError(f"method {method!r} must give the terms {self.terms}, got {[*outcome.terms]}")
-        self.visits.append((batch.index, getattr(outcome, self.run.condenser.measure)))
+        self.visits.append((batch.index, getattr(outcome, measure)))
         if self.labels is not None:
             self.labels.append((batch.index, batch.label))
         accuracy = 100 * (outcome.logits.argmax(-1) == batch.label).double().mean()

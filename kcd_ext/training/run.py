@@ -208,11 +208,20 @@ class Run:
         for name in sorted({*trained} ^ {*self.phases[-1].trained}):
             now, then = ("is not", "was") if name in trained else ("is", "was not")
             raise ValueError(f"{name} {now} to be trained, but {then} before: requires_grad must be as it was")
+        done, planned = len(self.pretraining_history), sum(len(phase.epochs) for phase in self.phases[:-1])
+        if done > planned or (self.history and done < planned):
+            raise ValueError(
+                f"{found.source} is of a run with {done} epochs of pretraining, method {self.recipe.method!r} has {planned} "
+                "now: a run resumes only as it began"
+            )
         with reading(found.source):
             self.condenser.load_state_dict(found.training["condenser"])
-            optimizer = self.phase.optimizer
-            momenta = {i: state["state"][i]["momentum_buffer"] for i in range(len(self.phase.parameters))}
-            shards = {i: {"momentum_buffer": sharded_like(p, momenta[i])} for i, p in enumerate(self.phase.parameters)}
+            optimizer, parameters = self.phase.optimizer, self.phase.parameters
+            momenta = [entry["momentum_buffer"] for entry in state["state"].values()]
+            shapes = [p.shape if m is None else m.shape for m, p in zip(momenta, parameters, strict=False)]
+            if len(momenta) != len(parameters) or shapes != [p.shape for p in parameters]:
+                raise ValueError("training.pt: the momentum is not that of the parameters that are trained next")
+            shards = {i: {"momentum_buffer": sharded_like(p, momenta[i])} for i, p in enumerate(parameters)}
             optimizer.load_state_dict({**optimizer.state_dict(), "state": shards})
             self.module.load_state_dict({name: sharded_like(own[name], x) for name, x in found.model.items()})
             if self.accelerator.scaler is not None and scaler:

@@ -72,6 +72,7 @@ def _opened(
     resume: bool,
 ) -> Run:
     method = build_method(recipe)
+    dataset = type(getattr(train, "dataset", train)).__name__
     train, test = indexed("train", train), indexed("test", test)
     if teacher is None and method.needs_teacher:
         raise ValueError(f"teacher must be a torch.nn.Module: method {recipe.method!r} asks one, got None")
@@ -98,7 +99,9 @@ def _opened(
     condenser, feeds = _data(stack, recipe, train, test, accelerator)
     x = next(iter(feeds["train"].eval_batches(1))).x
     countable = method.flops_known and not any(map(is_sharded, given.values()))
-    flops = {name: forward_flops(network, x) if countable else None for name, network in given.items()}
+    flops = dict.fromkeys(("student", "teacher"))  # a method may bring a teacher of its own
+    if countable:
+        flops |= {name: forward_flops(network, x) for name, network in given.items()}
     method.prepare(student.to(accelerator.device), teacher, Samples(feeds["train"], recipe.batch_size))
     method.to(accelerator.device)
     reshard(student, teacher)
@@ -122,7 +125,7 @@ def _opened(
         feed=feeds["train"],
         test_feed=feeds["test"],
         folder=folder,
-        dataset=type(getattr(train, "dataset", train)).__name__,
+        dataset=dataset,
         teacher=asked,
         module=StudentStep(student, method, networks["student"]),
         flops=flops,
