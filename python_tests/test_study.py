@@ -11,6 +11,7 @@ from functools import partial
 
 import pytest
 
+from kcd_ext import files
 from kcd_ext.commands import study
 from kcd_ext.commands.study import Run, Study
 from kcd_ext.commands.teachers import Teacher
@@ -65,6 +66,20 @@ def test_a_deadline_interrupts_and_ctrl_c_is_raised():
     with pytest.raises(KeyboardInterrupt):
         study._call_until(started + 1000, partial(signal.raise_signal, signal.SIGINT))
     assert signal.getsignal(signal.SIGALRM) is handler and signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+
+
+def test_a_finished_study_is_moved_aside_once(tmp_path):
+    output, previous = tmp_path / "demo", tmp_path / "demo.previous"
+    for folder in (output, previous):
+        folder.mkdir()
+        (folder / "config.json").write_text('{"command": "a test"}')
+        (folder / "report.html").write_text(folder.name)
+    (previous / files.LOCK).touch()  # of a process that was killed while it moved the folder
+    first = replace(plan(output, load("digits"), 1), resume=False, keeps_previous=True)
+    second = first.checked()
+    first._move_aside()
+    second._move_aside()  # which has seen it finished, too
+    assert (previous / "report.html").read_text() == "demo" and not any(output.iterdir())
 
 
 SIDE_BY_SIDE = """

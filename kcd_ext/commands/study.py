@@ -247,7 +247,7 @@ class Study:
         previous = self._previous
         found = {path.name for path in previous.iterdir()} if previous.exists() else set()
         config = previous / "config.json"
-        if foreign := sorted(found - {*ENTRIES, *REPORT}):
+        if foreign := sorted(found - {*ENTRIES, *REPORT, files.LOCK}):
             raise FileExistsError(f"{previous} holds a {foreign[0]}: move it away, or choose another --output")
         if found and not (config.exists() and files.read_json(config).get("command") == self.command):
             raise FileExistsError(f"{previous} is not of {self.command}: move it away, or choose another --output")
@@ -255,6 +255,8 @@ class Study:
     def _move_aside(self) -> None:
         output, previous = Path(os.path.realpath(self.output)), self._previous
         with files.folder_lock(output):
+            if not self._has_finished():  # by now: another command has moved it
+                return
             files.remove(previous)
             output.rename(previous)
             (previous / files.LOCK).unlink(missing_ok=True)
