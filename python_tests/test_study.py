@@ -1,13 +1,17 @@
 """Runs of a study side by side, in processes of their own, and until a deadline."""
 
+import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from functools import partial
 
 import pytest
 
+from kcd_ext import files
 from kcd_ext.commands import study
 from kcd_ext.commands.study import Run, Study
 from kcd_ext.commands.teachers import Teacher
@@ -62,3 +66,56 @@ def test_a_deadline_interrupts_and_ctrl_c_is_raised():
     with pytest.raises(KeyboardInterrupt):
         study._call_until(started + 1000, partial(signal.raise_signal, signal.SIGINT))
     assert signal.getsignal(signal.SIGALRM) is handler and signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+
+
+def test_a_finished_study_is_moved_aside_once(tmp_path):
+    output, previous = tmp_path / "demo", tmp_path / "demo.previous"
+    for folder in (output, previous):
+        folder.mkdir()
+        (folder / "config.json").write_text('{"command": "a test"}')
+        (folder / "report.html").write_text(folder.name)
+    (previous / files.LOCK).touch()  # of a process that was killed while it moved the folder
+    first = replace(plan(output, load("digits"), 1), resume=False, keeps_previous=True)
+    second = first.checked()
+    first._move_aside()
+    second._move_aside()  # which has seen it finished, too
+    assert (previous / "report.html").read_text() == "demo" and not any(output.iterdir())
+
+
+SIDE_BY_SIDE = """
+import sys
+from pathlib import Path
+
+from kcd_ext.commands.study import Run, Study
+from kcd_ext.data.images import load
+from kcd_ext.training import Recipe
+
+if __name__ == "__main__":
+    output = Path(sys.argv[1])
+    recipes = [Recipe("ce", name="ce", seed=seed, epochs=10_000, device="cpu", batch_size=256) for seed in range(4)]
+    runs = [Run("cnn_small", recipe, output / f"seed-{recipe.seed}") for recipe in recipes]
+    more = {"resume": True, "threads": 1, "side_by_side": 2}
+    Study("a test", {}, load("digits"), {"spec": "digits"}, runs, output, **more).checked().run()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
+def test_no_run_goes_on_when_a_study_is_ended_by_a_signal(tmp_path, number):
+    script, output = tmp_path / "script.py", tmp_path / "runs"
+    script.write_text(SIDE_BY_SIDE)
+    command = [sys.executable, script, output]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as study:
+        try:
+            while not all((output / f"seed-{seed}" / "metrics.jsonl").exists() for seed in (0, 1)):
+                assert study.poll() is None, study.stderr.read()
+                time.sleep(0.01)
+            if number == signal.SIGINT:
+                os.killpg(study.pid, number)  # as Ctrl-C does
+            else:
+                study.send_signal(number)
+            _, said = study.communicate(timeout=60)  # which ends when all processes that have its stderr have ended
+        finally:
+            if study.returncode is None:
+                os.killpg(study.pid, signal.SIGKILL)
+    assert study.returncode == -number and {path.name for path in output.glob("seed-*")} == {"seed-0", "seed-1"}
+    assert number == signal.SIGKILL or f"--resume goes on with what is in {output}" in said

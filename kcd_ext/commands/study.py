@@ -4,10 +4,11 @@ import json
 import multiprocessing
 import os
 import signal
+import threading
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -246,7 +247,7 @@ class Study:
         previous = self._previous
         found = {path.name for path in previous.iterdir()} if previous.exists() else set()
         config = previous / "config.json"
-        if foreign := sorted(found - {*ENTRIES, *REPORT}):
+        if foreign := sorted(found - {*ENTRIES, *REPORT, files.LOCK}):
             raise FileExistsError(f"{previous} holds a {foreign[0]}: move it away, or choose another --output")
         if found and not (config.exists() and files.read_json(config).get("command") == self.command):
             raise FileExistsError(f"{previous} is not of {self.command}: move it away, or choose another --output")
@@ -254,6 +255,8 @@ class Study:
     def _move_aside(self) -> None:
         output, previous = Path(os.path.realpath(self.output)), self._previous
         with files.folder_lock(output):
+            if not self._has_finished():  # by now: another command has moved it
+                return
             files.remove(previous)
             output.rename(previous)
             (previous / files.LOCK).unlink(missing_ok=True)
@@ -273,15 +276,18 @@ class Study:
             if not apart:
                 return
             # Processes of their own: the number of threads and the generators of random numbers are those of a process.
-            with ProcessPoolExecutor(self.side_by_side, multiprocessing.get_context("spawn")) as pool:
-                try:
-                    for future in as_completed([pool.submit(self._train_apart, run) for run in apart]):
+            context = multiprocessing.get_context("spawn")
+            with ProcessPoolExecutor(self.side_by_side, context, initializer=_end_with_parent) as pool:
+                begun: set[Future] = set()
+                while apart or begun:
+                    # No run waits in the pool: a worker would begin it after Ctrl-C.
+                    while apart and len(begun) < self.side_by_side:
+                        begun.add(pool.submit(self._train_apart, apart.pop(0)))
+                    ended, begun = wait(begun, return_when=FIRST_COMPLETED)
+                    for future in ended:
                         future.result()
                         bar.end()
                         self._collect()
-                except BaseException:
-                    pool.shutdown(cancel_futures=True)
-                    raise
 
     def _train(self, run: Run, progress: Callable[[dict], None] | None = None) -> None:
         """Train a run until the deadline or, if it is finished, check that it is this one."""
@@ -409,6 +415,16 @@ def _normalisation(views: Views) -> Normalisation:
 
 def _is_finished(run: Run) -> bool:
     return (run.folder / "summary.json").exists()
+
+
+def _end_with_parent() -> None:
+    """Terminate this worker of a pool once the process that started it has ended: no one would give it work, or stop it."""
+
+    def watch() -> None:
+        multiprocessing.parent_process().join()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _call_until(deadline: float | None, work: Callable[[], None]) -> None:
