@@ -131,7 +131,7 @@ class LogitsAlone:
             warnings.warn(
                 f"{self.name} gives {self.found[mode]} is used as the logits, all else is left out",
                 UserWarning,
-                stacklevel=3,
+                stacklevel=4,
             )
 
     def remove(self) -> None:

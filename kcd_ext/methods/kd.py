@@ -52,7 +52,7 @@ class KnowledgeDistillation(Method):
             loss, value, kl = distill_rows(logits, teacher_logits, batch.label, rows, **weights)
             return Outcome(loss, logits.detach(), value, {"kl": kl})
         # A mean over the batch that is the chosen rows' own mean of the KL.
-        weights["kd_weight"] *= len(logits) / len(teacher_logits)
+        weights["kd_weight"] = self.kd_weight * len(logits) / len(teacher_logits)
         losses, value, kl = distill_rows(logits, teacher_logits, batch.label, rows, **weights, reduction="none")
         return Outcome((batch.weight * losses).mean(), logits.detach(), value, {"kl": kl}, losses.detach())
 
