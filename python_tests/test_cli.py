@@ -156,8 +156,8 @@ def test_interrupted_demos_lose_nothing_and_go_on(demo, running, tmp_path):
     earlier.mkdir(parents=True)
     (earlier / "config.json").write_text('{"command": "kcd demo"}')
     (earlier / "report.html").write_text("the earlier one")
-    (earlier / "notes.txt").write_text("the user's")
     before = {path.name: content for path, content in contents(earlier).items()}
+    (earlier / "notes.txt").write_text("the user's")
 
     runs = "runs/demo/checkpoint"
     code, out, _ = running(f"{runs}/seed-3/teacher/metrics.jsonl", signal.SIGKILL)
@@ -181,6 +181,7 @@ def test_interrupted_demos_lose_nothing_and_go_on(demo, running, tmp_path):
 
     done = commands.run(*SMALL, "--seeds", 3, 1, "--resume", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+    (earlier / "notes.txt").unlink()  # which has stayed
     assert without_seconds(earlier) == without_seconds(demo[0])
     assert {path.name for path in earlier.iterdir()} == ENTRIES
     assert {path.name: content for path, content in contents(previous).items()} == before

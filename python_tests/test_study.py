@@ -68,18 +68,20 @@ def test_a_deadline_interrupts_and_ctrl_c_is_raised():
     assert signal.getsignal(signal.SIGALRM) is handler and signal.getitimer(signal.ITIMER_REAL) == (0, 0)
 
 
-def test_a_finished_study_is_moved_aside_once(tmp_path):
+def test_a_finished_study_is_moved_aside_once_and_without_files_of_the_user(tmp_path):
     output, previous = tmp_path / "demo", tmp_path / "demo.previous"
     for folder in (output, previous):
         folder.mkdir()
         (folder / "config.json").write_text('{"command": "a test"}')
         (folder / "report.html").write_text(folder.name)
+    (output / "notes.txt").write_text("the user's")
     (previous / files.LOCK).touch()  # of a process that was killed while it moved the folder
     first = replace(plan(output, load("digits"), 1), resume=False, keeps_previous=True)
     second = first.checked()
     first._move_aside()
     second._move_aside()  # which has seen it finished, too
-    assert (previous / "report.html").read_text() == "demo" and not any(output.iterdir())
+    assert (previous / "report.html").read_text() == "demo"
+    assert not (previous / "notes.txt").exists() and [path.name for path in output.iterdir()] == ["notes.txt"]
 
 
 SIDE_BY_SIDE = """

@@ -69,7 +69,7 @@ class Study:
     title: str = ""
     """Of the page; empty: each run's own."""
     keeps_previous: bool = False
-    """Whether a finished study of the same command in `output` is moved to OUTPUT.previous."""
+    """Whether a finished study of the same command in `output` is moved to OUTPUT.previous; other files there stay."""
     side_by_side: int = 1
     """How many runs are trained at a time, each in a process of its own if there are several."""
     deadline: float | None = None
@@ -260,7 +260,10 @@ class Study:
             files.remove(previous)
             output.rename(previous)
             (previous / files.LOCK).unlink(missing_ok=True)
-        output.mkdir(exist_ok=True)  # where a link leads
+            output.mkdir()
+            for path in previous.iterdir():
+                if path.name not in (*ENTRIES, *REPORT):  # the user's own
+                    path.rename(output / path.name)
 
     # --- training -------------------------------------------------------------------------------------------------------
 
