@@ -105,7 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not processes.in_process_group():
             raise
         # Of a process that has ended, torch's backends tell the others in many words and by several types.
-        return _fail(error, type(error).__name__, one_line(error), "if another process has ended, see what it says")
+        return _fail(error, "another process of this command may have ended", type(error).__name__, one_line(error))
     for text in dict.fromkeys(str(warning.message) for warning in caught if processes.rank() == 0):
         terminal.say("warning", " ".join(text.split()))
     return 0

@@ -391,7 +391,7 @@ def test_what_torch_says_of_a_lost_process_is_a_line(monkeypatch, capfd):
         for number, who in ((1, "kcd: process 1"), (0, "kcd")):
             as_process(number, monkeypatch)
             first_line = str(error).splitlines()[0]
-            said = f"{who}: {type(error).__name__}: {first_line}: if another process has ended, see what it says\n"
+            said = f"{who}: another process of this command may have ended: {type(error).__name__}: {first_line}\n"
             assert cli.main([]) == 2 and capfd.readouterr() == ("", said)
     monkeypatch.setenv("KCD_TRACEBACK", "1")
     with pytest.raises(torch.distributed.DistBackendError):
