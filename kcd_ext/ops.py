@@ -112,7 +112,7 @@ def with_selection(state: Tensor, counts: Tensor, selected: Tensor) -> Tensor:
         selected: bool (...).
     """
     rest = state[_COUNTS * 8 : state.numel() - selected.numel()]
-    return torch.cat((counts.view(torch.uint8), rest, selected.reshape(-1).view(torch.uint8)))
+    return torch.cat((counts.view(torch.uint8), rest, selected.reshape(-1).to(torch.uint8)))
 
 
 class StateArrays(NamedTuple):
@@ -148,7 +148,7 @@ def arrays_of(state: Tensor, student: Tensor, value_dtype: torch.dtype) -> State
         return torch.view_copy(rows[first : first + dtype.itemsize].reshape(-1), dtype).view(shape)
 
     entropy, kl = (array(stats + i * accumulator.itemsize, accumulator) for i in (_ENTROPY, _KL))
-    chosen = torch.view_copy(rows[selected], torch.bool)
+    chosen = rows[selected] != 0  # no view: the C++ that torch.compile writes for one does not compile
     return StateArrays(array(0, value_dtype), entropy, kl, chosen, chosen.sum())
 
 
