@@ -101,6 +101,7 @@ def given(*inputs: Tensor) -> tuple[Tensor | None, ...]:
 # ---- the state: one tensor of bytes, laid out as csrc/kernels.h says
 
 _COUNTS, _STATS, _ENTROPY, _KL = _compiled.STATE
+_ALIGNMENT = 8  # of the numbers in a state, in bytes
 
 
 def with_selection(state: Tensor, counts: Tensor, selected: Tensor) -> Tensor:
@@ -332,6 +333,8 @@ def _backward(operator, grad_output, student, teacher, labels, row_weight, rows,
         gradient = _fast_backward(grad_output, student, teacher, labels, row_weight, rows, state, options)
         if gradient is not None:
             return gradient
+    if state.storage_offset() % _ALIGNMENT:
+        state = state.clone()
     per_row = (x.contiguous() for x in (labels, row_weight, rows, state))
     return operator(grad_output.contiguous(), readable(student), readable(teacher), *per_row, *options)
 
