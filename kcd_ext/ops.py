@@ -101,6 +101,7 @@ def given(*inputs: Tensor) -> tuple[Tensor | None, ...]:
 # ---- the state: one tensor of bytes, laid out as csrc/kernels.h says
 
 _COUNTS, _STATS, _ENTROPY, _KL = _compiled.STATE
+_ALIGNMENT = 8  # of the numbers in a state, in bytes
 
 
 def with_selection(state: Tensor, counts: Tensor, selected: Tensor) -> Tensor:
@@ -112,7 +113,7 @@ def with_selection(state: Tensor, counts: Tensor, selected: Tensor) -> Tensor:
         selected: bool (...).
     """
     rest = state[_COUNTS * 8 : state.numel() - selected.numel()]
-    return torch.cat((counts.view(torch.uint8), rest, selected.reshape(-1).view(torch.uint8)))
+    return torch.cat((counts.view(torch.uint8), rest, selected.reshape(-1).to(torch.uint8)))
 
 
 class StateArrays(NamedTuple):
@@ -148,7 +149,7 @@ def arrays_of(state: Tensor, student: Tensor, value_dtype: torch.dtype) -> State
         return torch.view_copy(rows[first : first + dtype.itemsize].reshape(-1), dtype).view(shape)
 
     entropy, kl = (array(stats + i * accumulator.itemsize, accumulator) for i in (_ENTROPY, _KL))
-    chosen = torch.view_copy(rows[selected], torch.bool)
+    chosen = rows[selected] != 0  # no view: the C++ that torch.compile writes for one does not compile
     return StateArrays(array(0, value_dtype), entropy, kl, chosen, chosen.sum())
 
 
@@ -332,6 +333,8 @@ def _backward(operator, grad_output, student, teacher, labels, row_weight, rows,
         gradient = _fast_backward(grad_output, student, teacher, labels, row_weight, rows, state, options)
         if gradient is not None:
             return gradient
+    if state.storage_offset() % _ALIGNMENT:
+        state = state.clone()
     per_row = (x.contiguous() for x in (labels, row_weight, rows, state))
     return operator(grad_output.contiguous(), readable(student), readable(teacher), *per_row, *options)
 

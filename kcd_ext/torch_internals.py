@@ -40,7 +40,7 @@ _plain_keys: set[int] = set()
 
 
 def _find_plain_keys() -> set[int]:
-    """Return the dispatch keys that a new thread includes, with inference mode and without."""
+    """Return the dispatch keys that a new thread includes, with inference mode and without; none where no thread can start."""
 
     def look() -> None:
         outside = _included_keys().raw_repr()
@@ -48,7 +48,10 @@ def _find_plain_keys() -> set[int]:
             _plain_keys.update((outside, _included_keys().raw_repr()))
 
     thread = threading.Thread(target=look)
-    thread.start()
+    try:
+        thread.start()
+    except RuntimeError:  # too many threads, or Python is shutting down
+        return _plain_keys
     thread.join()
     return _plain_keys
 

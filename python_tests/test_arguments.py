@@ -255,8 +255,17 @@ def test_the_raw_operators_refuse_what_would_read_out_of_bounds():
             (dict(state=state[:-1]), "must come from the forward pass"),
             (dict(state=state.repeat(2)[::2]), "must come from the forward pass"),
             (dict(state=state.view(torch.bool)), "must come from the forward pass"),
+            (dict(state=torch.cat((state[:1], state))[1:]), "must be aligned"),
         ],
     )
+
+
+def test_the_raw_operators_refuse_rows_whose_state_has_no_size():
+    """33 bytes a row and 16: a number that overflows to 33 bytes, which a tensor can have."""
+    rows = 2**64 // 33 + 1
+    student, state, options = Z[:1].expand(rows, -1), torch.zeros(33, dtype=torch.uint8), (4.0, 1.0, 0.0, -100, 0, 1.0)
+    with pytest.raises(ValueError, match="fewer than 2\\^56 rows"):
+        torch.ops.kcd_ext.reduce_rows(student, ABSENT, ABSENT, state, torch.empty(0), *options)
 
 
 @pytest.mark.filterwarnings("error")

@@ -602,15 +602,17 @@ def test_compile_is_one_graph_of_one_node_a_direction(device):
 @pytest.mark.slow
 def test_compile_with_inductor_inside_a_model(device):
     model, teacher = nn.Linear(12, 40, device=device), nn.Linear(12, 40, device=device)
-    criterion = kcd_ext.CondensedKDLoss(keep=0.5, temperature=2.0)
+    criterion = kcd_ext.CondensedKDLoss(keep=0.5, temperature=2.0, return_knowledge=True)
 
     def step(x, labels):
         return criterion(model(x), teacher(x), labels=labels)
 
     compiled = torch.compile(step, fullgraph=True)
     x, labels = torch.randn(16, 12, device=device), torch.arange(16, device=device)
-    want = torch.autograd.grad(step(x, labels), model.weight)[0]
-    got = torch.autograd.grad(compiled(x, labels), model.weight)[0]
+    (loss, knowledge), (wanted_loss, wanted) = compiled(x, labels), step(x, labels)
+    for got, want in zip(knowledge, wanted, strict=True):
+        torch.testing.assert_close(got, want)
+    got, want = (torch.autograd.grad(of, model.weight)[0] for of in (loss, wanted_loss))
     assert torch.allclose(got, want, atol=1e-6)
 
 

@@ -1,9 +1,12 @@
 """Private names of torch: the package does without each of them, in a torch that lacks it."""
 
+import threading
+
 import pytest
+import torch
 from test_extension import python
 
-from kcd_ext import torch_internals
+from kcd_ext import condensed_kd_loss, reference, torch_internals
 
 USES = """
 import contextlib, warnings
@@ -68,3 +71,18 @@ def test_losses_and_derivatives_are_right_in_a_torch_without(name):
 def test_the_names_are_those_that_the_module_documents():
     documented = [name for name in torch_internals.NAMES if f"`{name}`" in torch_internals.__doc__]
     assert documented == list(torch_internals.NAMES)
+
+
+def test_losses_are_right_where_no_thread_can_start(monkeypatch):
+    monkeypatch.setattr(torch_internals, "_plain_keys", set())
+
+    def refuse(thread):
+        raise RuntimeError("can't start new thread")
+
+    student, teacher = torch.randn(8, 10), torch.randn(8, 10)
+    with monkeypatch.context() as hidden:
+        hidden.setattr(threading.Thread, "start", refuse)
+        loss = condensed_kd_loss(student, teacher)
+        assert not torch_internals.dispatch_is_plain()
+    torch.testing.assert_close(loss, reference.condensed_kd_loss(student, teacher))
+    assert torch_internals.dispatch_is_plain()

@@ -96,6 +96,8 @@ inline void on_one_device(const View& first, std::initializer_list<const View*> 
     if (!absent(*x)) check(*x);
 }
 
+constexpr int64_t kMostRows = int64_t{1} << 56;   // the bytes of a state, less than 128 a row, are an int64
+
 // The logits of a call and the shapes that follow from them.  `problem` lacks teacher_row, which is in the device's own hands.
 class Call {
  public:
@@ -108,6 +110,7 @@ class Call {
     problem.rows = count_rows(student);
     problem.classes = sizes_[leading_dim_];
     require(problem.classes > 0, "there must be at least one class");
+    require(problem.rows < kMostRows, "there must be fewer than 2^56 rows");
     require(temperature > 0 && std::isfinite(temperature), "temperature must be > 0 and finite");
     problem.temperature = temperature;
     problem.ignore_index = ignore_index;
@@ -216,6 +219,7 @@ inline State given_state(const Call& call, const View& x) {
   State state = state_of(call, call.is_double(), const_cast<void*>(x.data<void>()));
   if (x.numel() != state.bytes()) state.value_bytes = sizeof(double);
   dense(x, dtypes().uint8, state.bytes(), message);
+  require(reinterpret_cast<uintptr_t>(state.data) % alignof(double) == 0, "state must be aligned to 8 bytes");
   return state;
 }
 
