@@ -318,30 +318,30 @@ def _take_gradient(ctx, ahead: list[Tensor], grad_output: Tensor) -> Tensor:
         return _backward(condensed_kd_backward, torch.ones_like(grad_output), *_unpack(ctx), ctx.call[1])
 
 
-def _unpack(ctx) -> tuple[Tensor, ...]:
+def _unpack(ctx) -> tuple[Tensor | None, ...]:
     """Return student, teacher, labels, row_weight, rows and state. Runs the unpack hooks of saved tensors: call it once."""
-    student, *saved, state = ctx.saved_tensors
     constants = ctx.call[0]
-    if constants is not None:
-        saved = [constant if x is None else x for x, constant in zip(saved, constants, strict=True)]
-    return student, *(absent(student) if x is None else x for x in saved), state
+    if constants is None:
+        return ctx.saved_tensors
+    student, *saved, state = ctx.saved_tensors
+    return student, *(constant if x is None else x for x, constant in zip(saved, constants, strict=True)), state
 
 
 def _backward(operator, grad_output, student, teacher, labels, row_weight, rows, state, options):
-    """Call a backward operator with saved tensors, which an unpack hook may return in any memory layout."""
-    if operator is condensed_kd_backward:
-        gradient = _fast_backward(grad_output, student, teacher, labels, row_weight, rows, state, options)
-        if gradient is not None:
+    """Call a backward operator with saved tensors, which an unpack hook may return in any memory layout; None: absent."""
+    if operator is condensed_kd_backward and row_weight is None and rows is None and fast_path_is_open():
+        gradient = _compiled.condensed_kd_backward(grad_output, student, teacher, labels, state, options)
+        if gradient is not NotImplemented:
             return gradient
     if state.storage_offset() % _ALIGNMENT:
         state = state.clone()
-    per_row = (x.contiguous() for x in (labels, row_weight, rows, state))
+    per_row = (absent(student) if x is None else x.contiguous() for x in (labels, row_weight, rows, state))
     return operator(grad_output.contiguous(), readable(student), readable(teacher), *per_row, *options)
 
 
-def _backward_in_place(grad_output: Tensor, saved: tuple[Tensor, ...], options: tuple) -> Tensor:
+def _backward_in_place(grad_output: Tensor, saved: tuple[Tensor | None, ...], options: tuple) -> Tensor:
     # The dispatcher cannot negate lazily for an operator that returns nothing.
-    grad_output, student, *saved = (x.detach().resolve_neg() for x in (grad_output, *saved))
+    grad_output, student, *saved = (x if x is None else x.detach().resolve_neg() for x in (grad_output, *saved))
     student = readable(student)
     _backward(condensed_kd_backward_, grad_output, student, *saved, options)
     torch.autograd.graph.increment_version(student)
@@ -417,11 +417,3 @@ def fast_path_is_open() -> bool:
 # (student, teacher, labels or None, keep, value, options, with_gradient) -> what `condensed_kd` returns, or NotImplemented, and the
 # operator then reports any error. keep and options are tuples of its arguments. Supports plain CPU tensors up to 1 MB.
 fast_path: Callable | None = getattr(_compiled, "condensed_kd", None)
-
-
-def _fast_backward(grad_output, student, teacher, labels, row_weight, rows, state, options) -> Tensor | None:
-    if not (row_weight is _ABSENT and rows is _ABSENT and fast_path_is_open()):
-        return None
-    labels = None if labels is _ABSENT else labels
-    gradient = _compiled.condensed_kd_backward(grad_output, student, teacher, labels, state, options)
-    return None if gradient is NotImplemented else gradient
