@@ -101,7 +101,6 @@ def given(*inputs: Tensor) -> tuple[Tensor | None, ...]:
 # ---- the state: one tensor of bytes, laid out as csrc/kernels.h says
 
 _COUNTS, _STATS, _ENTROPY, _KL = _compiled.STATE
-_ALIGNMENT = 8  # of the numbers in a state, in bytes
 
 
 def with_selection(state: Tensor, counts: Tensor, selected: Tensor) -> Tensor:
@@ -256,7 +255,7 @@ def with_derivative(
         loss: computed without autograd.
         student: the logits it is a function of.
         inputs: teacher, labels, row_weight, rows, as the operators take them; None for those that are absent.
-        state: as `condensed_kd` leaves it, nobody else's.
+        state: as `condensed_kd` leaves it, nobody else's: hooks of saved tensors do not see it.
         options: the operators' temperature, kd_weight, ce_weight, ignore_index, reduction and number of processes.
         inplace: whether the gradient overwrites the logits.
         gradient: that of the loss for an incoming gradient of 1, if the forward pass wrote it. It is handed over.
@@ -272,7 +271,7 @@ def with_derivative(
     ahead = None if gradient is None else [gradient]  # a list, whose pop() is thread-safe
     apply = CondensedKD.apply if torch.compiler.is_compiling() else _apply
     # In a tuple, because autograd handles every tensor that it sees.
-    return apply(student, (loss, (*saved, state), (constants, options, inplace, scales, ahead)))
+    return apply(student, (loss, saved, (constants, state, options, inplace, scales, ahead)))
 
 
 class CondensedKD(torch.autograd.Function):
@@ -289,7 +288,7 @@ class CondensedKD(torch.autograd.Function):
     def backward(ctx, grad_output: Tensor) -> tuple[Tensor, None]:
         """Return the gradient with respect to the student's logits, (..., C) in their dtype."""
         differentiable = torch.is_grad_enabled()
-        _, options, inplace, scales, ahead = ctx.call
+        _, _, options, inplace, scales, ahead = ctx.call
         if ahead is not None and not differentiable and dispatch_is_plain():
             factor = grad_output.tolist()  # sooner than item(), which dispatches
             if factor == 1:
@@ -315,15 +314,15 @@ def _take_gradient(ctx, ahead: list[Tensor], grad_output: Tensor) -> Tensor:
     try:
         return ahead.pop()
     except IndexError:
-        return _backward(condensed_kd_backward, torch.ones_like(grad_output), *_unpack(ctx), ctx.call[1])
+        return _backward(condensed_kd_backward, torch.ones_like(grad_output), *_unpack(ctx), ctx.call[2])
 
 
 def _unpack(ctx) -> tuple[Tensor | None, ...]:
     """Return student, teacher, labels, row_weight, rows and state. Runs the unpack hooks of saved tensors: call it once."""
-    constants = ctx.call[0]
+    constants, state, *_ = ctx.call
     if constants is None:
-        return ctx.saved_tensors
-    student, *saved, state = ctx.saved_tensors
+        return *ctx.saved_tensors, state
+    student, *saved = ctx.saved_tensors
     return student, *(constant if x is None else x for x, constant in zip(saved, constants, strict=True)), state
 
 
@@ -333,8 +332,6 @@ def _backward(operator, grad_output, student, teacher, labels, row_weight, rows,
         gradient = _compiled.condensed_kd_backward(grad_output, student, teacher, labels, state, options)
         if gradient is not NotImplemented:
             return gradient
-    if state.storage_offset() % _ALIGNMENT:
-        state = state.clone()
     per_row = (absent(student) if x is None else x.contiguous() for x in (labels, row_weight, rows, state))
     return operator(grad_output.contiguous(), readable(student), readable(teacher), *per_row, *options)
 
@@ -385,7 +382,7 @@ def _setup_context(ctx, inputs, output):
     student, teacher, labels, _, row_weight, rows, *options = inputs
     loss, state, gradient = output
     saved = given(teacher, labels, row_weight, rows)
-    CondensedKD.forward(ctx, student, (loss, (*saved, state), (None, tuple(options[3:-1]), False, False, None)))
+    CondensedKD.forward(ctx, student, (loss, saved, (None, state, tuple(options[3:-1]), False, False, None)))
     ctx.mark_non_differentiable(state, gradient)
     ctx.set_materialize_grads(False)
 
