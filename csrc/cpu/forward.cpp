@@ -241,7 +241,7 @@ struct SummedRow {
 // prefetched: a piece whose maxima are known.  On entry of this row, on return of the next one; if it is another one it is not
 // used.  Without a teacher its y is null.
 template <class Real, class SomePass>
-SummedRow<Real> sum_row(SomePass pass, const RowTask<Real>& task, Piece<Real>& prefetched) {
+KCD_INLINE SummedRow<Real> sum_row(SomePass pass, const RowTask<Real>& task, Piece<Real>& prefetched) {
   alignas(64) Real z[kPiece], y[kPiece];
   const Problem& problem = task.problem;
   const RowPair& row = task.row;
@@ -327,7 +327,7 @@ __attribute__((noinline)) RowSums<Real> recompute_in_double(const Pass<false>& p
 
 // As sum_row; the sums are valid in any case.
 template <class Real, class SomePass>
-SummedRow<Real> sum_whole_row(const SomePass& pass, const RowTask<Real>& task, Piece<Real>& prefetched) {
+KCD_INLINE SummedRow<Real> sum_whole_row(const SomePass& pass, const RowTask<Real>& task, Piece<Real>& prefetched) {
   SummedRow<Real> summed = sum_row<Real>(pass, task, prefetched);
   if (!summed.within_float_range) {
     const Pass<false> again{pass.power, pass.teacher, pass.teacher_entropy};
