@@ -142,7 +142,7 @@ class Run:
             self._chosen(everyone, compiled),
             absent=self.absent,
             seconds=self.options.seconds,
-            told=lambda line: print(line, file=sys.stderr, flush=True),
+            report=lambda line: print(line, file=sys.stderr, flush=True),
         )
         benchmark.measure()
         good, verdict = benchmark.verdict()

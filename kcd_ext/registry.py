@@ -4,7 +4,7 @@ import importlib
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 
-from .describe import brief, describe, describe_error, did_you_mean, one_line  # noqa: F401
+from .describe import brief, describe, describe_error, did_you_mean
 from .import_path import resolving
 
 

@@ -120,7 +120,7 @@ def test_plain_values_beside_the_weights(beside, zipped, here, data, monkeypatch
     torch.save(content, here / "net.pth", _use_new_zipfile_serialization=zipped)
     teacher = teachers.find("net.pth", "resnet8", None)
     assert_same(teacher.build(data, 0), OWN)
-    assert teacher.told(data) == []
+    assert teacher.notes_on(data) == []
 
 
 def assert_same(network, state):
@@ -172,7 +172,7 @@ def test_wrappers_prefixes_and_counters(content, state, told, here, data):
     torch.save(content, here / "net.pth")
     teacher = teachers.find("net.pth", "resnet8", None)
     assert_same(teacher.build(data, 0), state)
-    found = teacher.told(data)
+    found = teacher.notes_on(data)
     assert len(found) == len(told)
     assert all(line.startswith("net.pth: ") and part in line for line, part in zip(found, told, strict=True))
 

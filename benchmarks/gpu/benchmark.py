@@ -139,7 +139,7 @@ def main() -> int:
             "ceilings": device.about_ceilings(),
         },
         written=lambda figures: write_json(options.data, figures),
-        told=lambda line: print(line, flush=True),
+        report=lambda line: print(line, flush=True),
     )
     benchmark.measure()
     replay(benchmark, end_of_replays)

@@ -56,7 +56,7 @@ class Benchmark:
     """Stand among the figures."""
     written: Callable[[dict], None] = lambda figures: None
     """Is called with the figures after each place."""
-    told: Callable[[str], None] = lambda line: None
+    report: Callable[[str], None] = lambda line: None
     """Is called with a line for each measurement."""
 
     def __post_init__(self) -> None:
@@ -234,7 +234,7 @@ class Benchmark:
                 row = self.rows[place, direction, name]
                 row.update(status=MEASURED, rounds=len(taken), **summary([each[i] for each in taken]))
                 row["of_floor"] = round(row["floor_us"] / row["median_us"], 3)
-                self.told(f"{place}, {direction}: {name} {row['median_us']} us, {row['of_floor']:.0%} of the floor")
+                self.report(f"{place}, {direction}: {name} {row['median_us']} us, {row['of_floor']:.0%} of the floor")
 
     def verdict(self) -> tuple[bool, str]:
         """Whether something was measured, and ours wherever there was time and memory; and the summary."""

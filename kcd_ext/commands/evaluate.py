@@ -82,7 +82,7 @@ class Evaluate:
             loaded, found = cache(load), cache(teachers.find)  # runs of several seeds share both
             plans = self._attempted(asked, lambda folder: self._plan(folder, loaded, found), left_out)
             homes = _checked_homes(homes, plans)
-            for line in dict.fromkeys(line for plan in plans.values() for line in plan.source.told(plan.data)):
+            for line in dict.fromkeys(line for plan in plans.values() for line in plan.source.notes_on(plan.data)):
                 note(line)
             device = stack.enter_context(accelerator_on(self.device, "no")).device
             done = self._attempted(plans, lambda f: plans[f].evaluated(device, self.temperatures, layers), left_out)
@@ -142,34 +142,34 @@ class Evaluate:
     def _plan(self, folder: Path, loaded: Callable[..., ImageData], found: Callable[..., Teacher]) -> "_Plan":
         """Raise one of CANNOT where the run in a folder cannot be evaluated."""
         run, weights = runs.read(folder), folder / WEIGHTS
-        told = run.metadata
+        metadata = run.metadata
         if run.summary is None or run.unfinished or not weights.is_file():
             raise ValueError(f"is no finished run: it has no {WEIGHTS}, or fewer epochs than it was to have")
-        if self.teacher is None and told.teacher is None:
+        if self.teacher is None and metadata.teacher is None:
             raise ValueError("was distilled from no teacher: --teacher says whom to compare its student with")
-        if "spec" not in told.data:
+        if "spec" not in metadata.data:
             raise ValueError(
                 "config.json does not say which images the run was tested on: kcd_ext.evaluation.evaluate takes networks and "
                 "images themselves"
             )
-        data = loaded(**told.data)
-        if told.config.get("test_samples") != digest_of_samples(data.test):
-            raise ValueError(f"was tested on other images than those that {told.data['spec']!r} holds now")
+        data = loaded(**metadata.data)
+        if metadata.config.get("test_samples") != digest_of_samples(data.test):
+            raise ValueError(f"was tested on other images than those that {metadata.data['spec']!r} holds now")
         runs.check_weights(folder)
-        if told.student is None:
+        if metadata.student is None:
             raise ValueError("config.json does not say which network was trained, so its weights cannot be read")
-        student = Teacher(told.student, teachers.read(weights).tensors, weights)
+        student = Teacher(metadata.student, teachers.read(weights).tensors, weights)
         if self.teacher is None:
             teacher = _own_teacher(run, data, found)
         else:
-            teacher = found(self.teacher, self.teacher_network, told.teacher_network)
+            teacher = found(self.teacher, self.teacher_network, metadata.teacher_network)
             if teacher.origin is None:
                 raise ValueError(
                     f"teacher must be the folder of a trained run or a file of weights, got {self.teacher!r}"
                 )
         network = teacher.build(data, SEED)
-        if told.teacher_normalisation is not None and digest(network.state_dict()) == told.teacher:
-            teacher = replace(teacher, normalisation=told.teacher_normalisation)  # given images as in training
+        if metadata.teacher_normalisation is not None and digest(network.state_dict()) == metadata.teacher:
+            teacher = replace(teacher, normalisation=metadata.teacher_normalisation)  # given images as in training
             network = teacher.build(data, SEED)
         return _Plan(run, data, teacher, student.build(data, SEED), network, self.threads)
 
@@ -230,23 +230,23 @@ def _shown(folder: Path) -> str:
 
 def _own_teacher(run: runs.Run, data: ImageData, found: Callable[..., Teacher]) -> Teacher:
     """Return the teacher that a run was distilled from. Raise ValueError where none of its places has the weights."""
-    told, looked = run.metadata, []
-    places = runs.teacher_dirs(run.folder, told.teacher_path)
+    metadata, looked = run.metadata, []
+    places = runs.teacher_dirs(run.folder, metadata.teacher_path)
     for path in places:
         if not (path / WEIGHTS if path.is_dir() else path).is_file():
             continue
         try:
-            teacher = found(str(path), told.teacher_network, None)
+            teacher = found(str(path), metadata.teacher_network, None)
             has = digest(teacher.build(data, SEED).state_dict())
         except ValueError as error:
             looked.append(str(error))
             continue
-        if has == told.teacher:
+        if has == metadata.teacher:
             return teacher
         looked.append(f"{path} has other weights ({has})")
     where = "; ".join(looked) or f"none is in {', '.join(map(str, places))}"
     raise ValueError(
-        f"the teacher that it was distilled from (weights {told.teacher}) is not found, {where}: --teacher says which"
+        f"the teacher that it was distilled from (weights {metadata.teacher}) is not found, {where}: --teacher says which"
     )
 
 

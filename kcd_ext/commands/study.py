@@ -158,7 +158,7 @@ class Study:
             note(f"nothing to resume in {self.output}: starting anew")
         given = {run.teacher.origin: run.teacher for run in self.runs if run.teacher and run.teacher.origin}
         for teacher in given.values():
-            for line in teacher.told(self.data):
+            for line in teacher.notes_on(self.data):
                 note(line)
             if of := self._other_images(teacher.origin, teacher):
                 note(f"warning: teacher {teacher.origin} was trained on {of}, not on this {self.data.name}")
@@ -257,8 +257,17 @@ class Study:
         with files.folder_lock(output):
             if not self._has_finished():  # by now: another command has moved it
                 return
-            files.remove(previous)
-            output.rename(previous)
+            older = previous.with_name(f".{previous.name}.older")  # until its place is taken: a rename can fail
+            if previous.exists():
+                files.remove(older)  # of a command that was killed here
+                previous.rename(older)
+            try:
+                output.rename(previous)
+            except OSError:
+                if older.exists():
+                    older.rename(previous)
+                raise
+            files.remove(older)
             (previous / files.LOCK).unlink(missing_ok=True)
             output.mkdir()
             for path in previous.iterdir():

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from .. import models
 from ..data.images import ImageData
+from ..describe import did_you_mean
 from ..models.weights import fitted, read
 from ..randomness import seeded
-from ..registry import did_you_mean
 from ..reports.runs import Normalisation, check_weights, metadata_if_begun
 from ..training.folder import WEIGHTS
 
@@ -26,7 +26,7 @@ class Teacher:
     normalisation: Normalisation | None = None
     """Of the images that it was trained on; None: that of the student's images."""
     notes: tuple[str, ...] = ()
-    """What a user is to be told about the file of weights, a line each."""
+    """What a user should know about the file of weights, a line each."""
 
     def __str__(self) -> str:
         return self.network if self.origin is None else f"{self.network} of {self.origin}"
@@ -41,8 +41,8 @@ class Teacher:
         """
         return self._built(data, seed)[0]
 
-    def told(self, data: ImageData) -> list[str]:
-        """What a user is to be told before it teaches, a line each. Raises as `build` does."""
+    def notes_on(self, data: ImageData) -> list[str]:
+        """Return what a user should know before it teaches, a line each. Raises as `build` does."""
         _, notes = self._built(data, 0)
         return [*self.notes, *notes]
 

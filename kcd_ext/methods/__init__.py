@@ -5,8 +5,8 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from typing import get_args
 
-from ..describe import brief
-from ..registry import call, did_you_mean, resolve
+from ..describe import brief, did_you_mean
+from ..registry import call, resolve
 from .documented import Option
 from .documented import options_of as _options_of
 from .protocol import Batch, Method, Outcome, Pretraining, entropy

@@ -56,7 +56,7 @@ def train_epoch(run: Run, phase: Phase, epoch: int) -> dict[str, object]:
                 with autocast(run.accelerator):
                     outcome = phase.step(run.teacher, batch)
                 loss = phase.record(batch, outcome)
-                run.accelerator.backward(loss * share)
+                run.accelerator.backward(loss if share == 1 else loss * share)
             if ends_step:
                 optimizer_step(run.accelerator, phase.optimizer, run.module)
         means = phase.means()  # waits for the device, as no step does
