@@ -1,0 +1,152 @@
+"""Every code block of the README and the documentation runs as it is printed."""
+
+import re
+import shlex
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from commands import run
+from pages import PAGES, README, ROOT, blocks, commands
+from torch import nn
+
+from kcd_ext import cli
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+NAMES = {page: page.relative_to(ROOT).as_posix() for page in (README, *PAGES)}
+
+
+def of_pages(condition) -> pytest.MarkDecorator:
+    """Parametrize a test over the pages that have a block for which `condition` holds."""
+    pages = [page for page in NAMES if page != README and any(map(condition, blocks(page)))]
+    return pytest.mark.parametrize("page", pages, ids=NAMES.get)
+
+
+def execute(code: str, names: dict, page: str) -> None:
+    """Run one block. Its tracebacks name the page."""
+    exec(compile(code, f"<{page}>", "exec"), names)
+
+
+@of_pages(lambda block: block.language == "python")
+def test_blocks_of_page_run(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    imported = set(sys.modules)
+    torch.manual_seed(0)
+    names = {"__name__": "__main__"}
+    try:
+        for block in blocks(page):
+            if block.language == "python" and block.title:
+                assert re.fullmatch(r"\w+\.py", block.title)
+                (tmp_path / block.title).write_text(block.code)
+            elif block.language in ("python", "setup"):
+                execute(block.code, names, NAMES[page])
+    finally:
+        for name in set(sys.modules) - imported:
+            if (getattr(sys.modules[name], "__file__", None) or "").startswith(str(tmp_path)):
+                del sys.modules[name]
+    for block in blocks(page):
+        if (block.language, block.title) == ("bash", "run"):
+            for command in commands(block):
+                assert command.startswith("kcd ")
+                done = run(*shlex.split(command)[1:], cwd=tmp_path)
+                assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
+
+
+@pytest.mark.parametrize("page", NAMES, ids=NAMES.get)
+def test_commands_of_page_have_valid_options(page, tmp_path, monkeypatch):
+    """Parse every command that the page shows. A file for a module, a teacher or a run need not exist."""
+    monkeypatch.chdir(tmp_path)
+    for block in blocks(page):
+        for command in commands(block) if block.language == "bash" else ():
+            words = shlex.split(re.sub(r"^.*-m kcd_ext\.cli", "kcd", command))[1:]
+            if words[0] in cli.COMMANDS and not {"--help", "-h"} & {*words}:
+                cli._parse(words)
+
+
+@pytest.mark.parametrize("page", NAMES, ids=NAMES.get)
+def test_blocks_of_page_are_marked(page):
+    """A fence without a language, or with one that no test knows, would be shown without being checked."""
+    for block in blocks(page):
+        assert block.language in ("setup", "python", "bash", "text", "cpp", "json", "yaml"), block
+    text = re.sub(r"<!--.*?-->", "", page.read_text(), flags=re.S)
+    assert len(re.findall(r"^ *(?:```|~~~)", text, re.M)) == 2 * sum(
+        block.language != "setup" for block in blocks(page)
+    )
+
+
+@pytest.mark.parametrize("page", NAMES, ids=NAMES.get)
+def test_links_of_page_exist(page):
+    """`mkdocs build --strict` checks the site's links; this also checks links to files outside it."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.S | re.M)
+    for target in re.findall(r"\]\((?!https?:|mailto:|#)([^)#\s]+)", text):
+        assert (page.parent / target).exists(), target
+    for name in re.findall(r"`((?:kcd_ext|csrc|python_tests|benchmarks|docs)/[\w/.-]+\.\w+)`", text):
+        assert (ROOT / name).exists(), name
+
+
+# The README's claims, beyond running.
+
+PYTHON = [block.code for block in blocks(README) if block.language == "python"]
+
+
+def network():
+    return nn.Sequential(nn.Flatten(), nn.Linear(12, 10))
+
+
+@pytest.fixture
+def names():
+    """What a reader of the README has already: networks, logits, labels, a data set, an optimizer."""
+    torch.manual_seed(0)
+    student, teacher, x = network(), network(), torch.randn(32, 3, 4)
+    return {
+        "student": student,
+        "teacher": teacher,
+        "labels": torch.arange(32) % 10,
+        "student_logits": student(x),
+        "teacher_logits": teacher(x).detach(),
+        "dataset": [(torch.full((3, 4), i % 10, dtype=torch.uint8), i % 10) for i in range(40)],
+        "transform": lambda image: image.float() / 10,
+        "optimizer": torch.optim.SGD(student.parameters(), lr=0.1),
+    }
+
+
+def test_readme_is_at_most_100_lines():
+    assert len(README.read_text().splitlines()) <= 100
+
+
+def test_readme_loss_equals_the_loss_that_it_replaces(names):
+    lines = PYTHON[0].splitlines(keepends=True)
+    (same,) = (i for i, line in enumerate(lines) if line.startswith("# The same loss"))
+    (fewer,) = (i for i, line in enumerate(lines) if line.startswith("# Distil only"))
+    losses = []
+    for end in (same, fewer, len(lines)):
+        execute("".join(lines[:end]), names, "README")
+        losses.append(names["loss"].item())
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert losses[2] != pytest.approx(losses[0], rel=1e-5)
+
+
+def test_readme_loop_condenses_and_learns(names):
+    student, visits = names["student"], []
+    names["student"] = lambda x: visits.append(len(x)) or student(x)
+    execute(PYTHON[1].replace("range(240)", "range(12)").replace("every=40", "every=2"), names, "README")
+    condenser = names["condenser"]
+    assert condenser.stage == 6 and len(condenser.kept) == 28 and condenser.recipes
+    assert sum(visits) == 2 * (40 + 38 + 36 + 34 + 32 + 30)
+    images = torch.stack([x for x, _ in names["dataset"]]).float() / 10
+    assert F.cross_entropy(student(images), torch.arange(40) % 10) < 2.3
+
+
+def test_readme_trainer_prints_what_it_visited(tmp_path, capsys):
+    execute(PYTHON[2].replace("epochs=12", "epochs=4").replace("runs/mine", str(tmp_path)), {}, "README")
+    accuracy, visits, teacher_visits = map(float, capsys.readouterr().out.split())
+    # Six stages of four epochs: 1083 samples, then int(1083 * 0.3 / 6) = 54 fewer in each.
+    assert accuracy > 70 and visits == teacher_visits == sum(4 * (1083 - 54 * stage) for stage in range(6))
+
+
+def test_readme_commands_are_those_of_ci():
+    lines = re.findall(r"^python3 -m venv .*$", README.read_text(), re.M)
+    assert [line.split("&& ")[-1] for line in lines] == [".venv/bin/kcd demo", ".venv/bin/pytest -n auto"]
+    assert all("-c constraints.txt" in line for line in lines)
