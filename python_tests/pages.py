@@ -10,7 +10,8 @@ PAGES = sorted((ROOT / "docs").rglob("*.md"))
 
 FENCE = re.compile(
     r"^<!-- test setup\n(?P<setup>.*?)^-->$"
-    r'|^(?P<indent> *)(?P<fence>```+|~~~+)(?P<language>\w*)(?: title="(?P<title>[^"]*)")?[^\n]*\n(?P<code>.*?)^(?P=indent)(?P=fence)$',
+    r'|^(?P<indent> *)(?P<fence>```+|~~~+)(?P<language>\w*)(?: title="(?P<title>[^"]*)")?[^\n]*\n'
+    r"(?P<code>.*?)^(?P=indent)(?P=fence)$",
     re.S | re.M,
 )
 
