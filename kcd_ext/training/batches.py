@@ -24,14 +24,14 @@ def feed_of(
     *,
     name: str = "the data set",
     mixes: bool = False,
-) -> "Feed":
-    """Return the feed of a data set.
+) -> "BatchSource":
+    """Return the batch source of a data set.
 
     Args:
         dataset: An `ImageSet` is moved to `device`; any other data set is loaded item by item.
         condenser: Decides which images are mixed. None: no image is mixed (a test set).
         device: The device of the batches.
-        num_workers: Processes that load items. They start with the first batch and end with the feed's `close`.
+        num_workers: Processes that load items. They start with the first batch and end with `close`.
         name: The name of the data set in errors.
         mixes: Whether raw items will be mixed. They must then share one shape and dtype.
 
@@ -39,7 +39,7 @@ def feed_of(
         TypeError, ValueError: Raw items will be mixed, and the first one cannot be.
     """
     if isinstance(dataset, ImageSet):
-        return ResidentFeed(dataset, condenser, device)
+        return ResidentBatches(dataset, condenser, device)
     if mixes:
         with seeded(0):  # the data set may draw random numbers: keep them out of the run's generators
             dataset = dataset.for_mixing()
@@ -49,13 +49,13 @@ def feed_of(
 class Samples:
     """The training set that `Method.prepare` gets: an iterable of batches that can be iterated repeatedly."""
 
-    def __init__(self, feed: "Feed", batch_size: int):
-        self.feed = feed
+    def __init__(self, source: "BatchSource", batch_size: int):
+        self.source = source
         self.batch_size = batch_size
-        self.labels = getattr(feed, "labels", None)  # only images in memory have them
+        self.labels = getattr(source, "labels", None)  # only images in memory have them
 
     def __iter__(self) -> Iterator[Batch]:
-        return self.feed.eval_batches(self.batch_size)
+        return self.source.eval_batches(self.batch_size)
 
 
 def split_evenly(count: int, size: int) -> list[slice]:
@@ -136,7 +136,7 @@ class LoadedFeed:
         return Batch(x, flatten_labels(label), index)
 
 
-class ResidentFeed:
+class ResidentBatches:
     """Batches of images that are all on the device. Each batch is cropped, flipped and normalised there.
 
     It has the methods of `LoadedFeed`.
@@ -184,7 +184,7 @@ class ResidentFeed:
         return index, sample
 
 
-Feed = LoadedFeed | ResidentFeed
+BatchSource = LoadedFeed | ResidentBatches
 
 
 def _shard_indices(count: int, rank: int, world_size: int) -> tuple[np.ndarray, np.ndarray]:

@@ -66,7 +66,7 @@ def check_finite(run: "Run", phase: "Phase", loss: float) -> None:
     trained = {*map(id, phase.parameters)}
     is_constant = run.teacher is not None and trained.isdisjoint(map(id, run.teacher.parameters()))
     suspects = {"teacher": run.teacher} if is_constant else {}  # a teacher that is trained is a victim, not a cause
-    cause = first_non_finite("train", run.feed.eval_batches(run.recipe.batch_size), suspects)
+    cause = first_non_finite("train", run.train_source.eval_batches(run.recipe.batch_size), suspects)
     raise FloatingPointError(f"{problem}: {cause or f'a smaller lr than {phase.initial_lr} may help'}")
 
 

@@ -36,7 +36,7 @@ class Rehearsal:
         recipe = run.recipe
         rows, *_ = next(batches_of_steps(len(run.sampler), recipe.batch_size, recipe.gradient_accumulation))
         self.batch_size = rows.stop  # the size of the run's first batch
-        self._first = cache(lambda feed, size: feed.first(size))
+        self._first = cache(lambda source, size: source.first(size))
 
     def choose_layouts(self, layouts: Sequence[Layout]) -> None:
         """Take the step, and leave the networks in the memory layout in which it succeeds.
@@ -82,8 +82,8 @@ class Rehearsal:
         roots = (run.module,) if run.teacher is None else (run.module, run.teacher)
         with ExitStack() as stack:
             stack.enter_context(seeded(run.recipe.seed, REHEARSAL_SEED, device=run.device))
-            batch = with_sample_weight(self._first(run.feed, size), run.condenser.sample_weight)
-            tested = self._first(run.test_feed, size) if validate else None
+            batch = with_sample_weight(self._first(run.train_source, size), run.condenser.sample_weight)
+            tested = self._first(run.test_source, size) if validate else None
             stack.enter_context(undone(*roots))
             stack.callback(reshard, *roots)
             running = stack.enter_context(_track_running(networks))

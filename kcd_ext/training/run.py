@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..condensation import CondensedSampler, KnowledgeCondenser
 from ..methods import Batch, Method
 from ..networks import LogitsAlone
-from .batches import Feed, batches_of_steps, with_sample_weight
+from .batches import BatchSource, batches_of_steps, with_sample_weight
 from .checkpoint import Checkpoint, report_damage
 from .checks import check_same_state
 from .distributed import Accelerator, full_state_dict, shard_like, sum_over_ranks
@@ -35,8 +35,8 @@ class Run:
     outputs: Mapping[str, LogitsAlone]  # the hooks on the given student and teacher
     classes: int
     condenser: KnowledgeCondenser
-    feed: Feed
-    test_feed: Feed
+    train_source: BatchSource
+    test_source: BatchSource
     folder: RunFolder | None
     dataset: str  # the name of the data set's class
     teacher: nn.Module | None  # the one that is called: the given teacher, or one that the method made
@@ -101,15 +101,15 @@ class Run:
         recipe, seeded_epoch = self.recipe, phase.seed_offset + epoch
         with self.timed("condensation_seconds"):
             self.sampler.set_epoch(seeded_epoch, consumed=0)
-            entries = self.feed.entries(self.sampler)
+            entries = self.train_source.entries(self.sampler)
         parts = [*batches_of_steps(len(self.sampler), recipe.batch_size, recipe.gradient_accumulation)]
-        batches = self.feed.epoch(entries, [rows for rows, _, _ in parts], recipe.seed, seeded_epoch)
+        batches = self.train_source.epoch(entries, [rows for rows, _, _ in parts], recipe.seed, seeded_epoch)
         for batch, (_, share, ends_step) in zip(batches, parts, strict=True):
             yield with_sample_weight(batch, phase.sample_weight), share, ends_step
 
     def test_batches(self, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
         """Yield the batches of the test set, or of one rank's share of it."""
-        return self.test_feed.eval_batches(max(MIN_EVAL_BATCH_SIZE, self.recipe.batch_size), rank, world_size)
+        return self.test_source.eval_batches(max(MIN_EVAL_BATCH_SIZE, self.recipe.batch_size), rank, world_size)
 
     def add_rows(self, student_rows: Iterable[int], teacher_rows: Iterable[int]) -> None:
         """Add the rows that both networks processed on this rank, and their FLOPs, to the totals of all ranks."""

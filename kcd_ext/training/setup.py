@@ -17,7 +17,7 @@ from ..methods import Method
 from ..module_state import Layout
 from ..networks import forward_flops, hookable, logits_alone, usual_modes
 from ..randomness import seeded
-from .batches import Feed, Samples, feed_of
+from .batches import BatchSource, Samples, feed_of
 from .checks import as_indexed, check_method, check_networks, check_storable
 from .distributed import Accelerator, accelerator_on, gather_labels, is_sharded, reshard
 from .fingerprint import fingerprint
@@ -100,13 +100,13 @@ def _set_up(
         folder = stack.enter_context(opened)
     stack.callback(method.release)
 
-    condenser, feeds = _build_data(stack, recipe, train, test, accelerator)
-    x = next(iter(feeds["train"].eval_batches(1))).x
+    condenser, sources = _build_data(stack, recipe, train, test, accelerator)
+    x = next(iter(sources["train"].eval_batches(1))).x
     countable = method.flops_known and not any(map(is_sharded, given.values()))
     flops = dict.fromkeys(("student", "teacher"))  # a teacher that the method makes stays None
     if countable:
         flops |= {name: forward_flops(network, x) for name, network in given.items()}
-    method.prepare(student.to(accelerator.device), teacher, Samples(feeds["train"], recipe.batch_size))
+    method.prepare(student.to(accelerator.device), teacher, Samples(sources["train"], recipe.batch_size))
     method.to(accelerator.device)
     reshard(student, teacher)
     # Freeze the teacher only now: prepare() may have copied it for training, or made it a part of the method.
@@ -126,8 +126,8 @@ def _set_up(
         outputs=outputs,
         classes=classes,
         condenser=condenser,
-        feed=feeds["train"],
-        test_feed=feeds["test"],
+        train_source=sources["train"],
+        test_source=sources["test"],
         folder=folder,
         dataset=dataset,
         teacher=called_teacher,
@@ -161,28 +161,28 @@ def _build_data(
     train: IndexedDataset | ImageSet,
     test: IndexedDataset | ImageSet,
     accelerator: Accelerator,
-) -> tuple[KnowledgeCondenser, dict[str, Feed]]:
-    """Return the condenser of the training set, and the feeds of both sets, which `stack` closes."""
+) -> tuple[KnowledgeCondenser, dict[str, BatchSource]]:
+    """Return the condenser of the training set, and the sources of both sets, which `stack` closes."""
     condense, device, workers = recipe.condense, accelerator.device, recipe.num_workers
     labels = None
     if condense.shrinks_the_set and isinstance(train, ImageSet):
         labels = train.labels
     elif condense.shrinks_the_set and condense.min_per_class:  # load all items once
-        with closing(feed_of(train, None, device, workers, name="train")) as feed:
-            batches = feed.eval_batches(recipe.batch_size, accelerator.process_index, accelerator.num_processes)
+        with closing(feed_of(train, None, device, workers, name="train")) as source:
+            batches = source.eval_batches(recipe.batch_size, accelerator.process_index, accelerator.num_processes)
             labels = gather_labels([(batch.index, batch.label) for batch in batches], len(train), accelerator)
     # Without condensation the condenser keeps all samples. So all runs of a seed begin with the same sample order.
     condenser = condense.build(len(train), seed=recipe.seed, device=device, epochs=recipe.epochs, labels=labels)
     if labels is not None:
         condenser.set_labels(labels)
     mixes = condense.shrinks_the_set and condenser.config.get("epsilon", 0) > 0
-    feeds = {
+    sources = {
         "train": feed_of(train, condenser, device, workers, name="train", mixes=mixes),
         "test": feed_of(test, None, device, workers, name="test"),
     }
-    for feed in feeds.values():
-        stack.callback(feed.close)
-    return condenser, feeds
+    for source in sources.values():
+        stack.callback(source.close)
+    return condenser, sources
 
 
 def _compile(run: Run, rehearsal: Rehearsal) -> None:
