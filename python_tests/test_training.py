@@ -68,7 +68,7 @@ def recipe(**changes):
     return Recipe(**{"epochs": 4, "batch_size": 8, "device": "cpu", "seed": 3} | changes)
 
 
-# --- what it computes -------------------------------------------------------------------------------------------------
+# --- computed results -------------------------------------------------------------------------------------------------
 
 
 SELECTORS = {"value": KnowledgeCondenser, "infobatch": InfoBatch}

@@ -45,7 +45,7 @@ def train_epoch(run: Run, phase: Phase, epoch: int) -> dict[str, object]:
                 run.accelerator.backward(loss if share == 1 else loss * share)
             if ends_step:
                 optimizer_step(run.accelerator, phase.optimizer, run.module)
-        means = phase.means()  # the epoch's only wait for the device
+        means = phase.means()  # waits for the device; steps never do
         broadcast_buffers(run.accelerator, run.module)
     run.add_rows(student_rows, teacher_rows)
     return {phase.epoch_key: epoch + 1, "lr": phase.lr} | means
