@@ -1,4 +1,4 @@
-"""Data, networks and runs that take milliseconds, and what a run has come to."""
+"""Small data, networks and runs for tests, and comparisons of their results."""
 
 import random
 from collections.abc import Callable, Container, Iterable, Sequence
@@ -17,7 +17,7 @@ from kcd_ext.reports.comparison import Comparison
 from kcd_ext.training import Summary, checkpoint
 
 CLASSES = 4
-# Options that make a method small; one that is not here is tested with its defaults.
+# Options that make a method cheap. A method without an entry is tested with its defaults.
 OPTIONS = {
     "crd": {"negatives": 12, "dimension": 5},
     "sskd": {"head_epochs": 2, "head_lr": 0.02},
@@ -26,17 +26,17 @@ OPTIONS = {
 }
 
 
-# One network of each family, the others are like it.
+# One network of each family.
 FAMILIES = ("cnn_large", "mobilenet_v2", "resnet8x4", "shufflenet_v1", "shufflenet_v2", "vgg11", "wrn_16_2")
 
 
 def mostly_slow(parameters: Iterable, kept: Container = FAMILIES) -> list:
-    """Return the parameters of a test, those that are not `kept` with the mark `slow`."""
+    """Return the parameters of a test, with the mark `slow` on those that are not in `kept`."""
     return [x if x in kept else pytest.param(x, marks=pytest.mark.slow) for x in parameters]
 
 
 def images(size: int, seed: int = 0) -> ImageSet:
-    """Noise around one image a class, cropped and flipped anew in every epoch."""
+    """Return images with noise around one image per class; views crop and flip them in every epoch."""
     generator = np.random.default_rng(seed)
     labels = np.arange(size) % CLASSES
     centres = np.random.default_rng(99).integers(40, 200, (CLASSES, 6, 6, 1))
@@ -45,20 +45,20 @@ def images(size: int, seed: int = 0) -> ImageSet:
 
 
 def shaken(image):
-    """Random in every way that a transform can be."""
+    """Transform an image with random numbers of torch, Python and NumPy."""
     x = torch.from_numpy(image.transpose(2, 0, 1)) / 255
     return x + 0.1 * torch.randn(()) + 0.1 * random.random() + 0.1 * np.float32(np.random.rand())
 
 
 def seeded(seed: int, build: Callable[[], nn.Module]) -> nn.Module:
-    """`build()` by torch's generator as this seed leaves it; the caller's is as it was."""
+    """Return `build()`, called with torch's generator seeded; the caller's generator state is restored."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return build()
 
 
 def network(seed: int, width: int = 6, dropout: float = 0.3) -> nn.Module:
-    """A network for `images`; its `stages` end in maps of an even number of channels, as every method can take them."""
+    """Return a network for `images`. Its `stages` end in maps with an even number of channels, which all methods accept."""
 
     def build():
         convolution = nn.Conv2d(1, width, 3, 2, padding=1)
@@ -78,7 +78,7 @@ def network(seed: int, width: int = 6, dropout: float = 0.3) -> nn.Module:
 
 
 class Samples:
-    """All samples, as `Method.prepare` sees them."""
+    """The training set that `Method.prepare` gets."""
 
     def __init__(self, x, label, batch_size=9):
         self.x, self.label, self.batch_size = x, label, batch_size
@@ -93,7 +93,7 @@ class Samples:
 
 
 class NoWait(TorchDispatchMode):
-    """Raises for every operator whose result, or its shape, the processor would have to wait for."""
+    """A dispatch mode that raises for every operator that makes the host wait for the device."""
 
     waiting = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "bincount", "_unique2", "is_nonzero")
 
@@ -109,11 +109,11 @@ class NoWait(TorchDispatchMode):
 
 
 class StopError(Exception):
-    """A run was stopped from its `progress`."""
+    """The error with which `stop_after` stops a run."""
 
 
 def stop_after(count: int) -> Callable[[dict], None]:
-    """A `progress` that stops a run after so many lines, those of pretraining included."""
+    """Return a `progress` that stops a run after `count` epochs, pretraining included."""
     lines = []
 
     def progress(line):
@@ -125,14 +125,14 @@ def stop_after(count: int) -> Callable[[dict], None]:
 
 
 def comparison(summaries: Sequence[Summary], **more: object) -> Comparison:
-    """Return what a report of these runs shows, and nothing else but `more`."""
+    """Return the content of a report of these runs, with the fields `more`."""
     shown = {"title": "t", "baseline": "kd", "notes": [], "differences": [], "ranking": None, "ranked": "kc-kd, seed 3"}
     shown |= {"class_names": (), "config": {}, "folders": {}}
     return Comparison(**{**shown, "summaries": summaries, **more})
 
 
 def final(folder) -> dict:
-    """All that a run has come to: weights, optimizer, table, mixes, metrics without the clock's."""
+    """Return the final state of a run: weights, optimizer, value table, mixes, and metrics without times."""
     state = checkpoint.load(folder / "checkpoint")
     lines = [
         [{name: x for name, x in line.items() if not name.endswith("seconds")} for line in files.read_lines(path)]
@@ -143,7 +143,7 @@ def final(folder) -> dict:
 
 
 def assert_same(one, other, path="run") -> None:
-    """Bit for bit, through dictionaries."""
+    """Assert that two values are equal bit for bit, also inside dictionaries."""
     assert type(one) is type(other), path
     if isinstance(one, dict):
         assert one.keys() == other.keys(), path

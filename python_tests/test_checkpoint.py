@@ -1,4 +1,4 @@
-"""Damaged checkpoints: whatever is wrong with one, it is one line, and the folder stays as it was."""
+"""Damaged checkpoints: each is refused in one line, and the folder is unchanged."""
 
 import copy
 import hashlib
@@ -24,7 +24,7 @@ FILES = ("model.safetensors", "training.pt", "run.json")
 
 
 class Blobs(torch.utils.data.Dataset):
-    """Points of three classes, loaded one by one."""
+    """Points of three classes, loaded item by item."""
 
     def __init__(self, size=24):
         self.x = torch.randn(size, 4, generator=torch.Generator().manual_seed(size))
@@ -42,8 +42,8 @@ def network():
         return nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3))
 
 
-class First(Method):
-    """Cross entropy, after a part of its own was trained."""
+class WithPretraining(Method):
+    """Cross entropy, after the pretraining of a part."""
 
     needs_teacher = False
     flops_known = False
@@ -60,7 +60,9 @@ class First(Method):
         return Outcome(loss, logits.detach(), entropy(logits))
 
 
-RECIPE = Recipe(f"{__name__}:First", {}, Condense(0.5, every=1, stages=2), epochs=3, batch_size=8, device="cpu")
+RECIPE = Recipe(
+    f"{__name__}:WithPretraining", {}, Condense(0.5, every=1, stages=2), epochs=3, batch_size=8, device="cpu"
+)
 
 
 class _StopError(Exception):
@@ -77,16 +79,16 @@ def run(output, stop_after=None, recipe=RECIPE):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """The bytes of a student that nobody interrupted."""
-    folder = tmp_path_factory.mktemp("whole")
+def uninterrupted(tmp_path_factory):
+    """Return the bytes of the student of an uninterrupted run."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
     run(folder)
     return (folder / "student.safetensors").read_bytes()
 
 
 @pytest.fixture
-def begun(tmp_path):
-    """The folder of a run that was stopped after its second epoch, and that of its checkpoint."""
+def stopped(tmp_path):
+    """Return the folder of a run that was stopped after its second epoch, and its checkpoint folder."""
     with pytest.raises(_StopError):
         run(tmp_path / "run", ("epoch", 2))
     (folder,) = (tmp_path / "run" / "checkpoint").iterdir()
@@ -94,25 +96,25 @@ def begun(tmp_path):
 
 
 def sums(folder):
-    """As sha256sum writes them."""
+    """Return the checksums in the format of sha256sum."""
     return "".join(f"{hashlib.sha256((folder / name).read_bytes()).hexdigest()}  {name}\n" for name in FILES)
 
 
-def test_the_sums_are_those_of_sha256sum(begun):
-    _, folder = begun
+def test_checksums_have_the_format_of_sha256sum(stopped):
+    _, folder = stopped
     assert sorted(path.name for path in folder.iterdir()) == sorted([*FILES, "sha256sums"])
     assert (folder / "sha256sums").read_text() == sums(folder)
     assert checkpoint.load(folder.parent).source == folder
 
 
 @pytest.mark.parametrize("name", [*FILES, "sha256sums"])
-def test_any_byte_that_changed_and_any_end_that_is_missing_is_found(begun, name):
-    _, folder = begun
-    path, chance = folder / name, random.Random(name)
-    sound = path.read_bytes()
-    places = {0, len(sound) - 1, *(chance.randrange(len(sound)) for _ in range(60))}
-    damaged = [sound[:i] + bytes([sound[i] ^ 1 << chance.randrange(8)]) + sound[i + 1 :] for i in places]
-    damaged += [sound[:length] for length in {0, 1, len(sound) // 2, len(sound) - 1}] + [sound + b"\n"]
+def test_changed_bytes_and_missing_ends_are_found(stopped, name):
+    _, folder = stopped
+    path, rng = folder / name, random.Random(name)
+    intact = path.read_bytes()
+    positions = {0, len(intact) - 1, *(rng.randrange(len(intact)) for _ in range(60))}
+    damaged = [intact[:i] + bytes([intact[i] ^ 1 << rng.randrange(8)]) + intact[i + 1 :] for i in positions]
+    damaged += [intact[:length] for length in {0, 1, len(intact) // 2, len(intact) - 1}] + [intact + b"\n"]
     for content in damaged:
         path.write_bytes(content)
         with pytest.raises(ValueError, match=r"checkpoint .*epoch-0004 is damaged \(.*\): remove it") as caught:
@@ -121,7 +123,7 @@ def test_any_byte_that_changed_and_any_end_that_is_missing_is_found(begun, name)
     path.unlink()
     with pytest.raises(ValueError, match=r"epoch-0004 is damaged \(.*\): remove it"):
         checkpoint.load(folder.parent)
-    os.mkfifo(path)  # nobody ever writes into it
+    os.mkfifo(path)  # a FIFO without a writer would block a reader
     with pytest.raises(ValueError, match=r"epoch-0004 is damaged \(.*a FIFO"):
         checkpoint.load(folder.parent)
     path.unlink()
@@ -137,7 +139,7 @@ def as_file(training):
 
 
 def without(tree, path):
-    """A copy that lacks an entry."""
+    """Return a copy without one entry."""
     tree = copy.deepcopy(tree)
     holder = tree
     for key in path[:-1]:
@@ -147,27 +149,27 @@ def without(tree, path):
 
 
 def damages(folder):
-    """What a file of the checkpoint could be instead: its name, what is wrong, its content."""
+    """Yield damaged files of the checkpoint: the file, the damage, the content."""
     run = json.loads((folder / "run.json").read_text())
     for path in (("recipe",), ("history",), ("pretraining",), ("threads",), ("teacher_accuracy",)):
         yield "run.json", path, json.dumps(without(run, path)).encode()
     for text in ("[]", "3", "null", '"x"', "[" * 100_000, '{"format": 2}', "NaN", "1" * 5000, "\ud800"):
         yield "run.json", text, text.encode(errors="surrogatepass")
     training = torch.load(folder / "training.pt", weights_only=True)
-    places = [("optimizer",), ("optimizer", "state"), ("optimizer", "state", 1), ("scaler",), ("trained",)]
-    for path in (*places, ("condenser",), *(("condenser", name) for name in training["condenser"])):
+    paths = [("optimizer",), ("optimizer", "state"), ("optimizer", "state", 1), ("scaler",), ("trained",)]
+    for path in (*paths, ("condenser",), *(("condenser", name) for name in training["condenser"])):
         yield "training.pt", path, as_file(without(training, path))
     for value in ({}, [], None, torch.zeros(3)):
         yield "training.pt", value, as_file(value)
 
 
-def test_a_checkpoint_that_lacks_an_entry_is_refused_in_one_line(begun, whole):
-    """With right sums: as a program of the user's has written it."""
-    output, folder = begun
-    sound = contents(folder)
+def test_checkpoint_with_missing_entry_is_refused_in_one_line(stopped, uninterrupted):
+    """The checksums are right, as if another program had written the files."""
+    output, folder = stopped
+    intact = contents(folder)
     cases = [*damages(folder)]
     assert len(cases) > 30
-    for name, what, content in cases:
+    for name, damage, content in cases:
         (folder / name).write_bytes(content)
         (folder / "sha256sums").write_text(sums(folder))
         before = contents(output)
@@ -175,16 +177,16 @@ def test_a_checkpoint_that_lacks_an_entry_is_refused_in_one_line(begun, whole):
             ValueError, match=r"^checkpoint .* (is damaged \(|is of another version)|was run with"
         ) as caught:
             run(output)
-        assert "\n" not in str(caught.value), what
-        assert contents(output) == before, what
-        for path, bytes_ in sound.items():
+        assert "\n" not in str(caught.value), damage
+        assert contents(output) == before, damage
+        for path, bytes_ in intact.items():
             path.write_bytes(bytes_)
-    assert run(output) and (output / "student.safetensors").read_bytes() == whole
+    assert run(output) and (output / "student.safetensors").read_bytes() == uninterrupted
 
 
 @pytest.mark.parametrize("change", [lambda w: w.double(), lambda w: w[:1], lambda w: None])
-def test_weights_of_another_kind_are_named(begun, change):
-    output, folder = begun
+def test_weights_of_another_dtype_or_shape_are_named(stopped, change):
+    output, folder = stopped
     model = safetensors.torch.load_file(folder / "model.safetensors")
     model["student.0.weight"] = change(model["student.0.weight"])
     model = {name: tensor.contiguous() for name, tensor in model.items() if tensor is not None}
@@ -196,20 +198,20 @@ def test_weights_of_another_kind_are_named(begun, change):
     assert contents(output) == before
 
 
-def test_a_run_resumes_in_its_pretraining(tmp_path, whole):
+def test_run_resumes_in_its_pretraining(tmp_path, uninterrupted):
     with pytest.raises(_StopError):
         run(tmp_path, ("pretraining", 1))
     (folder,) = (tmp_path / "checkpoint").iterdir()
     training = torch.load(folder / "training.pt", weights_only=True)
     assert training["optimizer"]["state"].keys() == {0, 1}  # weight and bias of the part
     run(tmp_path)
-    assert (tmp_path / "student.safetensors").read_bytes() == whole
+    assert (tmp_path / "student.safetensors").read_bytes() == uninterrupted
 
 
-class Twice(First):
-    """Trains two parts first."""
+class WithTwoPretrainings(WithPretraining):
+    """Pretrains two parts."""
 
-    plan = (2, 1)  # the epochs of each
+    plan = (2, 1)  # epochs of each part
 
     def prepare(self, student, teacher, samples):
         self.parts = nn.ModuleList([nn.Linear(4, 1), nn.Linear(4, 2)])
@@ -223,25 +225,23 @@ class Twice(First):
 
 @pytest.mark.parametrize("plan", [(1, 1), (2, 2)])
 @pytest.mark.parametrize("stop_after", [("pretraining", 2), ("pretraining", 3), ("epoch", 1)])
-def test_a_run_does_not_resume_with_another_pretraining(tmp_path, monkeypatch, stop_after, plan):
-    """Of a run stopped before the second part nothing says how long that was to be trained."""
-    recipe = replace(RECIPE, method=f"{__name__}:Twice")
+def test_run_does_not_resume_with_another_pretraining(tmp_path, monkeypatch, stop_after, plan):
+    """A checkpoint from before the second part does not tell how many epochs that part should have."""
+    recipe = replace(RECIPE, method=f"{__name__}:WithTwoPretrainings")
     with pytest.raises(_StopError):
         run(tmp_path, stop_after, recipe)
     before = contents(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(Twice, "plan", plan)
+        patch.setattr(WithTwoPretrainings, "plan", plan)
         if (stop_after, plan) != (("pretraining", 2), (2, 2)):
-            with pytest.raises(
-                ValueError, match=r"epochs of pretraining, method|the momentum is not that of the param"
-            ):
+            with pytest.raises(ValueError, match=r"epochs of pretraining, method|momentum does not fit the param"):
                 run(tmp_path, recipe=recipe)
             assert contents(tmp_path) == before
     assert len(run(tmp_path, recipe=recipe).history) == 3
 
 
-def test_another_number_of_threads_is_warned_of_once(begun):
-    output, folder = begun
+def test_resume_warns_once_of_another_number_of_threads(stopped):
+    output, folder = stopped
     run_json = json.loads((folder / "run.json").read_text())
     assert run_json["threads"] == 1
     (folder / "run.json").write_text(json.dumps({**run_json, "threads": 7}))
@@ -273,8 +273,8 @@ def test_only_regular_files_are_opened(tmp_path):
         read_regular(tmp_path / "nothing")
 
 
-def test_what_lies_in_the_place_of_a_half_written_file_is_not_written_through(tmp_path):
-    """A pipe there would be waited for; through a link another file would be lost."""
+def test_link_or_pipe_in_place_of_a_partial_file_is_not_written_through(tmp_path):
+    """Writing into a pipe would block; writing through a link would destroy its target."""
     (tmp_path / "precious").write_text("precious")
     (tmp_path / ".a.partial").symlink_to("precious")
     os.mkfifo(tmp_path / ".b.partial")
@@ -285,11 +285,11 @@ def test_what_lies_in_the_place_of_a_half_written_file_is_not_written_through(tm
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "precious"]
 
 
-def test_a_student_that_changed_since_is_no_teacher(tmp_path, whole):
+def test_changed_student_file_is_refused_as_teacher(tmp_path, uninterrupted):
     run(tmp_path)
     path = tmp_path / "student.safetensors"
-    assert path.read_bytes() == whole and teachers.find(str(tmp_path), "cnn_small", None).origin == tmp_path
-    path.write_bytes(whole[:-3] + bytes([whole[-3] ^ 1]) + whole[-2:])  # one bit of a weight
+    assert path.read_bytes() == uninterrupted and teachers.find(str(tmp_path), "cnn_small", None).origin == tmp_path
+    path.write_bytes(uninterrupted[:-3] + bytes([uninterrupted[-3] ^ 1]) + uninterrupted[-2:])  # one bit of a weight
     with pytest.raises(
         ValueError, match=r"student\.safetensors is not as the run wrote it: its SHA-256 is not that in"
     ):
@@ -298,7 +298,7 @@ def test_a_student_that_changed_since_is_no_teacher(tmp_path, whole):
     for sums_, message in (("x", "sha256 must be an object"), (None, "sha256 must be an object"), ({}, None)):
         (tmp_path / "summary.json").write_text(json.dumps({**summary, "sha256": sums_}))
         if message is None:
-            assert teachers.find(str(tmp_path), "cnn_small", None)  # of another program
+            assert teachers.find(str(tmp_path), "cnn_small", None)  # written by another program
             continue
         with pytest.raises(ValueError, match=message):
             teachers.find(str(tmp_path), "cnn_small", None)

@@ -1,4 +1,4 @@
-"""Runs that are killed at random moments, over and over, on one process and on two, and go on as if nothing had been."""
+"""Runs that are killed repeatedly at random moments, on one process and on two, and resume bit for bit."""
 
 import random
 import time
@@ -12,7 +12,7 @@ from kcd_ext import IndexedDataset, files, methods
 from kcd_ext.training import Condense, Recipe, checkpoint, distill
 
 EPOCHS = 30
-# Options that take other ways through a method than its defaults.
+# Options that reach code paths that the defaults do not.
 VARIANTS = {
     "pwkd": {"widths": "0.25,0.5,0.75,1", "widths_a_step": 3},
     "iekd": {"split": "permuted"},
@@ -22,7 +22,7 @@ VARIANTS = {
 
 def recipe(method, epochs=EPOCHS, **changes):
     condense = Condense(keep=0.5, stages=6, **changes.pop("condense", {}))
-    # Longer than elsewhere, so that some processes are killed in what is trained before the student.
+    # Longer than elsewhere, so that some processes are killed in pretraining.
     long = {name: 4 for name in OPTIONS.get(method, {}) if name.endswith("_epochs")}
     options = OPTIONS.get(method, {}) | VARIANTS.get(method, {}) | long | changes.pop("options", {})
     return Recipe(method, options, condense, epochs=epochs, batch_size=8, lr=0.02, device="cpu", seed=5, **changes)
@@ -30,14 +30,14 @@ def recipe(method, epochs=EPOCHS, **changes):
 
 def run(output, method, loaded=False, **changes):
     torch.set_num_threads(1)
-    torch.manual_seed(random.SystemRandom().randrange(2**32))  # the caller's generator plays no part
+    torch.manual_seed(random.SystemRandom().randrange(2**32))  # the caller's generator must not matter
     train, test = (IndexedDataset(data, shaken) if loaded else data for data in (images(69), images(30, seed=1)))
     teacher = network(2, width=10) if methods.build(method).needs_teacher else None
     distill(network(1), teacher, train, test, recipe(method, **changes), output=output, resume=True)
 
 
 def epochs_done(folder):
-    """Of pretraining and of training."""
+    """Return the finished epochs, pretraining included."""
     paths = (folder / "pretraining.jsonl", folder / "metrics.jsonl")
     return sum(len(files.read_lines(path)) for path in paths if path.exists())
 
@@ -51,34 +51,34 @@ KILLS = [
 
 
 @pytest.mark.parametrize(("method", "processes", "loaded", "kills"), KILLS)
-def test_killed_over_and_over_it_ends_as_if_it_never_was(tmp_path, method, processes, loaded, kills):
-    whole, torn = tmp_path / "whole", tmp_path / "torn"
-    assert Crew(lambda rank: run(whole, method, loaded), processes).wait() == [0] * processes
+def test_run_killed_repeatedly_equals_an_uninterrupted_run(tmp_path, method, processes, loaded, kills):
+    reference, interrupted = tmp_path / "reference", tmp_path / "interrupted"
+    assert Crew(lambda rank: run(reference, method, loaded), processes).wait() == [0] * processes
 
-    chance, killed = random.Random(method), []
+    rng, killed = random.Random(method), []
     for kill in range(kills):
-        crew = Crew(lambda rank: run(torn, method, loaded), processes)
-        # The first one before the first epoch; the others anywhere within an epoch, or while it is written down.
-        before, further = epochs_done(torn), kill and chance.randrange(1, 6)
-        give_up = time.monotonic() + 60
-        while epochs_done(torn) < before + further:
-            assert time.monotonic() < give_up
+        crew = Crew(lambda rank: run(interrupted, method, loaded), processes)
+        # The first kill comes before the first epoch, the others within an epoch or while it is written.
+        before, further = epochs_done(interrupted), kill and rng.randrange(1, 6)
+        deadline = time.monotonic() + 60
+        while epochs_done(interrupted) < before + further:
+            assert time.monotonic() < deadline
             time.sleep(0.001)
-        time.sleep(chance.random() * 0.03)
+        time.sleep(rng.random() * 0.03)
         crew.kill()
-        killed.append(epochs_done(torn))
-        assert not (torn / "summary.json").exists()
+        killed.append(epochs_done(interrupted))
+        assert not (interrupted / "summary.json").exists()
     assert killed == sorted(killed) and killed[-1] >= kills - 1
-    assert Crew(lambda rank: run(torn, method, loaded), processes).wait() == [0] * processes
+    assert Crew(lambda rank: run(interrupted, method, loaded), processes).wait() == [0] * processes
 
-    assert_same(final(torn), final(whole))
-    saved = checkpoint.load(whole / "checkpoint").training["condenser"]
-    assert saved["stage"] == 6 and len(saved["mixed"]) > 20  # there was something to lose
+    assert_same(final(interrupted), final(reference))
+    saved = checkpoint.load(reference / "checkpoint").training["condenser"]
+    assert saved["stage"] == 6 and len(saved["mixed"]) > 20  # the kills could have lost condensation state
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_with_another_number_of_processes(tmp_path):
-    """Not bit for bit, but with table, kept set, mixes and momentum; steps of as many samples."""
+def test_run_resumes_with_another_number_of_processes(tmp_path):
+    """It keeps value table, kept set, mixes and momentum, and steps have as many samples. It is not bit for bit."""
     half = {"condense": {"every": 3}, "epochs": 8}
     assert Crew(lambda rank: _stop_after(4, tmp_path, gradient_accumulation=2, **half)).wait() == [1]
     before = checkpoint.load(tmp_path / "checkpoint")

@@ -1,4 +1,4 @@
-"""The trainer against a loop written out by hand, killed processes, and everything a run promises to leave alone."""
+"""The trainer: results against a hand-written loop, run folders, refused arguments, and the caller's state."""
 
 import copy
 import hashlib
@@ -43,7 +43,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Blobs(torch.utils.data.Dataset):
-    """One cloud of points a class."""
+    """One cloud of points per class."""
 
     def __init__(self, size, seed=0):
         generator = torch.Generator().manual_seed(seed)
@@ -68,14 +68,14 @@ def recipe(**changes):
     return Recipe(**{"epochs": 4, "batch_size": 8, "device": "cpu", "seed": 3} | changes)
 
 
-# --- what it computes -------------------------------------------------------------------------------------------------
+# --- computed results -------------------------------------------------------------------------------------------------
 
 
 SELECTORS = {"value": KnowledgeCondenser, "infobatch": InfoBatch}
 
 
 def by_hand(student, teacher, train, r, condense):
-    """The same training once more: F.kl_div, torch.optim.SGD, a loop over indices, one sample's loss at a time."""
+    """Return metrics and condenser of the same training, written with F.kl_div, torch.optim.SGD and a loop over indices."""
     student, teacher = student.double(), teacher.double().eval()
     options = dict(condense)
     batch_keep, selection = options.pop("batch_keep", 1.0), options.pop("selection", "value")
@@ -85,7 +85,7 @@ def by_hand(student, teacher, train, r, condense):
     sampler = CondensedSampler(condenser, seed=r.seed)
     items = IndexedDataset(train)
     optimizer = torch.optim.SGD(student.parameters(), r.lr, momentum=r.momentum, weight_decay=r.weight_decay)
-    lines, visits, asked = [], 0, 0
+    lines, visits, teacher_visits = [], 0, 0
     for epoch in range(r.epochs):
         optimizer.param_groups[0]["lr"] = r.lr * r.gamma ** len([m for m in r.milestones if epoch / r.epochs >= m])
         sampler.set_epoch(epoch)
@@ -115,13 +115,13 @@ def by_hand(student, teacher, train, r, condense):
             condenser.update(index, losses.detach() if selection == "infobatch" else entropy)
             right += (z.argmax(-1) == label).sum().item()
             total += loss.item() * len(batch)
-            visits, asked = visits + len(batch), asked + len(chosen)
+            visits, teacher_visits = visits + len(batch), teacher_visits + len(chosen)
         condenser.step()
         lines.append({"loss": total / len(order), "train_accuracy": 100 * right / len(order), "samples": len(order)})
-        lines[-1] |= {"sample_visits": visits, "teacher_visits": asked}
-        # Two layers of 6 x 8 and 8 x 4 weights, 6 x 16 and 16 x 4 of the teacher's: a product and a sum a weight, and
-        # training costs the forward pass three times.
-        lines[-1]["flops"] = visits * 3 * 2 * (6 * 8 + 8 * 4) + asked * 2 * (6 * 16 + 16 * 4)
+        lines[-1] |= {"sample_visits": visits, "teacher_visits": teacher_visits}
+        # The student has 6 x 8 and 8 x 4 weights, the teacher 6 x 16 and 16 x 4. Each costs a product and a sum, and a
+        # training step costs three forward passes.
+        lines[-1]["flops"] = visits * 3 * 2 * (6 * 8 + 8 * 4) + teacher_visits * 2 * (6 * 16 + 16 * 4)
     return lines, condenser
 
 
@@ -134,7 +134,7 @@ def by_hand(student, teacher, train, r, condense):
         {"keep": 0.6, "selection": "infobatch"},
     ],
 )
-def test_training_is_the_loop_written_out_by_hand(condense):
+def test_training_equals_a_hand_written_loop(condense):
     train, test = Blobs(61), Blobs(40, seed=1)
     r = recipe(epochs=9, condense=condense and Condense(**condense))
     student, teacher, twin = network(1), network(2, hidden=16), network(1)
@@ -144,8 +144,8 @@ def test_training_is_the_loop_written_out_by_hand(condense):
     for name, parameter in student.named_parameters():
         torch.testing.assert_close(parameter.double(), twin.get_parameter(name), rtol=2e-4, atol=2e-5)
     assert summary.condenser.kept.tolist() == condenser.kept.tolist()
-    for line, by_hands in zip(summary.history, lines, strict=True):
-        assert {name: line[name] for name in by_hands} == pytest.approx(by_hands, rel=1e-4)
+    for line, expected in zip(summary.history, lines, strict=True):
+        assert {name: line[name] for name in expected} == pytest.approx(expected, rel=1e-4)
     assert (summary.sample_visits, summary.flops) == (lines[-1]["sample_visits"], lines[-1]["flops"])
     if condense:
         assert min(line["samples"] for line in lines) < len(train)
@@ -157,7 +157,7 @@ def test_training_is_the_loop_written_out_by_hand(condense):
 
 
 class Warm(Method):
-    """Trains two parts of its own first, one after the other; the second then says what the student is to learn."""
+    """Pretrains two parts, one after the other; the student then learns from the second."""
 
     def prepare(self, student, teacher, samples):
         with torch.random.fork_rng():
@@ -188,8 +188,8 @@ class Warm(Method):
         return not any(parameter.requires_grad for parameter in part.parameters())
 
 
-def test_pretraining_is_the_loop_written_out_by_hand(tmp_path):
-    """With steps of two batches each, and rates that fall after one and three of five epochs."""
+def test_pretraining_equals_a_hand_written_loop(tmp_path):
+    """Steps have two batches each; learning rates fall after one and three of five epochs."""
     r = recipe(method=f"{__name__}:Warm", gradient_accumulation=2)
     train, method = Blobs(40), Warm()
     method.prepare(None, None, None)
@@ -205,7 +205,7 @@ def test_pretraining_is_the_loop_written_out_by_hand(tmp_path):
         optimizer.param_groups[0]["lr"] = rate
         sampler.set_epoch(PRETRAINING_SEED_OFFSET + epoch)
         order, losses = [index for index, _ in sampler], []
-        for start, middle, end in ((0, 6, 13), (13, 19, 26), (26, 33, 40)):  # at most 16 a step and 8 a batch
+        for start, middle, end in ((0, 6, 13), (13, 19, 26), (26, 33, 40)):  # at most 16 per step and 8 per batch
             optimizer.zero_grad()
             for batch in (order[start:middle], order[middle:end]):
                 x, y = torch.stack([train[i][0] for i in batch]), torch.tensor([train[i][1] for i in batch])
@@ -233,7 +233,7 @@ class Slow(KnowledgeCondenser):
         return super().step()
 
 
-def test_seconds_add_up_and_condensation_is_a_part_of_them(monkeypatch):
+def test_seconds_add_up_and_include_condensation(monkeypatch):
     slow = CondensedSampler.set_epoch
     monkeypatch.setattr(CondensedSampler, "set_epoch", lambda *a, **b: (time.sleep(0.01), slow(*a, **b))[1])
     start = time.perf_counter()
@@ -248,7 +248,7 @@ def test_seconds_add_up_and_condensation_is_a_part_of_them(monkeypatch):
     assert history[-1]["seconds"] <= wall
 
 
-def test_the_student_learns_and_the_teacher_stays():
+def test_student_learns_and_teacher_is_unchanged():
     teacher = network(2, hidden=16)
     alone = distill(teacher, None, Blobs(200), Blobs(100, 1), recipe(method="ce", epochs=6))
     weights = [p.clone() for p in teacher.parameters()]
@@ -258,7 +258,7 @@ def test_the_student_learns_and_the_teacher_stays():
     assert all(torch.equal(a, b) for a, b in zip(weights, teacher.parameters(), strict=True))
 
 
-def test_gradients_that_the_caller_left_play_no_part():
+def test_leftover_gradients_of_the_caller_are_ignored():
     weights = []
     for left in (False, True):
         student = network(1)
@@ -270,14 +270,14 @@ def test_gradients_that_the_caller_left_play_no_part():
 
 
 class FirstOnes(KnowledgeCondenser):
-    """Ranks by index, the lowest first."""
+    """Ranks the lowest index first."""
 
     def score(self):
         return -torch.arange(self.num_samples, dtype=torch.float64)
 
 
 class Uneven(Blobs):
-    """More samples of class 1, and they come first."""
+    """Has more samples of class 1, and they come first."""
 
     def __init__(self, size, seed=0):
         super().__init__(size, seed)
@@ -292,14 +292,14 @@ class Uneven(Blobs):
 @pytest.mark.parametrize("selection", [f"{__name__}:FirstOnes", pytest.param("random", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("loaded", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("least", [0, 3])
-def test_the_metrics_say_what_is_kept_of_every_class(tmp_path, selection, loaded, least):
+def test_metrics_count_the_kept_samples_of_every_class(tmp_path, selection, loaded, least):
     data = Uneven(40) if loaded else Uneven(40).as_images()
     student = network() if loaded else nn.Sequential(nn.Flatten(), network())
     settings = recipe(
         method="ce", condense=Condense(0.5, every=1, stages=2, selection=selection, min_per_class=least), epochs=4
     )
     vanish = selection != "random" and not least
-    with pytest.warns(RuntimeWarning, match="1 of 3 classes .*labels 3") if vanish else nullcontext():
+    with pytest.warns(RuntimeWarning, match="1 of 3 classes .*3") if vanish else nullcontext():
         summary = distill(student, None, data, data, settings, output=tmp_path)
     labels = torch.as_tensor(data.y if loaded else data.labels)
     steps = [line["condensation"] for line in summary.history]
@@ -313,30 +313,30 @@ def test_the_metrics_say_what_is_kept_of_every_class(tmp_path, selection, loaded
     assert re.findall(r"<td>(\d+)</td>", cells) == [str(step["classes"][1]) for step in steps]
 
 
-def test_labels_of_items_are_known_to_a_run_that_goes_on(tmp_path):
-    """They were seen in the first epoch, which is not trained again."""
+def test_resumed_run_knows_the_labels_of_loaded_items(tmp_path):
+    """The run collected them in its first epoch, which is not trained again."""
 
     def stop(line):
         if line["epoch"] == 1:
             raise KeyboardInterrupt
 
     settings = recipe(method="ce", condense=Condense(0.5, every=2, stages=2))
-    whole = distill(network(), None, Uneven(40), Uneven(40), settings, output=tmp_path / "whole")
+    reference = distill(network(), None, Uneven(40), Uneven(40), settings, output=tmp_path / "reference")
     with pytest.raises(KeyboardInterrupt):
-        distill(network(), None, Uneven(40), Uneven(40), settings, output=tmp_path / "torn", progress=stop)
-    torn = distill(network(), None, Uneven(40), Uneven(40), settings, output=tmp_path / "torn", resume=True)
-    assert [line["condensation"] for line in torn.history] == [line["condensation"] for line in whole.history]
-    assert sum(torn.history[1]["condensation"]["classes"]) == 30
+        distill(network(), None, Uneven(40), Uneven(40), settings, output=tmp_path / "interrupted", progress=stop)
+    resumed = distill(network(), None, Uneven(40), Uneven(40), settings, output=tmp_path / "interrupted", resume=True)
+    assert [line["condensation"] for line in resumed.history] == [line["condensation"] for line in reference.history]
+    assert sum(resumed.history[1]["condensation"]["classes"]) == 30
 
 
-def test_warmup_of_a_run():
+def test_warmup_postpones_condensation():
     settings = recipe(method="ce", condense=Condense(0.5, stages=6, warmup=5), epochs=12)
     summary = distill(network(), None, Blobs(60), Blobs(20), settings)
     assert [line["samples"] for line in summary.history] == [60] * 6 + [55] * 2 + [50] * 2 + [45] * 2
     assert [line["epoch"] for line in summary.history if line["condensation"]] == [6, 8, 10, 12]
 
 
-def test_random_selection_visits_as_many_and_mixes_nothing():
+def test_random_selection_has_the_same_sizes_and_mixes_nothing():
     stages = {"keep": 0.5, "every": 1, "stages": 3}
     runs = {
         selection: distill(
@@ -360,14 +360,14 @@ def test_random_selection_visits_as_many_and_mixes_nothing():
     assert recipe(method="crd", condense=Condense(selection="random", every=1)).label == "random-crd"
 
 
-def test_workers_change_nothing_and_images_in_memory_are_the_same():
-    """Mixes of raw uint8 images travel to worker processes with their indices, new ones after every stage; images that
-    lie in memory are mixed there, all at once, to the same pixels."""
+def test_worker_processes_and_images_in_memory_give_the_same_weights():
+    """Worker processes mix raw uint8 images by the mix trees that come with the indices, new ones at every stage. Images in
+    memory are mixed all at once, to the same pixels."""
     images = np.random.default_rng(0).integers(0, 256, (41, 8, 8, 1), dtype=np.uint8)
-    held = ImageSet(images, np.arange(41) % 10, Views.of(images))
-    loaded = IndexedDataset(held, lambda image: held.views.normalize(torch.from_numpy(image)[None])[0])
+    resident = ImageSet(images, np.arange(41) % 10, Views.of(images))
+    loaded = IndexedDataset(resident, lambda image: resident.views.normalize(torch.from_numpy(image)[None])[0])
     weights = []
-    for num_workers, train in ((0, loaded), (2, loaded), (0, held)):
+    for num_workers, train in ((0, loaded), (2, loaded), (0, resident)):
         torch.manual_seed(0)
         student = models.build("cnn_small", in_channels=1, num_classes=10)
         teacher = models.build("cnn_large", in_channels=1, num_classes=10)
@@ -379,7 +379,7 @@ def test_workers_change_nothing_and_images_in_memory_are_the_same():
 
 
 class Hint(Method):
-    """A method with a part of its own, built when shapes are known."""
+    """Trains a layer that it builds in `prepare`."""
 
     def __init__(self, weight=1.0):
         super().__init__()
@@ -400,7 +400,7 @@ class Hint(Method):
         return Outcome(loss, logits.detach(), methods.entropy(logits), {"gap": gap.detach()})
 
 
-def test_a_method_of_ones_own_trains_its_parts_and_is_resumed(tmp_path):
+def test_custom_method_trains_its_parts_and_resumes(tmp_path):
     r = recipe(method=f"{__name__}:Hint", options={"weight": 0.5})
     summary = distill(network(), network(2), Blobs(40), Blobs(20), r, output=tmp_path / "run")
     gaps = [line["terms"]["gap"] for line in summary.history]
@@ -417,8 +417,8 @@ def normalised(seed=0):
         return nn.Sequential(nn.Linear(FEATURES, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, CLASSES))
 
 
-def test_a_student_that_needs_two_samples_gets_them_at_every_stage():
-    """41 samples, then 36, 25 and 20 in batches of 8, which would leave 1, 4, 1 and 4 of them."""
+def test_student_with_batch_norm_never_gets_a_batch_of_one():
+    """41, 36, 25 and 20 samples in batches of 8 would leave 1, 4, 1 and 4."""
     r = recipe(epochs=8, condense=Condense(keep=0.5, every=2, stages=3, schedule="cosine"))
     summary = distill(normalised().eval(), network(2), Blobs(41), Blobs(20), r)
     sizes = [line["samples"] for line in summary.history]
@@ -428,7 +428,7 @@ def test_a_student_that_needs_two_samples_gets_them_at_every_stage():
 
 @pytest.mark.parametrize("batch_size", [1, 2, 8])
 @pytest.mark.parametrize("size", [1, 2, 7, 8, 9, 16, 17, 40])
-def test_batches_cover_everything_in_order_and_are_alike(size, batch_size):
+def test_split_evenly_covers_all_samples_in_order_with_equal_sizes(size, batch_size):
     batches = [range(size)[part] for part in split_evenly(size, batch_size)]
     assert [entry for batch in batches for entry in batch] == list(range(size))
     sizes = list(map(len, batches))
@@ -438,7 +438,7 @@ def test_batches_cover_everything_in_order_and_are_alike(size, batch_size):
 
 
 class Keeper(Method):
-    """Makes the teacher a part of itself, as one that trains on the teacher's classifier would."""
+    """Makes the teacher a part of itself, as a method that trains with the teacher's classifier would."""
 
     def prepare(self, student, teacher, loader):
         self.teacher = teacher
@@ -450,7 +450,7 @@ class Keeper(Method):
         return Outcome(loss, logits.detach(), methods.entropy(logits))
 
 
-def test_a_method_that_keeps_the_teacher_does_not_train_it():
+def test_method_that_contains_the_teacher_does_not_train_it():
     teacher = normalised(2)
     before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
     distill(normalised(), teacher, Blobs(40), Blobs(20), recipe(method=f"{__name__}:Keeper"))
@@ -471,7 +471,7 @@ class Tunes(Keeper):
         return Outcome(loss, logits.detach(), methods.entropy(logits))
 
 
-def test_a_copy_of_the_teacher_may_be_trained():
+def test_method_can_train_a_copy_of_the_teacher():
     teacher = normalised(2)
     before = copy.deepcopy(teacher.state_dict())
     distill(normalised(), teacher, Blobs(40), Blobs(20), recipe(method=f"{__name__}:Tunes"))
@@ -480,7 +480,7 @@ def test_a_copy_of_the_teacher_may_be_trained():
 
 
 class Brings(Method):
-    """Asks a teacher of its own."""
+    """Makes its own teacher."""
 
     needs_teacher = False
 
@@ -493,19 +493,19 @@ class Brings(Method):
         return Outcome(loss, logits.detach(), methods.entropy(logits))
 
 
-def test_a_teacher_that_the_method_brings_is_asked_and_counted():
+def test_teacher_made_by_the_method_is_called_and_counted():
     summary = distill(network(), None, Blobs(40), Blobs(20), recipe(method=f"{__name__}:Brings", epochs=2))
-    assert summary.teacher_visits == 2 * 40 and summary.flops is None  # nothing says what a row costs
+    assert summary.teacher_visits == 2 * 40 and summary.flops is None  # the cost of a row is unknown
 
 
-def test_a_torchscript_teacher_is_asked_and_counted():
+def test_torchscript_teacher_is_called_and_counted():
     summary = distill(network(1), torch.jit.script(network(2).eval()), Blobs(40), Blobs(20), recipe(epochs=1))
     plain = distill(network(1), network(2), Blobs(40), Blobs(20), recipe(epochs=1))
     assert summary.teacher_visits == 40 and summary.accuracy_last == plain.accuracy_last
 
 
-class Says(Method):
-    """Whatever it is told to."""
+class Returns(Method):
+    """Returns what `outcome` makes of a valid outcome."""
 
     outcome = staticmethod(lambda outcome, step: outcome)
 
@@ -518,52 +518,72 @@ class Says(Method):
         loss = functional.cross_entropy(logits, batch.label)
         self.steps += 1
         outcome = Outcome(loss, logits.detach(), methods.entropy(logits), {"t": loss.detach()})
-        return Says.outcome(outcome, self.steps)
+        return Returns.outcome(outcome, self.steps)
 
 
 @pytest.mark.parametrize(
     ("wrong", "error", "message"),
     [
-        (lambda o, step: o.loss, TypeError, "must give an Outcome, got Tensor"),
-        (lambda o, step: replace(o, loss=o.loss[None]), ValueError, r"must give loss of shape \(\), got \(1,\)"),
-        (lambda o, step: replace(o, loss=o.loss.detach()), ValueError, "must give loss with a gradient"),
-        (lambda o, step: replace(o, value=o.value.mean()), ValueError, r"must give value of shape \(6,\), got \(\)"),
-        (lambda o, step: replace(o, value=o.value.long()), TypeError, "must give value of a floating-point dtype"),
-        (lambda o, step: replace(o, logits=None), ValueError, r"must give logits \(6, classes\).*got NoneType"),
-        (lambda o, step: replace(o, terms=[]), TypeError, "must give terms as a mapping, got list"),
-        (lambda o, step: replace(o, value=None), ValueError, r"must give value of shape \(6,\), got NoneType"),
-        (lambda o, step: replace(o, value=o.value * o.loss), ValueError, "must give value without a gradient"),
-        (lambda o, step: replace(o, terms={"t": 1.0}), ValueError, r"must give terms\['t'\] of shape \(\), got float"),
-        (lambda o, step: replace(o, logits=o.logits[:1]), ValueError, r"must give logits \(6, classes\).*got \(1, 4\)"),
-        (lambda o, step: replace(o, terms={} if step > 1 else o.terms), ValueError, r"the terms \['t'\], got \[\]"),
-        # In a later epoch, as a method may that changes in `begin`.
-        (lambda o, step: o if step < 7 else o.loss, TypeError, "must give an Outcome, got Tensor"),
-        (lambda o, step: o if step < 7 else replace(o, value=o.value * o.loss), ValueError, "value without a gradient"),
+        (lambda o, step: o.loss, TypeError, "must return an Outcome, got Tensor"),
+        (lambda o, step: replace(o, loss=o.loss[None]), ValueError, r"must return loss of shape \(\), got \(1,\)"),
+        (lambda o, step: replace(o, loss=o.loss.detach()), ValueError, "must return loss with a gradient$"),
+        (lambda o, step: replace(o, value=o.value.mean()), ValueError, r"must return value of shape \(6,\), got \(\)"),
+        (lambda o, step: replace(o, value=o.value.long()), TypeError, "must return value of a floating-point dtype"),
+        (lambda o, step: replace(o, logits=None), ValueError, r"must return logits \(6, classes\).*got NoneType"),
+        (lambda o, step: replace(o, terms=[]), TypeError, "must return terms as a mapping, got list"),
+        (lambda o, step: replace(o, value=None), ValueError, r"must return value of shape \(6,\), got NoneType"),
+        (
+            lambda o, step: replace(o, value=o.value * o.loss),
+            ValueError,
+            "must return value without a gradient: detach",
+        ),
+        (
+            lambda o, step: replace(o, terms={"t": 1.0}),
+            ValueError,
+            r"must return terms\['t'\] of shape \(\), got float",
+        ),
+        (
+            lambda o, step: replace(o, logits=o.logits[:1]),
+            ValueError,
+            r"must return logits \(6, classes\).*got \(1, 4\)",
+        ),
+        (
+            lambda o, step: replace(o, terms={} if step > 1 else o.terms),
+            ValueError,
+            r"must return the terms \['t'\] .*got \[\]",
+        ),
+        # In a later epoch: `begin` can change a method.
+        (lambda o, step: o if step < 7 else o.loss, TypeError, "must return an Outcome, got Tensor"),
+        (
+            lambda o, step: o if step < 7 else replace(o, value=o.value * o.loss),
+            ValueError,
+            "must return value without a",
+        ),
     ],
 )
-def test_a_method_that_gives_something_else_is_told_so(monkeypatch, wrong, error, message):
-    monkeypatch.setattr(Says, "outcome", wrong)
-    with pytest.raises(error, match=f"method '.*:Says' {message}|method '.*:Says' must give {message}"):
-        distill(network(), network(2), Blobs(20), Blobs(20), recipe(method=f"{__name__}:Says"))
+def test_invalid_outcome_is_refused_and_names_the_method(monkeypatch, wrong, error, message):
+    monkeypatch.setattr(Returns, "outcome", wrong)
+    with pytest.raises(error, match=f"^method '.*:Returns' {message}"):
+        distill(network(), network(2), Blobs(20), Blobs(20), recipe(method=f"{__name__}:Returns"))
 
 
-class Anything(KnowledgeCondenser):
+class TakesAnyOption(KnowledgeCondenser):
     def __init__(self, *arguments, **options):
         super().__init__(*arguments, **options)
 
 
-def test_a_selection_of_ones_own_gets_all_options():
-    condense = Condense(selection=f"{__name__}:Anything", alpha=0.5, keep=0.4)
+def test_custom_selection_gets_all_options():
+    condense = Condense(selection=f"{__name__}:TakesAnyOption", alpha=0.5, keep=0.4)
     config = condense.build(10, seed=1, device="cpu", epochs=5).config
     assert (config["alpha"], config["keep"], config["seed"]) == (0.5, 0.4, 1)
 
 
-# --- what it leaves alone ---------------------------------------------------------------------------------------------
+# --- the caller's state -----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def accumulating(request, monkeypatch):
-    """What the caller, or the environment, wants to accumulate; plays no part in `distill`."""
+    """Request gradient accumulation as the caller or the environment; `distill` must ignore it."""
     if request.param == "environment":
         monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
     yield Accelerator(cpu=True, gradient_accumulation_steps=4) if request.param == "caller" else None
@@ -571,8 +591,8 @@ def accumulating(request, monkeypatch):
     GradientState._reset_state()
 
 
-@pytest.mark.parametrize("accumulating", ["nobody", "caller", "environment"], indirect=True)
-def test_the_callers_process_is_as_it_was(accumulating):
+@pytest.mark.parametrize("accumulating", ["unset", "caller", "environment"], indirect=True)
+def test_distill_restores_the_state_of_the_process(accumulating):
     def state():
         return (
             torch.get_rng_state().tolist(),
@@ -598,7 +618,7 @@ def test_the_callers_process_is_as_it_was(accumulating):
 
 
 @pytest.mark.parametrize("accumulating", ["caller", "environment"], indirect=True)
-def test_every_batch_is_a_whole_step(accumulating):
+def test_every_batch_is_one_step_if_the_caller_accumulates(accumulating):
     student, twin = network(1), network(1)
     distill(student, network(2), Blobs(24), Blobs(20), recipe(epochs=2))
     by_hand(twin, network(2), Blobs(24), recipe(epochs=2), {"keep": 1.0, "every": 99})
@@ -606,7 +626,7 @@ def test_every_batch_is_a_whole_step(accumulating):
         torch.testing.assert_close(parameter.double(), twin.get_parameter(name), rtol=2e-4, atol=2e-5)
 
 
-def test_the_result_depends_on_the_seed_alone():
+def test_result_depends_only_on_the_seed():
     def final(seed, caller):
         torch.manual_seed(caller), np.random.seed(caller), random.seed(caller)
         student = network(dropout=0.5)
@@ -618,7 +638,7 @@ def test_the_result_depends_on_the_seed_alone():
     assert not torch.equal(first, final(1, caller=1))
 
 
-def test_every_epoch_draws_anew():
+def test_every_epoch_draws_new_random_numbers():
     drawn = []
 
     def jitter(x):
@@ -630,10 +650,10 @@ def test_every_epoch_draws_anew():
         assert len(set(numbers)) == len(numbers) > 40
 
 
-# --- what survives ----------------------------------------------------------------------------------------------------
+# --- run folders and resuming -----------------------------------------------------------------------------------------
 
 
-def test_what_a_run_leaves(tmp_path):
+def test_run_folder_has_all_files_and_matches_the_summary(tmp_path):
     student = network()
     seen = []
     summary = distill(
@@ -656,30 +676,30 @@ def test_what_a_run_leaves(tmp_path):
     assert all(torch.equal(loaded[name], tensor) for name, tensor in student.state_dict().items())
 
 
-def test_the_summary_names_the_data_that_a_subset_is_of(tmp_path):
+def test_summary_names_the_data_set_of_a_subset(tmp_path):
     train = torch.utils.data.Subset(Blobs(30), range(20))
     distill(network(), network(2), train, Blobs(20), recipe(epochs=1), output=tmp_path)
     assert json.loads((tmp_path / "summary.json").read_text())["dataset"] == "Blobs"
 
 
-def test_a_folder_with_a_run_is_not_overwritten(tmp_path):
+def test_folder_with_a_run_is_not_overwritten(tmp_path):
     distill(network(), network(2), Blobs(20), Blobs(20), recipe(), output=tmp_path)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     arguments = (network(), network(2), Blobs(20), Blobs(20))
-    with pytest.raises(FileExistsError, match="holds a run already"):
+    with pytest.raises(FileExistsError, match="already holds a run"):
         distill(*arguments, recipe(), output=tmp_path)
     with pytest.raises(ValueError, match=r"lr=0.05, got lr=0.1"):
         distill(*arguments, recipe(lr=0.1), output=tmp_path, resume=True)
     with pytest.raises(ValueError, match="train=20, got train=21"):
         distill(network(), network(2), Blobs(21), Blobs(20), recipe(), output=tmp_path, resume=True)
-    with pytest.raises(ValueError, match="not the one of the checkpoint"):
+    with pytest.raises(ValueError, match="student does not match the checkpoint"):
         distill(network(hidden=9), network(2), Blobs(20), Blobs(20), recipe(), output=tmp_path, resume=True)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
 @pytest.mark.parametrize("resume", [False, True])
 @pytest.mark.parametrize("name", ENTRIES)
-def test_what_it_did_not_write_is_not_overwritten(tmp_path, name, resume):
+def test_foreign_files_are_not_overwritten(tmp_path, name, resume):
     (tmp_path / name).write_text("precious")
     with (
         pytest.raises(FileExistsError, match=name) if name != "config.json" or not resume else pytest.raises(ValueError)
@@ -688,12 +708,12 @@ def test_what_it_did_not_write_is_not_overwritten(tmp_path, name, resume):
     assert [path.name for path in tmp_path.iterdir()] == [name] and (tmp_path / name).read_text() == "precious"
 
 
-def test_a_run_killed_in_its_first_epoch_goes_on_and_no_other_does(tmp_path):
+def test_run_killed_in_its_first_epoch_resumes_and_another_does_not(tmp_path):
     arguments = (network(2), Blobs(20), Blobs(20))
     distill(network(), *arguments, recipe(), output=tmp_path)
     for path in (tmp_path / "checkpoint").iterdir():
         files.remove(path)
-    with pytest.raises(FileExistsError, match="no checkpoint to resume from"):  # it holds results
+    with pytest.raises(FileExistsError, match="but no checkpoint to resume from"):  # it has results
         distill(network(), *arguments, recipe(), output=tmp_path, resume=True)
     (tmp_path / "summary.json").unlink(), (tmp_path / "student.safetensors").unlink()
     with pytest.raises(ValueError, match=r"lr=0.05, got lr=0.1"):
@@ -701,31 +721,31 @@ def test_a_run_killed_in_its_first_epoch_goes_on_and_no_other_does(tmp_path):
     assert len(distill(network(), *arguments, recipe(), output=tmp_path, resume=True).history) == 4
 
 
-def test_a_student_of_other_parts_is_told_the_first(tmp_path):
-    def go_on(student, **changes):
+def test_resume_names_the_first_difference_of_the_student(tmp_path):
+    def resume(student, **changes):
         distill(student, network(2), Blobs(20), Blobs(20), recipe(**changes), output=tmp_path, resume=True)
 
     partly = network()
     partly[0].requires_grad_(False)
-    go_on(partly)
+    resume(partly)
     with pytest.raises(
         ValueError, match=r"checkpoint: student\.0\.weight is of shape \(8, 6\) there, of shape \(9, 6\) here$"
     ):
-        go_on(network(hidden=9))
+        resume(network(hidden=9))
     with pytest.raises(ValueError, match=r"checkpoint: student\.4\.weight is missing there, of shape \(4, 4\) here$"):
-        go_on(network().append(nn.Linear(CLASSES, CLASSES)))
+        resume(network().append(nn.Linear(CLASSES, CLASSES)))
     with pytest.raises(ValueError, match=r"checkpoint: student\.3\.bias is of shape \(4,\) there, missing here$"):
-        go_on(nn.Sequential(nn.Linear(FEATURES, 8), nn.Flatten(), nn.Flatten(), Narrow()))
-    with pytest.raises(ValueError, match=r"^student\.0\.bias is to be trained, but was not before"):
-        go_on(network())
-    whole = network()
-    whole.requires_grad_(False)[0].requires_grad_(True)
-    with pytest.raises(ValueError, match=r"^student\.0\.bias is to be trained, but was not before"):
-        go_on(whole)
+        resume(nn.Sequential(nn.Linear(FEATURES, 8), nn.Flatten(), nn.Flatten(), Narrow()))
+    with pytest.raises(ValueError, match=r"^student\.0\.bias is trained now, but was not before"):
+        resume(network())
+    other = network()
+    other.requires_grad_(False)[0].requires_grad_(True)
+    with pytest.raises(ValueError, match=r"^student\.0\.bias is trained now, but was not before"):
+        resume(other)
 
 
 class Narrow(nn.Module):
-    """Without weights."""
+    """Has no weights."""
 
     def forward(self, x):
         return x[:, :CLASSES]
@@ -739,15 +759,15 @@ class Remembers(nn.Linear):
         pass
 
 
-def test_what_a_checkpoint_cannot_hold_is_said_first(tmp_path):
+def test_state_that_a_checkpoint_cannot_hold_is_refused_before_training(tmp_path):
     student = Remembers(FEATURES, CLASSES)
     with pytest.raises(
-        TypeError, match="student must have a state_dict of dense tensors to be written, got dict '_extra_state'"
+        TypeError, match="student must have a state_dict of dense tensors to be saved, got dict '_extra_state'"
     ):
         distill(student, network(2), Blobs(20), Blobs(20), recipe(), output=tmp_path)
     assert not [*tmp_path.iterdir()]
     distill(student, network(2), Blobs(20), Blobs(20), recipe())
-    with pytest.raises(TypeError, match="method must have a state_dict of dense tensors to be written, got dict"):
+    with pytest.raises(TypeError, match="method must have a state_dict of dense tensors to be saved, got dict"):
         distill(network(), network(2), Blobs(20), Blobs(20), recipe(method=f"{__name__}:Keeps"), output=tmp_path)
     assert not [*tmp_path.iterdir()]
 
@@ -772,8 +792,8 @@ def relabelled(size, seed=0):
         ({"precision": "bf16"}, "with precision='no', got precision='bf16'"),
     ],
 )
-def test_a_run_goes_on_with_the_teacher_data_and_precision_it_began_with(tmp_path, changes, message, monkeypatch):
-    def jitter(x):  # random, and yet the same samples the next time
+def test_resume_refuses_another_teacher_data_set_or_precision(tmp_path, changes, message, monkeypatch):
+    def jitter(x):  # random, but the digest of the samples must not change
         return x + torch.rand(())
 
     arguments = {"teacher": network(2), "train": IndexedDataset(Blobs(20), jitter), "test": Blobs(20)}
@@ -792,11 +812,11 @@ def test_a_run_goes_on_with_the_teacher_data_and_precision_it_began_with(tmp_pat
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
-def test_a_checkpoint_of_another_version_is_left_alone(tmp_path):
+def test_checkpoint_of_another_version_is_refused(tmp_path):
     arguments = (network(2), Blobs(20), Blobs(20))
     distill(network(), *arguments, recipe(), output=tmp_path)
     path = tmp_path / "checkpoint" / "epoch-0004" / "run.json"
-    (path.parent / checkpoint.SUMS).unlink()  # where that one keeps them is not known
+    (path.parent / checkpoint.SUMS).unlink()  # another version may have none
     for written in ('"format":99', '"form":1'):
         path.write_text(re.sub(r'"form\w*": ?\d+', written, path.read_text()))
         with pytest.raises(
@@ -805,7 +825,7 @@ def test_a_checkpoint_of_another_version_is_left_alone(tmp_path):
             distill(network(), *arguments, recipe(), output=tmp_path, resume=True)
 
 
-def test_a_failed_write_leaves_the_last_checkpoint(tmp_path, monkeypatch):
+def test_failed_write_leaves_the_last_checkpoint(tmp_path, monkeypatch):
     state = checkpoint.Checkpoint(1, {"student.w": torch.ones(3)}, {"optimizer": {}}, {"history": [1]})
     checkpoint.save(tmp_path, state)
     real, calls = os.fsync, []
@@ -824,18 +844,18 @@ def test_a_failed_write_leaves_the_last_checkpoint(tmp_path, monkeypatch):
     assert checkpoint.load(tmp_path).run == {"history": [1]}
 
 
-def test_a_file_is_replaced_in_one_step(tmp_path):
+def test_file_is_replaced_atomically(tmp_path):
     path = tmp_path / "file"
     files.write_bytes(path, b"old")
     with open(path, "rb") as reader:
         files.write_bytes(path, b"new")
-        assert reader.read() == b"old"  # who reads never sees half of either
+        assert reader.read() == b"old"  # a reader sees the old file or the new one
     assert path.read_bytes() == b"new" and [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
 @pytest.mark.parametrize("keep", [0, 0.5, 0.99])
 @pytest.mark.parametrize("name", ["model.safetensors", "training.pt", "run.json"])
-def test_a_truncated_checkpoint_says_so_in_one_line_and_nothing_changes(tmp_path, name, keep):
+def test_truncated_checkpoint_is_refused_in_one_line_and_folder_is_unchanged(tmp_path, name, keep):
     arguments = (network(2), Blobs(20), Blobs(20))
     distill(network(), *arguments, recipe(), output=tmp_path)
     path = tmp_path / "checkpoint" / "epoch-0004" / name
@@ -849,14 +869,14 @@ def test_a_truncated_checkpoint_says_so_in_one_line_and_nothing_changes(tmp_path
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+def test_non_finite_loss_stops_the_run(tmp_path):
     with pytest.raises(FloatingPointError, match="smaller lr"), pytest.warns(RuntimeWarning, match="not finite"):
         distill(network(), network(2), Blobs(20), Blobs(20), recipe(lr=1e30), output=tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
-def test_weights_that_are_not_finite_stop_the_run(tmp_path):
-    """One batch: its loss is that of sound weights, and only the step spoils them."""
+def test_non_finite_weights_stop_the_run(tmp_path):
+    """There is one batch: its loss is finite, and only its step makes the weights infinite."""
     with pytest.raises(FloatingPointError, match="weights are not finite after epoch 1: a smaller lr"):
         distill(
             network(),
@@ -869,7 +889,7 @@ def test_weights_that_are_not_finite_stop_the_run(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
-class Boundless(Method):
+class InfiniteTerm(Method):
     def forward(self, student, teacher, batch):
         logits = student(batch.x)
         term = torch.tensor(math.inf)
@@ -878,13 +898,13 @@ class Boundless(Method):
         )
 
 
-def test_the_metrics_are_json_whatever_a_term_is(tmp_path):
-    distill(network(), network(2), Blobs(8), Blobs(8), recipe(method=f"{__name__}:Boundless"), output=tmp_path)
+def test_metrics_are_valid_json_if_a_term_is_infinite(tmp_path):
+    distill(network(), network(2), Blobs(8), Blobs(8), recipe(method=f"{__name__}:InfiniteTerm"), output=tmp_path)
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line, parse_constant=pytest.fail)["terms"] for line in lines] == [{"t": None}] * 4
 
 
-def test_tied_weights_are_saved(tmp_path):
+def test_tied_weights_are_saved_and_resumed(tmp_path):
     class Tied(nn.Module):
         def __init__(self):
             super().__init__()
@@ -899,7 +919,7 @@ def test_tied_weights_are_saved(tmp_path):
     assert distill(Tied(), network(2), Blobs(20), Blobs(20), recipe(), output=tmp_path, resume=True) == summary
 
 
-# --- what it refuses --------------------------------------------------------------------------------------------------
+# --- refused arguments ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -924,21 +944,21 @@ def test_tied_weights_are_saved(tmp_path):
             ValueError,
             "every must be < epochs=40, got 40: nothing would",
         ),
-        ({"epochs": 1, "condense": Condense()}, ValueError, r"epochs must be > 1 where condense\.keep < 1, got 1"),
+        ({"epochs": 1, "condense": Condense()}, ValueError, r"epochs must be > 1 if condense\.keep < 1, got 1"),
         ({"gradient_accumulation": 0}, ValueError, "gradient_accumulation must be an integer >= 1, got 0"),
         ({"compile": 1}, TypeError, "compile must be True or False"),
         ({"precision": "half"}, ValueError, "precision must be auto, float32, bfloat16, float16, got 'half'"),
         ({"options": "kd"}, TypeError, "options must be a mapping"),
     ],
 )
-def test_a_recipe_checks_itself(changes, error, message):
+def test_recipe_refuses_invalid_fields(changes, error, message):
     with pytest.raises(error, match=message):
         recipe(**changes)
 
 
-def test_losses_of_half_a_batch_are_no_losses_to_select_by():
+def test_selection_by_losses_refuses_batch_keep():
     condense = Condense(keep=0.5, selection="infobatch", batch_keep=0.5)
-    with pytest.raises(ValueError, match=r"batch_keep=0\.5 cannot go with selection 'infobatch'"):
+    with pytest.raises(ValueError, match=r"batch_keep=0\.5 cannot be combined with selection 'infobatch'"):
         distill(network(), network(2), Blobs(20), Blobs(20), recipe(condense=condense))
 
 
@@ -947,8 +967,8 @@ def test_losses_of_half_a_batch_are_no_losses_to_select_by():
     [
         ({"keep": 0.0}, ValueError, "keep must be a number in"),
         ({"keep": 1.5}, ValueError, "keep must be a number in"),
-        ({"schedule": "linear"}, ValueError, "schedule must be one of"),
-        ({"selection": "best"}, ValueError, "unknown selection 'best': take infobatch, random, value"),
+        ({"schedule": "linear"}, ValueError, "schedule must be"),
+        ({"selection": "best"}, ValueError, "unknown selection 'best'.*infobatch, random, value"),
         ({"selection": "random", "epsilon": 0.1}, ValueError, "epsilon=0.1 has no effect with selection 'random'"),
         ({"selection": "infobatch", "stages": 3}, ValueError, "stages=3 has no effect with selection 'infobatch'"),
         (
@@ -964,27 +984,27 @@ def test_losses_of_half_a_batch_are_no_losses_to_select_by():
         ({"alpha": 10**400}, ValueError, "alpha must be .*, got 1000"),
     ],
 )
-def test_condense_checks_itself(options, error, message):
+def test_condense_refuses_invalid_fields(options, error, message):
     with pytest.raises(error, match=message):
         Condense(**options)
 
 
-def test_milestones_are_those_of_the_paper():
+def test_default_milestones_equal_the_paper():
     rates = [Recipe().lr_at(epoch) for epoch in range(240)]
     expected = [0.05] * 150 + [0.005] * 30 + [0.0005] * 30 + [0.00005] * 30
     assert rates == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("epochs", [3, 7, 10, 100, 240])
-def test_a_milestone_that_is_a_whole_epoch_is_not_missed(epochs):
+def test_milestone_at_an_integer_epoch_is_not_missed(epochs):
     for epoch in range(1, epochs):
         for milestone in (epoch / epochs, float(f"{epoch / epochs:.15f}"), 1 - (epochs - epoch) / epochs):
             rates = [Recipe(epochs=epochs, milestones=(milestone,), lr=1.0).lr_at(e) for e in (epoch - 1, epoch)]
             assert rates == pytest.approx([1.0, 0.1])
 
 
-def test_randomness_of_other_numbers_is_other_randomness():
-    """Also where their bits in a row are alike."""
+def test_different_seeds_give_different_random_numbers():
+    """Even if their concatenated bits are equal."""
     drawn = []
     for numbers in [(1,), (1, 0), (0, 1), (2**32,), (1, 0, 0), (0, 1, 0), (2**32, 0), (0, 2**32), (0, 0, 1)]:
         with seeded(*numbers):
@@ -997,7 +1017,7 @@ SHARED = nn.Linear(FEATURES, CLASSES)
 
 
 def labelled(wrong):
-    """Images of six pixels, of which the last has the wrong label."""
+    """Return images of six pixels. The last one has the label `wrong`."""
     return ImageSet(np.zeros((9, 1, 6, 1), np.uint8), np.array([0] * 8 + [wrong]), Views((0.5,), (0.25,)))
 
 
@@ -1015,11 +1035,11 @@ class Broken(nn.Linear):
 @pytest.mark.parametrize(
     ("arguments", "changes", "error", "message"),
     [
-        ({"teacher": None}, {}, ValueError, "method 'kd' asks one"),
+        ({"teacher": None}, {}, ValueError, "teacher must be a torch.nn.Module for method 'kd', got None"),
         ({"student": nn.Linear(3, 4)}, {}, ValueError, r"student does not take x of torch.float32 \(1, 6\)"),
         ({"teacher": nn.Linear(3, 4)}, {}, ValueError, "teacher does not take x"),
         ({"student": nn.Linear(6, 4).requires_grad_(False)}, {}, ValueError, "student has no parameters to train"),
-        ({"student": nn.Linear(6, 3)}, {}, ValueError, "teacher_logits have 4 classes, student_logits 3"),
+        ({"student": nn.Linear(6, 3)}, {}, ValueError, "the same number of classes, got 3 and 4"),
         ({"student": SHARED, "teacher": SHARED}, {}, ValueError, "student and teacher share parameters"),
         ({"student": nn.Sequential(SHARED), "teacher": SHARED}, {}, ValueError, "share parameters"),
         (
@@ -1032,7 +1052,7 @@ class Broken(nn.Linear):
             {},
             {"options": {"batch_keep": 0.5}},
             ValueError,
-            "options must not hold batch_keep=0.5: it is condense.batch",
+            "options must not contain batch_keep, got 0.5: set condense.batch_keep",
         ),
         ({"train": labelled(7)} | FLAT, {}, ValueError, r"train must give labels in \[0, 4\), got 7"),
         (
@@ -1045,38 +1065,38 @@ class Broken(nn.Linear):
         ({"test": [(torch.zeros(6), torch.tensor([1, 0]))]}, {}, ValueError, r"test must give labels .* \(1, 2\)"),
         ({"train": [(torch.zeros(6), np.int32(1))]}, {}, ValueError, r"train must give labels .* torch.int32 \(1,\)"),
         ({"train": [(torch.zeros(6), 4)]}, {}, ValueError, r"train must give labels in \[0, 4\), got 4"),
-        ({"train": IndexedDataset(Blobs(9), {}.__getitem__)}, {}, ValueError, r"train\[0\] cannot be loaded: "),
-        ({"student": nn.Unflatten(1, (2, 3))}, {}, ValueError, r"student must give logits \(b, classes\)"),
+        ({"train": IndexedDataset(Blobs(9), {}.__getitem__)}, {}, ValueError, r"train\[0\] "),
+        ({"student": nn.Unflatten(1, (2, 3))}, {}, ValueError, r"student must (give|return) logits \(b, classes\)"),
         ({"student": "resnet"}, {}, TypeError, "student must be a torch.nn.Module, got str"),
-        ({"train": 5}, {}, TypeError, "train: dataset must have a length"),
+        ({"train": 5}, {}, TypeError, "train: dataset must"),
         ({"test": []}, {}, ValueError, "test must hold at least one sample"),
         (
             {},
             {"method": "pkd"},
             ValueError,
-            "unknown method 'pkd': did you mean pwkd. Else take ce, crd, ie-dml, iekd, kd, kr, pkt, pwkd, sskd",
+            "unknown method 'pkd': did you mean pwkd.* ce, crd, ie-dml, iekd, kd, kr, pkt, pwkd, sskd",
         ),
-        ({}, {"precision": "float16"}, ValueError, "precision 'float16' needs CUDA, and the device is cpu"),
+        ({}, {"precision": "float16"}, ValueError, "precision 'float16' needs CUDA, but the device is cpu"),
         ({}, {"options": {"temperature": 0.0}}, ValueError, "temperature must be a finite number > 0"),
         ({}, {"options": {"temprature": 1.0}}, TypeError, "temprature"),
     ],
 )
-def test_distill_checks_before_it_writes(tmp_path, arguments, changes, error, message):
-    sound = {"student": network(), "teacher": network(2), "train": Blobs(20), "test": Blobs(20)}
+def test_distill_refuses_invalid_arguments_before_it_writes(tmp_path, arguments, changes, error, message):
+    valid = {"student": network(), "teacher": network(2), "train": Blobs(20), "test": Blobs(20)}
     with pytest.raises(error, match=message):
-        distill(**{**sound, **arguments}, recipe=recipe(**changes), output=tmp_path / "run")
+        distill(**{**valid, **arguments}, recipe=recipe(**changes), output=tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
-def test_labels_of_another_shape_further_on_are_no_accuracy():
+def test_later_test_labels_of_another_shape_are_refused():
     x, size = torch.zeros(FEATURES), MIN_EVAL_BATCH_SIZE
     test = [(x, torch.tensor(0))] * size + [(x, torch.tensor([0, 0]))] * size
-    with pytest.raises(ValueError, match=rf"labels must have shape \({size},\), got \({size}, 2\)"):
+    with pytest.raises(ValueError, match=rf"^test labels must have shape \({size},\), got \({size}, 2\)"):
         distill(network(), network(2), Blobs(20), test, recipe())
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_cuda_where_there_is_none():
+def test_device_cuda_is_refused_without_cuda():
     with pytest.raises(ValueError, match="device 'cuda' is not available"):
         distill(network(), network(2), Blobs(20), Blobs(20), recipe(device="cuda"))
 
@@ -1084,19 +1104,19 @@ def test_cuda_where_there_is_none():
 # --- names ----------------------------------------------------------------------------------------------
 
 
-def test_names():
+def test_registry_resolves_names_and_refuses_unknown_ones():
     assert resolve("thing", "os:path.join", {}) is os.path.join
     assert resolve("thing", "short", {"short": "os:getcwd"}) is os.getcwd
     for name, message in (
-        ("nothing", "unknown thing 'nothing': take short, or write module:attribute"),
-        ("no_such_module:f", "there is no module 'no_such_module'"),
-        ("os.nowhere:f", "there is no module 'os.nowhere'"),
-        ("os:nothing", "'os' has no 'nothing'"),
+        ("nothing", "unknown thing 'nothing'.* short"),
+        ("no_such_module:f", "module.* 'no_such_module'"),
+        ("os.nowhere:f", "module.* 'os.nowhere'"),
+        ("os:nothing", "'os' .*'nothing'"),
         (":f", "unknown thing"),
     ):
         with pytest.raises(ValueError, match=message):
             resolve("thing", name, {"short": "os:getcwd"})
-    with pytest.raises(TypeError, match="thing must be a name"):
+    with pytest.raises(TypeError, match="thing must be"):
         resolve("thing", 3, {})
     assert call("thing", "short", {"short": "builtins:dict"}, name=3, kind=4) == {"name": 3, "kind": 4}
     for registry in (DATASETS, methods.REGISTRY, models.REGISTRY):
@@ -1104,15 +1124,15 @@ def test_names():
 
 
 @pytest.mark.parametrize("epochs", range(2, 50))
-def test_samples_are_dropped_in_equal_parts_of_the_run(epochs):
+def test_condensations_split_the_run_into_equal_parts(epochs):
     config = Condense().build(1000, seed=0, device="cpu", epochs=epochs).config
     assert config["every"] == math.ceil(epochs / 6) and config["stages"] == math.ceil(epochs / config["every"]) <= 6
-    if epochs % 6 == 0:  # the authors' rule: six equal parts, of which the first is whole
+    if epochs % 6 == 0:  # the authors' rule: six equal parts, the first with all samples
         sizes = [1 - 0.3 / 6 * (epoch // config["every"]) for epoch in range(epochs)]
         assert config["stages"] == 6 and sum(sizes) / epochs == pytest.approx(0.875)
 
 
-def test_the_table_by_hand():
+def test_results_table_equals_means_by_hand():
     def run(method, seed, last, visits, teacher):
         return Summary(method, seed, last, last + 1, visits, teacher, 2.0)
 

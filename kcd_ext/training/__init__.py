@@ -1,4 +1,4 @@
-"""Training a student: recipes, the loop, checkpoints. Needs the extra `train`."""
+"""The trainer: recipes, the training loop and checkpoints. Needs the extra `train`."""
 
 try:
     import safetensors as _safetensors  # noqa: F401

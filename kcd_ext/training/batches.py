@@ -1,4 +1,4 @@
-"""Batches on the training device: from a loader over any data set, or from images that fit there as a whole."""
+"""Batches on the training device, from a data set that is loaded item by item or from images in memory."""
 
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
@@ -24,56 +24,58 @@ def feed_of(
     *,
     name: str = "the data set",
     mixes: bool = False,
-) -> "Feed":
-    """Return the feed of a data set.
+) -> "BatchSource":
+    """Return the batch source of a data set.
 
     Args:
-        condenser: says what images are mixed of; None: nothing is mixed (a test set).
-        num_workers: processes that load items, from the first batch on until the feed's `close`.
-        name: what errors call the data set.
-        mixes: whether raw items will be mixed, and must therefore have one shape and dtype.
+        dataset: An `ImageSet` is moved to `device`; any other data set is loaded item by item.
+        condenser: Decides which images are mixed. None: no image is mixed (a test set).
+        device: The device of the batches.
+        num_workers: Processes that load items. They start with the first batch and end with `close`.
+        name: The name of the data set in errors.
+        mixes: Whether raw items will be mixed. They must then share one shape and dtype.
 
     Raises:
-        TypeError, ValueError: raw items are to be mixed, and the first one cannot be.
+        TypeError, ValueError: Raw items will be mixed, and the first one cannot be.
     """
     if isinstance(dataset, ImageSet):
-        return ResidentFeed(dataset, condenser, device)
+        return ResidentBatches(dataset, condenser, device)
     if mixes:
-        with seeded(0):  # a data set that draws does not move the generators of the run
+        with seeded(0):  # the data set may draw random numbers: keep them out of the run's generators
             dataset = dataset.for_mixing()
     return LoadedFeed(dataset, device, num_workers, name)
 
 
 class Samples:
-    """A training set as `Method.prepare` sees it: batches, as often as it iterates."""
+    """The training set that `Method.prepare` gets: an iterable of batches that can be iterated repeatedly."""
 
-    def __init__(self, feed: "Feed", batch_size: int):
-        self.feed = feed
+    def __init__(self, source: "BatchSource", batch_size: int):
+        self.source = source
         self.batch_size = batch_size
-        self.labels = getattr(feed, "labels", None)  # of images in memory
+        self.labels = getattr(source, "labels", None)  # only images in memory have them
 
     def __iter__(self) -> Iterator[Batch]:
-        return self.feed.eval_batches(self.batch_size)
+        return self.source.eval_batches(self.batch_size)
 
 
 def split_evenly(count: int, size: int) -> list[slice]:
-    """Split `count` samples into as few parts of at most `size` as possible; their sizes differ by at most one.
+    """Split `count` samples into the fewest parts of at most `size`. Part sizes differ by at most one.
 
-    No part is a single sample, which batch normalisation cannot train on, unless `size` or `count` is 1: an odd number
-    in pairs has one part of three.
+    A last batch of a few samples would weigh as much as a full one in the optimizer, in batch statistics and in losses
+    over pairs of samples. Such steps can undo what a student has learnt.
 
-    A last batch of a few samples would weigh as much as one of 64 in the optimizer, in batch statistics and in losses
-    over pairs of samples; such steps can undo what a student has learnt.
+    No part is a single sample, which batch normalisation cannot train on, unless `size` or `count` is 1. So an odd
+    number of samples in pairs has one part of three.
     """
-    number = -(-count // size) if size == 1 else min(-(-count // size), max(1, count // 2))
-    ends = [count * part // number for part in range(number + 1)]
-    return [slice(*pair) for pair in pairwise(ends)]
+    parts = -(-count // size) if size == 1 else min(-(-count // size), max(1, count // 2))
+    bounds = [count * part // parts for part in range(parts + 1)]
+    return [slice(*pair) for pair in pairwise(bounds)]
 
 
 def batches_of_steps(count: int, batch_size: int, accumulation: int) -> Iterator[tuple[slice, float, bool]]:
-    """Yield the batches of an epoch: which entries, their share in their step, and whether they end it.
+    """Yield an epoch's batches: their entries, their share of the optimizer step, and whether they end that step.
 
-    A step is the mean over all its samples, however they are split into batches.
+    The loss of a step is the mean over all its samples, however they are split into batches.
     """
     for step in split_evenly(count, batch_size * accumulation):
         size = step.stop - step.start
@@ -82,45 +84,46 @@ def batches_of_steps(count: int, batch_size: int, accumulation: int) -> Iterator
             yield batch, (part.stop - part.start) / size, batch.stop == step.stop
 
 
-def with_weight(batch: Batch, weight: Tensor | None) -> Batch:
-    """Return the batch with the weights of its samples out of `weight` (N,); a repeat has weight 1."""
+def with_sample_weight(batch: Batch, weight: Tensor | None) -> Batch:
+    """Return the batch with its samples' weights, taken from `weight` (N,). Padding repeats get weight 1."""
     return batch if weight is None else batch._replace(weight=weight[batch.index].where(batch.index >= 0, 1))
 
 
-def flat_labels(label: Tensor) -> Tensor:
-    """Return labels (b,) for (b,) or (b, 1); others as they are."""
+def flatten_labels(label: Tensor) -> Tensor:
+    """Return labels of shape (b, 1) as (b,), others unchanged."""
     return label.squeeze(1) if label.dim() == 2 and label.shape[1] == 1 else label
 
 
 class LoadedFeed:
-    """The batches of any data set, on the training device; labels (b, 1) become (b,)."""
+    """Batches of a data set that is loaded item by item."""
 
     def __init__(self, dataset: IndexedDataset, device: torch.device, num_workers: int, name: str = "the data set"):
         self.loader = Loader(dataset, num_workers, name=name, pin_memory=device.type == "cuda")
         self.device = device
 
     def entries(self, sampler: CondensedSampler) -> list:
-        """Return (index, recipe) of what this process trains on in the sampler's epoch, padding repeats included."""
+        """Return this rank's (index, mix tree) pairs of the sampler's epoch, padding repeats included."""
         return list(sampler)
 
     def epoch(self, entries: Sequence, batches: Sequence[slice], seed: int, epoch: int) -> Iterator[Batch]:
-        """Yield the training batches of these entries. Transforms draw from the generators that the trainer has seeded."""
+        """Yield the training batches of these entries. Transforms draw from the generators that the trainer seeded."""
         return map(self._batch, self.loader.load([entries[part] for part in batches]))
 
     def eval_batches(self, batch_size: int, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
-        """Yield samples rank, rank + world_size, ... once each, by ascending index, without mixes.
+        """Yield samples rank, rank + world_size, … once each, in order of their index, unmixed.
 
-        All processes get equally many: repeats in the end are marked by index -1.
+        Every rank gets the same number of samples. Padding repeats at the end have index -1.
         """
-        index, sample = (part.tolist() for part in _share(len(self.loader.dataset), rank, world_size))
+        index, sample = (part.tolist() for part in _shard_indices(len(self.loader.dataset), rank, world_size))
         entries = list(zip(index, sample, strict=True))
         batches = [entries[start : start + batch_size] for start in range(0, len(entries), batch_size)]
         return map(self._batch, self.loader.load(batches))
 
     def first(self, count: int) -> Batch:
-        """Return the first `count` samples, or as many as there are, without mixes.
+        """Return the first `count` samples, or all if there are fewer, unmixed.
 
-        Raises ValueError, naming the item, where one cannot be loaded.
+        Raises:
+            ValueError: An item cannot be loaded. The message names it.
         """
         return self._batch(self.loader.first(count))
 
@@ -130,11 +133,14 @@ class LoadedFeed:
 
     def _batch(self, loaded: Sequence[Tensor]) -> Batch:
         x, label, index = (part.to(self.device, non_blocking=True) for part in loaded)
-        return Batch(x, flat_labels(label), index)
+        return Batch(x, flatten_labels(label), index)
 
 
-class ResidentFeed:
-    """As `LoadedFeed`, of images that are all on the device: a batch is cropped, flipped and normalised there as a whole."""
+class ResidentBatches:
+    """Batches of images that are all on the device. Each batch is cropped, flipped and normalised there.
+
+    It has the methods of `LoadedFeed`.
+    """
 
     def __init__(self, dataset: ImageSet, condenser: KnowledgeCondenser | None, device: torch.device):
         self.images, self.labels = dataset.tensors(device)
@@ -144,14 +150,14 @@ class ResidentFeed:
         self._current, self._stage = self.images, 0
 
     def entries(self, sampler: CondensedSampler) -> tuple[Tensor, Tensor]:
-        """Return (index, sample), (n,) int64 each, as `LoadedFeed` does. Mixes the images at a new stage."""
+        """Return this rank's (index, sample), (n,) int64 each. Mixes the images if a new stage has begun."""
         if self._stage != self.condenser.stage:
-            self._stage, self._current = self.condenser.stage, self.images  # frees those of the last stage first
+            self._stage, self._current = self.condenser.stage, self.images  # free the last stage's images first
             self._current = self.condenser.mix(self.images)
         return self._on_device(sampler.order())
 
     def epoch(self, entries: Sequence, batches: Sequence[slice], seed: int, epoch: int) -> Iterator[Batch]:
-        """Yield as `LoadedFeed` does. The view of a sample is a function of seed, epoch and sample alone."""
+        """Yield the training batches of these entries. A sample's view depends only on seed, epoch and sample."""
         index, sample = entries
         for part in batches:
             chosen = sample[part]
@@ -159,29 +165,29 @@ class ResidentFeed:
             yield Batch(x, self.labels[chosen], index[part])
 
     def eval_batches(self, batch_size: int, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
-        """Yield as `LoadedFeed` does, neither cropped nor flipped."""
-        index, sample = self._on_device(_share(len(self.labels), rank, world_size))
+        """Yield samples as `LoadedFeed.eval_batches` does, neither cropped nor flipped."""
+        index, sample = self._on_device(_shard_indices(len(self.labels), rank, world_size))
         for start in range(0, len(index), batch_size):
             part = slice(start, start + batch_size)
             x = self.views.normalize(self.images[sample[part]])
             yield Batch(x, self.labels[sample[part]], index[part])
 
     def first(self, count: int) -> Batch:
-        """Return as `LoadedFeed` does."""
+        """Return the first `count` samples, or all if there are fewer."""
         return next(self.eval_batches(count))
 
     def close(self) -> None:
-        """Do nothing: there are no workers."""
+        """Do nothing: there are no worker processes."""
 
     def _on_device(self, arrays: tuple[np.ndarray, np.ndarray]) -> tuple[Tensor, Tensor]:
         index, sample = (torch.from_numpy(array).to(self.device) for array in arrays)
         return index, sample
 
 
-Feed = LoadedFeed | ResidentFeed
+BatchSource = LoadedFeed | ResidentBatches
 
 
-def _share(count: int, rank: int, world_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return (index, sample) int64 of a process; beyond the last sample the first ones repeat, with index -1."""
+def _shard_indices(count: int, rank: int, world_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return a rank's (index, sample), int64. Past the last sample the first ones repeat, with index -1."""
     position = np.arange(rank, -(-count // world_size) * world_size, world_size)
     return np.where(position < count, position, SKIP), position % count

@@ -1,4 +1,4 @@
-"""Why training cannot go well: numbers that are not finite, and teachers that can teach little."""
+"""Explanations of failed or doubtful training: non-finite numbers, and teachers that can teach little."""
 
 import math
 import warnings
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..methods import Batch, Outcome
-from .distributed import full_state_dict, local
+from .distributed import full_state_dict, local_shard
 
 if TYPE_CHECKING:
     from .phases import Phase
@@ -18,15 +18,15 @@ if TYPE_CHECKING:
 
 
 class NotFiniteError(ValueError):
-    """The first step of a run holds NaN or an infinity."""
+    """The error of a first step that contains NaN or an infinity."""
 
 
-def is_sound(logits: Tensor) -> Tensor:
-    """Return whether the highest of a sample's logits (b, classes) is finite, (b,) bool; other classes may have -inf."""
+def has_finite_maximum(logits: Tensor) -> Tensor:
+    """Return whether the highest logit of each sample is finite: (b, classes) -> (b,) bool. Others may be -inf."""
     return logits.amax(-1).isfinite()
 
 
-def check_start(
+def check_first_step(
     outcome: Outcome,
     batch: Batch,
     gradients: Mapping[str, Tensor],
@@ -34,96 +34,100 @@ def check_start(
     teacher: nn.Module | None,
     method: str,
 ) -> None:
-    """Raise NotFiniteError, naming the cause, where a loss or gradient is not finite before anything is trained."""
+    """Raise NotFiniteError, naming the cause, if the loss or a gradient of the first step is not finite."""
     if _all_finite([outcome.loss, *gradients.values()]):
         return
     broken = [name for name, gradient in gradients.items() if not _all_finite([gradient])]
     causes = (
-        _broken_sample("train", batch),
-        _broken_weights("student", student),
-        None if teacher is None else _broken_weights("teacher", teacher),
+        _non_finite_sample("train", batch),
+        _non_finite_weights("student", student),
+        None if teacher is None else _non_finite_weights("teacher", teacher),
         None
-        if is_sound(outcome.logits).all()
-        else "student gives logits that are not finite, from finite weights and samples",
-        None if teacher is None else _broken_answer("teacher", teacher, "train", batch),
+        if has_finite_maximum(outcome.logits).all()
+        else "the student gives logits that are not finite, from finite weights and samples",
+        None if teacher is None else _non_finite_logits("teacher", teacher, "train", batch),
         None
         if outcome.loss.isfinite()
         else f"method {method!r} gives a loss of {outcome.loss.item()}, from finite logits",
         *(f"method {method!r} gives {name} a gradient that is not finite" for name in broken),
     )
-    raise NotFiniteError(f"nothing can be trained: {next(filter(None, causes))}")
+    raise NotFiniteError(f"training cannot start: {next(filter(None, causes))}")
 
 
 def check_finite(run: "Run", phase: "Phase", loss: float) -> None:
-    """Raise FloatingPointError, with the cause, where the loss or a parameter is not finite after an epoch."""
+    """Raise FloatingPointError, with the cause, if the loss or a parameter is not finite after an epoch."""
     when = f"after {phase.name} {len(phase.history) + 1}"
-    what = f"the loss is not finite {when} ({loss})"
+    problem = f"the loss is not finite {when} ({loss})"
     if math.isfinite(loss):
-        broken = torch.stack([~local(parameter).isfinite().all() for parameter in phase.parameters]).any()
+        broken = torch.stack([~local_shard(parameter).isfinite().all() for parameter in phase.parameters]).any()
         if not run.sum([broken])[0]:
             return
-        what = f"weights are not finite {when}"
+        problem = f"weights are not finite {when}"
     trained = {*map(id, phase.parameters)}
     is_constant = run.teacher is not None and trained.isdisjoint(map(id, run.teacher.parameters()))
-    asked = {"teacher": run.teacher} if is_constant else {}  # one that is trained is no cause
-    cause = first_broken("train", run.feed.eval_batches(run.recipe.batch_size), asked)
-    raise FloatingPointError(f"{what}: {cause or f'a smaller lr than {phase.initial_lr}?'}")
+    suspects = {"teacher": run.teacher} if is_constant else {}  # a teacher that is trained is a victim, not a cause
+    cause = first_non_finite("train", run.train_source.eval_batches(run.recipe.batch_size), suspects)
+    raise FloatingPointError(f"{problem}: {cause or f'a smaller lr than {phase.initial_lr} may help'}")
 
 
-def check_answers(run: "Run", unsound: int, epoch: int) -> None:
-    """Raise FloatingPointError where a test sample is not finite; warn where only the student's answer is not.
+def check_test_logits(run: "Run", non_finite: int, epoch: int) -> None:
+    """Raise FloatingPointError if a test sample is not finite; warn if only the student's logits are not.
 
-    `unsound`: the number of test samples whose highest logit is not finite after the epoch.
+    Args:
+        run: The run.
+        non_finite: The number of test samples without a finite highest logit after the epoch.
+        epoch: The epoch, counted from 0.
     """
-    if not unsound:
+    if not non_finite:
         return
-    if (cause := first_broken("test", run.test_batches(), {})) is not None:
+    if (cause := first_non_finite("test", run.test_batches(), {})) is not None:
         raise FloatingPointError(f"the accuracy after epoch {epoch + 1} means nothing: {cause}")
-    cause = first_broken("test", run.test_batches(), {"student": run.student})  # on every process: it may be sharded
+    # On every rank: the student may be sharded.
+    cause = first_non_finite("test", run.test_batches(), {"student": run.student})
     if run.is_main:
-        text = f"after epoch {epoch + 1} {unsound} test samples have no finite logits: {cause}"
-        warnings.warn(text, RuntimeWarning, stacklevel=3)
+        text = f"after epoch {epoch + 1} {non_finite} test samples have no finite logits: {cause}"
+        warnings.warn(text, RuntimeWarning, stacklevel=4)  # the caller of distill
 
 
-def first_broken(part: str, batches: Iterable[Batch], networks: Mapping[str, nn.Module]) -> str | None:
-    """Return which is the first sample that is not finite, or whose logits by one of these networks are not; None: none.
+def first_non_finite(part: str, batches: Iterable[Batch], networks: Mapping[str, nn.Module]) -> str | None:
+    """Describe the first sample that is not finite, or for which a network's logits are not; None if there is none.
 
-    The networks are called in evaluation mode, in which they stay.
+    Networks are called in evaluation mode and stay in it.
     """
     for batch in batches:
-        found = _broken_sample(part, batch)
+        found = _non_finite_sample(part, batch)
         for name, network in networks.items():
-            found = found or _broken_answer(name, network, part, batch)
+            found = found or _non_finite_logits(name, network, part, batch)
         if found:
             return found
     return None
 
 
-def _broken_sample(part: str, batch: Batch) -> str | None:
+def _non_finite_sample(part: str, batch: Batch) -> str | None:
     finite = batch.x.isfinite().reshape(len(batch.x), -1).all(1)
     if finite.all():
         return None
-    place = int(finite.int().argmin())
-    return f"{part}[{int(batch.index[place])}] holds {_kind_of(batch.x[place])}"
+    position = int(finite.int().argmin())
+    return f"{part}[{int(batch.index[position])}] holds {_nan_or_infinity(batch.x[position])}"
 
 
-def _broken_weights(name: str, network: nn.Module) -> str | None:
+def _non_finite_weights(name: str, network: nn.Module) -> str | None:
     for path, tensor in chain(network.named_parameters(), network.named_buffers()):
         if not _all_finite([tensor]):
-            return f"the {name}'s {path} holds {_kind_of(full_state_dict(tensor.detach()))} before training"
+            return f"the {name}'s {path} holds {_nan_or_infinity(full_state_dict(tensor.detach()))} before training"
     return None
 
 
-def _broken_answer(name: str, network: nn.Module, part: str, batch: Batch) -> str | None:
+def _non_finite_logits(name: str, network: nn.Module, part: str, batch: Batch) -> str | None:
     with torch.no_grad():
-        sound = is_sound(network.eval()(batch.x))
-    if sound.all():
+        finite = has_finite_maximum(network.eval()(batch.x))
+    if finite.all():
         return None
-    place = int(batch.index[int(sound.int().argmin())])
-    return f"the {name} gives logits that are not finite for {part}[{place}], which is finite"
+    index = int(batch.index[int(finite.int().argmin())])
+    return f"the {name} gives logits that are not finite for {part}[{index}], which is finite"
 
 
-def _kind_of(tensor: Tensor) -> str:
+def _nan_or_infinity(tensor: Tensor) -> str:
     return "NaN" if tensor.isnan().any() else "an infinity"
 
 
@@ -132,15 +136,16 @@ def _all_finite(tensors: Iterable[Tensor]) -> bool:
 
 
 def doubt_about(teacher: float, student: float | None, labels: Sequence[float]) -> str:
-    """Return why a teacher can teach little, in one line; empty where nothing says so.
+    """Return a warning about a teacher that can teach little, in one line, or an empty string.
+
+    Chance is the share of the most frequent class, and at least one over the number of classes. A teacher is near
+    chance if it covers less than a tenth of the way from there to 100 %, or if it is less than two standard errors of a
+    guesser's accuracy above chance.
 
     Args:
-        teacher: its accuracy on the test set, percent.
-        student: that of the student before training; None: not known.
-        labels: how many test samples each class has.
-
-    Chance is the share of the most frequent class, or one of all classes. A teacher is near it if it has gone less than a
-    tenth of the way from there to 100 %, or not two standard errors of a guesser's accuracy.
+        teacher: The teacher's accuracy on the test set, in percent.
+        student: The student's accuracy before training, in percent. None: unknown.
+        labels: The number of test samples of each class.
     """
     samples = sum(labels)
     if not samples:
@@ -148,12 +153,12 @@ def doubt_about(teacher: float, student: float | None, labels: Sequence[float]) 
     chance = max(max(labels) / samples, 1 / len(labels))
     near = chance + max(0.1 * (1 - chance), 2 * math.sqrt(chance * (1 - chance) / samples))
     if teacher <= 100 * near:
-        than = f"where the most frequent class alone has {100 * chance:.1f} %"
+        comparison = f"where the most frequent class alone has {100 * chance:.1f} %"
     elif student is not None and teacher <= student:
-        than = f"no more than the student before training ({student:.1f} %)"
+        comparison = f"no more than the student before training ({student:.1f} %)"
     else:
         return ""
     return (
-        f"the teacher's accuracy on the test set is {teacher:.1f} %, {than}: is it given images normalised as those it was "
-        f"trained on (--mean and --std, or mean and std of kcd_ext.data.load), and are its classes in this order?"
+        f"the teacher's accuracy on the test set is {teacher:.1f} %, {comparison}: are its images normalised as in its "
+        f"training (--mean and --std, or mean and std of kcd_ext.data.load), and its classes in the same order?"
     )

@@ -1,4 +1,4 @@
-"""The fingerprint of a run: all that decides its result, small enough to be kept in a checkpoint."""
+"""The fingerprint of a run: everything that decides its result, small enough for a checkpoint."""
 
 import hashlib
 from collections.abc import Mapping
@@ -16,9 +16,9 @@ from ..randomness import seeded
 from .distributed import Accelerator, full_state_dict
 from .recipe import Recipe
 
-PROBED = 5  # samples of a data set that are looked at, the first and the last among them
-RESUMABLE_CHANGES = ("device", "name")  # of a recipe, which a resumed run may have otherwise
-STEP_SIZE = ("batch_size", "gradient_accumulation")  # may change together with the number of processes
+DIGESTED_SAMPLES = 5  # evenly spaced, the first and the last included
+RESUMABLE_CHANGES = ("device", "name")  # fields of a recipe that a resumed run may change
+STEP_SIZE_FIELDS = ("batch_size", "gradient_accumulation")  # may change together with the number of processes
 
 
 def fingerprint(
@@ -28,7 +28,7 @@ def fingerprint(
     test: IndexedDataset | ImageSet,
     accelerator: Accelerator,
 ) -> dict[str, object]:
-    """Return the fingerprint as JSON. The student is not in it: a resumed run takes its weights from the checkpoint."""
+    """Return the fingerprint as JSON. It omits the student: a resumed run loads its weights from the checkpoint."""
     return {
         "recipe": recipe.as_json(),
         "train": len(train),
@@ -36,15 +36,15 @@ def fingerprint(
         "train_samples": digest_of_samples(train),
         "test_samples": digest_of_samples(test),
         "teacher": None if teacher is None else digest(full_state_dict(teacher.state_dict())),
-        "teacher_input": None if teacher is None else renormalisation(teacher),  # the same weights can be given others
+        "teacher_input": None if teacher is None else renormalisation(teacher),  # how its input is normalised
         "precision": accelerator.mixed_precision,
         "processes": accelerator.num_processes,
     }
 
 
 def check_same(saved: Mapping, mine: Mapping, path: object) -> None:
-    """Raise ValueError, naming the first difference, unless the run in `path` may go on as this one."""
-    free = RESUMABLE_CHANGES if saved.get("processes") == mine["processes"] else RESUMABLE_CHANGES + STEP_SIZE
+    """Raise ValueError, naming the first difference, unless the run in `path` may resume as this one."""
+    free = RESUMABLE_CHANGES if saved.get("processes") == mine["processes"] else RESUMABLE_CHANGES + STEP_SIZE_FIELDS
     recipe = saved["recipe"] if isinstance(saved.get("recipe"), Mapping) else {}
     pairs = [(key, saved.get(key), value) for key, value in mine.items() if key not in ("recipe", "processes")]
     pairs += [(key, recipe.get(key), value) for key, value in mine["recipe"].items() if key not in free]
@@ -57,19 +57,19 @@ def check_same(saved: Mapping, mine: Mapping, path: object) -> None:
 
 
 def _first_difference(key: str, old: object, new: object) -> tuple[str, object, object]:
-    """Return where two unequal JSON values differ first, as condense.keep or milestones[1], and both values there."""
+    """Return the path at which two unequal JSON values first differ (`condense.keep`, `milestones[1]`), and both values."""
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         parts = [(f"{key}.{name}", old.get(name), new.get(name)) for name in {**old, **new}]
     elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
         parts = [(f"{key}[{index}]", *pair) for index, pair in enumerate(zip(old, new, strict=True))]
     else:
         return key, old, new
-    # An entry that is None in one and missing in the other makes a difference, too.
+    # If the only difference is an entry that is None in one and missing in the other, report the whole value.
     return next((_first_difference(*part) for part in parts if part[1] != part[2]), (key, old, new))
 
 
 def digest(tensors: Mapping[str, object]) -> str:
-    """Return 16 hexadecimal digits of the names, dtypes, shapes and bytes of the tensors among these."""
+    """Return a digest of the names, dtypes, shapes and bytes of all tensors in a mapping: 16 hexadecimal digits."""
     sha = hashlib.sha256()
     for name, tensor in tensors.items():
         if isinstance(tensor, Tensor):
@@ -79,14 +79,16 @@ def digest(tensors: Mapping[str, object]) -> str:
 
 
 def digest_of_samples(dataset: IndexedDataset | ImageSet) -> str:
-    """Return the `digest` of a few samples and their labels, whatever the state of the generators that transforms draw from.
+    """Return the `digest` of a few samples and their labels. It does not depend on the state of random generators.
 
-    Of images in memory it is that of all of them, and names their views.
+    For images in memory it covers all images and labels, and the settings of their views.
     """
     if isinstance(dataset, ImageSet):
         images, labels = dataset.tensors(torch.device("cpu"))
         return digest({f"images {dataset.views}": images, "labels": labels})
-    chosen = np.unique(np.linspace(0, len(dataset) - 1, PROBED).astype(int)).tolist()
+    chosen = np.unique(np.linspace(0, len(dataset) - 1, DIGESTED_SAMPLES).astype(int)).tolist()
     with seeded(0):
         samples = {index: default_collate([dataset[index]]) for index in chosen}
-    return digest({f"{index} {part}": samples[index][place] for index in chosen for place, part in enumerate("xy")})
+    return digest(
+        {f"{index} {part}": samples[index][position] for index in chosen for position, part in enumerate("xy")}
+    )

@@ -1,4 +1,4 @@
-"""The folder of a run: what is in it, when it is written, and whether a run may resume there."""
+"""Run folders: what a run writes and when, and whether it may resume there."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,47 +16,54 @@ from .fingerprint import check_same
 from .summary import Summary, results
 
 WEIGHTS = "student.safetensors"
-SUMS = "sha256"  # in summary.json: file -> SHA-256 of its content
-BEGUN = ("config.json", "pretraining.jsonl", "metrics.jsonl", "checkpoint")  # of a run that has not ended
-# The last two, of `kcd evaluate` and of the report, are of another student.
-ENTRIES = (*BEGUN, WEIGHTS, "summary.json", "evaluation.json", "ranking.json")
+SUMS = "sha256"  # key in summary.json: file -> SHA-256 of its content
+UNFINISHED_ENTRIES = ("config.json", "pretraining.jsonl", "metrics.jsonl", "checkpoint")
+# `kcd evaluate` and the report write the last two. A new run must not inherit them.
+ENTRIES = (*UNFINISHED_ENTRIES, WEIGHTS, "summary.json", "evaluation.json", "ranking.json")
 
 
 class RunFolder:
-    """Where a run is written.
+    """The folder of a run.
+
+    Args:
+        path: The folder. It need not exist.
+        fingerprint: The run's fingerprint.
+        resume: Whether the run may resume from a checkpoint in the folder.
 
     Raises:
-        FileExistsError: one of ENTRIES is there already, and is not of this run or not to be resumed.
-        ValueError: it is of another run, or damaged.
+        FileExistsError: The folder has one of ENTRIES, and `resume` is False or no run can resume from it.
+        ValueError: The folder holds another run, or a damaged checkpoint.
     """
 
     def __init__(self, path: Path, fingerprint: dict, resume: bool):
         self.path = path
         self.fingerprint = json.loads(json.dumps(fingerprint))
-        taken = [name for name in ENTRIES if (path / name).exists()]
-        if taken and not resume:
+        existing = [name for name in ENTRIES if (path / name).exists()]
+        if existing and not resume:
             raise FileExistsError(
-                f"output {path} holds a run already ({taken[0]}): resume it, or choose another folder"
+                f"output {path} already holds a run ({existing[0]}): resume it, or choose another folder"
             )
         self._found = checkpoint.load(path / "checkpoint") if resume else None
         if self._found is not None:
             check_same(self._found.run, self.fingerprint, path)
-        elif taken:
-            self._check_only_begun(taken)
+        elif existing:
+            self._check_unfinished(existing)
 
     @classmethod
     @contextmanager
     def opened(cls, path: Path, fingerprint: dict, resume: bool, writes: bool) -> Iterator["RunFolder"]:
-        """Yield the folder of a run; the process that `writes` locks it until the context ends.
+        """Yield the folder of a run. The process that `writes` locks it until the context ends.
 
-        Raises what RunFolder does, and FileExistsError where another process has locked it.
+        Raises:
+            FileExistsError: As `RunFolder`, or another process has locked the folder.
+            ValueError: As `RunFolder`.
         """
         with files.folder_lock(path) if writes else nullcontext():
             yield cls(path, fingerprint, resume)
 
     @property
     def epoch(self) -> int:
-        """The epochs, of pretraining and of training, after which the run that was found here resumes."""
+        """The number of finished epochs, pretraining included, of the run to resume; 0 for a new run."""
         return 0 if self._found is None else self._found.epoch
 
     def pop_checkpoint(self) -> checkpoint.Checkpoint | None:
@@ -65,7 +72,7 @@ class RunFolder:
         return found
 
     def write_config(self, label: str, about: Mapping[str, object], teacher_accuracy: float | None) -> None:
-        """Write config.json before the first epoch, so that a folder that cannot be written costs nothing."""
+        """Write config.json. Called before the first epoch, so that an unwritable folder fails at once."""
         self.path.mkdir(parents=True, exist_ok=True)
         measured = {"teacher_accuracy": teacher_accuracy, "threads": torch.get_num_threads()}
         config = {**self.fingerprint, **measured, "label": label, "about": dict(about), "versions": versions()}
@@ -86,14 +93,14 @@ class RunFolder:
         sums = {WEIGHTS: sha256(weights).hexdigest()}
         files.write_json(self.path / "summary.json", {**results(dataset, [summary.seed], [summary]), SUMS: sums})
 
-    def _check_only_begun(self, taken: Sequence[str]) -> None:
+    def _check_unfinished(self, existing: Sequence[str]) -> None:
         """Check that a folder without a checkpoint is of this run, killed in its first epoch."""
-        begun = "config.json" in taken and {*taken} <= {*BEGUN}
-        config = files.read_json(self.path / "config.json") if begun else {}
+        unfinished = "config.json" in existing and {*existing} <= {*UNFINISHED_ENTRIES}
+        config = files.read_json(self.path / "config.json") if unfinished else {}
         if not isinstance(config.get("recipe"), dict):
             raise FileExistsError(
-                f"output {self.path} holds a {taken[0]} and no checkpoint to resume from: choose another folder"
+                f"output {self.path} holds {existing[0]} but no checkpoint to resume from: choose another folder"
             )
-        if "checkpoint" in taken and not (self.path / "checkpoint").is_dir():
-            raise FileExistsError(f"output {self.path} holds a checkpoint that is no folder: choose another folder")
+        if "checkpoint" in existing and not (self.path / "checkpoint").is_dir():
+            raise FileExistsError(f"output {self.path} holds a checkpoint that is not a folder: choose another folder")
         check_same(config, self.fingerprint, self.path)

@@ -1,4 +1,4 @@
-"""The training loop: `distill` trains a method's own parts, then the student, and evaluates it after every epoch."""
+"""The training loop: train the method's own parts, then the student, and validate the student after every epoch."""
 
 import warnings
 from collections.abc import Callable, Mapping
@@ -9,13 +9,94 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from ..randomness import seeded
-from .diagnosis import check_answers, doubt_about, is_sound
-from .distributed import accumulating, autocast, broadcast_buffers, optimizer_step, reshard, sum_over_ranks
+from .diagnosis import check_test_logits, doubt_about, has_finite_maximum
+from .distributed import autocast, broadcast_buffers, gradient_sync, optimizer_step, reshard, sum_over_ranks
 from .phases import Phase
 from .recipe import Recipe
 from .run import Run, count_rows
 from .setup import open_run
 from .summary import Summary
+
+
+def train_run(run: Run, progress: Callable[[dict], None] | None) -> Summary:
+    """Train a run to its last epoch and return its summary."""
+    for phase in run.phases:  # the method's own pretraining, then the student
+        for epoch in phase.remaining_epochs():
+            with seeded(run.recipe.seed, phase.seed_offset + epoch, run.rank, device=run.device):
+                metrics = train_epoch(run, phase, epoch) | phase.end_epoch()
+                if phase.trains_student:
+                    metrics["accuracy"], non_finite = evaluate(run, run.student)
+                    check_test_logits(run, non_finite, epoch)
+            line = run.save(phase, metrics)
+            if progress is not None and run.is_main:
+                progress(line)
+    return run.finish()
+
+
+def train_epoch(run: Run, phase: Phase, epoch: int) -> dict[str, object]:
+    """Train a phase's module for an epoch. Return the learning rate and the means over all samples and ranks."""
+    phase.begin_epoch(epoch)
+    with run.timed("seconds"), count_rows(run.student) as student_rows, count_rows(run.teacher) as teacher_rows:
+        for batch, share, ends_step in run.batches(phase, epoch):
+            with gradient_sync(run.accelerator, phase.step, ends_step):
+                with autocast(run.accelerator):
+                    outcome = phase.step(run.teacher, batch)
+                loss = phase.record(batch, outcome)
+                run.accelerator.backward(loss if share == 1 else loss * share)
+            if ends_step:
+                optimizer_step(run.accelerator, phase.optimizer, run.module)
+        means = phase.means()  # waits for the device; steps never do
+        broadcast_buffers(run.accelerator, run.module)
+    run.add_rows(student_rows, teacher_rows)
+    return {phase.epoch_key: epoch + 1, "lr": phase.lr} | means
+
+
+def evaluate(run: Run, network: nn.Module, labels: list[Tensor] | None = None) -> tuple[float, int]:
+    """Return a network's accuracy on the test set, and the number of samples whose highest logit is not finite.
+
+    Args:
+        run: The run.
+        network: The network. It stays in evaluation mode.
+        labels: A list to which this rank's labels are appended.
+
+    Returns:
+        The accuracy in percent, rounded to four decimals, and the number of samples.
+
+    Raises:
+        ValueError: A batch's labels are not one number per sample.
+    """
+    network.eval()
+    counts = torch.zeros(3, dtype=torch.int64, device=run.device)
+    with torch.no_grad():
+        for batch in run.test_batches(run.rank, run.accelerator.num_processes):
+            logits = network(batch.x)
+            predicted = logits.argmax(-1)
+            if batch.label.shape != predicted.shape:
+                raise ValueError(
+                    f"test labels must have shape {tuple(predicted.shape)}, got {tuple(batch.label.shape)}"
+                )
+            own = batch.index >= 0  # the others are padding repeats
+            counts += torch.stack([(predicted == batch.label) & own, own, ~has_finite_maximum(logits) & own]).sum(1)
+            if labels is not None:
+                labels.append(batch.label[own])
+    correct, samples, non_finite = sum_over_ranks(run.accelerator, counts)
+    return round(100 * correct / samples, 4), int(non_finite)
+
+
+def measure_teacher(run: Run) -> None:
+    """Measure the given teacher, unless the run to resume did, and warn if it can teach little."""
+    if "teacher" not in run.outputs or run.teacher_accuracy is not None:
+        return
+    networks = {name: output.network for name, output in run.outputs.items()}
+    labels: list[Tensor] = []
+    run.teacher_accuracy, _ = evaluate(run, networks["teacher"], labels)
+    labels = torch.cat(labels)
+    classes = labels[(labels >= 0) & (labels < run.classes)].bincount(minlength=run.classes)
+    student = evaluate(run, networks["student"])[0] if not run.has_metrics else None
+    reshard(*networks.values())
+    doubt = doubt_about(run.teacher_accuracy, student, sum_over_ranks(run.accelerator, classes))
+    if doubt and run.is_main:
+        warnings.warn(doubt, stacklevel=3)  # the caller of distill
 
 
 def distill(
@@ -30,132 +111,78 @@ def distill(
     progress: Callable[[dict], None] | None = None,
     about: Mapping[str, object] | None = None,
 ) -> Summary:
-    with open_run(student, teacher, train, test, recipe, output, resume) as run:
-        run.report_outputs()
-        measure_teacher(run)
-        run.begin(about or {})
-        for phase in run.phases:  # a method's own pretraining, then the student
-            for epoch in phase.remaining_epochs():
-                with seeded(recipe.seed, phase.stream + epoch, run.rank, device=run.device):
-                    metrics = train_epoch(run, phase, epoch) | phase.end_epoch()
-                    if phase.trains_student:
-                        metrics["accuracy"], unsound = evaluate(run, run.student)
-                        check_answers(run, unsound, epoch)
-                line = run.save(phase, metrics)
-                if progress is not None and run.is_main:
-                    progress(line)
-        return run.finish()
+    """Train the student in place, as the recipe says, and validate it after every epoch.
 
+    Before it writes anything, `distill` takes one training step on the first samples, in the precision of the run, and
+    undoes it. So what does not fit fails at once, in one line that names the student, the teacher or the method. The
+    step also decides in which memory layout each network runs.
 
-def train_epoch(run: Run, phase: Phase, epoch: int) -> dict[str, object]:
-    """Train a phase's module for an epoch; return the learning rate and the means over all samples and processes."""
-    phase.begin_epoch(epoch)
-    with run.timed("seconds"), count_rows(run.student) as student_rows, count_rows(run.teacher) as teacher_rows:
-        for batch, share, ends_step in run.batches(phase, epoch):
-            with accumulating(run.accelerator, phase.step, ends_step):
-                with autocast(run.accelerator):
-                    outcome = phase.step(run.teacher, batch)
-                loss = phase.record(batch, outcome)
-                run.accelerator.backward(loss if share == 1 else loss * share)
-            if ends_step:
-                optimizer_step(run.accelerator, phase.optimizer, run.module)
-        means = phase.means()  # waits for the device, as no step does
-        broadcast_buffers(run.accelerator, run.module)
-    run.count(student_rows, teacher_rows)
-    return {phase.counter: epoch + 1, "lr": phase.lr} | means
+    **Your process.** Afterwards the generators of Python, NumPy and torch, and torch's settings, are as they were
+    before. Your autocast, gradient and inference modes, default dtype and default device have no effect inside.
 
+    **Several processes** (`torchrun`, `accelerate launch`). Every process calls `distill` with the same arguments; rank
+    0 writes.
 
-def evaluate(run: Run, network: nn.Module, labels: list[Tensor] | None = None) -> tuple[float, int]:
-    """Return a network's accuracy on the test set and how many samples' highest logit is not finite.
-
-    The accuracy is in percent, to four decimals. A list `labels` gets the labels of this process. Leaves the network in
-    evaluation mode. Raises ValueError for labels that are not one number a sample.
-    """
-    network.eval()
-    counts = torch.zeros(3, dtype=torch.int64, device=run.device)
-    with torch.no_grad():
-        for batch in run.test_batches(run.rank, run.accelerator.num_processes):
-            logits = network(batch.x)
-            predicted = logits.argmax(-1)
-            if batch.label.shape != predicted.shape:
-                raise ValueError(f"labels must have shape {tuple(predicted.shape)}, got {tuple(batch.label.shape)}")
-            own = batch.index >= 0  # the others are repeats
-            counts += torch.stack([(predicted == batch.label) & own, own, ~is_sound(logits) & own]).sum(1)
-            if labels is not None:
-                labels.append(batch.label[own])
-    correct, samples, unsound = sum_over_ranks(run.accelerator, counts)
-    return round(100 * correct / samples, 4), int(unsound)
-
-
-def measure_teacher(run: Run) -> None:
-    """Measure the given teacher, unless a resumed run has done so; warn where it can teach little."""
-    if "teacher" not in run.outputs or run.teacher_accuracy is not None:
-        return
-    networks = {name: output.network for name, output in run.outputs.items()}
-    labels: list[Tensor] = []
-    run.teacher_accuracy, _ = evaluate(run, networks["teacher"], labels)
-    labels = torch.cat(labels)
-    classes = labels[(labels >= 0) & (labels < run.classes)].bincount(minlength=run.classes)
-    student = evaluate(run, networks["student"])[0] if not run.begun else None
-    reshard(*networks.values())
-    doubt = doubt_about(run.teacher_accuracy, student, sum_over_ranks(run.accelerator, classes))
-    if doubt and run.is_main:
-        warnings.warn(doubt, stacklevel=3)
-
-
-distill.__doc__ = """Train the student, in place, as the recipe says, and validate it after every epoch.
+    - Each kept sample is visited once per epoch, by one rank. Up to one sample per rank is repeated, so that all ranks
+      have the same number (`padding` in metrics.jsonl). The value table leaves these repeats out.
+    - Every parameter of the student must take part in the loss or have `requires_grad=False`.
+    - Buffers (running statistics) are each rank's own during an epoch, and rank 0's after it.
 
     Args:
-        student: any module, a batch of x -> logits (b, classes). All of it is trained in training mode, in whatever
-            mode it comes (a part that must stay in evaluation mode overrides `train`), except parameters that require
-            no gradient. Ends on the training device, in evaluation mode, its tensors in the memory layout in which they
-            came; meanwhile those of its convolutions are channels-last, unless it cannot run so. One that `fully_shard`
-            has cut into pieces (FSDP) is trained so. Where it gives more, in training mode or always, the logits in it
-            are used, with a UserWarning: `logits` of a mapping, a named tuple or a `ModelOutput` of transformers, the
-            first element of another tuple or list. A method that takes all of it in training mode gets all of it.
-        teacher: the same, or None where the method asks no teacher. Never trained, its parameters require no gradient
-            meanwhile, always in evaluation mode; ends as the student does. It shares no parameters with the student. Its
-            accuracy on `test` is measured before training, once (`Summary.teacher_accuracy`).
-        train, test: map-style data sets of `(x, label)`, labels int64 in [0, classes), which collate to (b,) or (b, 1);
-            an `IndexedDataset` is taken as it is, so that raw items can be mixed before they are transformed: they must
-            have one shape and dtype, unless `condense.epsilon` is 0. An `ImageSet` (of `kcd_ext.data.images.load`, say)
-            is moved to the training device as a whole and needs no loader: mixed, cropped, flipped and normalised
-            there, a batch at a time. Worker processes (`num_workers`) hold a copy of the data set from the beginning of
-            the run to its end.
-        recipe: every number of the run.
-        output: a folder for config.json, metrics.jsonl and checkpoint/, written after every epoch, and
-            student.safetensors (the last epoch's) and summary.json at the end. None: nothing is written. Several
-            processes must all see the same folder.
-        resume: goes on from the checkpoint in `output`, if there is one; on the CPU bit for bit as if it had never
-            been interrupted. Recipe, teacher, data and precision must be those it began with; the student's weights
-            are the checkpoint's, and the same of them must be trained. The number of processes may be another one, and
-            then `batch_size` and `gradient_accumulation` too. A finished run returns at once.
-        progress: called on the main process after every epoch with its line of metrics.jsonl, and after every epoch of
-            a method's own pretraining with that of pretraining.jsonl, which has "pretraining" in place of "epoch".
-        about: JSON that config.json holds under "about", for whoever reads the folder; a resumed run may change it. Its
-            "dataset" names the data in summary.json.
+        student: Any module that maps a batch of x to logits (b, classes).
 
-    Several processes (`accelerate launch`, `torchrun`): every one calls `distill` with the same arguments; the first
-    one writes. Every kept sample is visited once an epoch by one of them; up to one sample each is repeated so that all
-    have equally many ("padding" in metrics.jsonl), and left out of the value table. Every parameter of the student must
-    then have a part in the loss, or require no gradient. Running statistics (buffers) are each process's own during an
-    epoch and the first one's after it.
+            - *Modes.* All of it is trained in training mode, whatever its mode is now, except parameters with
+              `requires_grad=False`. A part that must stay in evaluation mode overrides `train`. It ends in evaluation
+              mode.
+            - *Outputs.* If it gives more than logits, the logits in its output are used, with a `UserWarning`: the
+              entry or attribute `logits` of a mapping, a named tuple or a transformers `ModelOutput`, or the first
+              element of another tuple or list. A method that uses the full output in training mode gets it.
+            - *Memory.* It ends on the training device, in its original memory layout. During training its convolutions
+              are channels-last, unless it cannot run so. A student that `fully_shard` (FSDP) has sharded is trained
+              sharded.
+        teacher: A network as `student`, or None if the method needs no teacher. It is in evaluation mode, its
+            parameters require no gradient during the run, and it ends as the student does. It must share no parameters
+            with the student. Its accuracy on `test` is measured once, before training (`Summary.teacher_accuracy`).
+        train: A map-style data set of `(x, label)`. Labels are int64 in [0, classes) and collate to (b,) or (b, 1).
 
-    Warns (UserWarning) before training where the teacher is hardly better on `test` than the most frequent class, or no better
-    than the student is already: then its images are normalised otherwise than those it was trained on, or its classes are in
-    another order.
+            - *Any data set* is loaded item by item. The recipe's `num_workers` processes hold a copy of it for the
+              whole run.
+            - *An `IndexedDataset`* is used unchanged, so that raw items can be mixed before they are transformed. They
+              must share one shape and dtype, unless `condense.epsilon` is 0.
+            - *An `ImageSet`* (from `kcd_ext.data.images.load`, for example) is moved to the training device and needs
+              no loader. Its images are mixed, cropped, flipped and normalised there, one batch at a time.
+        test: A data set as `train`, for validation.
+        recipe: All numbers of the run.
+        output: The run folder, for config.json, metrics.jsonl and checkpoint/, written after every epoch, and
+            student.safetensors (the last epoch's student) and summary.json, written at the end. All processes must see
+            the same folder. None: nothing is written.
+        resume: Resume from the checkpoint in `output`, if there is one. On the CPU the result is bit for bit that of an
+            uninterrupted run. Recipe, teacher, data and precision must not change. The student's weights come from the
+            checkpoint, and the same parameters must be trained. With another number of processes `batch_size` and
+            `gradient_accumulation` may change too. A finished run returns at once.
+        progress: Called on rank 0 after every epoch with its line of metrics.jsonl. After a pretraining epoch it gets
+            the line of pretraining.jsonl, with "pretraining" instead of "epoch".
+        about: JSON to store under "about" in config.json, for readers of the folder. A resumed run may change it. Its
+            entry "dataset" names the data in summary.json.
 
-    Python's, NumPy's and torch's generators and torch's settings are afterwards as they were before. The caller's autocast,
-    gradient and inference modes, default dtype and default device have no effect inside.
-
-    Before anything is written, one training step is taken on the first samples, in the precision of the run, and undone.
-    It also settles in which memory layout each network runs.
+    Returns:
+        The accuracies, visits, times and history of the run.
 
     Raises:
-        TypeError, ValueError: an argument does not fit, or the student, the teacher or the method fails in that step.
-            What it shows is found before anything is written.
-        FileExistsError: `output` holds a run and `resume` is False, or files of something else, or another process is
+        TypeError, ValueError: An argument does not fit, or the student, the teacher or the method fails in the first
+            step. Raised before anything is written.
+        FileExistsError: `output` holds a run and `resume` is False, or it holds other files, or another process is
             running there.
-        FloatingPointError: the loss or a weight is no longer finite, or a sample is not; the last checkpoint is intact.
-        OSError: a file cannot be written; those of the last epoch are intact.
+        FloatingPointError: The loss, a weight or a sample is not finite. The last checkpoint is intact.
+        OSError: A file cannot be written. Those of the last epoch are intact.
+
+    Warns:
+        UserWarning: Before training, if the teacher is hardly better on `test` than the most frequent class, or no
+            better than the untrained student. Its images are then probably normalised differently than in its training,
+            or its classes are in another order.
     """
+    with open_run(student, teacher, train, test, recipe, output, resume) as run:
+        run.warn_about_outputs()
+        measure_teacher(run)
+        run.start(about or {})
+        return train_run(run, progress)

@@ -1,4 +1,4 @@
-"""What a run trains, one after the other: the parts of a method that are trained first, then the student."""
+"""The phases of a run: each trains one module for some epochs. First a method's own parts, then the student."""
 
 import math
 from collections.abc import Sequence
@@ -12,35 +12,40 @@ from ..condensation import Condensation, KnowledgeCondenser
 from ..methods import Batch, Method, Outcome, Pretraining
 from .checks import check_outcome
 from .diagnosis import check_finite
-from .distributed import labels_in, prepare
+from .distributed import gather_labels, prepare
 from .recipe import milestones_passed
 
 if TYPE_CHECKING:
     from .run import Run
 
-PRETRAINING_SEED_OFFSET = 2**32 + 1  # so that pretraining never shares random numbers with training
+PRETRAINING_SEED_OFFSET = 2**32 + 1  # pretraining never shares random numbers with training
 
 
 class StudentStep(nn.Module):
-    """Student and method as one module, called once a step: several processes wrap it whole.
+    """Student and method as one module, called once per step. Several ranks wrap it as one.
 
-    A method that called the student inside a wrapper of the student's own would bypass the reduction of gradients. The
-    teacher is an argument, and so is neither trained nor wrapped nor saved.
+    If only the student were wrapped, a method that calls the module inside would bypass the reduction of gradients. The
+    teacher is an argument, so it is neither trained nor wrapped nor saved.
+
+    Args:
+        student: The student; its parameters are saved.
+        method: The method; its parameters are saved.
+        callee: The module that `forward` passes to the method: the student, or a wrapper or compiled form of it.
     """
 
-    def __init__(self, student: nn.Module, method: Method, called: nn.Module):
+    def __init__(self, student: nn.Module, method: Method, callee: nn.Module):
         super().__init__()
         self.student = student
         self.method = method
-        self.called = [called]  # the student, or what was compiled of it; a list hides it, so it is saved once
+        self.callee = [callee]  # a list hides it from nn.Module: otherwise its parameters would be saved twice
 
     def forward(self, teacher: nn.Module | None, batch: Batch) -> Outcome:
         """Return the method's outcome of the batch."""
-        return self.method(self.called[0], teacher, batch)
+        return self.method(self.callee[0], teacher, batch)
 
 
 class PretrainingStep(nn.Module):
-    """A part of a method that is trained first, and its loss, for several processes to wrap."""
+    """A method's own part and its pretraining loss as one module, which several ranks can wrap."""
 
     def __init__(self, plan: Pretraining):
         super().__init__()
@@ -53,25 +58,28 @@ class PretrainingStep(nn.Module):
 
 
 class Phase:
-    """A module that is trained for some epochs: its step, its optimizer and its lines of metrics.
+    """A module that is trained for some epochs, with its optimizer and its metrics.
 
-    A subclass has `lr_at(epoch)`, the learning rate; `record(batch, outcome)`, which notes what a step gave, on the device,
-    and returns its loss; and `means()`, what the line of metrics says of it.
+    Subclasses implement:
+
+    - `lr_at(epoch)`: return the learning rate.
+    - `record(batch, outcome)`: add a step's results to sums on the device and return its loss.
+    - `means()`: return the epoch's metrics.
 
     Args:
-        run: what the phase is a part of.
-        module: called with the teacher and a batch at every step.
-        parameters: what the optimizer changes.
-        lr: the learning rate at the start.
-        epochs: the numbers of its epochs in `history`.
-        history: the lines of all epochs of its kind.
+        run: The run that the phase belongs to.
+        module: Called with the teacher and a batch in every step.
+        parameters: The parameters that the optimizer changes.
+        lr: The initial learning rate.
+        epochs: The positions of its epochs in `history`.
+        history: The metrics of all epochs of this kind, shared by all pretraining phases.
     """
 
-    counter: str  # the entry of a line of metrics that is the epoch's number, from 1 on
-    name: str  # of an epoch, in errors
-    stream = 0  # added to an epoch's number where random numbers are drawn
+    epoch_key: str  # the metrics entry that counts epochs, from 1
+    name: str  # what errors call an epoch
+    seed_offset = 0  # added to the epoch where random numbers are drawn
     trains_student = False
-    sample_weight: Tensor | None = None  # (N,) what the samples' losses are multiplied by; None: 1 for all
+    sample_weight: Tensor | None = None  # (N,) factors of the samples' losses; None: 1 for all
 
     def __init__(
         self,
@@ -89,16 +97,16 @@ class Phase:
         self.epochs = epochs
         self.history = history
         options = {"momentum": run.recipe.momentum, "weight_decay": run.recipe.weight_decay}
-        # Not prepared: accelerate's wrapper looks for packages on the disk at every step.
+        # Not prepared by accelerate: its wrapper searches the disk for packages in every step.
         self.optimizer = torch.optim.SGD(parameters, lr, **options)
 
     def prepare(self) -> None:
-        """Get ready for the first epoch: `step` is the module as several processes call it."""
+        """Prepare the first epoch: set `step`, the module wrapped for several ranks."""
         self.step = prepare(self.run.accelerator, self.module)
-        self.optimizer.zero_grad()  # what the caller's own training left behind
+        self.optimizer.zero_grad()  # the caller may have left gradients
 
     def remaining_epochs(self) -> range:
-        """Return the numbers of the epochs that have no line of metrics yet."""
+        """Return the epochs that have no metrics yet."""
         return self.epochs[max(0, len(self.history) - self.epochs.start) :]
 
     def begin_epoch(self, epoch: int) -> None:
@@ -107,31 +115,31 @@ class Phase:
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr
         if self.run.teacher is not None:
-            self.run.teacher.eval()  # should the method have made it a part of its own
+            self.run.teacher.eval()  # the method may have made it a part of itself, and train mode reaches parts
         self.rows, self.sums = 0, torch.zeros(1, device=self.run.device)
 
     def end_epoch(self) -> dict[str, object]:
-        """Return what else the line of metrics has. Raise FloatingPointError where training has diverged."""
+        """Return further metrics. Raise FloatingPointError if training has diverged."""
         check_finite(self.run, self, self.loss)
         return {}
 
-    def _add(self, rows: int, *means: Tensor) -> None:
+    def _accumulate(self, rows: int, *means: Tensor) -> None:
         self.rows += rows
         self.sums = self.sums + rows * torch.stack(means)
 
-    def _reduced(self) -> tuple[int, int, list[float]]:
-        """Return the rows of all processes, how many of them are padding, and the means over them; keep that of the loss."""
+    def _reduce(self) -> tuple[int, int, list[float]]:
+        """Set `loss` to its mean over all ranks. Return their rows, their padding rows, and the means of the other sums."""
         rows, padding, *sums = self.run.sum([self.rows, self.run.sampler.padding, *self.sums])
         self.loss, *others = (x / rows for x in sums)
         return int(rows), int(padding), others
 
 
 class PretrainingPhase(Phase):
-    """The training of one part of a method, which is a constant before and afterwards."""
+    """The training of one part of a method. The part is frozen before and afterwards."""
 
-    counter = "pretraining"
+    epoch_key = "pretraining"
     name = "pretraining epoch"
-    stream = PRETRAINING_SEED_OFFSET
+    seed_offset = PRETRAINING_SEED_OFFSET
 
     def __init__(self, run: "Run", plan: Pretraining):
         first = run.phases[-1].epochs.stop if run.phases else 0
@@ -141,45 +149,45 @@ class PretrainingPhase(Phase):
         plan.part.requires_grad_(False)  # until its first epoch
 
     def lr_at(self, epoch: int) -> float:
-        """Return a tenth of the rate at every milestone of the plan."""
+        """Return the learning rate, which falls to a tenth at every milestone of the plan."""
         passed = milestones_passed(self.plan.milestones, epoch - self.epochs.start, self.plan.epochs)
         return self.initial_lr * 0.1**passed
 
     def begin_epoch(self, epoch: int) -> None:
-        """Let the part be trained."""
+        """Unfreeze the part."""
         super().begin_epoch(epoch)
         self.plan.part.requires_grad_(True).train()
 
     def record(self, batch: Batch, loss: Tensor) -> Tensor:
-        """Note the loss, and return it."""
-        self._add(len(batch.label), loss.detach())
+        """Add the loss to the sums, and return it."""
+        self._accumulate(len(batch.label), loss.detach())
         return loss
 
     def means(self) -> dict[str, object]:
         """Return the mean loss. Waits for the device."""
-        self._reduced()
+        self._reduce()
         return {"loss": self.loss}
 
     def end_epoch(self) -> dict[str, object]:
-        """Make the part a constant again."""
+        """Freeze the part."""
         self.freeze()
         return super().end_epoch()
 
     def freeze(self) -> None:
-        """Make the part a constant."""
+        """Freeze the part: no gradients, evaluation mode."""
         self.plan.part.requires_grad_(False).eval()
 
     def prepare(self) -> None:
-        """See `Phase`: wrappers look for what requires a gradient."""
+        """Prepare the first epoch, with gradients enabled: wrappers look for parameters that require one."""
         self.plan.part.requires_grad_(True)
         super().prepare()
         self.freeze()
 
 
 class StudentPhase(Phase):
-    """The training of the student, together with the parameters of the method."""
+    """The training of the student and of the method's parameters."""
 
-    counter = name = "epoch"
+    epoch_key = name = "epoch"
     trains_student = True
 
     def __init__(self, run: "Run"):
@@ -188,12 +196,12 @@ class StudentPhase(Phase):
         self.trained = [*trained]
 
     def lr_at(self, epoch: int) -> float:
-        """Return the rate of the method's own schedule, if it has one, else of the recipe's milestones."""
+        """Return the learning rate from the method's own schedule if it has one, else from the recipe's milestones."""
         factor = self.run.method.lr_factor(epoch, self.run.recipe.epochs)
         return self.run.recipe.lr_at(epoch) if factor is None else self.initial_lr * factor
 
     def begin_epoch(self, epoch: int) -> None:
-        """Begin the method's epoch, and collect what the condenser gets in the end."""
+        """Call the method's `begin`, and prepare the lists of visits for the condenser."""
         run = self.run
         run.method.begin(epoch, run.recipe.epochs)
         self.module.train()
@@ -202,29 +210,31 @@ class StudentPhase(Phase):
         super().begin_epoch(epoch)
         self.sample_weight = run.condenser.sample_weight
         self.visits: list[tuple[Tensor, Tensor]] = []
-        # The labels of items that are loaded one by one: the first epoch shows them all.
+        # The first epoch sees every label of a data set that is loaded item by item.
         collects = run.recipe.condense.shrinks_the_set and run.condenser.labels is None and epoch == 0
         self.labels: list[tuple[Tensor, Tensor]] | None = [] if collects else None
 
     def record(self, batch: Batch, outcome: Outcome) -> Tensor:
-        """Note loss, accuracy, terms and values, and return the loss."""
+        """Add loss, accuracy and terms to the sums, keep the values for the condenser, and return the loss."""
         method, measure = self.run.recipe.method, self.run.condenser.measure
         if not self.visits:
             check_outcome(outcome, batch, measure, method)
             self.terms = [*outcome.terms]
         if outcome.terms.keys() != {*self.terms}:
-            raise ValueError(f"method {method!r} must give the terms {self.terms}, got {[*outcome.terms]}")
+            raise ValueError(
+                f"method {method!r} must return the terms {self.terms} in every step, got {[*outcome.terms]}"
+            )
         self.visits.append((batch.index, getattr(outcome, measure)))
         if self.labels is not None:
             self.labels.append((batch.index, batch.label))
         accuracy = 100 * (outcome.logits.argmax(-1) == batch.label).double().mean()
         terms = [outcome.terms[name] for name in self.terms]
-        self._add(len(batch.label), outcome.loss.detach(), accuracy, *terms)
+        self._accumulate(len(batch.label), outcome.loss.detach(), accuracy, *terms)
         return outcome.loss
 
     def means(self) -> dict[str, object]:
-        """Return the mean loss, accuracy and terms, and how many samples were visited. Waits for the device."""
-        rows, padding, (accuracy, *terms) = self._reduced()
+        """Return the mean loss, accuracy and terms, and the number of visits. Waits for the device."""
+        rows, padding, (accuracy, *terms) = self._reduce()
         self.run.totals["sample_visits"] += rows - padding
         terms = [term if math.isfinite(term) else None for term in terms]  # JSON has no NaN
         return {
@@ -236,26 +246,26 @@ class StudentPhase(Phase):
         }
 
     def end_epoch(self) -> dict[str, object]:
-        """Feed the condenser and take its step; return what it decided."""
+        """Update the condenser, take its step, and return the resulting condensation."""
         run, condenser = self.run, self.run.condenser
         with run.timed("seconds"), run.timed("condensation_seconds"):
-            # A whole epoch's visits at once: a few operations on long tensors instead of many on short ones.
+            # All visits of the epoch at once: a few operations on long tensors instead of many on short ones.
             condenser.update(*map(torch.cat, zip(*self.visits, strict=True)))
             if self.labels:
-                labels = labels_in(self.labels, condenser.num_samples, run.accelerator)
-                if labels.min() >= 0:  # negative ones are no classes
+                labels = gather_labels(self.labels, condenser.num_samples, run.accelerator)
+                if labels.min() >= 0:  # negative labels are not classes
                     condenser.set_labels(labels)
             condensation = condenser.step()
         super().end_epoch()
-        described = None if condensation is None else describe(condensation, condenser, run.classes)
-        return {"non_finite": condenser.non_finite, "condensation": described}
+        metrics = None if condensation is None else condensation_metrics(condensation, condenser, run.classes)
+        return {"non_finite": condenser.non_finite, "condensation": metrics}
 
 
-def describe(condensation: Condensation, condenser: KnowledgeCondenser, classes: int) -> dict[str, object]:
-    """Return an E-step in numbers: sizes, samples kept of every class, histogram of all knowledge values so far.
+def condensation_metrics(condensation: Condensation, condenser: KnowledgeCondenser, classes: int) -> dict[str, object]:
+    """Return the metrics of a condensation step: sizes, samples kept per class, histogram of all knowledge values.
 
-    The histogram's bins are the same at every stage, from 0 to the largest entropy there is; other values count in the
-    outer ones. It is None where samples are selected by something else.
+    The histogram has the same bins at every stage, from 0 to the largest possible entropy, log(classes). Values outside
+    count in the outer bins. It is None if samples are not selected by knowledge value.
     """
     histogram = None
     if condenser.measure == "value":

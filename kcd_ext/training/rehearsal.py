@@ -1,4 +1,4 @@
-"""One training step that leaves no trace: what does not fit is found out before anything is written."""
+"""A training step that is undone: it finds what does not fit before anything is written."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -13,43 +13,47 @@ from ..methods import Batch, Outcome
 from ..module_state import Layout, undone
 from ..networks import LogitsAlone, OutputError
 from ..randomness import seeded
-from .batches import batches_of_steps, with_weight
+from .batches import batches_of_steps, with_sample_weight
 from .checks import check_outcome
-from .diagnosis import NotFiniteError, check_start
+from .diagnosis import NotFiniteError, check_first_step
 from .distributed import autocast, is_sharded, reshard
 from .phases import PRETRAINING_SEED_OFFSET
 from .run import Run
 
-REHEARSAL_SEED = PRETRAINING_SEED_OFFSET - 2  # in the place of an epoch's number
+REHEARSAL_SEED = PRETRAINING_SEED_OFFSET - 2  # used instead of an epoch; no epoch has this number
 
 
 class Rehearsal:
-    """A step on the first samples of a run: one of each of its phases, which are not prepared yet."""
+    """A step of every phase on the first samples of a run. The phases need not be prepared.
+
+    Args:
+        run: The run, before its first epoch.
+    """
 
     def __init__(self, run: Run):
         self.run = run
         run.sampler.set_epoch(0, consumed=0)
         recipe = run.recipe
         rows, *_ = next(batches_of_steps(len(run.sampler), recipe.batch_size, recipe.gradient_accumulation))
-        self.batch_size = rows.stop  # of the first batch of the run
-        self._first = cache(lambda feed, size: feed.first(size))
+        self.batch_size = rows.stop  # the size of the run's first batch
+        self._first = cache(lambda source, size: source.first(size))
 
     def choose_layouts(self, layouts: Sequence[Layout]) -> None:
-        """Take the step and leave the networks in the memory layout in which it succeeded.
+        """Take the step, and leave the networks in the memory layout in which it succeeds.
 
-        Every network is tried in channels-last first, then as it came. In each layout two samples are tried, then a
-        whole batch: a method that cannot take a step on few samples may still take one on a batch. Where a network gives
-        more than its logits and the method does not take that, the logits alone are tried.
+        Every network is tried in channels-last first, then in its original layout. In each layout the step is tried
+        with two samples, then with a full batch: some methods cannot take a step on few samples. If a network gives
+        more than logits and the method cannot use that, its output is reduced to the logits.
 
         Args:
-            layouts: those of the networks that may be channels-last; empty: all stay as they are.
+            layouts: The layouts of the networks that may be channels-last. Empty: no layout changes.
 
         Raises:
-            TypeError, ValueError: the step fails in every way, as `take` raises it with the networks as they came.
+            TypeError, ValueError: The step fails in every layout. The error is that of the original layouts.
         """
         outputs = [*self.run.outputs.values()]
         modes = [set(output.acts_in) for output in outputs]
-        # A sharded student is in no state for another attempt after one that failed.
+        # A sharded student cannot be used again after a failed step, so it gets one attempt.
         few = self.batch_size if is_sharded(self.run.module) else min(2, self.batch_size)
         tried: set[tuple[bool, ...]] = set()
         for channels_last in product((True, False), repeat=len(layouts)):
@@ -60,45 +64,45 @@ class Rehearsal:
             for size in sorted({few, self.batch_size}):
                 for output, mode in zip(outputs, modes, strict=True):
                     output.acts_in = set(mode)
-                failed = self._failure(size, outputs)
+                failed = self._find_failure(size, outputs)
                 if failed is None:
                     return
             if isinstance(failed, OutputError | NotFiniteError):
-                break  # of no layout's doing
+                break  # no layout causes these
         raise failed
 
-    def take(self, size: int, tests: bool = True) -> None:
-        """Take a step on so many samples, pretraining first, validate as many, and undo everything.
+    def take_step(self, size: int, validate: bool = True) -> None:
+        """Take a step of every phase on `size` samples, validate the student on as many, and undo everything.
 
         Raises:
-            TypeError, ValueError: the networks, the method and the batch do not fit each other.
+            TypeError, ValueError: The networks, the method and the batch do not fit.
         """
         run = self.run
         networks = {"student": run.student} | ({} if run.teacher is None else {"teacher": run.teacher})
         roots = (run.module,) if run.teacher is None else (run.module, run.teacher)
         with ExitStack() as stack:
             stack.enter_context(seeded(run.recipe.seed, REHEARSAL_SEED, device=run.device))
-            batch = with_weight(self._first(run.feed, size), run.condenser.sample_weight)
-            tested = self._first(run.test_feed, size) if tests else None
+            batch = with_sample_weight(self._first(run.train_source, size), run.condenser.sample_weight)
+            tested = self._first(run.test_source, size) if validate else None
             stack.enter_context(undone(*roots))
             stack.callback(reshard, *roots)
-            running = stack.enter_context(_running(networks))
+            running = stack.enter_context(_track_running(networks))
             try:
                 self._step(batch, running)
                 if tested is not None:
                     with torch.no_grad():
                         run.student.eval()(tested.x).argmax(-1)
             except (OutputError, torch.OutOfMemoryError, torch.distributed.DistError):
-                raise  # there are handlers for it, and it is of no network's doing
+                raise  # callers handle these, and no network causes them
             except Exception as error:
-                told = describe_error(error)
+                reason = describe_error(error)
                 if running:
                     x = f"x of {batch.x.dtype} {tuple(batch.x.shape)}"
-                    raise ValueError(f"{running[-1]} fails in a training step on {x}: {told}") from error
+                    raise ValueError(f"{running[-1]} fails in a training step on {x}: {reason}") from error
                 if isinstance(error, TypeError | ValueError) and "\n" not in str(error):
                     raise
                 raise ValueError(
-                    f"method {run.recipe.method!r} fails in a training step with this {' and '.join(networks)}: {told}"
+                    f"method {run.recipe.method!r} fails in a training step with this {' and '.join(networks)}: {reason}"
                 ) from error
 
     def _step(self, batch: Batch, running: list[str]) -> None:
@@ -128,24 +132,24 @@ class Rehearsal:
         gradients = {name: p.grad for name, p in trained.items() if p.grad is not None}
         if not any(name.startswith("student.") for name in gradients):
             raise ValueError(
-                f"student has no part in the loss of method {method!r}: none of its parameters has a gradient"
+                f"student has no part in the loss of method {method!r}: none of its parameters gets a gradient"
             )
         unused = [name for name in trained if name not in gradients]
         if unused and run.accelerator.num_processes > 1:
-            # Several processes reduce their gradients in buckets, and one that waits for such a parameter waits for ever.
+            # Ranks reduce gradients in buckets. A bucket would wait forever for the gradient of an unused parameter.
             raise ValueError(
-                f"{unused[0]} has no part in the loss: with several processes every parameter must have one, or "
-                "requires_grad=False"
+                f"{unused[0]} has no part in the loss: with several processes every parameter must get a gradient or "
+                "have requires_grad=False"
             )
-        if run.folder is None or run.folder.epoch == 0:  # else the weights are those of a checkpoint, which come later
-            scaled = run.accelerator.scaler is not None  # then gradients may overflow
-            check_start(outcome, batch, {} if scaled else gradients, run.module.student, run.teacher, method)
+        if run.folder is None or run.folder.epoch == 0:  # else the checkpoint's weights, loaded later, replace these
+            scaled = run.accelerator.scaler is not None  # float16 gradients may overflow, and the step is then skipped
+            check_first_step(outcome, batch, {} if scaled else gradients, run.module.student, run.teacher, method)
 
-    def _failure(self, size: int, outputs: Sequence[LogitsAlone]) -> Exception | None:
-        """Return what failed, also where networks that give more than logits give these alone; None: nothing."""
+    def _find_failure(self, size: int, outputs: Sequence[LogitsAlone]) -> Exception | None:
+        """Return the error of the step, tried also with outputs reduced to logits, or None if it succeeds."""
         while True:
             try:
-                self.take(size)
+                self.take_step(size)
             except (TypeError, ValueError) as error:
                 if not any([output.act_where_found() for output in outputs]):
                     return error
@@ -154,13 +158,13 @@ class Rehearsal:
 
 
 @contextmanager
-def _running(networks: Mapping[str, nn.Module]) -> Iterator[list[str]]:
-    """Yield the names of the networks whose forward pass has begun and not ended."""
+def _track_running(networks: Mapping[str, nn.Module]) -> Iterator[list[str]]:
+    """Yield a list of the networks whose forward pass is running, by name: after an error it tells which one failed."""
     running: list[str] = []
     with ExitStack() as hooks:
         for name, network in networks.items():
-            begun = network.register_forward_pre_hook(lambda *_, name=name: running.append(name))
-            ended = network.register_forward_hook(lambda *_: running.pop() and None)
-            hooks.callback(begun.remove)
-            hooks.callback(ended.remove)
+            before = network.register_forward_pre_hook(lambda *_, name=name: running.append(name))
+            after = network.register_forward_hook(lambda *_: running.pop() and None)
+            hooks.callback(before.remove)
+            hooks.callback(after.remove)
         yield running

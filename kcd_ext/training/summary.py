@@ -1,4 +1,4 @@
-"""What a run came to."""
+"""The result of a run."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
@@ -13,11 +13,11 @@ class ComparedWith:
 
     network: str
     path: str
-    """Where its weights were read."""
+    """The file or folder that its weights were read from."""
     weights: str
-    """Their digest."""
+    """The digest of its weights."""
     own: bool
-    """Whether it is the one that the student was distilled from."""
+    """Whether the student was distilled from it."""
 
     def __str__(self) -> str:
         return f"{self.network} of {self.path} (weights {self.weights})"
@@ -28,41 +28,41 @@ class Summary:
     """The result of one `distill`."""
 
     method: str
-    """The label of the recipe."""
+    """The recipe's `label`."""
     seed: int
     accuracy_last: float
-    """Test accuracy after the last epoch, percent."""
+    """Test accuracy after the last epoch, in percent."""
     accuracy_best: float
-    """Highest test accuracy of any epoch, percent."""
+    """Highest test accuracy of any epoch, in percent."""
     sample_visits: int
-    """Samples the student was trained on, summed over epochs and processes; repeats that fill up a batch left out."""
+    """Samples that the student was trained on, summed over epochs and ranks, without padding repeats."""
     teacher_visits: int
-    """Rows that the teacher was asked about, in all, pretraining included; with several processes repeats too."""
+    """Rows that the teacher processed in total, pretraining included. With several ranks it includes padding repeats."""
     seconds: float
-    """Wall time of pretraining, training and condensation; validation and writing are not in it."""
+    """Wall time of pretraining, training and condensation, without validation and writing."""
     condensation_seconds: float = 0.0
-    """The part of `seconds` that condensation took: order of the samples, value table, ranking, mixes."""
+    """The part of `seconds` spent on condensation: order of the samples, value table, ranking and mixes."""
     flops: int | None = None
-    """Estimated floating-point operations of training: a forward pass of the teacher for each of its rows, and three of
-    the student for each of its own (the backward pass is counted as two), plus pretraining's. None: not countable."""
+    """Estimated floating-point operations of training and pretraining. A teacher's row counts one forward pass, a student's
+    row three (the backward pass counts as two). None: they cannot be counted."""
     history: Sequence[dict] = field(repr=False, default=())
-    """A dictionary an epoch: the lines of metrics.jsonl."""
+    """One dictionary per epoch: the lines of metrics.jsonl."""
     condenser: KnowledgeCondenser | None = field(repr=False, compare=False, default=None)
-    """Holds every sample's value at the end."""
+    """The condenser after the last epoch, with the knowledge value of every sample."""
     evaluation: Evaluation | None = field(repr=False, compare=False, default=None)
-    """What `kcd evaluate` has found out about the student since, if anything."""
+    """The result of `kcd evaluate`, if it was run."""
     compared_with: ComparedWith | None = field(repr=False, compare=False, default=None)
-    """Whom it was compared with there."""
+    """The teacher of that evaluation."""
     teacher_accuracy: float | None = None
-    """The teacher's test accuracy on the same images, percent, measured before training. None: there is no teacher, or an
-    older version has made the run."""
+    """The teacher's test accuracy in percent, measured before training on the same images. None: there is no teacher, or an
+    older version made the run."""
 
     def as_json(self) -> dict[str, object]:
-        """An entry of `results` in summary.json."""
-        left_out = ("history", "condenser", "evaluation", "compared_with")
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in left_out}
+        """Return the entry of `results` in summary.json."""
+        omitted = ("history", "condenser", "evaluation", "compared_with")
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in omitted}
 
 
 def results(dataset: str, seeds: Sequence[int], summaries: Iterable[Summary]) -> dict[str, object]:
-    """The content of summary.json."""
+    """Return the content of summary.json."""
     return {"dataset": dataset, "seeds": list(seeds), "results": [summary.as_json() for summary in summaries]}
