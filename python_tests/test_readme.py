@@ -65,7 +65,7 @@ def test_the_loop(names):
     }
     exec(BLOCKS[2].replace("range(240)", "range(12)").replace("every=40", "every=2"), names)
     condenser = names["condenser"]
-    assert condenser.stage == 6 and len(condenser.kept) == 28 and condenser.recipes
+    assert condenser.stage == 6 and len(condenser.kept) == 28 and condenser.mix_trees
     assert sum(visits) == 2 * (40 + 38 + 36 + 34 + 32 + 30)
     images = torch.stack([Data()[i][0] for i in range(40)]).float() / 10
     logits = student(images)
