@@ -38,7 +38,7 @@ CONFIG = (
 
 
 class KnowledgeCondenser:
-    """Value estimation, ranking, stages and mixing of Knowledge Condensation Distillation.
+    """The condenser of Knowledge Condensation Distillation: value estimation, ranking, stages and mixing.
 
     Li et al., ECCV 2022 (arXiv 2207.05409), Eq. 12–15, as in the authors' code. Pass every batch's knowledge values to
     `update`, and call `step` at the end of every epoch. A `CondensedSampler` then yields the kept samples.

@@ -48,7 +48,7 @@ class ValueTable:
 
     @property
     def merged(self) -> tuple[Tensor, Tensor]:
-        """`values` and `counts` after the last `merge_pending`, without pending visits: the same on every rank."""
+        """The `values` and `counts` of the last `merge_pending`, without pending visits: the same on every rank."""
         return self._values, self._counts
 
     @property
