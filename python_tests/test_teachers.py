@@ -149,20 +149,20 @@ UNTRACKED = {name: tensor for name, tensor in OWN.items() if not name.endswith("
         ({"checkpoint": {"model": OWN}, "model": {"state_dict": OWN, "step": 3}}, OWN, []),
         ({"my_network": OWN, "optimizer": {"state": {}, "param_groups": [{"lr": 0.1}]}}, OWN, []),
         ({name.replace("layer1.", "layer1._orig_mod."): x for name, x in OWN.items()}, OWN, []),
-        ({**prefixed("module."), "n_averaged": torch.tensor(5)}, OWN, ["'n_averaged' left out of the weights"]),
+        ({**prefixed("module."), "n_averaged": torch.tensor(5)}, OWN, ["ignored 'n_averaged' among the weights"]),
         (
             {**OWN, "total_ops": torch.zeros(1), "conv1.total_ops": torch.zeros(1)},
             OWN,
-            ["'total_ops', 'conv1.total_ops' left"],
+            ["ignored 'total_ops', 'conv1.total_ops' among"],
         ),
-        ({**OWN, "epoch": 3, "note": "best"}, OWN, ["'epoch', 'note' beside the weights left out"]),
+        ({**OWN, "epoch": 3, "note": "best"}, OWN, ["ignored 'epoch', 'note' among the weights"]),
         (
             {"state_dict": OWN, "state_dict_ema": OTHER},
             OWN,
-            ["'state_dict' are taken, not those under 'state_dict_ema'"],
+            ["under 'state_dict', not those under 'state_dict_ema'"],
         ),
-        ({"model_ema": OTHER, "optimizer": {}, "model": OWN}, OWN, ["'model' are taken, not those under 'model_ema'"]),
-        ({"teacher": OTHER, "student": OWN}, OWN, ["'student' are taken, not those under 'teacher'"]),
+        ({"model_ema": OTHER, "optimizer": {}, "model": OWN}, OWN, ["under 'model', not those under 'model_ema'"]),
+        ({"teacher": OTHER, "student": OWN}, OWN, ["under 'student', not those under 'teacher'"]),
         ({"state_dict_ema": OWN, "arch": "resnet8"}, OWN, []),
         (HALF, HALF, []),
         ({name: nn.Parameter(x) if x.is_floating_point() else x for name, x in OWN.items()}, OWN, []),
@@ -253,27 +253,27 @@ def files(folder):
 
 REFUSED = {
     "module.pth": r'a pickled module \(kcd_ext.models.resnet.ResNet\), .*torch.save\(model.state_dict\(\), "weights.pth"\)$',
-    "inside.pt": r"inside.pt holds a pickled module \(kcd_ext.models.resnet.ResNet\), which only executing code could read",
-    "old.pth": r"old.pth holds a pickled module \(kcd_ext.models.resnet.ResNet\), which only executing code could read",
+    "inside.pt": r"inside.pt contains a pickled module \(kcd_ext.models.resnet.ResNet\), which cannot be read without executing",
+    "old.pth": r"old.pth contains a pickled module \(kcd_ext.models.resnet.ResNet\), which cannot be read without executing",
     "scripted.pt": r'scripted.pt is TorchScript, .*torch.save\(torch.jit.load\("scripted.pt"\).state_dict\(\), "weights.pth"\)$',
     "mine.pth": rf"mine.pth cannot be read as weights: it names {__name__}.Mine, which is neither a tensor nor a plain value",
     "bomb.pth": r"bomb.pth cannot be read as weights: it names shutil.copyfile, which is neither",
-    "sparse.pth": r"sparse.pth must hold plain dense tensors, got conv1.weight, which is not dense \(torch.sparse_coo\)$",
-    "meta.pth": r"meta.pth must hold plain dense tensors, got conv1.weight, which is without data, on the meta device$",
+    "sparse.pth": r"sparse.pth must contain plain dense tensors, got conv1.weight, which is not dense \(torch.sparse_coo\)$",
+    "meta.pth": r"meta.pth must contain plain dense tensors, got conv1.weight, which is without data, on the meta device$",
     "quantised.pth": r"got conv1.weight, which is quantised \(torch.qint8\)$",
-    "integers.pth": r"conv1.weight is of torch.int8, the network's of torch.float32$",
-    "scale.pth": r"they have scale, which the network has not$",
-    "mixed.pth": r"must hold tensors by name \(a state_dict\), .* got 'optimizer', a dict, among them$",
-    "two.pth": r"two.pth must hold the weights of one network, got 'generator', 'critic'",
+    "integers.pth": r"conv1.weight is torch.int8, the network's is torch.float32$",
+    "scale.pth": r"they have scale, which the network does not have$",
+    "mixed.pth": r"must contain tensors by name \(a state_dict\), .* got the dict 'optimizer' among them$",
+    "two.pth": r"two.pth must contain the weights of one network, got 'generator', 'critic'",
     "both.pth": r"they have no conv1.weight, but 'student.conv1.weight', 'student.bn1.weight', .* and \d+ more$",
     "encoder.pth": r"they have no conv1.weight, but 'encoder.conv1.weight', .* and \d+ more$",
     "less.pth": r"they have no fc.bias$",
-    "attributes.pth": r"must hold tensors by name \(a state_dict\), .* got 'model'$",
-    "list.pth": r"must hold tensors by name \(a state_dict\), .* got a list$",
-    "empty.pth": r"must hold tensors by name \(a state_dict\), .* got an empty one$",
-    "protocol.pth": r"pickled by another protocol than that of torch.save \(2\)$",
-    "text.pth": r"text.pth cannot be read as weights: damaged, or more than tensors in it$",
-    "cut.pth": r"cut.pth cannot be read as weights: damaged, or more than tensors in it$",
+    "attributes.pth": r"must contain tensors by name \(a state_dict\), .* got 'model'$",
+    "list.pth": r"must contain tensors by name \(a state_dict\), .* got a list$",
+    "empty.pth": r"must contain tensors by name \(a state_dict\), .* got an empty dictionary$",
+    "protocol.pth": r"damaged, or not pickled with torch.save's protocol, 2$",
+    "text.pth": r"text.pth cannot be read as weights: it is damaged or contains more than tensors$",
+    "cut.pth": r"cut.pth cannot be read as weights: it is damaged or contains more than tensors$",
     "pipe.pth": r"pipe.pth: must be a regular file, is a FIFO$",
 }
 
@@ -299,7 +299,7 @@ def test_what_a_pickle_names_is_never_called(here):
     assert len(admitted) == len(set(admitted))
     assert {stand_in.__module__ for stand_in, _ in weights.STAND_INS} == {weights.__name__}
     torch.save({"model": OWN, "path": pathlib.Path("a"), "opt": argparse.Namespace(a=1)}, here / "net.pth")
-    held = weights._loaded(here / "net.pth", (here / "net.pth").read_bytes())
+    held = weights._load(here / "net.pth", (here / "net.pth").read_bytes())
     assert [type(held[name]) for name in ("path", "opt")] == [weights._Value] * 2
     assert not {*torch.serialization.get_safe_globals()} & {*weights.STAND_INS}
 
@@ -519,15 +519,15 @@ def colours():
     [
         ("--mean 0.5", "mean and std must be given together, got no std"),
         ("--std 0.5", "mean and std must be given together, got no mean"),
-        ("--mean imagenet", "mean must hold a number for every channel, 1 or 1 for all, got 3 (images of digits)"),
+        ("--mean imagenet", "mean must be one number or one per channel (1 here), got 3 numbers (images of digits)"),
         ("--mean nothing", "mean must be numbers or one of half, imagenet, got 'nothing'"),
-        ("--mean half --std 0.2", "mean='half' brings its own std, got std=[0.2] beside it"),
-        ("--std half", "std must be numbers, got 'half': the names half, imagenet are given as mean"),
+        ("--mean half --std 0.2", "mean='half' includes its std, got std=[0.2] too"),
+        ("--std half", "std must be numbers, got 'half': pass the names half, imagenet as mean"),
         ("--mean 0.5 --std 0", "std must be of pixels / 255, in (0, 1], got 0.0"),
         ("--mean 123.675 --std 58.395", "mean must be of pixels / 255, in [0, 1], got 123.675"),
-        ("--mean 0.5 0.5 --std 0.5", "mean must hold a number for every channel, 1 or 1 for all, got 2"),
+        ("--mean 0.5 0.5 --std 0.5", "mean must be one number or one per channel (1 here), got 2 numbers"),
         ("--mean nan --std 0.5", "mean must be finite numbers, got nan"),
-        ("--mean --std 0.5", "mean must be a number, or one for every channel, got none"),
+        ("--mean --std 0.5", "mean must be one number or one per channel, got none"),
     ],
 )
 def test_bad_normalisations_are_one_line(words, message, here, capfd):
@@ -637,9 +637,9 @@ def test_renormalising_changes_nothing_else():
     assert [*network.state_dict()] == [*state] and [name for name, _ in network.named_modules()] == layers
     double = copy.deepcopy(network).double()
     assert double(x.double()).dtype == torch.float64
-    with pytest.raises(ValueError, match="renormalised already"):
+    with pytest.raises(ValueError, match="already been renormalised"):
         models.renormalise(network, given=GIVEN, own=HAD)
-    with pytest.raises(ValueError, match="a number for every channel"):
+    with pytest.raises(ValueError, match="one mean and one std per channel"):
         models.renormalise(nn.Identity(), given=GIVEN, own=((0.5,), (0.5,)))
     with pytest.raises(TypeError, match="TorchScript"):
         models.renormalise(torch.jit.script(nn.Identity()), given=GIVEN, own=HAD)

@@ -1,4 +1,4 @@
-"""What is worth distilling: the value table, the stages, the mix plan, and the sampler that follows them."""
+"""Data-set condensation: the value table, ranking, stages, mixing, and the sampler that follows them."""
 
 from .condensation import Condensation
 from .condenser import KnowledgeCondenser

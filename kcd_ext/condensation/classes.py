@@ -1,4 +1,4 @@
-"""Classes of samples: a minimum of each in what is kept."""
+"""Class labels in condensation: checks, and a minimum of every class in the kept set."""
 
 from __future__ import annotations
 
@@ -10,51 +10,69 @@ import torch
 from torch import Tensor
 
 
-def checked_labels(labels: Tensor | np.ndarray | Sequence[int], num_samples: int) -> Tensor:
-    """Return labels as a new (N,) int64 tensor on the CPU.
+def check_labels(labels: Tensor | np.ndarray | Sequence[int], num_samples: int) -> Tensor:
+    """Return labels as a new `(num_samples,)` int64 tensor on the CPU.
 
-    Raises TypeError or ValueError unless they are `num_samples` integers in [0, 2^63).
+    Raises:
+        TypeError: `labels` are not integers.
+        ValueError: their number is not `num_samples`, or one is outside [0, 2^63).
     """
     takes = f"labels must be {num_samples} integers >= 0, shape ({num_samples},)"
     if isinstance(labels, Tensor):
         labels = labels.detach().cpu().numpy() if labels.layout == torch.strided and not labels.is_meta else None
     try:
-        found = np.asarray(labels)
-    except (ValueError, TypeError) as error:  # lists of several lengths
+        array = np.asarray(labels)
+    except (ValueError, TypeError) as error:  # ragged lists
         raise TypeError(f"{takes}, got {type(labels).__name__}") from error
-    if not np.issubdtype(found.dtype, np.integer):
-        raise TypeError(f"{takes}, got {type(labels).__name__} of {found.dtype}")
-    if found.shape != (num_samples,):
-        raise ValueError(f"{takes}, got shape {found.shape}")
-    if found.min() < 0 or found.max() > np.iinfo(np.int64).max:
-        raise ValueError(f"{takes}, got {found.min()} to {found.max()}")
-    return torch.from_numpy(found.astype(np.int64))
+    if not np.issubdtype(array.dtype, np.integer):
+        raise TypeError(f"{takes}, got {type(labels).__name__} of {array.dtype}")
+    if array.shape != (num_samples,):
+        raise ValueError(f"{takes}, got shape {array.shape}")
+    if array.min() < 0 or array.max() > np.iinfo(np.int64).max:
+        raise ValueError(f"{takes}, got {array.min()} to {array.max()}")
+    return torch.from_numpy(array.astype(np.int64))
 
 
 def largest_minimum(labels: Tensor, size: int) -> int:
-    """Return the largest minimum of every class that fits into `size` samples; a class of fewer samples takes these.
+    """Return the largest minimum per class that fits into `size` samples.
 
-    `labels` is (N,) int64. Where all samples fit, every minimum does, and the largest is 2^63 - 1.
+    A class with fewer samples than the minimum counts with all it has.
+
+    Args:
+        labels: `(N,)` int64.
+        size: the number of samples to keep.
+
+    Returns:
+        The minimum; 2^63 - 1 if all N samples fit, because every minimum then fits.
     """
     _, counts = np.unique(labels.numpy(), return_counts=True)
     if counts.sum() <= size:
         return np.iinfo(np.int64).max
     candidates = range(1, int(counts.max()) + 1)
-    return bisect.bisect_right(candidates, size, key=lambda least: int(np.minimum(counts, least).sum()))
+    return bisect.bisect_right(candidates, size, key=lambda minimum: int(np.minimum(counts, minimum).sum()))
 
 
-def with_minimum(order: Tensor, size: int, labels: Tensor, least: int) -> Tensor:
-    """Return which of `order` stay, (N,) bool: the first `size`, except that every class has at least `least`.
+def keep_class_minimum(order: Tensor, size: int, labels: Tensor, minimum: int) -> Tensor:
+    """Return a mask of the samples to keep: the first `size`, adjusted so that every class keeps `minimum`.
 
-    A class of fewer samples keeps all. The first ones of a class stay, in the place of the last ones of `order` that no
-    class needs. `order` is (N,) int64, the highest rank first; all minima together must fit into `size`.
+    The first samples of each class are kept. They replace the last samples of `order` that no class needs.
+    A class with fewer than `minimum` samples keeps all of them.
+
+    Args:
+        order: `(N,)` int64 sample indices, highest rank first.
+        size: how many samples to keep; the minima of all classes must fit into it.
+        labels: `(N,)` int64 class of every sample.
+        minimum: samples to keep of every class.
+
+    Returns:
+        `(N,)` bool over the positions of `order`.
     """
     classes = labels[order].numpy()
-    by_class = np.argsort(classes, kind="stable")  # positions in `order`, class by class, the highest rank first
+    by_class = np.argsort(classes, kind="stable")  # positions in `order`, class by class, highest rank first
     _, first, counts = np.unique(classes[by_class], return_index=True, return_counts=True)
     rank_in_class = np.empty(len(classes), dtype=np.int64)
     rank_in_class[by_class] = np.arange(len(classes)) - np.repeat(first, counts)
-    stays = rank_in_class < least
-    others = np.flatnonzero(~stays)
-    stays[others[: size - int(stays.sum())]] = True
-    return torch.from_numpy(stays)
+    keep = rank_in_class < minimum
+    others = np.flatnonzero(~keep)
+    keep[others[: size - int(keep.sum())]] = True
+    return torch.from_numpy(keep)

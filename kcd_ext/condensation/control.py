@@ -1,4 +1,4 @@
-"""The control every condensation claim must beat: as many samples at every stage, chosen at random, unmixed."""
+"""Random selection: the control that any claim about condensation must beat."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from .random_keys import RANKING, random_keys
 
 
 class RandomCondenser(KnowledgeCondenser):
-    """A `KnowledgeCondenser` whose ranking is drawn anew at every stage, a pure function of (seed, stage).
+    """A `KnowledgeCondenser` that ranks at random: the same sizes at every stage, nothing mixed.
 
-    Stage sizes, value table and state are the same; nothing is mixed. Arguments as for `KnowledgeCondenser`.
+    The ranking is redrawn at every stage and is a pure function of `(seed, stage)`. Value table and state are those of
+    `KnowledgeCondenser`, and so are the arguments.
     """
 
     ranks_by_value = False
@@ -51,6 +52,6 @@ class RandomCondenser(KnowledgeCondenser):
         )
 
     def score(self) -> Tensor:
-        """(N,) float64 random numbers, different at every stage and the same on every rank."""
+        """Return `(N,)` float64 random numbers, new at every stage and the same on every rank."""
         keys = random_keys(self.num_samples, seed=self.config["seed"], step=self.stage, stream=RANKING)
         return torch.from_numpy((keys >> 11).astype("float64"))  # 53 bits: exact in float64

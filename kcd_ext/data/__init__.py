@@ -1,4 +1,4 @@
-"""Data sets: `load` gives those with a name and those in files; `IndexedDataset` wraps any (x, label) data set."""
+"""Data sets: `load` reads named ones and files; `IndexedDataset` wraps any `(x, label)` data set."""
 
 from .images import ImageData, ImageSet, load
 from .indexed import IndexedDataset

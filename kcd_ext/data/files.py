@@ -1,4 +1,4 @@
-"""Data sets by path: which reader a file or folder is for."""
+"""Data sets by path: chooses the reader of a file or folder."""
 
 from pathlib import Path
 
@@ -7,11 +7,15 @@ from .images import ImageData
 
 
 def read(path: Path, size: int | None = None) -> ImageData:
-    """The data set at `path`; `size` is for a folder of images by class alone.
+    """Return the data set at `path`.
+
+    Args:
+        path: an `.npz` file, a CIFAR archive or its folder, or a folder of images by class.
+        size: height and width to scale a folder of images to. Not allowed for other kinds.
 
     Raises:
-        FileNotFoundError: there is nothing at `path`.
-        ValueError, OSError, ImportError: it is of no kind that is read here, or as its reader does.
+        FileNotFoundError: `path` does not exist.
+        ValueError, OSError, ImportError: the kind is not supported, or as its reader raises.
     """
     if not path.exists():
         raise FileNotFoundError(f"there is no file or folder {path}")

@@ -1,4 +1,4 @@
-"""Any (x, label) data set, with original indices and with the mixes that condensation asks for."""
+"""`IndexedDataset`: adds original indices and mixes to any `(x, label)` data set."""
 
 from __future__ import annotations
 
@@ -19,40 +19,40 @@ from ..condensation.mixing import MixTree, blend
 PIL_MODES = ("L", "LA", "RGB", "RGBA", "F")
 
 
-REMEDY = (
-    "resize them in the data set and leave crops and flips to the transform of IndexedDataset, or take epsilon=0, which "
-    "condenses without mixing"
+ADVICE = (
+    "resize them in the data set and crop and flip in the transform of IndexedDataset, or set epsilon=0 to condense "
+    "without mixing"
 )
 
 
-class UnlikeItemsError(ValueError):
-    """Raw items that are to be mixed differ in shape, dtype or kind."""
+class MismatchedItemsError(ValueError):
+    """Raw items to mix differ in shape, dtype or kind."""
 
 
 class IndexedDataset(Dataset):
-    """Wraps a map-style data set of (x, label): item (index, recipe) is (x, label, index).
+    """A wrapper for a map-style data set of `(x, label)`: item `(index, mix_tree)` is `(x, label, index)`.
 
-    Raw items are mixed as the recipe says, then transformed; the label is that of the sample itself (of the leftmost
-    index of the recipe). The index is handed on as it came, so a repeat marked -1 stays marked. A plain index is an
-    item without a mix, so the usual samplers work too.
+    Raw items are mixed as the mix tree describes, then transformed. The label is that of the sample itself, the leftmost
+    index of the tree. The index is passed through, so a repeat marked -1 stays marked. A plain index is an item without
+    a mix, so ordinary samplers work too.
 
-    Mixing needs x to be a tensor, a NumPy array or a PIL image (modes L, LA, RGB, RGBA, F), and gives the same kind
-    back: uint8 cut off as the authors do, floating point in its own dtype. Give random augmentation as `transform`
-    here rather than to `dataset`, or mixes are made of augmented images. Raw items that are mixed must have one shape and
-    dtype: resize them in `dataset`, or let the condenser have epsilon=0, which mixes nothing.
+    To be mixed, x must be a tensor, a NumPy array or a PIL image (modes L, LA, RGB, RGBA, F). The mix has the same kind:
+    uint8 truncated as in the authors' code, floating point in its own dtype. Raw items that are mixed must have one shape
+    and dtype: resize them in `dataset`, or use a condenser with epsilon=0, which mixes nothing. Pass random augmentation
+    as `transform` here, not to `dataset`; otherwise augmented images are mixed.
 
     Args:
-        dataset: anything with `len` and integer items (x, label).
-        transform: called with x after mixing. None: x as it is.
+        dataset: any object with `len` and integer items `(x, label)`.
+        transform: called with x after mixing. None: x unchanged.
 
     Raises:
-        TypeError: `dataset` has no length, or `transform` is not callable. On access: an item is no pair, or cannot be
-            mixed.
-        IndexError: on access: a plain index outside [0, len).
-        ValueError: on access: the shapes or dtypes that are to be mixed differ.
+        TypeError: `dataset` has no length, or `transform` is not callable. On access: an item is not a pair, or cannot
+            be mixed.
+        IndexError: on access: a plain index is outside [0, len).
+        ValueError: on access: items to mix differ in shape or dtype.
     """
 
-    _like: str | None = None  # what every raw item must be; None: anything
+    _expected_kind: str | None = None  # kind of every raw item; None: any
 
     def __init__(self, dataset: Any, transform: Callable[[Any], Any] | None = None):
         if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
@@ -63,82 +63,82 @@ class IndexedDataset(Dataset):
         self.transform = transform
 
     def for_mixing(self) -> IndexedDataset:
-        """Return a copy all of whose raw items must be like the first one, so that any two can be mixed.
+        """Return a copy that requires every raw item to be of the first one's kind, so that any two can be mixed.
 
         Raises:
             TypeError, ValueError: the first item cannot be mixed.
-            UnlikeItemsError: (on access) an item has another shape or dtype, or is of another kind, than the first one.
+            MismatchedItemsError: on access: an item differs from the first one in shape, dtype or kind.
         """
         first, _ = self._item(0)
         try:
-            _mixed(first, first, 0.5)
+            _blend_items(first, first, 0.5)
         except (TypeError, ValueError) as error:
-            without = "" if "epsilon=0" in str(error) else "; epsilon=0 condenses without mixing"
-            raise type(error)(f"{error}{without}") from error
-        alike = copy.copy(self)
-        alike._like = _described(first)
-        return alike
+            advice = "" if "epsilon=0" in str(error) else "; set epsilon=0 to condense without mixing"
+            raise type(error)(f"{error}{advice}") from error
+        strict = copy.copy(self)
+        strict._expected_kind = _describe_kind(first)
+        return strict
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, entry: int | tuple[int, MixTree]) -> tuple[Any, Any, int]:
-        index, recipe = entry if isinstance(entry, tuple) else (self._plain(entry),) * 2
-        x, label = self._make(recipe)
+        index, tree = entry if isinstance(entry, tuple) else (self._check_index(entry),) * 2
+        x, label = self._mix(tree)
         return (x if self.transform is None else self.transform(x)), label, index
 
-    def _plain(self, index: Any) -> int:
+    def _check_index(self, index: Any) -> int:
         index = operator.index(index)
         if not 0 <= index < len(self):
-            raise IndexError(f"index must lie in [0, {len(self)}), got {index}")
+            raise IndexError(f"index must be in [0, {len(self)}), got {index}")
         return index
 
-    def _make(self, recipe: MixTree) -> tuple[Any, Any]:
-        """The mixed raw item. Without recursion, so that mixes can be nested as deep as one likes."""
-        made: dict[int, tuple[Any, Any]] = {}  # a recipe can name a part of itself many times: each is made once
+    def _mix(self, tree: MixTree) -> tuple[Any, Any]:
+        """Return the mixed raw item and its label. Iterative, so trees can be nested to any depth."""
+        finished: dict[int, tuple[Any, Any]] = {}  # a tree can contain a subtree many times: mix it once
 
-        def part_of(recipe: MixTree) -> tuple[Any, Any]:
-            return made[id(recipe)] if isinstance(recipe, tuple) else self._item(recipe)
+        def item_of(tree: MixTree) -> tuple[Any, Any]:
+            return finished[id(tree)] if isinstance(tree, tuple) else self._item(tree)
 
-        waiting = [recipe] if isinstance(recipe, tuple) else []
-        while waiting:
-            first, second, *weights = mix = waiting[-1]
-            missing = [part for part in (second, first) if isinstance(part, tuple) and id(part) not in made]
+        stack = [tree] if isinstance(tree, tuple) else []
+        while stack:
+            first, second, *weights = node = stack[-1]
+            missing = [part for part in (second, first) if isinstance(part, tuple) and id(part) not in finished]
             if missing:
-                waiting += missing
+                stack += missing
                 continue
-            waiting.pop()
-            if id(mix) not in made:  # it can have waited twice
-                (x, label), (other, _) = part_of(first), part_of(second)
-                made[id(mix)] = _mixed(x, other, *weights), label
-        return part_of(recipe)
+            stack.pop()
+            if id(node) not in finished:  # it can be on the stack twice
+                (x, label), (other, _) = item_of(first), item_of(second)
+                finished[id(node)] = _blend_items(x, other, *weights), label
+        return item_of(tree)
 
     def _item(self, index: int) -> tuple[Any, Any]:
         item = self.dataset[index]
         if not isinstance(item, tuple | list) or len(item) != 2:
             got = f"{len(item)} entries" if isinstance(item, tuple | list) else type(item).__name__
-            raise TypeError(f"dataset must give pairs (x, label), got {got} at index {index}")
-        if self._like is not None and (found := _described(item[0])) != self._like:
-            raise UnlikeItemsError(
-                f"raw items that are to be mixed must be alike, got {self._like} at index 0 and {found} at index {index}: "
-                f"{REMEDY}"
+            raise TypeError(f"dataset must return pairs (x, label), got {got} at index {index}")
+        if self._expected_kind is not None and (kind := _describe_kind(item[0])) != self._expected_kind:
+            raise MismatchedItemsError(
+                f"raw items that are mixed must be alike, got {self._expected_kind} at index 0 and {kind} at index {index}: "
+                f"{ADVICE}"
             )
         return item[0], item[1]
 
 
-def _mixed(first: Any, second: Any, weight: float, own: float | None = None) -> Any:
-    """`blend` for whatever an item can be."""
+def _blend_items(first: Any, second: Any, weight: float, first_weight: float | None = None) -> Any:
+    """Return `blend` of two tensors, NumPy arrays or PIL images, as the same kind."""
     if isinstance(first, Tensor) and isinstance(second, Tensor):
-        return blend(first, second, weight, own)
+        return blend(first, second, weight, first_weight)
     if isinstance(first, np.ndarray) and isinstance(second, np.ndarray):
-        return blend(torch.from_numpy(first.copy()), torch.from_numpy(second.copy()), weight, own).numpy()
+        return blend(torch.from_numpy(first.copy()), torch.from_numpy(second.copy()), weight, first_weight).numpy()
     if _is_pil(first) and _is_pil(second):
         if first.mode != second.mode or first.mode not in PIL_MODES:
             raise ValueError(
                 f"PIL images that are mixed must have one mode out of {', '.join(PIL_MODES)}, "
                 f"got {first.mode} and {second.mode}; convert them first"
             )
-        mixed = blend(torch.from_numpy(np.array(first)), torch.from_numpy(np.array(second)), weight, own)
+        mixed = blend(torch.from_numpy(np.array(first)), torch.from_numpy(np.array(second)), weight, first_weight)
         return sys.modules["PIL.Image"].fromarray(mixed.numpy())
     raise TypeError(
         f"items that are mixed must both be tensors, NumPy arrays or PIL images, "
@@ -146,8 +146,8 @@ def _mixed(first: Any, second: Any, weight: float, own: float | None = None) -> 
     )
 
 
-def _described(x: Any) -> str:
-    """Return what must be the same of two items that are mixed."""
+def _describe_kind(x: Any) -> str:
+    """Return the properties that two items must share to be mixed."""
     if isinstance(x, Tensor | np.ndarray):
         return f"{'tensor' if isinstance(x, Tensor) else 'array'} of {x.dtype} {tuple(x.shape)}"
     if _is_pil(x):
@@ -156,6 +156,6 @@ def _described(x: Any) -> str:
 
 
 def _is_pil(item: Any) -> bool:
-    # Without importing PIL: an item can be an image of it only if somebody has.
+    # Does not import PIL: an item can only be a PIL image if PIL is imported already.
     pil = sys.modules.get("PIL.Image")
     return pil is not None and isinstance(item, pil.Image)

@@ -1,4 +1,4 @@
-"""Loads batches of an `IndexedDataset`, in worker processes that live from the first pass over the data to the last."""
+"""A loader of `IndexedDataset` batches whose worker processes live for the entire run."""
 
 import random
 from collections.abc import Iterator, Sequence
@@ -10,27 +10,33 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
 
 from ..describe import describe_error
-from .indexed import IndexedDataset, UnlikeItemsError
+from .indexed import IndexedDataset, MismatchedItemsError
 
 
 def load_item(name: str, dataset: IndexedDataset, index: int) -> tuple:
-    """Return an item. Raise ValueError, naming it, where it cannot be loaded."""
+    """Return item `index` of `dataset`, which errors call `name`.
+
+    Raises:
+        ValueError: the item cannot be loaded; names it.
+    """
     try:
         return dataset[index]
-    except UnlikeItemsError as error:
+    except MismatchedItemsError as error:
         raise ValueError(f"{name}: {error}") from error
-    except Exception as error:  # the data set and its transform are the user's: they raise what they like
+    except Exception as error:  # the data set and its transform are the user's: they can raise anything
         raise ValueError(f"{name}[{index}] cannot be loaded: {describe_error(error)}") from error
 
 
 class Loader:
-    """Loads and collates the items of a data set.
+    """A loader that collates the items of a data set into batches.
 
-    Workers are seeded anew for every pass over the data, by a number drawn from torch's generator when the pass begins.
+    Workers are reseeded for every pass over the data, with a number drawn from torch's generator at the start of the pass.
 
     Args:
-        name: what errors call the data set.
-        pin_memory: whether batches are copied into pinned memory.
+        dataset: the items to load.
+        num_workers: number of worker processes; 0 loads in this process.
+        name: name of the data set in errors.
+        pin_memory: whether to copy batches into pinned memory.
     """
 
     def __init__(self, dataset: IndexedDataset, num_workers: int, *, name: str, pin_memory: bool):
@@ -38,59 +44,62 @@ class Loader:
         self.num_workers = num_workers
         self.name = name
         self._pin_memory = pin_memory
-        self._parts = _Parts()
-        self._iterator: Iterator | None = None  # that of the loader whose workers stay
+        self._requests = _BatchRequests()
+        self._iterator: Iterator | None = None  # of the loader whose workers persist
         self._loader: DataLoader | None = None
         self._passes = 0
         self._in_use = False
 
     def load(self, batches: Sequence[Sequence]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Yield (x, label, index) of each batch of entries.
+        """Yield `(x, label, index)` of each batch of entries.
 
-        Raises ValueError where the items of a batch differ in shape, or raw items that are to be mixed are unlike.
+        Raises:
+            ValueError: the items of a batch differ in shape, or raw items to mix are not alike.
         """
         self._passes += 1
         seed = torch.empty((), dtype=torch.int64).random_().item()
-        for loaded in self._loaded([_Part(self._passes, seed, entries) for entries in batches]):
-            yield self._checked(loaded)
+        for loaded in self._loaded([_BatchRequest(self._passes, seed, entries) for entries in batches]):
+            yield self._check(loaded)
 
     def first(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the first `count` items, or as many as there are, loaded by this process.
+        """Return the first `count` items, or all if there are fewer, loaded in this process.
 
-        Raises ValueError, naming it, where one cannot be loaded.
+        Raises:
+            ValueError: an item cannot be loaded; names it.
         """
         count = min(count, len(self.dataset))
-        return self._checked(_collate([load_item(self.name, self.dataset, index) for index in range(count)]))
+        return self._check(_collate([load_item(self.name, self.dataset, index) for index in range(count)]))
 
     def close(self) -> None:
-        """End the worker processes."""
+        """Stop the worker processes."""
         if self._iterator is not None:
-            self._iterator._shutdown_workers()  # they would live as long as an error that holds the iterator
+            # Explicitly, because an error that refers to the iterator would keep the workers alive.
+            self._iterator._shutdown_workers()
             self._iterator = self._loader = None
 
-    def _checked(self, loaded: object) -> tuple[Tensor, Tensor, Tensor]:
-        if isinstance(loaded, _Refused):
-            raise ValueError(f"{self.name}: {loaded.why}")
+    def _check(self, loaded: object) -> tuple[Tensor, Tensor, Tensor]:
+        if isinstance(loaded, _BatchError):
+            raise ValueError(f"{self.name}: {loaded.message}")
         return loaded
 
-    def _loaded(self, parts: list["_Part"]) -> Iterator[object]:
-        if self.num_workers == 0 or self._in_use:  # a second reader at a time has workers of its own
-            yield from self._loader_of(parts)
+    def _loaded(self, requests: list["_BatchRequest"]) -> Iterator[object]:
+        if self.num_workers == 0 or self._in_use:  # a second concurrent pass starts its own workers
+            yield from self._new_loader(requests)
             return
         self._in_use = True
         try:
-            self._parts.parts = parts
-            self._loader = self._loader or self._loader_of(self._parts, persistent_workers=True)
+            self._requests.requests = requests
+            self._loader = self._loader or self._new_loader(self._requests, persistent_workers=True)
             self._iterator = iter(self._loader)
             yield from self._iterator
         finally:
             self._in_use = False
 
-    def _loader_of(self, parts: Sequence["_Part"], **options: bool) -> DataLoader:
+    def _new_loader(self, requests: Sequence["_BatchRequest"], **options: bool) -> DataLoader:
         return DataLoader(
-            _Items(self.dataset),
-            batch_sampler=parts,
-            generator=torch.Generator(),  # it draws numbers that nothing depends on
+            _BatchDataset(self.dataset),
+            batch_sampler=requests,
+            generator=torch.Generator(),  # its numbers are not used, so torch's own generator is not touched
             num_workers=self.num_workers,
             pin_memory=self._pin_memory,
             collate_fn=_collate,
@@ -98,63 +107,63 @@ class Loader:
         )
 
 
-class _Part(NamedTuple):
-    """A batch to load: `entries` of an `IndexedDataset`, in the pass of this number, for which workers seed themselves."""
+class _BatchRequest(NamedTuple):
+    """A batch to load: `entries` of an `IndexedDataset`, and the number and seed of the pass, for the workers."""
 
-    number: int
+    pass_number: int
     seed: int
     entries: Sequence
 
 
-class _Parts:
+class _BatchRequests:
     """A `batch_sampler` whose content changes from pass to pass."""
 
-    parts: Sequence[_Part] = ()
+    requests: Sequence[_BatchRequest] = ()
 
-    def __iter__(self) -> Iterator[_Part]:
-        return iter(self.parts)
+    def __iter__(self) -> Iterator[_BatchRequest]:
+        return iter(self.requests)
 
     def __len__(self) -> int:
-        return len(self.parts)
+        return len(self.requests)
 
 
-class _Refused(NamedTuple):
-    """Why there is no batch. An exception would come out of a worker with its traceback as text."""
+class _BatchError(NamedTuple):
+    """The reason why a batch could not be made. A worker's exception would arrive with its traceback as text."""
 
-    why: str
+    message: str
 
 
-class _Items(Dataset):
-    """The data set as a `DataLoader` reads it, a part at a time."""
+class _BatchDataset(Dataset):
+    """The data set as a `DataLoader` reads it, one batch at a time."""
 
     def __init__(self, dataset: IndexedDataset):
         self.dataset = dataset
-        self._pass = 0
+        self._pass_number = 0
 
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitems__(self, part: _Part) -> list | _Refused:
+    def __getitems__(self, request: _BatchRequest) -> list | _BatchError:
         worker = get_worker_info()
-        if worker is not None and self._pass != part.number:
-            self._pass = part.number
-            _seed_worker(part.seed, worker.id)
+        if worker is not None and self._pass_number != request.pass_number:
+            self._pass_number = request.pass_number
+            _seed_worker(request.seed, worker.id)
         try:
-            return [self.dataset[entry] for entry in part.entries]
-        except UnlikeItemsError as error:
-            return _Refused(str(error))
+            return [self.dataset[entry] for entry in request.entries]
+        except MismatchedItemsError as error:
+            return _BatchError(str(error))
 
 
 def _seed_worker(seed: int, worker: int) -> None:
-    """Seed this process's generators as torch seeds those of a worker that it starts."""
+    """Seed this process's generators as torch seeds those of a new worker."""
     random.seed(seed + worker)
     torch.manual_seed(seed + worker)
     np.random.seed(np.random.SeedSequence([worker, seed % 2**32, seed // 2**32, 0]).generate_state(4))
 
 
-def _collate(items: list | _Refused) -> object:
-    """Return (x, label, index) of a batch."""
-    if isinstance(items, _Refused):
+def _collate(items: list | _BatchError) -> object:
+    """Return `(x, label, index)` of a batch."""
+    if isinstance(items, _BatchError):
         return items
     try:
         return default_collate(items)
@@ -162,8 +171,8 @@ def _collate(items: list | _Refused) -> object:
         first, shape = items[0][2], getattr(items[0][0], "shape", None)
         for x, _, index in items:
             if getattr(x, "shape", None) != shape:
-                return _Refused(
-                    f"item {first} has shape {tuple(shape)} and item {index} {tuple(x.shape)}, which make no batch: "
+                return _BatchError(
+                    f"item {first} has shape {tuple(shape)} and item {index} {tuple(x.shape)}, which cannot be batched: "
                     f"resize them in the data set, or crop them in the transform of an IndexedDataset"
                 )
         raise

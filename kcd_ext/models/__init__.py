@@ -1,6 +1,6 @@
-"""Networks by name: two small ones, and those of the CIFAR-100 comparison of RepDistiller, on which KCD is measured.
+"""Networks by name: two small ones, and those of RepDistiller's CIFAR-100 comparison, on which KCD is measured.
 
-`features(network, x)` gives what a network of these sees on its way: a map for every stage, the pooled vector, logits.
+`features(network, x)` returns what such a network computes: the feature map of every stage, the pooled vector, the logits.
 """
 
 import inspect
@@ -37,7 +37,7 @@ REGISTRY = {
     "wrn_40_1": "kcd_ext.models.wide_resnet:wrn_40_1",
     "wrn_40_2": "kcd_ext.models.wide_resnet:wrn_40_2",
 }
-# What RepDistiller calls those of its 22 networks that have another name here.
+# RepDistiller's names of those of its 22 networks that have another name here.
 ALIASES = {
     "MobileNetV2": "mobilenet_v2",
     "ResNet50": "resnet50",
@@ -47,34 +47,35 @@ ALIASES = {
 
 
 def canonical(name: str) -> str:
-    """The key of REGISTRY that an alias stands for; any other name as it is."""
+    """Return the key of REGISTRY that an alias stands for, or any other name unchanged."""
     return ALIASES.get(name, name) if isinstance(name, str) else name
 
 
 def build(name: str, *, in_channels: int, num_classes: int) -> nn.Module:
-    """The network called `name` (a key of REGISTRY or ALIASES, or `module:function`), with fresh weights from torch's generator.
+    """Return a new network, initialised from torch's generator.
 
-    A `module:function` is called with the same two keyword arguments.
+    Args:
+        name: a key of REGISTRY or ALIASES, or `module:function`, which is called with the same two keyword arguments.
+        in_channels: channels of the images.
+        num_classes: number of logits.
 
     Raises:
         ValueError: the name is unknown, or the function fails.
-        TypeError: the function does not take these arguments, or gives no `torch.nn.Module`.
+        TypeError: the function does not take these arguments, or does not return a `torch.nn.Module`.
     """
     arguments = {"in_channels": in_channels, "num_classes": num_classes}
     try:
         signature = inspect.signature(resolve("model", canonical(name), REGISTRY))
-    except (TypeError, ValueError):  # what cannot be called, or does not tell what it takes
+    except (TypeError, ValueError):  # not callable, or without a signature
         signature = None
     if signature is not None:
         try:
             signature.bind(**arguments)
         except TypeError as error:
-            raise TypeError(
-                f"model {name!r} is called with in_channels= and num_classes=, which it must take: {error}"
-            ) from error
+            raise TypeError(f"model {name!r} must take in_channels= and num_classes=: {error}") from error
     model = call("model", canonical(name), REGISTRY, **arguments)
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model {name!r} must give a torch.nn.Module, got {type(model).__name__}")
+        raise TypeError(f"model {name!r} must return a torch.nn.Module, got {type(model).__name__}")
     return model
 
 

@@ -1,4 +1,4 @@
-"""Two plain convolutional networks for images of 8 to 32 pixels a side: the teacher and the student of the demo."""
+"""Two plain convolutional networks for images of 8 to 32 pixels a side: the demo's teacher and student."""
 
 from torch import nn
 
@@ -12,9 +12,15 @@ def _convolution(in_channels: int, out_channels: int, stride: int) -> nn.Sequent
 
 
 def cnn(in_channels: int, num_classes: int, widths: tuple[int, ...], strides: tuple[int, ...]) -> nn.Sequential:
-    """3x3 convolutions, the mean over the image and one linear layer: (b, c, h, w) -> logits (b, classes).
+    """Return a network of 3x3 convolutions, global average pooling and one linear layer.
 
-    A stage ends before the next stride, after the activation.
+    It maps `(b, c, h, w)` to logits `(b, classes)`. A stage ends before the next stride, after the activation.
+
+    Args:
+        in_channels: channels of the images.
+        num_classes: number of logits.
+        widths: output channels of every convolution.
+        strides: stride of every convolution.
     """
     before = (in_channels, *widths[:-1])
     convolutions = [_convolution(a, b, s) for a, b, s in zip(before, widths, strides, strict=True)]
@@ -24,10 +30,10 @@ def cnn(in_channels: int, num_classes: int, widths: tuple[int, ...], strides: tu
 
 
 def cnn_large(*, in_channels: int, num_classes: int) -> nn.Sequential:
-    """Five convolutions, 35674 parameters for one channel and ten classes: the teacher of the demo."""
+    """Return the demo's teacher: five convolutions, 35674 parameters for one channel and ten classes."""
     return cnn(in_channels, num_classes, widths=(16, 16, 32, 32, 64), strides=(2, 1, 2, 1, 1))
 
 
 def cnn_small(*, in_channels: int, num_classes: int) -> nn.Sequential:
-    """Three convolutions, 1702 parameters for one channel and ten classes: the student of the demo."""
+    """Return the demo's student: three convolutions, 1702 parameters for one channel and ten classes."""
     return cnn(in_channels, num_classes, widths=(4, 8, 16), strides=(2, 2, 1))

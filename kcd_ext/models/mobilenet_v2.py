@@ -1,15 +1,15 @@
 """MobileNetV2 (Sandler et al., 2018) at half width for images of 32x32.
 
-Layers and names of parameters are those of `mobile_half` in the RepDistiller comparison (Tian et al., 2020), so its
-checkpoints load. They differ from the paper: the second stage of blocks keeps the size, the first block has its first
-1x1 convolution although it expands nothing, the activation is ReLU and not ReLU6, and there is no dropout.
+Layers and parameter names are those of `mobile_half` in the RepDistiller comparison (Tian et al., 2020), so its
+checkpoints load. Differences from the paper: the second stage of blocks keeps the size, the first block has its first
+1x1 convolution although it does not expand, the activation is ReLU instead of ReLU6, and there is no dropout.
 """
 
 from functools import partial
 
 from torch import Tensor, nn
 
-from .layers import initialise_convolutions, initialise_linear, row
+from .layers import initialise_convolutions, initialise_linear, stack_blocks
 
 # expansion, output channels, blocks, stride of the first block
 BLOCKS = (
@@ -24,7 +24,7 @@ BLOCKS = (
 
 
 class InvertedResidual(nn.Module):
-    """1x1 to `expansion` times the channels, 3x3 by channel, 1x1 back; the output has no activation."""
+    """An inverted residual: 1x1 to `expansion` times the channels, 3x3 depthwise, 1x1 back, no final activation."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int, *, expansion: int):
         super().__init__()
@@ -46,10 +46,10 @@ class InvertedResidual(nn.Module):
 
 
 class MobileNetV2(nn.Module):
-    """Convolutions, the mean over the image and one linear layer: (b, c, h, w) -> logits (b, classes).
+    """MobileNetV2: `(b, c, h, w)` to logits `(b, classes)`.
 
-    The stages end in a half, a quarter, an eighth and a sixteenth of the size. The first three are linear bottlenecks,
-    without activation; the last is after the activation, because that is what is pooled.
+    The stages have a half, a quarter, an eighth and a sixteenth of the size. The first three are linear bottlenecks,
+    without activation. The last is after the activation, because that map is pooled.
     """
 
     stages = ("blocks.1", "blocks.2", "blocks.4", "conv2")
@@ -60,11 +60,13 @@ class MobileNetV2(nn.Module):
         self.conv1 = _convolution(in_channels, channels, 3, stride=2, padding=1)
         blocks = []
         for expansion, out_channels, count, stride in BLOCKS:
-            blocks.append(row(partial(InvertedResidual, expansion=expansion), channels, out_channels, stride, count))
+            blocks.append(
+                stack_blocks(partial(InvertedResidual, expansion=expansion), channels, out_channels, stride, count)
+            )
             channels = out_channels
         self.blocks = nn.Sequential(*blocks)
         self.conv2 = _convolution(channels, 1280, 1)
-        self.classifier = nn.Sequential(nn.Linear(1280, num_classes))  # in a row because checkpoints name it so
+        self.classifier = nn.Sequential(nn.Linear(1280, num_classes))  # a Sequential because checkpoints name it so
         initialise_convolutions(self)
         initialise_linear(self.classifier[0])
 

@@ -1,6 +1,6 @@
-"""ResNets for images of 32x32 (He et al., 2016, section 4.2), and two of them four times as wide.
+"""ResNets for images of 32x32 (He et al., 2016, section 4.2), two of them also four times as wide.
 
-Layers and names of parameters are those of the RepDistiller comparison (Tian et al., 2020), so its checkpoints load.
+Layers and parameter names are those of the RepDistiller comparison (Tian et al., 2020), so its checkpoints load.
 """
 
 from functools import partial
@@ -8,11 +8,11 @@ from functools import partial
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .layers import blocks_of, initialise_convolutions, row, shortcut
+from .layers import blocks_per_stage, initialise_convolutions, shortcut, stack_blocks
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions beside a shortcut; the output is after the activation."""
+    """Two 3x3 convolutions parallel to a shortcut; the output is after the activation."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int):
         super().__init__()
@@ -28,23 +28,24 @@ class BasicBlock(nn.Module):
 
 
 class ResNet(nn.Module):
-    """A convolution, three stages of (depth - 2) / 6 blocks and one linear layer: (b, c, h, w) -> logits (b, classes).
+    """A convolution, three stages of (depth - 2) / 6 blocks and one linear layer: `(b, c, h, w)` to logits `(b, classes)`.
 
-    The stages end in full, half and quarter size, all after the activation.
+    The stages have full, half and quarter size, all after the activation.
 
-    Raises TypeError or ValueError where `depth` is not 6 n + 2 for a whole n >= 1.
+    Raises:
+        TypeError, ValueError: `depth` is not 6 n + 2 for an integer n >= 1.
     """
 
     stages = ("layer1", "layer2", "layer3")
 
     def __init__(self, *, in_channels: int, num_classes: int, depth: int, widths: tuple[int, ...] = (16, 16, 32, 64)):
         super().__init__()
-        blocks = blocks_of(depth, 2)
+        blocks = blocks_per_stage(depth, 2)
         self.conv1 = nn.Conv2d(in_channels, widths[0], 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(widths[0])
-        self.layer1 = row(BasicBlock, widths[0], widths[1], 1, blocks)
-        self.layer2 = row(BasicBlock, widths[1], widths[2], 2, blocks)
-        self.layer3 = row(BasicBlock, widths[2], widths[3], 2, blocks)
+        self.layer1 = stack_blocks(BasicBlock, widths[0], widths[1], 1, blocks)
+        self.layer2 = stack_blocks(BasicBlock, widths[1], widths[2], 2, blocks)
+        self.layer3 = stack_blocks(BasicBlock, widths[2], widths[3], 2, blocks)
         self.fc = nn.Linear(widths[3], num_classes)
         initialise_convolutions(self)
 

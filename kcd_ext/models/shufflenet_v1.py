@@ -1,6 +1,6 @@
-"""ShuffleNet with three groups (Zhang et al., 2018) for images of 32x32: it begins with 1x1, without pooling.
+"""ShuffleNet with three groups (Zhang et al., 2018) for images of 32x32: its stem is 1x1 without pooling.
 
-Layers and names of parameters are those of `ShuffleV1` in the RepDistiller comparison (Tian et al., 2020), so its
+Layers and parameter names are those of `ShuffleV1` in the RepDistiller comparison (Tian et al., 2020), so its
 checkpoints load.
 """
 
@@ -8,16 +8,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .layers import row, shuffle
+from .layers import channel_shuffle, stack_blocks
 
 GROUPS = 3
 STEM = 24  # channels of the first convolution
 
 
 class ShuffleBlock(nn.Module):
-    """1x1 in groups, shuffle, 3x3 by channel, 1x1 in groups, beside its input; the output is after the activation.
+    """Grouped 1x1, shuffle, depthwise 3x3, grouped 1x1, and a shortcut; the output is after the activation.
 
-    With stride 2 the input's mean over 3x3 is not added, it is the last `in_channels` of the output.
+    With stride 2 the input's 3x3 average is not added: it is appended as the last `in_channels` of the output.
     """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int):
@@ -25,7 +25,7 @@ class ShuffleBlock(nn.Module):
         own = out_channels if stride == 1 else out_channels - in_channels
         hidden = own // 4
         self.stride = stride
-        self.groups = 1 if in_channels == STEM else GROUPS  # too few channels to be grouped
+        self.groups = 1 if in_channels == STEM else GROUPS  # too few channels for groups
         self.conv1 = nn.Conv2d(in_channels, hidden, 1, groups=self.groups, bias=False)
         self.bn1 = nn.BatchNorm2d(hidden)
         self.conv2 = nn.Conv2d(hidden, hidden, 3, stride, padding=1, groups=hidden, bias=False)
@@ -34,8 +34,8 @@ class ShuffleBlock(nn.Module):
         self.bn3 = nn.BatchNorm2d(own)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = shuffle(functional.relu(self.bn1(self.conv1(x))), self.groups)
-        y = functional.relu(self.bn2(self.conv2(y)))  # the activation is this table's; the paper has none here
+        y = channel_shuffle(functional.relu(self.bn1(self.conv1(x))), self.groups)
+        y = functional.relu(self.bn2(self.conv2(y)))  # as in that comparison; the paper has no activation here
         y = self.bn3(self.conv3(y))
         if self.stride == 1:
             return functional.relu(y + x)
@@ -43,9 +43,9 @@ class ShuffleBlock(nn.Module):
 
 
 class ShuffleNetV1(nn.Module):
-    """A convolution, three stages of 4, 8 and 4 blocks and one linear layer: (b, c, h, w) -> logits (b, classes).
+    """A convolution, three stages of 4, 8 and 4 blocks and one linear layer: `(b, c, h, w)` to logits `(b, classes)`.
 
-    The stages end in a half, a quarter and an eighth of the size, all after the activation. Weights are torch's own.
+    The stages have a half, a quarter and an eighth of the size, all after the activation. Initialisation is torch's.
     """
 
     stages = ("layer1", "layer2", "layer3")
@@ -54,9 +54,9 @@ class ShuffleNetV1(nn.Module):
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, STEM, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(STEM)
-        self.layer1 = row(ShuffleBlock, STEM, 240, 2, 4)
-        self.layer2 = row(ShuffleBlock, 240, 480, 2, 8)
-        self.layer3 = row(ShuffleBlock, 480, 960, 2, 4)
+        self.layer1 = stack_blocks(ShuffleBlock, STEM, 240, 2, 4)
+        self.layer2 = stack_blocks(ShuffleBlock, 240, 480, 2, 8)
+        self.layer3 = stack_blocks(ShuffleBlock, 480, 960, 2, 4)
         self.linear = nn.Linear(960, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:

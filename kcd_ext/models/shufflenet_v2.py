@@ -1,6 +1,6 @@
-"""ShuffleNetV2 (Ma et al., 2018) at full width for images of 32x32: it begins with 1x1, without pooling.
+"""ShuffleNetV2 (Ma et al., 2018) at full width for images of 32x32: its stem is 1x1 without pooling.
 
-Layers and names of parameters are those of `ShuffleV2` in the RepDistiller comparison (Tian et al., 2020), so its
+Layers and parameter names are those of `ShuffleV2` in the RepDistiller comparison (Tian et al., 2020), so its
 checkpoints load.
 """
 
@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .layers import shuffle
+from .layers import channel_shuffle
 
 
 class SplitBlock(nn.Module):
-    """The first half of the channels passes, the other goes through 1x1, 3x3 by channel and 1x1; then a shuffle."""
+    """Half of the channels pass unchanged, the others go through 1x1, depthwise 3x3 and 1x1; then a shuffle."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -29,11 +29,11 @@ class SplitBlock(nn.Module):
         right = functional.relu(self.bn1(self.conv1(right)))
         right = self.bn2(self.conv2(right))
         right = functional.relu(self.bn3(self.conv3(right)))
-        return shuffle(torch.cat([left, right], 1), 2)
+        return channel_shuffle(torch.cat([left, right], 1), 2)
 
 
 class DownBlock(nn.Module):
-    """Half the size: both branches see all channels and give one half of the new ones; then a shuffle."""
+    """A block that halves the size: both branches read all channels and output half of the new ones; then a shuffle."""
 
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__()
@@ -55,14 +55,14 @@ class DownBlock(nn.Module):
         right = functional.relu(self.bn3(self.conv3(x)))
         right = self.bn4(self.conv4(right))
         right = functional.relu(self.bn5(self.conv5(right)))
-        return shuffle(torch.cat([left, right], 1), 2)
+        return channel_shuffle(torch.cat([left, right], 1), 2)
 
 
 class ShuffleNetV2(nn.Module):
-    """A convolution, three stages, a convolution and one linear layer: (b, c, h, w) -> logits (b, classes).
+    """A convolution, three stages, a convolution and one linear layer: `(b, c, h, w)` to logits `(b, classes)`.
 
-    The stages end in a half, a quarter and an eighth of the size, all after the activation. The last is the output of
-    the last convolution, because that is what is pooled; before it comes `layer3`. Weights are torch's own.
+    The stages have a half, a quarter and an eighth of the size, all after the activation. The last one is the output of
+    the last convolution, because that map is pooled; `layer3` precedes it. Initialisation is torch's.
     """
 
     stages = ("layer1", "layer2", "relu")

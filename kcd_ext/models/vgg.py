@@ -1,6 +1,6 @@
 """VGG with batch normalisation (Simonyan and Zisserman, 2015) for images of 32x32: one linear layer instead of three.
 
-Layers and names of parameters are those of the RepDistiller comparison (Tian et al., 2020), so its checkpoints load.
+Layers and parameter names are those of the RepDistiller comparison (Tian et al., 2020), so its checkpoints load.
 """
 
 from functools import partial
@@ -12,10 +12,10 @@ from .layers import initialise_convolutions, initialise_linear
 
 
 class VGG(nn.Module):
-    """Five stages of 3x3 convolutions and one linear layer: (b, c, h, w) -> logits (b, classes).
+    """Five blocks of 3x3 convolutions and one linear layer: `(b, c, h, w)` to logits `(b, classes)`.
 
-    The image, of at least 8 pixels a side, is halved after each of the first three. The first is the stem and no entry
-    of `stages`; the others have a half, a quarter, an eighth and an eighth of the size, all after the activation.
+    Images need at least 8 pixels a side: each of the first three blocks halves them. The first block is the stem and not
+    in `stages`. The others have a half, a quarter, an eighth and an eighth of the size, all after the activation.
     """
 
     stages = ("block1", "block2", "block3", "block4")

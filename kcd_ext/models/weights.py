@@ -1,4 +1,4 @@
-"""Weights as people save them: read without executing anything, and fitted to the names of a network."""
+"""Weights from checkpoints: reads them without executing anything and matches them to a network's names."""
 
 import io
 import re
@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from ..describe import some
 from ..files import read_regular
 
-# Where checkpoints keep the weights: the first of these names that holds any is taken. Moving averages come last, because
-# what a checkpoint tells beside the weights (its accuracy, its optimizer) belongs to the network that was trained.
+# Keys under which checkpoints store the weights; the first one with weights is used. Moving averages come last, because
+# the rest of a checkpoint (accuracy, optimizer) belongs to the network that was trained.
 WRAPPERS = (
     "state_dict",
     "model_state_dict",
@@ -33,20 +33,22 @@ WRAPPERS = (
     "ema_model",
     "ema",
 )
-DEPTH = 4  # of wrappers inside wrappers
-# What stands before all names where a module around the network was saved: torch's DataParallel, torch.compile, others.
+DEPTH = 4  # levels of nested wrappers
+# Prefixes of all names if a module around the network was saved: torch's DataParallel, torch.compile, others.
 OUTER = ("module.", "_orig_mod.", "model.", "student.", "net.", "network.", "backbone.")
-INSERTED = re.compile(r"(?:^|(?<=\.))(?:module|_orig_mod)\.")  # where torch has wrapped a part of the network
-# What profilers, averages and loops put beside the parameters, by the last part of its name.
+INSERTED = re.compile(
+    r"(?:^|(?<=\.))(?:module|_orig_mod)\."
+)  # in the middle of a name, if torch wraps a part of the network
+# Entries that profilers, averages and training loops add to the parameters, by the last part of their name.
 COUNTERS = {
     *("total_ops", "total_params", "n_averaged", "epoch", "step", "iteration", "global_step", "lr"),
     *("acc", "accuracy", "best_acc", "best_accuracy", "acc1", "best_acc1", "prec1", "best_prec1", "loss", "best_loss"),
 }
-TRACKED = "num_batches_tracked"  # of a batch normalisation; torch before 0.4.1 had none
+TRACKED = "num_batches_tracked"  # buffer of batch normalisation; torch before 0.4.1 had none
 
 
 class _Value:
-    """Stands for any value that is no tensor. It takes what a pickle gives it and keeps nothing."""
+    """A stand-in for any value that is not a tensor. It accepts what a pickle passes it and stores nothing."""
 
     def __new__(cls, *_arguments: object, **_options: object) -> "_Value":
         return super().__new__(cls)
@@ -59,22 +61,22 @@ class _Value:
 
 
 class _Mapping:
-    """Stands for a dictionary of another type, which can hold the weights: torch fills only its own three."""
+    """A stand-in for other dictionary types, which can contain the weights: torch fills only its own three."""
 
     def __new__(cls, *_arguments: object) -> OrderedDict:
         return OrderedDict()
 
 
 class _Sequence:
-    """Stands for a list of another type."""
+    """A stand-in for other list types."""
 
     def __new__(cls, *_arguments: object) -> list:
         return []
 
 
-# What checkpoints hold beside tensors, by the names that their pickles write. torch reads a pickle that names nothing but
-# these and its own tensors, and for each of these names it takes the class above: nothing of the module that is named is
-# imported or called, so nothing here can execute code or open a file, whatever the real class does.
+# Values other than tensors in checkpoints, by the names in their pickles. torch reads a pickle that names only these and
+# its own types. For each of these names it uses the stand-in above. The named module is neither imported nor called, so
+# nothing here can execute code or open a file, whatever the real class does.
 _NUMPY = [f"numpy.{core}.multiarray.{name}" for core in ("_core", "core") for name in ("scalar", "_reconstruct")]
 _NUMPY += [f"numpy.{name}" for name in ("dtype", "ndarray", "bool", "bool_", "float16", "float32", "float64")]
 _NUMPY += [f"numpy.{name}" for name in ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")]
@@ -83,22 +85,22 @@ _PATHS = ("Path", "PosixPath", "WindowsPath", "PurePath", "PurePosixPath", "Pure
 _LIGHTNING = ("pytorch_lightning.utilities.parsing", "lightning.pytorch.utilities.parsing")
 _LIGHTNING += ("lightning_fabric.utilities.data", "lightning.fabric.utilities.data")
 VALUES = (
-    *_NUMPY,  # accuracies and learning rates that NumPy has computed (RepDistiller's optimizer), states of generators
+    *_NUMPY,  # accuracies and learning rates from NumPy (RepDistiller's optimizer), generator states
     "argparse.Namespace",  # options: RepDistiller, timm, torchvision, torchdistill
     "types.SimpleNamespace",
-    *(f"{module}.{name}" for module in ("pathlib", "pathlib._local") for name in _PATHS),  # among options
+    *(f"{module}.{name}" for module in ("pathlib", "pathlib._local") for name in _PATHS),  # in options
     *(f"datetime.{name}" for name in ("date", "datetime", "time", "timedelta", "timezone")),  # when it was saved
     *("uuid.UUID", "uuid.SafeUUID", "decimal.Decimal", "fractions.Fraction"),
-    # Types and constants among options, and what a defaultdict makes its values with.
+    # Types and constants in options, and default factories of a defaultdict.
     *(f"builtins.{name}" for name in ("bool", "bytes", "dict", "float", "int", "list", "object", "str", "tuple")),
     *(f"builtins.{name}" for name in ("Ellipsis", "frozenset", "range", "slice")),
     "torch.torch_version.TorchVersion",  # torch.__version__
-    "torchvision.transforms.functional.InterpolationMode",  # among options
-    # Lightning before 1.5: its callbacks' states by their classes.
+    "torchvision.transforms.functional.InterpolationMode",  # in options
+    # Lightning before 1.5: callback states, keyed by their classes.
     "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
     "pytorch_lightning.callbacks.early_stopping.EarlyStopping",
     "mmengine.logging.history_buffer.HistoryBuffer",  # MMPretrain's log, in message_hub
-    # Hydra's options, among Lightning's hyper_parameters.
+    # Hydra's options, in Lightning's hyper_parameters.
     *("omegaconf.dictconfig.DictConfig", "omegaconf.listconfig.ListConfig", "typing.Any"),
     *("omegaconf.base.ContainerMetadata", "omegaconf.base.Metadata"),
     *(f"omegaconf.nodes.{kind}Node" for kind in ("Any", "Boolean", "Float", "Integer", "Path", "String")),
@@ -114,148 +116,156 @@ STAND_INS = [
     for stand_in, names in ((_Value, VALUES), (_Mapping, MAPPINGS), (_Sequence, SEQUENCES))
     for name in names
 ]
-NAMED = re.compile(r"GLOBAL (\S+)")  # in what torch says of a name that is not admitted
+NAMED = re.compile(r"GLOBAL (\S+)")  # in torch's message about a name that is not allowed
 
 
 @dataclass(frozen=True)
 class Weights:
-    """Tensors by name, and what a user is to be told about where they come from."""
+    """Tensors by name, and notes for the user about their origin."""
 
     tensors: Mapping[str, Tensor]
     notes: tuple[str, ...] = ()
 
 
 def read(path: Path) -> Weights:
-    """The weights in a file, on the CPU: .safetensors, or a state_dict that `torch.save` wrote, alone or in a checkpoint.
+    """Return the weights in a file, on the CPU, without executing anything in the file.
 
-    Nothing in the file is executed. A checkpoint may hold plain values beside the weights (VALUES), and its weights under
-    one of WRAPPERS, or under any other name if only one entry is a dictionary of tensors.
+    Args:
+        path: a .safetensors file, or a state_dict written by `torch.save`, alone or in a checkpoint. A checkpoint may
+            contain plain values too (VALUES). Its weights may be under one of WRAPPERS, or under any other key if only
+            one entry is a dictionary of tensors.
 
     Raises:
-        ValueError: the file is no regular one, is damaged, holds no weights, or anything beside them that is no plain value.
-        OSError: it cannot be read.
+        ValueError: the file is not a regular file, is damaged, has no weights, or contains other than plain values.
+        OSError: the file cannot be read.
     """
-    content = read_regular(path)  # readers of formats have errors of their own, and no path that is no text in UTF-8
+    content = read_regular(path)  # as bytes: the readers raise other errors, and refuse a path that is not UTF-8
     notes: list[str] = []
-    tensors = _tensors(path, _unwrapped(path, _loaded(path, content), notes), notes)
+    tensors = _select_tensors(path, _unwrap(path, _load(path, content), notes), notes)
     return Weights(tensors, tuple(notes))
 
 
-def _loaded(path: Path, content: bytes) -> object:
+def _load(path: Path, content: bytes) -> object:
     try:
         if path.suffix == ".safetensors" or content[8:9] == b"{":
             return safetensors.torch.load(content)
         with torch.serialization.safe_globals(STAND_INS):
             return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except Exception as error:  # each format has exceptions of its own, and torch's advises to execute the file
-        raise ValueError(_reason(path, content, str(error))) from error
+    except Exception as error:  # each format has its own exceptions, and torch's message advises to execute the file
+        raise ValueError(_describe_failure(path, content, str(error))) from error
 
 
-def _reason(path: Path, content: bytes, message: str) -> str:
-    """Why a file could not be read, and what to do about it, in one line."""
+def _describe_failure(path: Path, content: bytes, message: str) -> str:
+    """Return one line that says why a file could not be read, and what to do."""
     named = NAMED.search(message)
     if named and b"_parameters" in content and b"_modules" in content:
         return (
-            f"{path} holds a pickled module ({named[1]}), which only executing code could read: save its weights instead, "
-            f'torch.save(model.state_dict(), "weights.pth")'
+            f"{path} contains a pickled module ({named[1]}), which cannot be read without executing code: save its weights "
+            f'instead, torch.save(model.state_dict(), "weights.pth")'
         )
     if named:
         return (
-            f"{path} cannot be read as weights: it names {named[1]}, which is neither a tensor nor a plain value: save the "
-            f'weights alone, torch.save(model.state_dict(), "weights.pth")'
+            f"{path} cannot be read as weights: it names {named[1]}, which is neither a tensor nor a plain value: save only "
+            f'the weights, torch.save(model.state_dict(), "weights.pth")'
         )
     if "Unsupported operand" in message and content[:2] == b"PK":
-        return f"{path} cannot be read as weights: damaged, or pickled by another protocol than that of torch.save (2)"
+        return f"{path} cannot be read as weights: damaged, or not pickled with torch.save's protocol, 2"
     if _is_torchscript(content):
         return (
-            f"{path} is TorchScript, of torch.jit.save: save its weights instead, "
+            f"{path} is TorchScript, from torch.jit.save: save its weights instead, "
             f'torch.save(torch.jit.load("{path.name}").state_dict(), "weights.pth")'
         )
-    return f"{path} cannot be read as weights: damaged, or more than tensors in it"
+    return f"{path} cannot be read as weights: it is damaged or contains more than tensors"
 
 
 def _is_torchscript(content: bytes) -> bool:
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             return any(name.endswith("/constants.pkl") for name in archive.namelist())
-    except Exception:  # no archive, or a damaged one
+    except Exception:  # not an archive, or damaged
         return False
 
 
-# --- where in the checkpoint they are ---------------------------------------------------------------------------------
+# --- finding the weights in a checkpoint ------------------------------------------------------------------------------
 
 
-def _unwrapped(path: Path, held: object, notes: list[str]) -> object:
-    """What the wrappers hold, the first of several; `notes` says which that is."""
+def _unwrap(path: Path, content: object, notes: list[str]) -> object:
+    """Return the content of the wrappers, the first of several; add a note if there was a choice."""
     for _ in range(DEPTH):
-        if not isinstance(held, Mapping):
-            return held
-        wrappers = [name for name in WRAPPERS if _holds_weights(held.get(name))]
-        if not wrappers and not any(isinstance(entry, Tensor) for entry in held.values()):
-            wrappers = [name for name, entry in held.items() if isinstance(name, str) and _is_state_dict(entry)]
+        if not isinstance(content, Mapping):
+            return content
+        wrappers = [name for name in WRAPPERS if _has_weights(content.get(name))]
+        if not wrappers and not any(isinstance(entry, Tensor) for entry in content.values()):
+            wrappers = [name for name, entry in content.items() if isinstance(name, str) and _is_state_dict(entry)]
             if len(wrappers) > 1:
                 raise ValueError(
-                    f"{path} must hold the weights of one network, got {_quoted(wrappers)}: save those that are meant alone"
+                    f"{path} must contain the weights of one network, got {_quoted(wrappers)}: save only those you need"
                 )
         if not wrappers:
-            return held
-        taken = wrappers[0]
-        others = [name for name, entry in held.items() if name != taken and (name in wrappers or _is_state_dict(entry))]
+            return content
+        used = wrappers[0]
+        others = [
+            name for name, entry in content.items() if name != used and (name in wrappers or _is_state_dict(entry))
+        ]
         if others:
-            notes.append(f"{path}: the weights under {taken!r} are taken, not those under {_quoted(others)}")
-        held = held[taken]
-    return held
+            notes.append(f"{path}: uses the weights under {used!r}, not those under {_quoted(others)}")
+        content = content[used]
+    return content
 
 
-def _holds_weights(held: object, depth: int = DEPTH) -> bool:
-    """Whether it is a dictionary with a tensor in it, by itself or in one of its wrappers."""
-    if not isinstance(held, Mapping) or not depth:
+def _has_weights(entry: object, depth: int = DEPTH) -> bool:
+    """Return whether an entry is a dictionary with a tensor, directly or in one of its wrappers."""
+    if not isinstance(entry, Mapping) or not depth:
         return False
-    found = any(isinstance(entry, Tensor) for entry in held.values())
-    return found or any(_holds_weights(held.get(name), depth - 1) for name in WRAPPERS)
+    found = any(isinstance(part, Tensor) for part in entry.values())
+    return found or any(_has_weights(entry.get(name), depth - 1) for name in WRAPPERS)
 
 
-def _is_state_dict(held: object) -> bool:
-    if not isinstance(held, Mapping) or not held:
+def _is_state_dict(entry: object) -> bool:
+    if not isinstance(entry, Mapping) or not entry:
         return False
-    return all(isinstance(name, str) and isinstance(entry, Tensor) for name, entry in held.items())
+    return all(isinstance(name, str) and isinstance(part, Tensor) for name, part in entry.items())
 
 
-def _tensors(path: Path, held: object, notes: list[str]) -> dict[str, Tensor]:
-    """The tensors among these entries, plain values left out. Raises ValueError where there is none, or more than these."""
-    what = f"{path} must hold tensors by name (a state_dict), alone or under one of {', '.join(WRAPPERS)}"
-    if not isinstance(held, Mapping):
-        raise ValueError(f"{what}, got a {type(held).__name__.removeprefix('_').lower()}")
-    tensors = {name: entry for name, entry in held.items() if isinstance(entry, Tensor) and isinstance(name, str)}
+def _select_tensors(path: Path, content: object, notes: list[str]) -> dict[str, Tensor]:
+    """Return the tensors among these entries and drop plain values.
+
+    Raises:
+        ValueError: there are no tensors, or entries that are neither tensors nor plain values.
+    """
+    takes = f"{path} must contain tensors by name (a state_dict), directly or under one of {', '.join(WRAPPERS)}"
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{takes}, got a {type(content).__name__.removeprefix('_').lower()}")
+    tensors = {name: entry for name, entry in content.items() if isinstance(entry, Tensor) and isinstance(name, str)}
     if not tensors:
-        raise ValueError(f"{what}, got {_quoted(held) or 'an empty one'}")
-    others = {name: entry for name, entry in held.items() if name not in tensors}
+        raise ValueError(f"{takes}, got {_quoted(content) or 'an empty dictionary'}")
+    others = {name: entry for name, entry in content.items() if name not in tensors}
     for name, entry in others.items():
         if _has_tensor(entry):
-            raise ValueError(f"{what}, got {name!r}, a {type(entry).__name__}, among them")
+            raise ValueError(f"{takes}, got the {type(entry).__name__} {name!r} among them")
     if others:
-        notes.append(f"{path}: {_quoted(others)} beside the weights left out: no tensor")
+        notes.append(f"{path}: ignored {_quoted(others)} among the weights: not tensors")
     for name, tensor in tensors.items():
         _check_plain(path, name, tensor)
     return tensors
 
 
 def _has_tensor(entry: object) -> bool:
-    """Whether a tensor is in it, in containers of any depth, which a file can also put into each other."""
+    """Return whether an entry contains a tensor, in containers nested to any depth; a file can also make them cyclic."""
     seen: set[int] = set()
-    left = [entry]
-    while left:
-        one = left.pop()
-        if isinstance(one, Tensor):
+    remaining = [entry]
+    while remaining:
+        part = remaining.pop()
+        if isinstance(part, Tensor):
             return True
-        if isinstance(one, Mapping | list | tuple | set) and id(one) not in seen:
-            seen.add(id(one))
-            left += one.values() if isinstance(one, Mapping) else one
+        if isinstance(part, Mapping | list | tuple | set) and id(part) not in seen:
+            seen.add(id(part))
+            remaining += part.values() if isinstance(part, Mapping) else part
     return False
 
 
 def _check_plain(path: Path, name: str, tensor: Tensor) -> None:
-    """Raises ValueError for a tensor that cannot be copied into a parameter as it is."""
+    """Raise ValueError for a tensor that cannot be copied directly into a parameter."""
     kind = None
     if tensor.is_quantized:
         kind = f"quantised ({tensor.dtype})"
@@ -266,81 +276,81 @@ def _check_plain(path: Path, name: str, tensor: Tensor) -> None:
     elif type(tensor) not in (Tensor, nn.Parameter):
         kind = f"a {type(tensor).__name__}"
     if kind is not None:
-        raise ValueError(f"{path} must hold plain dense tensors, got {name}, which is {kind}")
+        raise ValueError(f"{path} must contain plain dense tensors, got {name}, which is {kind}")
 
 
 def _quoted(names: Iterable[object]) -> str:
     return some(map(repr, names), 3)
 
 
-# --- whose they are ---------------------------------------------------------------------------------------------------
+# --- matching them to a network ---------------------------------------------------------------------------------------
 
 
 def fitted(what: str, own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> Weights:
-    """The weights by the names of a network's state_dict, whole: ready for `load_state_dict`.
+    """Return weights under the names of a network's state_dict, complete and ready for `load_state_dict`.
 
-    Where the names do not fit as they are, what torch and outer modules put before them is taken off (INSERTED, OUTER).
-    Counters that no parameter has (COUNTERS, whole numbers) are left out, and a missing `num_batches_tracked` is the
-    network's own.
+    If the names do not match, prefixes that torch and outer modules add are removed (INSERTED, OUTER). Counters that are
+    not parameters (COUNTERS, integers) are left out. A missing `num_batches_tracked` keeps the network's value.
 
     Args:
-        what: the beginning of an error message.
+        what: start of an error message.
         own: the network's state_dict.
         weights: tensors by name.
 
-    Raises ValueError for the first difference that is left, in one line; torch's own message has one for each.
+    Raises:
+        ValueError: names the first difference that remains, in one line; torch's message has a line for each.
     """
     candidates = [dict(zip(names, weights.values(), strict=True)) for names in _renamings(weights)]
     candidates = [renamed for renamed in candidates if len(renamed) == len(weights)]
-    fitting = [renamed for renamed in candidates if not _difference(own, renamed)]
+    fitting = [renamed for renamed in candidates if not _first_mismatch(own, renamed)]
     nearest = max(fitting or candidates, key=lambda renamed: len(own.keys() & renamed.keys()))
     if not fitting:
-        raise ValueError(f"{what}: {_difference(own, nearest)}")
-    left_out = [before for before, name in zip(weights, nearest, strict=True) if name not in own]
+        raise ValueError(f"{what}: {_first_mismatch(own, nearest)}")
+    ignored = [before for before, name in zip(weights, nearest, strict=True) if name not in own]
     state = {name: nearest[name] if name in nearest else tensor for name, tensor in own.items()}
-    note = f"{_quoted(left_out)} left out of the weights: counted or measured, no parameter of the network"
-    return Weights(state, (note,) if left_out else ())
+    note = f"ignored {_quoted(ignored)} among the weights: counters or measurements, not parameters of the network"
+    return Weights(state, (note,) if ignored else ())
 
 
 def _renamings(weights: Mapping[str, Tensor]) -> Iterable[list[str]]:
-    """The names as they are, and then with less and less before them; as many, in the same order."""
+    """Yield the names unchanged, then with more and more prefixes removed; equally many, in the same order."""
     for names in ([*weights], [INSERTED.sub("", name) for name in weights]):
         for _ in range(DEPTH):
             yield names
-            held = [name for name, tensor in zip(names, weights.values(), strict=True) if not _is_counter(name, tensor)]
-            prefix = next((prefix for prefix in OUTER if held and all(name.startswith(prefix) for name in held)), None)
+            kept = [name for name, tensor in zip(names, weights.values(), strict=True) if not _is_counter(name, tensor)]
+            prefix = next((prefix for prefix in OUTER if kept and all(name.startswith(prefix) for name in kept)), None)
             if prefix is None:
                 break
             names = [name.removeprefix(prefix) for name in names]
 
 
-def _last(name: str) -> str:
+def _last_part(name: str) -> str:
     return name.rpartition(".")[2]
 
 
-def _difference(own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> str:
-    """The first that keeps these weights from being the network's; empty where there is none."""
+def _first_mismatch(own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> str:
+    """Return the first reason why these weights are not the network's; empty if there is none."""
     for name, tensor in own.items():
         if name not in weights:
-            if _last(name) == TRACKED:
+            if _last_part(name) == TRACKED:
                 continue
-            unknown = [other for other, given in weights.items() if other not in own and not _is_counter(other, given)]
+            unknown = [other for other, found in weights.items() if other not in own and not _is_counter(other, found)]
             return f"they have no {name}" + (f", but {_quoted(unknown)}" if unknown else "")
-        given = weights[name]
-        if given.shape != tensor.shape:
-            return f"{name} has shape {tuple(given.shape)}, the network's has {tuple(tensor.shape)}"
-        if _last(name) != TRACKED and _kind(given) != _kind(tensor):
-            return f"{name} is of {given.dtype}, the network's of {tensor.dtype}"
+        found = weights[name]
+        if found.shape != tensor.shape:
+            return f"{name} has shape {tuple(found.shape)}, the network's has {tuple(tensor.shape)}"
+        if _last_part(name) != TRACKED and _kind(found) != _kind(tensor):
+            return f"{name} is {found.dtype}, the network's is {tensor.dtype}"
     for name, tensor in weights.items():
         if name not in own and not _is_counter(name, tensor):
-            return f"they have {name}, which the network has not"
+            return f"they have {name}, which the network does not have"
     return ""
 
 
 def _is_counter(name: str, tensor: Tensor) -> bool:
-    """Whether it counts or measures something, and is no parameter."""
-    whole_number = tensor.dim() == 0 and _kind(tensor) == "integer"
-    return whole_number or (tensor.numel() == 1 and _last(name) in COUNTERS)
+    """Return whether an entry counts or measures something and is not a parameter."""
+    is_integer = tensor.dim() == 0 and _kind(tensor) == "integer"
+    return is_integer or (tensor.numel() == 1 and _last_part(name) in COUNTERS)
 
 
 def _kind(tensor: Tensor) -> str:

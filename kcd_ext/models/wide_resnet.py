@@ -1,6 +1,6 @@
 """Wide residual networks (Zagoruyko and Komodakis, 2016), without dropout, for images of 32x32.
 
-Layers and names of parameters are those of the RepDistiller comparison (Tian et al., 2020), so its checkpoints load.
+Layers and parameter names are those of the RepDistiller comparison (Tian et al., 2020), so its checkpoints load.
 """
 
 from collections import OrderedDict
@@ -9,11 +9,11 @@ from functools import partial
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .layers import blocks_of, initialise_convolutions, row
+from .layers import blocks_per_stage, initialise_convolutions, stack_blocks
 
 
 class PreactivationBlock(nn.Module):
-    """Two 3x3 convolutions, each behind its normalisation; the output is a sum before any activation."""
+    """Two 3x3 convolutions, each preceded by its normalisation; the output is the sum before any activation."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int):
         super().__init__()
@@ -21,7 +21,7 @@ class PreactivationBlock(nn.Module):
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(out_channels)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
-        self.convShortcut = None  # the name in published checkpoints; the size changes only where channels do
+        self.convShortcut = None  # the name in published checkpoints; the size changes only if the channels do
         if in_channels != out_channels:
             self.convShortcut = nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
 
@@ -32,19 +32,20 @@ class PreactivationBlock(nn.Module):
 
 
 class WideResNet(nn.Module):
-    """A convolution, three stages of (depth - 4) / 6 blocks and one linear layer: (b, c, h, w) -> logits (b, classes).
+    """A convolution, three stages of (depth - 4) / 6 blocks and one linear layer: `(b, c, h, w)` to logits `(b, classes)`.
 
-    The stages end in full, half and quarter size. The first two are sums before the next normalisation and activation;
-    the last is after both, because that is what is pooled. Its sum is the output of `block3`.
+    The stages have full, half and quarter size. The first two are sums before the next normalisation and activation. The
+    last is after both, because that map is pooled; its sum is the output of `block3`.
 
-    Raises TypeError or ValueError where `depth` is not 6 n + 4 for a whole n >= 1.
+    Raises:
+        TypeError, ValueError: `depth` is not 6 n + 4 for an integer n >= 1.
     """
 
     stages = ("block1", "block2", "relu")
 
     def __init__(self, *, in_channels: int, num_classes: int, depth: int, width: int):
         super().__init__()
-        blocks = blocks_of(depth, 4)
+        blocks = blocks_per_stage(depth, 4)
         self.conv1 = nn.Conv2d(in_channels, 16, 3, padding=1, bias=False)
         self.block1 = _stage(16, 16 * width, 1, blocks)
         self.block2 = _stage(16 * width, 32 * width, 2, blocks)
@@ -61,8 +62,8 @@ class WideResNet(nn.Module):
 
 
 def _stage(in_channels: int, out_channels: int, stride: int, blocks: int) -> nn.Sequential:
-    """Published checkpoints call the row of blocks `layer`."""
-    return nn.Sequential(OrderedDict(layer=row(PreactivationBlock, in_channels, out_channels, stride, blocks)))
+    """Return the blocks of a stage under the name `layer`, as published checkpoints have it."""
+    return nn.Sequential(OrderedDict(layer=stack_blocks(PreactivationBlock, in_channels, out_channels, stride, blocks)))
 
 
 wrn_16_1 = partial(WideResNet, depth=16, width=1)
