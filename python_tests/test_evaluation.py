@@ -330,7 +330,7 @@ def test_features_that_are_the_same_are_summed_once(parts, summed, monkeypatch):
 
 @pytest.mark.parametrize("block", [1, 2, 5])
 def test_symmetric_sums_are_made_in_blocks(block, monkeypatch):
-    monkeypatch.setattr(metrics, "BLOCK", block)
+    monkeypatch.setattr(metrics, "BLOCK_SIZE", block)
     test_linear_cka_of_batches(3.0)
 
 
@@ -397,11 +397,11 @@ def test_json_goes_there_and_back():
         ({"samples": 0}, "must have samples, layers and classes"),
         ({"layers": []}, "must have samples, layers and classes"),
         ({"classes": []}, "must have samples, layers and classes"),
-        ({"classes": content["classes"][1:]}, "evaluation.classes must hold all 23 samples"),
+        ({"classes": content["classes"][1:]}, "evaluation.classes must count 23 samples"),
         ({"divergence": []}, "temperatures must be one or more"),
         ({"divergence": [{"temperature": None, "kl": 1.0}]}, "temperatures must be numbers in"),
-        ({"student": {**content["student"], "bins": []}}, "evaluation.student.bins must hold all 23 samples"),
-        ({"teacher": {**content["teacher"], "quality": []}}, "evaluation.teacher.quality must be at temperatures"),
+        ({"student": {**content["student"], "bins": []}}, "evaluation.student.bins must count 23 samples"),
+        ({"teacher": {**content["teacher"], "quality": []}}, "evaluation.teacher.quality must have temperatures"),
         ({"teacher": {**content["teacher"], "accuracy": None}}, "evaluation.teacher.accuracy must be a number in"),
     ):
         with pytest.raises((KeyError, TypeError, ValueError), match=message):
@@ -413,25 +413,25 @@ def test_json_goes_there_and_back():
     [
         ({"student": 3}, "student must be a torch.nn.Module, got int"),
         ({"batches": []}, "batches must hold at least one sample, got none"),
-        ({"temperatures": ()}, "temperatures must be one or more different numbers"),
-        ({"temperatures": (2, 2.0)}, "temperatures must be one or more different numbers"),
+        ({"temperatures": ()}, "temperatures must be one or more distinct numbers"),
+        ({"temperatures": (2, 2.0)}, "temperatures must be one or more distinct numbers"),
         ({"temperatures": (0,)}, r"temperatures must be numbers in \[0.001, 1000\], got 0"),
         ({"temperatures": (1e4,)}, r"temperatures must be numbers in \[0.001, 1000\], got 10000.0"),
         (
             {"layers": [("9", "1")]},
-            r"layers must name a path in student.named_modules\(\), penultimate or logits; the student has no '9', but 0, 1, 2, "
+            r"layers must name a path in student.named_modules\(\), penultimate or logits; the student has no '9', only 0, 1, 2, "
             r"3, 4, 5, 6$",
         ),
         ({"layers": ()}, "layers must be one or more pairs"),
         ({"layers": [("penultimate", "1")], "student": nn.Identity()}, "layers: the student has no torch.nn.Linear"),
         ({"layers": ["11"]}, "layers must be pairs"),
-        ({"class_names": "ab"}, "class_names must hold 3 names, got 2"),
-        ({"teacher": nn.Sequential(nn.Flatten(), nn.Linear(16, 4))}, "as many classes, got 3 and 4"),
+        ({"class_names": "ab"}, "class_names must have 3 names, got 2"),
+        ({"teacher": nn.Sequential(nn.Flatten(), nn.Linear(16, 4))}, "same number of classes, got 3 and 4"),
         ({"teacher": nn.Flatten(0)}, r"teacher must give logits \(b, classes\), got \(16,\)"),
-        ({"batches": [(torch.zeros(1, 1, 4, 4), torch.tensor([3]))]}, r"labels must lie in \[0, 3\), got 3 to 3"),
+        ({"batches": [(torch.zeros(1, 1, 4, 4), torch.tensor([3]))]}, r"labels must be in \[0, 3\), got 3 to 3"),
         ({"batches": [(torch.zeros(1, 1, 4, 4), torch.tensor([0.0]))]}, "labels must be int64"),
         ({"batches": [(torch.full((1, 1, 4, 4), torch.nan), torch.tensor([0]))]}, "student must give logits that are"),
-        ({"layers": [("6", "unused")]}, "the teacher's layer 'unused' was not passed"),
+        ({"layers": [("6", "unused")]}, "the teacher's layer 'unused' did not run"),
     ],
 )
 def test_bad_arguments(change, message):
@@ -446,7 +446,7 @@ def test_bad_arguments(change, message):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_no_hook_stays_on_the_student_where_the_teachers_layer_takes_none():
     student, teacher = network((3, 5)), nn.Sequential(nn.Flatten(), torch.jit.script(nn.Linear(16, 3)))
-    with pytest.raises(ValueError, match="the teacher's features cannot be had of TorchScript"):
+    with pytest.raises(ValueError, match=r"the teacher must be a torch.nn.Module .*, got TorchScript"):
         evaluate(student, teacher, batches((1,)), layers=[("1", "1")])
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in student.modules())
 

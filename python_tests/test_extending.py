@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.special import log_softmax, softmax
-from small_runs import NoWait, Samples, network
+from small_runs import NoWait
 from test_methods import assert_gradient, float64
 from torch import nn
 from torch.nn import functional
@@ -226,39 +226,3 @@ def test_the_command_with_a_ranking_of_ones_own(folder):
     assert result["sample_visits"] == sum(DIGITS - 54 * stage for stage in range(6))
     config = json.loads((output / "config.json").read_text())
     assert config["recipe"]["condense"]["selection"] == "ranking:Middling"
-
-
-def test_a_method_by_earlier_names_goes_on_working():
-    """The guide used to name these; what was written by it is not rewritten."""
-    from kcd_ext.methods.features import FeatureMethod
-    from kcd_ext.methods.options import check_batch_keep, check_temperature, check_weight
-    from kcd_ext.methods.pkt import transfer_loss
-    from kcd_ext.methods.selection import choose, of_rows
-
-    class Earlier(FeatureMethod):
-        def __init__(self, temperature=4.0, pkt_weight=2.0, batch_keep=0.5):
-            super().__init__()
-            self.temperature = check_temperature("temperature", temperature)
-            self.pkt_weight = check_weight("pkt_weight", pkt_weight)
-            self.batch_keep = check_batch_keep(batch_keep)
-
-        def forward(self, student, teacher, batch):
-            logits, features = self.ask_student(student, batch.x)
-            rows = choose(logits, self.batch_keep)
-            _, target = self.ask_teacher(teacher, of_rows(batch.x, rows))
-            loss = functional.cross_entropy(logits, batch.label) + self.pkt_weight * transfer_loss(
-                of_rows(features, rows), target
-            )
-            return methods.Outcome(loss, logits.detach(), methods.entropy(logits))
-
-    samples = Samples(torch.randn(9, 1, 6, 6), torch.arange(9) % 4)
-    student, teacher = network(1, dropout=0.0), network(2, width=10, dropout=0.0).eval()
-    found = []
-    for method in (Earlier(), methods.build("pkt", {"pkt_weight": 2, "batch_keep": 0.5})):
-        method.prepare(student, teacher, samples)
-        found.append(method(student, teacher, samples.at(range(9))))
-        method.release()
-    assert torch.equal(found[0].loss, found[1].loss) and torch.equal(found[0].value, found[1].value)
-    for option, bad in (("temperature", 0), ("pkt_weight", math.nan), ("batch_keep", 1.5)):
-        with pytest.raises(ValueError, match=f"{option} must be .* number.*, got {bad}"):
-            Earlier(**{option: bad})

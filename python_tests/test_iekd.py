@@ -19,10 +19,10 @@ from kcd_ext.methods.iekd import (
     FactorAutoEncoder,
     FactorCoder,
     absolute_cosine,
-    at_one_size,
     cosine_distance,
     l1_distance,
     opposite_l1_distance,
+    pool_to_common_size,
 )
 from kcd_ext.training import Condense, Recipe, checkpoint, distill
 
@@ -269,9 +269,9 @@ def test_the_larger_is_averaged_to_the_smaller():
     generator = torch.Generator().manual_seed(3)
     sizes = [(5, 3), (4, 7), (4, 3)]
     maps = [torch.randn(2, 3, *size, generator=generator, dtype=torch.float64) for size in sizes]
-    for x, found in zip(maps, at_one_size(*maps), strict=True):
+    for x, found in zip(maps, pool_to_common_size(*maps), strict=True):
         np.testing.assert_allclose(found.numpy(), pooled(x.numpy(), (4, 3)), rtol=1e-12)
-    assert at_one_size(*maps)[2] is maps[2]
+    assert pool_to_common_size(*maps)[2] is maps[2]
 
 
 # --- parts ------------------------------------------------------------------------------------------------------------
@@ -539,10 +539,10 @@ def test_hooks_are_on_the_networks_until_release_and_on_no_copy(name):
     for role, network in networks.items():
         assert len(hooks(network)) == 1
         copy.deepcopy(network)(x)
-        with pytest.raises(RuntimeError, match=f"the {role}'s layer 'maps' was not passed"):
-            method._taps[role].take()
+        with pytest.raises(RuntimeError, match=f"the {role}'s layer 'maps' did not run"):
+            method._taps[role].pop()
         with torch.no_grad():
-            assert method._taps[role].through(network, x)[1].shape[:2] == (SAMPLES, 8 if role == "teacher" else 6)
+            assert method._taps[role].run(network, x)[1].shape[:2] == (SAMPLES, 8 if role == "teacher" else 6)
     method.prepare(student, teacher, Samples())  # once more: the first hooks are gone
     assert all(len(hooks(network)) == 1 for network in networks.values() if network in (student, teacher))
     peer = getattr(method, "peer_network", student)
@@ -612,9 +612,15 @@ class Poor(Network):
             {},
             {"teacher": Grouped()},
             ValueError,
-            "the teacher has no stages, .*: set teacher_layer to a name in",
+            "the teacher has no `stages`, .*: set teacher_layer to a name in",
         ),
-        ("ie-dml", {"peer": f"{__name__}:Grouped"}, {}, ValueError, "the peer has no stages, .*: set peer_layer to a"),
+        (
+            "ie-dml",
+            {"peer": f"{__name__}:Grouped"},
+            {},
+            ValueError,
+            "the peer has no `stages`, .*: set peer_layer to a",
+        ),
         ("iekd", {"student_layer": "gone"}, {}, ValueError, "student_layer must be a name in .* has no 'gone'"),
         ("ie-dml", {"peer_layer": "gone"}, {}, ValueError, "peer_layer must be a name in .* has no 'gone'"),
         (

@@ -20,7 +20,7 @@ from test_methods import (
 from torch import nn
 
 from kcd_ext import methods, models
-from kcd_ext.methods.kr import aggregated, recoding_loss, representing_loss
+from kcd_ext.methods.kr import aggregate, recoding_loss, representing_loss
 from kcd_ext.training import Condense, Recipe, distill
 
 CLASSES, ROWS = 4, 11
@@ -265,7 +265,7 @@ def test_maps_of_zeros_have_no_gradient_and_hide_nothing():
     expected = represented([float64(student[0])], [float64(teacher[0])])
     assert loss.item() == pytest.approx(expected, rel=1e-5)
     assert (student[0].grad[1] == 0).all() and student[0].grad.isfinite().all() and student[0].grad[2].any()
-    uniform = recoding_loss(aggregated([0 * teacher[0]], (3, 3)), aggregated(teacher, (3, 3)), 0.1, 0.5)
+    uniform = recoding_loss(aggregate([0 * teacher[0]], (3, 3)), aggregate(teacher, (3, 3)), 0.1, 0.5)
     assert uniform.item() == pytest.approx(math.log(4))  # of 9 places 4, each as likely as the other
     for broken in (math.nan, math.inf):
         for maps in (student[0].detach(), teacher[0]):
@@ -302,7 +302,7 @@ def test_groups_are_the_stages_of_every_network_of_ours(name):
     data = Samples(torch.randn(2, 1, 16, 16, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 3]))
     method = methods.build("kr")
     method.prepare(student.eval(), teacher.eval(), data)
-    _, groups = method._ask("teacher", teacher, data.x)
+    _, groups = method._forward("teacher", teacher, data.x)
     *ends, _, _ = models.features(teacher, data.x)
     assert len(groups) == len(ends) == len(teacher.stages)
     for group, end in zip(groups, ends, strict=True):
@@ -327,7 +327,7 @@ def test_a_layer_that_does_not_run_is_named_even_after_it_once_did():
     batch = samples().at([0, 1])
     student(batch.x)  # as in a validation
     student.forward = lambda x: x.mean((2, 3)) @ x.new_ones(2, CLASSES)
-    with pytest.raises(RuntimeError, match=r"student's layer 'layers.0' was not passed in its forward pass"):
+    with pytest.raises(RuntimeError, match=r"student's layer 'layers.0' did not run in its forward pass"):
         method(student, teacher, batch)
 
 
@@ -350,7 +350,7 @@ def test_what_cannot_be_compared_is_refused_in_one_line():
 
     refused(
         ValueError,
-        r"equally many groups, got 2 \(layers.0\+layers.1,layers.2\) and 1 \(layers.0\)",
+        r"same number of groups, got 2 \(layers.0\+layers.1,layers.2\) and 1 \(layers.0\)",
         **with_layers("layers.0+layers.1,layers.2", "layers.0"),
     )
     refused(
@@ -361,22 +361,22 @@ def test_what_cannot_be_compared_is_refused_in_one_line():
         r"teacher_layers must be names in .* no 'fc'",
         **with_layers("layers.0,layers.1", "layers.0,layers.1+fc"),
     )
-    refused(ValueError, r"student_layers must name layers, as .* the student, of Fields, has no stages")
+    refused(ValueError, r"student_layers must name layers, e.g. .* the student, a Fields, has no `stages`")
     refused(ValueError, r"teacher_layers must name layers", student_layers="layers.0")
     other, absent = prepared()[1], prepared()[2]
     other.stages, absent.stages = other.layers, ("layers.7",)  # the networks of others have modules of that name
-    refused(ValueError, r"student_layers must name layers, as .* of Fields, has no stages", other)
+    refused(ValueError, r"student_layers must name layers, e.g. .* a Fields, has no `stages`", other)
     refused(ValueError, r"teacher_layers must be names in .* no 'layers.7'", None, absent, student_layers="layers.0")
     refused(
         RuntimeError,
         r"teacher's layer 'classifier' had a torch.float32 tensor of shape \(1, 4\) .* maps \(b, c, h, w\)",
         **with_layers("layers.0", "classifier"),
     )
-    refused(RuntimeError, r"student's layer 'unused' was not passed", **with_layers("unused", "layers.0"))
+    refused(RuntimeError, r"student's layer 'unused' did not run", **with_layers("unused", "layers.0"))
     scripted = torch.jit.script(models.build("cnn_large", in_channels=2, num_classes=CLASSES))
     refused(
         ValueError,
-        r"teacher's features cannot be had of TorchScript",
+        r"teacher must be a torch.nn.Module to capture its features, got TorchScript",
         None,
         scripted,
         student_layers="layers.0,layers.1",
@@ -400,11 +400,11 @@ def test_what_cannot_be_compared_is_refused_in_one_line():
         (
             {"student_layers": ["layer1"]},
             TypeError,
-            r"student_layers must be names of layers, as .* got list of length 1",
+            r"student_layers must be names of layers, e.g. .* got list of length 1",
         ),
-        ({"teacher_layers": "a,,b"}, ValueError, "teacher_layers must be names .* got 'a,,b', where a name is empty"),
-        ({"teacher_layers": "a+ "}, ValueError, "teacher_layers must be names .* where a name is empty"),
-        ({"student_layers": ""}, ValueError, "student_layers must be names .* got '', where a name is empty"),
+        ({"teacher_layers": "a,,b"}, ValueError, "teacher_layers must be names .* got 'a,,b', with an empty name"),
+        ({"teacher_layers": "a+ "}, ValueError, "teacher_layers must be names .* with an empty name"),
+        ({"student_layers": ""}, ValueError, "student_layers must be names .* got '', with an empty name"),
     ],
 )
 def test_options_are_checked(options, error, message):

@@ -24,7 +24,7 @@ from kcd_ext import methods
 from kcd_ext.methods import Batch, features, kd, pkt, selection
 from kcd_ext.methods.features import Tap, unit_rows
 from kcd_ext.methods.selection import select_batch_rows
-from kcd_ext.methods.sskd import least_wrong
+from kcd_ext.methods.sskd import select_least_wrong
 from kcd_ext.models.cnn import cnn
 
 # The defaults, as published: KD in the recipe of KCD (Li et al., 2022), PKT and CRD in the comparison of RepDistiller
@@ -392,8 +392,8 @@ def test_crd_against_float64_over_several_steps(keep):
         student.classifier.weight.mul_(1e-20)
         student.classifier.bias.copy_(torch.arange(4) / 2)
     method, *_ = prepared("crd", {"batch_keep": keep}, student, teacher, samples)
-    replay, drawn, draw = Replay(method), [], method.draw
-    method.draw = lambda label: drawn.append(draw(label)) or drawn[-1]
+    replay, drawn, draw = Replay(method), [], method.draw_negatives
+    method.draw_negatives = lambda label: drawn.append(draw(label)) or drawn[-1]
     f, g = float64(student.features), float64(teacher.features)
     # Padding, samples seen twice in a batch, extreme features, samples seen again later.
     batches = [[0, 1, 2, -1, 3, 8, 5], [8, 9, 8, 10, 5, 8, 0], [-1, -1, 7], [11, 12, 0, 13, 14], [-1, -1]]
@@ -447,7 +447,7 @@ def test_crd_draws_uniformly_from_samples_of_other_classes():
     assert memory.abs().max() <= width
     assert stats.kstest(memory.flatten().numpy(), "uniform", args=(-width, 2 * width)).pvalue > 1e-4
     torch.manual_seed(0)
-    for own, drawn in zip(label[:5].tolist(), method.draw(label[:5]), strict=True):
+    for own, drawn in zip(label[:5].tolist(), method.draw_negatives(label[:5]), strict=True):
         others = (label != own).nonzero().squeeze(1)
         counts = drawn.bincount(minlength=7)
         assert counts.sum() == counts[others].sum() == 40_000
@@ -485,7 +485,7 @@ def test_crd_loads_no_sample_for_labels_in_memory():
 
 def test_crd_needs_two_classes_and_all_samples_in_order():
     samples = Samples(torch.arange(5), torch.ones(5, dtype=torch.int64))
-    with pytest.raises(ValueError, match="of other classes, got 5 samples all of class 1"):
+    with pytest.raises(ValueError, match="of other classes, but all 5 samples have class 1"):
         prepared("crd", {}, Table(np.ones((5, 2))), Table(np.ones((5, 2))), samples)
     samples = [Batch(torch.arange(5), torch.arange(5), torch.tensor([0, 1, 3, 2, 4]))]
     with pytest.raises(ValueError, match="by ascending index"):
@@ -618,11 +618,11 @@ def test_rows_least_wrong_are_those_of_a_loop():
         for ratio in (0.0, 0.29, 0.75, 1.0):
             score = torch.randint(0, 4, (rows, 9), generator=generator).float()  # with ties within rows and among them
             truth = torch.randint(0, 9, (rows,), generator=generator)
-            selected, number = least_wrong(score, truth, ratio)
+            selected, number = select_least_wrong(score, truth, ratio)
             expected = selected_by_a_loop(score.numpy(), truth.numpy(), ratio)
             assert selected.nonzero().squeeze(1).tolist() == expected and number == len(expected)
     score[5, truth[5]] = torch.nan
-    assert least_wrong(score, truth, 0.0)[0][5]
+    assert select_least_wrong(score, truth, 0.0)[0][5]
 
 
 def test_sskd_without_a_selected_row_is_zero_there_and_hides_no_nan():
@@ -642,7 +642,7 @@ def test_sskd_without_a_selected_row_is_zero_there_and_hides_no_nan():
 def test_sskd_turns_square_images_only():
     for shape in ((SAMPLES, 2, 5, 6), (SAMPLES, 10)):
         samples = Samples(torch.zeros(shape), torch.arange(SAMPLES) % CLASSES)
-        with pytest.raises(ValueError, match="x must be square ones"):
+        with pytest.raises(ValueError, match="x must be square images"):
             prepared("sskd", samples=samples)
 
 
@@ -681,7 +681,7 @@ def test_the_last_linear_layer_is_tapped_unless_another_is_named():
     hidden = network[0](x)
     for path, expected in ((None, hidden.relu()), ("", hidden.relu()), ("1", hidden), ("0", x)):
         tap = Tap(network, path, "student")
-        assert torch.equal(tap.through(network, x)[1], expected)
+        assert torch.equal(tap.run(network, x)[1], expected)
         tap.remove()
 
 
@@ -691,7 +691,7 @@ def test_a_layer_that_cannot_be_tapped_is_named():
             prepared("pkt", {}, *networks)
     with pytest.raises(ValueError, match=r"teacher_layer must be a name in .* no 'fc'"):
         prepared("pkt", {"teacher_layer": "fc"})
-    with pytest.raises(RuntimeError, match=r"student's layer 'unused' was not passed .* set student_layer"):
+    with pytest.raises(RuntimeError, match=r"student's layer 'unused' did not run .* set student_layer"):
         prepared("pkt", {}, Odd(unused=True))
     with pytest.raises(TypeError, match="student_layer must be a name in named_modules"):
         methods.build("pkt", {"student_layer": 3})
@@ -703,9 +703,9 @@ def test_a_tap_holds_nothing_that_nobody_asked_for():
     x = images().x
     tap.listen()
     network(x)
-    assert tap.take_map().shape == (SAMPLES, 4, PIXELS, PIXELS) and tap._catch.caught is None
+    assert tap.pop_map().shape == (SAMPLES, 4, PIXELS, PIXELS) and tap._capture.features is None
     network(x)  # a validation
-    assert tap._catch.caught is None
+    assert tap._capture.features is None
     tap.remove()
 
 
@@ -717,13 +717,13 @@ def test_what_a_later_layer_changes_in_place_is_not_taken_for_what_was_there(inf
     with torch.inference_mode(inference):
         network(images().x)
     if inference:  # nobody counts there; no method trains so
-        assert tap.take_map().min() == 0
+        assert tap.pop_map().min() == 0
         return
     with pytest.raises(RuntimeError, match=r"student's layer '0' had its features changed in place .* inplace=False"):
-        tap.take_map()
+        tap.pop_map()
     tap = Tap(network, "1", "student", output=True)
     network(images().x)
-    assert tap.take_map().min() == 0
+    assert tap.pop_map().min() == 0
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit")
@@ -733,7 +733,10 @@ def test_torchscript_takes_no_hooks():
     inside = [nn.Sequential(network) for network in whole]
     for path, networks in ((None, whole), ("0.classifier", inside)):
         for network in networks:
-            with pytest.raises(ValueError, match=r"the teacher's features cannot be had of TorchScript .* no hooks"):
+            with pytest.raises(
+                ValueError,
+                match=r"the teacher must be a torch.nn.Module .*, got TorchScript .* no hooks",
+            ):
                 Tap(network, path, "teacher")
     scripted = methods.build("kd")(Images(1), whole[0].eval(), images().at([1, 2]))  # which needs none
     plain = methods.build("kd")(Images(1), Images(2).eval(), images().at([1, 2]))
@@ -745,16 +748,16 @@ def test_a_tap_forgets_and_works_without_gradients_and_compiled():
     tap = Tap(network, None, "student")
     expected = (x.flatten(1) * network.scale).tanh()
     with torch.no_grad():
-        _, features = tap.through(network, x)
+        _, features = tap.run(network, x)
     assert torch.equal(features, expected) and not features.requires_grad
-    with pytest.raises(RuntimeError, match="was not passed"):
-        tap.take()
+    with pytest.raises(RuntimeError, match="did not run"):
+        tap.pop()
     network(x)  # as in a validation: what was caught then is not what a later pass is asked for
-    with pytest.raises(RuntimeError, match="was not passed"):
-        tap.through(nn.Flatten(), x)
+    with pytest.raises(RuntimeError, match="did not run"):
+        tap.run(nn.Flatten(), x)
     compiled = torch.compile(network, backend="aot_eager")
     for part in (x, x[:5] + 1, x[:5] + 2):
-        logits, features = tap.through(compiled, part)
+        logits, features = tap.run(compiled, part)
         torch.testing.assert_close(features, (part.flatten(1) * network.scale).tanh())
         torch.testing.assert_close(logits, network.classifier(features))
         network.zero_grad()
@@ -804,7 +807,7 @@ def test_defaults_are_those_published(name):
 
 
 def test_constants_are_those_published():
-    assert pkt.EPSILON == features.SMALLEST_LENGTH == 1e-7
+    assert pkt.EPSILON == features.LENGTH_OFFSET == 1e-7
 
 
 class Own(kd.KnowledgeDistillation):
@@ -912,8 +915,8 @@ def _process(rank, folder):
         for parameter in method.parameters():
             dist.broadcast(parameter, 0)
     said = {"before": {k: x.clone() for k, x in method.state_dict().items()}, "drawn": [], "losses": []}
-    draw = method.draw
-    method.draw = lambda label: said["drawn"].append(draw(label)) or said["drawn"][-1]
+    draw = method.draw_negatives
+    method.draw_negatives = lambda label: said["drawn"].append(draw(label)) or said["drawn"][-1]
     for step in BATCHES:
         said["losses"].append(method(student, teacher, samples.at(step[rank])).terms["crd"])
     torch.save({**said, "after": method.state_dict()}, folder / f"{rank}.pt")

@@ -75,9 +75,9 @@ def test_the_whole_width_is_the_network_bit_for_bit_and_every_width_runs(name):
     x = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(2))
     slim = slimmable(plain, DEFAULTS["widths"])
     assert type(slim.network) is type(plain) and slim.network.stages == plain.stages
-    slim.use(0.5)
+    slim.set_width(0.5)
     slim(x)
-    slim.use(1.0)
+    slim.set_width(1.0)
     for network in (plain, slim):
         network.train()(x).square().sum().backward()
     own = dict(slim.network.named_parameters())
@@ -93,12 +93,12 @@ def test_the_whole_width_is_the_network_bit_for_bit_and_every_width_runs(name):
     with torch.no_grad():
         tap = Tap(slim.network, None, "teacher")
         for width in slim.widths:
-            slim.use(width)
+            slim.set_width(width)
             assert slim.width == width
-            taken[width] = tap.through(slim.network, x)[1].shape[1]
+            taken[width] = tap.run(slim.network, x)[1].shape[1]
     tap.remove()
     assert {width: count / taken[1.0] for width, count in taken.items()} == {width: width for width in slim.widths}
-    slim.use(0.25)
+    slim.set_width(0.25)
     slim.train().zero_grad()
     loss = slim(x).square().sum()
     loss.backward()
@@ -147,7 +147,7 @@ def test_narrow_widths_against_sliced_weights_in_float64(width, channels):
     slim = slimmable(plain, [width, 1.0]).eval()
     narrow = [shake(slim.network[i].narrow, seed=i)[0] for i in (1, 4, 9)]
     x = torch.randn(3, 3, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
-    slim.use(width)
+    slim.set_width(width)
     found = slim(x).detach().numpy()
 
     weight, bias = ([getattr(layer, k, None) for layer in plain] for k in ("weight", "bias"))
@@ -173,14 +173,14 @@ def test_every_width_has_its_own_normalisation(options):
         for i in (0, 1)
         for k, part in plain[1].state_dict().items()
     )
-    slim.use(0.6)
+    slim.set_width(0.6)
     momentum = options.get("momentum", 0.1)
     expected = [None if x is None else x.clone().numpy() for x in (norm.running_mean, norm.running_var)]
     for step in (1, 2):
         x = torch.randn(7, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(step))
         y = functional.linear(x, slim.network[0].weight[:5], slim.network[0].bias[:5]).detach().numpy()
         caught = Tap(slim.network, "2", "teacher")
-        _, found = caught.through(slim.network, x)
+        _, found = caught.run(slim.network, x)
         caught.remove()
         z = (y - y.mean(0)) / np.sqrt(y.var(0) + 1e-5)
         if norm.affine:
@@ -213,7 +213,7 @@ def test_a_copy_and_a_state_hold_all_of_it_and_the_module_is_left_alone():
     fired = []
     plain[3].register_forward_hook(lambda *_: fired.append(1))
     slim = slimmable(plain, (0.5, 1)).train()
-    slim.use(0.5)
+    slim.set_width(0.5)
     x = torch.randn(4, 3, 6, 6)
     slim(x).sum().backward()
     assert fired == [1] and all(p.grad is None for p in plain.parameters())
@@ -223,13 +223,13 @@ def test_a_copy_and_a_state_hold_all_of_it_and_the_module_is_left_alone():
     other, untouched = copy.deepcopy(slim), slimmable(seeded(6, mixed), (0.5, 1)).eval()
     untouched.load_state_dict(slim.state_dict())
     assert other.width == 0.5 and untouched.width == 1
-    untouched.use(0.5)
+    untouched.set_width(0.5)
     plain[3]._forward_hooks.clear()
     read = pickle.loads(pickle.dumps(slimmable(plain, (0.5, 1)).eval()))
     read.load_state_dict(slim.state_dict())
-    read.use(0.5)
+    read.set_width(0.5)
     expected = slim(x)
-    slim.use(1)
+    slim.set_width(1)
     assert all(torch.equal(network(x), expected) for network in (other, untouched, read))  # the copy's width is its own
     assert not torch.equal(slim(x), expected)
     with torch.autocast("cpu", torch.bfloat16):
@@ -249,7 +249,7 @@ class Attention(nn.Module):
     [
         (
             lambda: nn.LayerNorm(4),
-            r"layer '1.0', a LayerNorm with weight \(4,\), bias \(4,\), is none of Conv2d, Linear",
+            r"layer '1.0', a LayerNorm with weight \(4,\), bias \(4,\), must be one of Conv2d, Linear",
         ),
         (lambda: nn.ConvTranspose2d(4, 3, 2), r"ConvTranspose2d with weight \(4, 3, 2, 2\), bias \(3,\)"),
         (Attention, r"Attention with scale \(3, 4\)"),
@@ -271,7 +271,7 @@ def test_a_layer_that_cannot_be_narrower_is_named(build, message):
 def test_slimmable_says_what_it_takes():
     for widths in ((), (0.5,), (0.5, 0.5, 1), (1, 0.5), (0, 1), (0.5, 1.5), (float("nan"), 1), "0.5,x", "", 0.5):
         with pytest.raises(
-            ValueError, match=r"widths must be ascending fractions in \(0, 1\] that end with 1, as 0.25"
+            ValueError, match=r"widths must be ascending fractions in \(0, 1\] that end with 1, such as 0.25"
         ):
             slimmable(nn.Linear(2, 2), widths)
     for widths in (None, (True,), ("1",)):
@@ -280,18 +280,18 @@ def test_slimmable_says_what_it_takes():
     assert slimmable(nn.Linear(2, 2), 1).widths == (1.0,)
     assert slimmable(nn.Linear(2, 2), "0.3, 1").widths == (0.3, 1.0)
     with pytest.raises(ValueError, match=r"width must be one of 0.5, 1.0, got 0.7"):
-        slimmable(nn.Linear(2, 2), (0.5, 1)).use(0.7)
+        slimmable(nn.Linear(2, 2), (0.5, 1)).set_width(0.7)
     with pytest.raises(ValueError, match=r"must have a torch.nn.Linear.*Sequential has none"):
         slimmable(nn.Sequential(nn.Conv2d(2, 2, 1)), (0.5, 1))
     with pytest.raises(TypeError, match=r"module must be a torch.nn.Module, got function"):
         slimmable(mixed, (0.5, 1))
     thin = slimmable(nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2)), (1e-12, 1))
-    thin.use(1e-12)
+    thin.set_width(1e-12)
     assert thin.network[0](torch.zeros(1, 2)).shape == (1, 1) and thin(torch.zeros(1, 2)).shape == (1, 2)
     odd = slimmable(nn.Sequential(nn.Conv2d(9, 9, 1, groups=3), nn.Flatten(), nn.Linear(9, 2)), (0.5, 1))
-    odd.use(0.5)
+    odd.set_width(0.5)
     with pytest.raises(
-        ValueError, match=r"layer '0', a Conv2d of 3 groups with weight \(9, 3, 1, 1\), is given 4 channels at a narrow"
+        ValueError, match=r"layer '0', a Conv2d of 3 groups with weight \(9, 3, 1, 1\), receives 4 channels at a narrow"
     ):
         odd(torch.randn(1, 4, 1, 1))
 
@@ -393,7 +393,7 @@ def test_the_teachers_gradients_are_the_sum_of_those_of_the_widths(in_place):
     expected, losses, target, batch = {}, [], None, data[0]
     for width in (1.0, 0.8, 0.5, 0.3):
         alone = copy.deepcopy(plan.part)
-        alone.use(width)
+        alone.set_width(width)
         logits = alone(batch.x)
         truth = np.eye(CLASSES)[batch.label.numpy()] if target is None or not in_place else target
         losses.append(-(truth * log_softmax(logits.detach().numpy(), 1)).sum(1).mean())
@@ -470,7 +470,7 @@ def test_features_that_a_partial_teacher_lacks_are_zeros():
         method.begin(epoch, 4)
         tap = Tap(stand_in, None, "teacher")
         with torch.no_grad():
-            logits, narrow = tap.through(stand_in, batch.x)
+            logits, narrow = tap.run(stand_in, batch.x)
         tap.remove()
         found, padded = method.base.teacher_forward(stand_in, batch.x)
         assert narrow.shape == (7, width) and padded.shape == (7, 8) and torch.equal(found, logits)
@@ -578,7 +578,7 @@ def test_every_width_learns(options):
                 optimizer.step()
     plan.part.eval()
     for width in plan.part.widths:
-        plan.part.use(width)
+        plan.part.set_width(width)
         assert (plan.part(x).argmax(-1) == label).float().mean() > 0.9
 
 
@@ -638,23 +638,27 @@ def test_defaults():
         ({"in_place": 1}, TypeError, "in_place must be True or False, got int 1"),
         ({"partial": "no"}, TypeError, "partial must be True or False, got str 'no'"),
         ({"widths_a_step": 1}, ValueError, "widths_a_step must be an integer >= 2, got 1"),
-        ({"widths_a_step": 5}, ValueError, r"widths_a_step must be at most the 4 of widths 0.25, 0.5, 0.75, 1, got 5"),
+        (
+            {"widths_a_step": 5},
+            ValueError,
+            r"widths_a_step must be at most 4, the number of widths 0.25, 0.5, 0.75, 1, got 5",
+        ),
         ({"widths_a_step": 2.0}, TypeError, "widths_a_step must be an integer >= 2, got float 2.0"),
-        ({"base": "ce"}, ValueError, "base must be a method that asks a teacher, got 'ce', which asks none"),
+        ({"base": "ce"}, ValueError, "base must be a method that needs a teacher, got 'ce', which needs none"),
         ({"base": "pwkd"}, ValueError, "got 'pwkd', which chooses the teacher"),
-        ({"base": f"{__name__}:Restarts"}, ValueError, "Restarts', which has learning rates of its own"),
+        ({"base": f"{__name__}:Restarts"}, ValueError, "Restarts', which has its own learning rates"),
         ({"base": "nothing"}, ValueError, "unknown base 'nothing'"),
         ({"partial": False, "teacher_epochs": 3}, ValueError, "teacher_epochs=3 has no effect with partial=False"),
         ({"partial": False, "in_place": False}, ValueError, "in_place=False has no effect with partial=False"),
         (
             {"temprature": 4},
             TypeError,
-            "has no option 'temprature', nor has its base 'kd': it takes base, .* base temperature",
+            "has no option 'temprature', nor has its base 'kd': pwkd takes base, .* the base temperature",
         ),
         (
             {"teacher_epoch": 4},
             TypeError,
-            "'pwkd' has no option 'teacher_epoch', .*: it takes base, widths, teacher_epochs",
+            "'pwkd' has no option 'teacher_epoch', .*: pwkd takes base, widths, teacher_epochs",
         ),
         ({"teacher_epochs": 2.5}, TypeError, "teacher_epochs must be an integer >= 1, got float 2.5"),
         ({"base": "pkt", "temperature": 4}, TypeError, "no option 'temperature', nor has its base 'pkt'"),
@@ -701,7 +705,7 @@ def test_a_teacher_that_cannot_be_narrower_is_told_before_anything_is_written(tm
             Asserting(),
             r"does not run at 0.5 \(8 channels\): the last layer that ran was 'first', a Conv2d: .* -> \(1, 4, 4, 4\)",
         ),
-        (nn.Sequential(nn.Flatten(), nn.Linear(36, CLASSES)), r"leave the teacher as it is: .*'1': \(4, 4, 4\)"),
+        (nn.Sequential(nn.Flatten(), nn.Linear(36, CLASSES)), r"do not change the teacher: .*'1': \(4, 4, 4\)"),
         (nn.Sequential(nn.Flatten(), nn.LayerNorm(36), nn.Linear(36, CLASSES)), r"layer '1', a LayerNorm with"),
     ):
         with pytest.raises(ValueError, match=message) as caught:
