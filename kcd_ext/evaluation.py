@@ -206,10 +206,10 @@ def evaluate(
     all samples are kept on the CPU; everything else is processed batch by batch.
 
     Args:
-        student, teacher: networks that map x to logits (b, classes), on the device of the batches. If a network returns more
-            than logits, the logits are used, with a UserWarning (`kcd_ext.networks.LogitsAlone`). The networks run in the
-            precision of their weights: your autocast, gradient and inference modes, default dtype and default device have no
-            effect.
+        student: a network that maps x to logits (b, classes), on the device of the batches. If it returns more than logits,
+            the logits are used, with a UserWarning (`kcd_ext.networks.LogitsAlone`). It runs in the precision of its weights:
+            your autocast, gradient and inference modes, default dtype and default device have no effect.
+        teacher: the same.
         batches: (x, labels, ...), such as a `Batch`; labels are (b,) int64 in [0, classes). Each sample once.
         temperatures: for the divergence and the quality of the probabilities; distinct numbers in [0.001, 1000].
         layers: pairs (student's layer, teacher's layer) whose outputs are compared: a name in `named_modules()`,

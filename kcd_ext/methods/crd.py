@@ -49,11 +49,13 @@ class ContrastiveRepresentationDistillation(FeatureMethod):
         negatives: K, the number of negatives for each sample.
         temperature: T > 0.
         momentum: share of the old memory in the new one, in [0, 1].
-        ce_weight, crd_weight: finite; 1 and 0.8 in RepDistiller's comparison, which KCD builds on.
+        ce_weight: weight of the cross entropy, finite; 1 in RepDistiller's comparison, which KCD builds on.
+        crd_weight: weight of CRD, finite; 0.8 in the same comparison.
         batch_keep: fraction of each batch that the teacher runs on, and that is contrasted and remembered, in (0, 1]: the
             rows of highest student entropy (`selection.select_batch_rows`). 1: all rows.
-        student_layer, teacher_layer: the layer whose input is embedded, a name in `named_modules()` (`features.Tap`). None:
-            the last linear layer.
+        student_layer: the student's layer whose input is embedded, a name in `named_modules()` (`features.Tap`). None: the last
+            linear layer.
+        teacher_layer: the same for the teacher.
 
     Raises:
         TypeError: an argument has the wrong type.

@@ -171,7 +171,8 @@ class FeatureMethod(Method):
     After `prepare`, `student_width` and `teacher_width` are the features' numbers of dimensions.
 
     Args:
-        student_layer, teacher_layer: the layer to tap; `path` of `Tap`.
+        student_layer: the student's layer to tap; `path` of `Tap`.
+        teacher_layer: the teacher's.
         batch_keep: fraction of each batch that the teacher runs on, in (0, 1].
     """
 

@@ -239,18 +239,22 @@ class InheritanceExplorationDistillation(_FactorMethod):
     In training mode, maps of one pixel need at least two selected samples, for batch normalisation.
 
     Args:
-        ce_weight, inheritance_weight, exploration_weight: finite.
+        ce_weight: weight of the cross entropy, finite.
+        inheritance_weight: weight of INH, finite.
+        exploration_weight: weight of EXP, finite.
         kd_weight: weight of KD = T^2 * mean KL(teacher || student); finite. 0: no KD.
         temperature: T > 0 of KD; refused if kd_weight is 0.
         distance: "l1" or "cosine".
         split: "natural", the first half of the channels inherits and the second explores, or "permuted", in a fixed random
             order.
         split_seed: seed of the permuted order, >= 0; refused with the natural split.
-        factor_epochs, factor_lr: the auto-encoder's training, with the momentum and weight decay of the run.
+        factor_epochs: epochs of the auto-encoder, with the momentum and weight decay of the run.
+        factor_lr: its constant learning rate, >= 0.
         batch_keep: fraction of each batch that the teacher runs on and whose factors are compared, in (0, 1]: the rows of
             highest student entropy (`selection.select_batch_rows`). 1: all rows.
-        student_layer, teacher_layer: the layer whose output (b, c, h, w) is compared, a name in `named_modules()`. None: the
-            last of the network's `stages`, which every network in `kcd_ext.models` has.
+        student_layer: the student's layer whose output (b, c, h, w) is compared, a name in `named_modules()`. None: the last
+            of its `stages`, which every network in `kcd_ext.models` has.
+        teacher_layer: the same for the teacher.
 
     Raises:
         TypeError: an argument has the wrong type.
@@ -358,14 +362,21 @@ class InheritanceExplorationMutualLearning(_FactorMethod):
       are averaged as in IE-KD. We do not claim the paper's numbers.
 
     Args:
-        ce_weight, kl_weight, inheritance_weight, exploration_weight: finite.
+        ce_weight: weight of the cross entropy, finite.
+        kl_weight: weight of the KL divergence, finite.
+        inheritance_weight: weight of INH, finite.
+        exploration_weight: weight of EXP, finite.
         temperature: T > 0.
-        distance, split, split_seed: as in `InheritanceExplorationDistillation`; the channels of both networks are split.
+        distance: "l1" or "cosine".
+        split: "natural", the first half of the channels inherits and the second explores, or "permuted", in a fixed random
+            order. The channels of both networks are split.
+        split_seed: seed of the permuted order, >= 0; refused with the natural split.
         peer: a network by name or `module:function`, built by `kcd_ext.models.build` for the student's input channels and
             classes. None: a copy of the student, with all weights redrawn from torch's generator by the `reset_parameters` of
             its modules; all of them are trained.
-        student_layer, peer_layer: the layer whose output (b, c, h, w) is compared, a name in `named_modules()`. None: the last
-            of the network's `stages`, which every network in `kcd_ext.models` has.
+        student_layer: the student's layer whose output (b, c, h, w) is compared, a name in `named_modules()`. None: the last
+            of its `stages`, which every network in `kcd_ext.models` has.
+        peer_layer: the same for the peer.
 
     Raises:
         TypeError: an argument has the wrong type.

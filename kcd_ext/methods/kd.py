@@ -27,7 +27,8 @@ class KnowledgeDistillation(Method):
 
     Args:
         temperature: T > 0; 4 in KCD's recipe.
-        kd_weight, ce_weight: finite; 0.9 and 0.1 in KCD's recipe.
+        kd_weight: weight of the KL term, finite; 0.9 in KCD's recipe.
+        ce_weight: weight of the cross entropy, finite; 0.1 in KCD's recipe.
         batch_keep: fraction of each batch that the teacher runs on, in (0, 1]: the rows of highest student entropy
             (`selection.select_batch_rows`). 1: all rows.
 

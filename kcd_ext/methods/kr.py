@@ -48,17 +48,20 @@ class KnowledgeRepresenting(Method):
 
     Args:
         temperature: T > 0 of the KL; refused if kd_weight is 0.
-        ce_weight, kd_weight, kr_weight: finite. If kd_weight is 0, no KL is computed.
+        ce_weight: weight of the cross entropy, finite.
+        kd_weight: weight of the KL term, finite. 0: no KL is computed.
+        kr_weight: weight of the sum of all L_g, finite.
         tau: > 0, temperature of the softmax over positions.
         ratio: the support's share of the positions, in (0, 1]: max(1, int(ratio * positions)) of them, by the teacher's A_g.
             Ties go to the lower index, counted row by row.
         batch_keep: fraction of each batch that the teacher runs on and whose maps are compared, in (0, 1]: the rows of
             highest student entropy (`selection.select_batch_rows`). 1: all rows.
-        student_layers, teacher_layers: names in `named_modules()` whose outputs are the maps. Write groups with commas
-            between them and + between the layers of a group, e.g. layer1.0+layer1.1,layer2. Both networks need the same number
-            of groups. None: the network's `stages`, which all networks in `kcd_ext.models` have, as one group each. A stage
-            that is a `torch.nn.Sequential` of blocks contributes its blocks, any other stage itself. (A child without children
-            of its own, such as a convolution, is not a block.)
+        student_layers: the student's layers whose outputs are the maps, names in `named_modules()`. Write commas between
+            groups and + between the layers of a group, e.g. layer1.0+layer1.1,layer2. Both networks need the same number of
+            groups. None: one group for each of the network's `stages`, which all networks in `kcd_ext.models` have. A stage
+            that is a `torch.nn.Sequential` of blocks contributes its blocks, any other stage itself. (A child without children,
+            such as a convolution, is not a block.)
+        teacher_layers: the same for the teacher.
 
     Raises:
         TypeError: an argument has the wrong type.
@@ -173,7 +176,8 @@ def representing_loss(
     """Return L_g of one group: (), at least float32, differentiable in all maps. The support is a constant.
 
     Args:
-        student_maps, teacher_maps: at least one map (b, c, h, w) each, with the same b and any channels and sizes.
+        student_maps: at least one map (b, c, h, w), of any channels and sizes.
+        teacher_maps: the same, with the same b.
         tau: > 0.
         ratio: in (0, 1].
     """

@@ -25,11 +25,13 @@ class ProbabilisticKnowledgeTransfer(FeatureMethod):
     So PKT is the batch's mean KL divergence divided by b, and the published weight of 30000 belongs to that.
 
     Args:
-        ce_weight, pkt_weight: finite; 1 and 30000 in RepDistiller's comparison, which KCD builds on.
+        ce_weight: weight of the cross entropy, finite; 1 in RepDistiller's comparison, which KCD builds on.
+        pkt_weight: weight of PKT, finite; 30000 in the same comparison.
         batch_keep: fraction of each batch that the teacher runs on and whose features are compared, in (0, 1]: the rows of
             highest student entropy (`selection.select_batch_rows`). 1: all rows.
-        student_layer, teacher_layer: the layer whose input is compared, a name in `named_modules()` (`features.Tap`). None:
-            the last linear layer.
+        student_layer: the student's layer whose input is compared, a name in `named_modules()` (`features.Tap`). None: the last
+            linear layer.
+        teacher_layer: the same for the teacher.
 
     Raises:
         TypeError: an argument has the wrong type.

@@ -11,21 +11,30 @@ from torch import Tensor, nn
 class Batch(NamedTuple):
     """A batch of b samples."""
 
-    x: Tensor  # (b, ...) the input of the networks
-    label: Tensor  # (b,) int64
-    index: Tensor  # (b,) int64, index in the data set; -1 marks a repeat that only pads
-    weight: Tensor | None = None  # (b,) float32, factor of each sample's loss; None: 1 for all
+    x: Tensor
+    """(b, ...), the input of the networks."""
+    label: Tensor
+    """(b,) int64."""
+    index: Tensor
+    """(b,) int64, indices in the data set; -1 marks a repeat that only pads."""
+    weight: Tensor | None = None
+    """(b,) float32, the factor of each sample's loss; None: 1 for all."""
 
 
 @dataclass
 class Outcome:
     """The result of a method for one batch of b samples."""
 
-    loss: Tensor  # () differentiable
-    logits: Tensor  # (b, classes) the student's, detached
-    value: Tensor  # (b,) float, the knowledge value of each sample, detached
-    terms: dict[str, Tensor] = field(default_factory=dict)  # name -> (), detached: parts of the loss to log
-    losses: Tensor | None = None  # (b,) each sample's loss before its weight, detached; None without `batch.weight`
+    loss: Tensor
+    """(), differentiable."""
+    logits: Tensor
+    """(b, classes), the student's, detached."""
+    value: Tensor
+    """(b,) float, the knowledge value of each sample, detached."""
+    terms: dict[str, Tensor] = field(default_factory=dict)
+    """Name -> (), detached: parts of the loss, each a column in the metrics."""
+    losses: Tensor | None = None
+    """(b,), each sample's loss before its weight, detached; None without `batch.weight`."""
 
 
 @dataclass(frozen=True)
@@ -33,11 +42,15 @@ class Pretraining:
     """A part of a method that is trained before the student, and is constant afterwards."""
 
     part: nn.Module
+    """The part to train, a module of the method."""
     loss: Callable[[nn.Module | None, Batch], Tensor]
     """(teacher, batch) -> (), the loss to minimise. The teacher is frozen and in evaluation mode, unless it is `part`."""
     epochs: int
+    """The number of epochs."""
     lr: float
-    milestones: tuple[float, ...] = (0.5, 0.75)  # fractions of `epochs` at which the learning rate drops to a tenth
+    """The initial learning rate."""
+    milestones: tuple[float, ...] = (0.5, 0.75)
+    """Fractions of `epochs` at which the learning rate drops to a tenth."""
 
 
 class Method(nn.Module):
@@ -47,11 +60,16 @@ class Method(nn.Module):
     a file beside this one and a line to `kcd_ext.methods.REGISTRY`.
     """
 
-    needs_teacher = True  # False: `distill` accepts teacher=None
-    weighs_samples = False  # True: `forward` applies `batch.weight` and sets `Outcome.losses`
-    flops_known = True  # False: a row costs more than one teacher forward pass and one student step
-    compiles_teacher = True  # False: a recipe's `compile` does not compile the teacher
-    batch_keep = 1.0  # fraction of each batch that the teacher runs on
+    needs_teacher = True
+    """False: `distill` accepts teacher=None."""
+    weighs_samples = False
+    """True: `forward` applies `batch.weight` and sets `Outcome.losses`."""
+    flops_known = True
+    """False: a row costs more than one teacher forward pass and one student step."""
+    compiles_teacher = True
+    """False: a recipe's `compile` does not compile the teacher."""
+    batch_keep = 1.0
+    """The fraction of each batch that the teacher runs on."""
 
     def set_options(self, check: Callable[[str, object], object], **options: object) -> None:
         """Set each option as an attribute, after `check(name, value)`, a function of `kcd_ext.checks`, has validated it."""

@@ -90,7 +90,8 @@ class PartialToWholeDistillation(Method):
     Args:
         base: a method that needs a teacher, by name or `module:Class`. Its own pretraining follows that of the teacher.
         widths: ascending fractions in (0, 1], the last one 1; see `slimmable`. On the command line: "0.25,0.5,0.75,1".
-        teacher_epochs, teacher_lr: the teacher's pretraining; see `Pretraining`.
+        teacher_epochs: epochs of the teacher's pretraining.
+        teacher_lr: learning rate of the teacher's pretraining, which drops to a tenth at 50 % and 75 % of its epochs.
         lr_min: end of the cosine, as a fraction of the recipe's `lr`, in [0, 1].
         in_place: narrow widths learn from the full one instead of the labels.
         widths_a_step: number of widths in each step of the teacher's pretraining: the full one, the narrowest, and others

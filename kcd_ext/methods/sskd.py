@@ -48,16 +48,25 @@ class SelfSupervisedKnowledgeDistillation(FeatureMethod):
     The student sees all 4 b views in one forward pass, so its normalisation layers see them together too.
 
     Args:
-        temperature, transformed_temperature, similarity_temperature: T > 0 of KD, TF and SS.
-        ce_weight, kd_weight, transformed_weight, similarity_weight: finite; 0.1, 0.9, 2.7 and 10 as published.
-        transformed_ratio, similarity_ratio: fraction of the rows to keep where the teacher is wrong, in [0, 1].
-        head_epochs, head_lr, head_milestones: training of the teacher's head; see `Pretraining`. On the command line, write
-            several milestones as "0.5,0.75", and none as "".
+        temperature: T > 0 of KD.
+        transformed_temperature: T > 0 of TF.
+        similarity_temperature: T > 0 of SS.
+        ce_weight: weight of the cross entropy, finite; 0.1 as published.
+        kd_weight: weight of KD, finite; 0.9 as published.
+        transformed_weight: weight of TF, finite; 2.7 as published.
+        similarity_weight: weight of SS, finite; 10 as published.
+        transformed_ratio: fraction of TF's rows to keep where the teacher is wrong, in [0, 1].
+        similarity_ratio: fraction of SS's rows to keep where the teacher is wrong, in [0, 1].
+        head_epochs: epochs for the teacher's head.
+        head_lr: learning rate for the teacher's head.
+        head_milestones: fractions of `head_epochs` at which `head_lr` drops to a tenth. On the command line, write several
+            as "0.5,0.75", and none as "".
         batch_keep: fraction of each batch that the teacher runs on, in (0, 1]: the images whose normal views have the
             highest student entropy (`selection.select_batch_rows`). KD, TF and SS use all views of these images and no
             others. 1: all images.
-        student_layer, teacher_layer: the layer whose input is embedded, a name in `named_modules()` (`features.Tap`). None:
-            the last linear layer.
+        student_layer: the student's layer whose input is embedded, a name in `named_modules()` (`features.Tap`). None: the last
+            linear layer.
+        teacher_layer: the same for the teacher.
 
     Raises:
         TypeError: an argument has the wrong type.
@@ -199,9 +208,11 @@ def _selected_kl(student: Tensor, teacher: Tensor, *, truth: Tensor, ratio: floa
     """Return the mean KL divergence () at this temperature, in nats, over the rows of `select_least_wrong`.
 
     Args:
-        student, teacher: scores (r, c).
+        student: scores (r, c).
+        teacher: scores (r, c).
         truth: (r,).
-        ratio, temperature: as in `SelfSupervisedKnowledgeDistillation`.
+        ratio: see `select_least_wrong`.
+        temperature: T > 0.
     """
     if student.shape[1] == 1:  # a batch of one image has one similarity
         return 0 * student.sum()
