@@ -47,10 +47,10 @@ class ContrastiveRepresentationDistillation(FeatureMethod):
     Args:
         dimension: size of the embeddings.
         negatives: K, the number of negatives for each sample.
-        temperature: T > 0.
+        temperature: T of the scores, > 0.
         momentum: share of the old memory in the new one, in [0, 1].
         ce_weight: weight of the cross entropy, finite; 1 in RepDistiller's comparison, which KCD builds on.
-        crd_weight: weight of CRD, finite; 0.8 in the same comparison.
+        crd_weight: weight of the contrastive term, CRD, finite; 0.8 in the same comparison.
         batch_keep: fraction of each batch that the teacher runs on, and that is contrasted and remembered, in (0, 1]: the
             rows of highest student entropy (`selection.select_batch_rows`). 1: all rows.
         student_layer: the student's layer whose input is embedded, a name in `named_modules()` (`features.Tap`). None: the last

@@ -240,10 +240,10 @@ class InheritanceExplorationDistillation(_FactorMethod):
 
     Args:
         ce_weight: weight of the cross entropy, finite.
-        inheritance_weight: weight of INH, finite.
-        exploration_weight: weight of EXP, finite.
+        inheritance_weight: weight of inheritance (INH), finite.
+        exploration_weight: weight of exploration (EXP), finite.
         kd_weight: weight of KD = T^2 * mean KL(teacher || student); finite. 0: no KD.
-        temperature: T > 0 of KD; refused if kd_weight is 0.
+        temperature: T of KD, > 0; refused if kd_weight is 0.
         distance: "l1" or "cosine".
         split: "natural", the first half of the channels inherits and the second explores, or "permuted", in a fixed random
             order.
@@ -364,9 +364,9 @@ class InheritanceExplorationMutualLearning(_FactorMethod):
     Args:
         ce_weight: weight of the cross entropy, finite.
         kl_weight: weight of the KL divergence, finite.
-        inheritance_weight: weight of INH, finite.
-        exploration_weight: weight of EXP, finite.
-        temperature: T > 0.
+        inheritance_weight: weight of inheritance (INH), finite.
+        exploration_weight: weight of exploration (EXP), finite.
+        temperature: T of the KL divergence, > 0.
         distance: "l1" or "cosine".
         split: "natural", the first half of the channels inherits and the second explores, or "permuted", in a fixed random
             order. The channels of both networks are split.

@@ -26,7 +26,7 @@ class KnowledgeDistillation(Method):
     - Without `batch.weight`, `Outcome.losses` is None: one operator gives the mean, and per-row losses would need a second.
 
     Args:
-        temperature: T > 0; 4 in KCD's recipe.
+        temperature: T of the softened probabilities, > 0; 4 in KCD's recipe.
         kd_weight: weight of the KL term, finite; 0.9 in KCD's recipe.
         ce_weight: weight of the cross entropy, finite; 0.1 in KCD's recipe.
         batch_keep: fraction of each batch that the teacher runs on, in (0, 1]: the rows of highest student entropy

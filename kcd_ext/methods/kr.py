@@ -47,13 +47,13 @@ class KnowledgeRepresenting(Method):
     - A map of zeros has no direction: its a_l is zeros and passes no gradient.
 
     Args:
-        temperature: T > 0 of the KL; refused if kd_weight is 0.
+        temperature: T of the KL term, > 0; refused if kd_weight is 0.
         ce_weight: weight of the cross entropy, finite.
         kd_weight: weight of the KL term, finite. 0: no KL is computed.
-        kr_weight: weight of the sum of all L_g, finite.
+        kr_weight: weight of the sum of all L_g, the activation term, finite.
         tau: > 0, temperature of the softmax over positions.
-        ratio: the support's share of the positions, in (0, 1]: max(1, int(ratio * positions)) of them, by the teacher's A_g.
-            Ties go to the lower index, counted row by row.
+        ratio: fraction of the positions to compare (the support), in (0, 1]: the max(1, int(ratio * positions)) where the
+            teacher's A_g is largest. Ties go to the lower index, counted row by row.
         batch_keep: fraction of each batch that the teacher runs on and whose maps are compared, in (0, 1]: the rows of
             highest student entropy (`selection.select_batch_rows`). 1: all rows.
         student_layers: the student's layers whose outputs are the maps, names in `named_modules()`. Write commas between

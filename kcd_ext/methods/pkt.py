@@ -26,7 +26,7 @@ class ProbabilisticKnowledgeTransfer(FeatureMethod):
 
     Args:
         ce_weight: weight of the cross entropy, finite; 1 in RepDistiller's comparison, which KCD builds on.
-        pkt_weight: weight of PKT, finite; 30000 in the same comparison.
+        pkt_weight: weight of the similarity term, PKT, finite; 30000 in the same comparison.
         batch_keep: fraction of each batch that the teacher runs on and whose features are compared, in (0, 1]: the rows of
             highest student entropy (`selection.select_batch_rows`). 1: all rows.
         student_layer: the student's layer whose input is compared, a name in `named_modules()` (`features.Tap`). None: the last

@@ -48,15 +48,15 @@ class SelfSupervisedKnowledgeDistillation(FeatureMethod):
     The student sees all 4 b views in one forward pass, so its normalisation layers see them together too.
 
     Args:
-        temperature: T > 0 of KD.
-        transformed_temperature: T > 0 of TF.
-        similarity_temperature: T > 0 of SS.
+        temperature: T of the normal views' KL (KD), > 0.
+        transformed_temperature: T of the transformed views' KL (TF), > 0.
+        similarity_temperature: T of the similarities' KL (SS), > 0.
         ce_weight: weight of the cross entropy, finite; 0.1 as published.
-        kd_weight: weight of KD, finite; 0.9 as published.
-        transformed_weight: weight of TF, finite; 2.7 as published.
-        similarity_weight: weight of SS, finite; 10 as published.
-        transformed_ratio: fraction of TF's rows to keep where the teacher is wrong, in [0, 1].
-        similarity_ratio: fraction of SS's rows to keep where the teacher is wrong, in [0, 1].
+        kd_weight: weight of the normal views' KL (KD), finite; 0.9 as published.
+        transformed_weight: weight of the transformed views' KL (TF), finite; 2.7 as published.
+        similarity_weight: weight of the similarities' KL (SS), finite; 10 as published.
+        transformed_ratio: of TF's rows where the teacher is wrong, the fraction to keep, in [0, 1].
+        similarity_ratio: of SS's rows where the teacher is wrong, the fraction to keep, in [0, 1].
         head_epochs: epochs for the teacher's head.
         head_lr: learning rate for the teacher's head.
         head_milestones: fractions of `head_epochs` at which `head_lr` drops to a tenth. On the command line, write several
