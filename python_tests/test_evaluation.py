@@ -152,7 +152,7 @@ def test_exaggeration_matches_loop_over_samples(name):
 
 
 def test_ruled_out_classes_do_not_count():
-    """Both networks rule out the last class. Later the student alone rules out its first, and the KL is infinite."""
+    """Both networks rule out the last class. Then the student also rules out the first one, and the KL is infinite."""
     student, teacher, labels = random_case(n=23)
     student[:, -1] = teacher[:, -1] = -np.inf
     s, t, y = tensors((student, teacher, labels))

@@ -295,7 +295,7 @@ def test_loss_and_terms_fall_in_training(name, options):
 def test_source_and_options_are_documented(name):
     method = type(methods.build(name))
     assert inspect.getdoc(method) and method.__doc__ is not methods.Method.__doc__
-    if method.needs_teacher:  # the paper
+    if method.needs_teacher:  # the docstring must name the source
         source = f"{inspect.getmodule(method).__doc__} {method.__doc__}"
         assert re.search(r"arXiv:? ?\d{4}\.\d{4,5}|\w+ (et al\.|and \w+), ([A-Z]\w+,? )*\d{4}\)", source)
     for option in methods.options_of(name):

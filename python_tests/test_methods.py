@@ -654,7 +654,7 @@ def test_sskd_refuses_inputs_that_are_not_square_images():
 
 
 class ConvHead(nn.Module):
-    """A convolutional head with features of four dimensions; normalisation, dropout and, optionally an unused linear layer."""
+    """A convolutional head with features of four dimensions; normalisation, dropout, and optionally an unused linear layer."""
 
     def __init__(self, unused=False):
         super().__init__()
