@@ -1,4 +1,4 @@
-"""What every method of the registry must do: one that is registered is tested here, with no line added."""
+"""Requirements for every method of the registry. A newly registered method is tested without adding a line here."""
 
 import copy
 import functools
@@ -32,7 +32,7 @@ from kcd_ext.training import Condense, Recipe, distill
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 SAMPLES = 23
-# Options that take other ways through a method.
+# Options that exercise other paths through a method.
 VARIANTS = {
     "iekd": {"batch_keep": 0.5, "kd_weight": 1, "split": "permuted"},
     "ie-dml": {"distance": "cosine"},
@@ -52,13 +52,13 @@ def samples(dtype=torch.float32):
     return Samples(x.to(dtype), torch.arange(SAMPLES) * 7 % CLASSES)
 
 
-def made(name, options=None):
+def build_small(name, options=None):
     return methods.build(name, {**OPTIONS.get(name, {}), **(options or {})})
 
 
 @functools.cache
 def fitted():
-    """A teacher that knows the labels."""
+    """Return a teacher that has learnt the labels."""
     teacher, data = network(2, width=10, dropout=0.0), samples()
     optimizer = torch.optim.Adam(teacher.parameters(), 0.01)
     for _ in range(40):
@@ -69,8 +69,8 @@ def fitted():
 
 
 def prepared(name, options=None, seed=1, dtype=torch.float32, given=None):
-    """A method as it is while the student trains: `teacher` is whom it asks, `given` whom it was given."""
-    method = made(name, options)
+    """Return a method as it is while the student trains. `given` is the original teacher, `teacher` that of `teacher_of`."""
+    method = build_small(name, options)
     student = network(seed, dropout=0.0).to(dtype)
     if given is None and method.needs_teacher:
         given = copy.deepcopy(fitted()).to(dtype)
@@ -79,7 +79,7 @@ def prepared(name, options=None, seed=1, dtype=torch.float32, given=None):
         torch.manual_seed(seed)
         method.prepare(student, given, data)
     for plan in method.pretraining():
-        plan.part.requires_grad_(False).eval()  # as the trainer leaves what was trained first
+        plan.part.requires_grad_(False).eval()  # as the trainer leaves pretrained parts
     method.begin(0, 8)
     return SimpleNamespace(
         method=method, student=student, given=given, teacher=method.teacher_of(given), samples=data, dtype=dtype
@@ -87,7 +87,7 @@ def prepared(name, options=None, seed=1, dtype=torch.float32, given=None):
 
 
 def step(it, index, **more):
-    """The outcome of a batch, its gradients computed."""
+    """Return the outcome of a batch after its backward pass."""
     torch.manual_seed(len(index))
     it.student.zero_grad(), it.method.zero_grad()
     outcome = it.method(it.student, it.teacher, it.samples.at(index, **more))
@@ -95,12 +95,12 @@ def step(it, index, **more):
     return outcome
 
 
-def trained(it):
+def trainable(it):
     return [p for p in (*it.student.parameters(), *it.method.parameters()) if p.requires_grad]
 
 
-def all_of(it, outcome):
-    """Every number that a step has made."""
+def numbers_of(it, outcome):
+    """Return all numbers of a step."""
     return [outcome.loss, *outcome.terms.values(), *(p.grad for p in it.student.parameters()), *it.method.buffers()]
 
 
@@ -123,11 +123,11 @@ def hooks_of(*networks):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @every_variant
-def test_a_step_is_what_the_protocol_says(name, options, dtype):
-    """Of odd batches, of one sample, of padding, and with weights."""
+def test_step_follows_protocol(name, options, dtype):
+    """For odd batches, single samples, padding and weights."""
     it = prepared(name, options, dtype=dtype)
     if dtype == torch.float64 and any(True for _ in it.method.parameters()):
-        pytest.skip("has parts of its own, which are float32")
+        pytest.skip("has its own parts, which are float32")
     before = state_of(it.given, it.teacher)
     for index in ([1, 2, 3, 4, 5, 6, 7], [8, 9, 10, -1, 8, 0, -1], [3], [4, -1], [-1, -1, -1]):
         outcome = step(it, index)
@@ -137,7 +137,7 @@ def test_a_step_is_what_the_protocol_says(name, options, dtype):
         numbers = (outcome.logits, outcome.value, *outcome.terms.values())
         assert not any(x.requires_grad for x in numbers)
         assert all(term.shape == () and term.isfinite() for term in outcome.terms.values())
-        assert all(p.grad is not None and p.grad.isfinite().all() for p in trained(it))
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in trainable(it))
         assert any(p.grad.any() for p in it.student.parameters())
         frozen = [p for net in (it.given, it.teacher) if net is not None for p in net.parameters()]
         assert all(p.grad is None for p in frozen)
@@ -157,7 +157,7 @@ def test_a_step_is_what_the_protocol_says(name, options, dtype):
 
 
 @every_variant
-def test_under_autocast_the_loss_is_float32(name, options):
+def test_loss_is_float32_under_autocast(name, options):
     it = prepared(name, options)
     for index in ([1, 2, 3, 4, 5], [3]):
         it.student.zero_grad(), it.method.zero_grad()
@@ -166,11 +166,11 @@ def test_under_autocast_the_loss_is_float32(name, options):
         assert outcome.logits.dtype == torch.bfloat16 and outcome.loss.dtype == torch.float32
         assert outcome.loss.isfinite() and all(term.dtype == torch.float32 for term in outcome.terms.values())
         outcome.loss.backward()
-        assert all(p.grad is not None and p.grad.isfinite().all() for p in trained(it))
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in trainable(it))
 
 
 @every_variant
-def test_a_step_waits_for_nothing(name, options):
+def test_step_does_not_wait_for_device(name, options):
     it = prepared(name, options)
     weight = torch.rand(7) if it.method.weighs_samples else None
     with NoWait():
@@ -181,7 +181,7 @@ def test_a_step_waits_for_nothing(name, options):
             plan.loss(it.teacher, batch)
 
 
-def test_waiting_is_found():
+def test_no_wait_detects_waiting():
     batch, weight = samples().at([1, 2, -1]), torch.rand(7)
     for waits in (lambda: weight.max().item(), lambda: batch.x[batch.index >= 0], lambda: bool(batch.x.any())):
         with NoWait(), pytest.raises((AssertionError, AttributeError)):
@@ -189,8 +189,8 @@ def test_waiting_is_found():
 
 
 @every_variant
-def test_a_step_depends_on_nothing_else(name, options):
-    """Neither on the caller's generator nor on a validation in between; and one like it gives the same bits."""
+def test_step_ignores_caller_generator_and_validation(name, options):
+    """Two equal steps give the same bits, whatever the caller drew and with a validation in between."""
     found = []
     for validates in (False, True):
         torch.manual_seed(100 + validates)
@@ -202,28 +202,28 @@ def test_a_step_depends_on_nothing_else(name, options):
                 for net in (it.student, it.given, it.teacher):
                     net is None or net(it.samples.x)
             it.student.train()
-        found.append([x.clone() for x in all_of(it, step(it, [5, 2, 9, 11]))])
+        found.append([x.clone() for x in numbers_of(it, step(it, [5, 2, 9, 11]))])
     assert_equal(*found)
 
 
 @every_variant
-def test_a_checkpoint_goes_on_with_the_same_step(name, options):
+def test_step_after_loading_checkpoint_is_the_same(name, options):
     it = prepared(name, options)
     step(it, [4, 2, 0])
     saved = copy.deepcopy(nn.ModuleDict({"method": it.method, "student": it.student}).state_dict())
-    expected = [x.clone() for x in all_of(it, step(it, [5, 2, 9, 11]))]
+    expected = [x.clone() for x in numbers_of(it, step(it, [5, 2, 9, 11]))]
     again = prepared(name, options, seed=50, given=it.given)
-    step(again, [1, 2])  # what another batch left behind goes with the load
+    step(again, [1, 2])  # loading must also replace what this batch left behind
     nn.ModuleDict({"method": again.method, "student": again.student}).load_state_dict(saved)
-    assert_equal(expected, all_of(again, step(again, [5, 2, 9, 11])))
+    assert_equal(expected, numbers_of(again, step(again, [5, 2, 9, 11])))
 
 
 @every_method
-def test_networks_are_left_as_they_were(name):
-    """By `prepare`, twice; hooks are there until `release`, and copies of a student in training are as good."""
-    method, student = made(name), network(1)
+def test_networks_are_unchanged_and_hooks_removed(name):
+    """`prepare` runs twice; hooks stay until `release`; copies of a student work during training."""
+    method, student = build_small(name), network(1)
     given = network(2, width=10).eval() if method.needs_teacher else None
-    student[1].eval()  # modes that differ from part to part
+    student[1].eval()  # modes differ between modules
     networks = [net for net in (student, given) if net is not None]
     modes = [module.training for net in networks for module in net.modules()]
     learns = [p.requires_grad for net in networks for p in net.parameters()]
@@ -239,7 +239,7 @@ def test_networks_are_left_as_they_were(name):
     method.begin(0, 8)
     teacher, batch = method.teacher_of(given), samples().at([1, 2, 3])
     method(student, teacher, batch).loss.backward()
-    student(samples().x)  # what a hook catches is no leaf, which could not be copied
+    student(samples().x)  # captured features are not leaves, so copying them would fail
     twins = copy.deepcopy(student), pickle.loads(pickle.dumps(student))
     method.release()
     method.release()
@@ -253,9 +253,9 @@ def test_networks_are_left_as_they_were(name):
 
 @pytest.mark.slow
 @every_variant
-def test_what_is_compiled_gives_the_same_step(name, options):
+def test_compiled_networks_give_the_same_step(name, options):
     found = []
-    torch.compiler.reset()  # what was compiled for another method's networks has no hooks
+    torch.compiler.reset()  # code compiled for another method's networks has no hooks
     for compiled in (False, True):
         it = prepared(name, options)
         student = torch.compile(it.student, backend="aot_eager") if compiled else it.student
@@ -268,34 +268,34 @@ def test_what_is_compiled_gives_the_same_step(name, options):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
-# Methods some of whose terms rise: peers move apart before they move together, and those of a growing teacher change.
-RISE = ("ie-dml", "pwkd")
+# Methods whose terms may rise: peers first move apart, and a growing teacher changes its targets.
+TERMS_MAY_RISE = ("ie-dml", "pwkd")
 
 
 @pytest.mark.parametrize(
     ("name", "options"), [pytest.param(*each, marks=pytest.mark.slow if each[1] else ()) for each in EVERY]
 )
-def test_the_loss_and_every_term_fall(name, options):
+def test_loss_and_terms_fall_in_training(name, options):
     it = prepared(name, options)
-    optimizer, seen = torch.optim.Adam(trained(it), 0.03), []
+    optimizer, seen = torch.optim.Adam(trainable(it), 0.03), []
     for number in range(40):
         torch.manual_seed(number % 2)
         outcome = it.method(it.student, it.teacher, it.samples.at(range(SAMPLES)))
         optimizer.zero_grad()
         outcome.loss.backward()
         optimizer.step()
-        seen.append([x.item() for x in (outcome.loss, *(outcome.terms.values() if name not in RISE else ()))])
+        seen.append([x.item() for x in (outcome.loss, *(outcome.terms.values() if name not in TERMS_MAY_RISE else ()))])
     assert all(last < 0.6 * first for first, last in zip(seen[0], seen[-1], strict=True)), (seen[0], seen[-1])
 
 
-# --- what it takes ----------------------------------------------------------------------------------------------------
+# --- options ----------------------------------------------------------------------------------------------------
 
 
 @every_method
-def test_what_it_is_and_takes_is_documented(name):
+def test_source_and_options_are_documented(name):
     method = type(methods.build(name))
     assert inspect.getdoc(method) and method.__doc__ is not methods.Method.__doc__
-    if method.needs_teacher:  # where it was published
+    if method.needs_teacher:  # the docstring must name the source
         source = f"{inspect.getmodule(method).__doc__} {method.__doc__}"
         assert re.search(r"arXiv:? ?\d{4}\.\d{4,5}|\w+ (et al\.|and \w+), ([A-Z]\w+,? )*\d{4}\)", source)
     for option in methods.options_of(name):
@@ -303,7 +303,7 @@ def test_what_it_is_and_takes_is_documented(name):
 
 
 @every_method
-def test_options_that_make_no_sense_are_named(name):
+def test_invalid_option_is_named(name):
     parameters = inspect.signature(type(methods.build(name))).parameters.values()
     named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     for option in named:
@@ -311,8 +311,8 @@ def test_options_that_make_no_sense_are_named(name):
         for bad in [object(), *([math.nan, "much"] if number else [])]:
             with pytest.raises((TypeError, ValueError), match=option.name) as caught:
                 methods.build(name, {option.name: bad})
-            said = str(caught.value)
-            assert "\n" not in said and ("must be" in said or "no effect" in said), said
+            message = str(caught.value)
+            assert "\n" not in message and ("must be" in message or "no effect" in message), message
     nearly = f"{named[0].name}x" if named else "temperature"
     with pytest.raises(TypeError, match=f"has no option '{nearly}'"):
         methods.build(name, {nearly: 1})
@@ -320,11 +320,11 @@ def test_options_that_make_no_sense_are_named(name):
 
 # --- through distill --------------------------------------------------------------------------------------------------
 
-CONDENSE = {"whole": None, "condensed": Condense(keep=0.5, every=1, stages=2)}
+CONDENSE = {"all samples": None, "condensed": Condense(keep=0.5, every=1, stages=2)}
 
 
 def run(name, condense, output, size=30, progress=None, resume=False):
-    torch.manual_seed(len(output.name))  # the caller's generator plays no part
+    torch.manual_seed(len(output.name))  # must have no effect
     options = OPTIONS.get(name, {})
     recipe = Recipe(name, options, condense, epochs=3, batch_size=8, lr=0.02, device="cpu", seed=5)
     student, teacher = network(1), network(2, width=10) if methods.build(name).needs_teacher else None
@@ -339,15 +339,15 @@ def run(name, condense, output, size=30, progress=None, resume=False):
 
 @pytest.mark.parametrize("condense", mostly_slow(CONDENSE, kept=["condensed"]))
 @every_method
-def test_stopped_and_resumed_it_ends_as_if_it_never_was(name, condense, tmp_path):
-    """Stopped in the first part that is trained before the student, if there is one, or after an epoch."""
+def test_resumed_run_ends_in_same_state(name, condense, tmp_path):
+    """The run stops in pretraining, if there is any, or after an epoch."""
     method, condense = methods.build(name), CONDENSE[condense]
-    summary = run(name, condense, tmp_path / "whole")
+    summary = run(name, condense, tmp_path / "straight")
     for count in (1, 2):
         with pytest.raises(StopError):
-            run(name, condense, tmp_path / "torn", progress=stop_after(count), resume=count > 1)
-    again = run(name, condense, tmp_path / "torn", resume=True)
-    assert_same(final(tmp_path / "torn"), final(tmp_path / "whole"))
+            run(name, condense, tmp_path / "stopped", progress=stop_after(count), resume=count > 1)
+    again = run(name, condense, tmp_path / "stopped", resume=True)
+    assert_same(final(tmp_path / "stopped"), final(tmp_path / "straight"))
 
     assert again.flops == summary.flops
     assert summary.flops > 0 if method.flops_known else summary.flops is None
@@ -356,10 +356,10 @@ def test_stopped_and_resumed_it_ends_as_if_it_never_was(name, condense, tmp_path
     assert all(line["terms"].keys() == history[0]["terms"].keys() for line in history)
     assert all(math.isfinite(term) for line in history for term in line["terms"].values())
     assert [line["samples"] for line in history] == ([30] * 3 if condense is None else [30, 23, 16])
-    pretraining = tmp_path / "whole" / "pretraining.jsonl"
+    pretraining = tmp_path / "straight" / "pretraining.jsonl"
     first = files.read_lines(pretraining) if pretraining.exists() else []
     assert all(math.isfinite(line["loss"]) for line in first)
-    if first:  # of which the teacher is asked too
+    if first:  # pretraining runs the teacher too
         assert summary.teacher_visits > summary.sample_visits
     else:
         assert summary.teacher_visits == (summary.sample_visits if method.needs_teacher else 0)
@@ -367,13 +367,13 @@ def test_stopped_and_resumed_it_ends_as_if_it_never_was(name, condense, tmp_path
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
 @pytest.mark.parametrize("name", mostly_slow(methods.REGISTRY, kept=["crd"]))
-def test_two_processes(name, tmp_path):
-    """Which is also where every parameter needs a part in the loss."""
+def test_run_on_two_ranks_finishes(name, tmp_path):
+    """With two ranks every parameter must contribute to the loss."""
 
-    def job(rank):
+    def train_on_rank(rank):
         torch.set_num_threads(1)
         run(name, CONDENSE["condensed"], tmp_path / "run", size=29)
 
-    assert Crew(job, 2).wait() == [0, 0]
+    assert Crew(train_on_rank, 2).wait() == [0, 0]
     lines = files.read_lines(tmp_path / "run" / "metrics.jsonl")
     assert len(lines) == 3 and all(math.isfinite(line["loss"]) for line in lines)

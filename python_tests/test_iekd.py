@@ -1,4 +1,4 @@
-"""Inheritance and exploration against formulas in NumPy's float64, networks and encoders included, and through `distill`."""
+"""IE-KD and IE-DML against formulas in float64 NumPy, networks and encoders included; options, and runs of `distill`."""
 
 import copy
 import inspect
@@ -19,10 +19,10 @@ from kcd_ext.methods.iekd import (
     FactorAutoEncoder,
     FactorCoder,
     absolute_cosine,
-    at_one_size,
     cosine_distance,
     l1_distance,
     opposite_l1_distance,
+    pool_to_common_size,
 )
 from kcd_ext.training import Condense, Recipe, checkpoint, distill
 
@@ -48,7 +48,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Network(nn.Module):
-    """A convolution, whose tanh are the maps, and one linear layer of their means."""
+    """A convolution with tanh, whose outputs are the maps, and a linear layer on their means."""
 
     stages = ("maps",)
 
@@ -68,12 +68,12 @@ class Network(nn.Module):
 wide = partial(Network, channels=8, stride=2)
 
 
-def double(**options):
+def wide_double(**options):
     return wide(**options).double()
 
 
 class Samples:
-    """One batch, as `Method.prepare` sees it."""
+    """One batch, as `Method.prepare` gets it."""
 
     def __init__(self, dtype=torch.float64, pixels=PIXELS):
         x = torch.randn(SAMPLES, 2, pixels, pixels, generator=torch.Generator().manual_seed(5))
@@ -84,7 +84,7 @@ class Samples:
 
 
 def prepared(name, options=None, student=None, teacher=None, dtype=torch.float64, samples=None):
-    """A method as it is while the student trains, its weights and statistics drawn at random."""
+    """Return a method as it is while the student trains, with random weights and statistics."""
     student = (student or Network(seed=1)).to(dtype)
     teacher = None if name == "ie-dml" else (teacher or wide(seed=2)).to(dtype).eval()
     with torch.random.fork_rng():
@@ -97,7 +97,7 @@ def prepared(name, options=None, student=None, teacher=None, dtype=torch.float64
                     x.normal_()
                 module.running_var.uniform_(0.5, 2)
     if name == "iekd":
-        method.auto_encoder.requires_grad_(False).eval()  # as the trainer leaves what was trained first
+        method.auto_encoder.requires_grad_(False).eval()  # as the trainer leaves pretrained parts
     return method.to(dtype), student, teacher
 
 
@@ -105,7 +105,7 @@ def prepared(name, options=None, student=None, teacher=None, dtype=torch.float64
 
 
 def numbers(module):
-    """Its parameters and buffers, as float64 arrays by name."""
+    """Return parameters and buffers as float64 arrays by name."""
     return {name: x.detach().double().numpy().copy() for name, x in module.state_dict().items()}
 
 
@@ -124,7 +124,7 @@ def convolved(x, weight, stride=1):
     return out
 
 
-def network_of(state, x, stride):
+def run_network(state, x, stride):
     maps = np.tanh(convolved(x, state["convolution.weight"], stride) + state["convolution.bias"][:, None, None])
     return maps.mean((2, 3)) @ state["classifier.weight"].T + state["classifier.bias"], maps
 
@@ -133,8 +133,8 @@ def leaky(x):
     return np.where(x > 0, x, 0.1 * x)
 
 
-def coded(state, x, training=True):
-    """An activation, then three convolutions, each with normalisation and activation; `state` numbers layers in order."""
+def apply_coder(state, x, training=True):
+    """Apply an activation, then three convolutions with normalisation and activation each."""
     x = leaky(x)
     for i in (1, 4, 7):
         x = convolved(x, state[f"{i}.weight"])
@@ -148,21 +148,21 @@ def coded(state, x, training=True):
 
 
 def reconstruction_of(state, maps):
-    """The mean |maps - Dec(Enc(maps))|."""
-    return np.abs(maps - coded(of(state, "decoder."), coded(of(state, "encoder."), maps))).mean()
+    """Return the mean |maps - Dec(Enc(maps))|."""
+    return np.abs(maps - apply_coder(of(state, "decoder."), apply_coder(of(state, "encoder."), maps))).mean()
 
 
 def halves(state, maps):
     maps = maps[:, state["order"].astype(int)] if "order" in state else maps
     half = maps.shape[1] // 2
     return (
-        coded(of(state, "inheritance."), maps[:, :half]),
-        coded(of(state, "exploration."), maps[:, half:]),
+        apply_coder(of(state, "inheritance."), maps[:, :half]),
+        apply_coder(of(state, "exploration."), maps[:, half:]),
     )
 
 
-def pooled(x, size):
-    """Means over the windows of adaptive pooling, from floor(i n / m) to ceil((i + 1) n / m)."""
+def pool(x, size):
+    """Average over the windows of adaptive pooling, from floor(i n / m) to ceil((i + 1) n / m)."""
     out = np.zeros((*x.shape[:2], *size))
     for place in np.ndindex(size):
         window = [slice(i * n // m, -(-(i + 1) * n // m)) for i, n, m in zip(place, x.shape[2:], size, strict=True)]
@@ -170,12 +170,12 @@ def pooled(x, size):
     return out
 
 
-def losses_of(distance, factors, target):
-    """Inheritance and exploration, a sample at a time."""
+def factor_losses(distance, factors, target):
+    """Return the inheritance and exploration losses, computed sample by sample."""
     size = tuple(np.minimum(factors[0].shape[2:], target.shape[2:]))
     sums = np.zeros(2)
     for i in range(len(target)):
-        inherited, explored, wanted = (pooled(x[i : i + 1], size).ravel() for x in (*factors, target))
+        inherited, explored, wanted = (pool(x[i : i + 1], size).ravel() for x in (*factors, target))
         a, b, c = (x / max(np.linalg.norm(x), 1e-12) for x in (inherited, explored, wanted))
         sums += {
             "l1": (np.abs(a - c).mean(), -np.abs(b - c).mean()),
@@ -198,8 +198,10 @@ def entropies(z):
 
 
 def assert_slope(formula, module, state, step=1e-7, seed=0):
-    """The gradients of the parameters against differences of a formula of `state`, along a random direction: close ones, for
-    it bends wherever an activation or a difference is 0."""
+    """Compare gradients with differences of a formula of `state` along a random direction.
+
+    The step is small, because the formula has kinks where an activation or a difference is 0.
+    """
     rng, slope, up, down = np.random.default_rng(seed), 0, dict(state), dict(state)
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
@@ -216,7 +218,7 @@ EVERY_DISTANCE = [l1_distance, opposite_l1_distance, cosine_distance, absolute_c
 
 
 @pytest.mark.parametrize("distance", EVERY_DISTANCE)
-def test_distances_and_their_gradients(distance):
+def test_distances_match_float64_and_pass_gradcheck(distance):
     generator = torch.Generator().manual_seed(3)
     a, b = (torch.randn(3, 2, 3, 1, generator=generator, dtype=torch.float64).requires_grad_() for _ in range(2))
     u, v = (x.detach().numpy().reshape(3, -1) for x in (a, b))
@@ -230,28 +232,28 @@ def test_distances_and_their_gradients(distance):
     }
     torch.testing.assert_close(distance(a, b).item(), expected[distance.__name__], rtol=1e-13, atol=0)
     assert torch.autograd.gradcheck(distance, (a, b))
-    scale = torch.tensor([1e25, 1e-20, 3.0]).view(3, 1, 1, 1)  # of a sample: it does not matter
+    scale = torch.tensor([1e25, 1e-20, 3.0]).view(3, 1, 1, 1)  # a sample's scale has no effect
     one, other = (x.detach().float() for x in (a, b))
     torch.testing.assert_close(distance(one * scale, other), distance(one, other), rtol=1e-5, atol=1e-7)
     assert distance(one.bfloat16(), other.bfloat16()).dtype == torch.float32
 
 
-def test_distances_are_bounded():
-    """By what their docstrings say, and no less: the bounds are met."""
+def test_distances_reach_their_documented_bounds():
+    """The bounds of the docstrings hold, and are reached."""
     rng = np.random.default_rng(1)
     for n in (1, 2, 7, 64):
         opposite = torch.tensor(rng.choice([-1.0, 1.0], (3, n)))
         assert opposite_l1_distance(opposite, -opposite).item() == pytest.approx(-2 / np.sqrt(n), rel=1e-6)
         assert cosine_distance(opposite, -opposite).item() == pytest.approx(2, rel=1e-6)
         assert absolute_cosine(opposite, -opposite).item() == pytest.approx(1, rel=1e-6)
-        for power in (0, 1, 5):  # from many entries of one size to one that outweighs the others
+        for power in (0, 1, 5):  # from equal entries to one dominant entry
             one, other = (torch.tensor(rng.standard_normal((50, n)) ** (2 * power + 1)) for _ in range(2))
             assert -2 / np.sqrt(n) <= opposite_l1_distance(one, other) <= 0 <= cosine_distance(one, other) <= 2
             assert 0 <= absolute_cosine(one, other) <= 1
 
 
 @pytest.mark.parametrize("distance", EVERY_DISTANCE)
-def test_zeros_have_no_gradient_and_equals_no_distance(distance):
+def test_zero_samples_have_no_gradient_and_equal_samples_no_distance(distance):
     generator = torch.Generator().manual_seed(2)
     a, b = (torch.randn(4, 5, generator=generator) for _ in range(2))
     a[0], b[1], a[2], b[2] = 0, 0, 0, 0
@@ -265,30 +267,30 @@ def test_zeros_have_no_gradient_and_equals_no_distance(distance):
         assert distance(x, x.clone()) == 0
 
 
-def test_the_larger_is_averaged_to_the_smaller():
+def test_larger_maps_are_pooled_to_smallest_size():
     generator = torch.Generator().manual_seed(3)
     sizes = [(5, 3), (4, 7), (4, 3)]
     maps = [torch.randn(2, 3, *size, generator=generator, dtype=torch.float64) for size in sizes]
-    for x, found in zip(maps, at_one_size(*maps), strict=True):
-        np.testing.assert_allclose(found.numpy(), pooled(x.numpy(), (4, 3)), rtol=1e-12)
-    assert at_one_size(*maps)[2] is maps[2]
+    for x, found in zip(maps, pool_to_common_size(*maps), strict=True):
+        np.testing.assert_allclose(found.numpy(), pool(x.numpy(), (4, 3)), rtol=1e-12)
+    assert pool_to_common_size(*maps)[2] is maps[2]
 
 
 # --- parts ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("channels", "size"), [(6, (5, 3)), (2, (1, 1)), (10, (7, 1))])
-def test_the_auto_encoder(channels, size):
+def test_auto_encoder_matches_float64_formula(channels, size):
     coder, x = FactorAutoEncoder(channels).double(), torch.randn(3, channels, *size, dtype=torch.float64)
     state, half = numbers(coder), channels // 2
     factors, loss = coder(x)
-    expected = coded(of(state, "encoder."), x.numpy())
+    expected = apply_coder(of(state, "encoder."), x.numpy())
     np.testing.assert_allclose(factors.detach().numpy(), expected, rtol=1e-9, atol=1e-12)
-    found, decoded = coder.decoder(factors.detach()), coded(of(state, "decoder."), expected)
+    found, decoded = coder.decoder(factors.detach()), apply_coder(of(state, "decoder."), expected)
     np.testing.assert_allclose(found.detach().numpy(), decoded, rtol=1e-9, atol=1e-12)
     np.testing.assert_allclose(loss.item(), np.abs(x.numpy() - decoded).mean(), rtol=1e-9)
     assert factors.shape == (3, half, *size) and found.shape == x.shape
-    # 3x3 convolutions without bias c -> c -> c / 2 -> c / 2, and back, and two numbers a channel behind each of them.
+    # 3x3 convolutions without bias c -> c -> c / 2 -> c / 2, and back; two BatchNorm parameters per channel.
     c, h = channels, half
     assert sum(p.numel() for p in coder.encoder.parameters()) == 9 * (c * c + c * h + h * h) + 2 * (c + h + h)
     assert sum(p.numel() for p in coder.decoder.parameters()) == 9 * (h * h + h * c + c * c) + 2 * (h + c + c)
@@ -296,8 +298,8 @@ def test_the_auto_encoder(channels, size):
 
 
 @pytest.mark.parametrize("name", ["iekd", "ie-dml"])
-def test_first_weights_are_those_published(name):
-    """Normal, of variance 2 / (9 output channels), in every coder; a function of torch's generator alone."""
+def test_initial_weights_have_published_distribution(name):
+    """Normal with variance 2 / (9 output channels) in every coder, and determined by torch's generator."""
     student, teacher, states = Network(channels=48, seed=1), Network(channels=64, seed=2), []
     for seed in (0, 0, 1):
         method = methods.build(name, {"peer": f"{__name__}:Network"} if name == "ie-dml" else None)
@@ -320,7 +322,7 @@ def test_first_weights_are_those_published(name):
     assert all(not torch.equal(*pair) for pair in zip(same, other, strict=True) if pair[0].dim() == 4)
 
 
-def test_the_permuted_order_is_a_function_of_its_seed():
+def test_permuted_order_depends_on_seed_only():
     orders = []
     for options in ({"split_seed": 3}, {"split_seed": 3}, {"split_seed": 4}):
         torch.manual_seed(len(orders))
@@ -333,7 +335,7 @@ def test_the_permuted_order_is_a_function_of_its_seed():
     assert method.student_encoder.order is None
 
 
-# --- the whole loss ---------------------------------------------------------------------------------------------------
+# --- losses ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -345,26 +347,26 @@ def test_the_permuted_order_is_a_function_of_its_seed():
         ({"batch_keep": 0.01, "kd_weight": -1, "inheritance_weight": 2, "exploration_weight": 3}, (1, 2)),
     ],
 )
-def test_iekd_against_float64(options, strides):
+def test_iekd_matches_float64_formula(options, strides):
     student, teacher = Network(seed=1, stride=strides[0]), wide(seed=2, stride=strides[1])
     method, *_ = prepared("iekd", options, student, teacher)
     given = {**DEFAULTS["iekd"], **options}
-    asked, batch = [], Samples().batch
-    teacher.register_forward_hook(lambda _module, _inputs, out: asked.append(len(out)))
+    batch_sizes, batch = [], Samples().batch
+    teacher.register_forward_hook(lambda _module, _inputs, out: batch_sizes.append(len(out)))
     fixed = copy.deepcopy(method.state_dict())
     outcome = method(student, teacher, batch)
     outcome.loss.backward()
 
     x, label, state = batch.x.numpy(), batch.label.numpy(), numbers(method)
     ours, theirs = numbers(student), numbers(teacher)
-    logits, _ = network_of(ours, x, strides[0])
+    logits, _ = run_network(ours, x, strides[0])
     rows = sorted(np.argsort(-entropies(logits), kind="stable")[: max(1, int(given["batch_keep"] * SAMPLES))])
-    wanted_logits, wanted_maps = network_of(theirs, x[rows], strides[1])
-    wanted = coded(of(state, "auto_encoder.encoder."), wanted_maps, training=False)
+    wanted_logits, wanted_maps = run_network(theirs, x[rows], strides[1])
+    wanted = apply_coder(of(state, "auto_encoder.encoder."), wanted_maps, training=False)
 
     def parts(ours, encoder):
-        z, maps = network_of(ours, x, strides[0])
-        inheritance, exploration = losses_of(given["distance"], halves(encoder, maps[rows]), wanted)
+        z, maps = run_network(ours, x, strides[0])
+        inheritance, exploration = factor_losses(given["distance"], halves(encoder, maps[rows]), wanted)
         return (
             cross_entropy(z, label),
             inheritance,
@@ -384,7 +386,7 @@ def test_iekd_against_float64(options, strides):
     np.testing.assert_allclose(outcome.loss.item(), loss(ours, encoder), rtol=1e-9)
     np.testing.assert_allclose(outcome.value.numpy(), entropies(logits), rtol=1e-9)
     np.testing.assert_allclose(outcome.logits.numpy(), logits, rtol=1e-9, atol=1e-12)
-    assert asked == [len(rows)] and outcome.losses is None
+    assert batch_sizes == [len(rows)] and outcome.losses is None
     assert not any(x.requires_grad for x in (outcome.value, outcome.logits, *outcome.terms.values()))
 
     assert_slope(lambda ours: loss(ours, encoder), student, ours)
@@ -400,7 +402,7 @@ def test_iekd_against_float64(options, strides):
         ({}, 1),
         (
             {
-                "peer": f"{__name__}:double",
+                "peer": f"{__name__}:wide_double",
                 "distance": "cosine",
                 "split": "permuted",
                 "temperature": 3,
@@ -408,11 +410,11 @@ def test_iekd_against_float64(options, strides):
             },
             2,
         ),
-        ({"peer": f"{__name__}:double", "inheritance_weight": 2, "exploration_weight": 3, "ce_weight": 0.2}, 2),
+        ({"peer": f"{__name__}:wide_double", "inheritance_weight": 2, "exploration_weight": 3, "ce_weight": 0.2}, 2),
     ],
 )
-def test_iedml_against_float64(options, peer_stride):
-    """Each network's gradients are those of its own loss with all of the other's constant."""
+def test_iedml_matches_float64_formula(options, peer_stride):
+    """Each network's gradients are those of its own loss, with the other network constant."""
     method, student, _ = prepared("ie-dml", options)
     given, batch = {**DEFAULTS["ie-dml"], **options}, Samples().batch
     outcome = method(student, None, batch)
@@ -420,19 +422,19 @@ def test_iedml_against_float64(options, peer_stride):
 
     x, label, state = batch.x.numpy(), batch.label.numpy(), numbers(method)
     networks = {"student": (numbers(student), 1), "peer": (of(state, "peer_network."), peer_stride)}
-    seen = {name: network_of(weights, x, stride) for name, (weights, stride) in networks.items()}
-    factors = {name: coded(of(state, f"{name}_auto_encoder.encoder."), maps) for name, (_, maps) in seen.items()}
+    seen = {name: run_network(weights, x, stride) for name, (weights, stride) in networks.items()}
+    factors = {name: apply_coder(of(state, f"{name}_auto_encoder.encoder."), maps) for name, (_, maps) in seen.items()}
 
     def reconstruction(name, coder):
         return reconstruction_of(coder, seen[name][1])
 
     def parts(name, weights, encoder):
         other = "peer" if name == "student" else "student"
-        z, maps = network_of(weights, x, networks[name][1])
+        z, maps = run_network(weights, x, networks[name][1])
         return (
             cross_entropy(z, label),
             divergence(z, seen[other][0], given["temperature"]),
-            *losses_of(given["distance"], halves(encoder, maps), factors[other]),
+            *factor_losses(given["distance"], halves(encoder, maps), factors[other]),
         )
 
     def loss(name, weights, encoder):
@@ -470,7 +472,7 @@ def test_iedml_against_float64(options, peer_stride):
         assert_slope(lambda c, name=name: reconstruction(name, c), coder, coders[name])
 
 
-def test_the_auto_encoder_is_trained_first_and_the_teacher_is_left_alone():
+def test_pretraining_trains_only_the_auto_encoder():
     method, student, teacher = prepared("iekd", {"factor_epochs": 40, "factor_lr": 0.05})
     (plan,) = method.pretraining()
     assert plan.part is method.auto_encoder
@@ -482,7 +484,7 @@ def test_the_auto_encoder_is_trained_first_and_the_teacher_is_left_alone():
         coder = numbers(plan.part)
         loss = plan.loss(teacher, batch)
         if len(losses) < 2:
-            _, maps = network_of(numbers(teacher), batch.x.numpy(), 2)
+            _, maps = run_network(numbers(teacher), batch.x.numpy(), 2)
             np.testing.assert_allclose(loss.item(), reconstruction_of(coder, maps), rtol=1e-9)
         optimizer.zero_grad()
         loss.backward()
@@ -499,7 +501,7 @@ EVERY = [("iekd", {}), ("iekd", {"batch_keep": 0.5, "kd_weight": 1, "split": "pe
 @pytest.mark.slow
 @pytest.mark.parametrize("distance", ["l1", "cosine"])
 @pytest.mark.parametrize(("name", "options"), EVERY)
-def test_inheritance_and_exploration_are_learnt(name, options, distance):
+def test_inheritance_and_exploration_losses_fall(name, options, distance):
     weights = {"inheritance_weight": 50, "exploration_weight": 50}
     method, student, teacher = prepared(name, {**options, **weights, "distance": distance}, dtype=torch.float32)
     parameters = [p for p in (*student.parameters(), *method.parameters()) if p.requires_grad]
@@ -515,13 +517,13 @@ def test_inheritance_and_exploration_are_learnt(name, options, distance):
     assert seen[-1]["exploration"] < (1.1 if distance == "l1" else 0.6) * seen[0]["exploration"]
 
 
-def test_a_teacher_of_fewer_channels_has_zeros_for_the_others():
+def test_missing_channels_of_teacher_are_zeros():
     method, _, teacher = prepared("iekd")
     x = Samples().batch.x
     method.teacher_width = 11
     _, maps = method.teacher_forward(teacher, x)
     assert maps.shape == (SAMPLES, 11, 3, 3) and not maps[:, 8:].any()
-    np.testing.assert_allclose(maps[:, :8], network_of(numbers(teacher), x.numpy(), 2)[1], rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(maps[:, :8], run_network(numbers(teacher), x.numpy(), 2)[1], rtol=1e-9, atol=1e-12)
 
 
 # --- networks and hooks -----------------------------------------------------------------------------------------------
@@ -532,18 +534,18 @@ def hooks(network):
 
 
 @pytest.mark.parametrize("name", ["iekd", "ie-dml"])
-def test_hooks_are_on_the_networks_until_release_and_on_no_copy(name):
+def test_hooks_stay_until_release_and_not_on_copies(name):
     method, student, teacher = prepared(name)
     networks = {"student": student, **({"teacher": teacher} if teacher else {"peer": method.peer_network})}
     x = Samples().batch.x
     for role, network in networks.items():
         assert len(hooks(network)) == 1
         copy.deepcopy(network)(x)
-        with pytest.raises(RuntimeError, match=f"the {role}'s layer 'maps' was not passed"):
-            method._taps[role].take()
+        with pytest.raises(RuntimeError, match=f"the {role}'s layer 'maps' did not run"):
+            method._taps[role].pop()
         with torch.no_grad():
-            assert method._taps[role].through(network, x)[1].shape[:2] == (SAMPLES, 8 if role == "teacher" else 6)
-    method.prepare(student, teacher, Samples())  # once more: the first hooks are gone
+            assert method._taps[role].run(network, x)[1].shape[:2] == (SAMPLES, 8 if role == "teacher" else 6)
+    method.prepare(student, teacher, Samples())  # again: the first hooks are removed
     assert all(len(hooks(network)) == 1 for network in networks.values() if network in (student, teacher))
     peer = getattr(method, "peer_network", student)
     method.release()
@@ -552,7 +554,7 @@ def test_hooks_are_on_the_networks_until_release_and_on_no_copy(name):
         method(student, teacher, Samples().batch)
 
 
-def test_a_peer_of_the_students_kind_has_weights_of_its_own():
+def test_default_peer_has_newly_drawn_weights():
     student = nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(36, CLASSES))
     student.stages = ("1",)
     student[1].running_mean.fill_(7)
@@ -574,22 +576,22 @@ def test_a_peer_of_the_students_kind_has_weights_of_its_own():
     assert peers[0].training and all(p.requires_grad for p in peers[0].parameters())
 
 
-class Bare(Network):
-    """Has a weight that nothing draws anew."""
+class Unresettable(Network):
+    """Has a parameter that no `reset_parameters` redraws."""
 
     def __init__(self, **options):
         super().__init__(**options)
         self.scale = nn.Parameter(torch.ones(()))
 
 
-class Grouped(Network):
-    """Calls something else its stages."""
+class OtherStages(Network):
+    """Uses the attribute `stages` for something else."""
 
     stages = nn.Identity()
 
 
-class Poor(Network):
-    """Has fewer classes than asked for."""
+class TooFewClasses(Network):
+    """Ignores the requested number of classes."""
 
     def __init__(self, **options):
         super().__init__(**{**options, "num_classes": 2})
@@ -606,15 +608,27 @@ class Poor(Network):
             r"even .*: student_layer 'maps' gives \(1, 7, 5, 5\)",
         ),
         ("iekd", {}, {"teacher": wide(channels=3)}, ValueError, r" and teacher_layer 'maps' gives \(1, 3, 3, 3\)$"),
-        ("ie-dml", {"peer": f"{__name__}:odd"}, {}, ValueError, r" and peer_layer 'maps' gives \(1, 5, 5, 5\)$"),
+        (
+            "ie-dml",
+            {"peer": f"{__name__}:odd_channels"},
+            {},
+            ValueError,
+            r" and peer_layer 'maps' gives \(1, 5, 5, 5\)$",
+        ),
         (
             "iekd",
             {},
-            {"teacher": Grouped()},
+            {"teacher": OtherStages()},
             ValueError,
-            "the teacher has no stages, .*: set teacher_layer to a name in",
+            "the teacher has no `stages`, .*: set teacher_layer to a name in",
         ),
-        ("ie-dml", {"peer": f"{__name__}:Grouped"}, {}, ValueError, "the peer has no stages, .*: set peer_layer to a"),
+        (
+            "ie-dml",
+            {"peer": f"{__name__}:OtherStages"},
+            {},
+            ValueError,
+            "the peer has no `stages`, .*: set peer_layer to a",
+        ),
         ("iekd", {"student_layer": "gone"}, {}, ValueError, "student_layer must be a name in .* has no 'gone'"),
         ("ie-dml", {"peer_layer": "gone"}, {}, ValueError, "peer_layer must be a name in .* has no 'gone'"),
         (
@@ -624,12 +638,24 @@ class Poor(Network):
             RuntimeError,
             r"'classifier' had a torch.float32 tensor of shape \(1, 4\).* maps",
         ),
-        ("ie-dml", {}, {"student": Bare()}, ValueError, r"peer must be a network's name .*'outermost module' \(Bare\)"),
-        ("ie-dml", {"peer": f"{__name__}:Poor"}, {}, ValueError, r"peer must give logits .*\(1, 4\), got \(1, 2\)"),
+        (
+            "ie-dml",
+            {},
+            {"student": Unresettable()},
+            ValueError,
+            r"peer must be a network's name .*'outermost module' \(Unresettable\)",
+        ),
+        (
+            "ie-dml",
+            {"peer": f"{__name__}:TooFewClasses"},
+            {},
+            ValueError,
+            r"peer must give logits .*\(1, 4\), got \(1, 2\)",
+        ),
         ("ie-dml", {"peer": "nobody"}, {}, ValueError, "unknown model 'nobody'"),
     ],
 )
-def test_what_does_not_fit_is_named(name, options, networks, error, message):
+def test_incompatible_network_or_layer_is_named(name, options, networks, error, message):
     method = methods.build(name, options)
     with pytest.raises(error, match=message) as caught:
         student = networks.get("student", Network())
@@ -639,11 +665,11 @@ def test_what_does_not_fit_is_named(name, options, networks, error, message):
     assert not hooks(student)
 
 
-odd = partial(Network, channels=5)
+odd_channels = partial(Network, channels=5)
 
 
 @pytest.mark.parametrize("name", DEFAULTS)
-def test_defaults(name):
+def test_defaults_match_documentation(name):
     method = methods.build(name)
     options = inspect.signature(type(method)).parameters
     assert {option: getattr(method, option) for option in options} == DEFAULTS[name]
@@ -667,13 +693,13 @@ def test_defaults(name):
         ("ie-dml", {"temperature": 0}, ValueError, "temperature must be a finite number > 0, got 0"),
     ],
 )
-def test_options_are_checked(name, options, error, message):
+def test_invalid_option_is_refused(name, options, error, message):
     with pytest.raises(error, match=message):
         methods.build(name, options)
 
 
-def test_features_of_other_methods_are_probed_one_network_after_the_other():
-    """A teacher in training mode is in it afterwards, and its statistics are as they were."""
+def test_probing_restores_modes_and_statistics():
+    """A teacher in training mode stays in it, with unchanged statistics."""
     student, teacher = (nn.Sequential(nn.Flatten(), nn.BatchNorm1d(50), nn.Linear(50, n)) for n in (4, 4))
     student.eval()
     method = methods.build("pkt")
@@ -691,7 +717,7 @@ OPTIONS = {"iekd": {"factor_epochs": 2, "factor_lr": 0.02, "split": "permuted"},
 
 
 @pytest.mark.parametrize("name", ["iekd", "ie-dml"])
-def test_what_is_trained_first_and_what_with_the_student(name, tmp_path):
+def test_run_trains_parts_in_their_phase(name, tmp_path):
     states = []
     teacher = small_runs.network(2, width=10) if name == "iekd" else None
     r = Recipe(name, OPTIONS[name], Condense(keep=0.5, every=1), epochs=3, batch_size=8, lr=0.02, device="cpu", seed=5)
@@ -705,10 +731,10 @@ def test_what_is_trained_first_and_what_with_the_student(name, tmp_path):
         progress=lambda line: states.append(copy.deepcopy(checkpoint.load(tmp_path / "checkpoint").model)),
     )
     assert summary.flops is None and summary.history[-1]["terms"].keys() >= {"inheritance", "exploration"}
-    if name == "iekd":  # two epochs of the auto-encoder, then it is as it is; so is the student before, and not after
+    if name == "iekd":  # the auto-encoder changes only in its two epochs, the student only afterwards
         lines = files.read_lines(tmp_path / "pretraining.jsonl")
         assert len(lines) == 2 and len(states) == 5 and lines[1]["loss"] < lines[0]["loss"]
-        assert [line["lr"] for line in lines] == [0.02, 0.02]  # no milestone
+        assert [line["lr"] for line in lines] == [0.02, 0.02]  # no milestones
         for key, last in states[-1].items():
             first, pretrained = (states[i][key] for i in (0, 1))
             if "auto_encoder" in key:

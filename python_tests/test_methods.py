@@ -1,4 +1,4 @@
-"""Every method's loss against formulas in NumPy's float64, loops written out by hand, and what it must leave alone."""
+"""CE, KD, PKT, CRD and SSKD against formulas in float64 NumPy; taps, options and defaults."""
 
 import copy
 import inspect
@@ -24,7 +24,7 @@ from kcd_ext import methods
 from kcd_ext.methods import Batch, features, kd, pkt, selection
 from kcd_ext.methods.features import Tap, unit_rows
 from kcd_ext.methods.selection import select_batch_rows
-from kcd_ext.methods.sskd import least_wrong
+from kcd_ext.methods.sskd import select_least_wrong
 from kcd_ext.models.cnn import cnn
 
 # The defaults, as published: KD in the recipe of KCD (Li et al., 2022), PKT and CRD in the comparison of RepDistiller
@@ -55,7 +55,7 @@ PUBLISHED = {
         "head_lr": 0.05,
         "head_milestones": (0.5, 0.75),
     },
-    # By the authors' config/ie_kd.yaml and main.py; other options are this package's own.
+    # From the authors' config/ie_kd.yaml and main.py. Other options are our own.
     "iekd": {
         "inheritance_weight": 1,
         "exploration_weight": 1,
@@ -65,8 +65,8 @@ PUBLISHED = {
         "split": "natural",
     },
 }
-REBUILT = ("iekd",)  # in part
-OURS = {"batch_keep": 1, "student_layer": None, "teacher_layer": None}  # none of it is in the published code
+PARTLY_REBUILT = ("iekd",)
+OUR_DEFAULTS = {"batch_keep": 1, "student_layer": None, "teacher_layer": None}  # not in the published code
 SAMPLES, CLASSES, PIXELS = 23, 4, 5
 OPTIONS = {"crd": {"dimension": 5, "negatives": 11}, "sskd": {"head_epochs": 2}}
 
@@ -74,8 +74,8 @@ OPTIONS = {"crd": {"dimension": 5, "negatives": 11}, "sskd": {"head_epochs": 2}}
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-class Table(nn.Module):
-    """x is a row of features that are looked up, so that gradients can be compared with those of a formula."""
+class LookupNetwork(nn.Module):
+    """Looks up rows of features, so that their gradients can be compared with those of a formula."""
 
     def __init__(self, features, classes=CLASSES, seed=0):
         super().__init__()
@@ -88,8 +88,8 @@ class Table(nn.Module):
         return self.classifier(self.features[x])
 
 
-class Images(nn.Module):
-    """Square images (b, 2, h, h); its features are computed element by element, which autocast leaves in float32."""
+class ImageNetwork(nn.Module):
+    """Takes square images (b, 2, h, h). Its features are element-wise, so autocast leaves them in float32."""
 
     def __init__(self, seed, classes=CLASSES, normalised=False):
         super().__init__()
@@ -110,15 +110,15 @@ def images():
 
 
 def maps(seed, width=4):
-    """A network of layers that pass maps on, for methods that look at those."""
+    """Return a network with maps in its layers."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return cnn(2, CLASSES, (width, 2 * width), (1, 2))
 
 
 def prepared(name, options=None, student=None, teacher=None, samples=None):
-    """A method with its networks, ready for the first batch."""
-    samples, student, teacher = samples or images(), student or Images(1), teacher or Images(2)
+    """Return a method with its networks, ready for the first batch."""
+    samples, student, teacher = samples or images(), student or ImageNetwork(1), teacher or ImageNetwork(2)
     with torch.random.fork_rng():
         torch.manual_seed(7)
         method = methods.build(name, {**OPTIONS.get(name, {}), **(options or {})})
@@ -126,11 +126,11 @@ def prepared(name, options=None, student=None, teacher=None, samples=None):
     return method, student, teacher.eval(), samples
 
 
-def rows_seen(network):
-    """The numbers of rows of its forward passes, from now on."""
-    seen = []
-    network.register_forward_hook(lambda _module, _inputs, out: seen.append(len(out)))
-    return seen
+def record_batch_sizes(network):
+    """Return a list that collects the batch sizes of the network's forward passes."""
+    sizes = []
+    network.register_forward_hook(lambda _module, _inputs, out: sizes.append(len(out)))
+    return sizes
 
 
 def float64(x):
@@ -138,7 +138,7 @@ def float64(x):
 
 
 def assert_gradient(formula, values, found, rng, count=6, step=1e-5):
-    """`found` against differences of `formula`, of a float64 array, at a few coordinates."""
+    """Compare `found` with finite differences of `formula` in float64, at a few coordinates."""
     for place in rng.choice(values.size, min(count, values.size), replace=False):
         h = step * max(np.abs(values.flat[place]), step * np.abs(values).max(), 1e-3 if values.any() else 1.0)
         up, down = values.copy(), values.copy()
@@ -166,8 +166,8 @@ def entropies(z):
     return -np.where(p > 0, p * log_softmax(z, 1), 0).sum(1)
 
 
-def chosen(z, keep):
-    """The rows of highest entropy by a plain sort; a stable one, so that the lower of equals comes first."""
+def top_entropy_rows(z, keep):
+    """Return the rows of highest entropy by a stable sort, so that ties go to the lower row."""
     return sorted(sorted(range(len(z)), key=lambda i: -entropies(z)[i])[: max(1, int(keep * len(z)))])
 
 
@@ -176,7 +176,7 @@ def directions(f):
     return f / (length + 1e-7)
 
 
-def pkt_of(f, g):
+def pkt_formula(f, g):
     def probabilities(features):
         kernel = (directions(features) @ directions(features).T + 1) / 2
         return kernel / kernel.sum(1, keepdims=True)
@@ -189,8 +189,8 @@ def pkt_of(f, g):
 
 
 @pytest.fixture(params=["kernels", "reference"])
-def both_ways(request, monkeypatch):
-    """The fused operators, and what takes their place on a device without kernels."""
+def kernels_and_reference(request, monkeypatch):
+    """Run the test with the fused operators and with the reference that replaces them on devices without kernels."""
     if request.param == "reference":
         for module in (kd, selection):
             monkeypatch.setattr(module, "has_kernels_for", lambda logits: False)
@@ -200,19 +200,19 @@ def both_ways(request, monkeypatch):
 
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize(("name", "keep"), [("ce", 1.0), ("kd", 1.0), ("kd", 0.5), ("kd", 0.01)])
-def test_ce_and_kd_against_float64(name, keep, weighted, both_ways):
+def test_ce_and_kd_match_float64_formula(name, keep, weighted, kernels_and_reference):
     rng = np.random.default_rng(0)
     z, y = (10 * rng.standard_normal((33, 7)).astype(np.float32) for _ in range(2))
     z[0, 0] = 500.0
     label, weight = np.arange(33) % 7, rng.uniform(0.5, 2, 33)
     weight[3] = 0
     student, teacher = (nn.Embedding.from_pretrained(torch.tensor(x), freeze=False) for x in (z, y))
-    seen = rows_seen(teacher)
+    seen = record_batch_sizes(teacher)
     index = torch.arange(33)
     batch = Batch(index, torch.tensor(label), index, torch.tensor(weight).float() if weighted else None)
     outcome = methods.build(name, {} if keep == 1 else {"batch_keep": keep})(student, teacher, batch)
 
-    rows = chosen(z.astype(float), keep)
+    rows = top_entropy_rows(z.astype(float), keep)
     z, y = z.astype(float), y.astype(float)
 
     def losses(z):
@@ -242,14 +242,14 @@ def test_ce_and_kd_against_float64(name, keep, weighted, both_ways):
     assert teacher.weight.grad is None
 
 
-def test_rows_are_chosen_as_by_a_loop(both_ways):
+def test_selected_rows_match_plain_sort(kernels_and_reference):
     rng = np.random.default_rng(1)
     z = rng.standard_normal((37, 6)).astype(np.float32)
-    z[[4, 9, 30]] = z[20]  # four equals
-    z[[2, 35]] = np.nan  # rows that are not a number come first
+    z[[4, 9, 30]] = z[20]  # four rows tie
+    z[[2, 35]] = np.nan  # NaN rows come first
     for keep in (0.03, 0.3, 0.5, 0.9):
         order = sorted(range(37), key=lambda i: -(np.inf if np.isnan(z[i, 0]) else entropies(z.astype(float))[i]))
-        wide = torch.tensor(np.stack([z, 0 * z], 1)).requires_grad_()[:, 0]  # rows that do not lie side by side
+        wide = torch.tensor(np.stack([z, 0 * z], 1)).requires_grad_()[:, 0]  # rows are not contiguous
         assert select_batch_rows(wide, keep).tolist() == sorted(order[: max(1, int(37 * keep))])
     assert select_batch_rows(torch.tensor(z), 1.0) is None
 
@@ -258,25 +258,25 @@ def test_rows_are_chosen_as_by_a_loop(both_ways):
 
 
 @pytest.mark.parametrize("keep", [1.0, 0.5])
-def test_pkt_against_float64(keep):
+def test_pkt_matches_float64_formula(keep):
     rng = np.random.default_rng(2)
     f, g = rng.standard_normal((11, 6)), rng.standard_normal((11, 3))
-    f[3] *= 1e25  # its square is no float32
+    f[3] *= 1e25  # its square overflows float32
     f[4] *= 1e-3
     f[5], g[6] = 0, 0
     f, g = f.astype(np.float32).astype(float), g.astype(np.float32).astype(float)
     samples = Samples(torch.arange(11), torch.arange(11) % CLASSES)
-    student, teacher = Table(f), Table(g)
+    student, teacher = LookupNetwork(f), LookupNetwork(g)
     with torch.no_grad():
-        student.classifier.weight.mul_(1e-25)  # the logits stay numbers
+        student.classifier.weight.mul_(1e-25)  # keeps the logits finite
     method, *_ = prepared("pkt", {"batch_keep": keep}, student, teacher, samples)
-    seen = rows_seen(teacher)
+    seen = record_batch_sizes(teacher)
     outcome = method(student, teacher, samples.at(range(11)))
 
     z = float64(student(torch.arange(11)))
-    rows = chosen(z, keep)
+    rows = top_entropy_rows(z, keep)
     ce = cross_entropies(z, float64(samples.label).astype(int)).mean()
-    pkt = pkt_of(f[rows], g[rows])
+    pkt = pkt_formula(f[rows], g[rows])
     np.testing.assert_allclose(outcome.terms["pkt"].item(), pkt, rtol=1e-4)
     np.testing.assert_allclose(outcome.loss.item(), ce + 30000 * pkt, rtol=1e-4)
     np.testing.assert_allclose(float64(outcome.value), entropies(z), rtol=1e-5)
@@ -288,19 +288,21 @@ def test_pkt_against_float64(keep):
     classified = float64(student.classifier.weight)
 
     def loss(row, i):
-        """Its direction alone: the rest of the loss is the classifier's."""
+        """The loss as a function of row i of the features."""
         changed = f.copy()
         changed[i] = row
         z = changed @ classified.T + float64(student.classifier.bias)
-        return cross_entropies(z, float64(samples.label).astype(int)).mean() + 30000 * pkt_of(changed[rows], g[rows])
+        return cross_entropies(z, float64(samples.label).astype(int)).mean() + 30000 * pkt_formula(
+            changed[rows], g[rows]
+        )
 
     for i in sorted({0, 3, 4, rows[-1]} - {5}):
         assert_gradient(lambda row, i=i: loss(row, i), f[i], found[i], rng)
-    # A row of zeros has no direction that could change: what is left is the cross entropy's gradient.
+    # A row of zeros has no direction: only the gradient of the cross entropy remains.
     np.testing.assert_allclose(found[5], 0, atol=1e-20)
 
 
-def test_unit_rows_hides_nothing():
+def test_unit_rows_keeps_zeros_and_propagates_nan():
     x = torch.tensor([[3.0, 4.0], [0.0, 0.0], [torch.inf, 1.0], [torch.nan, 1.0], [1e-30, 0.0]], requires_grad=True)
     y = unit_rows(x)
     torch.testing.assert_close(y[0], torch.tensor([0.6, 0.8]))
@@ -321,7 +323,7 @@ def test_unit_rows_hides_nothing():
 
 
 class Replay:
-    """CRD once more: vectors gathered, one row after the other, in float64."""
+    """CRD again in float64: it gathers the negatives' vectors, row by row."""
 
     def __init__(self, method, momentum=0.5, temperature=0.07):
         self.momentum, self.temperature, self.n = momentum, temperature, SAMPLES
@@ -329,7 +331,7 @@ class Replay:
         self.z = None
 
     def scores(self, anchors, memory, index, negatives):
-        """A list of rows, the positive first."""
+        """Return one array of scores per row, the positive first."""
         return [
             np.array([anchor @ memory[j] for j in (i, *drawn)]) / self.temperature
             for i, anchor, drawn in zip(index, anchors, negatives, strict=True)
@@ -340,7 +342,7 @@ class Replay:
         return [np.exp(np.concatenate(rows)).mean() * self.n for rows in both]
 
     def loss(self, embeddings, index, negatives):
-        """The published formula, without its 1e-7."""
+        """Return the published formula, without its 1e-7."""
         total = 0
         for anchors, memory, z in zip(embeddings, self.memory[::-1], self.z, strict=True):
             for row in self.scores(anchors, memory, index, negatives):
@@ -348,7 +350,7 @@ class Replay:
                 total -= np.log(p[0] / (p[0] + noise)) + np.log(noise / (p[1:] + noise)).sum()
         return total / len(index)
 
-    def remember(self, embeddings, index):
+    def update_memory(self, embeddings, index):
         for memory, rows in zip(self.memory, embeddings, strict=True):
             updated = {
                 i: self.momentum * memory[i] + (1 - self.momentum) * row for i, row in zip(index, rows, strict=True)
@@ -361,54 +363,54 @@ def embedded(features, layer):
     return directions(features @ float64(layer.weight).T + float64(layer.bias))
 
 
-def crd_of(replay, embeddings, which, features, bias, index, negatives, weight):
-    """The loss as a function of one embedding's weight."""
+def crd_formula(replay, embeddings, which, features, bias, index, negatives, weight):
+    """Return the loss as a function of one embedding's weight."""
     moved = list(embeddings)
     moved[which] = directions(features @ weight.T + bias)
     return replay.loss(moved, index, negatives)
 
 
-class Written(TorchDispatchMode):
-    """Keeps the places that `index_copy_` writes to."""
+class RecordedWrites(TorchDispatchMode):
+    """Records the indices that `index_copy_` writes to."""
 
     def __init__(self):
         super().__init__()
-        self.places = []
+        self.indices = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is torch.ops.aten.index_copy_.default:
-            self.places.append(args[2].tolist())
+            self.indices.append(args[2].tolist())
         return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("keep", [1.0, 0.5])
-def test_crd_against_float64_over_several_steps(keep):
+def test_crd_matches_float64_replay_over_several_steps(keep):
     rng = np.random.default_rng(3)
     f, g = rng.standard_normal((SAMPLES, 6)), rng.standard_normal((SAMPLES, 3))
     f[2], f[8], g[5] = 0, 1e20 * f[8], 0
     samples = Samples(torch.arange(SAMPLES), torch.arange(SAMPLES) * 7 % CLASSES)
-    student, teacher = Table(f), Table(g)
+    student, teacher = LookupNetwork(f), LookupNetwork(g)
     with torch.no_grad():
         student.classifier.weight.mul_(1e-20)
         student.classifier.bias.copy_(torch.arange(4) / 2)
     method, *_ = prepared("crd", {"batch_keep": keep}, student, teacher, samples)
-    replay, drawn, draw = Replay(method), [], method.draw
-    method.draw = lambda label: drawn.append(draw(label)) or drawn[-1]
+    replay, drawn, draw = Replay(method), [], method.draw_negatives
+    method.draw_negatives = lambda label: drawn.append(draw(label)) or drawn[-1]
     f, g = float64(student.features), float64(teacher.features)
     # Padding, samples seen twice in a batch, extreme features, samples seen again later.
     batches = [[0, 1, 2, -1, 3, 8, 5], [8, 9, 8, 10, 5, 8, 0], [-1, -1, 7], [11, 12, 0, 13, 14], [-1, -1]]
     for step, index in enumerate(batches):
-        # The second view of a sample in a batch, and padding, look like other samples.
+        # Repeated samples and padding get the features of other samples.
         x = np.array([i if i not in index[:place] and i >= 0 else 22 - place for place, i in enumerate(index)])
         batch = samples.at(index)._replace(x=torch.tensor(x))
-        with Written() as written:
+        with RecordedWrites() as written:
             outcome = method(student, teacher, batch)
-        assert len(written.places) == 2
-        for places in written.places:  # no row of the memory is written twice, in whatever order
-            assert max(Counter(i for i in places if i < SAMPLES).values(), default=1) == 1
+        assert len(written.indices) == 2
+        for indices in written.indices:  # no row of the memory is written twice
+            assert max(Counter(i for i in indices if i < SAMPLES).values(), default=1) == 1
         z = float64(student(batch.x))
-        rows = [i for i in chosen(z, keep) if index[i] >= 0]
-        place = chosen(z, keep)
+        rows = [i for i in top_entropy_rows(z, keep) if index[i] >= 0]
+        place = top_entropy_rows(z, keep)
         negatives = [drawn[-1][place.index(i)].tolist() for i in rows]
         index = [index[i] for i in rows]
         assert drawn[-1].shape == (len(place), 11)
@@ -426,35 +428,37 @@ def test_crd_against_float64_over_several_steps(keep):
 
         method.zero_grad()
         outcome.loss.backward()
-        if step in (1, 3) and rows:  # not where the first batch's Z, a constant, is computed
+        if step in (1, 3) and rows:  # not in the first step, which computes the constant Z
             for which, (h, layer) in enumerate(((f, method.student_embedding), (g, method.teacher_embedding))):
-                loss = partial(crd_of, replay, embeddings, which, h[x[rows]], float64(layer.bias), index, negatives)
+                loss = partial(
+                    crd_formula, replay, embeddings, which, h[x[rows]], float64(layer.bias), index, negatives
+                )
                 assert_gradient(loss, float64(layer.weight), 1.25 * float64(layer.weight.grad), rng)
-        replay.remember(embeddings, index)
+        replay.update_memory(embeddings, index)
         for name, memory in zip(("student_memory", "teacher_memory"), replay.memory, strict=True):
             np.testing.assert_allclose(float64(getattr(method, name))[:-1], memory, atol=1e-5)
             assert not getattr(method, name)[-1].any()
     assert torch.isfinite(student.features.grad).all() and student.features.grad.any()
 
 
-def test_crd_draws_uniformly_from_samples_of_other_classes():
-    label = torch.tensor([2, 0, 2, 2, 5, 0, 2])  # classes of unequal sizes, and some of none
+def test_crd_draws_uniformly_from_other_classes():
+    label = torch.tensor([2, 0, 2, 2, 5, 0, 2])  # unequal classes, some empty
     samples = Samples(torch.arange(7), label)
     table = np.ones((7, 2))
-    method, *_ = prepared("crd", {"negatives": 40_000}, Table(table, 6), Table(table, 6), samples)
+    method, *_ = prepared("crd", {"negatives": 40_000}, LookupNetwork(table, 6), LookupNetwork(table, 6), samples)
     memory = method.student_memory[:-1]
-    width = (3 / 5) ** 0.5  # of length 1 in the mean square
+    width = (3 / 5) ** 0.5  # mean squared length 1
     assert memory.abs().max() <= width
     assert stats.kstest(memory.flatten().numpy(), "uniform", args=(-width, 2 * width)).pvalue > 1e-4
     torch.manual_seed(0)
-    for own, drawn in zip(label[:5].tolist(), method.draw(label[:5]), strict=True):
+    for own, drawn in zip(label[:5].tolist(), method.draw_negatives(label[:5]), strict=True):
         others = (label != own).nonzero().squeeze(1)
         counts = drawn.bincount(minlength=7)
         assert counts.sum() == counts[others].sum() == 40_000
         assert stats.chisquare(counts[others].numpy()).pvalue > 1e-4
 
 
-def test_crd_goes_on_after_a_first_batch_of_padding():
+def test_crd_is_finite_after_first_batch_of_padding():
     method, student, teacher, samples = prepared("crd")
     padding = samples.at([-1, -1, -1])
     outcome = method(student, teacher, padding)
@@ -464,7 +468,7 @@ def test_crd_goes_on_after_a_first_batch_of_padding():
     assert outcome.loss.isfinite() and outcome.terms["crd"] > 0 and torch.equal(method.log_z, z)
 
 
-def test_crd_loads_no_sample_for_labels_in_memory():
+def test_crd_loads_no_samples_if_labels_are_in_memory():
     class InMemory(Samples):
         def __init__(self, x, label):
             super().__init__(x, label)
@@ -475,56 +479,56 @@ def test_crd_loads_no_sample_for_labels_in_memory():
                 self.batches += 1
                 yield batch
 
-    held = images()
-    in_memory = InMemory(held.x, held.label)
-    read, given = (prepared("crd", samples=samples)[0] for samples in (held, in_memory))
-    assert in_memory.batches == 1  # what the features' width is found by
-    for one, two in zip(read.buffers(), given.buffers(), strict=True):
+    loaded = images()
+    in_memory = InMemory(loaded.x, loaded.label)
+    from_batches, from_memory = (prepared("crd", samples=samples)[0] for samples in (loaded, in_memory))
+    assert in_memory.batches == 1  # to probe the width of the features
+    for one, two in zip(from_batches.buffers(), from_memory.buffers(), strict=True):
         torch.testing.assert_close(one, two, rtol=0, atol=0, equal_nan=True)
 
 
-def test_crd_needs_two_classes_and_all_samples_in_order():
+def test_crd_refuses_one_class_and_unordered_samples():
     samples = Samples(torch.arange(5), torch.ones(5, dtype=torch.int64))
-    with pytest.raises(ValueError, match="of other classes, got 5 samples all of class 1"):
-        prepared("crd", {}, Table(np.ones((5, 2))), Table(np.ones((5, 2))), samples)
+    with pytest.raises(ValueError, match="of other classes, but all 5 samples have class 1"):
+        prepared("crd", {}, LookupNetwork(np.ones((5, 2))), LookupNetwork(np.ones((5, 2))), samples)
     samples = [Batch(torch.arange(5), torch.arange(5), torch.tensor([0, 1, 3, 2, 4]))]
     with pytest.raises(ValueError, match="by ascending index"):
-        prepared("crd", {}, Table(np.ones((5, 2))), Table(np.ones((5, 2))), samples)
+        prepared("crd", {}, LookupNetwork(np.ones((5, 2))), LookupNetwork(np.ones((5, 2))), samples)
 
 
 # --- sskd -------------------------------------------------------------------------------------------------------------
 
 
-def turned(x):
-    """(b, 4, c, h, h): every image and its three turns."""
+def rotated_views(x):
+    """Return views (b, 4, c, h, h): each image and its three rotations."""
     return np.stack([np.rot90(x, turns, (-2, -1)) for turns in range(4)], 1)
 
 
 def output(network, x, scale=None):
-    """Logits and features of `Images` for (..., c, h, h)."""
+    """Return logits and features of `ImageNetwork` for (..., c, h, h)."""
     features = np.tanh(x.reshape(*x.shape[:-3], -1) * (float64(network.scale) if scale is None else scale))
     return features @ float64(network.classifier.weight).T + float64(network.classifier.bias), features
 
 
-def through_head(head, features):
+def apply_head(head, features):
     hidden = np.maximum(features @ float64(head[0].weight).T + float64(head[0].bias), 0)
     return hidden @ float64(head[2].weight).T + float64(head[2].bias)
 
 
 def cosines(embeddings):
-    """(b, 4, d) -> (3 b, b), image by image."""
+    """Return the cosines (3 b, b) of embeddings (b, 4, d)."""
     e = embeddings / np.sqrt((embeddings**2).sum(-1, keepdims=True))
     return np.array([[e[i, turns] @ e[j, 0] for j in range(len(e))] for i in range(len(e)) for turns in (1, 2, 3)])
 
 
-def selected_by_a_loop(score, truth, ratio):
+def least_wrong_by_loop(score, truth, ratio):
     levels = [sum(other > row[true] for other in row) for row, true in zip(score, truth, strict=True)]
     wrong = sorted((level, i) for i, level in enumerate(levels) if level)
     return sorted([i for i, level in enumerate(levels) if not level] + [i for _, i in wrong[: int(len(wrong) * ratio)]])
 
 
 @pytest.mark.parametrize("keep", [1.0, 0.5])
-def test_sskd_against_float64(keep, both_ways):
+def test_sskd_matches_float64_formula(keep, kernels_and_reference):
     rng = np.random.default_rng(4)
     options = {
         "batch_keep": keep,
@@ -534,21 +538,21 @@ def test_sskd_against_float64(keep, both_ways):
         "transformed_temperature": 3.0,
     }
     method, student, teacher, samples = prepared("sskd", options)
-    passes = rows_seen(student), rows_seen(teacher)
+    passes = record_batch_sizes(student), record_batch_sizes(teacher)
     index = [3, -1, 20, 7, 8, 22, 1, 0, 5]
     batch = samples.at(index)
     outcome = method(student, teacher, batch)
 
     label = batch.label.numpy()
-    views = turned(float64(batch.x))
+    views = rotated_views(float64(batch.x))
     z, features = output(student, views)
-    rows = chosen(z[:, 0], keep)
+    rows = top_entropy_rows(z[:, 0], keep)
     y, target_features = output(teacher, views[rows])
-    similarity = cosines(through_head(method.teacher_head, target_features))
+    similarity = cosines(apply_head(method.teacher_head, target_features))
     truth = np.repeat(label[rows], 3)
     y_tf = y[:, 1:].reshape(-1, CLASSES)
-    tf_rows = selected_by_a_loop(y_tf, truth, 0.5)
-    ss_rows = selected_by_a_loop(similarity, np.arange(3 * len(rows)) // 3, 0.6)
+    tf_rows = least_wrong_by_loop(y_tf, truth, 0.5)
+    ss_rows = least_wrong_by_loop(similarity, np.arange(3 * len(rows)) // 3, 0.6)
     assert 0 < len(tf_rows) < 3 * len(rows) and 0 < len(ss_rows) < 3 * len(rows)
 
     def parts(z, features):
@@ -556,7 +560,7 @@ def test_sskd_against_float64(keep, both_ways):
             cross_entropies(z[:, 0], label).mean(),
             divergences(z[rows, 0], y[:, 0], 4).mean(),
             divergences(z[rows, 1:].reshape(-1, CLASSES), y_tf, 3)[tf_rows].mean(),
-            divergences(cosines(through_head(method.student_head, features[rows])), similarity, 0.3)[ss_rows].mean(),
+            divergences(cosines(apply_head(method.student_head, features[rows])), similarity, 0.3)[ss_rows].mean(),
         )
 
     def loss(ce, kl, tf, ss):
@@ -582,7 +586,7 @@ def test_sskd_against_float64(keep, both_ways):
     assert all(p.grad is not None for p in method.student_head.parameters())
 
 
-def test_sskd_trains_the_teachers_head_first():
+def test_sskd_pretraining_trains_only_the_teachers_head():
     method, _, teacher, samples = prepared("sskd", {"head_epochs": 6, "head_lr": 0.1, "head_milestones": [0.5]})
     (plan,) = method.pretraining()
     assert plan.part is method.teacher_head and (plan.epochs, plan.lr, plan.milestones) == (6, 0.1, (0.5,))
@@ -591,8 +595,8 @@ def test_sskd_trains_the_teachers_head_first():
     for _ in range(plan.epochs):
         for batch in samples:
             loss = plan.loss(teacher, batch)
-            _, features = output(teacher, turned(float64(batch.x)))
-            similarity = cosines(through_head(plan.part, features))
+            _, features = output(teacher, rotated_views(float64(batch.x)))
+            similarity = cosines(apply_head(plan.part, features))
             expected = cross_entropies(similarity, np.arange(len(similarity)) // 3).mean()
             np.testing.assert_allclose(loss.item(), expected, rtol=1e-5)
             optimizer.zero_grad()
@@ -608,26 +612,26 @@ def test_sskd_trains_the_teachers_head_first():
     ("given", "milestones"),
     [([0.5, 1], (0.5, 1)), (0.25, (0.25,)), ("0.5, 0.75", (0.5, 0.75)), ("1", (1,)), ("", ()), ((), ())],
 )
-def test_milestones_as_a_program_and_as_a_command_give_them(given, milestones):
+def test_milestones_are_read_from_numbers_and_text(given, milestones):
     assert methods.build("sskd", {"head_milestones": given}).head_milestones == milestones
 
 
-def test_rows_least_wrong_are_those_of_a_loop():
+def test_select_least_wrong_matches_plain_loop():
     generator = torch.Generator().manual_seed(0)
     for rows in (1, 7, 40):
         for ratio in (0.0, 0.29, 0.75, 1.0):
-            score = torch.randint(0, 4, (rows, 9), generator=generator).float()  # with ties within rows and among them
+            score = torch.randint(0, 4, (rows, 9), generator=generator).float()  # with ties within and between rows
             truth = torch.randint(0, 9, (rows,), generator=generator)
-            selected, number = least_wrong(score, truth, ratio)
-            expected = selected_by_a_loop(score.numpy(), truth.numpy(), ratio)
+            selected, number = select_least_wrong(score, truth, ratio)
+            expected = least_wrong_by_loop(score.numpy(), truth.numpy(), ratio)
             assert selected.nonzero().squeeze(1).tolist() == expected and number == len(expected)
     score[5, truth[5]] = torch.nan
-    assert least_wrong(score, truth, 0.0)[0][5]
+    assert select_least_wrong(score, truth, 0.0)[0][5]
 
 
-def test_sskd_without_a_selected_row_is_zero_there_and_hides_no_nan():
+def test_sskd_term_is_zero_without_selected_rows_and_propagates_nan():
     method, student, teacher, samples = prepared("sskd", {"transformed_ratio": 0.0, "similarity_ratio": 0.0})
-    with torch.no_grad():  # a teacher that is always wrong, with a head that never knows
+    with torch.no_grad():  # a teacher that is always wrong
         teacher.classifier.weight.zero_()
         teacher.classifier.bias.copy_(torch.tensor([0.0, 1.0, 0.0, 0.0]))
     batch = samples.at([4, 8, 12])
@@ -639,18 +643,18 @@ def test_sskd_without_a_selected_row_is_zero_there_and_hides_no_nan():
     assert method(student, teacher, batch).loss.isnan()
 
 
-def test_sskd_turns_square_images_only():
+def test_sskd_refuses_inputs_that_are_not_square_images():
     for shape in ((SAMPLES, 2, 5, 6), (SAMPLES, 10)):
         samples = Samples(torch.zeros(shape), torch.arange(SAMPLES) % CLASSES)
-        with pytest.raises(ValueError, match="x must be square ones"):
+        with pytest.raises(ValueError, match="x must be square images"):
             prepared("sskd", samples=samples)
 
 
 # --- taps -------------------------------------------------------------------------------------------------------------
 
 
-class Odd(nn.Module):
-    """No linear layer, an unused one by option, features of four dimensions, and normalisation and dropout."""
+class ConvHead(nn.Module):
+    """A convolutional head with features of four dimensions; normalisation, dropout, and optionally an unused linear layer."""
 
     def __init__(self, unused=False):
         super().__init__()
@@ -664,9 +668,9 @@ class Odd(nn.Module):
 
 
 @pytest.mark.parametrize("name", ["pkt", "crd", "sskd"])
-def test_features_of_four_dimensions_are_rows(name):
-    """And a student with dropout, normalisation and another head than a linear one is left as it was."""
-    student, teacher = Odd(), Images(2, normalised=True).eval()
+def test_features_of_four_dimensions_are_flattened(name):
+    """The student has dropout, normalisation and a convolutional head. `prepare` leaves its state unchanged."""
+    student, teacher = ConvHead(), ImageNetwork(2, normalised=True).eval()
     before = copy.deepcopy((student.state_dict(), teacher.state_dict()))
     method, _, _, samples = prepared(name, {"student_layer": "head"}, student, teacher)
     assert (method.student_width, method.teacher_width) == (27, 50)
@@ -676,85 +680,93 @@ def test_features_of_four_dimensions_are_rows(name):
     assert student.body[0].weight.grad.isfinite().all() and student.body[0].weight.grad.any()
 
 
-def test_the_last_linear_layer_is_tapped_unless_another_is_named():
+def test_tap_defaults_to_last_linear_layer():
     network, x = nn.Sequential(nn.Linear(6, 5), nn.Sequential(nn.ReLU(), nn.Linear(5, 3))), torch.randn(2, 6)
     hidden = network[0](x)
     for path, expected in ((None, hidden.relu()), ("", hidden.relu()), ("1", hidden), ("0", x)):
         tap = Tap(network, path, "student")
-        assert torch.equal(tap.through(network, x)[1], expected)
+        assert torch.equal(tap.run(network, x)[1], expected)
         tap.remove()
 
 
-def test_a_layer_that_cannot_be_tapped_is_named():
-    for option, networks in (("student_layer", (Odd(), Images(0))), ("teacher_layer", (Images(0), Odd()))):
+def test_tap_error_names_missing_or_unused_layer():
+    for option, networks in (
+        ("student_layer", (ConvHead(), ImageNetwork(0))),
+        ("teacher_layer", (ImageNetwork(0), ConvHead())),
+    ):
         with pytest.raises(ValueError, match=f"no torch.nn.Linear.*set {option}"):
             prepared("pkt", {}, *networks)
     with pytest.raises(ValueError, match=r"teacher_layer must be a name in .* no 'fc'"):
         prepared("pkt", {"teacher_layer": "fc"})
-    with pytest.raises(RuntimeError, match=r"student's layer 'unused' was not passed .* set student_layer"):
-        prepared("pkt", {}, Odd(unused=True))
+    with pytest.raises(RuntimeError, match=r"student's layer 'unused' did not run .* set student_layer"):
+        prepared("pkt", {}, ConvHead(unused=True))
     with pytest.raises(TypeError, match="student_layer must be a name in named_modules"):
         methods.build("pkt", {"student_layer": 3})
 
 
-def test_a_tap_holds_nothing_that_nobody_asked_for():
+def test_tap_captures_nothing_between_pop_and_listen():
     network = maps(1)
     tap = Tap(network, "0", "student", output=True)
     x = images().x
     tap.listen()
     network(x)
-    assert tap.take_map().shape == (SAMPLES, 4, PIXELS, PIXELS) and tap._catch.caught is None
-    network(x)  # a validation
-    assert tap._catch.caught is None
+    assert tap.pop_map().shape == (SAMPLES, 4, PIXELS, PIXELS) and tap._capture.features is None
+    network(x)  # like a validation
+    assert tap._capture.features is None
     tap.remove()
 
 
 @pytest.mark.parametrize("inference", [False, True])
-def test_what_a_later_layer_changes_in_place_is_not_taken_for_what_was_there(inference):
+def test_tap_refuses_features_changed_in_place(inference):
     network = nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(36, CLASSES))
     tap = Tap(network, "0", "student", output=True)
     tap.listen()
     with torch.inference_mode(inference):
         network(images().x)
-    if inference:  # nobody counts there; no method trains so
-        assert tap.take_map().min() == 0
+    if inference:  # torch counts no changes in inference mode; no method trains in it
+        assert tap.pop_map().min() == 0
         return
     with pytest.raises(RuntimeError, match=r"student's layer '0' had its features changed in place .* inplace=False"):
-        tap.take_map()
+        tap.pop_map()
     tap = Tap(network, "1", "student", output=True)
     network(images().x)
-    assert tap.take_map().min() == 0
+    assert tap.pop_map().min() == 0
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit")
-def test_torchscript_takes_no_hooks():
+def test_tap_refuses_torchscript():
     x = images().x
-    whole = torch.jit.script(Images(2)), torch.jit.trace(Images(2), x)
-    inside = [nn.Sequential(network) for network in whole]
-    for path, networks in ((None, whole), ("0.classifier", inside)):
+    scripted_networks = torch.jit.script(ImageNetwork(2)), torch.jit.trace(ImageNetwork(2), x)
+    inside = [nn.Sequential(network) for network in scripted_networks]
+    for path, networks in ((None, scripted_networks), ("0.classifier", inside)):
         for network in networks:
-            with pytest.raises(ValueError, match=r"the teacher's features cannot be had of TorchScript .* no hooks"):
+            with pytest.raises(
+                ValueError,
+                match=r"the teacher must be a torch.nn.Module .*, got TorchScript .* no hooks",
+            ):
                 Tap(network, path, "teacher")
-    scripted = methods.build("kd")(Images(1), whole[0].eval(), images().at([1, 2]))  # which needs none
-    plain = methods.build("kd")(Images(1), Images(2).eval(), images().at([1, 2]))
+    scripted = methods.build("kd")(
+        ImageNetwork(1), scripted_networks[0].eval(), images().at([1, 2])
+    )  # KD needs no hook
+    plain = methods.build("kd")(ImageNetwork(1), ImageNetwork(2).eval(), images().at([1, 2]))
     torch.testing.assert_close(scripted.loss, plain.loss)
 
 
-def test_a_tap_forgets_and_works_without_gradients_and_compiled():
-    network, x = Images(0), images().x
+def test_tap_works_without_gradients_and_under_torch_compile():
+    network, x = ImageNetwork(0), images().x
     tap = Tap(network, None, "student")
     expected = (x.flatten(1) * network.scale).tanh()
     with torch.no_grad():
-        _, features = tap.through(network, x)
+        _, features = tap.run(network, x)
     assert torch.equal(features, expected) and not features.requires_grad
-    with pytest.raises(RuntimeError, match="was not passed"):
-        tap.take()
-    network(x)  # as in a validation: what was caught then is not what a later pass is asked for
-    with pytest.raises(RuntimeError, match="was not passed"):
-        tap.through(nn.Flatten(), x)
+    with pytest.raises(RuntimeError, match="did not run"):
+        tap.pop()
+    network(x)  # like a validation: a later run must not return these features
+    with pytest.raises(RuntimeError, match="did not run"):
+        tap.run(nn.Flatten(), x)
     compiled = torch.compile(network, backend="aot_eager")
     for part in (x, x[:5] + 1, x[:5] + 2):
-        logits, features = tap.through(compiled, part)
+        logits, features = tap.run(compiled, part)
         torch.testing.assert_close(features, (part.flatten(1) * network.scale).tanh())
         torch.testing.assert_close(logits, network.classifier(features))
         network.zero_grad()
@@ -769,7 +781,7 @@ def test_a_tap_forgets_and_works_without_gradients_and_compiled():
 # --- all --------------------------------------------------------------------------------------------------------------
 
 
-def test_a_state_from_before_the_first_batch_has_no_normalisation():
+def test_crd_recomputes_log_z_after_loading_initial_state():
     method, student, teacher, samples = prepared("crd")
     saved = copy.deepcopy(method.state_dict())
     method(student, teacher, samples.at([1, 2]))
@@ -778,7 +790,7 @@ def test_a_state_from_before_the_first_batch_has_no_normalisation():
 
 
 @pytest.mark.parametrize("name", ["pkt", "crd", "sskd"])
-def test_autocast_leaves_similarities_in_float32(name):
+def test_similarities_stay_float32_under_autocast(name):
     found = []
     for enabled in (False, True):
         method, student, teacher, samples = prepared(name)
@@ -792,35 +804,35 @@ def test_autocast_leaves_similarities_in_float32(name):
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_defaults_are_those_published(name):
+def test_defaults_match_published_values(name):
     method = methods.build(name)
     options = inspect.signature(type(method)).parameters
-    if name in REBUILT:
+    if name in PARTLY_REBUILT:
         assert {option: getattr(method, option) for option in PUBLISHED[name]} == PUBLISHED[name]
         return
-    assert {option: getattr(method, option) for option in options if option not in OURS} == PUBLISHED[name]
-    assert all(getattr(method, option) == OURS[option] for option in options if option in OURS)
+    assert {option: getattr(method, option) for option in options if option not in OUR_DEFAULTS} == PUBLISHED[name]
+    assert all(getattr(method, option) == OUR_DEFAULTS[option] for option in options if option in OUR_DEFAULTS)
     assert all(options[option].default == value for option, value in PUBLISHED[name].items())
 
 
-def test_constants_are_those_published():
-    assert pkt.EPSILON == features.SMALLEST_LENGTH == 1e-7
+def test_constants_match_published_values():
+    assert pkt.EPSILON == features.LENGTH_OFFSET == 1e-7
 
 
-class Own(kd.KnowledgeDistillation):
+class TypedOptions(kd.KnowledgeDistillation):
     def __init__(
         self, plain=1, scale: "float" = 1.0, on: "bool" = True, anything: object = None, layer: "str | None" = None
     ):
         super().__init__()
 
 
-class Unknown(kd.KnowledgeDistillation):
+class UnresolvedAnnotation(kd.KnowledgeDistillation):
     def __init__(self, scale: "NotThere" = 1.0):  # noqa: F821
         super().__init__()
 
 
-def test_text_becomes_what_a_method_takes():
-    read = partial(methods.as_typed, f"{__name__}:Own")
+def test_text_options_are_converted_by_annotation():
+    read = partial(methods.as_typed, f"{__name__}:TypedOptions")
     assert read({"plain": "2", "scale": "2.5", "on": "false"}) == {"plain": 2, "scale": 2.5, "on": False}
     assert read({"plain": "x", "anything": "True", "layer": "1.10"}) == {
         "plain": "x",
@@ -828,14 +840,14 @@ def test_text_becomes_what_a_method_takes():
         "layer": "1.10",
     }
     assert read({"scale": 3, "other": "4"}) == {"scale": 3, "other": 4}
-    assert methods.as_typed(f"{__name__}:Unknown", {"scale": "2"}) == {"scale": 2}
+    assert methods.as_typed(f"{__name__}:UnresolvedAnnotation", {"scale": "2"}) == {"scale": 2}
     assert methods.as_typed("sskd", {"head_epochs": "2.5", "head_milestones": "0.5,1"}) == {
         "head_epochs": 2.5,
         "head_milestones": "0.5,1",
     }
 
 
-def test_build_names_the_options_that_there_are():
+def test_build_error_lists_valid_options():
     with pytest.raises(
         TypeError,
         match=r"method 'kd' has no option 'temprature': did you mean temperature\? It takes temperature, kd_weight, ce_w",
@@ -844,7 +856,7 @@ def test_build_names_the_options_that_there_are():
     with pytest.raises(TypeError, match="method 'ce' has no option 'batch_keep'; it takes none"):
         methods.build("ce", {"batch_keep": 0.5})
     with pytest.raises(TypeError, match="Method, got Counter"):
-        methods.build("collections:Counter", {"of": 1})  # any keyword is one of its
+        methods.build("collections:Counter", {"of": 1})  # Counter takes any keyword
 
 
 @pytest.mark.parametrize(
@@ -884,18 +896,18 @@ def test_build_names_the_options_that_there_are():
         ("sskd", {"head_milestones": None}, TypeError, "head_milestones must be fractions .* got None"),
     ],
 )
-def test_methods_check_their_options(name, options, error, message):
+def test_invalid_option_is_refused(name, options, error, message):
     with pytest.raises(error, match=message):
         methods.build(name, options)
 
 
-# --- several processes ------------------------------------------------------------------------------------------------
+# --- several ranks ------------------------------------------------------------------------------------------------
 
 WORLD = 2
-BATCHES = [[[0, 1, 2], [3, 4, 5]], [[6, 2, 7], [8, -1, -1]], [[-1, 9, 9], [2, 10, 11]]]  # a step's, by rank
+BATCHES = [[[0, 1, 2], [3, 4, 5]], [[6, 2, 7], [8, -1, -1]], [[-1, 9, 9], [2, 10, 11]]]  # [step][rank]
 
 
-def _process(rank, folder):
+def _run_rank(rank, folder):
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
@@ -904,27 +916,27 @@ def _process(rank, folder):
         world_size=WORLD,
         timeout=timedelta(seconds=60),
     )
-    torch.manual_seed(rank)  # whatever a rank draws by itself differs
-    samples, student, teacher = images(), Images(1), Images(2)
+    torch.manual_seed(rank)  # so that each rank draws its own numbers
+    samples, student, teacher = images(), ImageNetwork(1), ImageNetwork(2)
     method = methods.build("crd", OPTIONS["crd"])
     method.prepare(student, teacher, samples)
-    with torch.no_grad():  # a trainer makes parameters equal
+    with torch.no_grad():  # as the trainer does
         for parameter in method.parameters():
             dist.broadcast(parameter, 0)
-    said = {"before": {k: x.clone() for k, x in method.state_dict().items()}, "drawn": [], "losses": []}
-    draw = method.draw
-    method.draw = lambda label: said["drawn"].append(draw(label)) or said["drawn"][-1]
+    record = {"before": {k: x.clone() for k, x in method.state_dict().items()}, "drawn": [], "losses": []}
+    draw = method.draw_negatives
+    method.draw_negatives = lambda label: record["drawn"].append(draw(label)) or record["drawn"][-1]
     for step in BATCHES:
-        said["losses"].append(method(student, teacher, samples.at(step[rank])).terms["crd"])
-    torch.save({**said, "after": method.state_dict()}, folder / f"{rank}.pt")
+        record["losses"].append(method(student, teacher, samples.at(step[rank])).terms["crd"])
+    torch.save({**record, "after": method.state_dict()}, folder / f"{rank}.pt")
     dist.barrier()
 
 
 @pytest.mark.skipif(not dist.is_available(), reason="this torch has no torch.distributed")
-def test_crd_of_two_processes_remembers_the_rows_of_both():
+def test_crd_memory_holds_rows_of_both_ranks():
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        assert Crew(lambda rank: _process(rank, folder), WORLD).wait() == [0] * WORLD
+        assert Crew(lambda rank: _run_rank(rank, folder), WORLD).wait() == [0] * WORLD
         ranks = [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(WORLD)]
     for moment in ("before", "after"):
         for key, x in ranks[0][moment].items():
@@ -950,7 +962,7 @@ def test_crd_of_two_processes_remembers_the_rows_of_both():
             replay.z = replay.constants(both, [*chain(*index)], [*chain(*negatives)])
         for rank, own, indices, drawn in zip(ranks, embeddings, index, negatives, strict=True):
             np.testing.assert_allclose(rank["losses"][step], replay.loss(own, indices, drawn), rtol=1e-5)
-        replay.remember(both, [*chain(*index)])
+        replay.update_memory(both, [*chain(*index)])
     np.testing.assert_allclose(float64(ranks[0]["after"]["log_z"]), np.log(replay.z), rtol=1e-5)
     for name, memory in zip(("student_memory", "teacher_memory"), replay.memory, strict=True):
         np.testing.assert_allclose(float64(ranks[0]["after"][name])[:-1], memory, atol=1e-5)

@@ -1,4 +1,4 @@
-"""Networks of several widths against narrow ones built by hand, and partial to whole distillation against its parts."""
+"""Slimmable networks against narrow ones built by hand, and PWKD against its parts."""
 
 import copy
 import math
@@ -20,7 +20,7 @@ from kcd_ext.methods.kd import KnowledgeDistillation
 from kcd_ext.methods.pwkd import PartialToWhole, slimmable
 from kcd_ext.training import Condense, Recipe, checkpoint, distill
 
-# The defaults: published for slimmable networks (Yu et al., 2019) or ours; the paper's are not known.
+# Published for slimmable networks (Yu et al., 2019), or ours. The paper's defaults are unknown.
 DEFAULTS = {
     "base": "kd",
     "widths": (0.25, 0.5, 0.75, 1.0),
@@ -36,8 +36,8 @@ DEFAULTS = {
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def shake(network, seed=0):
-    """In place: every normalisation's numbers differ from their initial ones."""
+def randomise_normalisation(network, seed=0):
+    """Change the parameters and statistics of all normalisations in place, and return the network."""
     generator = torch.Generator().manual_seed(seed)
     for layer in network.modules():
         if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d):
@@ -47,13 +47,13 @@ def shake(network, seed=0):
     return network
 
 
-def mixed():
-    """Every kind of layer; images (b, 3, 6, 6)."""
+def network_of_all_layer_types():
+    """Return a network for images (b, 3, 6, 6) with all supported layer types."""
     return nn.Sequential(
         nn.Conv2d(3, 10, 3, padding=1, padding_mode="reflect"),
         nn.BatchNorm2d(10),
         nn.ReLU(),
-        nn.Conv2d(10, 20, 3, 2, padding=1, groups=10),  # two channels for each
+        nn.Conv2d(10, 20, 3, 2, padding=1, groups=10),  # two output channels per input channel
         nn.BatchNorm2d(20),
         nn.Conv2d(20, 12, (2, 1), groups=2),
         nn.ReLU(),
@@ -69,36 +69,38 @@ def mixed():
 
 
 @pytest.mark.parametrize("name", mostly_slow(models.REGISTRY))
-def test_the_whole_width_is_the_network_bit_for_bit_and_every_width_runs(name):
-    plain = shake(seeded(1, lambda: models.build(name, in_channels=3, num_classes=7)))
+def test_full_width_matches_network_bit_for_bit_and_all_widths_run(name):
+    plain = randomise_normalisation(seeded(1, lambda: models.build(name, in_channels=3, num_classes=7)))
     size = 8 if name.startswith("cnn") else 32
     x = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(2))
     slim = slimmable(plain, DEFAULTS["widths"])
     assert type(slim.network) is type(plain) and slim.network.stages == plain.stages
-    slim.use(0.5)
+    slim.set_width(0.5)
     slim(x)
-    slim.use(1.0)
+    slim.set_width(1.0)
     for network in (plain, slim):
         network.train()(x).square().sum().backward()
     own = dict(slim.network.named_parameters())
     for path, parameter in plain.named_parameters():
         assert torch.equal(parameter.grad, own[path].grad)
     state = slim.network.state_dict()
-    assert all(torch.equal(part, state[path]) for path, part in plain.state_dict().items())  # statistics moved
+    assert all(torch.equal(part, state[path]) for path, part in plain.state_dict().items())  # running statistics too
     with torch.no_grad():
         assert torch.equal(plain.eval()(x), slim.eval()(x))
     assert plain.state_dict().keys() | {path for path in state if ".narrow." in path} == state.keys()
 
-    taken = {}
+    feature_counts = {}
     with torch.no_grad():
         tap = Tap(slim.network, None, "teacher")
         for width in slim.widths:
-            slim.use(width)
+            slim.set_width(width)
             assert slim.width == width
-            taken[width] = tap.through(slim.network, x)[1].shape[1]
+            feature_counts[width] = tap.run(slim.network, x)[1].shape[1]
     tap.remove()
-    assert {width: count / taken[1.0] for width, count in taken.items()} == {width: width for width in slim.widths}
-    slim.use(0.25)
+    assert {width: count / feature_counts[1.0] for width, count in feature_counts.items()} == {
+        width: width for width in slim.widths
+    }
+    slim.set_width(0.25)
     slim.train().zero_grad()
     loss = slim(x).square().sum()
     loss.backward()
@@ -108,7 +110,7 @@ def test_the_whole_width_is_the_network_bit_for_bit_and_every_width_runs(name):
 
 
 def convolved(x, weight, bias, layer):
-    """A convolution of float64 arrays as a loop over its outputs, its groups told by the weight's shape."""
+    """Convolve float64 arrays in a loop over the outputs. The weight's shape gives the groups."""
     (kh, kw), (sh, sw) = weight.shape[2:], layer.stride
     mode = {"zeros": "constant", "reflect": "reflect"}[layer.padding_mode]
     x = np.pad(x, [(0, 0), (0, 0), *((p, p) for p in layer.padding)], mode=mode)
@@ -139,15 +141,15 @@ def normalised(x, norm, mean=None, variance=None):
 
 @pytest.mark.parametrize(
     ("width", "channels"),
-    # Two groups: all counts are even. The depthwise one has two channels for each that it is given.
+    # Two groups, so all counts are even. The depthwise layer doubles its channels.
     [(0.3, (4, 8, 4, 4)), (0.5, (6, 12, 6, 6)), (0.7, (8, 16, 10, 8)), (0.95, (10, 20, 12, 10))],
 )
-def test_narrow_widths_against_sliced_weights_in_float64(width, channels):
-    plain = shake(seeded(3, mixed)).double()
+def test_narrow_widths_match_sliced_weights_in_float64(width, channels):
+    plain = randomise_normalisation(seeded(3, network_of_all_layer_types)).double()
     slim = slimmable(plain, [width, 1.0]).eval()
-    narrow = [shake(slim.network[i].narrow, seed=i)[0] for i in (1, 4, 9)]
+    narrow = [randomise_normalisation(slim.network[i].narrow, seed=i)[0] for i in (1, 4, 9)]
     x = torch.randn(3, 3, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
-    slim.use(width)
+    slim.set_width(width)
     found = slim(x).detach().numpy()
 
     weight, bias = ([getattr(layer, k, None) for layer in plain] for k in ("weight", "bias"))
@@ -156,7 +158,7 @@ def test_narrow_widths_against_sliced_weights_in_float64(width, channels):
     y = convolved(x.numpy(), weight[0][:a], bias[0][:a], plain[0])
     y = np.maximum(normalised(y, narrow[0]), 0)
     y = normalised(convolved(y, weight[3][:b], bias[3][:b], plain[3]), narrow[1])
-    rows = [*range(c // 2), *range(6, 6 + c // 2)]  # the first ones of each group
+    rows = [*range(c // 2), *range(6, 6 + c // 2)]  # the first rows of each group
     y = np.maximum(convolved(y, weight[5][rows][:, : b // 2], bias[5][rows], plain[5]), 0)
     y = y.reshape(3, -1)
     y = np.maximum(normalised(y @ weight[8][:d, : y.shape[1]].T + bias[8][:d], narrow[2]), 0)
@@ -164,8 +166,10 @@ def test_narrow_widths_against_sliced_weights_in_float64(width, channels):
 
 
 @pytest.mark.parametrize("options", [{}, {"momentum": None}, {"affine": False}, {"track_running_stats": False}])
-def test_every_width_has_its_own_normalisation(options):
-    plain = shake(nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8, **options), nn.Linear(8, 2)).double())
+def test_each_width_has_its_own_normalisation(options):
+    plain = randomise_normalisation(
+        nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8, **options), nn.Linear(8, 2)).double()
+    )
     slim = slimmable(plain, (0.3, 0.6, 1)).train()
     norm, before = slim.network[1], copy.deepcopy(slim.state_dict())
     assert all(
@@ -173,14 +177,14 @@ def test_every_width_has_its_own_normalisation(options):
         for i in (0, 1)
         for k, part in plain[1].state_dict().items()
     )
-    slim.use(0.6)
+    slim.set_width(0.6)
     momentum = options.get("momentum", 0.1)
     expected = [None if x is None else x.clone().numpy() for x in (norm.running_mean, norm.running_var)]
     for step in (1, 2):
         x = torch.randn(7, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(step))
         y = functional.linear(x, slim.network[0].weight[:5], slim.network[0].bias[:5]).detach().numpy()
         caught = Tap(slim.network, "2", "teacher")
-        _, found = caught.through(slim.network, x)
+        _, found = caught.run(slim.network, x)
         caught.remove()
         z = (y - y.mean(0)) / np.sqrt(y.var(0) + 1e-5)
         if norm.affine:
@@ -207,37 +211,37 @@ def test_every_width_has_its_own_normalisation(options):
         assert not moved
 
 
-def test_a_copy_and_a_state_hold_all_of_it_and_the_module_is_left_alone():
-    plain = shake(seeded(5, mixed))
+def test_copies_and_states_are_complete_and_module_is_unchanged():
+    plain = randomise_normalisation(seeded(5, network_of_all_layer_types))
     frozen = copy.deepcopy(plain.state_dict())
     fired = []
     plain[3].register_forward_hook(lambda *_: fired.append(1))
     slim = slimmable(plain, (0.5, 1)).train()
-    slim.use(0.5)
+    slim.set_width(0.5)
     x = torch.randn(4, 3, 6, 6)
     slim(x).sum().backward()
     assert fired == [1] and all(p.grad is None for p in plain.parameters())
     assert all(torch.equal(x, frozen[path]) for path, x in plain.state_dict().items())
-    assert [type(layer) for layer in plain] == [type(layer) for layer in mixed()]
+    assert [type(layer) for layer in plain] == [type(layer) for layer in network_of_all_layer_types()]
     slim.eval()
-    other, untouched = copy.deepcopy(slim), slimmable(seeded(6, mixed), (0.5, 1)).eval()
+    other, untouched = copy.deepcopy(slim), slimmable(seeded(6, network_of_all_layer_types), (0.5, 1)).eval()
     untouched.load_state_dict(slim.state_dict())
     assert other.width == 0.5 and untouched.width == 1
-    untouched.use(0.5)
+    untouched.set_width(0.5)
     plain[3]._forward_hooks.clear()
     read = pickle.loads(pickle.dumps(slimmable(plain, (0.5, 1)).eval()))
     read.load_state_dict(slim.state_dict())
-    read.use(0.5)
+    read.set_width(0.5)
     expected = slim(x)
-    slim.use(1)
-    assert all(torch.equal(network(x), expected) for network in (other, untouched, read))  # the copy's width is its own
+    slim.set_width(1)
+    assert all(torch.equal(network(x), expected) for network in (other, untouched, read))  # a copy has its own width
     assert not torch.equal(slim(x), expected)
     with torch.autocast("cpu", torch.bfloat16):
         assert other(x).dtype == torch.bfloat16
     torch.testing.assert_close(other.to(memory_format=torch.channels_last)(x), expected)
 
 
-class Attention(nn.Module):
+class ScaleOnly(nn.Module):
     def __init__(self):
         super().__init__()
         self.scale = nn.Parameter(torch.ones(3, 4))
@@ -249,10 +253,10 @@ class Attention(nn.Module):
     [
         (
             lambda: nn.LayerNorm(4),
-            r"layer '1.0', a LayerNorm with weight \(4,\), bias \(4,\), is none of Conv2d, Linear",
+            r"layer '1.0', a LayerNorm with weight \(4,\), bias \(4,\), must be one of Conv2d, Linear",
         ),
         (lambda: nn.ConvTranspose2d(4, 3, 2), r"ConvTranspose2d with weight \(4, 3, 2, 2\), bias \(3,\)"),
-        (Attention, r"Attention with scale \(3, 4\)"),
+        (ScaleOnly, r"ScaleOnly with scale \(3, 4\)"),
         (lambda: nn.Conv1d(4, 3, 2), r"Conv1d with weight"),
         (lambda: nn.SyncBatchNorm(4, affine=False), "SyncBatchNorm with nothing that can be sliced"),
         (lambda: nn.LazyLinear(4), "LazyLinear with weight UninitializedParameter"),
@@ -261,17 +265,17 @@ class Attention(nn.Module):
         (lambda: torch.jit.script(nn.ReLU()), "RecursiveScriptModule with nothing"),
     ],
 )
-def test_a_layer_that_cannot_be_narrower_is_named(build, message):
+def test_unsupported_layer_is_named(build, message):
     module = nn.Sequential(nn.Linear(4, 4), nn.Sequential(build()), nn.Linear(4, 4))
     with pytest.raises(ValueError, match=message) as caught:
         slimmable(module, (0.5, 1))
     assert "\n" not in str(caught.value)
 
 
-def test_slimmable_says_what_it_takes():
+def test_invalid_widths_and_modules_are_refused():
     for widths in ((), (0.5,), (0.5, 0.5, 1), (1, 0.5), (0, 1), (0.5, 1.5), (float("nan"), 1), "0.5,x", "", 0.5):
         with pytest.raises(
-            ValueError, match=r"widths must be ascending fractions in \(0, 1\] that end with 1, as 0.25"
+            ValueError, match=r"widths must be ascending fractions in \(0, 1\] that end with 1, such as 0.25"
         ):
             slimmable(nn.Linear(2, 2), widths)
     for widths in (None, (True,), ("1",)):
@@ -280,27 +284,27 @@ def test_slimmable_says_what_it_takes():
     assert slimmable(nn.Linear(2, 2), 1).widths == (1.0,)
     assert slimmable(nn.Linear(2, 2), "0.3, 1").widths == (0.3, 1.0)
     with pytest.raises(ValueError, match=r"width must be one of 0.5, 1.0, got 0.7"):
-        slimmable(nn.Linear(2, 2), (0.5, 1)).use(0.7)
+        slimmable(nn.Linear(2, 2), (0.5, 1)).set_width(0.7)
     with pytest.raises(ValueError, match=r"must have a torch.nn.Linear.*Sequential has none"):
         slimmable(nn.Sequential(nn.Conv2d(2, 2, 1)), (0.5, 1))
     with pytest.raises(TypeError, match=r"module must be a torch.nn.Module, got function"):
-        slimmable(mixed, (0.5, 1))
+        slimmable(network_of_all_layer_types, (0.5, 1))
     thin = slimmable(nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2)), (1e-12, 1))
-    thin.use(1e-12)
+    thin.set_width(1e-12)
     assert thin.network[0](torch.zeros(1, 2)).shape == (1, 1) and thin(torch.zeros(1, 2)).shape == (1, 2)
     odd = slimmable(nn.Sequential(nn.Conv2d(9, 9, 1, groups=3), nn.Flatten(), nn.Linear(9, 2)), (0.5, 1))
-    odd.use(0.5)
+    odd.set_width(0.5)
     with pytest.raises(
-        ValueError, match=r"layer '0', a Conv2d of 3 groups with weight \(9, 3, 1, 1\), is given 4 channels at a narrow"
+        ValueError, match=r"layer '0', a Conv2d of 3 groups with weight \(9, 3, 1, 1\), receives 4 channels at a narrow"
     ):
         odd(torch.randn(1, 4, 1, 1))
 
 
-# --- when -------------------------------------------------------------------------------------------------------------
+# --- schedule -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 7])
-def test_the_schedule_against_its_formula(count):
+def test_schedule_matches_formula(count):
     widths = tuple((i + 1) / count for i in range(count))
     for epochs in (count, count + 1, 2 * count + 1, 23, 240):
         plan = PartialToWhole(widths, epochs, lr_min=0.1)
@@ -317,7 +321,7 @@ def test_the_schedule_against_its_formula(count):
         plan.stage(240)
 
 
-def test_there_is_an_epoch_for_every_stage():
+def test_fewer_epochs_than_stages_are_refused():
     with pytest.raises(ValueError, match=r"epochs must be at least 3, one for each of widths 0.2, 0.5, 1, got 2"):
         PartialToWhole((0.2, 0.5, 1), 2)
     with pytest.raises(ValueError, match=r"lr_min must be a number in \[0, 1\], got 2"):
@@ -326,7 +330,7 @@ def test_there_is_an_epoch_for_every_stage():
         run("kd", epochs=3, widths=(0.25, 0.5, 0.75, 1))
 
 
-# --- what is learnt ---------------------------------------------------------------------------------------------------
+# --- training ---------------------------------------------------------------------------------------------------
 
 
 def network(seed, width=6):
@@ -352,7 +356,7 @@ def samples(size=20, dtype=torch.float32):
 
 
 def prepared(options=None, teacher=None, data=None):
-    teacher = shake(teacher or network(2, width=9)).eval()
+    teacher = randomise_normalisation(teacher or network(2, width=9)).eval()
     student, data = network(1), data or samples()
     method = methods.build("pwkd", {"widths": (0.3, 0.5, 0.8, 1), **(options or {})})
     seeded(7, lambda: method.prepare(student, teacher, data))
@@ -378,28 +382,28 @@ def run(
         "pwkd", options, condense, epochs, 8, lr=0.02, device="cpu", seed=5, precision=precision, compile=compile
     )
     student, teacher = network(1), teacher or network(2, width=9)
-    torch.manual_seed(np.random.SeedSequence().entropy % 2**32)  # the caller's generator plays no part
+    torch.manual_seed(np.random.SeedSequence().entropy % 2**32)  # must have no effect
     arguments = {"output": output, "progress": progress, "resume": resume}
     return student, distill(student, teacher, images(37), images(20, seed=1), recipe, **arguments)
 
 
 @pytest.mark.parametrize("in_place", [True, False])
-def test_the_teachers_gradients_are_the_sum_of_those_of_the_widths(in_place):
+def test_pretraining_gradient_is_sum_over_widths(in_place):
     data = samples(dtype=torch.float64)
     method, _, teacher, _ = prepared({"in_place": in_place}, network(2, width=9).double(), data)
     (plan,) = method.pretraining()
     assert plan.part is method.slimmable and (plan.epochs, plan.lr) == (60, 0.05)
-    plan.part.train().network[6].eval()  # dropout draws
+    plan.part.train().network[6].eval()  # dropout is random
     expected, losses, target, batch = {}, [], None, data[0]
     for width in (1.0, 0.8, 0.5, 0.3):
-        alone = copy.deepcopy(plan.part)
-        alone.use(width)
-        logits = alone(batch.x)
+        single = copy.deepcopy(plan.part)
+        single.set_width(width)
+        logits = single(batch.x)
         truth = np.eye(CLASSES)[batch.label.numpy()] if target is None or not in_place else target
         losses.append(-(truth * log_softmax(logits.detach().numpy(), 1)).sum(1).mean())
         slope = (softmax(logits.detach().numpy(), 1) - truth) / len(batch.label)
         logits.backward(torch.tensor(slope))
-        for path, parameter in alone.named_parameters():
+        for path, parameter in single.named_parameters():
             if parameter.grad is not None:
                 expected[path] = expected.get(path, 0) + parameter.grad
         target = softmax(logits.detach().numpy(), 1) if width == 1 else target
@@ -411,7 +415,7 @@ def test_the_teachers_gradients_are_the_sum_of_those_of_the_widths(in_place):
         torch.testing.assert_close(parameter.grad, expected[path], rtol=1e-9, atol=1e-12)
 
 
-def test_a_sandwich_draws_between_the_widest_and_the_narrowest():
+def test_widths_a_step_draws_between_widest_and_narrowest():
     widths = (0.2, 0.4, 0.6, 0.8, 1)
     method, _, _, data = prepared({"widths": widths, "widths_a_step": 3, "in_place": False})
     (plan,) = method.pretraining()
@@ -442,10 +446,10 @@ def test_a_sandwich_draws_between_the_widest_and_the_narrowest():
 
 
 @pytest.mark.parametrize("batch_keep", [1.0, 0.4])
-def test_the_base_is_asked_with_the_teacher_of_the_stage(batch_keep):
+def test_base_runs_with_teacher_of_current_stage(batch_keep):
     options = {} if batch_keep == 1 else {"batch_keep": batch_keep}
     method, student, teacher, data = prepared({"base": "kd", "temperature": 3, **options})
-    shake(method.slimmable, seed=5)
+    randomise_normalisation(method.slimmable, seed=5)
     stand_in = method.teacher_of(teacher)
     assert not any(p is q for p in stand_in.parameters() for q in teacher.parameters())
     plain = methods.build("kd", {"temperature": 3, **options})
@@ -454,23 +458,23 @@ def test_the_base_is_asked_with_the_teacher_of_the_stage(batch_keep):
         twin = copy.deepcopy(method.slimmable)
         assert twin.width == width
         outcomes = []
-        for asked, by in ((method, stand_in), (plain, twin)):
+        for distilled, by in ((method, stand_in), (plain, twin)):
             torch.manual_seed(0)
-            outcomes.append(asked(student, by, data[0]))
+            outcomes.append(distilled(student, by, data[0]))
         assert torch.equal(outcomes[0].loss, outcomes[1].loss) and torch.equal(outcomes[0].value, outcomes[1].value)
     with pytest.raises(ValueError, match=r"epoch must be an integer in \[0, 8\]"):
         method.begin(9, 9)
     assert method.weighs_samples and not method.flops_known and method.needs_teacher
 
 
-def test_features_that_a_partial_teacher_lacks_are_zeros():
+def test_missing_features_of_partial_teacher_are_zeros():
     method, student, teacher, data = prepared({"base": "pkt"})
     stand_in, batch = method.teacher_of(teacher), data[0]
     for epoch, width in enumerate((3, 4, 7, 8)):
         method.begin(epoch, 4)
         tap = Tap(stand_in, None, "teacher")
         with torch.no_grad():
-            logits, narrow = tap.through(stand_in, batch.x)
+            logits, narrow = tap.run(stand_in, batch.x)
         tap.remove()
         found, padded = method.base.teacher_forward(stand_in, batch.x)
         assert narrow.shape == (7, width) and padded.shape == (7, 8) and torch.equal(found, logits)
@@ -479,7 +483,9 @@ def test_features_that_a_partial_teacher_lacks_are_zeros():
         outcome = method(student, stand_in, batch)
         torch.manual_seed(0)
         _, features = method.base.student_forward(student, batch.x)
-        torch.testing.assert_close(outcome.terms["pkt"], pkt.transfer_loss(features, narrow).detach())  # as without
+        torch.testing.assert_close(
+            outcome.terms["pkt"], pkt.transfer_loss(features, narrow).detach()
+        )  # as without padding
     method.release()
     assert not any(layer._forward_pre_hooks for layer in [*student.modules(), *stand_in.modules()])
 
@@ -490,7 +496,7 @@ class Restarts(KnowledgeDistillation):
         return 0.1 + 0.45 * (1 + math.cos(math.pi * t / size))
 
 
-def test_the_control_is_the_base_with_the_same_restarts():
+def test_control_equals_base_with_same_learning_rates():
     student, summary = run("kd", partial=False)
     other = network(1)
     recipe = Recipe(f"{__name__}:Restarts", {}, None, 5, 8, lr=0.02, device="cpu", seed=5)
@@ -524,31 +530,31 @@ CONDENSED = Condense(keep=0.5, every=1, stages=3)
         pytest.param("sskd", CONDENSED, {"widths": (0.3, 0.4, 0.5, 1), "widths_a_step": 3}, marks=pytest.mark.slow),
     ],
 )
-def test_a_run_that_is_stopped_goes_on_as_if_it_never_was(tmp_path, base, condense, options):
-    whole, torn = tmp_path / "whole", tmp_path / "torn"
-    _, summary = run(base, whole, condense=condense, **options)
-    pretraining = files.read_lines(whole / "pretraining.jsonl")
+def test_resumed_run_ends_in_same_state(tmp_path, base, condense, options):
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    _, summary = run(base, straight, condense=condense, **options)
+    pretraining = files.read_lines(straight / "pretraining.jsonl")
     assert len(pretraining) == (4 if base == "sskd" else 2) and pretraining[-1]["flops"] is None is summary.flops
-    for count in (1, 2, 1, 2):  # in the teacher's pretraining, after it, in a stage, at a stage's end
+    for count in (1, 2, 1, 2):  # in the teacher's pretraining, after it, within a stage, at the end of a stage
         with pytest.raises(StopError):
-            run(base, torn, stop_after(count), resume=True, condense=condense, **options)
-    run(base, torn, resume=True, condense=condense, **options)
-    assert_same(final(torn), final(whole))
-    model = checkpoint.load(whole / "checkpoint").model
-    narrow, whole_width = (model[f"method.slimmable.network.1.{k}running_mean"] for k in ("narrow.0.", ""))
-    assert not torch.equal(narrow, whole_width)  # what the trained teacher had, it has no more
+            run(base, stopped, stop_after(count), resume=True, condense=condense, **options)
+    run(base, stopped, resume=True, condense=condense, **options)
+    assert_same(final(stopped), final(straight))
+    model = checkpoint.load(straight / "checkpoint").model
+    narrow, full = (model[f"method.slimmable.network.1.{k}running_mean"] for k in ("narrow.0.", ""))
+    assert not torch.equal(narrow, full)  # pretraining has changed the statistics
     if condense is not None:
         assert min(line["samples"] for line in summary.history) < 37
 
 
-def test_the_teacher_is_trained_before_and_never_after(tmp_path):
-    """The given teacher stays; the stand-in is what the last epoch of its pretraining has left."""
+def test_teacher_changes_only_in_pretraining(tmp_path):
+    """The original teacher never changes. The slimmable copy stays as its last pretraining epoch left it."""
     states = []
 
     def keep(line):
         states.append(checkpoint.load(tmp_path / "checkpoint").model)
 
-    teacher = shake(network(2, width=9))
+    teacher = randomise_normalisation(network(2, width=9))
     before = copy.deepcopy(teacher.state_dict())
     _, summary = run("kd", tmp_path, keep, teacher=teacher)
     assert all(torch.equal(part, before[path]) for path, part in teacher.state_dict().items())
@@ -560,7 +566,7 @@ def test_the_teacher_is_trained_before_and_never_after(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"in_place": False}, {"widths_a_step": 3}])
-def test_every_width_learns(options):
+def test_all_widths_learn(options):
     label = torch.arange(64) % CLASSES
     generator = torch.Generator().manual_seed(3)
     x = torch.randn(CLASSES, 1, 6, 6, generator=generator)[label] + 0.3 * torch.randn(64, 1, 6, 6, generator=generator)
@@ -578,43 +584,43 @@ def test_every_width_learns(options):
                 optimizer.step()
     plan.part.eval()
     for width in plan.part.widths:
-        plan.part.use(width)
+        plan.part.set_width(width)
         assert (plan.part(x).argmax(-1) == label).float().mean() > 0.9
 
 
-def test_two_processes_that_draw_different_widths_do_not_wait_for_each_other(tmp_path):
+def test_two_ranks_with_different_widths_do_not_deadlock(tmp_path):
     options = {"widths": (0.2, 0.4, 0.6, 0.8, 1), "widths_a_step": 3}
     crew = Crew(lambda rank: torch.set_num_threads(1) or run("kd", tmp_path, **options), processes=2)
     assert crew.wait() == [0, 0]
     model = checkpoint.load(tmp_path / "checkpoint").model
     steps = [int(model[f"method.slimmable.network.1.narrow.{i}.num_batches_tracked"]) for i in range(4)]
-    assert steps[0] == sum(steps[1:]) == 2 * 3  # of the first process: 19 samples, 8 a batch
+    assert steps[0] == sum(steps[1:]) == 2 * 3  # on rank 0: 19 samples in batches of 8
 
 
 @pytest.mark.slow
-def test_compiled_it_resumes_in_the_same_bytes(tmp_path):
-    """The growing teacher is left alone: else what is compiled would depend on which widths a process has met."""
+def test_compiled_run_resumes_to_same_bytes(tmp_path):
+    """The growing teacher is not compiled: otherwise the code would depend on the widths that a process has seen."""
 
     def stop(line):
         if line.get("epoch") == 3:
             raise KeyboardInterrupt
 
-    whole, _ = run("kd", tmp_path / "whole", compile=True)
+    straight, _ = run("kd", tmp_path / "straight", compile=True)
     with pytest.raises(KeyboardInterrupt):
-        run("kd", tmp_path / "torn", stop, compile=True)
-    torn, _ = run("kd", tmp_path / "torn", resume=True, compile=True)
-    assert all(torch.equal(part, torn.state_dict()[name]) for name, part in whole.state_dict().items())
+        run("kd", tmp_path / "stopped", stop, compile=True)
+    resumed, _ = run("kd", tmp_path / "stopped", resume=True, compile=True)
+    assert all(torch.equal(part, resumed.state_dict()[name]) for name, part in straight.state_dict().items())
 
 
-def test_it_runs_in_bfloat16():
+def test_run_in_bfloat16_has_finite_loss():
     _, summary = run("sskd", precision="bfloat16", widths_a_step=2)
     assert math.isfinite(summary.history[-1]["loss"])
 
 
-# --- what it takes ----------------------------------------------------------------------------------------------------
+# --- options ----------------------------------------------------------------------------------------------------
 
 
-def test_defaults():
+def test_defaults_match_documentation():
     method = methods.build("pwkd")
     assert {name: getattr(method, name) for name in DEFAULTS if name != "base"} == {
         name: value for name, value in DEFAULTS.items() if name != "base"
@@ -624,7 +630,7 @@ def test_defaults():
     assert methods.build("pwkd", {"widths": "0.5,1"}).widths == (0.5, 1)
     base = methods.build(
         "pwkd", {"base": "pkt", "pkt_weight": "3e2", "student_layer": "1.10"}
-    ).base  # as commands say it
+    ).base  # as on the command line
     assert (base.pkt_weight, base.student_layer) == (300, "1.10")
 
 
@@ -638,36 +644,40 @@ def test_defaults():
         ({"in_place": 1}, TypeError, "in_place must be True or False, got int 1"),
         ({"partial": "no"}, TypeError, "partial must be True or False, got str 'no'"),
         ({"widths_a_step": 1}, ValueError, "widths_a_step must be an integer >= 2, got 1"),
-        ({"widths_a_step": 5}, ValueError, r"widths_a_step must be at most the 4 of widths 0.25, 0.5, 0.75, 1, got 5"),
+        (
+            {"widths_a_step": 5},
+            ValueError,
+            r"widths_a_step must be at most 4, the number of widths 0.25, 0.5, 0.75, 1, got 5",
+        ),
         ({"widths_a_step": 2.0}, TypeError, "widths_a_step must be an integer >= 2, got float 2.0"),
-        ({"base": "ce"}, ValueError, "base must be a method that asks a teacher, got 'ce', which asks none"),
+        ({"base": "ce"}, ValueError, "base must be a method that needs a teacher, got 'ce', which needs none"),
         ({"base": "pwkd"}, ValueError, "got 'pwkd', which chooses the teacher"),
-        ({"base": f"{__name__}:Restarts"}, ValueError, "Restarts', which has learning rates of its own"),
+        ({"base": f"{__name__}:Restarts"}, ValueError, "Restarts', which has its own learning rates"),
         ({"base": "nothing"}, ValueError, "unknown base 'nothing'"),
         ({"partial": False, "teacher_epochs": 3}, ValueError, "teacher_epochs=3 has no effect with partial=False"),
         ({"partial": False, "in_place": False}, ValueError, "in_place=False has no effect with partial=False"),
         (
             {"temprature": 4},
             TypeError,
-            "has no option 'temprature', nor has its base 'kd': it takes base, .* base temperature",
+            "has no option 'temprature', nor has its base 'kd': pwkd takes base, .* the base temperature",
         ),
         (
             {"teacher_epoch": 4},
             TypeError,
-            "'pwkd' has no option 'teacher_epoch', .*: it takes base, widths, teacher_epochs",
+            "'pwkd' has no option 'teacher_epoch', .*: pwkd takes base, widths, teacher_epochs",
         ),
         ({"teacher_epochs": 2.5}, TypeError, "teacher_epochs must be an integer >= 1, got float 2.5"),
         ({"base": "pkt", "temperature": 4}, TypeError, "no option 'temperature', nor has its base 'pkt'"),
         ({"temperature": 0}, ValueError, "temperature must be a finite number > 0, got 0"),
     ],
 )
-def test_it_checks_its_options(options, error, message):
+def test_invalid_option_is_refused(options, error, message):
     with pytest.raises(error, match=message):
         methods.build("pwkd", options)
 
 
-class Two(nn.Module):
-    """Two layers that both give logits: the first one's are sliced."""
+class TwoHeads(nn.Module):
+    """Has two linear layers with logits. The first one, which is used, gets sliced."""
 
     def __init__(self):
         super().__init__()
@@ -677,7 +687,7 @@ class Two(nn.Module):
         return self.first(x.flatten(1))
 
 
-class Asserting(nn.Module):
+class FixedChannels(nn.Module):
     def __init__(self):
         super().__init__()
         self.first, self.last = nn.Conv2d(1, 8, 3), nn.Linear(128, CLASSES)
@@ -688,9 +698,9 @@ class Asserting(nn.Module):
         return self.last(x.flatten(1))
 
 
-def test_a_teacher_that_cannot_be_narrower_is_told_before_anything_is_written(tmp_path):
+def test_unsuitable_teacher_is_refused_before_writing(tmp_path):
     for teacher, message in (
-        (Two(), r"teacher must give logits \(1, 4\) at every width, got \(1, 2\) at width 0.5"),
+        (TwoHeads(), r"teacher must give logits \(1, 4\) at every width, got \(1, 2\) at width 0.5"),
         (
             nn.Sequential(
                 nn.Conv2d(1, 8, 3), nn.Flatten(), nn.Unflatten(1, (8, 16)), nn.Flatten(), nn.Linear(128, CLASSES)
@@ -698,10 +708,10 @@ def test_a_teacher_that_cannot_be_narrower_is_told_before_anything_is_written(tm
             r"widths must suit the teacher, which does not run at 0.5 .* last layer that ran was '1', a Flatten: \(1, 4, 4, 4\) ->",
         ),
         (
-            Asserting(),
+            FixedChannels(),
             r"does not run at 0.5 \(8 channels\): the last layer that ran was 'first', a Conv2d: .* -> \(1, 4, 4, 4\)",
         ),
-        (nn.Sequential(nn.Flatten(), nn.Linear(36, CLASSES)), r"leave the teacher as it is: .*'1': \(4, 4, 4\)"),
+        (nn.Sequential(nn.Flatten(), nn.Linear(36, CLASSES)), r"do not change the teacher: .*'1': \(4, 4, 4\)"),
         (nn.Sequential(nn.Flatten(), nn.LayerNorm(36), nn.Linear(36, CLASSES)), r"layer '1', a LayerNorm with"),
     ):
         with pytest.raises(ValueError, match=message) as caught:

@@ -1,4 +1,4 @@
-"""Methods of distillation behind one protocol. A recipe names one; the trainer knows none."""
+"""Distillation methods behind one protocol. The recipe names the method; the trainer knows none by name."""
 
 import inspect
 from collections.abc import Iterable, Mapping
@@ -25,22 +25,26 @@ REGISTRY = {
 
 
 def build(name: str, options: Mapping[str, object] | None = None) -> Method:
-    """The method called `name` (a key of REGISTRY, or `module:Class`) with these keyword arguments.
+    """Build a method by name.
+
+    Args:
+        name: a key of `REGISTRY`, or `module:Class`.
+        options: keyword arguments of the method. None: its defaults.
 
     Raises:
-        ValueError: the name is unknown, or an option's value is out of range.
-        TypeError: an option is unknown or of the wrong type, or what was built is no `Method`.
+        ValueError: the name is unknown, or an option is out of range.
+        TypeError: an option is unknown or of the wrong type, or the result is not a `Method`.
     """
     options = dict(options or {})
     _check_names(name, options)
     method = call("method", name, REGISTRY, **options)
     if not isinstance(method, Method):
-        raise TypeError(f"method {name!r} must give a kcd_ext.methods.Method, got {type(method).__name__}")
+        raise TypeError(f"method {name!r} must be a kcd_ext.methods.Method, got {type(method).__name__}")
     return method
 
 
 def _check_names(name: str, options: Mapping[str, object]) -> None:
-    """Raises TypeError for an option that the method does not take, and says which ones it does."""
+    """Raise TypeError for an option that the method does not take. The message lists those that it takes."""
     unknown, takes = unknown_of(name, options)
     if unknown:
         nearest = did_you_mean(unknown[0], takes)
@@ -51,9 +55,10 @@ def _check_names(name: str, options: Mapping[str, object]) -> None:
 
 
 def unknown_of(name: str, options: Iterable[str]) -> tuple[list[str], list[str]]:
-    """Those of the options that the method does not take, and the names of those it does.
+    """Return the options that the method does not take, and the names of all that it takes.
 
-    None are unknown where it takes any, or does not tell. Raises as `build` does for a name that is unknown.
+    Both lists are empty if the method takes `**kwargs` or has no readable signature. Raises as `build` does for an unknown
+    name.
     """
     parameters = _parameters(name)
     if parameters is None or any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
@@ -63,17 +68,17 @@ def unknown_of(name: str, options: Iterable[str]) -> tuple[list[str], list[str]]
 
 
 def options_of(name: str) -> list[Option]:
-    """What the method takes: names, defaults and, out of its docstring, what they mean. None where it does not tell.
+    """Return the method's options with their defaults and descriptions, read from its signature and docstring.
 
-    Raises as `build` does for a name that is unknown.
+    The list is empty if the method has no readable signature. Raises as `build` does for an unknown name.
     """
     return _options_of(_parameters(name) or {}, resolve("method", name, REGISTRY))
 
 
 def _parameters(name: str) -> Mapping[str, inspect.Parameter] | None:
-    """What the method takes; None where it is no function, or one of C's that does not tell."""
+    """Return the method's parameters; None if it is not callable or has no readable signature, as some C functions."""
     found = resolve("method", name, REGISTRY)
-    for as_written in (False, True):  # annotations that are text are looked up, where that can be done
+    for as_written in (False, True):  # evaluate string annotations if possible
         try:
             return inspect.signature(found, eval_str=not as_written).parameters
         except (TypeError, ValueError, NameError, AttributeError, SyntaxError):
@@ -82,25 +87,25 @@ def _parameters(name: str) -> Mapping[str, inspect.Parameter] | None:
 
 
 def as_typed(name: str, options: Mapping[str, object]) -> dict[str, object]:
-    """Options that are text, as on a command line, as what the method takes: numbers and truths where it takes them.
+    """Convert options given as text, as on the command line, to the types that the method's annotations ask for.
 
-    By its annotations: a layer's name stays text, though it looks like a number ("1.10"). What is annotated by nothing that
-    is known here becomes a number or a truth where it is one. Raises as `build` does for a name that is unknown.
+    A layer's name stays text even if it looks like a number ("1.10"). A parameter without a known annotation becomes a
+    number or a bool if the text is one. Raises as `build` does for an unknown name.
     """
     parameters = _parameters(name) or {}
     others = next((p for p in parameters.values() if p.kind is p.VAR_KEYWORD), None)
-    return {option: _typed(value, parameters.get(option, others)) for option, value in options.items()}
+    return {option: _convert(value, parameters.get(option, others)) for option, value in options.items()}
 
 
-KINDS = (int, float, bool, str)
+OPTION_TYPES = (int, float, bool, str)
 
 
-def _typed(value: object, parameter: inspect.Parameter | None) -> object:
+def _convert(value: object, parameter: inspect.Parameter | None) -> object:
     if not isinstance(value, str):
         return value
     annotation = None if parameter is None else parameter.annotation
-    told = [kind for kind in KINDS if kind in (get_args(annotation) or (annotation,))]
-    takes = told or KINDS
+    annotated = [kind for kind in OPTION_TYPES if kind in (get_args(annotation) or (annotation,))]
+    takes = annotated or OPTION_TYPES
     if bool in takes and value.lower() in ("true", "false"):
         return value.lower() == "true"
     if int in takes or float in takes:

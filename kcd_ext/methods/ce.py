@@ -1,4 +1,4 @@
-"""No distillation: cross entropy with the labels. The student alone, and how a teacher is trained."""
+"""Plain training with labels: the student on its own, and how teachers are trained."""
 
 from torch import nn
 from torch.nn import functional
@@ -7,9 +7,12 @@ from .protocol import Batch, Method, Outcome, entropy
 
 
 class CrossEntropy(Method):
-    """loss = cross entropy; the value of a sample is the network's entropy, so that condensation works here too.
+    """Plain training with labels: loss = CE, the cross entropy. Needs no teacher.
 
-    With `batch.weight` it is mean_i(weight_i * CE_i), and `Outcome.losses` are the CE_i; without, there are no `losses`.
+    The knowledge value of a sample is the network's entropy, so condensation works here too.
+
+    With `batch.weight` the loss is mean_i(weight_i * CE_i), and `Outcome.losses` holds the CE_i. Without it, `losses` is
+    None.
     """
 
     needs_teacher = False
@@ -19,7 +22,7 @@ class CrossEntropy(Method):
         super().__init__()
 
     def forward(self, student: nn.Module, teacher: nn.Module | None, batch: Batch) -> Outcome:
-        """The teacher, if there is one, is not asked."""
+        """Return the loss of a batch. A teacher, if there is one, is not called."""
         logits = student(batch.x)
         if batch.weight is None:
             losses, loss = None, functional.cross_entropy(logits, batch.label)

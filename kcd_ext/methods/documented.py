@@ -1,4 +1,4 @@
-"""What a method takes, out of its signature and its docstring, for `--help`."""
+"""The options of a method, read from its signature and docstring for `--help`."""
 
 import inspect
 import re
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ..describe import brief
 
-ENTRY = re.compile(r"(\w+(?:, \w+)*)(?: \([^)]*\))?: (.*)")  # of a docstring's Args: one name or several, and the text
+ENTRY = re.compile(r"(\w+(?:, \w+)*)(?: \([^)]*\))?: (.*)")  # an entry of `Args:`: one or more names, then the text
 
 
 @dataclass(frozen=True)
@@ -16,9 +16,9 @@ class Option:
 
     name: str
     default: str
-    """As a command takes it; empty for arguments of any other name."""
+    """The default, as the command line takes it; empty for `**kwargs`."""
     text: str
-    """What the docstring says of it; empty where it says nothing."""
+    """The entry in the docstring; empty if there is none."""
 
 
 def options_of(parameters: Mapping[str, inspect.Parameter], method: object) -> list[Option]:
@@ -32,9 +32,9 @@ def options_of(parameters: Mapping[str, inspect.Parameter], method: object) -> l
 
 
 def arguments_of(method: object) -> dict[str, str]:
-    """Return the section `Args` of a docstring: name -> text, in one line.
+    """Return the entries of the docstring's `Args` section: name -> text on one line.
 
-    The docstring is that of the class or function; of a class without such a section that of its `__init__`.
+    Read the docstring of the class or function. If it has no such section, read that of the class's `__init__`.
     """
     for documented in (method, getattr(method, "__init__", None)):
         _, found, section = (inspect.getdoc(documented) or "").partition("Args:\n")
@@ -47,12 +47,12 @@ def _entries(section: str) -> dict[str, str]:
     entries: dict[str, str] = {}
     names: list[str] = []
     for line in section.splitlines():
-        if line and not line.startswith(" "):  # the next section
+        if line and not line.startswith(" "):  # the next section starts
             break
-        started = ENTRY.fullmatch(line.strip())
-        if started and len(line) - len(line.lstrip()) == 4:
-            names = started[1].split(", ")
-            entries |= dict.fromkeys(names, started[2])
+        entry = ENTRY.fullmatch(line.strip())
+        if entry and len(line) - len(line.lstrip()) == 4:
+            names = entry[1].split(", ")
+            entries |= dict.fromkeys(names, entry[2])
         elif line.strip():
             entries |= {name: f"{entries[name]} {line.strip()}" for name in names}
         else:

@@ -1,4 +1,4 @@
-"""Inheritance and exploration (IE-KD, arXiv 2107.00181): half a student's channels follow another network, half differ."""
+"""Inheritance and exploration (IE-KD, IE-DML; arXiv 2107.00181): half of the channels follow another network, half differ."""
 
 import copy
 from collections.abc import Callable, Iterable, Mapping
@@ -21,45 +21,45 @@ from .features import (
     stages_of,
     unit_rows,
 )
-from .kd import distill_optionally, distill_rows
+from .kd import distill_if_weighted, distill_rows
 from .protocol import Batch, Outcome, Pretraining
 from .selection import select_batch_rows, take_rows
 
-SLOPE = 0.1  # of every LeakyReLU
+SLOPE = 0.1  # of each LeakyReLU
 
 
 def l1_distance(one: Tensor, other: Tensor) -> Tensor:
-    """d(a, b) = mean |a / ||a|| - b / ||b||| over all entries of all samples.
+    """Return d(a, b) = mean |a / ||a|| - b / ||b||| over all entries of all samples.
 
-    (b, ...) twice, a sample of n entries -> (), at least float32. For unit vectors u and v the Cauchy-Schwarz inequality
-    gives sum |u_i - v_i| <= sqrt(n) ||u - v|| <= 2 sqrt(n), so 0 <= d <= 2 / sqrt(n); the upper bound is that of
-    opposite ones with all entries of one size. A sample of zeros has no direction: it stays zeros, without a gradient.
+    Two tensors (b, ...) with n entries per sample -> (), at least float32. The result is in [0, 2 / sqrt(n)]: for unit
+    vectors u and v, Cauchy-Schwarz gives sum |u_i - v_i| <= sqrt(n) ||u - v|| <= 2 sqrt(n). Opposite vectors whose entries
+    all have one magnitude reach the upper bound. A sample of zeros has no direction: it stays zeros, without a gradient.
     """
     return (_directions(one) - _directions(other)).abs().mean()
 
 
 def opposite_l1_distance(one: Tensor, other: Tensor) -> Tensor:
-    """-d(a, b), in [-2 / sqrt(n), 0]; see `l1_distance`."""
+    """Return -d(a, b), in [-2 / sqrt(n), 0]; see `l1_distance`."""
     return -l1_distance(one, other)
 
 
 def cosine_distance(one: Tensor, other: Tensor) -> Tensor:
-    """The mean over the samples of 1 - cos(a, b), in [0, 2].
+    """Return the mean over the samples of 1 - cos(a, b), in [0, 2].
 
-    (b, ...) twice -> (), at least float32. Computed as half the squared length of the difference of unit vectors, which is
-    the same, and is exactly 0 where the two are equal. A sample of zeros has no direction and no gradient; beside another
-    one it counts 1/2.
+    Two tensors (b, ...) -> (), at least float32. Computed as half the squared length of the difference of unit vectors,
+    which is equivalent, and exactly 0 for equal samples. A sample of zeros has no direction and no gradient; against a
+    nonzero one it counts 1/2.
     """
     return (_directions(one) - _directions(other)).square().sum(1).mean() / 2
 
 
 def absolute_cosine(one: Tensor, other: Tensor) -> Tensor:
-    """The mean over the samples of |cos(a, b)|, in [0, 1]: (b, ...) twice -> (), at least float32. Of zeros it is 0."""
+    """Return the mean over the samples of |cos(a, b)|, in [0, 1]. Two tensors (b, ...) -> (), at least float32; 0 for zeros."""
     return (_directions(one) * _directions(other)).sum(1).abs().mean()
 
 
 class Distances(NamedTuple):
-    """What is minimised: of factors that are to inherit, and of those that are to explore."""
+    """The losses of the inheriting and the exploring factors."""
 
     inheritance: Callable[[Tensor, Tensor], Tensor]
     exploration: Callable[[Tensor, Tensor], Tensor]
@@ -71,18 +71,18 @@ DISTANCES = {
 }
 
 
-def at_one_size(*maps: Tensor) -> list[Tensor]:
-    """Maps (b, c, h, w) of several sizes -> all of the least height and width among them, by adaptive average pooling."""
+def pool_to_common_size(*maps: Tensor) -> list[Tensor]:
+    """Pool maps (b, c, h, w) to the smallest height and width among them, by adaptive average pooling."""
     size = tuple(min(sides) for sides in zip(*(x.shape[-2:] for x in maps), strict=True))
     return [x if x.shape[-2:] == size else functional.adaptive_avg_pool2d(x, size) for x in maps]
 
 
 class FactorCoder(nn.Sequential):
-    """Maps (b, in_channels, h, w) -> (b, out_channels, h, w), of the dtype of its weights outside autocast.
+    """An encoder or decoder: maps (b, in_channels, h, w) -> (b, out_channels, h, w), in its own dtype outside autocast.
 
     LeakyReLU(0.1), then three 3x3 convolutions without bias, each with BatchNorm and LeakyReLU(0.1): in_channels ->
-    in_channels -> out_channels -> out_channels. The weights of a convolution to c channels start as draws from
-    N(0, 2 / (9 c)), by torch's generator; those of BatchNorm as 1, its biases as 0.
+    in_channels -> out_channels -> out_channels. The initial weights of a convolution to c channels are drawn from
+    N(0, 2 / (9 c)) with torch's generator. BatchNorm starts with weights 1 and biases 0.
     """
 
     def __init__(self, in_channels: int, out_channels: int):
@@ -95,14 +95,14 @@ class FactorCoder(nn.Sequential):
         initialise_convolutions(self)
 
     def forward(self, maps: Tensor) -> Tensor:
-        """In training mode maps of one pixel need at least two samples: see `torch.nn.BatchNorm2d`."""
+        """Return the coded maps. In training mode, maps of one pixel need at least two samples (`torch.nn.BatchNorm2d`)."""
         return super().forward(maps.to(self[1].weight.dtype))
 
 
 class FactorAutoEncoder(nn.Module):
-    """Maps (b, channels, h, w) -> factors (b, channels / 2, h, w), and back. `channels` is even.
+    """An auto-encoder: maps (b, channels, h, w) -> factors (b, channels / 2, h, w), and back. `channels` is even.
 
-    The encoder and the decoder are a `FactorCoder` each, so the decoder begins with a LeakyReLU of its own.
+    Encoder and decoder are a `FactorCoder` each, so the decoder starts with its own LeakyReLU.
     """
 
     def __init__(self, channels: int):
@@ -111,7 +111,7 @@ class FactorAutoEncoder(nn.Module):
         self.decoder = FactorCoder(channels // 2, channels)
 
     def forward(self, maps: Tensor) -> tuple[Tensor, Tensor]:
-        """The factors, and the reconstruction's loss (), at least float32: mean |maps - decoder(factors)|."""
+        """Return the factors, and the reconstruction loss (), at least float32: mean |maps - decoder(factors)|."""
         factors = self.encoder(maps)
         reconstruction = self.decoder(factors)
         with full_precision(maps):
@@ -119,9 +119,9 @@ class FactorAutoEncoder(nn.Module):
 
 
 class SplitEncoder(nn.Module):
-    """Maps (b, channels, h, w) -> the factors (b, factor_channels, h, w) of one half of the channels, and of the other.
+    """Two encoders, one for each half of the channels: maps (b, channels, h, w) -> twice factors (b, factor_channels, h, w).
 
-    The halves are those of the channels in the order of the buffer `order` (channels,) int64; None: as they come.
+    The channels are first permuted by the buffer `order`, (channels,) int64. None: natural order.
     """
 
     def __init__(self, channels: int, factor_channels: int, order: Tensor | None):
@@ -131,7 +131,7 @@ class SplitEncoder(nn.Module):
         self.register_buffer("order", order)
 
     def forward(self, maps: Tensor) -> tuple[Tensor, Tensor]:
-        """The first half's factors, which are to inherit, and the second's, which are to explore."""
+        """Return the factors of the first half, which inherits, and of the second, which explores."""
         if self.order is not None:
             maps = maps.index_select(1, self.order)
         first, second = maps.chunk(2, 1)
@@ -139,114 +139,126 @@ class SplitEncoder(nn.Module):
 
 
 class _MapTap(Tap):
-    """Catches the map (b, c, h, w) that comes out of a layer. `path` None or "": the last of the network's `stages`."""
+    """A tap on a layer's output map (b, c, h, w). `path` None or "": the last of the network's `stages`."""
 
     def __init__(self, network: nn.Module, path: str | None, name: str):
         super().__init__(network, path or _last_stage(network, name), name, output=True)
 
-    def take(self) -> Tensor:
-        """See `take_map`."""
-        return self.take_map()
+    def pop(self) -> Tensor:
+        """Return the map; see `pop_map`."""
+        return self.pop_map()
 
 
 class _FactorMethod(FeatureMethod):
-    """A method that compares factors of two networks' maps: what is common to both of this file."""
+    """The base of both methods here: it compares factors of two networks' maps."""
 
-    flops_known = False  # the encoders are beside the networks
+    flops_known = False  # the encoders add to the networks' FLOPs
 
-    def set_comparison(self, distance: str, split: str, split_seed: int) -> None:
-        """Check and set the options by which factors are made and compared."""
+    def set_factor_options(self, distance: str, split: str, split_seed: int) -> None:
+        """Check and set the options for computing and comparing factors."""
         self.distance = check_choice("distance", distance, DISTANCES)
         self.split = check_choice("split", split, ("natural", "permuted"))
         self.split_seed = check_int("split_seed", split_seed, 0, 2**63 - 1)
         check_used("split_seed", split_seed, 0, split == "natural", "split='natural'")
 
-    def tap(self, network: nn.Module, path: str | None, name: str) -> Tap:
-        """Maps that come out of a layer."""
+    def make_tap(self, network: nn.Module, path: str | None, name: str) -> Tap:
+        """Return a tap on a layer's output map."""
         return _MapTap(network, path, name)
 
-    def split_encoder(self, channels: int, factor_channels: int) -> SplitEncoder:
-        """Return a new one. Its permuted order is a function of `split_seed` and the number of channels alone."""
+    def make_split_encoder(self, channels: int, factor_channels: int) -> SplitEncoder:
+        """Return a new encoder. Its permuted order depends on `split_seed` and the number of channels only."""
         generator = torch.Generator().manual_seed(self.split_seed)
         order = torch.randperm(channels, generator=generator) if self.split == "permuted" else None
         return SplitEncoder(channels, factor_channels, order)
 
-    def compare(self, factors: tuple[Tensor, Tensor], target: Tensor) -> dict[str, Tensor]:
-        """The losses of inheritance and exploration, () each, of the halves' factors against another network's."""
+    def factor_losses(self, factors: tuple[Tensor, Tensor], target: Tensor) -> dict[str, Tensor]:
+        """Return the inheritance and exploration losses, () each, of both halves' factors against another network's."""
         with full_precision(target):
-            inherited, explored, target = at_one_size(*map(at_least_float32, (*factors, target)))
+            inherited, explored, target = pool_to_common_size(*map(at_least_float32, (*factors, target)))
             losses = DISTANCES[self.distance]
             return {
                 "inheritance": losses.inheritance(inherited, target),
                 "exploration": losses.exploration(explored, target),
             }
 
-    def weigh(self, losses: Mapping[str, Tensor]) -> Tensor:
-        """What `compare` gives, with its weights."""
+    def weighted_sum(self, losses: Mapping[str, Tensor]) -> Tensor:
+        """Return the weighted sum of the losses from `factor_losses`."""
         return self.inheritance_weight * losses["inheritance"] + self.exploration_weight * losses["exploration"]
 
 
 class InheritanceExplorationDistillation(_FactorMethod):
-    """loss = ce_weight * CE + inheritance_weight * INH + exploration_weight * EXP; value: student's entropy.
+    """Inheritance and exploration (IE-KD), arXiv 2107.00181: half of the student's channels follow the teacher, half differ.
 
-    An auto-encoder learns first (`pretraining`) to reconstruct the teacher's maps f_T of one layer from factors
-    F_T = Enc(f_T) of half as many channels, and stays as it is from then on (`FactorAutoEncoder`). The student's maps of
-    one layer are split in halves of their channels, and two encoders that train with the student make factors F_inh and
-    F_exp of them (`SplitEncoder`). With a sample's factors as vectors a and b of n entries,
+        loss = ce_weight * CE + inheritance_weight * INH + exploration_weight * EXP + kd_weight * KD
 
-        distance    INH = mean of, F_inh against F_T       EXP = mean of, F_exp against F_T      EXP is in
-        l1          d(a, b) = mean |a/||a|| - b/||b|||     -d(a, b)                              [-2 / sqrt(n), 0]
-        cosine      1 - cos(a, b)                          |cos(a, b)|                           [0, 1]
+    The knowledge value is the student's entropy.
 
-    so that exploration, which grows away from the teacher, ends somewhere.
+    1. Before the student, train an auto-encoder (`pretraining`, `FactorAutoEncoder`). It reconstructs the teacher's maps f_T
+       of one layer from factors F_T = Enc(f_T) with half as many channels. Afterwards it is constant.
+    2. Split the channels of the student's maps of one layer in two halves. Two encoders, trained with the student, turn them
+       into factors F_inh and F_exp (`SplitEncoder`).
 
-    The authors' code, aliyun/Revisiting-Knowledge-Distillation-an-Inheritance-and-Exploration-Framework, gives these; on the
-    same weights both compute the same numbers:
+    INH and EXP are means over the samples. With a sample's factors as vectors a and b of n entries:
 
-    - model/auto_encoder.py: every layer of encoder and decoder, and the distribution of their first weights.
+        distance    INH, F_inh against F_T                 EXP, F_exp against F_T      range of EXP
+        l1          d(a, b) = mean |a/||a|| - b/||b|||     -d(a, b)                    [-2 / sqrt(n), 0]
+        cosine      1 - cos(a, b)                          |cos(a, b)|                 [0, 1]
+
+    So exploration, which moves away from the teacher, is bounded.
+
+    From the authors' code, aliyun/Revisiting-Knowledge-Distillation-an-Inheritance-and-Exploration-Framework; on the same
+    weights both compute the same numbers:
+
+    - model/auto_encoder.py: each layer of encoder and decoder, and the distribution of their first weights.
     - loss/factor_transfer.py: both families of distances. loss/reconstruction.py: mean |f_T - Dec(F_T)|.
-    - config/ie_kd.yaml: INH and EXP weigh 1 each in every epoch. The auto-encoder trains for 30 epochs at a learning rate of
-      0.1, which never falls. 64 channels have 32 factors, and so has each half of 64 channels.
+    - config/ie_kd.yaml: INH and EXP weigh 1 each in every epoch. The auto-encoder trains for 30 epochs at a constant learning
+      rate of 0.1. 64 channels have 32 factors, and so has each half of 64 channels.
     - processors/IE_KD.py: CE weighs 1, and there is no KD. The maps come from the last stage, after the activation and before
       pooling. The split is natural or permuted. The auto-encoder is in evaluation mode while the student trains, and the
       student's encoders share the student's learning rate.
 
-    Where their texts disagree, the defaults are these:
+    Where their texts disagree, we chose:
 
-    - README.md and the paper split the student, as this class does. processors/IE_KD.py and config/ie_kd.yaml exchange the
-      names: they split and train the "teacher", a resnet56, and encode the maps of the constant "student", a resnet20.
-    - The weights are 1, by config/ie_kd.yaml. Summaries of the paper say 50, which we could not check in the paper itself.
-    - The distance is "l1" for both. processors/IE_KD.py reads one loss for each, and config/ie_kd.yaml names only FTLoss,
-      which is "l1" for INH. DDTLoss, beside it in loss/factor_transfer.py, subtracts the same distance for EXP.
+    - The student is split, as in README.md and the paper. processors/IE_KD.py and config/ie_kd.yaml exchange the names: they
+      split and train the "teacher", a resnet56, and encode the maps of the constant "student", a resnet20.
+    - The weights are 1, as in config/ie_kd.yaml. Summaries of the paper say 50, which we could not check in the paper itself.
+    - Both distances are "l1". processors/IE_KD.py reads one loss for each, and config/ie_kd.yaml names only FTLoss, which is
+      "l1" for INH. DDTLoss, beside it in loss/factor_transfer.py, subtracts the same distance for EXP.
 
-    The rest is rebuilt, or this package's own:
+    Rebuilt, or our own:
 
-    - There are half as many factors as channels, whatever their number. Their configurations of factor transfer have 32.
-    - Factors of maps of different sizes are averaged (adaptive average pooling) to the lesser height and width; theirs must
-      have one size. An odd number of channels is refused.
-    - A sample of zeros gets no gradient, and its 1 - cos is 1/2; theirs is 1. A length below 1e-12 divides as it is; theirs
-      becomes 1e-12.
-    - The permuted order depends on `split_seed` alone.
-    - The optimizer is the run's, which has no Nesterov momentum; theirs has it.
-    - `batch_keep` and `kd_weight` are additions. The paper's numbers are not claimed.
+    - There are half as many factors as channels, for any number of channels. Their configurations of factor transfer have 32.
+    - Factors of maps of different sizes are averaged (adaptive average pooling) to the smaller height and width; theirs must
+      have the same size. An odd number of channels is refused.
+    - A sample of zeros gets no gradient, and its 1 - cos is 1/2; theirs is 1. A length below 1e-12 divides unchanged; theirs
+      is raised to 1e-12.
+    - The permuted order depends on `split_seed` only.
+    - The optimizer is that of the run, without Nesterov momentum; theirs has it.
+    - `batch_keep` and `kd_weight` are additions. We do not claim the paper's numbers.
 
-    In training mode, maps of one pixel need at least two chosen samples, for batch normalisation.
+    In training mode, maps of one pixel need at least two selected samples, for batch normalisation.
 
     Args:
-        ce_weight, inheritance_weight, exploration_weight: finite.
-        kd_weight: of KD = T^2 * mean KL(teacher || student), which is added; finite. 0: there is none.
-        temperature: T > 0 of KD; chosen beside kd_weight = 0 it is refused, as split_seed is beside the natural split.
+        ce_weight: weight of the cross entropy, finite.
+        inheritance_weight: weight of inheritance (INH), finite.
+        exploration_weight: weight of exploration (EXP), finite.
+        kd_weight: weight of KD = T^2 * mean KL(teacher || student); finite. 0: no KD.
+        temperature: T of KD, > 0; refused if kd_weight is 0.
         distance: "l1" or "cosine".
-        split: "natural", the first half of the channels inherits and the second explores, or "permuted", in a fixed order.
-        split_seed: of the permuted order, >= 0.
-        factor_epochs, factor_lr: of the auto-encoder, with the momentum and weight decay of the run.
-        batch_keep: the fraction of every batch that the teacher is asked about and whose factors are compared, in
-            (0, 1], by the student's entropy, the highest first (`selection.select_batch_rows`). 1: all.
-        student_layer, teacher_layer: whose output (b, c, h, w) the maps are, names in named_modules(); None: the last of
-            the network's `stages`, which every network of `kcd_ext.models` has.
+        split: "natural", the first half of the channels inherits and the second explores, or "permuted", in a fixed random
+            order.
+        split_seed: seed of the permuted order, >= 0; refused with the natural split.
+        factor_epochs: epochs of the auto-encoder, with the momentum and weight decay of the run.
+        factor_lr: its constant learning rate, >= 0.
+        batch_keep: fraction of each batch that the teacher runs on and whose factors are compared, in (0, 1]: the rows of
+            highest student entropy (`selection.select_batch_rows`). 1: all rows.
+        student_layer: the student's layer whose output (b, c, h, w) is compared, a name in `named_modules()`. None: the last
+            of its `stages`, which every network in `kcd_ext.models` has.
+        teacher_layer: the same for the teacher.
 
     Raises:
-        TypeError, ValueError: an argument is of the wrong type or out of range.
+        TypeError: an argument has the wrong type.
+        ValueError: an argument is out of range, or has no effect.
     """
 
     def __init__(
@@ -275,26 +287,29 @@ class InheritanceExplorationDistillation(_FactorMethod):
         )
         self.set_options(check_positive, temperature=temperature)
         check_used("temperature", temperature, 4, kd_weight == 0, "kd_weight=0")
-        self.set_comparison(distance, split, split_seed)
+        self.set_factor_options(distance, split, split_seed)
         self.factor_epochs = check_int("factor_epochs", factor_epochs, 1)
         self.set_options(check_non_negative, factor_lr=factor_lr)
 
     def prepare(self, student: nn.Module, teacher: nn.Module | None, samples: Iterable[Batch]) -> None:
-        """Taps both networks and builds the auto-encoder and the two encoders.
+        """Tap both networks and build the auto-encoder and the two encoders.
 
-        Raises ValueError where a layer does not exist or a number of channels is odd, RuntimeError where a layer is not
-        passed or what comes out of it is no map.
+        Raises:
+            ValueError: a layer does not exist, or has an odd number of channels.
+            RuntimeError: a layer did not run, or its output is not a map.
         """
         self.release()
         x = next(iter(samples)).x[:1]
         maps = {name: self.probe(name, network, x)[1] for name, network in (("student", student), ("teacher", teacher))}
-        _check_halves(self._taps, maps)
+        _check_even_channels(self._taps, maps)
         self.student_width, self.teacher_width = (maps[name].shape[1] for name in ("student", "teacher"))
-        self.auto_encoder = _placed(FactorAutoEncoder(self.teacher_width), x.device)
-        self.student_encoder = _placed(self.split_encoder(self.student_width, self.teacher_width // 2), x.device)
+        self.auto_encoder = _to_channels_last(FactorAutoEncoder(self.teacher_width), x.device)
+        self.student_encoder = _to_channels_last(
+            self.make_split_encoder(self.student_width, self.teacher_width // 2), x.device
+        )
 
     def pretraining(self) -> tuple[Pretraining, ...]:
-        """The auto-encoder of the teacher's maps, at one learning rate for all its epochs."""
+        """Return the plan for the auto-encoder of the teacher's maps, at a constant learning rate."""
         plan = Pretraining(
             self.auto_encoder, self._reconstruction_loss, self.factor_epochs, self.factor_lr, milestones=()
         )
@@ -305,53 +320,67 @@ class InheritanceExplorationDistillation(_FactorMethod):
         return self.auto_encoder(maps)[1]
 
     def forward(self, student: nn.Module, teacher: nn.Module | None, batch: Batch) -> Outcome:
-        """`terms`: "inheritance" and "exploration", INH and EXP without their weights; where `kd_weight` is not 0 also
-        "kl", the mean KL divergence of the chosen rows at temperature T, in nats, without its weight and T^2."""
+        """Return the loss of a batch.
+
+        `terms` are "inheritance" and "exploration", INH and EXP without their weights. If `kd_weight` is not 0, also "kl", the
+        mean KL divergence of the selected rows at temperature T, in nats, without its weight and T^2.
+        """
         logits, maps = self.student_forward(student, batch.x)
         rows = select_batch_rows(logits, self.batch_keep)
         target_logits, target_maps = self.teacher_forward(teacher, take_rows(batch.x, rows))
         with torch.no_grad():
             target = self.auto_encoder.encoder(target_maps)
-        losses = self.compare(self.student_encoder(take_rows(maps, rows)), target)
+        losses = self.factor_losses(self.student_encoder(take_rows(maps, rows)), target)
         weights = {"temperature": self.temperature, "kd_weight": self.kd_weight, "ce_weight": self.ce_weight}
-        loss, value, kd_terms = distill_optionally(logits, target_logits, batch.label, rows, **weights)
+        loss, value, kd_terms = distill_if_weighted(logits, target_logits, batch.label, rows, **weights)
         terms = {name: x.detach() for name, x in losses.items()}
-        return Outcome(self.weigh(losses) + loss, logits.detach(), value, {**terms, **kd_terms})
+        return Outcome(self.weighted_sum(losses) + loss, logits.detach(), value, {**terms, **kd_terms})
 
 
 class InheritanceExplorationMutualLearning(_FactorMethod):
-    """Two networks that learn from each other, the student and a peer: half of each one's channels follows the other.
+    """Mutual learning with inheritance and exploration (IE-DML): the student and a peer learn from each other, no teacher.
 
-    loss = L(student, peer) + L(peer, student) + both auto-encoders' reconstruction; value: student's entropy. With A's own
-    logits and maps differentiable and all of B's constant,
+        loss = L(student, peer) + L(peer, student) + both auto-encoders' reconstruction
+
+    The knowledge value is the student's entropy. In L(A, B), A's logits and maps are differentiable and B's are constant:
 
         L(A, B) = ce_weight * CE(A) + kl_weight * T^2 * mean KL(B || A)
-                + inheritance_weight * INH(A_inh, F_B) + exploration_weight * EXP(A_exp, F_B),
+                + inheritance_weight * INH(A_inh, F_B) + exploration_weight * EXP(A_exp, F_B)
 
-    INH and EXP as in `InheritanceExplorationDistillation`. Each network has an auto-encoder of its maps, which gives F and
-    learns beside it from these maps as constants: no reconstruction reaches a network.
+    INH and EXP are those of `InheritanceExplorationDistillation`. Each network has an auto-encoder of its maps, which computes
+    F. It trains beside the network, with the maps as constants, so no reconstruction loss reaches a network.
 
-    The authors' repository has no IE-DML, so this is rebuilt on the parts of IE-KD: the same encoders, decoders and distances,
-    and the weights of 1. Its plain mutual learning (loss/mutual.py, processors/DML.py) gives T = 1 and the direction of the
-    divergence, and config/DML/cifar100/resnet56-20.yaml a weight of 1 for it (main.py's default is 0). There the networks
-    take their steps in turn, and the second sees the first one's new weights; here both take one step together. This package
-    chose whose factors are compared and that the auto-encoders learn beside the networks. Factors of different sizes are
-    averaged as in IE-KD. The paper's numbers are not claimed.
+    The peer is a part of the method: trained, saved and resumed with it, and dropped at the end.
 
-    The peer is a part of the method: trained, saved and resumed with it, and not given to anybody in the end.
+    The authors' repository has no IE-DML, so this is rebuilt:
+
+    - From IE-KD: encoders, decoders, distances and the weights of 1.
+    - From the repository's plain mutual learning (loss/mutual.py, processors/DML.py): T = 1 and the direction of the
+      divergence. Its weight of 1 is in config/DML/cifar100/resnet56-20.yaml (main.py's default is 0). There the networks step
+      in turn, and the second sees the first one's new weights; here both take one step together.
+    - Our choice: whose factors are compared, and that the auto-encoders train beside the networks. Factors of different sizes
+      are averaged as in IE-KD. We do not claim the paper's numbers.
 
     Args:
-        ce_weight, kl_weight, inheritance_weight, exploration_weight: finite.
-        temperature: T > 0.
-        distance, split, split_seed: as in `InheritanceExplorationDistillation`; each network's channels are split so.
+        ce_weight: weight of the cross entropy, finite.
+        kl_weight: weight of the KL divergence, finite.
+        inheritance_weight: weight of inheritance (INH), finite.
+        exploration_weight: weight of exploration (EXP), finite.
+        temperature: T of the KL divergence, > 0.
+        distance: "l1" or "cosine".
+        split: "natural", the first half of the channels inherits and the second explores, or "permuted", in a fixed random
+            order. The channels of both networks are split.
+        split_seed: seed of the permuted order, >= 0; refused with the natural split.
         peer: a network by name or `module:function`, built by `kcd_ext.models.build` for the student's input channels and
-            classes. None: the student's own kind, a copy of it with all weights drawn anew by the `reset_parameters` of
-            its modules, from torch's generator; all of it is trained.
-        student_layer, peer_layer: whose output (b, c, h, w) the maps are, names in named_modules(); None: the last of
-            the network's `stages`, which every network of `kcd_ext.models` has.
+            classes. None: a copy of the student, with all weights redrawn from torch's generator by the `reset_parameters` of
+            its modules; all of them are trained.
+        student_layer: the student's layer whose output (b, c, h, w) is compared, a name in `named_modules()`. None: the last
+            of its `stages`, which every network in `kcd_ext.models` has.
+        peer_layer: the same for the peer.
 
     Raises:
-        TypeError, ValueError: an argument is of the wrong type or out of range.
+        TypeError: an argument has the wrong type.
+        ValueError: an argument is out of range, or has no effect.
     """
 
     needs_teacher = False
@@ -379,52 +408,59 @@ class InheritanceExplorationMutualLearning(_FactorMethod):
             exploration_weight=exploration_weight,
         )
         self.set_options(check_positive, temperature=temperature)
-        self.set_comparison(distance, split, split_seed)
+        self.set_factor_options(distance, split, split_seed)
         if peer is not None and not isinstance(peer, str):
             raise TypeError(f"peer must be a network's name, module:function or None, got {type(peer).__name__}")
         self.peer = peer
         self.peer_layer = check_layer("peer_layer", peer_layer)
 
     def prepare(self, student: nn.Module, teacher: nn.Module | None, samples: Iterable[Batch]) -> None:
-        """Builds the peer, taps both networks and builds their auto-encoders and encoders. There is no teacher.
+        """Build the peer, tap both networks, and build their auto-encoders and encoders. `teacher` is ignored.
 
-        Raises TypeError or ValueError where the peer cannot be built or does not fit, ValueError where a layer does not
-        exist or a number of channels is odd, RuntimeError where a layer is not passed or what comes out of it is no map.
+        Raises:
+            TypeError, ValueError: the peer cannot be built or does not fit.
+            ValueError: a layer does not exist, or has an odd number of channels.
+            RuntimeError: a layer did not run, or its output is not a map.
         """
         self.release()
         x = next(iter(samples)).x[:1]
-        peer = _fresh_copy(student) if self.peer is None else None  # before the student is tapped: without a hook
+        peer = (
+            _reinitialised_copy(student) if self.peer is None else None
+        )  # copied before the student is tapped, so without a hook
         logits, maps = self.probe("student", student, x)
         if peer is None:
             peer = models.build(self.peer, in_channels=x.shape[1], num_classes=logits.shape[1])
-        self.peer_network = _placed_as_it_runs(peer, x).requires_grad_(True).train()
+        self.peer_network = _to_working_layout(peer, x).requires_grad_(True).train()
         peer_logits, peer_maps = self.probe("peer", self.peer_network, x)
         if peer_logits.shape != logits.shape:
             raise ValueError(
-                f"peer must give logits as the student's, {tuple(logits.shape)}, got {tuple(peer_logits.shape)}"
+                f"peer must give logits of the student's shape {tuple(logits.shape)}, got {tuple(peer_logits.shape)}"
             )
-        _check_halves(self._taps, {"student": maps, "peer": peer_maps})
+        _check_even_channels(self._taps, {"student": maps, "peer": peer_maps})
         channels, peer_channels = maps.shape[1], peer_maps.shape[1]
-        self.student_auto_encoder = _placed(FactorAutoEncoder(channels), x.device)
-        self.peer_auto_encoder = _placed(FactorAutoEncoder(peer_channels), x.device)
-        self.student_encoder = _placed(self.split_encoder(channels, peer_channels // 2), x.device)
-        self.peer_encoder = _placed(self.split_encoder(peer_channels, channels // 2), x.device)
+        self.student_auto_encoder = _to_channels_last(FactorAutoEncoder(channels), x.device)
+        self.peer_auto_encoder = _to_channels_last(FactorAutoEncoder(peer_channels), x.device)
+        self.student_encoder = _to_channels_last(self.make_split_encoder(channels, peer_channels // 2), x.device)
+        self.peer_encoder = _to_channels_last(self.make_split_encoder(peer_channels, channels // 2), x.device)
 
     def forward(self, student: nn.Module, teacher: nn.Module | None, batch: Batch) -> Outcome:
-        """`terms`: of the student "inheritance" and "exploration", and "kl" in nats, without their weights and T^2;
-        "peer_ce", the peer's cross entropy, and "reconstruction", the sum of both auto-encoders' losses."""
+        """Return the loss of a batch.
+
+        `terms` are, for the student, "inheritance", "exploration" and "kl" (in nats), without their weights and T^2; then
+        "peer_ce", the peer's cross entropy, and "reconstruction", the sum of both auto-encoders' losses.
+        """
         logits, maps = self.student_forward(student, batch.x)
-        peer_logits, peer_maps = self._through("peer", self.peer_network, batch.x)
+        peer_logits, peer_maps = self._run("peer", self.peer_network, batch.x)
         factors, reconstruction = self.student_auto_encoder(maps.detach())
         peer_factors, peer_reconstruction = self.peer_auto_encoder(peer_maps.detach())
-        losses = self.compare(self.student_encoder(maps), peer_factors.detach())
-        peer_losses = self.compare(self.peer_encoder(peer_maps), factors.detach())
+        losses = self.factor_losses(self.student_encoder(maps), peer_factors.detach())
+        peer_losses = self.factor_losses(self.peer_encoder(peer_maps), factors.detach())
         weights = {"temperature": self.temperature, "kd_weight": self.kl_weight, "ce_weight": self.ce_weight}
         distilled, value, kl = distill_rows(logits, peer_logits.detach(), batch.label, **weights)
         peer_distilled, _, _ = distill_rows(peer_logits, logits.detach(), batch.label, **weights)
 
         reconstruction = reconstruction + peer_reconstruction
-        loss = distilled + self.weigh(losses) + peer_distilled + self.weigh(peer_losses) + reconstruction
+        loss = distilled + self.weighted_sum(losses) + peer_distilled + self.weighted_sum(peer_losses) + reconstruction
         terms = {
             **{name: x.detach() for name, x in losses.items()},
             "kl": kl,
@@ -443,53 +479,54 @@ def _convolution(in_channels: int, out_channels: int) -> tuple[nn.Module, nn.Mod
 
 
 def _directions(x: Tensor) -> Tensor:
-    """Samples (b, ...) -> their directions (b, n), at least float32."""
+    """Return the directions (b, n) of samples (b, ...), at least float32."""
     return unit_rows(x.flatten(1), offset=0)
 
 
-def _placed(part: nn.Module, device: torch.device) -> nn.Module:
-    """On this device, and with a pixel's channels side by side, as the networks' maps have them."""
+def _to_channels_last(part: nn.Module, device: torch.device) -> nn.Module:
+    """Move to the device, in channels-last layout like the networks' maps."""
     return part.to(device, memory_format=torch.channels_last)
 
 
-def _placed_as_it_runs(network: nn.Module, x: Tensor) -> nn.Module:
-    """Return it as `_placed` does, or in the memory layout in which it came if it does not run in the other one."""
-    as_it_was = copy.deepcopy(network)
-    placed = _placed(network, x.device)
+def _to_working_layout(network: nn.Module, x: Tensor) -> nn.Module:
+    """Move to the device in channels-last layout; if the network does not run in it, in its own layout."""
+    original = copy.deepcopy(network)
+    moved = _to_channels_last(network, x.device)
     try:
-        with evaluation_mode(placed), torch.no_grad():
-            placed(x)
+        with evaluation_mode(moved), torch.no_grad():
+            moved(x)
     except RuntimeError:
-        return as_it_was.to(x.device)
-    return placed
+        return original.to(x.device)
+    return moved
 
 
 def _last_stage(network: nn.Module, name: str) -> str:
     stages = stages_of(network)
     if not stages:
         raise ValueError(
-            f"the {name} has no stages, a tuple of names whose last one its maps would come out of: set {name}_layer to a "
-            f"name in {name}.named_modules()"
+            f"the {name} has no `stages`, a tuple of layer names, to take maps from: set {name}_layer to a name in "
+            f"{name}.named_modules()"
         )
     return stages[-1]
 
 
-def _check_halves(taps: Mapping[str, Tap], maps: Mapping[str, Tensor]) -> None:
-    """Raises ValueError where a network's channels are odd."""
+def _check_even_channels(taps: Mapping[str, Tap], maps: Mapping[str, Tensor]) -> None:
+    """Raise ValueError if a network's number of channels is odd."""
     if any(x.shape[1] % 2 for x in maps.values()):
-        told = " and ".join(f"{name}_layer {taps[name].path!r} gives {tuple(x.shape)}" for name, x in maps.items())
-        raise ValueError(f"maps (b, c, h, w) must have an even number of channels, to be halved: {told}")
+        found = " and ".join(f"{name}_layer {taps[name].path!r} gives {tuple(x.shape)}" for name, x in maps.items())
+        raise ValueError(f"maps (b, c, h, w) must have an even number of channels, to be split in halves: {found}")
 
 
-def _fresh_copy(network: nn.Module) -> nn.Module:
-    """A copy with weights of its own, all drawn anew; on the CPU, so that they are the same whatever the device is."""
+def _reinitialised_copy(network: nn.Module) -> nn.Module:
+    """Return a copy with newly drawn weights. They are drawn on the CPU, so that they do not depend on the device."""
     fresh = copy.deepcopy(network).cpu()
     for path, module in fresh.named_modules():
         if callable(getattr(module, "reset_parameters", None)):
             module.reset_parameters()
         elif any(True for _ in module.parameters(recurse=False)):
             raise ValueError(
-                f"peer must be a network's name or module:function: a copy of the student cannot have fresh weights, for "
-                f"its {path or 'outermost module'!r} ({type(module).__name__}) has parameters and no reset_parameters()"
+                f"peer must be a network's name or module:function: the weights of a copy of the student cannot be redrawn, "
+                f"because its {path or 'outermost module'!r} ({type(module).__name__}) has parameters but no "
+                f"reset_parameters()"
             )
     return fresh

@@ -1,4 +1,4 @@
-"""Knowledge distillation (Hinton et al., 2015): the teacher's softened answers beside the labels."""
+"""Knowledge distillation (Hinton et al., 2015): the student matches the teacher's softened probabilities and the labels."""
 
 import torch
 from torch import Tensor, nn
@@ -14,21 +14,27 @@ from .selection import select_batch_rows, take_rows
 
 
 class KnowledgeDistillation(Method):
-    """loss = ce_weight * CE + kd_weight * T^2 * KL(teacher || student), means over the batch; value: student's entropy.
+    """Knowledge distillation (KD), Hinton et al., 2015.
 
-    With `batch.weight` it is mean_i(weight_i * losses_i), losses_i = ce_weight * CE_i + kd_weight * T^2 * KL_i, and
-    `Outcome.losses` holds them. Without, there are no `losses`: one operator gives the mean, and they would cost another.
+        loss = ce_weight * CE + kd_weight * T^2 * KL(teacher || student)
 
-    With `batch_keep` < 1 the mean of the KL is that of the k chosen rows, in losses_i as b/k * [i is chosen] * KL_i.
+    Both terms are means over the batch. The knowledge value is the student's entropy.
+
+    - With `batch_keep` < 1, KL is the mean over the k selected rows.
+    - With `batch.weight`, the loss is mean_i(weight_i * losses_i), where losses_i = ce_weight * CE_i + kd_weight * T^2 * KL_i
+      and `Outcome.losses` holds the losses_i. If `batch_keep` < 1 too, KL_i counts as b/k * [i is selected] * KL_i.
+    - Without `batch.weight`, `Outcome.losses` is None: one operator gives the mean, and per-row losses would need a second.
 
     Args:
-        temperature: T > 0; 4 in the recipe of KCD.
-        kd_weight, ce_weight: finite; 0.9 and 0.1 in the recipe of KCD.
-        batch_keep: the fraction of every batch that the teacher is asked about, in (0, 1], by the student's entropy,
-            the highest first (`selection.select_batch_rows`). 1: all.
+        temperature: T of the softened probabilities, > 0; 4 in KCD's recipe.
+        kd_weight: weight of the KL term, finite; 0.9 in KCD's recipe.
+        ce_weight: weight of the cross entropy, finite; 0.1 in KCD's recipe.
+        batch_keep: fraction of each batch that the teacher runs on, in (0, 1]: the rows of highest student entropy
+            (`selection.select_batch_rows`). 1: all rows.
 
     Raises:
-        TypeError, ValueError: an argument is of the wrong type or out of range.
+        TypeError: an argument has the wrong type.
+        ValueError: an argument is out of range.
     """
 
     weighs_samples = True
@@ -42,7 +48,10 @@ class KnowledgeDistillation(Method):
         self.set_options(check_fraction, batch_keep=batch_keep)
 
     def forward(self, student: nn.Module, teacher: nn.Module | None, batch: Batch) -> Outcome:
-        """`terms["kl"]`: the mean KL divergence at temperature T, in nats, without its weight and T^2."""
+        """Return the loss of a batch.
+
+        `terms["kl"]` is the mean KL divergence at temperature T, in nats, without its weight and T^2.
+        """
         logits = student(batch.x)
         rows = select_batch_rows(logits, self.batch_keep)
         with torch.no_grad():
@@ -51,7 +60,7 @@ class KnowledgeDistillation(Method):
         if batch.weight is None:
             loss, value, kl = distill_rows(logits, teacher_logits, batch.label, rows, **weights)
             return Outcome(loss, logits.detach(), value, {"kl": kl})
-        # A mean over the batch that is the chosen rows' own mean of the KL.
+        # Scaled so that the mean over the batch equals the mean over the selected rows.
         weights["kd_weight"] = self.kd_weight * len(logits) / len(teacher_logits)
         losses, value, kl = distill_rows(logits, teacher_logits, batch.label, rows, **weights, reduction="none")
         return Outcome((batch.weight * losses).mean(), logits.detach(), value, {"kl": kl}, losses.detach())
@@ -60,19 +69,27 @@ class KnowledgeDistillation(Method):
 def distill_rows(
     logits: Tensor, teacher_logits: Tensor, label: Tensor, rows: Tensor | None = None, **options: object
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return ce_weight * CE + kd_weight * T^2 * KL, the student's entropies (b,) and the mean KL (), the latter detached.
+    """Return the KD loss, the student's entropies and the mean KL.
 
-    logits (b, classes), label (b,) int64; teacher_logits (k, classes) are constants, and those of `rows` (k,), None: of all.
-    `options` are those of `kcd_ext.condensed_kd_loss`. The mean is over the rows that the teacher was asked about, in nats.
+    Args:
+        logits: (b, classes), the student's.
+        teacher_logits: (k, classes), constants, for the rows in `rows`.
+        label: (b,) int64.
+        rows: (k,) indices of the rows that the teacher ran on. None: all b rows.
+        options: arguments of `kcd_ext.condensed_kd_loss`.
+
+    Returns:
+        The loss, ce_weight * CE + kd_weight * T^2 * KL; the entropies (b,), detached; the mean KL () in nats over the rows
+        that the teacher ran on, detached.
     """
     loss, knowledge = kd_loss(logits, teacher_logits, labels=label, rows=rows, return_knowledge=True, **options)
     return loss, knowledge.entropy.detach(), take_rows(knowledge.kl, rows).detach().mean()
 
 
-def distill_optionally(
+def distill_if_weighted(
     logits: Tensor, teacher_logits: Tensor, label: Tensor, rows: Tensor | None, **weights: float
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Return loss and value of `distill_rows`, and the mean KL as a term; no KL is computed if kd_weight is 0.
+    """Return loss and value of `distill_rows`, and the mean KL as a term. If kd_weight is 0, skip the KL and its term.
 
     `weights` are temperature, kd_weight and ce_weight.
     """
@@ -84,6 +101,6 @@ def distill_optionally(
 
 
 def kd_loss(student_logits: Tensor, teacher_logits: Tensor, **options):
-    """`kcd_ext.condensed_kd_loss` where it has kernels; elsewhere the reference, which gives the same numbers."""
+    """Call `kcd_ext.condensed_kd_loss` if it has kernels for the device, else the reference, which gives the same numbers."""
     fused = has_kernels_for(student_logits)
     return (condensed_kd_loss if fused else reference.condensed_kd_loss)(student_logits, teacher_logits, **options)

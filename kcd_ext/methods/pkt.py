@@ -1,4 +1,4 @@
-"""Probabilistic knowledge transfer (Passalis and Tefas, ECCV 2018): who resembles whom within a batch."""
+"""Probabilistic knowledge transfer (Passalis and Tefas, ECCV 2018): which samples of a batch resemble each other."""
 
 from torch import Tensor, nn
 from torch.nn import functional
@@ -12,24 +12,30 @@ EPSILON = 1e-7  # added to both probabilities inside the logarithm, as in the pu
 
 
 class ProbabilisticKnowledgeTransfer(FeatureMethod):
-    """loss = ce_weight * CE + pkt_weight * PKT of the penultimate features; value: student's entropy.
+    """Probabilistic knowledge transfer (PKT) of the penultimate features, Passalis and Tefas, ECCV 2018.
 
-    With K_ij = (1 + cos(f_i, f_j)) / 2 of the features f of a batch (Eq. 6 with the cosine kernel, i = j included) and
-    its rows normalised to probabilities, P_ij = K_ij / sum_j K_ij,
+        loss = ce_weight * CE + pkt_weight * PKT
+
+    The knowledge value is the student's entropy. For the features f of a batch, let K_ij = (1 + cos(f_i, f_j)) / 2 (Eq. 6
+    with the cosine kernel, i = j included), and P_ij = K_ij / sum_j K_ij. Then
 
         PKT = mean_ij P_ij * log((P_ij + 1e-7) / (Q_ij + 1e-7)),    P: the teacher's, Q: the student's.
 
-    The mean is over all b * b pairs, as in the published code (RepDistiller's, after the authors'), not a sum over j: it is
-    smaller by a factor b than the batch's mean KL divergence, and the published weight of 30000 belongs to it.
+    The mean runs over all b * b pairs, as in the published code (RepDistiller's, after the authors'); it is not a sum over j.
+    So PKT is the batch's mean KL divergence divided by b, and the published weight of 30000 belongs to that.
 
     Args:
-        ce_weight, pkt_weight: finite; 1 and 30000 in the comparison of RepDistiller, which KCD builds on.
-        batch_keep: the fraction of every batch that the teacher is asked about and whose features are compared, in
-            (0, 1], by the student's entropy, the highest first (`selection.select_batch_rows`). 1: all.
-        student_layer, teacher_layer: whose input the features are (`features.Tap`); None: the last linear layer's.
+        ce_weight: weight of the cross entropy, finite; 1 in RepDistiller's comparison, which KCD builds on.
+        pkt_weight: weight of the similarity term, PKT, finite; 30000 in the same comparison.
+        batch_keep: fraction of each batch that the teacher runs on and whose features are compared, in (0, 1]: the rows of
+            highest student entropy (`selection.select_batch_rows`). 1: all rows.
+        student_layer: the student's layer whose input is compared, a name in `named_modules()` (`features.Tap`). None: the last
+            linear layer.
+        teacher_layer: the same for the teacher.
 
     Raises:
-        TypeError, ValueError: an argument is of the wrong type or out of range.
+        TypeError: an argument has the wrong type.
+        ValueError: an argument is out of range.
     """
 
     def __init__(
@@ -44,7 +50,7 @@ class ProbabilisticKnowledgeTransfer(FeatureMethod):
         self.set_options(check_finite, ce_weight=ce_weight, pkt_weight=pkt_weight)
 
     def forward(self, student: nn.Module, teacher: nn.Module | None, batch: Batch) -> Outcome:
-        """`terms["pkt"]`: PKT without its weight."""
+        """Return the loss of a batch. `terms["pkt"]` is PKT without its weight."""
         logits, features = self.student_forward(student, batch.x)
         rows = select_batch_rows(logits, self.batch_keep)
         _, target = self.teacher_forward(teacher, take_rows(batch.x, rows))
@@ -54,7 +60,7 @@ class ProbabilisticKnowledgeTransfer(FeatureMethod):
 
 
 def transfer_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """PKT of features (b, d) and (b, e): (), at least float32, differentiable in both."""
+    """Return PKT of features (b, d) and (b, e): (), at least float32, differentiable in both."""
     with full_precision(student):
         q, p = _similarities(student), _similarities(teacher)
         # The logarithm of one quotient near 1 is more precise than the difference of two logarithms.
@@ -62,7 +68,7 @@ def transfer_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def _similarities(features: Tensor) -> Tensor:
-    """(b, b) probabilities, a row for every sample."""
+    """Return probabilities (b, b), one row per sample."""
     directions = unit_rows(features)
     kernel = (directions @ directions.T + 1) / 2
     return kernel / kernel.sum(1, keepdim=True)

@@ -1,4 +1,4 @@
-"""Partial to whole knowledge distillation (PWKD, arXiv 2109.12507): a teacher that grows wider stage by stage."""
+"""Partial to whole knowledge distillation (PWKD, arXiv 2109.12507): a teacher that grows wider from stage to stage."""
 
 import inspect
 import math
@@ -21,21 +21,22 @@ from .slimmable import SLIMMABLE, check_widths, slimmable
 
 @dataclass(frozen=True)
 class PartialToWhole:
-    """When the teacher has which width, and how the learning rate falls meanwhile: functions of the epoch alone.
+    """The schedule of the teacher's width and the learning rate: functions of the epoch only.
 
-    Stage s of N has the epochs from s * epochs // N up to (s + 1) * epochs // N, both rounded down: no two differ by more
-    than one epoch.
+    Stage s of N has the epochs from s * epochs // N to (s + 1) * epochs // N (exclusive), so the lengths of two stages
+    differ by at most one epoch.
 
     Raises:
-        TypeError, ValueError: a field is of the wrong type or out of range, or there are fewer epochs than stages.
+        TypeError: a field has the wrong type.
+        ValueError: a field is out of range, or there are fewer epochs than stages.
     """
 
     widths: Sequence[float]
-    """The width of every stage: ascending fractions in (0, 1], the last of them 1."""
+    """The width of each stage: ascending fractions in (0, 1], the last one 1."""
     epochs: int
-    """Of the run."""
+    """The number of epochs of the run."""
     lr_min: float = 0.0
-    """Where the learning rate would be at the end of a stage, as a fraction of where it starts, in [0, 1]."""
+    """The end of each stage's cosine, as a fraction of its start, in [0, 1]."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "widths", check_widths("widths", self.widths))
@@ -43,21 +44,22 @@ class PartialToWhole:
         check_unit_interval("lr_min", self.lr_min)
         if self.epochs < len(self.widths):
             raise ValueError(
-                f"epochs must be at least {len(self.widths)}, one for each of widths {_listed(self.widths)}, got {self.epochs}"
+                f"epochs must be at least {len(self.widths)}, one for each of widths {_format_widths(self.widths)}, got "
+                f"{self.epochs}"
             )
 
     def stage(self, epoch: int) -> int:
-        """The stage of an epoch, 0 <= epoch < epochs; raises TypeError or ValueError for others."""
+        """Return the stage of an epoch, 0 <= epoch < epochs. Raises TypeError or ValueError for others."""
         return ((check_int("epoch", epoch, 0, self.epochs - 1) + 1) * len(self.widths) - 1) // self.epochs
 
     def width(self, epoch: int) -> float:
-        """The teacher's width in an epoch."""
+        """Return the teacher's width in an epoch."""
         return self.widths[self.stage(epoch)]
 
     def lr_factor(self, epoch: int) -> float:
-        """What the learning rate is multiplied by in an epoch: lr_min + (1 - lr_min) / 2 * (1 + cos(pi t / E)).
+        """Return the factor of the learning rate in an epoch: lr_min + (1 - lr_min) / 2 * (1 + cos(pi t / E)).
 
-        It is epoch t of its stage, which has E: every stage starts at 1.
+        The epoch is the t-th of its stage, counted from 0, and the stage has E epochs. So each stage starts at 1.
         """
         stage = self.stage(epoch)
         start, end = (s * self.epochs // len(self.widths) for s in (stage, stage + 1))
@@ -65,41 +67,43 @@ class PartialToWhole:
 
 
 class PartialToWholeDistillation(Method):
-    """Any other method, `base`, taught by ever wider parts of the teacher; loss, value and terms are those of `base`.
+    """Partial to whole knowledge distillation (PWKD, arXiv 2109.12507): any other method with a teacher that grows.
 
-    Before the student, a copy of the teacher that runs at several widths and shares its weights among them (`slimmable`) is
-    trained by the sum over the widths w of
+    Loss, value and terms are those of the method `base`.
 
-        CE(f_w(x), y) for the whole width, CE(f_w(x), softmax(f_1(x))) for the others (`in_place`; else CE(f_w(x), y)),
+    1. Before the student, train a copy of the teacher that runs at several widths with shared weights (`slimmable`). It
+       starts from the teacher's weights. Its loss is the sum over the widths w of CE(f_w(x), y) at full width, and
+       CE(f_w(x), softmax(f_1(x))) at the others, with f_1(x) constant (`in_place`; without it, CE(f_w(x), y) everywhere).
+       Afterwards the copy is constant.
+    2. Train the student in stages, one per width, from the narrowest teacher to the full one. The student keeps its weights
+       from stage to stage. In each stage the learning rate starts at the recipe's and falls by a cosine (`PartialToWhole`);
+       the recipe's milestones have no effect.
 
-    from the teacher's weights on; f_1(x) is a constant there. Then it is a constant. The student learns from it stage by
-    stage, each of one width, from the narrowest to the whole, and keeps its weights from one to the next. In every stage the
-    learning rate falls from the recipe's by a cosine (`PartialToWhole`); the recipe's milestones have no effect.
+    - From the paper: sub-networks of equal depth and growing width, with shared weights and joint training; stages from
+      partial to whole knowledge; a cyclic learning rate; use with other methods.
+    - Rebuilt, because no text gave the details: the widths, how they are sliced and normalised (Yu et al., ICLR 2019),
+      `in_place` and `widths_a_step` (Yu and Huang, ICCV 2019), stages of equal length, the cosine, the start from the trained
+      teacher, and every number. So we do not claim the paper's results.
 
-    Sourced (the paper): sub-networks of equal depth and growing width that share weights and are trained jointly, several
-    stages from partial to whole knowledge, a cyclic learning rate, a plug-in for other methods. Rebuilt, for no text gave the
-    details: the widths, how they are sliced and normalised (Yu et al., ICLR 2019), `in_place` and `widths_a_step` (Yu and
-    Huang, ICCV 2019), stages of equal length, the cosine, that the whole width starts as the trained teacher, and every
-    number. So it does not claim to reproduce the paper's results.
-
-    Methods that compare features find zeros where a partial teacher has none (`FeatureMethod.teacher_forward`).
+    Methods that compare features get zeros for the features that a partial teacher lacks (`FeatureMethod.teacher_forward`).
 
     Args:
-        base: a method that asks a teacher, by name or `module:Class`; its own pretraining follows that of the teacher.
-        widths: ascending fractions in (0, 1], the last of them 1; see `slimmable`. A command gives them with commas
-            between them, "0.25,0.5,0.75,1".
-        teacher_epochs, teacher_lr: of the teacher's pretraining; see `Pretraining`.
-        lr_min: where the cosine ends, as a fraction of the recipe's `lr`, in [0, 1].
-        in_place: whether narrow widths learn from the whole one instead of the labels.
-        widths_a_step: how many widths each step of the teacher's pretraining takes: the whole one, the narrowest, and
-            others drawn anew every time. None: all.
-        partial: False for the control: the same learning rates with the teacher as it was given in every stage. Of the
-            widths then only their number counts, and options of the teacher's pretraining are refused.
-        base_options: the options of `base`, or text that stands for them.
+        base: a method that needs a teacher, by name or `module:Class`. Its own pretraining follows that of the teacher.
+        widths: ascending fractions in (0, 1], the last one 1; see `slimmable`. On the command line: "0.25,0.5,0.75,1".
+        teacher_epochs: epochs of the teacher's pretraining.
+        teacher_lr: learning rate of the teacher's pretraining, which drops to a tenth at 50 % and 75 % of its epochs.
+        lr_min: end of the cosine, as a fraction of the recipe's `lr`, in [0, 1].
+        in_place: narrow widths learn from the full one instead of the labels.
+        widths_a_step: number of widths in each step of the teacher's pretraining: the full one, the narrowest, and others
+            drawn at random in each step. None: all widths.
+        partial: False for the control, which uses the unchanged teacher in all stages, with the same learning rates. Then only
+            the number of widths counts, and options of the teacher's pretraining are refused.
+        base_options: the options of `base`, as values or as text.
 
     Raises:
-        TypeError, ValueError: an argument is of the wrong type or out of range, also those of `base`; `base` asks no
-            teacher, chooses the teacher itself, or has learning rates of its own.
+        TypeError: an argument, or one for `base`, has the wrong type.
+        ValueError: an argument, or one for `base`, is out of range; or `base` needs no teacher, chooses the teacher itself, or
+            has its own learning rates.
     """
 
     def __init__(
@@ -124,51 +128,52 @@ class PartialToWholeDistillation(Method):
             widths_a_step = check_int("widths_a_step", widths_a_step, 2)
             if widths_a_step > len(self.widths):
                 raise ValueError(
-                    f"widths_a_step must be at most the {len(self.widths)} of widths {_listed(self.widths)}, got {widths_a_step}"
+                    f"widths_a_step must be at most {len(self.widths)}, the number of widths {_format_widths(self.widths)}, got "
+                    f"{widths_a_step}"
                 )
         self.widths_a_step = widths_a_step
         for option in ("teacher_epochs", "teacher_lr", "in_place", "widths_a_step"):
-            usual = inspect.signature(type(self)).parameters[option].default
-            check_used(option, getattr(self, option), usual, not partial, "partial=False, which pretrains nothing")
-        self._check_names(base, base_options)
+            default = inspect.signature(type(self)).parameters[option].default
+            check_used(option, getattr(self, option), default, not partial, "partial=False, which pretrains nothing")
+        self._check_options(base, base_options)
         self.base = build(base, as_typed(base, base_options))
         if not self.base.needs_teacher:
-            raise ValueError(f"base must be a method that asks a teacher, got {base!r}, which asks none")
+            raise ValueError(f"base must be a method that needs a teacher, got {base!r}, which needs none")
         for overridden, meaning in (
             ("teacher_of", "chooses the teacher"),
-            ("lr_factor", "has learning rates of its own"),
+            ("lr_factor", "has its own learning rates"),
         ):
             if getattr(type(self.base), overridden) is not getattr(Method, overridden):
-                raise ValueError(f"base must be a method that leaves that to pwkd, got {base!r}, which {meaning}")
+                raise ValueError(f"base must be a method that leaves this to pwkd, got {base!r}, which {meaning}")
         self.weighs_samples = self.base.weighs_samples
-        self.compiles_teacher = not self.partial  # every width, in either mode, would be one more compilation
-        self.flops_known = self.base.flops_known and not self.partial  # a width's cost is not the teacher's
+        self.compiles_teacher = not self.partial  # each width would compile once more in each mode
+        self.flops_known = self.base.flops_known and not self.partial  # a narrow width costs less than the teacher
         self.slimmable = None
 
-    def _check_names(self, base: str, options: Iterable[str]) -> None:
-        """Raises TypeError for an option of neither, ValueError for a base that there is not."""
+    def _check_options(self, base: str, options: Iterable[str]) -> None:
+        """Raise ValueError for an unknown base, TypeError for an option that neither pwkd nor the base takes."""
         resolve("base", base, REGISTRY)
         unknown, takes = unknown_of(base, options)
         if unknown:
             own = [p.name for p in inspect.signature(type(self)).parameters.values() if p.kind is not p.VAR_KEYWORD]
-            theirs = [option for option in takes if option != "batch_keep"]  # condense.batch_keep says it
+            theirs = [option for option in takes if option != "batch_keep"]  # set with condense.batch_keep
             raise TypeError(
-                f"method 'pwkd' has no option {unknown[0]!r}, nor has its base {base!r}: it takes {', '.join(own)}, and "
-                f"for the base {', '.join(theirs) or 'none'}"
+                f"method 'pwkd' has no option {unknown[0]!r}, nor has its base {base!r}: pwkd takes {', '.join(own)}, the "
+                f"base {', '.join(theirs) or 'none'}"
             )
 
     def prepare(self, student: nn.Module, teacher: nn.Module | None, samples: Iterable[Batch]) -> None:
-        """Makes the teacher slimmable, sends one sample through every width, and prepares `base` with the whole.
+        """Make the teacher slimmable, run one sample at each width, and prepare `base` with the full teacher.
 
-        Raises ValueError where the teacher cannot be made narrower (`slimmable`), or does not run so.
+        Raises ValueError if the teacher cannot be made narrower (`slimmable`) or does not run at some width.
         """
         if self.partial:
             x = next(iter(samples)).x[:1]
             self.slimmable = slimmable(teacher, self.widths).to(x.device).eval()
-            outputs = self.slimmable.outputs
-            if len(self.widths) > 1 and all(len({*channels}) == 1 for channels in outputs.values()):
+            channels = self.slimmable.channels
+            if len(self.widths) > 1 and all(len({*counts}) == 1 for counts in channels.values()):
                 raise ValueError(
-                    f"widths {_listed(self.widths)} leave the teacher as it is: no layer gets narrower, of {outputs}"
+                    f"widths {_format_widths(self.widths)} do not change the teacher: no layer gets narrower, of {channels}"
                 )
             logits = {width: self._logits_at(width, x).shape for width in reversed(self.widths)}
             for width, shape in logits.items():
@@ -176,52 +181,52 @@ class PartialToWholeDistillation(Method):
                     raise ValueError(
                         f"teacher must give logits {tuple(logits[1.0])} at every width, got {tuple(shape)} at width {width}"
                     )
-            self.slimmable.use(1.0)
+            self.slimmable.set_width(1.0)
         self.base.prepare(student, self.teacher_of(teacher), samples)
 
     def _logits_at(self, width: float, x: Tensor) -> Tensor:
-        self.slimmable.use(width)
-        passed: list[str] = []
+        self.slimmable.set_width(width)
+        shapes_by_layer: list[str] = []
         try:
             with torch.no_grad(), ExitStack() as hooks:
                 for path, layer in self.slimmable.network.named_modules():
                     if not [*layer.children()]:
-                        hooks.callback(layer.register_forward_hook(_noted(passed, path)).remove)
+                        hooks.callback(layer.register_forward_hook(_shape_recorder(shapes_by_layer, path)).remove)
                 return self.slimmable(x)
-        except Exception as error:  # the teacher is the user's, and says what it likes
+        except Exception as error:  # the user's teacher may raise anything
             raise ValueError(
                 f"widths must suit the teacher, which does not run at {width:g} ({one_line(error)}): "
-                f"the last layer that ran was {passed[-1] if passed else 'none'}"
+                f"the last layer that ran was {shapes_by_layer[-1] if shapes_by_layer else 'none'}"
             ) from error
 
     def teacher_of(self, teacher: nn.Module | None) -> nn.Module | None:
-        """What runs at several widths, with the names and attributes of the teacher's type; the control's is the teacher."""
+        """Return the network that runs at several widths, of the teacher's type and names; for the control, the teacher."""
         return teacher if self.slimmable is None else self.slimmable.network
 
     def pretraining(self) -> tuple[Pretraining, ...]:
-        """That of the teacher, then what `base` trains first, with the whole teacher."""
+        """Return the plan for the teacher, then those of `base`, which use the full teacher."""
         own = ()
         if self.partial:
             own = (Pretraining(self.slimmable, self._joint_loss, self.teacher_epochs, self.teacher_lr),)
         return (*own, *self.base.pretraining())
 
     def _joint_loss(self, teacher: nn.Module | None, batch: Batch) -> Tensor:
-        """(), the sum of the losses of this step's widths, the whole one first, at which it leaves the teacher."""
-        widths = self._drawn()
-        total, target = self.slimmable.zero_of_others(widths), batch.label
+        """Return the sum () of the losses at this step's widths, full width first. Leaves the teacher at full width."""
+        widths = self._draw_widths()
+        total, target = self.slimmable.zero_for_other_widths(widths), batch.label
         for width in widths:
-            self.slimmable.use(width)
+            self.slimmable.set_width(width)
             logits = teacher(batch.x)
             with full_precision(logits):
                 logits = at_least_float32(logits)
                 total = total + functional.cross_entropy(logits, target)
                 if self.in_place and width == 1:
                     target = logits.detach().softmax(-1)
-        self.slimmable.use(1.0)
+        self.slimmable.set_width(1.0)
         return total
 
-    def _drawn(self) -> list[float]:
-        """The widths of a step, from wide to narrow."""
+    def _draw_widths(self) -> list[float]:
+        """Return the widths of a step, from wide to narrow."""
         if self.widths_a_step is None:
             return [*reversed(self.widths)]
         narrowest, *between, widest = self.widths
@@ -229,37 +234,37 @@ class PartialToWholeDistillation(Method):
         return [widest, *(between[i] for i in sorted(drawn, reverse=True)), narrowest]
 
     def lr_factor(self, epoch: int, epochs: int) -> float:
-        """See `PartialToWhole`; raises ValueError where there are fewer epochs than widths."""
+        """Return `PartialToWhole.lr_factor`. Raises ValueError if there are fewer epochs than widths."""
         return self._schedule(epochs).lr_factor(epoch)
 
     def begin(self, epoch: int, epochs: int) -> None:
-        """Gives the teacher the width of this epoch's stage."""
+        """Set the teacher's width for this epoch's stage."""
         if self.slimmable is not None:
-            self.slimmable.use(self._schedule(epochs).width(epoch))
+            self.slimmable.set_width(self._schedule(epochs).width(epoch))
         self.base.begin(epoch, epochs)
 
     def _schedule(self, epochs: int) -> PartialToWhole:
         return PartialToWhole(self.widths, epochs, self.lr_min)
 
     def forward(self, student: nn.Module, teacher: nn.Module | None, batch: Batch) -> Outcome:
-        """The outcome of `base`; `teacher` is that of `teacher_of`."""
+        """Return the outcome of `base`. `teacher` is the network from `teacher_of`."""
         return self.base(student, teacher, batch)
 
     def release(self) -> None:
-        """Releases `base`."""
+        """Release `base`."""
         self.base.release()
 
 
-def _noted(passed: list[str], path: str) -> Callable[..., None]:
-    """A hook that writes down a layer and the shapes of what goes into it and comes out."""
+def _shape_recorder(shapes_by_layer: list[str], path: str) -> Callable[..., None]:
+    """Return a hook that appends a layer's path, type, and the shapes of its input and output."""
 
-    def note(layer: nn.Module, given: tuple, output: object) -> None:
-        shapes = [str(tuple(part.shape)) for part in (*given[:1], output) if isinstance(part, Tensor)]
+    def record(layer: nn.Module, arguments: tuple, output: object) -> None:
+        shapes = [str(tuple(part.shape)) for part in (*arguments[:1], output) if isinstance(part, Tensor)]
         kind = next((kind for kind, sliced in SLIMMABLE.items() if isinstance(layer, sliced)), type(layer))
-        passed.append(f"{path!r}, a {kind.__name__}: {' -> '.join(shapes)}")
+        shapes_by_layer.append(f"{path!r}, a {kind.__name__}: {' -> '.join(shapes)}")
 
-    return note
+    return record
 
 
-def _listed(widths: tuple[float, ...]) -> str:
+def _format_widths(widths: tuple[float, ...]) -> str:
     return ", ".join(f"{width:g}" for width in widths)

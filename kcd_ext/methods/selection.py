@@ -1,4 +1,4 @@
-"""Condensation within a batch: the student's entropy says which rows the teacher is asked about."""
+"""Condensation within a batch: the student's entropy selects the rows that the teacher runs on."""
 
 from torch import Tensor
 
@@ -9,14 +9,14 @@ from ..ops import has_kernels_for
 
 
 def select_batch_rows(student_logits: Tensor, batch_keep: float) -> Tensor | None:
-    """Return the rows the teacher is asked about: those of highest entropy, the lower row first among equals.
+    """Return the indices of the rows of highest entropy, for the teacher to run on.
 
-    Entropy first, as `kcd_ext.select_rows`: a row that is not a number ranks first, so that it reaches the loss. The
-    number of rows is known without a look at the logits, so nothing waits for a device that has the kernels.
+    Ties go to the lower row. A row with NaN ranks first, so that it reaches the loss (as in `kcd_ext.select_rows`). The
+    number of rows depends on the shape only, so on a device with kernels nothing waits for the logits.
 
     Args:
-        student_logits: (b, classes); nothing is differentiated.
-        batch_keep: the fraction that is chosen, in (0, 1]. 1: all rows.
+        student_logits: (b, classes); not differentiated.
+        batch_keep: the fraction to select, in (0, 1]. 1: all rows.
 
     Returns:
         int64 (max(1, int(batch_keep * b)),), ascending; None for all rows.
@@ -25,7 +25,7 @@ def select_batch_rows(student_logits: Tensor, batch_keep: float) -> Tensor | Non
         return None
     if has_kernels_for(student_logits):
         return select_rows(student_logits, keep=batch_keep)[0]
-    # The reference selects by the entropy of its first argument; what stands beside it does not matter.
+    # The reference selects by the entropy of its first argument, so the second one may be anything.
     logits = student_logits.detach()
     _, knowledge = reference.condensed_kd_loss(logits, logits, keep=batch_keep, return_knowledge=True)
     order = knowledge.selected.sort(descending=True, stable=True).indices
@@ -33,8 +33,5 @@ def select_batch_rows(student_logits: Tensor, batch_keep: float) -> Tensor | Non
 
 
 def take_rows(x: Tensor, rows: Tensor | None) -> Tensor:
-    """Return the entries of x (b, ...) at `rows`, what `select_batch_rows` returned: (k, ...), or x itself for all rows."""
+    """Return x[rows] (k, ...) for the rows of `select_batch_rows`. None: x itself."""
     return x if rows is None else x.index_select(0, rows)
-
-
-choose, of_rows = select_batch_rows, take_rows  # the names that methods written before use

@@ -1,4 +1,4 @@
-"""Slimmable networks (Yu et al., ICLR 2019): one set of weights that runs at several widths."""
+"""Slimmable networks (Yu et al., ICLR 2019): one set of weights, run at several widths."""
 
 import copy
 import math
@@ -16,55 +16,62 @@ from ..networks import check_network
 
 
 def check_widths(name: str, widths: Sequence[float] | float | str) -> tuple[float, ...]:
-    """Ascending fractions in (0, 1] that end with 1; also as one number or as text. Raises TypeError or ValueError."""
-    takes = "ascending fractions in (0, 1] that end with 1, as 0.25,0.5,0.75,1"
-    found = check_fractions(name, widths, takes)
-    if not found or found[0] <= 0 or found[-1] != 1 or any(a >= b for a, b in pairwise(found)):
+    """Return ascending fractions in (0, 1] that end with 1, given as a sequence, one number or text.
+
+    Raises TypeError or ValueError for anything else.
+    """
+    takes = "ascending fractions in (0, 1] that end with 1, such as 0.25,0.5,0.75,1"
+    fractions = check_fractions(name, widths, takes)
+    if not fractions or fractions[0] <= 0 or fractions[-1] != 1 or any(a >= b for a, b in pairwise(fractions)):
         raise ValueError(f"{name} must be {takes}, got {brief(widths)}")
-    return found
+    return fractions
 
 
 class Slimmable(nn.Module):
-    """A network that runs at several widths; `slimmable` makes it. It starts at the whole width.
+    """A network that runs at several widths, built by `slimmable`. It starts at full width.
 
-    `network` has the type and the layers' names of the module that it was made of, its parameters and buffers too; those
-    of the narrow widths' normalisations lie beside them, f"{layer}.narrow.{i}". The width in use is no part of the state.
+    `network` keeps the type, layer names, parameters and buffers of the original module. The normalisations of the narrow
+    widths are added as f"{layer}.narrow.{i}". The current width is not part of the state.
     """
 
     def __init__(self, network: nn.Module, widths: tuple[float, ...]):
-        """`network`: its layers are those of this file."""
+        """Wrap `network`, whose layers are those of `SLIMMABLE`."""
         super().__init__()
         self.network = network
         self.widths = widths
-        self.use(widths[-1])
+        self.set_width(widths[-1])
 
     @property
     def width(self) -> float:
-        """The width in use, one of `widths`."""
-        return self.widths[self._at]
+        """The current width, one of `widths`."""
+        return self.widths[self._index]
 
-    def use(self, width: float) -> None:
-        """Every forward pass from now on is at this width. Raises ValueError where it is none of `widths`."""
+    def set_width(self, width: float) -> None:
+        """Run all further forward passes at this width. Raises ValueError if it is not in `widths`."""
         if width not in self.widths:
             raise ValueError(f"width must be one of {', '.join(map(str, self.widths))}, got {brief(width)}")
-        self._at = self.widths.index(width)
+        self._index = self.widths.index(width)
         for layer in self.network.modules():
             if isinstance(layer, tuple(SLIMMABLE.values())):
-                layer.at = self._at
+                layer.width_index = self._index
 
     def forward(self, *args: object, **kwargs: object) -> object:
-        """What the network gives at the width in use."""
+        """Return the network's output at the current width."""
         return self.network(*args, **kwargs)
 
     @property
-    def outputs(self) -> dict[str, tuple[int, ...]]:
-        """Of every layer that slices its weight how many channels it has at each width, by its path."""
-        return {path: layer.outputs for path, layer in self.network.named_modules() if hasattr(layer, "outputs")}
+    def channels(self) -> dict[str, tuple[int, ...]]:
+        """The number of output channels at each width, for the path of every layer that slices its weight."""
+        return {
+            path: layer.width_channels
+            for path, layer in self.network.named_modules()
+            if hasattr(layer, "width_channels")
+        }
 
-    def zero_of_others(self, widths: Sequence[float]) -> Tensor | float:
-        """0 with gradient 0 for the normalisations of all other narrow widths, ().
+    def zero_for_other_widths(self, widths: Sequence[float]) -> Tensor | float:
+        """Return 0 (), with gradient 0 for the normalisations of all narrow widths that are not in `widths`.
 
-        Several processes that draw different widths so need not wait for a gradient that one of them does not have.
+        Adding it to the loss gives every parameter a gradient on every rank, even if the ranks draw different widths.
         """
         others = [i for i, width in enumerate(self.widths[:-1]) if width not in widths]
         norms = [layer.narrow for layer in self.network.modules() if isinstance(layer, _Normalisation)]
@@ -73,27 +80,29 @@ class Slimmable(nn.Module):
 
 
 def slimmable(module: nn.Module, widths: Sequence[float] | float | str) -> Slimmable:
-    """A copy of a network that runs at several widths and shares its weights among them.
+    """Copy a network so that it runs at several widths and shares its weights among them.
 
-    At width w a layer of `out` channels has ceil(w * out) of them, rounded up to a multiple of the least common multiple of
-    the group counts of all grouped convolutions (depthwise ones do not count), and at most `out`. It slices its weight to the
-    channels it is given: [:out, :in], within every group where it has groups. So a residual sum, a concatenation or a
-    flattening fits where those of the rounded numbers do, and the first layer sees all of the input. A depthwise
-    convolution has as many channels as it is given, times its multiplier. The last `torch.nn.Linear` of `named_modules()`
-    keeps all its outputs. Every batch normalisation has weight, bias and running statistics of its own for every width, of
-    full size of which the first channels are used, at first all equal to the module's.
+    At width 1 the copy computes the same bits as the module. At width w:
 
-    At width 1 it computes what the module does, bit for bit.
+    - A layer with `out` channels keeps ceil(w * out) of them, rounded up to a multiple of the least common multiple of the
+      group counts of all grouped convolutions (depthwise ones do not count), at most `out`.
+    - It slices its weight to the channels that it receives: [:out, :in], within each group if it has groups. So residual
+      sums, concatenations and flattenings fit if the rounded numbers do, and the first layer sees the full input.
+    - A depthwise convolution keeps as many channels as it receives, times its multiplier.
+    - The last `torch.nn.Linear` in `named_modules()` keeps all its outputs.
+    - Each batch normalisation has its own weight, bias and running statistics for each width. They have full size, the first
+      channels are used, and all start equal to the module's.
 
     Args:
-        module: Conv2d, Linear, BatchNorm1d and BatchNorm2d, of exactly these types, and whatever has no parameters. It is
-            not touched. `momentum=None`, `affine=False` and `track_running_stats=False` mean what they do in torch.
-        widths: ascending fractions in (0, 1], the last of them 1.
+        module: may contain Conv2d, Linear, BatchNorm1d and BatchNorm2d, of exactly these types, and layers without
+            parameters. It is not modified. `momentum=None`, `affine=False` and `track_running_stats=False` mean what they
+            do in torch.
+        widths: ascending fractions in (0, 1], the last one 1.
 
     Raises:
-        TypeError: `module` is no `torch.nn.Module`, or `widths` no numbers.
-        ValueError: a width is out of range; a layer is of another type, or of TorchScript; there is no linear layer.
-            At a forward pass: a grouped convolution is given a number of channels that its groups do not divide.
+        TypeError: `module` is not a `torch.nn.Module`, or `widths` are not numbers.
+        ValueError: a width is out of range; a layer has another type or is TorchScript; there is no linear layer. In a
+            forward pass: a grouped convolution receives a number of channels that its groups do not divide.
     """
     widths = check_widths("widths", widths)
     check_network("module", module)
@@ -104,25 +113,27 @@ def slimmable(module: nn.Module, widths: Sequence[float] | float | str) -> Slimm
     linear = [layer for layer in layers.values() if isinstance(layer, nn.Linear)]
     if not linear:
         raise ValueError(
-            f"module must have a torch.nn.Linear, which gives the logits at every width: {type(module).__name__} has none"
+            f"module must have a torch.nn.Linear, which computes the logits at every width: {type(module).__name__} has none"
         )
     convolutions = [layer for layer in layers.values() if isinstance(layer, nn.Conv2d)]
     multiple = math.lcm(*(layer.groups for layer in convolutions if not _is_depthwise(layer)))
     for path, layer in layers.items():
         if isinstance(layer, _NormBase):
             narrow = nn.ModuleList(copy.deepcopy(layer) for _ in widths[:-1])
-            layer.__class__ = SLIMMABLE[type(layer)]  # keeps name, mode and hooks, and stays what it was for isinstance
+            layer.__class__ = SLIMMABLE[type(layer)]  # keeps name, mode and hooks; isinstance still holds
             layer.narrow = narrow
             continue
         out = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
         layer.__class__ = SLIMMABLE[type(layer)]
         layer.path = path
-        layer.outputs = tuple(out if layer is linear[-1] else _outputs(width, out, multiple) for width in widths)
+        layer.width_channels = tuple(
+            out if layer is linear[-1] else _channels(width, out, multiple) for width in widths
+        )
     return Slimmable(network, widths)
 
 
-def _outputs(width: float, out: int, multiple: int) -> int:
-    """0.7 of 10 channels are 7, though 0.7 * 10 may be a little more in floating point."""
+def _channels(width: float, out: int, multiple: int) -> int:
+    # Rounded first: 0.7 of 10 channels are 7, though 0.7 * 10 may be a little more in floating point.
     rounded_up = max(1, math.ceil(round(width * out, 9)))
     return min(out, -(-rounded_up // multiple) * multiple)
 
@@ -132,10 +143,10 @@ def _is_depthwise(layer: nn.Conv2d) -> bool:
 
 
 def _check_layer(path: str, layer: nn.Module) -> None:
-    """Raises ValueError where the layer itself, without those inside it, cannot be made narrower."""
+    """Raise ValueError if the layer itself, without its children, cannot be made narrower."""
     own = dict(layer.named_parameters(recurse=False))
     if type(layer) in SLIMMABLE:
-        # Other names and types are what pruning, parametrisations or sharding have put in their place.
+        # Pruning, parametrisations and sharding replace the parameters by others.
         named = own.keys() <= {"weight", "bias"} and ("weight" in own or isinstance(layer, _NormBase))
         fits = named and all(type(parameter) is nn.Parameter for parameter in own.values())
     else:
@@ -144,33 +155,33 @@ def _check_layer(path: str, layer: nn.Module) -> None:
     if fits:
         return
     shapes = {name: tuple(x.shape) if type(x) is nn.Parameter else type(x).__name__ for name, x in own.items()}
-    had = ", ".join(f"{name} {shape}" for name, shape in shapes.items()) or "nothing that can be sliced"
+    found = ", ".join(f"{name} {shape}" for name, shape in shapes.items()) or "nothing that can be sliced"
     raise ValueError(
-        f"module cannot be made slimmable: its layer {path!r}, a {type(layer).__name__} with {had}, is none of "
-        f"{', '.join(kind.__name__ for kind in SLIMMABLE)} with their own parameters, nor without any"
+        f"module cannot be made slimmable: its layer {path!r}, a {type(layer).__name__} with {found}, must be one of "
+        f"{', '.join(kind.__name__ for kind in SLIMMABLE)} with plain parameters, or have no parameters"
     )
 
 
 class _Convolution(nn.Conv2d):
-    """`outputs`: channels at every width; `at`: which of them; `path`: the layer's name, for errors."""
+    """Attributes: `width_channels` at each width, the current `width_index`, and `path`, the layer's name for errors."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.at == len(self.outputs) - 1:
+        if self.width_index == len(self.width_channels) - 1:
             return super().forward(x)
-        given = x.shape[-3]
-        if given > self.in_channels or (not _is_depthwise(self) and given % self.groups):
+        in_channels = x.shape[-3]
+        if in_channels > self.in_channels or (not _is_depthwise(self) and in_channels % self.groups):
             raise ValueError(
-                f"layer {self.path!r}, a Conv2d of {self.groups} groups with weight {tuple(self.weight.shape)}, is given "
-                f"{given} channels at a narrow width: it takes a multiple of its groups, at most {self.in_channels}"
+                f"layer {self.path!r}, a Conv2d of {self.groups} groups with weight {tuple(self.weight.shape)}, receives "
+                f"{in_channels} channels at a narrow width: it takes a multiple of its groups, at most {self.in_channels}"
             )
         groups, bias = self.groups, self.bias
         if _is_depthwise(self):
-            groups = given
-            weight = self.weight[: self.out_channels // self.in_channels * given]
+            groups = in_channels
+            weight = self.weight[: self.out_channels // self.in_channels * in_channels]
             bias = None if bias is None else bias[: len(weight)]
         else:
-            out = self.outputs[self.at] // groups
-            weight = self.weight.unflatten(0, (groups, -1))[:, :out, : given // groups].flatten(0, 1)
+            out = self.width_channels[self.width_index] // groups
+            weight = self.weight.unflatten(0, (groups, -1))[:, :out, : in_channels // groups].flatten(0, 1)
             bias = None if bias is None else bias.unflatten(0, (groups, -1))[:, :out].flatten()
         padding = self.padding
         if self.padding_mode != "zeros":
@@ -179,33 +190,35 @@ class _Convolution(nn.Conv2d):
 
 
 class _Linear(nn.Linear):
-    """As `_Convolution`."""
+    """Attributes as in `_Convolution`."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.at == len(self.outputs) - 1:
+        if self.width_index == len(self.width_channels) - 1:
             return super().forward(x)
-        out = self.outputs[self.at]
+        out = self.width_channels[self.width_index]
         return functional.linear(x, self.weight[:out, : x.shape[-1]], None if self.bias is None else self.bias[:out])
 
 
 class _Normalisation:
-    """What every width normalises by: at the whole one the layer itself, else one of `narrow`, chosen by `at`."""
+    """Normalises with the layer itself at full width, else with the entry of `narrow` for the current `width_index`."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.at == len(self.narrow):
+        if self.width_index == len(self.narrow):
             return super().forward(x)
         self._check_input_dim(x)
-        norm, momentum = self.narrow[self.at], self.momentum
+        norm, momentum = self.narrow[self.width_index], self.momentum
         mean, variance = norm.running_mean, norm.running_var
-        by_batch = self.training or mean is None
+        use_batch_statistics = self.training or mean is None
         if self.training and not self.track_running_stats:
             mean = variance = None
         elif self.training and norm.num_batches_tracked is not None:
             norm.num_batches_tracked.add_(1)
-            if momentum is None:  # the mean of all batches, as in torch
+            if momentum is None:  # average over all batches, as in torch
                 momentum = 1 / float(norm.num_batches_tracked)
-        first = (None if part is None else part[: x.shape[1]] for part in (mean, variance, norm.weight, norm.bias))
-        return functional.batch_norm(x, *first, by_batch, momentum or 0.0, self.eps)
+        first_channels = (
+            None if part is None else part[: x.shape[1]] for part in (mean, variance, norm.weight, norm.bias)
+        )
+        return functional.batch_norm(x, *first_channels, use_batch_statistics, momentum or 0.0, self.eps)
 
 
 class _Normalisation1d(_Normalisation, nn.BatchNorm1d):

@@ -1,4 +1,4 @@
-"""Distillation with self-supervision (Xu et al., SSKD, ECCV 2020): rotated views, and which image each one is of."""
+"""Self-supervised knowledge distillation (SSKD; Xu et al., ECCV 2020): rotated views, and which image each one shows."""
 
 from collections.abc import Iterable, Sequence
 
@@ -19,45 +19,58 @@ from .kd import distill_rows, kd_loss
 from .protocol import Batch, Outcome, Pretraining
 from .selection import select_batch_rows, take_rows
 
-VIEWS = 4  # an image turned by 0, 90, 180 and 270 degrees; the first is the normal view, the others are transformed
+VIEWS = 4  # rotations by 0, 90, 180 and 270 degrees; the first is the normal view, the others are transformed
 
 
 class SelfSupervisedKnowledgeDistillation(FeatureMethod):
-    """loss = ce_weight * CE + kd_weight * KD + transformed_weight * TF + similarity_weight * SS.
+    """Self-supervised knowledge distillation (SSKD), Xu et al., ECCV 2020.
 
-    The value of a sample is the student's entropy on its normal view.
+        loss = ce_weight * CE + kd_weight * KD + transformed_weight * TF + similarity_weight * SS
 
-    Each with its own temperature T, as T^2 * mean KL(teacher || student):
+    The knowledge value of a sample is the student's entropy on its normal view. Each of KD, TF and SS is
+    T^2 * mean KL(teacher || student) with its own temperature T:
 
-    - KD: of the normal views' logits; CE is theirs too.
+    - KD: of the normal views' logits. CE is on the same logits.
     - TF: of the transformed views' logits.
-    - SS: of the transformed views' similarities to the batch's normal views, cosines of two-layer heads on the
-      penultimate features. The teacher's head is trained first (`pretraining`) to tell which image a view is of, by
-      the cross entropy of the cosines as they are; the student's trains with the student.
+    - SS: of the similarities of each transformed view to all normal views of the batch. A similarity is the cosine of two
+      embeddings, which two-layer heads compute from the penultimate features. The teacher's head is trained first
+      (`pretraining`) to tell which image a view shows, by the cross entropy of the plain cosines. The student's head trains
+      with the student.
 
-    TF and SS are means over the rows where the teacher is right, and of those where it is wrong over the given ratio with
-    the least error level, which is how many classes (TF) or images (SS) it puts before the truth; the lower row first among
-    equals. Rows are ordered by image, then by angle. (The authors' code first kept by mistake the share of the right ones,
-    and was corrected; the number kept is rounded down as there.)
+    TF and SS are means over selected rows: all rows where the teacher is right, and a given ratio of those where it is wrong.
+    These are the rows of lowest error level, the number of classes (TF) or images (SS) that the teacher ranks above the truth.
+    Ties go to the lower row. Rows are ordered by image, then by angle. (The authors' first code kept the ratio of the right
+    rows by mistake, and was corrected. The number of kept rows is rounded down, as there.)
 
-    Different from the authors' code: the views are turns of one augmented image, theirs crops each by itself; a mean
-    over no rows is 0, theirs NaN.
+    Two differences from the authors' code: all views are rotations of one augmented image, while theirs crops each view on
+    its own; and a mean over no rows is 0, while theirs is NaN.
 
-    The student sees all 4 b views in one forward pass, its normalisations too.
+    The student sees all 4 b views in one forward pass, so its normalisation layers see them together too.
 
     Args:
-        temperature, transformed_temperature, similarity_temperature: T > 0 of KD, TF and SS.
-        ce_weight, kd_weight, transformed_weight, similarity_weight: finite; 0.1, 0.9, 2.7 and 10 as published.
-        transformed_ratio, similarity_ratio: how much of the rows where the teacher is wrong is kept, in [0, 1].
-        head_epochs, head_lr, head_milestones: of the teacher's head; see `Pretraining`. A command, whose options are
-            numbers and strings, gives several milestones with commas between them, "0.5,0.75", and "" for none.
-        batch_keep: the fraction of every batch that the teacher is asked about, in (0, 1], by the entropy of the
-            normal views, the highest first (`selection.select_batch_rows`): KD, TF and SS are those of all views of these images,
-            among themselves. 1: all.
-        student_layer, teacher_layer: whose input the features are (`features.Tap`); None: the last linear layer's.
+        temperature: T of the normal views' KL (KD), > 0.
+        transformed_temperature: T of the transformed views' KL (TF), > 0.
+        similarity_temperature: T of the similarities' KL (SS), > 0.
+        ce_weight: weight of the cross entropy, finite; 0.1 as published.
+        kd_weight: weight of the normal views' KL (KD), finite; 0.9 as published.
+        transformed_weight: weight of the transformed views' KL (TF), finite; 2.7 as published.
+        similarity_weight: weight of the similarities' KL (SS), finite; 10 as published.
+        transformed_ratio: of TF's rows where the teacher is wrong, the fraction to keep, in [0, 1].
+        similarity_ratio: of SS's rows where the teacher is wrong, the fraction to keep, in [0, 1].
+        head_epochs: epochs for the teacher's head.
+        head_lr: learning rate for the teacher's head.
+        head_milestones: fractions of `head_epochs` at which `head_lr` drops to a tenth. On the command line, write several
+            as "0.5,0.75", and none as "".
+        batch_keep: fraction of each batch that the teacher runs on, in (0, 1]: the images whose normal views have the
+            highest student entropy (`selection.select_batch_rows`). KD, TF and SS use all views of these images and no
+            others. 1: all images.
+        student_layer: the student's layer whose input is embedded, a name in `named_modules()` (`features.Tap`). None: the last
+            linear layer.
+        teacher_layer: the same for the teacher.
 
     Raises:
-        TypeError, ValueError: an argument is of the wrong type or out of range.
+        TypeError: an argument has the wrong type.
+        ValueError: an argument is out of range.
     """
 
     def __init__(
@@ -100,47 +113,50 @@ class SelfSupervisedKnowledgeDistillation(FeatureMethod):
         )
 
     def prepare(self, student: nn.Module, teacher: nn.Module | None, samples: Iterable[Batch]) -> None:
-        """Builds both heads. Raises ValueError where x is not a batch of square images."""
+        """Build both heads. Raises ValueError if x is not a batch of square images."""
         super().prepare(student, teacher, samples)
         device = next(iter(samples)).x.device
-        self.student_head = _head(self.student_width).to(device)
-        self.teacher_head = _head(self.teacher_width).to(device)
+        self.student_head = _make_head(self.student_width).to(device)
+        self.teacher_head = _make_head(self.teacher_width).to(device)
 
-    def input_of(self, x: Tensor) -> Tensor:
-        """The views (4 b, c, h, h) of images (b, c, h, h), those of an image side by side.
+    def network_input(self, x: Tensor) -> Tensor:
+        """Return the views (4 b, c, h, h) of images (b, c, h, h), the four views of an image in consecutive rows.
 
-        Raises ValueError where x is something else.
+        Raises ValueError for any other shape.
         """
         if x.dim() != 4 or x.shape[-1] != x.shape[-2]:
-            raise ValueError(f"sskd turns images: x must be square ones, (b, c, h, h), got shape {tuple(x.shape)}")
+            raise ValueError(f"sskd rotates images: x must be square images (b, c, h, h), got shape {tuple(x.shape)}")
         return torch.stack([x.rot90(turns, (-2, -1)) for turns in range(VIEWS)], 1).flatten(0, 1)
 
     def pretraining(self) -> tuple[Pretraining, ...]:
-        """The teacher's head; 60 epochs as published."""
+        """Return the plan for the teacher's head; 60 epochs as published."""
         return (Pretraining(self.teacher_head, self._head_loss, self.head_epochs, self.head_lr, self.head_milestones),)
 
     def _head_loss(self, teacher: nn.Module | None, batch: Batch) -> Tensor:
-        """(), cross entropy of the cosines (3 b, b) of transformed to normal views, each view's own image the truth."""
-        _, features = self.teacher_forward(teacher, self.input_of(batch.x))
+        """Return the cross entropy () of the cosines (3 b, b) of transformed to normal views; the truth is each view's image."""
+        _, features = self.teacher_forward(teacher, self.network_input(batch.x))
         with full_precision(features):
-            similarity = _similarities(self.teacher_head(features.float()))
-            return functional.cross_entropy(similarity, _images_of(similarity))
+            similarity = _cosines(self.teacher_head(features.float()))
+            return functional.cross_entropy(similarity, _true_images(similarity))
 
     def forward(self, student: nn.Module, teacher: nn.Module | None, batch: Batch) -> Outcome:
-        """`terms`: "kl", "transformed" and "similarity", the three mean KL divergences in nats, without their weights and T^2."""
-        views = self.input_of(batch.x)
+        """Return the loss of a batch.
+
+        `terms` are "kl", "transformed" and "similarity", the three mean KL divergences in nats, without their weights and T^2.
+        """
+        views = self.network_input(batch.x)
         logits, features = self.student_forward(student, views)
         normal, transformed = _normal_and_transformed(logits)
         rows = select_batch_rows(normal, self.batch_keep)
-        target_logits, target_features = self.teacher_forward(teacher, _of_images(views, rows))
+        target_logits, target_features = self.teacher_forward(teacher, _take_images(views, rows))
         target_normal, target_transformed = _normal_and_transformed(target_logits)
 
         weights = {"temperature": self.temperature, "kd_weight": self.kd_weight, "ce_weight": self.ce_weight}
         loss, value, kl = distill_rows(normal, target_normal, batch.label, rows, **weights)
         with full_precision(logits):
-            similarity = _similarities(self.student_head(_of_images(features, rows).float()))
+            similarity = _cosines(self.student_head(_take_images(features, rows).float()))
             with torch.no_grad():
-                target_similarity = _similarities(self.teacher_head(target_features.float()))
+                target_similarity = _cosines(self.teacher_head(target_features.float()))
         label = take_rows(batch.label, rows)[:, None].expand(-1, VIEWS - 1).flatten()
         transformed_kl = _selected_kl(
             take_rows(transformed, rows).flatten(0, 1),
@@ -152,7 +168,7 @@ class SelfSupervisedKnowledgeDistillation(FeatureMethod):
         similarity_kl = _selected_kl(
             similarity,
             target_similarity,
-            truth=_images_of(similarity),
+            truth=_true_images(similarity),
             ratio=self.similarity_ratio,
             temperature=self.similarity_temperature,
         )
@@ -162,54 +178,61 @@ class SelfSupervisedKnowledgeDistillation(FeatureMethod):
         return Outcome(loss, normal.detach(), value, terms)
 
 
-def _head(width: int) -> nn.Sequential:
+def _make_head(width: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width))
 
 
 def _normal_and_transformed(x: Tensor) -> tuple[Tensor, Tensor]:
-    """(4 b, c) of all views, those of an image side by side -> (b, c) and (b, 3, c)."""
+    """Split all views (4 b, c) into normal ones (b, c) and transformed ones (b, 3, c)."""
     normal, transformed = x.unflatten(0, (-1, VIEWS)).split((1, VIEWS - 1), 1)
     return normal.squeeze(1), transformed
 
 
-def _of_images(x: Tensor, rows: Tensor | None) -> Tensor:
-    """(4 b, ...) of all views -> (4 k, ...), those of the images `rows` (k,)."""
+def _take_images(x: Tensor, rows: Tensor | None) -> Tensor:
+    """Return the views (4 k, ...) of the images `rows` (k,) from all views (4 b, ...). None: all of them."""
     return x if rows is None else take_rows(x.unflatten(0, (-1, VIEWS)), rows).flatten(0, 1)
 
 
-def _similarities(embeddings: Tensor) -> Tensor:
-    """(4 b, d) of all views -> (3 b, b), the cosines of every transformed to every normal view."""
+def _cosines(embeddings: Tensor) -> Tensor:
+    """Return the cosines (3 b, b) of each transformed view to each normal view, from embeddings (4 b, d)."""
     normal, transformed = _normal_and_transformed(unit_rows(embeddings))
     return transformed.flatten(0, 1) @ normal.T
 
 
-def _images_of(similarity: Tensor) -> Tensor:
-    """(3 b,) which image each transformed view is of."""
+def _true_images(similarity: Tensor) -> Tensor:
+    """Return the index (3 b,) of the image that each transformed view shows."""
     return torch.arange(len(similarity), device=similarity.device) // (VIEWS - 1)
 
 
 def _selected_kl(student: Tensor, teacher: Tensor, *, truth: Tensor, ratio: float, temperature: float) -> Tensor:
-    """(), the mean KL divergence at this temperature, in nats, over the rows that `least_wrong` selects.
+    """Return the mean KL divergence () at this temperature, in nats, over the rows of `select_least_wrong`.
 
-    student, teacher: (r, c) scores; truth: (r,).
+    Args:
+        student: scores (r, c).
+        teacher: scores (r, c).
+        truth: (r,).
+        ratio: see `select_least_wrong`.
+        temperature: T > 0.
     """
-    if student.shape[1] == 1:  # the similarities of a batch of one image
+    if student.shape[1] == 1:  # a batch of one image has one similarity
         return 0 * student.sum()
-    selected, number = least_wrong(teacher, truth, ratio)
+    selected, number = select_least_wrong(teacher, truth, ratio)
     total = kd_loss(student, teacher, temperature=temperature, row_weight=selected, reduction="sum")
     return total / (temperature**2 * number.clamp(min=1))
 
 
-def least_wrong(score: Tensor, truth: Tensor, ratio: float) -> tuple[Tensor, Tensor]:
-    """The rows where the truth has the highest score, and of the others `ratio` with the least scores before it.
+def select_least_wrong(score: Tensor, truth: Tensor, ratio: float) -> tuple[Tensor, Tensor]:
+    """Select the rows where the truth has the highest score, and the fraction `ratio` of the others that are least wrong.
+
+    A row is the less wrong, the fewer scores exceed that of its truth. Ties go to the lower row.
 
     Args:
-        score: (r, c). A row whose truth's score is NaN counts as right, so that it reaches the loss.
+        score: (r, c). A row whose truth has the score NaN counts as right, so that it reaches the loss.
         truth: int64 (r,).
-        ratio: in [0, 1]; their number is rounded down. Among equals the lower row is first.
+        ratio: in [0, 1]; the number of rows is rounded down.
 
     Returns:
-        bool (r,), and how many are selected, int64 ().
+        A mask, bool (r,), and the number of selected rows, int64 ().
     """
     level = (score > score.gather(1, truth[:, None])).sum(1)
     right = (level == 0).sum()

@@ -1,4 +1,4 @@
-"""The guide to methods, data, networks and rankings of one's own: every block runs as it stands there, for fewer epochs."""
+"""The guide to custom methods: its files, program and commands do what it says. Custom data, networks and rankings by command."""
 
 import importlib
 import json
@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.special import log_softmax, softmax
-from small_runs import NoWait, Samples, network
+from small_runs import NoWait
 from test_methods import assert_gradient, float64
 from torch import nn
 from torch.nn import functional
@@ -24,10 +24,9 @@ from kcd_ext.training import Condense, Recipe, checkpoint, distill
 from kcd_ext.training.batches import split_evenly
 
 ROOT = Path(__file__).parents[1]
-GUIDE = (ROOT / "docs" / "extending.md").read_text()
-BLOCKS = re.findall(r"```python\n(.*?)```", GUIDE, re.S)
-FILES = {block.split("\n", 1)[0].removeprefix("# "): block for block in BLOCKS if re.match(r"# \w+\.py\n", block)}
-PROGRAMS = [block for block in BLOCKS if block not in FILES.values()]
+GUIDE = (ROOT / "docs" / "how-to" / "own-method.md").read_text()
+FILES = dict(re.findall(r'^```python title="(\w+\.py)"\n(.*?)^```', GUIDE, re.S | re.M))
+PROGRAMS = re.findall(r"^```python\n(.*?)^```", GUIDE, re.S | re.M)
 COMMANDS = re.findall(r"^kcd (.*)$", GUIDE, re.M)
 DIGITS = 1083  # training images
 
@@ -35,14 +34,49 @@ DIGITS = 1083  # training images
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
+BARS = """
+import numpy as np
+from torch import nn
+
+from kcd_ext.data.images import split
+
+
+def images():
+    generator = np.random.default_rng(0)
+    labels = np.arange(400) % 4
+    pixels = generator.integers(0, 160, (400, 8, 8, 1), dtype=np.uint8)
+    for image, label in zip(pixels, labels):
+        image[2 * label : 2 * label + 2] += 90  # a bright bar across the quarter of the label
+    return split("bars", pixels, labels, test_fraction=0.25)
+
+
+def network(*, in_channels, num_classes):
+    layers = nn.Sequential(
+        nn.Conv2d(in_channels, 8, 3, stride=2, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(128, num_classes)
+    )
+    layers.stages = ("1",)
+    return layers
+"""
+RANKING = """
+from kcd_ext import KnowledgeCondenser
+
+
+class Middling(KnowledgeCondenser):
+    def score(self):
+        values = self.values.cpu()
+        return -(values - values.median()).abs()
+"""
+MODULES = {**FILES, "bars.py": BARS, "ranking.py": RANKING}
+
+
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """A folder with the guide's files in it, in which one works."""
-    for name, text in FILES.items():
+    """The current folder, with the guide's files and custom modules."""
+    for name, text in MODULES.items():
         (tmp_path / name).write_text(text)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
-    names = [Path(name).stem for name in FILES]
+    names = [Path(name).stem for name in MODULES]
     for name in names:
         assert name not in sys.modules
     yield tmp_path
@@ -50,8 +84,8 @@ def folder(tmp_path, monkeypatch):
         sys.modules.pop(name, None)
 
 
-def said(line, **changes):
-    """A command of the guide in words, with other values for some of its options."""
+def words_of(line, **changes):
+    """Split a command into words, with other values for some of its options."""
     words = shlex.split(line)
     for option, value in changes.items():
         words[words.index(f"--{option}") + 1] = str(value)
@@ -59,7 +93,7 @@ def said(line, **changes):
 
 
 def decoupled(z, y, label, target_weight, other_weight, temperature=4.0):
-    """The formula of the guide, row by row and class by class."""
+    """Return the guide's formula, row by row and class by class."""
     target = other = 0.0
     for own, of_teacher, t in zip(z, y, label, strict=True):
         q, p = softmax(own / temperature), softmax(of_teacher / temperature)
@@ -72,17 +106,14 @@ def decoupled(z, y, label, target_weight, other_weight, temperature=4.0):
     return target / len(z), other / len(z), temperature**2 * parts
 
 
-def test_the_guide_has_the_parts_that_are_tested_here():
-    assert [*FILES] == ["mine.py", "bars.py", "ranking.py"] and len(PROGRAMS) == 1 and len(COMMANDS) == 4
-    assert len(re.findall(r"^```", GUIDE, re.M)) == 2 * (len(BLOCKS) + 3)  # the commands are in three blocks
-    for name in re.findall(r"`((?:kcd_ext|python_tests)/[\w/]+(?:\.py)?)/?`", GUIDE):
-        assert (ROOT / name).exists(), name
+def test_guide_has_the_tested_blocks():
+    assert [*FILES] == ["mine.py", "aligned.py"] and len(PROGRAMS) == 1 and len(COMMANDS) == 3
     for name in ("prepare", "teacher_of", "pretraining", "lr_factor", "begin", "release"):
         assert f"`{name}(" in GUIDE and hasattr(methods.Method, name)
 
 
 @pytest.mark.parametrize("keep", [1.0, 0.5])
-def test_the_loss_is_the_formula(folder, keep):
+def test_decoupled_loss_matches_formula(folder, keep):
     rng = np.random.default_rng(0)
     z, y = (3 * rng.standard_normal((13, 5)) for _ in range(2))
     label, index = np.arange(13) * 3 % 5, torch.arange(13)
@@ -113,8 +144,7 @@ def test_the_loss_is_the_formula(folder, keep):
         assert found == pytest.approx(loss(z, ramp), rel=1e-5)
 
 
-def test_the_two_parts_are_those_of_the_divergence(folder):
-    """KL = TCKD + (1 - p_t) NCKD for one row, as the guide says."""
+def test_kl_is_tckd_plus_weighted_nckd(folder):
     mine = importlib.import_module("mine")
     z, y = torch.randn(2, 1, 7, generator=torch.Generator().manual_seed(0))
     label = torch.tensor([4])
@@ -123,27 +153,27 @@ def test_the_two_parts_are_those_of_the_divergence(folder):
     torch.testing.assert_close(tckd + (1 - (y / 2).softmax(1)[0, 4]) * nckd, kl)
 
 
-def test_the_program(folder, capsys):
-    exec(PROGRAMS[0].replace("epochs=12", "epochs=4").replace("epochs=24", "epochs=6"), {})
-    accuracy, visits, asked = map(float, capsys.readouterr().out.split())
-    sizes = [DIGITS - 54 * stage for stage in range(6)]  # a stage of one epoch each
-    assert accuracy > 60 and visits == sum(sizes)
+def test_program_reports_visits_and_terms(folder, capsys):
+    exec(PROGRAMS[0], {})
+    accuracy, sample_visits, teacher_visits = map(float, capsys.readouterr().out.split())
+    sizes = [DIGITS - 54 * stage for stage in range(6)]  # one epoch per stage
+    assert accuracy > 60 and sample_visits == sum(sizes)
     batches = [part.stop - part.start for size in sizes for part in split_evenly(size, 64)]
-    assert asked == sum(size // 2 for size in batches)
+    assert teacher_visits == sum(size // 2 for size in batches)
     lines = files.read_lines(folder / "runs" / "decoupled" / "metrics.jsonl")
     assert all(line["terms"].keys() == {"target", "other"} for line in lines)
     assert lines[-1]["terms"]["other"] < lines[0]["terms"]["other"]
 
 
 def run(line, **changes):
-    """Executes a command: the folder that it leaves, and its result."""
-    assert cli.main(said(line, **changes)) == 0
-    output = Path(said(line)[-1])
+    """Run a command and return its run folder and its result."""
+    assert cli.main(words_of(line, **changes)) == 0
+    output = Path(words_of(line)[-1])
     (result,) = json.loads((output / "summary.json").read_text())["results"]
     return output, result
 
 
-def test_the_command_with_a_method_of_ones_own(folder, capsys):
+def test_command_trains_custom_method_condensed(folder, capsys):
     output, result = run(COMMANDS[0], epochs=6)
     assert result["sample_visits"] == result["teacher_visits"] == sum(DIGITS - 54 * stage for stage in range(6))
     config = json.loads((output / "config.json").read_text())
@@ -152,7 +182,7 @@ def test_the_command_with_a_method_of_ones_own(folder, capsys):
 
 
 @pytest.mark.slow
-def test_the_command_with_a_part_that_is_trained_first(folder):
+def test_command_pretrains_part_and_uses_method_schedule(folder):
     output, result = run(COMMANDS[1], epochs=4)
     first, lines = (files.read_lines(output / name) for name in ("pretraining.jsonl", "metrics.jsonl"))
     assert len(first) == 3 and first[-1]["loss"] < first[0]["loss"]
@@ -161,8 +191,8 @@ def test_the_command_with_a_part_that_is_trained_first(folder):
     assert (result["sample_visits"], result["teacher_visits"]) == (4 * DIGITS, (3 + 4) * DIGITS)
 
 
-def test_a_teacher_is_fitted_and_left_alone(folder):
-    """A teacher whose classes are offset is set right; the student learns from what is, and a run goes on to the same."""
+def test_adapted_teacher_is_corrected_and_original_unchanged(folder):
+    """The fit corrects a teacher with one biased class. A resumed run ends in the same bytes."""
     data, weights = load("digits"), []
     torch.manual_seed(0)
     teacher = models.build("cnn_large", in_channels=1, num_classes=10)
@@ -176,7 +206,7 @@ def test_a_teacher_is_fitted_and_left_alone(folder):
         if line.get("epoch") == 2:
             raise InterruptedError
 
-    for name, progress in (("whole", None), ("torn", stop), ("torn", None)):
+    for name, progress in (("straight", None), ("stopped", stop), ("stopped", None)):
         torch.manual_seed(1)
         student = models.build("cnn_small", in_channels=1, num_classes=10)
         try:
@@ -185,18 +215,18 @@ def test_a_teacher_is_fitted_and_left_alone(folder):
             continue
         weights.append((folder / name / "student.safetensors").read_bytes())
     assert weights[0] == weights[1]
-    fitted = checkpoint.load(folder / "whole" / "checkpoint").model
+    fitted = checkpoint.load(folder / "straight" / "checkpoint").model
     assert fitted["method.fit.offset"][3] < -2 and not any("teacher" in name for name in fitted)
     assert all(torch.equal(a, b) for a, b in zip(before, teacher.parameters(), strict=True))
-    first = files.read_lines(folder / "whole" / "pretraining.jsonl")
+    first = files.read_lines(folder / "straight" / "pretraining.jsonl")
     assert first[-1]["loss"] < 0.5 * first[0]["loss"] and first[-1]["teacher_visits"] == 2 * DIGITS
 
 
 @pytest.mark.slow
-def test_a_line_in_the_registry_is_all_that_is_needed(folder, monkeypatch):
+def test_registry_line_gives_short_name(folder, monkeypatch):
     (name, target), *more = re.findall(r'`"(\w+)": "kcd_ext\.methods\.(\w+:\w+)"`', GUIDE)
     assert not more
-    # The line as it would stand there, but for the folder that the file lies in.
+    # The guide's line, except that the file is not in the package.
     monkeypatch.setitem(methods.REGISTRY, name, target)
     assert type(methods.build(name, {"other_weight": 3})).__name__ == "Decoupled"
     with pytest.raises(TypeError, match="method 'decoupled' has no option 'alpha'; it takes temperature, target_w"):
@@ -206,59 +236,35 @@ def test_a_line_in_the_registry_is_all_that_is_needed(folder, monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_command_with_data_and_networks_of_ones_own(folder, capsys):
+def test_command_takes_custom_data_and_networks(folder, capsys):
     data = load("bars:images")
     assert (len(data.train), len(data.test), data.num_classes) == (300, 100, 4)
-    output, result = run(COMMANDS[2])
+    networks = "--teacher bars:network --student bars:network"
+    output, result = run(f"distill --data bars:images {networks} --method kr --epochs 8 --output runs/bars")
     assert result["accuracy_last"] > 90 and result["sample_visits"] == 8 * 300
     assert "kr" in capsys.readouterr().out
     assert all(line["terms"].keys() == {"kr"} for line in files.read_lines(output / "metrics.jsonl"))
 
 
 @pytest.mark.slow
-def test_the_command_with_a_ranking_of_ones_own(folder):
+def test_command_takes_custom_ranking(folder):
     ranking = importlib.import_module("ranking").Middling(5, keep=0.5, every=1, stages=1)
     assert isinstance(ranking, KnowledgeCondenser)
     ranking.update(torch.arange(5), torch.tensor([0.9, 0.1, 0.5, 0.2, 0.65]))
     ranking.step()
     assert ranking.ranking().tolist() == [2, 4, 3, 0, 1]  # by the distance from 0.5: 0, 0.15, 0.3, 0.4 and 0.4
-    output, result = run(COMMANDS[3], epochs=6)
+    selection = "--condense.keep 0.7 --condense.selection ranking:Middling"
+    output, result = run(f"distill --data digits --method kd {selection} --epochs 6 --output runs/middling")
     assert result["sample_visits"] == sum(DIGITS - 54 * stage for stage in range(6))
     config = json.loads((output / "config.json").read_text())
     assert config["recipe"]["condense"]["selection"] == "ranking:Middling"
 
 
-def test_a_method_by_earlier_names_goes_on_working():
-    """The guide used to name these; what was written by it is not rewritten."""
-    from kcd_ext.methods.features import FeatureMethod
-    from kcd_ext.methods.options import check_batch_keep, check_temperature, check_weight
-    from kcd_ext.methods.pkt import transfer_loss
-    from kcd_ext.methods.selection import choose, of_rows
-
-    class Earlier(FeatureMethod):
-        def __init__(self, temperature=4.0, pkt_weight=2.0, batch_keep=0.5):
-            super().__init__()
-            self.temperature = check_temperature("temperature", temperature)
-            self.pkt_weight = check_weight("pkt_weight", pkt_weight)
-            self.batch_keep = check_batch_keep(batch_keep)
-
-        def forward(self, student, teacher, batch):
-            logits, features = self.ask_student(student, batch.x)
-            rows = choose(logits, self.batch_keep)
-            _, target = self.ask_teacher(teacher, of_rows(batch.x, rows))
-            loss = functional.cross_entropy(logits, batch.label) + self.pkt_weight * transfer_loss(
-                of_rows(features, rows), target
-            )
-            return methods.Outcome(loss, logits.detach(), methods.entropy(logits))
-
-    samples = Samples(torch.randn(9, 1, 6, 6), torch.arange(9) % 4)
-    student, teacher = network(1, dropout=0.0), network(2, width=10, dropout=0.0).eval()
-    found = []
-    for method in (Earlier(), methods.build("pkt", {"pkt_weight": 2, "batch_keep": 0.5})):
-        method.prepare(student, teacher, samples)
-        found.append(method(student, teacher, samples.at(range(9))))
-        method.release()
-    assert torch.equal(found[0].loss, found[1].loss) and torch.equal(found[0].value, found[1].value)
-    for option, bad in (("temperature", 0), ("pkt_weight", math.nan), ("batch_keep", 1.5)):
-        with pytest.raises(ValueError, match=f"{option} must be .* number.*, got {bad}"):
-            Earlier(**{option: bad})
+def test_aligned_features_get_closer(folder):
+    data = load("digits")
+    torch.manual_seed(0)
+    teacher, student = (models.build("cnn_small", in_channels=1, num_classes=10) for _ in range(2))
+    distill(teacher, None, data.train, data.test, Recipe("ce", epochs=2))
+    summary = distill(student, teacher, data.train, data.test, Recipe("aligned:Aligned", epochs=3))
+    gaps = [line["terms"]["gap"] for line in summary.history]
+    assert gaps[-1] < 0.7 * gaps[0]
