@@ -158,12 +158,12 @@ def test_inplace_is_refused_where_it_cannot_be(device):
         flat.unfold(0, 6, 1)[:5],
         flat.as_strided((5, 6), (5, 1)),
     ):
-        with pytest.raises(ValueError, match="rows lie apart"):
+        with pytest.raises(ValueError, match="disjoint rows and adjacent classes"):
             condensed_kd_loss(z, teacher, inplace=True)
     z = logits(6, 6, 0, device).requires_grad_() * 1
     with pytest.raises(ValueError, match="share the memory"):
         condensed_kd_loss(z[1:], z.detach()[:-1], inplace=True)
-    with pytest.raises(Exception, match=r"inplace=True is not possible under torch\.compile"):
+    with pytest.raises(Exception, match=r"inplace=True is not supported under torch\.compile"):
         torch.compile(lambda z: condensed_kd_loss(z * 2, teacher, inplace=True), fullgraph=True)(leaf)
     with torch.no_grad():  # no gradient, nothing to overwrite
         assert torch.equal(condensed_kd_loss(leaf, teacher, inplace=True), condensed_kd_loss(leaf, teacher))
@@ -553,9 +553,9 @@ def test_jit_trace_refuses_what_it_would_record_wrongly(device):
         (
             lambda z: condensed_kd_loss(z * 1, y, inplace=True),
             ValueError,
-            "inplace=True is not possible .* torch.jit.trace",
+            "inplace=True is not supported .* torch.jit.trace",
         ),
-        (lambda z: select_rows(z, keep=0.5)[0], RuntimeError, "select_rows cannot be traced by torch.jit.trace"),
+        (lambda z: select_rows(z, keep=0.5)[0], RuntimeError, "select_rows is not supported by torch.jit.trace"),
     ):
         with pytest.raises(error, match=message):
             torch.jit.trace(function, (z,))
