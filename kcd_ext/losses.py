@@ -81,7 +81,7 @@ def condensed_kd_loss(
         ce_weight: Weight of the cross entropy. Default: 0, or 0.1 with `labels`.
         row_weight: Factor of each row's KL divergence. Floating-point or bool tensor of shape `(...)`, treated as constant.
         rows: Indices of the rows that `teacher_logits` holds, int64 of shape `(m,)` without repeats, counted in the
-            flattened student. Pass the index of [`select_rows`][kcd_ext.select_rows]. Entries of -1 are skipped.
+            flattened student. Pass the index of `select_rows`. Entries of -1 are skipped.
         ignore_index: Label of rows to ignore. Their logits are never read.
         reduction: `"mean"` is the formula above. `"sum"` leaves out both divisions. `"none"` returns shape `(...)` with
             `ce_weight * CE_i`, plus `kd_weight * T² * row_weight_i * KL_i` in selected rows.
@@ -93,7 +93,7 @@ def condensed_kd_loss(
         class_dim: Dimension of the classes; the last one by default. Pass 1 for segmentation logits `(B, C, H, W)`: each
             pixel is then a row, and per-row tensors have shape `(B, H, W)`. Logits are copied once unless their classes are
             adjacent in memory.
-        return_knowledge: Also return the [`Knowledge`][kcd_ext.Knowledge] of every row.
+        return_knowledge: Also return the `Knowledge` of every row.
 
     Returns:
         The loss in float64 if the student's logits are float64, else in float32. It is a scalar, or has shape `(...)` with
@@ -105,7 +105,7 @@ def condensed_kd_loss(
             `rows` names a row twice. Nothing has been computed yet.
         IndexError: A label or an entry of `rows` is out of range (CPU only; see the notes for CUDA).
         RuntimeError: A second or forward-mode derivative or a `torch.func` transform was requested, or torch.jit.trace meets
-            `group`. Use [`kcd_ext.reference`][kcd_ext.reference.condensed_kd_loss] for these derivatives.
+            `group`. Use `kcd_ext.reference` for these derivatives.
 
     Warns:
         UserWarning: Logits of four or more dimensions come without `class_dim`, or there is only one class, whose
@@ -334,7 +334,7 @@ def select_rows(
 ) -> tuple[Tensor, Knowledge]:
     """Select the rows most worth distilling before the teacher runs.
 
-    This is the student's half of [`condensed_kd_loss`][kcd_ext.condensed_kd_loss]. Run the teacher on the selected rows only
+    This is the student's half of `condensed_kd_loss`. Run the teacher on the selected rows only
     and save the fraction `1 - keep` of its forward passes.
 
     Args:
@@ -351,7 +351,7 @@ def select_rows(
         index: int64 `(k_max,)`: the selected rows of the flattened student in ascending order, then -1 if ignored rows leave
             fewer to select. Pass it as `rows=`. `k_max` is `max(1, int(keep * B))` or `min(keep, B)` for all `B` rows: it
             depends on shapes only, so that nothing waits for the device.
-        knowledge: The rows' [`Knowledge`][kcd_ext.Knowledge]; `kl` is NaN everywhere.
+        knowledge: The rows' `Knowledge`; `kl` is NaN everywhere.
 
     Raises:
         TypeError: An argument has the wrong type or dtype.

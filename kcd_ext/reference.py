@@ -121,7 +121,7 @@ def condensed_kd_loss(
     class_dim: int | None = None,
     return_knowledge: bool = False,
 ) -> Tensor | tuple[Tensor, Knowledge]:
-    """Return the same loss as [`kcd_ext.condensed_kd_loss`][kcd_ext.condensed_kd_loss], in plain PyTorch.
+    """Return the same loss as `kcd_ext.condensed_kd_loss`, in plain PyTorch.
 
     It runs on any device, and it is differentiable any number of times, in forward mode and under torch.func transforms. It is
     slower and needs several times the memory of the logits.
@@ -142,7 +142,7 @@ def condensed_kd_loss(
         group: A `torch.distributed` process group over whose rows to select and average.
         inplace: Must be False: plain autograd needs the logits.
         class_dim: Dimension of the classes; the last one by default.
-        return_knowledge: Also return the rows' [`Knowledge`][kcd_ext.Knowledge].
+        return_knowledge: Also return the rows' `Knowledge`.
 
     Returns:
         The loss, or the pair `(loss, knowledge)` with `return_knowledge=True`.
