@@ -1,4 +1,4 @@
-"""Wrong arguments: refused before anything is computed, in words that name the argument, what it got and what it takes."""
+"""Wrong arguments are refused before anything is computed, by a message that names the argument, its range and its value."""
 
 import re
 import warnings
@@ -17,7 +17,7 @@ Z, Y = torch.randn(4, 6), torch.randn(4, 6)
 LABELS = torch.arange(4)
 
 CASES = [
-    # options, error, what the message must name
+    # options, error, pattern of the message
     (dict(temperature=0.0), ValueError, "temperature must be > 0, got 0"),
     (dict(temperature=-1), ValueError, "temperature must be > 0, got -1"),
     (dict(temperature=float("inf")), ValueError, "temperature must be finite, got inf"),
@@ -121,7 +121,7 @@ CASES = [
 
 @pytest.mark.parametrize("function", [condensed_kd_loss, reference.condensed_kd_loss], ids=["fused", "reference"])
 @pytest.mark.parametrize("options, error, message", CASES, ids=[str(case[2]) for case in CASES])
-def test_refused_options(function, options, error, message):
+def test_wrong_option_is_refused_with_its_name(function, options, error, message):
     with pytest.raises(error, match=message):
         function(Z, Y, **options)
 
@@ -147,12 +147,12 @@ LOGITS = [
 
 @pytest.mark.parametrize("function", [condensed_kd_loss, reference.condensed_kd_loss], ids=["fused", "reference"])
 @pytest.mark.parametrize("student, teacher, error, message", LOGITS, ids=[case[3] for case in LOGITS])
-def test_refused_logits(function, student, teacher, error, message):
+def test_wrong_logits_are_refused_with_their_name(function, student, teacher, error, message):
     with pytest.raises(error, match=message):
         function(student, teacher)
 
 
-def test_other_devices_are_sent_to_the_reference():
+def test_unsupported_device_names_the_reference():
     meta = torch.empty(3, 4, device="meta")
     for function in (lambda: condensed_kd_loss(meta, meta), lambda: select_rows(meta, keep=1)):
         with pytest.raises(ValueError, match=r"logits on meta: use kcd_ext\.reference"):
@@ -160,14 +160,14 @@ def test_other_devices_are_sent_to_the_reference():
 
 
 @pytest.mark.parametrize("keep", [np.float64(0.5), np.float32(0.5), np.int64(2), 2])
-def test_numbers_of_numpy(keep):
+def test_numpy_keep_and_temperature_equal_python_numbers(keep):
     temperature = np.float32(2.0)
     assert condensed_kd_loss(Z, Y, keep=keep, temperature=temperature).equal(
         condensed_kd_loss(Z, Y, keep=2, temperature=2.0)
     )
 
 
-def test_select_rows_refuses_what_needs_a_teacher():
+def test_select_rows_refuses_values_that_need_a_teacher():
     for value in ("kl", "teacher_entropy"):
         with pytest.raises(ValueError, match=f"value must not need the teacher in select_rows, .* got '{value}'"):
             select_rows(Z, keep=0.5, value=value)
@@ -175,7 +175,7 @@ def test_select_rows_refuses_what_needs_a_teacher():
         select_rows(Z, keep=2.0)
 
 
-def test_the_module_checks_its_options_when_it_is_made():
+def test_module_checks_options_in_constructor():
     for options, message in (
         (dict(temperature=0), "temperature"),
         (dict(keep=2.0), "keep"),
@@ -197,7 +197,7 @@ def refused(operator, good: dict, cases: list[tuple[dict, str]]) -> None:
 ABSENT = torch.empty(0, dtype=torch.bool)
 
 
-def test_the_raw_operators_refuse_what_would_read_out_of_bounds():
+def test_raw_operators_refuse_arguments_that_read_out_of_bounds():
     ops = torch.ops.kcd_ext
     options = dict(temperature=4.0, kd=1.0, ce=0.0, ignore=-100, reduction=0, ranks=1.0)
     inputs = dict(student=Z, teacher=Y, labels=ABSENT, score=ABSENT, row_weight=ABSENT, rows=ABSENT)
@@ -264,8 +264,8 @@ def test_the_raw_operators_refuse_what_would_read_out_of_bounds():
     )
 
 
-def test_the_raw_operators_refuse_rows_whose_state_has_no_size():
-    """33 bytes a row and 16: a number that overflows to 33 bytes, which a tensor can have."""
+def test_raw_operators_refuse_state_size_that_overflows():
+    """A state has 16 bytes plus 33 per row; this number of rows overflows to 33 bytes in total."""
     rows = 2**64 // 33 + 1
     student, state, options = Z[:1].expand(rows, -1), torch.zeros(33, dtype=torch.uint8), (4.0, 1.0, 0.0, -100, 0, 1.0)
     with pytest.raises(ValueError, match="fewer than 2\\^56 rows"):
@@ -274,13 +274,13 @@ def test_the_raw_operators_refuse_rows_whose_state_has_no_size():
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64, np.int8])
-def test_the_numbers_of_numpy(dtype):
+def test_numpy_weights_equal_python_numbers(dtype):
     options = {"temperature": 2, "kd_weight": 3, "ce_weight": -1}
     got = condensed_kd_loss(Z, Y, labels=LABELS, **{name: dtype(x) for name, x in options.items()})
     assert got.equal(condensed_kd_loss(Z, Y, labels=LABELS, **options))
 
 
-def test_the_keep_and_the_ignored_label_of_numpy():
+def test_numpy_keep_and_ignore_index_equal_python_numbers():
     labels = torch.tensor([0, 1, 2, 3])
     got = condensed_kd_loss(Z, Y, labels=labels, keep=np.int64(2), ignore_index=np.int64(3))
     assert got.equal(condensed_kd_loss(Z, Y, labels=labels, keep=2, ignore_index=3))
@@ -322,19 +322,19 @@ LONG = "x" * 100_000
     ],
     ids=lambda bad: type(bad).__name__,
 )
-def test_a_message_never_shows_the_whole_of_what_it_got(argument, bad):
+def test_message_never_prints_a_long_value(argument, bad):
     for function in (condensed_kd_loss, reference.condensed_kd_loss):
         arguments = {"student_logits": Z, "teacher_logits": Y, argument: bad}
         if argument == "keep" and isinstance(bad, int):
-            continue  # a number of rows, and all of them are fewer
+            continue  # a valid number of rows
         with pytest.raises((TypeError, ValueError)) as raised:
             function(**arguments)
         assert argument in str(raised.value) and len(str(raised.value)) < 400
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_class_dim(device):
-    """Segmentation, sequences and volumes with their classes second, against PyTorch's own formulas in float64."""
+def test_class_dim_equals_pytorch_formulas(device):
+    """Compares segmentation maps, sequences and volumes with PyTorch's formulas in float64."""
     generator = torch.Generator().manual_seed(0)
     for shape, dim in (
         ((2, 5, 3, 4), 1),
@@ -372,26 +372,25 @@ def test_class_dim(device):
             assert torch.allclose(some, 4 * kl.flatten()[index].mean()) and chosen.selected.shape == rows
     logits = torch.randn(2, 5, 3, 3, device=device).to(memory_format=torch.channels_last)
     student = (logits * 1).requires_grad_()
-    of_model = student * 1
-    condensed_kd_loss(
-        of_model, logits, class_dim=1, inplace=True
-    ).backward()  # in this layout the classes lie side by side
+    output = student * 1
+    # In this layout the classes are adjacent, so that the gradient can be written in place.
+    condensed_kd_loss(output, logits, class_dim=1, inplace=True).backward()
     expected = student.grad.clone()
-    assert torch.allclose(of_model, expected)
+    assert torch.allclose(output, expected)
 
 
 @pytest.mark.parametrize("function", [condensed_kd_loss, reference.condensed_kd_loss], ids=["fused", "reference"])
-def test_logits_that_are_probably_meant_otherwise_are_warned_of(function):
+def test_ambiguous_class_dimension_warns_at_the_callers_line(function):
     z = torch.randn(2, 8, 8, 8)
     for options in ({}, {"labels": torch.zeros(2, 8, 8, dtype=torch.int64)}, {"keep": 0.5, "return_knowledge": True}):
         with pytest.warns(UserWarning, match="pass class_dim=1 for .* class_dim=-1") as caught:
             function(z, z, **options)
-        assert [w.filename for w in caught] == [__file__]  # where the caller is
+        assert [w.filename for w in caught] == [__file__]  # the caller's line
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("default")
         criterion = kcd_ext.CondensedKDLoss()
         for _ in range(2):
-            criterion(z, z)  # said once a place
+            criterion(z, z)  # once per line
         criterion.forward(z, z)
     assert [w.filename for w in caught] == [__file__] * 2
     with pytest.warns(UserWarning, match=r"have one class, .* torch.cat\(\(torch.zeros_like\(z\), z\), 3\)"):
