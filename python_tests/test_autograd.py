@@ -1,5 +1,6 @@
 """Autograd and torch.compile: numeric checks, retained graphs, in-place gradients, memory, tracing and CUDA graphs."""
 
+import doctest
 import gc
 import math
 import os
@@ -14,7 +15,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kcd_ext
-from kcd_ext import condensed_kd_loss, reference, select_rows
+from kcd_ext import condensed_kd_loss, losses, reference, select_rows
 
 
 @pytest.fixture(params=DEVICES)
@@ -666,6 +667,11 @@ def test_module_equals_function(device):
     )
     assert torch.equal(got, want) and knowledge.n_selected == 4
     assert "temperature=2.0" in repr(criterion) and "keep=0.5" in repr(criterion)
+
+
+def test_docstring_examples_give_the_output_they_show():
+    results = doctest.testmod(losses)
+    assert results.attempted > 20 and not results.failed
 
 
 # ---- on a GPU
