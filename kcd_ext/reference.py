@@ -123,8 +123,8 @@ def condensed_kd_loss(
 ) -> Tensor | tuple[Tensor, Knowledge]:
     """Return the same loss as `kcd_ext.condensed_kd_loss`, in plain PyTorch.
 
-    It runs on any device, and it is differentiable any number of times, in forward mode and under torch.func transforms. It is
-    slower and needs several times the memory of the logits.
+    It runs on any device. It is differentiable any number of times, in reverse and forward mode and with `torch.func.grad`, `jvp`
+    and `hessian`, but not with `vmap` over the loss. It is slower, and needs several times the memory of the logits.
 
     Args:
         student_logits: Shape `(..., C)`, or with the classes in `class_dim`.
