@@ -1,7 +1,10 @@
-"""Knowledge Condensation Distillation for PyTorch: distil only what the student has still to learn.
+"""Knowledge Condensation Distillation for PyTorch: distil only what the student still has to learn.
 
-`condensed_kd_loss` reads student and teacher logits once and gives the distillation loss, every row's knowledge value and the
-rows worth distilling; `KnowledgeCondenser` keeps those values over the data set and shrinks what the teacher must teach.
+- `condensed_kd_loss` is the fused operator. It reads student and teacher logits once and returns the
+  distillation loss, the knowledge value of every row, and the rows worth distilling.
+- `KnowledgeCondenser` keeps these values for the whole data set and shrinks the set that the teacher
+  must teach.
+- `kcd_ext.training` contains a thin trainer; the command `kcd` runs it.
 """
 
 from . import reference

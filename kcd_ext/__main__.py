@@ -1,4 +1,4 @@
-"""`python -m kcd_ext` is `kcd`."""
+"""The entry point of `python -m kcd_ext`, which is the same as `kcd`."""
 
 import sys
 

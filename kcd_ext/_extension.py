@@ -1,4 +1,4 @@
-"""Loads the compiled operators: the module `_C`, the package's own or one that the environment variable KCD_LIBRARY names."""
+"""The loader of the compiled operators: the package's module `_C`, or the one that the environment variable KCD_LIBRARY names."""
 
 import hashlib
 import importlib
@@ -13,9 +13,9 @@ from types import ModuleType
 import torch
 
 MINIMUM_TORCH = (2, 10)
-_NAME = f"{__package__}._C"
-_HERE = pathlib.Path(__file__).parent
-_SUFFIXES = {".h", ".cpp", ".cu", ".cuh"}
+_MODULE_NAME = f"{__package__}._C"
+_PACKAGE_FOLDER = pathlib.Path(__file__).parent
+_SOURCE_SUFFIXES = {".h", ".cpp", ".cu", ".cuh"}
 
 
 def _check_torch() -> None:
@@ -27,73 +27,73 @@ def _check_torch() -> None:
 
 
 def load() -> ModuleType:
-    """Return the compiled module; importing it registers torch.ops.kcd_ext.*."""
+    """Load and return the compiled module, which registers `torch.ops.kcd_ext.*`."""
     _check_torch()
     if path := os.environ.get("KCD_LIBRARY"):
-        return _module_at(path)
-    module = _own_module() or _installed_module()
-    sources = _sources_beside(_HERE)
+        return _load_from_path(path)
+    module = _load_from_package() or _load_from_installation()
+    sources = _sources_beside(_PACKAGE_FOLDER)
     if sources is not None and module.build_info().get("sources") != _hash_of(sources):
         raise ImportError(f"{sources} has changed since kcd_ext was installed: run pip install again")
     return module
 
 
-def _module_at(path: str) -> ModuleType:
-    """Import a compiled module from any place."""
-    spec = importlib.util.spec_from_file_location(_NAME, path)
+def _load_from_path(path: str) -> ModuleType:
+    """Load a compiled module from a path."""
+    spec = importlib.util.spec_from_file_location(_MODULE_NAME, path)
     if spec is None or not os.path.isfile(path):
         raise ImportError(f"KCD_LIBRARY must name a compiled module of kcd_ext, such as build/_C.*.so, got {path!r}")
-    return _run(spec)
+    return _execute(spec)
 
 
-def _own_module() -> ModuleType | None:
-    """Import `_C` from this package; None in a clone of the repository, whose folder `kcd_ext` holds sources alone."""
+def _load_from_package() -> ModuleType | None:
+    """Load `_C` from this package. Return None in a clone of the repository, whose `kcd_ext` contains only sources."""
     try:
-        return importlib.import_module(_NAME)
+        return importlib.import_module(_MODULE_NAME)
     except ModuleNotFoundError as error:
-        if error.name != _NAME:
+        if error.name != _MODULE_NAME:
             raise
-    if _sources_beside(_HERE) is not None:
+    if _sources_beside(_PACKAGE_FOLDER) is not None:
         return None
     raise ImportError(
-        f"{_HERE} holds no compiled extension for this Python: the installation is incomplete or was made for another"
-        " version of Python; install kcd_ext again with this one's pip"
+        f"{_PACKAGE_FOLDER} has no compiled extension for this Python: the installation is incomplete or belongs to another"
+        " version of Python; install kcd_ext again with the pip of this Python"
     )
 
 
-def _installed_module() -> ModuleType:
-    """Import `_C` from where kcd_ext is installed: a clone is the current folder, which Python searches first.
+def _load_from_installation() -> ModuleType:
+    """Load `_C` from the installed kcd_ext. Python searches the current folder, a clone, first.
 
     Raises:
         ImportError: kcd_ext is not installed for this Python.
     """
     try:
         site = metadata.distribution("kcd-ext").locate_file("")
-        found = PathFinder.find_spec(_NAME, [str(pathlib.Path(site, __package__))])
+        found = PathFinder.find_spec(_MODULE_NAME, [str(pathlib.Path(site, __package__))])
     except metadata.PackageNotFoundError:
         found = None
     if found is None:
         raise ImportError(
-            f"{_HERE} holds sources, and kcd_ext is not installed for this Python: run pip install . first"
+            f"{_PACKAGE_FOLDER} contains only sources, and kcd_ext is not installed for this Python: run pip install . first"
         )
-    return _run(found)
+    return _execute(found)
 
 
-def _run(spec: ModuleSpec) -> ModuleType:
+def _execute(spec: ModuleSpec) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    sys.modules[_NAME] = sys.modules[__package__]._C = module
+    sys.modules[_MODULE_NAME] = sys.modules[__package__]._C = module
     return module
 
 
 def _sources_beside(package: pathlib.Path) -> pathlib.Path | None:
-    """Return csrc/ of a clone; None where the package is installed, even if another package has left a csrc/ there."""
+    """Return csrc/ of a clone, or None for an installed package, even if another package has installed a csrc/ there."""
     sources = package.parent / "csrc"
     return sources if (sources / "math" / "row_stats.h").is_file() else None
 
 
 def _hash_of(sources: pathlib.Path) -> str:
-    """Return what csrc/CMakeLists.txt makes of the same files."""
-    files = (path for path in sources.rglob("*") if path.suffix in _SUFFIXES and not path.name.startswith("."))
+    """Return the hash that csrc/CMakeLists.txt computes of these files."""
+    files = (path for path in sources.rglob("*") if path.suffix in _SOURCE_SUFFIXES and not path.name.startswith("."))
     lines = {path.relative_to(sources).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
     return hashlib.sha256("".join(f"{file} {lines[file]}\n" for file in sorted(lines)).encode()).hexdigest()[:16]

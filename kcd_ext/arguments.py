@@ -1,4 +1,4 @@
-"""Checks of the arguments that `condensed_kd_loss`, `select_rows` and the reference share: all of them before any kernel runs."""
+"""Argument checks that `condensed_kd_loss`, `select_rows` and the reference share. They run before any kernel."""
 
 import functools
 import math
@@ -16,31 +16,31 @@ DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 VALUES = ("entropy", "teacher_entropy", "kl", "cross_entropy")
 REDUCTIONS = ("mean", "sum", "none")
 FLOAT32_MAX = float(torch.finfo(torch.float32).max)
-TEMPERATURES = 1e-18, 1e18  # T, 1/T and T² are normal numbers in float32
+TEMPERATURES = 1e-18, 1e18  # keeps T, 1/T and T² normal numbers in float32
 
 
 class Keep(NamedTuple):
-    """How many candidates are selected: of n, `max(1, int(fraction * n))` where count is 0, else `min(count, n)`."""
+    """The number of rows to select of n candidates: `min(count, n)`, or `max(1, int(fraction * n))` if `count` is 0."""
 
     fraction: float
     count: int
 
     def of(self, n: int) -> int:
-        """The number of selected rows among n candidates."""
+        """Return the number of rows to select of n candidates."""
         if n == 0:
             return 0
         return min(self.count, n) if self.count else max(1, int(self.fraction * n))
 
 
 class Weights(NamedTuple):
-    """The factors of the distillation term and of the cross entropy."""
+    """The weights of the distillation term and of the cross entropy."""
 
     kd: float
     ce: float
 
 
 def check_logits(name: str, logits: Tensor, class_dim: int | None = None) -> None:
-    """A floating-point tensor of shape (..., C), C >= 1, or with its classes in `class_dim`."""
+    """Raise unless `logits` are a floating-point tensor (..., C) with C >= 1, or with the classes in `class_dim`."""
     if not isinstance(logits, Tensor):
         raise TypeError(f"{name} must be a tensor of logits (..., classes), got {describe(logits)}")
     if logits.dtype not in DTYPES:
@@ -52,102 +52,103 @@ def check_logits(name: str, logits: Tensor, class_dim: int | None = None) -> Non
 
 
 def check_class_dim(class_dim: int | None) -> None:
-    """An int (NumPy's too), bool excepted, or None."""
+    """Raise TypeError unless `class_dim` is None or an integer (NumPy's included, bool excluded)."""
     if class_dim is not None and not is_int(class_dim):
         raise TypeError(f"class_dim must be an int or None, got {describe(class_dim)}")
 
 
 def class_dim_of(student: Tensor, class_dim: int | None) -> int:
-    """Return the dimension of the classes, counted from 0."""
+    """Return the index of the class dimension, counted from 0."""
     check_class_dim(class_dim)
     n = student.dim()
     if class_dim is None:
         return n - 1
     if not -n <= class_dim < n:
         raise ValueError(
-            f"class_dim must lie in [-{n}, {n}) for student_logits of shape {tuple(student.shape)}, got {brief(class_dim)}"
+            f"class_dim must be in [-{n}, {n}) for student_logits of shape {tuple(student.shape)}, got {brief(class_dim)}"
         )
     return int(class_dim) % n
 
 
-# The modules through which a public function's caller may reach `warn_about_classes`.
-_BETWEEN = (__name__, f"{__package__}.losses", f"{__package__}.reference", "torch.nn.modules.module")
+# Modules between the user's call and `warn_about_classes`.
+_INTERNAL_MODULES = (__name__, f"{__package__}.losses", f"{__package__}.reference", "torch.nn.modules.module")
 
 
 def _warn(message: str) -> None:
-    """Warn with the place of the public function's caller, behind CondensedKDLoss and torch's call of a module too."""
+    """Warn at the line of the user's call, also if it goes through CondensedKDLoss and torch's `Module.__call__`."""
     level, frame = 1, sys._getframe()
-    while frame.f_back is not None and frame.f_globals.get("__name__") in _BETWEEN:
+    while frame.f_back is not None and frame.f_globals.get("__name__") in _INTERNAL_MODULES:
         level, frame = level + 1, frame.f_back
     warnings.warn(message, UserWarning, stacklevel=level)
 
 
 def warn_about_classes(student: Tensor, class_dim: int | None) -> None:
-    """Warn where the classes are probably not what the caller takes them for. Call it from a public function alone.
+    """Warn if the class dimension is probably not the one the caller means. Call this from public functions only.
 
-    Under torch.compile nothing is said: a warning would break the graph.
+    Silent under torch.compile, whose graph a warning would break.
     """
     if torch.compiler.is_compiling():
         return
     if class_dim is None and student.dim() > 3:
         _warn(
-            f"student_logits of shape {tuple(student.shape)} are read with their classes in the last dimension: pass class_dim=1"
-            " for (batch, classes, height, width), or class_dim=-1 if the classes are last"
+            f"student_logits of shape {tuple(student.shape)} are read with the classes in the last dimension: pass class_dim=1 for"
+            " (batch, classes, height, width), or class_dim=-1 if the classes are last"
         )
     dim = class_dim_of(student, class_dim)
     if student.shape[dim] == 1:
         _warn(
             f"student_logits of shape {tuple(student.shape)} have one class, whose probability is always 1: loss and gradient are"
-            f" 0. A binary classifier needs two logits, as in torch.cat((torch.zeros_like(z), z), {dim})"
+            f" 0. A binary classifier needs two logits, for example torch.cat((torch.zeros_like(z), z), {dim})"
         )
 
 
 def check_both_logits(student: Tensor, teacher: Tensor, rows: Tensor | None, class_dim: int | None = None) -> int:
-    """`check_logits` of both, and teacher logits of the student's shape, or (m, C) beside `rows` (m,).
+    """Check both logits; the teacher's must have the student's shape, or (m, C) with `rows` (m,).
 
-    Returns the dimension of the student's classes, counted from 0.
+    Returns the index of the student's class dimension, counted from 0.
     """
     check_logits("student_logits", student, class_dim)
     check_logits("teacher_logits", teacher, class_dim if rows is None else None)
     dim = class_dim_of(student, class_dim)
     if rows is None and teacher.shape == student.shape and teacher.device == student.device:
-        return dim  # the rest says what is wrong
+        return dim  # the common case; the rest finds the error to report
     if teacher.device != student.device:
         raise ValueError(
             f"teacher_logits are on {teacher.device}, student_logits on {student.device}: move one of them"
         )
-    of_teacher = dim if rows is None and teacher.dim() == student.dim() else -1
-    if teacher.shape[of_teacher] != student.shape[dim]:
-        c = min(teacher.shape[of_teacher], student.shape[dim])
-        place = "..., " if dim == student.dim() - 1 else ":, " * dim
-        there = [d for d in range(student.dim()) if student.shape[d] == teacher.shape[of_teacher]]
-        if rows is not None and there:
+    teacher_classes = teacher.shape[dim if rows is None and teacher.dim() == student.dim() else -1]
+    if teacher_classes != student.shape[dim]:
+        common = min(teacher_classes, student.shape[dim])
+        prefix = "..., " if dim == student.dim() - 1 else ":, " * dim
+        matching_dims = [d for d in range(student.dim()) if student.shape[d] == teacher_classes]
+        if rows is not None and matching_dims:
             raise ValueError(
-                f"teacher_logits have {teacher.shape[of_teacher]} classes, student_logits {tuple(student.shape)} have"
-                f" {student.shape[dim]} in dimension {dim}; if they are in dimension {there[0]}, pass class_dim={there[0]}"
+                f"teacher_logits have {teacher_classes} classes, student_logits {tuple(student.shape)} have"
+                f" {student.shape[dim]} in dimension {dim}; if they are in dimension {matching_dims[0]}, pass"
+                f" class_dim={matching_dims[0]}"
             )
         raise ValueError(
-            f"teacher_logits have {teacher.shape[of_teacher]} classes, student_logits {student.shape[dim]}: where the first {c}"
-            f" classes mean the same in both (a padded vocabulary), slice them, as in logits[{place}:{c}]"
+            f"teacher_logits have {teacher_classes} classes, student_logits {student.shape[dim]}: if the first {common} classes"
+            f" mean the same in both (a padded vocabulary), slice them, as in logits[{prefix}:{common}]"
         )
     if rows is None:
         if teacher.shape != student.shape:
             raise ValueError(
                 f"teacher_logits must have the shape of student_logits, {tuple(student.shape)}, got {tuple(teacher.shape)}"
-                " (a teacher that ran on some rows only needs rows=)"
+                " (pass rows= if the teacher ran on some rows only)"
             )
         return dim
     check_rows(student, rows)
     if teacher.dim() != 2 or teacher.shape[0] != rows.shape[0]:
         raise ValueError(
-            f"teacher_logits must be ({rows.shape[0]}, {student.shape[dim]}), one row for each entry of rows,"
+            f"teacher_logits must have shape ({rows.shape[0]}, {student.shape[dim]}), one row per entry of rows,"
             f" got {tuple(teacher.shape)}"
         )
     return dim
 
 
 def check_rows(student: Tensor, rows: Tensor) -> None:
-    """int64 (m,), on the student's device; the entries themselves are checked by the kernel."""
+    """Raise unless `rows` are int64 (m,) on the student's device. The kernel checks the entries."""
     if not isinstance(rows, Tensor) or rows.dtype != torch.int64:
         raise TypeError(f"rows must be an int64 tensor (m,), got {describe(rows)}")
     if rows.dim() != 1:
@@ -156,43 +157,43 @@ def check_rows(student: Tensor, rows: Tensor) -> None:
         raise ValueError(f"rows are on {rows.device}, student_logits on {student.device}: move one of them")
 
 
-def _rows_of(student: Tensor, class_dim: int) -> tuple[int, ...]:
+def _rows_shape(student: Tensor, class_dim: int) -> tuple[int, ...]:
     return (*student.shape[:class_dim], *student.shape[class_dim + 1 :])
 
 
 def _check_per_row(name: str, x: Tensor, student: Tensor, class_dim: int) -> None:
-    shape = _rows_of(student, class_dim)
+    shape = _rows_shape(student, class_dim)
     if x.shape != shape:
-        fits = [d for d in range(student.dim()) if d != class_dim and _rows_of(student, d) == x.shape]
+        fitting_dims = [d for d in range(student.dim()) if d != class_dim and _rows_shape(student, d) == x.shape]
         advice = ""
-        if fits:
-            here = "the last dimension" if class_dim == student.dim() - 1 else f"dimension {class_dim}"
-            there = 1 if 1 in fits else fits[0]
+        if fitting_dims:
+            current = "the last dimension" if class_dim == student.dim() - 1 else f"dimension {class_dim}"
+            other = 1 if 1 in fitting_dims else fitting_dims[0]
             advice = (
-                f": the classes of student_logits {tuple(student.shape)} are read from {here}; if they are in dimension {there},"
-                f" pass class_dim={there}"
+                f": the classes of student_logits {tuple(student.shape)} are read from {current}; if they are in dimension"
+                f" {other}, pass class_dim={other}"
             )
-        raise ValueError(f"{name} must have one entry a row, shape {shape}, got {tuple(x.shape)}{advice}")
+        raise ValueError(f"{name} must have one entry per row, shape {shape}, got {tuple(x.shape)}{advice}")
     if x.device != student.device:
         raise ValueError(f"{name} is on {x.device}, student_logits on {student.device}: move one of them")
 
 
 def check_labels(student: Tensor, labels: Tensor, class_dim: int) -> None:
-    """int64 (...), one class index a row."""
+    """Raise unless `labels` are int64 (...), one class index per row."""
     if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
         raise TypeError(f"labels must be an int64 tensor of class indices, got {describe(labels)}")
     _check_per_row("labels", labels, student, class_dim)
 
 
 def check_row_weight(student: Tensor, row_weight: Tensor, class_dim: int) -> None:
-    """A floating-point or bool tensor (...)."""
+    """Raise unless `row_weight` is a floating-point or bool tensor (...), one entry per row."""
     if not isinstance(row_weight, Tensor) or not (row_weight.is_floating_point() or row_weight.dtype == torch.bool):
         raise TypeError(f"row_weight must be a floating-point or bool tensor, got {describe(row_weight)}")
     _check_per_row("row_weight", row_weight, student, class_dim)
 
 
 def check_value(student: Tensor, value: str | Tensor, labels: Tensor | None, class_dim: int) -> None:
-    """One of VALUES, or a floating-point tensor (...) of scores."""
+    """Raise unless `value` is one of VALUES or a floating-point tensor (...) of scores."""
     if isinstance(value, Tensor):
         if value.dtype not in DTYPES:
             raise TypeError(f"value must be a name or a floating-point tensor of scores, got {describe(value)}")
@@ -206,56 +207,55 @@ def check_value(student: Tensor, value: str | Tensor, labels: Tensor | None, cla
         raise ValueError("value='cross_entropy' needs labels, got labels=None")
 
 
-def check_number(name: str, x: float) -> float:
-    """A finite real number that float32 can hold (NumPy's too), bool excepted."""
+def check_float32(name: str, x: float) -> float:
+    """Return a finite real number within float32's range as a float (NumPy's included, bool excluded)."""
     if not is_number(x):
         raise TypeError(f"{name} must be a number, got {describe(x)}")
-    if not -math.inf < x < math.inf:  # unlike math.isfinite, torch.compile traces it
+    if not -math.inf < x < math.inf:  # torch.compile cannot trace math.isfinite
         raise ValueError(f"{name} must be finite, got {brief(x)}")
     try:
-        number = float(x)  # compared as it is, NumPy's float16 would overflow
+        number = float(x)  # compare as a float: NumPy would convert the bounds to float16 and overflow
     except OverflowError:
         number = math.inf
     if not -FLOAT32_MAX <= number <= FLOAT32_MAX:
-        raise ValueError(f"{name} must be a number that float32 can hold, got {brief(x)}")
+        raise ValueError(f"{name} must be within the range of float32, got {brief(x)}")
     return number
 
 
 def check_temperature(temperature: float) -> float:
-    """A finite number > 0."""
-    temperature = check_number("temperature", temperature)
+    """Return a temperature in TEMPERATURES as a float."""
+    temperature = check_float32("temperature", temperature)
     if temperature <= 0:
         raise ValueError(f"temperature must be > 0, got {temperature}")
     low, high = TEMPERATURES
     if not low <= temperature <= high:
-        raise ValueError(f"temperature must lie in [{low:g}, {high:g}], got {temperature}")
+        raise ValueError(f"temperature must be in [{low:g}, {high:g}], got {temperature}")
     return temperature
 
 
 def check_keep(keep: float | int) -> Keep:
-    """A float in (0, 1] is a fraction of the candidates, an int >= 1 a number of rows."""
+    """Return a `Keep`: a float in (0, 1] is a fraction of the candidates, an int >= 1 a number of rows."""
     if not is_number(keep):
         raise TypeError(f"keep must be a float in (0, 1] or an int >= 1, got {describe(keep)}")
-    if is_int(keep):
-        if keep < 1:
-            raise ValueError(f"keep as a number of rows must be >= 1, got {brief(keep)}")
+    if is_int(keep) and keep >= 1:
         return Keep(1.0, min(int(keep), INT64_MAX))
-    if not 0 < keep <= 1:
-        raise ValueError(f"keep as a fraction must lie in (0, 1], got {brief(keep)} (a number of rows is an int)")
+    if is_int(keep) or not 0 < keep <= 1:
+        hint = " (a number of rows must be an int)" if keep > 1 else ""
+        raise ValueError(f"keep must be a float in (0, 1] or an int >= 1, got {describe(keep)}{hint}")
     return Keep(float(keep), 0)
 
 
 def check_weights(kd_weight: float | None, ce_weight: float | None, with_labels: bool) -> Weights:
-    """Finite numbers; None: 1 and 0 without labels, 0.9 and 0.1 with them (KCD's recipe)."""
-    kd = (0.9 if with_labels else 1.0) if kd_weight is None else check_number("kd_weight", kd_weight)
-    ce = (0.1 if with_labels else 0.0) if ce_weight is None else check_number("ce_weight", ce_weight)
+    """Return the weights, which must be finite. The defaults are 1 and 0, or 0.9 and 0.1 with labels (the paper's recipe)."""
+    kd = (0.9 if with_labels else 1.0) if kd_weight is None else check_float32("kd_weight", kd_weight)
+    ce = (0.1 if with_labels else 0.0) if ce_weight is None else check_float32("ce_weight", ce_weight)
     if ce != 0 and not with_labels:
         raise ValueError(f"ce_weight={ce} needs labels, got labels=None")
     return Weights(kd, ce)
 
 
 def check_reduction(reduction: str) -> str:
-    """One of REDUCTIONS."""
+    """Return a reduction, which must be one of REDUCTIONS."""
     if not isinstance(reduction, str):
         raise TypeError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {describe(reduction)}")
     if reduction not in REDUCTIONS:
@@ -264,35 +264,35 @@ def check_reduction(reduction: str) -> str:
 
 
 def check_ignore_index(ignore_index: int) -> int:
-    """An int that a label can be (NumPy's too), bool excepted."""
+    """Return an integer that int64 can hold (NumPy's included, bool excluded)."""
     if not is_int(ignore_index):
         raise TypeError(f"ignore_index must be an int, got {describe(ignore_index)}")
     if not -INT64_MAX - 1 <= ignore_index <= INT64_MAX:
-        raise ValueError(f"ignore_index must fit an int64 label, got {brief(ignore_index)}")
+        raise ValueError(f"ignore_index must fit in int64, got {brief(ignore_index)}")
     return int(ignore_index)
 
 
 def check_group(group: object) -> None:
-    """None or a torch.distributed process group this rank belongs to."""
+    """Raise unless `group` is None or a torch.distributed process group of this rank."""
     if group is None:
         return
     import torch.distributed as dist
 
     if not dist.is_available() or not dist.is_initialized():
-        raise ValueError("group needs torch.distributed to be initialised; leave it None on one process")
+        raise ValueError("group must be None unless torch.distributed is initialised")
     if not isinstance(group, dist.ProcessGroup):
         raise TypeError(f"group must be a torch.distributed process group of this rank, or None, got {describe(group)}")
 
 
 class LossOptions(NamedTuple):
-    """The options of a loss that are no tensors, checked, with defaults put in."""
+    """The non-tensor options of a loss, checked, with defaults filled in."""
 
     temperature: float
     keep: Keep
     weights: Weights
     ignore_index: int
     operators: tuple[float, float, float, int, int, float]
-    """What the raw operators take: temperature, kd_weight, ce_weight, ignore_index, reduction's number, processes."""
+    """Arguments of the raw operators: temperature, kd_weight, ce_weight, ignore_index, index of the reduction, world size."""
 
 
 def _loss_options(temperature, keep, kd_weight, ce_weight, with_labels, ignore_index, reduction) -> LossOptions:
@@ -303,19 +303,19 @@ def _loss_options(temperature, keep, kd_weight, ce_weight, with_labels, ignore_i
     return LossOptions(temperature, keep, weights, ignore_index, operators)
 
 
-# A pure function of options that are the same at every step of a training: looking them up takes a tenth of checking them, which
-# counts where a batch takes 50 us. Typed, since 1, 1.0 and True are equal as keys.
-_loss_options_seen = functools.lru_cache(maxsize=128, typed=True)(_loss_options)
+# Options rarely change between steps, and a lookup takes a tenth of the checks' time: this matters if a batch takes 50 us. Typed,
+# because 1, 1.0 and True are equal as keys.
+_cached_loss_options = functools.lru_cache(maxsize=128, typed=True)(_loss_options)
 
 
 def check_loss_options(temperature, keep, kd_weight, ce_weight, with_labels, ignore_index, reduction) -> LossOptions:
-    """The options of `condensed_kd_loss` that are no tensors."""
+    """Check the non-tensor options of `condensed_kd_loss` and return them."""
     options = (temperature, keep, kd_weight, ce_weight, with_labels, ignore_index, reduction)
     if torch.compiler.is_compiling():
         return _loss_options(*options)
     try:
-        return _loss_options_seen(*options)
-    except TypeError:  # also what an argument that cannot be a key ends in
+        return _cached_loss_options(*options)
+    except TypeError:  # an unhashable argument; the uncached check reports its real error
         pass
     return _loss_options(*options)
 
@@ -331,7 +331,7 @@ def check_loss_tensors(
     group: object,
     class_dim: int | None,
 ) -> int:
-    """The others. Returns the dimension of the student's classes, counted from 0."""
+    """Check the tensors of `condensed_kd_loss`. Return the index of the student's class dimension, counted from 0."""
     dim = check_both_logits(student, teacher, rows, class_dim)
     if not (isinstance(value, str) and value == "entropy"):
         check_value(student, value, labels, dim)
@@ -345,5 +345,5 @@ def check_loss_tensors(
 
 
 def classes_last(logits: Tensor, class_dim: int) -> Tensor:
-    """Return the logits with the classes moved last: a view."""
+    """Return a view of the logits with the classes last."""
     return logits if class_dim == logits.dim() - 1 else logits.movedim(class_dim, -1)

@@ -1,4 +1,4 @@
-"""Checks of numbers, choices and booleans: every message names the argument, what it got and what it takes."""
+"""Checks of numbers, choices and booleans. Every message names the argument, what it takes and what it got."""
 
 from __future__ import annotations
 
@@ -9,23 +9,25 @@ from numbers import Integral, Real
 from .describe import brief, describe, did_you_mean
 
 INT64_MAX = 2**63 - 1
-SMALLEST = 5e-324  # the least float > 0
+SMALLEST_FLOAT = 5e-324  # the smallest float > 0
 
 
 def is_int(value: object) -> bool:
-    """Return whether `value` is an integer, NumPy's too; a bool is none."""
+    """Return whether `value` is an integer (NumPy's included, bool excluded)."""
     return isinstance(value, (int, Integral)) and not isinstance(value, bool)
 
 
 def is_number(value: object) -> bool:
-    """Return whether `value` is a real number, NumPy's too; a bool is none."""
+    """Return whether `value` is a real number (NumPy's included, bool excluded)."""
     return isinstance(value, (float, int, Real)) and not isinstance(value, bool)
 
 
 def check_int(name: str, value: object, low: int, high: int | None = None) -> int:
-    """Return `value` as an int in [low, high] (without `high`, up to the largest int64).
+    """Return `value` as an int in [low, high]. Without `high` the limit is the largest int64.
 
-    Raises TypeError (not an integer) or ValueError (out of range).
+    Raises:
+        TypeError: `value` is not an integer.
+        ValueError: `value` is out of range.
     """
     takes = f"an integer >= {low}" if high is None else f"an integer in [{low}, {high}]"
     if not is_int(value):
@@ -38,15 +40,19 @@ def check_int(name: str, value: object, low: int, high: int | None = None) -> in
 
 
 def check_float(name: str, value: object, takes: str, low: float, high: float = math.inf) -> float:
-    """Return `value` as a finite float in [low, high], described to the reader as `takes`.
+    """Return `value` as a finite float in [low, high]. Messages describe the range as `takes`.
 
-    Raises TypeError (not a number) or ValueError (not finite or out of range), as the checks of ranges below do.
+    The checks below raise the same errors.
+
+    Raises:
+        TypeError: `value` is not a number.
+        ValueError: `value` is not finite or out of range.
     """
     if not is_number(value):
         raise TypeError(f"{name} must be {takes}, got {describe(value)}")
     try:
         number = float(value)
-    except OverflowError:  # an integer or a fraction beyond the largest double
+    except OverflowError:  # an int or a Fraction beyond the range of float64
         number = math.inf
     if not math.isfinite(number) or not low <= number <= high:
         raise ValueError(f"{name} must be {takes}, got {brief(value)}")
@@ -60,7 +66,7 @@ def check_finite(name: str, value: object) -> float:
 
 def check_positive(name: str, value: object) -> float:
     """Return a finite number > 0 as a float."""
-    return check_float(name, value, "a finite number > 0", SMALLEST)
+    return check_float(name, value, "a finite number > 0", SMALLEST_FLOAT)
 
 
 def check_non_negative(name: str, value: object) -> float:
@@ -70,7 +76,7 @@ def check_non_negative(name: str, value: object) -> float:
 
 def check_fraction(name: str, value: object) -> float:
     """Return a number in (0, 1] as a float."""
-    return check_float(name, value, "a number in (0, 1]", SMALLEST, 1)
+    return check_float(name, value, "a number in (0, 1]", SMALLEST_FLOAT, 1)
 
 
 def check_unit_interval(name: str, value: object) -> float:
@@ -83,29 +89,29 @@ def check_percent(name: str, value: object) -> float:
     return check_float(name, value, "a number in [0, 100]", 0, 100)
 
 
-def check_fractions(name: str, given: Sequence[float] | float | str, takes: str) -> tuple[float, ...]:
-    """Return numbers in [0, 1], given as a sequence, as one number alone, or as text with commas between them.
+def check_fractions(name: str, value: Sequence[float] | float | str, takes: str) -> tuple[float, ...]:
+    """Return numbers in [0, 1] from a sequence, a single number, or a string with commas.
 
-    A command, whose options are numbers and strings, gives several as "0.5,0.75", and "" for none. `takes` describes them
-    to the reader. Raises as `check_float` does.
+    Command-line options pass several numbers as "0.5,0.75", and "" for none. Messages describe the range as `takes`. Raises as
+    `check_float` does.
     """
-    if isinstance(given, str):
+    if isinstance(value, str):
         try:
-            given = [float(part) for part in given.split(",")] if given.strip() else []
+            value = [float(part) for part in value.split(",")] if value.strip() else []
         except ValueError:
-            raise ValueError(f"{name} must be {takes}, got {brief(given)}") from None
-    return tuple(check_float(name, part, takes, 0, 1) for part in (given if isinstance(given, Sequence) else (given,)))
+            raise ValueError(f"{name} must be {takes}, got {brief(value)}") from None
+    return tuple(check_float(name, part, takes, 0, 1) for part in (value if isinstance(value, Sequence) else (value,)))
 
 
 def check_bool(name: str, value: object) -> bool:
-    """Return `value`, which must be True or False. Raises TypeError."""
+    """Return `value`, or raise TypeError unless it is True or False."""
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, got {describe(value)}")
     return value
 
 
 def check_choice(name: str, value: object, choices: Iterable[str]) -> str:
-    """Return `value`, which must be one of these strings. Raises ValueError, which names the nearest."""
+    """Return `value`, or raise ValueError unless it is one of `choices`. The message suggests the nearest choice."""
     choices = list(choices)
     if not isinstance(value, str) or value not in choices:
         raise ValueError(
@@ -114,7 +120,7 @@ def check_choice(name: str, value: object, choices: Iterable[str]) -> str:
     return value
 
 
-def check_used(name: str, value: object, usual: object, unused: bool, reason: str) -> None:
-    """Raise ValueError for an option that differs from its default `usual` where nothing uses it."""
-    if unused and value != usual:
+def check_used(name: str, value: object, default: object, unused: bool, reason: str) -> None:
+    """Raise ValueError if an unused option differs from its default."""
+    if unused and value != default:
         raise ValueError(f"{name}={brief(value)} has no effect with {reason}")

@@ -1,4 +1,4 @@
-"""What runs here: the facts that a bug report and a run's configuration need. Only torch and NumPy are imported."""
+"""Facts about this environment, for bug reports and the configuration of runs. Imports only torch and NumPy."""
 
 import ctypes
 import os
@@ -14,11 +14,11 @@ import torch
 
 from .ops import build_info
 
-MOST_THREADS = 4096  # of torch's
+MOST_THREADS = 4096  # the largest number of torch threads that options accept
 
 
 def versions() -> dict[str, str]:
-    """Versions of this package and of what decides its numbers."""
+    """Return the versions of this package and of the packages that affect its results."""
     return {
         "kcd_ext": build_info["version"],
         "python": platform.python_version(),
@@ -29,8 +29,8 @@ def versions() -> dict[str, str]:
 
 
 def describe() -> dict[str, str]:
-    """Everything `kcd info` prints, in its order: what it is -> what was found."""
-    build = {name.replace("_", " ").replace("cuda", "CUDA"): _plain(fact) for name, fact in build_info.items()}
+    """Return everything that `kcd info` prints, in order: name -> fact."""
+    build = {name.replace("_", " ").replace("cuda", "CUDA"): _to_text(fact) for name, fact in build_info.items()}
     if not build_info["cuda_architectures"]:
         build["CUDA compiler"] = "none: built without nvcc, on a GPU kcd_ext.reference takes the kernels' place"
     return {
@@ -53,7 +53,7 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def _plain(value: object) -> str:
+def _to_text(value: object) -> str:
     return " ".join(map(str, value)) or "none" if isinstance(value, list | tuple) else str(value)
 
 
@@ -63,7 +63,7 @@ def usable_processors() -> set[int]:
 
 
 def _processor() -> str:
-    """The model's name where Linux tells it."""
+    """Return the name of the processor model, if Linux provides it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -75,14 +75,14 @@ def _processor() -> str:
 
 
 def _cuda_driver() -> str:
-    """Asked itself, because a torch for the CPU does not know."""
+    """Query the driver directly, because a CPU build of torch cannot."""
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
         return "no driver"
     version = ctypes.c_int()
     if driver.cuDriverGetVersion(ctypes.byref(version)) != 0:
-        return "found, does not answer"
+        return "found, but does not respond"
     return f"for CUDA {version.value // 1000}.{version.value % 1000 // 10}"
 
 
@@ -95,10 +95,10 @@ def _cuda_devices() -> str:
 
 @contextmanager
 def threads(count: int | None) -> Iterator[None]:
-    """Set torch's number of threads inside the context; None leaves it."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(before if count is None else count)
+    """Set torch's number of threads inside the context. None leaves it unchanged."""
+    previous = torch.get_num_threads()
+    torch.set_num_threads(previous if count is None else count)
     try:
         yield
     finally:
-        torch.set_num_threads(before)
+        torch.set_num_threads(previous)

@@ -1,4 +1,4 @@
-"""Where a command finds the user's `module:function`: in a folder that nothing else is imported from."""
+"""The folder from which commands import the user's `module:function`. Other imports never see it."""
 
 import os
 import sys
@@ -8,16 +8,15 @@ from contextvars import ContextVar
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 
-_folder: ContextVar[str | None] = ContextVar("the folder with the user's modules", default=None)
+_folder: ContextVar[str | None] = ContextVar("folder of the user's modules", default=None)
 
 
 @contextmanager
 def searching(folder: str) -> Iterator[None]:
-    """Let `resolving` find modules in `folder`, and those modules import each other whenever they run.
+    """Let `resolving` import modules from `folder`, and let these modules import each other at any time.
 
-    Installed modules come first. Nobody else's imports reach the folder: torch and accelerate probe for many packages
-    that are usually not installed, and a file that happens to have such a name is not executed. Everything is as before
-    at the end, also after an error.
+    Installed modules take precedence. Imports of other packages do not see the folder: torch and accelerate probe for many
+    optional packages, and a user's file of the same name must not run. The previous state returns at the end, also after an error.
     """
     token, finder = _folder.set(folder), _Siblings(folder)
     sys.meta_path.append(finder)
@@ -30,12 +29,12 @@ def searching(folder: str) -> Iterator[None]:
 
 @contextmanager
 def resolving() -> Iterator[None]:
-    """Put the folder of `searching` at the end of `sys.path`, for processes that are started inside too; nothing without one."""
+    """Append the folder of `searching` to `sys.path`, also for child processes. A no-op outside `searching`."""
     folder = _folder.get()
     if folder is None:
         yield
         return
-    entry = "".join(folder)  # a string of our own, told from equal ones by its identity
+    entry = "".join(folder)  # a new object, so that `is` distinguishes it from equal entries
     sys.path.append(entry)
     try:
         yield
@@ -44,7 +43,7 @@ def resolving() -> Iterator[None]:
 
 
 class _Siblings:
-    """Find modules of a folder for modules of the same folder, as where a `forward` imports what it needs."""
+    """A finder of modules in a folder, for imports by modules of the same folder (for example inside a function)."""
 
     def __init__(self, folder: str):
         self._folder = folder
@@ -52,22 +51,22 @@ class _Siblings:
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """Return the module's spec if it is in the folder and the importing module is so too, else None."""
-        if path is not None or not self._has(_importer()):
+        """Return the module's spec if both it and the importing module are in the folder, else None."""
+        if path is not None or not self._contains(_importer()):
             return None
         return PathFinder.find_spec(name, [self._folder], target)
 
-    def _has(self, module: str) -> bool:
-        """Whether a top-level module, or a package, was found in the folder itself: not in a .venv below it."""
+    def _contains(self, module: str) -> bool:
+        """Return whether a top-level module or package is directly in the folder, not in a .venv below it."""
         spec = getattr(sys.modules.get(module), "__spec__", None)
         if spec is None:
             return False
-        places = spec.submodule_search_locations or [spec.origin or ""]
-        return any(os.path.dirname(place) == self._folder for place in places)
+        paths = spec.submodule_search_locations or [spec.origin or ""]
+        return any(os.path.dirname(path) == self._folder for path in paths)
 
 
 def _importer() -> str:
-    """Return the top-level name of the module whose code imports something at this moment."""
+    """Return the top-level name of the module that is executing the import."""
     frame = sys._getframe(1)
     while frame is not None:
         name = str(frame.f_globals.get("__name__"))

@@ -1,6 +1,7 @@
-"""The start of the command `kcd`: the module `kcd_command` beside the installed package, which imports no torch.
+"""The launcher of `kcd`, which is installed as the module `kcd_command` beside the package and does not import torch.
 
-So `kcd` answers `--help`, `--version` and a wrong command at once. `import kcd_ext` imports torch and registers the operators.
+`kcd --help`, `kcd --version` and a wrong command therefore respond at once. `import kcd_ext` imports torch and registers the
+operators.
 """
 
 import os
@@ -9,13 +10,13 @@ from importlib.util import find_spec
 
 
 def without_current_folder() -> None:
-    """Take away the current folder that `python -m` puts before all other places that modules are imported from.
+    """Remove the current folder from `sys.path`, where `python -m` puts it first.
 
-    The source folder of the package, which has no compiled operators, would be found there instead of the installed one.
+    In a clone, Python would otherwise import the sources, which have no compiled operators, instead of the installed package.
     """
     try:
         folder = os.getcwd()
-    except OSError:  # it has been deleted
+    except OSError:  # the current folder has been deleted
         return
     if not getattr(sys.flags, "safe_path", False) and sys.path and sys.path[0] == folder:
         del sys.path[0]
@@ -24,12 +25,12 @@ def without_current_folder() -> None:
 if __name__ == "__main__":
     without_current_folder()
 
-# The files of the package are found as kcd_command.NAME, too: `cli`, and the few that it needs, without the package's __init__.py.
+# Makes the package's files importable as kcd_command.NAME, so that `cli` runs without the package's __init__.py.
 __path__ = find_spec("kcd_ext").submodule_search_locations
 
 
 def main() -> int:
-    """Run the command that this process was started with. Return its exit code, as `kcd_ext.cli.main` does."""
+    """Run the command line of this process and return its exit code, as `kcd_ext.cli.main` does."""
     from kcd_command.cli import main
 
     return main()

@@ -1,4 +1,4 @@
-"""What one read of the logits tells about every row."""
+"""The per-row results of the distillation loss."""
 
 from typing import NamedTuple
 
@@ -6,18 +6,24 @@ from torch import Tensor
 
 
 class Knowledge(NamedTuple):
-    """The knowledge of a batch, one entry a row; (...) is the shape of the logits without their classes.
+    """The per-row results of `condensed_kd_loss` and `select_rows`.
 
-    Rows that are no candidates have value and kl NaN and are not selected; ignored rows have entropy NaN too.
+    The shape `(...)` is that of the logits without the class dimension. No field carries a gradient. All are copies, which you may
+    modify.
+
+    Rows that are not candidates (ignored, or without a teacher) have `value` and `kl` NaN and are never selected. Ignored rows have
+    `entropy` NaN, too.
     """
 
     value: Tensor
-    """(...) what rows are ranked by, highest first (KCD: the student's entropy, Eq. 7)."""
+    """What ranks the rows, highest first: shape `(...)`. By default the student's entropy (Li et al., ECCV 2022, Eq. 7).
+
+    Scores come back in their own dtype. The other values have the dtype of the loss."""
     entropy: Tensor
-    """(...) the student's entropy at temperature 1, in nats."""
+    """The student's entropy at temperature 1, in nats: shape `(...)`."""
     kl: Tensor
-    """(...) KL(teacher || student) at the temperature of the loss, in nats, not multiplied by T²."""
+    """KL(teacher || student) at the loss's temperature, in nats, without the factor T²: shape `(...)`."""
     selected: Tensor
-    """bool (...): the rows that are distilled."""
+    """Whether the row is distilled: bool of shape `(...)`."""
     n_selected: Tensor
-    """int64 scalar: how many rows of this process are selected."""
+    """The number of selected rows of this process: an int64 scalar."""

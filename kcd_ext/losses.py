@@ -1,4 +1,4 @@
-"""The distillation loss that knows what is worth distilling: KL, knowledge value, selection and gradient in one operator."""
+"""The fused distillation loss: KL divergence, knowledge value, selection and gradient in one operator."""
 
 import math
 from contextlib import nullcontext
@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
-_SCORES = len(arguments.VALUES)  # the operators' number for scores; a name's is its place in VALUES
+# The operators take `value` as an integer: the position of its name in VALUES, or this one for a tensor of scores.
+_SCORE_KIND = len(arguments.VALUES)
 
 
 def condensed_kd_loss(
@@ -40,65 +41,107 @@ def condensed_kd_loss(
     class_dim: int | None = None,
     return_knowledge: bool = False,
 ) -> Tensor | tuple[Tensor, Knowledge]:
-    """Distillation of the rows worth it: temperature-scaled KL over the `keep` rows of highest knowledge value.
+    """Return the distillation loss over the rows that are most worth distilling.
 
-    Every leading index of the logits is a row: a sample, or a token.  With p = softmax(y/T), q = softmax(z/T) of teacher
-    logits y and student logits z, S the selected rows and the valid rows those whose label is not `ignore_index`,
+    Use it instead of `F.kl_div` on softened logits. It ranks the rows of a batch by a *knowledge value*, selects the `keep`
+    highest, and distils only those:
 
-        loss = ce_weight * mean_valid CE_i + kd_weight * T² * mean_S row_weight_i * KL(p_i || q_i).
+        loss = ce_weight * mean of CE_i over the valid rows
+             + kd_weight * T² * mean of row_weight_i * KL(p_i || q_i) over the selected rows
 
-    One read of the logits gives loss, values and selection; the backward pass reads selected rows only (with labels, valid
-    ones too). On the CPU, where at least a quarter of the rows are selected, that one read gives the gradient as well.
-    Selection by the student's entropy is Knowledge Condensation Distillation's (Li et al., ECCV 2022, Eq. 7).
+    - A *row* is one leading index of the logits: a sample, a token or a pixel.
+    - `p = softmax(teacher_logits / T)` and `q = softmax(student_logits / T)`, with `T = temperature`.
+    - `CE_i` is the cross entropy of `softmax(student_logits)` and the row's label.
+    - A row is *valid* unless its label is `ignore_index`. Without labels every row is valid.
+    - A *candidate* is a valid row that the teacher has scored. Without `rows` these are all valid rows.
+
+    The default selects by the student's entropy, as Knowledge Condensation Distillation does
+    ([Li et al., ECCV 2022](https://arxiv.org/abs/2207.05409), Eq. 7).
+
+    The operator reads every logit once. The backward pass reads only selected rows, and with labels all valid ones. On the
+    CPU, if at least a quarter of the rows are selected, the forward pass already computes the gradient.
 
     Args:
-        student_logits: (..., C), or with the classes in `class_dim`; float32, float64, float16 or bfloat16; differentiable.
-            Read in place where the classes of a row lie side by side and the rows at no more than two strides, so that
-            `logits[:, :-1]` is not copied.
-        teacher_logits: as student_logits, of any of these dtypes; a constant. With `rows`, (m, C).
-        temperature: T > 0.
-        keep: a float in (0, 1]: k = max(1, int(keep * n)) of the n candidates; an int >= 1: k = min(keep, n). Candidates
-            are the valid rows, with `rows` those among them. Ties go to the lower row.
-        value: what rows are ranked by, highest first: "entropy" of softmax(z), "teacher_entropy" of softmax(y), "kl",
-            "cross_entropy", or a floating-point tensor (...) of scores. A row that is not a number (NaN in either's logits,
-            +inf, all -inf) has value NaN and ranks first, so that it reaches the loss. A class whose teacher probability
-            is 0 even in float64, by -inf or by a mask of large negative logits, adds nothing, whatever the student says.
-        labels: int64 (...): adds the cross entropy of softmax(z), and makes rows labelled `ignore_index` invalid.
-        kd_weight, ce_weight: 1 and 0 without labels, 0.9 and 0.1 with them, as in KCD's recipe.
-        row_weight: floating-point or bool (...), multiplies KL_i; a constant. Where it (or kd_weight) is 0 an infinite
-            KL counts 0, one that is not a number stays.
-        rows: int64 (m,), unique: the rows of the flattened student that `teacher_logits` holds, as `select_rows` gives them;
-            entries of -1 are skipped.
-        ignore_index: the label of rows that count for nothing; they are not read.
-        reduction: "mean" (above), "sum" (the same without the two divisions), or "none": (...) with
-            ce_weight * CE_i + [i in S] * kd_weight * T² * row_weight_i * KL_i.
-        group: a torch.distributed process group: k and the means are global over its ranks, which must have equal numbers
-            of rows; scaled so that DistributedDataParallel's averaged gradient is that of one process on all rows.
-        inplace: the backward pass overwrites the student's logits with the gradient and allocates none. They must not be a
-            leaf nor be needed by anything else; a second backward pass raises.
-        class_dim: the dimension of the classes: 1 for segmentation logits (B, C, H, W), whose rows are then the pixels
-            (B, H, W). None: the last one. Logits whose classes lie apart in memory are copied once.
-        return_knowledge: also return the rows' Knowledge.
+        student_logits: Shape `(..., C)`, or with the classes in `class_dim`. Must be float32, float64, float16 or bfloat16.
+            Gradients flow to this argument only. Strided views such as `logits[:, :-1]` are read in place, as long as the
+            classes of a row are adjacent in memory and the rows have at most two strides. Other layouts are copied once.
+        teacher_logits: Same shape as `student_logits`, or `(m, C)` with `rows`. Any of the four dtypes. Treated as constant.
+        temperature: Softening temperature `T`, between 1e-18 and 1e18.
+        keep: How many of the `n` candidates to select. A float in (0, 1] selects `max(1, int(keep * n))` rows, an int >= 1
+            selects `min(keep, n)`. Equal values are selected in row order.
+        value: What ranks the rows, highest first. Either a name or a tensor:
+
+            - `"entropy"`: entropy of `softmax(student_logits)`;
+            - `"teacher_entropy"`: entropy of `softmax(teacher_logits)`;
+            - `"kl"`: the row's KL divergence at temperature `T`;
+            - `"cross_entropy"`: the row's cross entropy, needs `labels`;
+            - a floating-point tensor of shape `(...)` with one score per row.
+        labels: Class indices, int64 of shape `(...)`. Adds the cross entropy to the loss.
+        kd_weight: Weight of the distillation term. Default: 1, or 0.9 with `labels` (the paper's recipe).
+        ce_weight: Weight of the cross entropy. Default: 0, or 0.1 with `labels`.
+        row_weight: Factor of each row's KL divergence. Floating-point or bool tensor of shape `(...)`, treated as constant.
+        rows: Indices of the rows that `teacher_logits` holds, int64 of shape `(m,)` without repeats, counted in the
+            flattened student. Pass the index of `select_rows`. Entries of -1 are skipped.
+        ignore_index: Label of rows to ignore. Their logits are never read.
+        reduction: `"mean"` is the formula above. `"sum"` leaves out both divisions. `"none"` returns shape `(...)` with
+            `ce_weight * CE_i`, plus `kd_weight * T² * row_weight_i * KL_i` in selected rows.
+        group: A `torch.distributed` process group. `keep` and the means then count the rows of all ranks, so that
+            DistributedDataParallel's averaged gradient equals that of one process on all rows. Every rank must pass the
+            same number of rows.
+        inplace: Let the backward pass overwrite `student_logits` with their gradient instead of allocating one. The logits
+            must not be a leaf, and nothing else may need them. A second backward pass raises.
+        class_dim: Dimension of the classes; the last one by default. Pass 1 for segmentation logits `(B, C, H, W)`: each
+            pixel is then a row, and per-row tensors have shape `(B, H, W)`. Logits are copied once unless their classes are
+            adjacent in memory.
+        return_knowledge: Also return the `Knowledge` of every row.
 
     Returns:
-        The loss: float64 if the student is, else float32; a scalar, or (...) for reduction "none". No valid row and no
-        candidate give 0. With `return_knowledge` a pair of it and Knowledge (value, entropy, kl, selected, n_selected).
+        The loss in float64 if the student's logits are float64, else in float32. It is a scalar, or has shape `(...)` with
+            `reduction="none"`. It is 0 if no row is valid. With `return_knowledge=True`, the pair `(loss, knowledge)`.
 
     Raises:
-        TypeError, ValueError: an argument is of the wrong type, shape, device or range; nothing has been computed.
-        IndexError: on the CPU, a label or an entry of rows is out of range. On CUDA, where checking would wait for the device,
-            such a label makes that row's cross entropy and gradient NaN, such an entry of rows is skipped, and a row named
-            twice has a KL of NaN; nothing is read out of bounds.
-        RuntimeError: a second or a forward derivative is asked for, or one inside a torch.func transform; use
-            `kcd_ext.reference.condensed_kd_loss`.
+        TypeError: An argument has the wrong type or dtype.
+        ValueError: An argument has the wrong shape, device or range, or arguments contradict each other. On the CPU also if
+            `rows` names a row twice. Nothing has been computed yet.
+        IndexError: A label or an entry of `rows` is out of range (CPU only; see the notes for CUDA).
+        RuntimeError: A second or forward-mode derivative or a `torch.func` transform was requested, or torch.jit.trace meets
+            `group`. Use `kcd_ext.reference` for these derivatives.
 
     Warns:
-        UserWarning: logits of four dimensions or more come without `class_dim`, or there is only one class, whose probability
-            is always 1. Not under torch.compile.
+        UserWarning: Logits of four or more dimensions come without `class_dim`, or there is only one class, whose
+            probability is always 1. Silent under torch.compile.
 
-    Under torch.jit.trace the graph calls the operator, with its derivative, and takes batches of any size; `inplace` and `group`
-    raise there. Under torch.compile an option that changes from call to call (an annealed temperature) compiles anew each
-    time, as any Python number does; a weight that changes is better multiplied outside.
+    Examples:
+        Distil the less certain half of the batch:
+
+        >>> import torch
+        >>> from kcd_ext import condensed_kd_loss
+        >>> student = torch.tensor([[9.0, 0.0, 0.0], [1.0, 0.0, 0.0]], requires_grad=True)
+        >>> teacher = torch.tensor([[8.0, 0.0, 0.0], [0.0, 4.0, 0.0]])
+        >>> loss, knowledge = condensed_kd_loss(student, teacher, keep=0.5, return_knowledge=True)
+        >>> knowledge.selected
+        tensor([False,  True])
+        >>> loss.backward()
+        >>> student.grad.count_nonzero(dim=1)
+        tensor([0, 3])
+
+        Add the cross entropy. The defaults are 0.9 and 0.1, a label of -100 ignores its row:
+
+        >>> loss = condensed_kd_loss(student, teacher, labels=torch.tensor([0, -100]), temperature=2.0)
+
+    Notes:
+        **NaN and infinity.** A candidate whose student or teacher logits contain NaN or +inf, or are all -inf, has value NaN.
+        It ranks first, so that the loss shows it. A class adds nothing to the KL divergence if its teacher probability is 0
+        even in float64, because the logit is -inf or a large negative mask. An infinite KL divergence counts 0 where
+        `row_weight` or `kd_weight` is 0; NaN stays NaN.
+
+        **CUDA.** Checking indices would synchronise with the device. A label out of range makes the cross entropy and the
+        gradient of its row NaN, an entry of `rows` out of range is skipped, and a row named twice gets a KL divergence of
+        NaN. Nothing is read out of bounds.
+
+        **Graphs.** torch.compile sees one node per direction. An option that changes between calls (an annealed temperature)
+        recompiles each time, as any Python number does; multiply a changing weight outside. torch.jit.trace records the
+        operator with its derivative, for batches of any size. Both refuse `inplace=True`.
     """
     options = arguments.check_loss_options(
         temperature, keep, kd_weight, ce_weight, labels is not None, ignore_index, reduction
@@ -107,7 +150,7 @@ def condensed_kd_loss(
     if not (inplace or torch.compiler.is_compiling()) and row_weight is None and rows is None and group is None:
         result = _fast_path(student_logits, teacher_logits, labels, value, options, class_dim)
     if result is None:
-        result = _dispatched(
+        result = _dispatch(
             student_logits,
             teacher_logits,
             options,
@@ -123,7 +166,7 @@ def condensed_kd_loss(
     return (loss, _knowledge(state, student, value)) if return_knowledge else loss
 
 
-# Both ways return the loss with its derivative, the student's logits with their classes last, and the state.
+# Both paths return the differentiable loss, the student's logits with the classes last, and the state.
 
 
 def _fast_path(
@@ -134,13 +177,13 @@ def _fast_path(
     options: LossOptions,
     class_dim: int | None,
 ) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Fast path for small CPU batches; None if an option is unsupported. The operator validates the arguments."""
-    if not ops.fast_path_is_open():
-        return None  # before anything that a tracer would record
+    """Run a small CPU batch past the dispatcher. Return None if a call is unsupported; the dispatcher then validates it."""
+    if not ops.can_use_fast_path():
+        return None  # must come first: a tracer would record the checks below
     if not (isinstance(student, Tensor) and isinstance(value, str) and value in arguments.VALUES):
         return None
     if class_dim is None and student.dim() > 3:
-        return None  # the caller is warned
+        return None  # the other path warns about these
     if class_dim is not None and not (type(class_dim) is int and class_dim == -1):
         return None
     if value == "cross_entropy" and labels is None:
@@ -148,19 +191,19 @@ def _fast_path(
     if getattr(teacher, "requires_grad", False) or _has_tangent(student):
         return None
     differentiable = student.requires_grad and torch.is_grad_enabled()
-    ahead = differentiable and student.dim() > 0 and _writes_gradient(student, options)
+    with_gradient = differentiable and student.dim() > 0 and _gradient_in_forward(student, options)
     value_kind = arguments.VALUES.index(value)
-    result = ops.fast_path(student, teacher, labels, options.keep, value_kind, options.operators, ahead)
+    result = ops.fast_path(student, teacher, labels, options.keep, value_kind, options.operators, with_gradient)
     if result is NotImplemented:
         return None
     loss, state, gradient = result
     if differentiable:
         inputs = teacher, labels, None, None
-        loss = ops.with_derivative(loss, student, inputs, state, options.operators, gradient=gradient)
+        loss = ops.attach_autograd(loss, student, inputs, state, options.operators, gradient=gradient)
     return loss, student, state
 
 
-def _dispatched(
+def _dispatch(
     student: Tensor,
     teacher: Tensor,
     options: LossOptions,
@@ -173,7 +216,7 @@ def _dispatched(
     inplace: bool,
     class_dim: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """By torch's dispatcher: any device and option, torch.compile and torch.jit.trace."""
+    """Run through torch's dispatcher: supports every device and option, torch.compile and torch.jit.trace."""
     with untraced() if ops.is_tracing() else nullcontext():
         classes = arguments.check_loss_tensors(
             student,
@@ -185,7 +228,7 @@ def _dispatched(
             group=group,
             class_dim=class_dim,
         )
-        _check_kernels(student)
+        _check_device(student)
         arguments.warn_about_classes(student, class_dim)
     student = arguments.classes_last(student, classes)
     if rows is None:
@@ -194,90 +237,90 @@ def _dispatched(
     if inplace:
         _check_inplace(student, teacher, differentiable)
     if group is not None and ops.is_tracing():
-        raise RuntimeError("group cannot be traced by torch.jit.trace, which records no collectives: leave it None")
+        raise RuntimeError("group is not supported by torch.jit.trace, which records no collectives: leave it None")
 
     absent = ops.absent(student)
-    student = ops.readable(student)
+    student = ops.make_readable(student)
     teacher = teacher.detach() if teacher.requires_grad else teacher
     inputs = (
-        ops.readable(teacher),
+        ops.make_readable(teacher),
         absent if labels is None else labels.contiguous(),
-        absent if isinstance(value, str) else _score(value, student),
-        absent if row_weight is None else row_weight.detach().to(ops.accumulator_of(student)).contiguous(),
+        absent if isinstance(value, str) else _prepare_score(value, student),
+        absent if row_weight is None else row_weight.detach().to(ops.accumulator_dtype(student)).contiguous(),
         absent if rows is None else rows.contiguous(),
     )
-    value_kind = arguments.VALUES.index(value) if isinstance(value, str) else _SCORES
+    value_kind = arguments.VALUES.index(value) if isinstance(value, str) else _SCORE_KIND
     if group is None and (torch.compiler.is_compiling() or ops.is_tracing()):
-        # One node of the graph a direction: the operator carries its derivative.
-        loss, state, _ = ops.recorded_condensed_kd(
+        # The operator carries its own derivative, so that a graph has one node per direction.
+        loss, state, _ = ops.traceable_condensed_kd(
             student, *inputs, *options.keep, value_kind, *options.operators, False
         )
         return loss, student, state
-    _refuse_transforms(student)
+    _check_no_transforms(student)
     if group is None:
-        ahead = differentiable and not inplace and _writes_gradient(student, options)
-        arguments_of_operator = (*inputs, *options.keep, value_kind, *options.operators, ahead)
-        loss, state, gradient = ops.condensed_kd(student.detach(), *arguments_of_operator)
-        backward, gradient = options.operators, gradient if ahead else None
+        with_gradient = differentiable and not inplace and _gradient_in_forward(student, options)
+        operator_arguments = (*inputs, *options.keep, value_kind, *options.operators, with_gradient)
+        loss, state, gradient = ops.condensed_kd(student.detach(), *operator_arguments)
+        backward_options, gradient = options.operators, gradient if with_gradient else None
     else:
-        loss, state, backward = _over_group(student.detach(), inputs, value_kind, options, group)
+        loss, state, backward_options = _run_over_group(student.detach(), inputs, value_kind, options, group)
         gradient = None
     if differentiable:
         teacher, labels, _, row_weight, rows = inputs
-        given = ops.given(teacher, labels, row_weight, rows)
-        loss = ops.with_derivative(loss, student, given, state, backward, inplace, gradient)
+        saved = ops.absent_to_none(teacher, labels, row_weight, rows)
+        loss = ops.attach_autograd(loss, student, saved, state, backward_options, inplace, gradient)
     return loss, student, state
 
 
-def _writes_gradient(student: Tensor, options: LossOptions) -> bool:
-    """Whether the forward pass writes the gradient too, from exponentials it has at hand.
+def _gradient_in_forward(student: Tensor, options: LossOptions) -> bool:
+    """Return whether the forward pass should also compute the gradient, whose exponentials it has anyway.
 
-    On the CPU, and where at least a quarter of the rows are selected: it guesses which as it reads them, and with fewer the
-    backward pass has less to do than that costs. Not in float16, whose gradient may need the factor of the backward pass to
-    have digits at all.
+    The CPU kernel guesses the selected rows while it reads them. That pays off if at least a quarter of them are selected;
+    below that the backward pass is cheaper. Not in float16: such a gradient may underflow unless the backward pass scales it.
     """
-    per_row = options.operators[-2] == ops.REDUCTION_NONE  # with a factor a row
-    if per_row or student.dtype == torch.float16 or not ops.writes_gradient_ahead(student):
+    scaled_per_row = options.operators[-2] == ops.REDUCTION_NONE
+    if scaled_per_row or student.dtype == torch.float16 or not ops.writes_gradient_ahead(student):
         return False
     fraction, count = options.keep
     return 4 * count >= student.numel() // max(1, student.shape[-1]) if count else fraction >= 0.25
 
 
-def _over_group(
-    student: Tensor, inputs: tuple[Tensor, ...], value: int, options: LossOptions, group: "ProcessGroup"
+def _run_over_group(
+    student: Tensor, inputs: tuple[Tensor, ...], value_kind: int, options: LossOptions, group: "ProcessGroup"
 ) -> tuple[Tensor, Tensor, tuple]:
-    """Several processes: each reads its rows, values are gathered (never logits), every rank selects among all of them.
+    """Run on all ranks of a group: each reads its own rows, gathers the values (never logits) and selects among all rows.
 
-    Returns the loss, the state, and the options of its backward pass.
+    Returns:
+        The loss, the state, and the options of the backward pass.
     """
     import torch.distributed as dist
 
     size, rank = dist.get_world_size(group), dist.get_rank(group)
     teacher, labels, score, row_weight, rows = inputs
     state, cross_entropy, candidate = ops.row_stats(
-        student, teacher, labels, score, rows, options.temperature, value, options.ignore_index
+        student, teacher, labels, score, rows, options.temperature, value_kind, options.ignore_index
     )
-    own = ops.arrays_of(state, student, ops.ranked_dtype(student, score)).value
+    local_value = ops.arrays_of(state, student, ops.value_dtype(student, score)).value
     valid = torch.ones_like(candidate) if labels.dtype == torch.bool else labels != options.ignore_index
 
-    local = torch.stack([x.reshape(-1).to(own.dtype) for x in (own, candidate, valid)])
-    everywhere = [torch.empty_like(local) for _ in range(size)]
-    dist.all_gather(everywhere, local, group=group)
-    values, candidates, valids = torch.cat(everywhere, dim=1)  # in the order (rank, row), which settles ties
-    chosen = ops.select_topk(values.contiguous(), candidates.bool(), *options.keep)
+    local = torch.stack([x.reshape(-1).to(local_value.dtype) for x in (local_value, candidate, valid)])
+    gathered = [torch.empty_like(local) for _ in range(size)]
+    dist.all_gather(gathered, local, group=group)
+    values, candidates, valids = torch.cat(gathered, dim=1)  # ordered by (rank, row), which breaks ties
+    selected = ops.select_topk(values.contiguous(), candidates.bool(), *options.keep)
 
-    counts = torch.stack([chosen.sum(), valids.sum(dtype=torch.int64)])
-    n = own.numel()
-    state = ops.with_selection(state, counts, chosen[rank * n : (rank + 1) * n])
-    backward = (*options.operators[:-1], float(size))
-    loss = ops.reduce_rows(student, labels, row_weight, state, cross_entropy, *backward)
-    return loss, state, backward
+    counts = torch.stack([selected.sum(), valids.sum(dtype=torch.int64)])
+    n = local_value.numel()
+    state = ops.with_selection(state, counts, selected[rank * n : (rank + 1) * n])
+    backward_options = (*options.operators[:-1], float(size))
+    loss = ops.reduce_rows(student, labels, row_weight, state, cross_entropy, *backward_options)
+    return loss, state, backward_options
 
 
 def _knowledge(state: Tensor, student: Tensor, value: str | Tensor) -> Knowledge:
-    """Return copies, so that the caller may change them; autograd has saved the state."""
-    ranked, *rest = ops.arrays_of(state, student, _score_dtype(value, student))
-    return Knowledge(ranked.to(value.dtype) if isinstance(value, Tensor) else ranked, *rest)
+    """Return copies of the state's arrays: the caller may modify them, but autograd still needs the state."""
+    row_value, *rest = ops.arrays_of(state, student, _score_dtype(value, student))
+    return Knowledge(row_value.to(value.dtype) if isinstance(value, Tensor) else row_value, *rest)
 
 
 def select_rows(
@@ -289,62 +332,83 @@ def select_rows(
     ignore_index: int = -100,
     class_dim: int | None = None,
 ) -> tuple[Tensor, Knowledge]:
-    """The rows worth asking the teacher about, before it runs: the entropy-first half of `condensed_kd_loss`.
+    """Select the rows most worth distilling before the teacher runs.
 
-        index, knowledge = select_rows(student(x), keep=0.3)
-        named = index[index >= 0]                   # on the CPU; see Returns
-        loss = condensed_kd_loss(z, teacher(x[named]), rows=named)
-
-    It spares (1 - keep) of the teacher's forward pass.
+    This is the student's half of `condensed_kd_loss`. Run the teacher on the selected rows only
+    and save the fraction `1 - keep` of its forward passes.
 
     Args:
-        student_logits: (..., C), as in `condensed_kd_loss`; nothing is differentiated.
-        keep, labels, ignore_index, class_dim: as in `condensed_kd_loss`.
-        value: "entropy", "cross_entropy" (with labels) or a floating-point tensor (...) of scores.
+        student_logits: Shape `(..., C)`, or with the classes in `class_dim`, as in `condensed_kd_loss`. Not differentiated.
+        keep: How many of the `n` valid rows to select. A float in (0, 1] selects `max(1, int(keep * n))`, an int >= 1
+            selects `min(keep, n)`.
+        value: What ranks the rows, highest first: `"entropy"`, `"cross_entropy"` (needs `labels`), or a floating-point
+            tensor of shape `(...)` with one score per row.
+        labels: Class indices, int64 of shape `(...)`. Rows labelled `ignore_index` are never selected.
+        ignore_index: Label of rows to ignore.
+        class_dim: Dimension of the classes; the last one by default.
 
     Returns:
-        index: int64 (k_max,), the selected rows of the flattened student in ascending order, then -1. Its length depends on
-            shapes alone, max(1, int(keep * B)) or min(keep, B) of all B rows, so that nothing waits for the device; it is
-            what `rows=` takes. Where ignored rows leave fewer to select, the rest is -1.
-        knowledge: Knowledge, kl all NaN.
+        index: int64 `(k_max,)`: the selected rows of the flattened student in ascending order, then -1 if ignored rows leave
+            fewer to select. Pass it as `rows=`. `k_max` is `max(1, int(keep * B))` or `min(keep, B)` for all `B` rows: it
+            depends on shapes only, so that nothing waits for the device.
+        knowledge: The rows' `Knowledge`; `kl` is NaN everywhere.
 
     Raises:
-        TypeError, ValueError, IndexError: as `condensed_kd_loss`; a value that needs a teacher is a ValueError.
-        RuntimeError: under torch.jit.trace, which would fix the length of `index`.
+        TypeError: An argument has the wrong type or dtype.
+        ValueError: An argument has the wrong shape, device or range, or `value` needs the teacher.
+        IndexError: A label is out of range (CPU only, as in `condensed_kd_loss`).
+        RuntimeError: Called under torch.jit.trace, which would fix the length of `index`.
 
     Warns:
-        UserWarning: as `condensed_kd_loss`.
+        UserWarning: As `condensed_kd_loss`.
+
+    Examples:
+        >>> import torch
+        >>> from kcd_ext import condensed_kd_loss, select_rows
+        >>> student, teacher = torch.nn.Linear(8, 5), torch.nn.Linear(8, 5)
+        >>> x = torch.randn(10, 8)
+        >>> logits = student(x)
+        >>> index, knowledge = select_rows(logits, keep=0.3)
+        >>> index.shape
+        torch.Size([3])
+        >>> loss = condensed_kd_loss(logits, teacher(x[index]), rows=index)
+
+        With ignored rows `index` may end in -1. On the CPU drop these entries before they index `x`:
+
+        >>> index = index[index >= 0]
     """
     arguments.check_logits("student_logits", student_logits, class_dim)
     classes = arguments.class_dim_of(student_logits, class_dim)
     arguments.check_value(student_logits, value, labels, classes)
     if labels is not None:
         arguments.check_labels(student_logits, labels, classes)
-    _check_kernels(student_logits)
+    _check_device(student_logits)
     if isinstance(value, str) and value in ("teacher_entropy", "kl"):
         raise ValueError(
-            f"value={value!r} needs the teacher's logits, which select_rows is there to spare; use condensed_kd_loss"
+            f"value must not need the teacher in select_rows, which runs before it; got {value!r}: use condensed_kd_loss"
         )
-    kept = arguments.check_keep(keep)
+    checked_keep = arguments.check_keep(keep)
     ignore_index = arguments.check_ignore_index(ignore_index)
     if ops.is_tracing():
         raise RuntimeError(
-            "select_rows cannot be traced by torch.jit.trace, which would fix the length of the index: use torch.compile or"
+            "select_rows is not supported by torch.jit.trace, which would fix the length of the index: use torch.compile or"
             " torch.export"
         )
     arguments.warn_about_classes(student_logits, class_dim)
 
-    student = ops.readable(arguments.classes_last(student_logits.detach(), classes))
+    student = ops.make_readable(arguments.classes_last(student_logits.detach(), classes))
     absent = ops.absent(student_logits)
     labels = absent if labels is None else labels.contiguous()
     score, value_kind = (
-        (absent, arguments.VALUES.index(value)) if isinstance(value, str) else (_score(value, student), _SCORES)
+        (absent, arguments.VALUES.index(value))
+        if isinstance(value, str)
+        else (_prepare_score(value, student), _SCORE_KIND)
     )
     state, _, candidate = ops.row_stats(student, absent, labels, score, absent, 1.0, value_kind, ignore_index)
-    ranked = ops.arrays_of(state, student, ops.ranked_dtype(student, score)).value
-    selected = ops.select_topk(ranked, candidate, *kept)
-    # Selected rows first, in order; how many entries there are depends on the number of rows alone.
-    order = torch.sort(selected.reshape(-1), descending=True, stable=True).indices[: kept.of(selected.numel())]
+    row_value = ops.arrays_of(state, student, ops.value_dtype(student, score)).value
+    selected = ops.select_topk(row_value, candidate, *checked_keep)
+    # A stable sort puts the selected rows first, in order. The length depends on the number of rows only.
+    order = torch.sort(selected.reshape(-1), descending=True, stable=True).indices[: checked_keep.of(selected.numel())]
     position = torch.arange(order.shape[0], device=order.device)
     knowledge = _knowledge(state, student, value)
     no_teacher = torch.full_like(knowledge.entropy, math.nan)
@@ -353,10 +417,35 @@ def select_rows(
 
 
 class CondensedKDLoss(nn.Module):
-    """`condensed_kd_loss` with its options held: `loss = criterion(student_logits, teacher_logits, labels=labels)`.
+    """A module that applies `condensed_kd_loss` with fixed options.
 
-    Options are checked when they are given; what changes from batch to batch (labels, row_weight, rows, a score tensor as
-    value) is passed to the call.
+    Options go to the constructor, which checks them. Tensors that change from batch to batch (`labels`, `row_weight`, `rows`
+    and scores as `value`) go to the call.
+
+    Args:
+        temperature: Softening temperature, between 1e-18 and 1e18.
+        keep: How many candidates to select: a fraction in (0, 1] as a float, or a number of rows as an int >= 1.
+        value: What ranks the rows: `"entropy"`, `"teacher_entropy"`, `"kl"` or `"cross_entropy"`. Pass scores to the call.
+        kd_weight: Weight of the distillation term. Default: 1, or 0.9 with labels.
+        ce_weight: Weight of the cross entropy. Default: 0, or 0.1 with labels.
+        ignore_index: Label of rows to ignore.
+        reduction: `"mean"`, `"sum"` or `"none"`.
+        group: A `torch.distributed` process group over whose rows to select and average.
+        inplace: Whether the backward pass overwrites the student's logits with their gradient.
+        class_dim: Dimension of the classes; the last one by default.
+        return_knowledge: Whether to return the pair `(loss, knowledge)`.
+
+    Raises:
+        TypeError: An option has the wrong type.
+        ValueError: An option is out of range.
+
+    Examples:
+        >>> import torch
+        >>> from kcd_ext import CondensedKDLoss
+        >>> criterion = CondensedKDLoss(keep=0.7, temperature=4.0)
+        >>> student, teacher = torch.randn(10, 5, requires_grad=True), torch.randn(10, 5)
+        >>> loss = criterion(student, teacher, labels=torch.arange(10) % 5)
+        >>> loss.backward()
     """
 
     def __init__(
@@ -383,7 +472,7 @@ class CondensedKDLoss(nn.Module):
             )
         for name, weight in (("kd_weight", kd_weight), ("ce_weight", ce_weight)):
             if weight is not None:
-                arguments.check_number(name, weight)
+                arguments.check_float32(name, weight)
         arguments.check_ignore_index(ignore_index)
         arguments.check_reduction(reduction)
         arguments.check_group(group)
@@ -412,51 +501,63 @@ class CondensedKDLoss(nn.Module):
         rows: Tensor | None = None,
         value: str | Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Knowledge]:
-        """As `condensed_kd_loss`; `value` takes the place of the module's where it is given."""
+        """Return `condensed_kd_loss` of these tensors, with the options of the module.
+
+        Args:
+            student_logits: Shape `(..., C)`, or with the classes in `class_dim`.
+            teacher_logits: Same shape, or `(m, C)` with `rows`.
+            labels: Class indices, int64 of shape `(...)`.
+            row_weight: Factor of each row's KL divergence, shape `(...)`.
+            rows: Indices of the rows that `teacher_logits` holds, int64 of shape `(m,)`.
+            value: Overrides the module's `value`: a name, or a tensor of scores of shape `(...)`.
+
+        Returns:
+            The loss, or the pair `(loss, knowledge)` with `return_knowledge=True`.
+        """
         options = self.options if value is None else {**self.options, "value": value}
         return condensed_kd_loss(
             student_logits, teacher_logits, labels=labels, row_weight=row_weight, rows=rows, **options
         )
 
     def extra_repr(self) -> str:
-        """The options that are set."""
+        """Return the options that are not None, for `repr`."""
         return ", ".join(f"{name}={option!r}" for name, option in self.options.items() if option is not None)
 
 
-def _score(value: Tensor, student: Tensor) -> Tensor:
-    """Return scores as the operators take them, exactly: at least as wide as the accumulator."""
+def _prepare_score(value: Tensor, student: Tensor) -> Tensor:
+    """Return scores as the operators take them: contiguous, and never narrower than the accumulator."""
     return value.detach().to(_score_dtype(value, student)).contiguous()
 
 
 def _score_dtype(value: str | Tensor, student: Tensor) -> torch.dtype:
     is_double = isinstance(value, Tensor) and value.dtype == torch.float64
-    return torch.float64 if is_double else ops.accumulator_of(student)
+    return torch.float64 if is_double else ops.accumulator_dtype(student)
 
 
-def _check_kernels(student: Tensor) -> None:
+def _check_device(student: Tensor) -> None:
     if ops.has_kernels_for(student):
         return
-    built = "and CUDA" if ops.build_info["cuda_architectures"] else "alone in this build, which was made without nvcc"
+    built = "CPU and CUDA" if ops.build_info["cuda_architectures"] else "CPU only (this build was made without nvcc)"
     raise ValueError(
-        f"kcd_ext has kernels for the CPU {built}, got logits on {student.device}: use kcd_ext.reference, the same function"
-        " in plain PyTorch for any device"
+        f"kcd_ext has kernels for {built}, got logits on {student.device}: use kcd_ext.reference, the same function in plain"
+        " PyTorch for any device"
     )
 
 
 def _check_inplace(student: Tensor, teacher: Tensor, differentiable: bool) -> None:
     if torch.compiler.is_compiling() or ops.is_tracing():
         raise ValueError(
-            "inplace=True is not possible under torch.compile, which plans memory by itself, nor under torch.jit.trace: leave"
+            "inplace=True is not supported under torch.compile, which plans memory itself, nor under torch.jit.trace: leave"
             " it False"
         )
     if not differentiable:
         return
-    base = student if student._base is None else student._base  # what a view is of
+    base = student if student._base is None else student._base
     if student.is_leaf or (base.is_leaf and base.requires_grad):
         raise ValueError("inplace=True would overwrite student_logits, a leaf that requires grad (or a view of one)")
-    if not ops.lies_in_place(student) or _overlaps_itself(student):
+    if not ops.is_readable_in_place(student) or _overlaps_itself(student):
         raise ValueError(
-            f"inplace=True needs student_logits whose rows lie apart and whose classes lie side by side, got shape"
+            f"inplace=True needs student_logits with disjoint rows and adjacent classes in memory, got shape"
             f" {tuple(student.shape)} with strides {student.stride()}"
         )
     if student.untyped_storage().data_ptr() == teacher.untyped_storage().data_ptr():
@@ -464,7 +565,7 @@ def _check_inplace(student: Tensor, teacher: Tensor, differentiable: bool) -> No
 
 
 def _overlaps_itself(logits: Tensor) -> bool:
-    """Whether two elements may be one: a dimension's stride is less than the extent of those inside it."""
+    """Return whether elements may share memory: the stride of a dimension is less than the extent of those inside it."""
     extent = 1
     for stride, size in sorted((s, n) for s, n in zip(logits.stride(), logits.shape, strict=True) if n > 1):
         if stride < extent:
@@ -477,10 +578,10 @@ def _has_tangent(student: Tensor) -> bool:
     return forward_ad.unpack_dual(student).tangent is not None
 
 
-def _refuse_transforms(student: Tensor) -> None:
-    """The operator has one derivative, the reverse one: another would silently come out as 0."""
+def _check_no_transforms(student: Tensor) -> None:
+    """Raise for derivatives that the operator lacks; torch would silently return 0 for them."""
     if transforms_are_active() or _has_tangent(student):
         raise RuntimeError(
-            "condensed_kd_loss has no forward derivative and no rule for torch.func's transforms: for those use"
+            "condensed_kd_loss supports neither forward-mode derivatives nor torch.func transforms: use"
             " kcd_ext.reference.condensed_kd_loss, the same function in plain PyTorch"
         )

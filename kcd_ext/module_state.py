@@ -1,4 +1,4 @@
-"""The state of a module: restored after a step that is undone, and laid out in memory."""
+"""The state of a module: its memory layout, and its restoration after a trial step."""
 
 import random
 from collections import OrderedDict, defaultdict, deque
@@ -11,18 +11,29 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-CHANGEABLE = (Tensor, dict, list, deque, set, tuple, np.ndarray, torch.Generator, np.random.Generator, random.Random)
+_RESTORABLE_TYPES = (
+    Tensor,
+    dict,
+    list,
+    deque,
+    set,
+    tuple,
+    np.ndarray,
+    torch.Generator,
+    np.random.Generator,
+    random.Random,
+)
 
 
 class Layout:
-    """The strides of a module's parameters and buffers, tensor by tensor, so that they can be restored."""
+    """The original strides of a module's parameters and buffers, so that they can be restored."""
 
     def __init__(self, module: nn.Module):
         self._module = module
         self._strides = {name: (x.shape, x.stride()) for name, x in _tensors(module)}
 
     def choose(self, channels_last: bool) -> bool:
-        """Put a pixel's channels side by side in all tensors of four dimensions, or restore; return whether any changed."""
+        """Convert all 4-dimensional tensors to channels-last, or restore them. Return whether any tensor changed."""
         self.restore()
         changed = False
         for _, tensor in _tensors(self._module):
@@ -33,16 +44,16 @@ class Layout:
         return changed
 
     def restore(self) -> None:
-        """Give every tensor the strides that it had; keep its values."""
+        """Restore the original strides of every tensor. Values stay."""
         for name, tensor in _tensors(self._module):
             shape, stride = self._strides.get(name, (None, None))
             if shape == tensor.shape and stride != tensor.stride():
-                former = torch.empty_strided(shape, stride, dtype=tensor.dtype, device=tensor.device)
-                tensor.data = former.copy_(tensor.data)
+                restored = torch.empty_strided(shape, stride, dtype=tensor.dtype, device=tensor.device)
+                tensor.data = restored.copy_(tensor.data)
 
 
 def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors that can be laid out otherwise."""
+    """Yield the parameters and buffers whose layout can change."""
     for named in (module.named_parameters, module.named_buffers):
         for name, tensor in named(remove_duplicate=False):
             if not is_lazy(tensor) and is_dense(tensor) and not tensor.is_inference() and not _is_expanded(tensor):
@@ -50,12 +61,12 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def is_dense(tensor: Tensor) -> bool:
-    """Return whether it has strides and is neither quantized nor nested."""
+    """Return whether a tensor is strided, and neither quantized nor nested."""
     return tensor.layout is torch.strided and not tensor.is_quantized and not tensor.is_nested
 
 
 def _is_expanded(tensor: Tensor) -> bool:
-    """Return whether several elements share a place in memory: no copy could have such strides again."""
+    """Return whether elements share memory, as after `expand`. A copy cannot have such strides."""
     if not is_dense(tensor):
         return False
     return any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
@@ -63,19 +74,19 @@ def _is_expanded(tensor: Tensor) -> bool:
 
 @contextmanager
 def undone(*roots: nn.Module) -> Iterator[None]:
-    """Restore these modules, and those inside them, when the context ends: tensors, gradients, modes and attributes.
+    """Restore modules and their submodules at the end of the context: tensors, gradients, modes and attributes.
 
-    Attributes that are tensors, arrays, lists, tuples, dictionaries, sets, deques or random generators are restored with
-    what is in them. Other objects are not looked into.
+    Attributes are restored with their contents if they are tensors, arrays, lists, tuples, dictionaries, sets, deques or random
+    generators. The contents of other objects are not restored.
     """
     modules = [*dict.fromkeys(module for root in roots for module in root.modules())]
     modes = [(module, module.training) for module in modules]
     parts: list[object] = []
     for module in modules:
         tensors = (*module._parameters.values(), *module._buffers.values())
-        # The attributes of TorchScript are not in Python, those of lazy modules not complete.
-        in_python = not isinstance(module, torch.jit.ScriptModule) and not any(map(is_lazy, tensors))
-        parts += (vars(module),) if in_python else tensors
+        # TorchScript keeps its attributes outside Python, and those of lazy modules are incomplete.
+        has_python_attributes = not isinstance(module, torch.jit.ScriptModule) and not any(map(is_lazy, tensors))
+        parts += (vars(module),) if has_python_attributes else tensors
     restorers = [*_restorers(parts)]
     try:
         yield
@@ -86,17 +97,17 @@ def undone(*roots: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def _restorers(waiting: list[object]) -> Iterator[Callable[[], object]]:
-    """Yield functions that restore the content of these objects, and of the objects in them; clear gradients."""
+def _restorers(pending: list[object]) -> Iterator[Callable[[], object]]:
+    """Yield functions that restore these objects and the objects inside them. Clears gradients."""
     seen: dict[int, object] = {}
-    while waiting:
-        value, inside = waiting.pop(), ()
+    while pending:
+        value, inside = pending.pop(), ()
         if id(value) in seen:
             continue
         seen[id(value)] = value
         if isinstance(value, Tensor):
             if not is_lazy(value) and not value.is_inference():
-                yield _restorer_of_tensor(value)
+                yield _tensor_restorer(value)
         elif type(value) in (dict, OrderedDict, defaultdict):
             inside = value.values()
             yield partial(_refill, value, dict(value), value.update)
@@ -113,11 +124,11 @@ def _restorers(waiting: list[object]) -> Iterator[Callable[[], object]]:
             yield partial(setattr, value.bit_generator, "state", value.bit_generator.state)
         elif isinstance(value, random.Random):
             yield partial(value.setstate, value.getstate())
-        waiting += [part for part in inside if isinstance(part, CHANGEABLE)]
+        pending += [part for part in inside if isinstance(part, _RESTORABLE_TYPES)]
 
 
-def _restorer_of_tensor(tensor: Tensor) -> Callable[[], None]:
-    value, trained, leaf = tensor.detach().clone(), tensor.requires_grad, tensor.is_leaf
+def _tensor_restorer(tensor: Tensor) -> Callable[[], None]:
+    value, requires_grad, leaf = tensor.detach().clone(), tensor.requires_grad, tensor.is_leaf
     gradient = tensor.grad if leaf else None
     if gradient is not None:
         tensor.grad = None
@@ -125,11 +136,11 @@ def _restorer_of_tensor(tensor: Tensor) -> Callable[[], None]:
     @torch.no_grad()
     def restore() -> None:
         if leaf:
-            if not tensor.is_leaf:  # changed in place by something that requires a gradient
+            if not tensor.is_leaf:  # an in-place operation has attached it to a graph
                 tensor.detach_()
-            tensor.requires_grad_(trained)
+            tensor.requires_grad_(requires_grad)
             tensor.grad = gradient
-        if not _is_expanded(tensor):  # cannot have changed
+        if not _is_expanded(tensor):  # an expanded tensor cannot be written
             tensor.copy_(value)
 
     return restore

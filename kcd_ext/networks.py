@@ -1,4 +1,4 @@
-"""How networks are called: in torch's usual modes, whatever the caller's are, and for their logits alone."""
+"""Calls of networks: in torch's default modes, whatever the caller's modes, and for the logits only."""
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -8,15 +8,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-SHOWN = 5  # keys of a mapping that an error lists
+MAX_LISTED = 5  # keys or elements that an error lists
 
 
 @contextmanager
 def usual_modes() -> Iterator[None]:
-    """Record gradients inside the context, with autocast, inference mode, default dtype and default device as torch has them.
+    """Reset torch's modes inside the context: gradients on, no autocast, no inference mode, default dtype and device.
 
-    The caller's modes return at its end. The casts of weights that the caller's autocast has cached are dropped: the
-    weights may have changed.
+    The caller's modes return at the end. Casts of weights in the caller's autocast cache are dropped, because the weights may have
+    changed.
     """
     with ExitStack() as stack:
         stack.callback(torch.set_default_dtype, torch.get_default_dtype())
@@ -35,25 +35,25 @@ def usual_modes() -> Iterator[None]:
 
 
 def forward_flops(network: nn.Module, x: Tensor) -> int:
-    """Return the floating-point operations of convolutions and matrix products for `x`, 2 a multiply-add."""
+    """Return the FLOPs of the convolutions and matrix products for `x`. A multiply-add counts 2."""
     with evaluation_mode(network), torch.no_grad(), FlopCounterMode(display=False) as counter:
         network.to(x.device)(x)
     return counter.get_total_flops()
 
 
 class OutputError(ValueError):
-    """A network gave no logits (b, classes)."""
+    """An error for a network that does not return logits (b, classes)."""
 
 
 def check_network(name: str, network: object) -> None:
-    """Raise TypeError for what is no module."""
+    """Raise TypeError unless `network` is a torch.nn.Module."""
     if not isinstance(network, nn.Module):
         raise TypeError(f"{name} must be a torch.nn.Module, got {type(network).__name__}")
 
 
 @contextmanager
 def evaluation_mode(network: nn.Module) -> Iterator[None]:
-    """Put the network into evaluation mode; at the end every module of it is in the mode it was in."""
+    """Put a network into evaluation mode inside the context, and restore the mode of each module afterwards."""
     modes = [(module, module.training) for module in network.modules()]
     network.eval()
     try:
@@ -63,8 +63,8 @@ def evaluation_mode(network: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-class _Scripted(nn.Module):
-    """A TorchScript network, as a module that takes hooks."""
+class _ScriptWrapper(nn.Module):
+    """A wrapper of a TorchScript network that accepts hooks."""
 
     def __init__(self, network: torch.jit.ScriptModule):
         super().__init__()
@@ -75,32 +75,34 @@ class _Scripted(nn.Module):
 
 
 def hookable(network: nn.Module) -> nn.Module:
-    """Return the network itself, or a module around it where it is of TorchScript."""
-    return _Scripted(network) if isinstance(network, torch.jit.ScriptModule) else network
+    """Return the network, wrapped if it is TorchScript, so that hooks can be registered."""
+    return _ScriptWrapper(network) if isinstance(network, torch.jit.ScriptModule) else network
 
 
 class LogitsAlone:
-    """A forward hook through which a network that gives more than logits gives the logits alone.
+    """A forward hook that reduces the output of a network to its logits.
 
-    Of a mapping or an object with `logits` (a `ModelOutput` of transformers, the named tuples of torchvision) these are
-    taken, of another tuple or list the first element. Calls with more than one argument are left alone: a caller who passes
-    options expects what they ask for. Copies of the network share the hook while it is there; pickles do not have it.
+    - A mapping or an object with `logits` (a `ModelOutput` of transformers, a named tuple of torchvision) is reduced to these.
+    - Another tuple or list is reduced to its first element.
+    - Calls with several arguments are not changed: a caller who passes options expects the output that they request.
+
+    Copies of the network share the hook until it is removed; pickles do not include it.
 
     Args:
-        name: what to call the network in errors and warnings: student or teacher.
-        network: any module.
+        name: Name of the network in errors and warnings: student or teacher.
+        network: Any module.
 
     Raises:
-        TypeError: `network` is no `torch.nn.Module`.
-        OutputError: (when the network is called) there are no logits (b, classes) in what it gives.
+        TypeError: `network` is not a `torch.nn.Module`.
+        OutputError: The output of a later call contains no logits (b, classes).
     """
 
     def __init__(self, name: str, network: nn.Module):
         check_network(name, network)
         self.name = name
-        self.network = hookable(network)  # what is to be called
-        self.acts_in = {True, False}  # the values of `training` in which outputs are replaced
-        self.found: dict[bool, str] = {}  # what the network gave that is no logits, by `training`
+        self.network = hookable(network)  # call this module
+        self.acts_in = {True, False}  # the values of `network.training` for which outputs are replaced
+        self.found: dict[bool, str] = {}  # descriptions of outputs that are more than logits, by `training`
         self._hook = self.network.register_forward_hook(self, with_kwargs=True)
 
     def __call__(self, network: nn.Module, arguments: tuple, options: dict, output: object) -> Tensor | None:
@@ -108,34 +110,34 @@ class LogitsAlone:
             return None
         if isinstance(output, Tensor) and output.dim() == 2:
             return None
-        training = network.network.training if isinstance(network, _Scripted) else network.training
+        training = network.network.training if isinstance(network, _ScriptWrapper) else network.training
         logits, place = _logits_in(output)
-        self.found[training] = f"{_described(output)}{_mode(training)}: {place}"
+        self.found[training] = f"{_describe_output(output)}{_mode(training)}: {place}"
         if training not in self.acts_in:
             return None
         if logits is None or logits.dim() != 2:
             shape = "" if logits is None or logits is output else f", {place} of shape {tuple(logits.shape)}"
             raise OutputError(
-                f"{self.name} must give logits (b, classes), got {_described(output)}{shape}{_mode(training)}"
+                f"{self.name} must give logits (b, classes), got {_describe_output(output)}{shape}{_mode(training)}"
             )
         return logits
 
     def act_where_found(self) -> bool:
-        """Act from now on where the network gave more than logits, in no other mode; return whether one is new."""
-        before, self.acts_in = self.acts_in, set(self.found)
-        return not self.acts_in <= before
+        """Restrict the hook to the modes in which the network returned more than logits. Return whether one is new."""
+        previous, self.acts_in = self.acts_in, set(self.found)
+        return not self.acts_in <= previous
 
     def report(self) -> None:
-        """Warn of what is left out; of the evaluation mode, if the network gives more there too."""
+        """Warn about ignored outputs, once. Evaluation mode takes precedence if both modes have some."""
         for mode in sorted(self.acts_in & self.found.keys())[:1]:
             warnings.warn(
-                f"{self.name} gives {self.found[mode]} is used as the logits, all else is left out",
+                f"{self.name} gives {self.found[mode]} is used as the logits, the rest is ignored",
                 UserWarning,
                 stacklevel=4,
             )
 
     def remove(self) -> None:
-        """Take the hook off. Copies of the network, too, give everything again."""
+        """Remove the hook. The network and its copies return their full outputs again."""
         if self._hook is not None:
             self._hook.remove()
             self._hook = None
@@ -149,7 +151,7 @@ class LogitsAlone:
 
 @contextmanager
 def logits_alone(name: str, network: nn.Module) -> Iterator[LogitsAlone]:
-    """Put a `LogitsAlone` on the network until the context ends."""
+    """Register a `LogitsAlone` hook inside the context."""
     hook = LogitsAlone(name, network)
     try:
         yield hook
@@ -158,7 +160,7 @@ def logits_alone(name: str, network: nn.Module) -> Iterator[LogitsAlone]:
 
 
 def _logits_in(output: object) -> tuple[Tensor | None, str]:
-    """Return the logits in what a network gives, if there are any, and which part of it they are."""
+    """Return the logits in an output, or None, and the description of the part they come from."""
     if isinstance(output, Tensor):
         return output, "it"
     if isinstance(output, Mapping):
@@ -170,16 +172,18 @@ def _logits_in(output: object) -> tuple[Tensor | None, str]:
     return found if isinstance(found, Tensor) else None, place
 
 
-def _described(output: object) -> str:
+def _describe_output(output: object) -> str:
     if isinstance(output, Tensor):
         return str(tuple(output.shape))
     kind = type(output).__name__
     if isinstance(output, Mapping):
         keys = [*map(repr, output)]
-        return f"a {kind} with {', '.join(keys[:SHOWN]) or 'nothing'}{' and more' if len(keys) > SHOWN else ''}"
+        return (
+            f"a {kind} with {', '.join(keys[:MAX_LISTED]) or 'nothing'}{' and more' if len(keys) > MAX_LISTED else ''}"
+        )
     if isinstance(output, tuple | list):
-        kinds = [type(part).__name__ for part in output[:SHOWN]]
-        return f"a {kind} of {', '.join(kinds) or 'nothing'}{' and more' if len(output) > SHOWN else ''}"
+        kinds = [type(part).__name__ for part in output[:MAX_LISTED]]
+        return f"a {kind} of {', '.join(kinds) or 'nothing'}{' and more' if len(output) > MAX_LISTED else ''}"
     return f"a {kind}"
 
 
@@ -188,9 +192,9 @@ def _mode(training: bool) -> str:
 
 
 def no_hook() -> Callable[..., None]:
-    """Return what pickles and copies of a network carry in place of a hook of this package: one that does nothing."""
-    return _leave_alone
+    """Return the no-op hook that pickles and copies of a network carry instead of a hook of this package."""
+    return _do_nothing
 
 
-def _leave_alone(network: nn.Module, *_: object) -> None:
+def _do_nothing(network: nn.Module, *_: object) -> None:
     pass

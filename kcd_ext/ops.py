@@ -1,6 +1,6 @@
-"""torch.library's side of the operators: shapes without data (fake kernels), the derivative, and the eager fast path.
+"""The Python side of the operators: fake kernels for torch.library, the derivative, and the eager fast path.
 
-The operators themselves are in csrc/torch/ops.cpp.  They take a tensor that is absent as an empty one of dtype bool.
+`csrc/torch/ops.cpp` registers the operators. Their schemas have no optional tensors: an empty bool tensor means "absent".
 """
 
 import math
@@ -18,177 +18,182 @@ from .torch_internals import BelowAutograd, dispatch_is_plain
 
 _compiled = _extension.load()
 build_info: dict = _compiled.build_info()
-HAS_FAST_PATH: bool = hasattr(_compiled, "condensed_kd")  # csrc/fast_path.h: this torch publishes what it needs
-_WITH_CUDA = bool(build_info["cuda_architectures"]) and torch.version.hip is None  # ROCm's devices call themselves cuda
+# False if this torch lacks the DLPack functions that csrc/fast_path.h needs.
+HAS_FAST_PATH: bool = hasattr(_compiled, "condensed_kd")
+_WITH_CUDA = bool(build_info["cuda_architectures"]) and torch.version.hip is None  # ROCm devices are called cuda, too
 
-_ALLOCATION = re.compile(r"kcd_ext: allocating (-?\d+) bytes on .* failed")  # csrc/torch/abi.h
+_ALLOCATION_ERROR = re.compile(r"kcd_ext: allocating (-?\d+) bytes on .* failed")  # raised by csrc/torch/abi.h
 
 
-def _kernel_of(operator: Callable) -> Callable:
-    """Return the operator without its derivative, as a function.
+def _without_autograd(operator: Callable) -> Callable:
+    """Return a function that calls the operator below autograd.
 
-    Without memory it raises torch.OutOfMemoryError, or on the CPU what torch raises.
+    If an allocation fails, the function raises what torch raises: torch.OutOfMemoryError, or a RuntimeError on the CPU.
     """
 
     def call(*arguments):
-        recorded = BelowAutograd is None or torch.compiler.is_compiling()  # torch.compile would break the graph there
+        # BelowAutograd would break the graph of torch.compile.
+        with_autograd = BelowAutograd is None or torch.compiler.is_compiling()
         try:
-            with nullcontext() if recorded else BelowAutograd():
+            with nullcontext() if with_autograd else BelowAutograd():
                 return operator(*arguments)
         except RuntimeError as error:
-            found = _ALLOCATION.search(str(error))
+            found = _ALLOCATION_ERROR.search(str(error))
             if found is None:
                 raise
             device = next(x.device for x in arguments if isinstance(x, Tensor))
-            torch.empty(int(found[1]), dtype=torch.uint8, device=device)  # raises in torch's own words
-            raise torch.OutOfMemoryError(str(error)) from error  # there was too little, and by now there is enough
+            torch.empty(int(found[1]), dtype=torch.uint8, device=device)  # fails likewise, with torch's own message
+            raise torch.OutOfMemoryError(str(error)) from error  # memory was freed in the meantime
 
     return call
 
 
-condensed_kd = _kernel_of(torch.ops.kcd_ext.condensed_kd.default)
-condensed_kd_backward = _kernel_of(torch.ops.kcd_ext.condensed_kd_backward.default)
-condensed_kd_backward_ = _kernel_of(torch.ops.kcd_ext.condensed_kd_backward_.default)
-row_stats = _kernel_of(torch.ops.kcd_ext.row_stats.default)
-select_topk = _kernel_of(torch.ops.kcd_ext.select_topk.default)
-reduce_rows = _kernel_of(torch.ops.kcd_ext.reduce_rows.default)
+condensed_kd = _without_autograd(torch.ops.kcd_ext.condensed_kd.default)
+condensed_kd_backward = _without_autograd(torch.ops.kcd_ext.condensed_kd_backward.default)
+condensed_kd_backward_ = _without_autograd(torch.ops.kcd_ext.condensed_kd_backward_.default)
+row_stats = _without_autograd(torch.ops.kcd_ext.row_stats.default)
+select_topk = _without_autograd(torch.ops.kcd_ext.select_topk.default)
+reduce_rows = _without_autograd(torch.ops.kcd_ext.reduce_rows.default)
 
-# With their derivatives, as torch.compile and torch.jit.trace record them.
-recorded_condensed_kd = torch.ops.kcd_ext.condensed_kd.default
-recorded_condensed_kd_backward = torch.ops.kcd_ext.condensed_kd_backward.default
+# With their derivatives: torch.compile and torch.jit.trace record these.
+traceable_condensed_kd = torch.ops.kcd_ext.condensed_kd.default
+traceable_condensed_kd_backward = torch.ops.kcd_ext.condensed_kd_backward.default
 
-with torch.inference_mode(False):  # a tensor made in that mode could never be saved for a backward pass
+with torch.inference_mode(False):  # autograd cannot save a tensor created in inference mode
     _ABSENT = torch.empty(0, dtype=torch.bool, device="cpu")
 
-_PLAIN = (Tensor, torch.nn.Parameter)
+_PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 REDUCTION_NONE = REDUCTIONS.index("none")
 
 
 def absent(like: Tensor) -> Tensor:
-    """What stands for a tensor that is not there: one for all plain tensors, since making it takes 3 us.
+    """Return an empty bool tensor, which means "absent" to the operators.
 
-    A compiled graph on a GPU gets one of its own there: with a tensor on the CPU among its inputs it may not become a CUDA graph.
+    Plain tensors share one, because creating it takes 3 us. A compiled graph on a GPU gets one on its device: a CPU tensor
+    among its inputs would rule out CUDA graphs.
     """
-    plain = type(like) in _PLAIN and (like.is_cpu or not torch.compiler.is_compiling())
+    plain = type(like) in _PLAIN_TYPES and (like.is_cpu or not torch.compiler.is_compiling())
     return _ABSENT if plain else like.new_empty(0, dtype=torch.bool)
 
 
 def has_kernels_for(logits: Tensor) -> bool:
-    """Whether this build has kernels for the device the logits are on."""
+    """Return whether this build has kernels for the device of the logits."""
     return logits.is_cpu or (_WITH_CUDA and logits.is_cuda)
 
 
 def writes_gradient_ahead(logits: Tensor) -> bool:
-    """Whether `condensed_kd` takes `with_gradient` for these logits: on the CPU, and not for tensors without numbers."""
-    return logits.is_cpu and type(logits) in _PLAIN
+    """Return whether `condensed_kd` supports `with_gradient` for these logits: plain tensors on the CPU, no fake ones."""
+    return logits.is_cpu and type(logits) in _PLAIN_TYPES
 
 
-def accumulator_of(student: Tensor) -> torch.dtype:
-    """float64 for float64 logits, else float32."""
+def accumulator_dtype(student: Tensor) -> torch.dtype:
+    """Return float64 for float64 logits, else float32."""
     return torch.float64 if student.dtype == torch.float64 else torch.float32
 
 
 def is_tracing() -> bool:
-    """Return whether torch.jit.trace records operators."""
+    """Return whether torch.jit.trace is recording."""
     return not torch.compiler.is_compiling() and torch.jit.is_tracing()
 
 
-def given(*inputs: Tensor) -> tuple[Tensor | None, ...]:
-    """Return the tensors, with None for those that are absent."""
+def absent_to_none(*inputs: Tensor) -> tuple[Tensor | None, ...]:
+    """Return the tensors, with None for absent ones."""
     return tuple(None if x.dtype == torch.bool else x for x in inputs)
 
 
-# ---- the state: one tensor of bytes, laid out as csrc/kernels.h says
+# ---- the state: one tensor of bytes, whose layout csrc/kernels.h defines
 
 _COUNTS, _STATS, _ENTROPY, _KL = _compiled.STATE
 
 
 def with_selection(state: Tensor, counts: Tensor, selected: Tensor) -> Tensor:
-    """Return the state with a selection, for which it was computed without one.
+    """Return a copy of a state with a selection filled in.
 
     Args:
-        state: as `row_stats` leaves it.
-        counts: int64 (2,), how many rows are selected and how many are valid.
-        selected: bool (...).
+        state: State of `row_stats`, which selects nothing.
+        counts: Numbers of selected and of valid rows, int64 (2,).
+        selected: Selected rows, bool (...).
     """
     rest = state[_COUNTS * 8 : state.numel() - selected.numel()]
     return torch.cat((counts.view(torch.uint8), rest, selected.reshape(-1).to(torch.uint8)))
 
 
 class StateArrays(NamedTuple):
-    """What a state holds of every row, (...) the shape of the logits without their classes."""
+    """The per-row arrays of a state. Their shape (...) is that of the logits without the classes."""
 
     value: Tensor
-    """(...) what rows are ranked by: of the scores' dtype, or the accumulator's."""
+    """Knowledge values (...), in the dtype of the scores or of the accumulator."""
     entropy: Tensor
-    """(...) of the accumulator's dtype."""
+    """The student's entropies (...), in the accumulator's dtype."""
     kl: Tensor
-    """(...) of the accumulator's dtype."""
+    """KL divergences (...), in the accumulator's dtype."""
     selected: Tensor
-    """bool (...)."""
+    """Selected rows, bool (...)."""
     n_selected: Tensor
-    """int64 scalar: how many of these rows are selected."""
+    """Number of selected rows, an int64 scalar."""
 
 
 def arrays_of(state: Tensor, student: Tensor, value_dtype: torch.dtype) -> StateArrays:
-    """Return copies of the arrays of what `condensed_kd` or `row_stats` left of these logits.
+    """Return copies of the arrays in the state that `condensed_kd` or `row_stats` computed for these logits.
 
-    The caller may change them, or keep one without the rest. torch.jit.trace records view_copy, but no view of another dtype.
+    Copies, so that the caller may modify them or keep one without the others. `view_copy`, because torch.jit.trace cannot
+    record a view of another dtype.
     """
-    if not torch.compiler.is_compiling() and fast_path_is_open():
+    if not torch.compiler.is_compiling() and can_use_fast_path():
         copies = _compiled.knowledge(state, student)
         if copies is not NotImplemented:
             return StateArrays(*copies)
-    accumulator, shape = accumulator_of(student), student.shape[:-1]
-    stats = value_dtype.itemsize  # bytes of a row before
-    selected = stats + _STATS * accumulator.itemsize
-    rows = state[_COUNTS * 8 :].view(selected + 1, *shape)
+    accumulator, shape = accumulator_dtype(student), student.shape[:-1]
+    # Offsets in bytes per row: the values come first, then the statistics, then the selection.
+    stats_offset = value_dtype.itemsize
+    selected_offset = stats_offset + _STATS * accumulator.itemsize
+    rows = state[_COUNTS * 8 :].view(selected_offset + 1, *shape)
 
-    def array(first: int, dtype: torch.dtype) -> Tensor:
-        return torch.view_copy(rows[first : first + dtype.itemsize].reshape(-1), dtype).view(shape)
+    def array(offset: int, dtype: torch.dtype) -> Tensor:
+        return torch.view_copy(rows[offset : offset + dtype.itemsize].reshape(-1), dtype).view(shape)
 
-    entropy, kl = (array(stats + i * accumulator.itemsize, accumulator) for i in (_ENTROPY, _KL))
-    chosen = rows[selected] != 0  # no view: the C++ that torch.compile writes for one does not compile
-    return StateArrays(array(0, value_dtype), entropy, kl, chosen, chosen.sum())
+    entropy, kl = (array(stats_offset + i * accumulator.itemsize, accumulator) for i in (_ENTROPY, _KL))
+    selected = rows[selected_offset] != 0  # not a view: torch.compile generates invalid C++ for a bool view
+    return StateArrays(array(0, value_dtype), entropy, kl, selected, selected.sum())
 
 
-def ranked_dtype(student: Tensor, score: Tensor) -> torch.dtype:
-    """Return the dtype of a state's values."""
-    return accumulator_of(student) if score.dtype == torch.bool else score.dtype
+def value_dtype(student: Tensor, score: Tensor) -> torch.dtype:
+    """Return the dtype of the values in a state."""
+    return accumulator_dtype(student) if score.dtype == torch.bool else score.dtype
 
 
 def _state_bytes(student: Tensor, score: Tensor) -> int:
-    row = ranked_dtype(student, score).itemsize + _STATS * accumulator_of(student).itemsize + 1
-    return _COUNTS * 8 + math.prod(student.shape[:-1]) * row
+    row_bytes = value_dtype(student, score).itemsize + _STATS * accumulator_dtype(student).itemsize + 1
+    return _COUNTS * 8 + math.prod(student.shape[:-1]) * row_bytes
 
 
 # ---- memory layouts
 
 
-def lies_in_place(logits: Tensor) -> bool:
-    """Return whether the kernels can read logits (..., C) in place: classes side by side, rows at no more than two strides."""
+def is_readable_in_place(logits: Tensor) -> bool:
+    """Return whether the kernels can read logits (..., C) in place: adjacent classes, and rows with at most two strides."""
     if logits.is_contiguous():
         return True
     sizes, strides = logits.shape, logits.stride()
     if sizes[-1] > 1 and strides[-1] != 1:
         return False
-    runs = 0
-    expected = None
+    row_strides = 0
+    mergeable = None  # the stride of a dimension that continues the one inside it
     for size, stride in zip(reversed(sizes[:-1]), reversed(strides[:-1]), strict=True):
         if size == 1:
             continue
-        if stride != expected:
-            runs += 1
-        expected = size * stride
-    return runs <= 2
+        if stride != mergeable:
+            row_strides += 1
+        mergeable = size * stride
+    return row_strides <= 2
 
 
-def readable(logits: Tensor) -> Tensor:
-    """Return the logits, copied where the kernels could not read them.
+def make_readable(logits: Tensor) -> Tensor:
+    """Return the logits, or a contiguous copy if the kernels cannot read them in place.
 
-    A graph that torch.jit.trace records copies in any case: what it records must read logits of every layout.
+    A graph of torch.jit.trace always copies, because it must work for logits of every layout.
     """
-    return logits if not is_tracing() and lies_in_place(logits) else logits.contiguous()
+    return logits if not is_tracing() and is_readable_in_place(logits) else logits.contiguous()
 
 
 # ---- fake kernels
@@ -199,7 +204,9 @@ def _fake_state(student: Tensor, score: Tensor) -> Tensor:
 
 
 def _fake_loss(student: Tensor, reduction: int) -> Tensor:
-    return student.new_empty(student.shape[:-1] if reduction == REDUCTION_NONE else (), dtype=accumulator_of(student))
+    return student.new_empty(
+        student.shape[:-1] if reduction == REDUCTION_NONE else (), dtype=accumulator_dtype(student)
+    )
 
 
 @torch.library.register_fake("kcd_ext::condensed_kd")
@@ -222,7 +229,7 @@ def _fake_backward_in_place(*_):
 @torch.library.register_fake("kcd_ext::row_stats")
 def _fake_row_stats(student, teacher, labels, score, *_):
     cross_entropy = student.new_empty(
-        0 if labels.dtype == torch.bool else student.shape[:-1], dtype=accumulator_of(student)
+        0 if labels.dtype == torch.bool else student.shape[:-1], dtype=accumulator_dtype(student)
     )
     return _fake_state(student, score), cross_entropy, student.new_empty(student.shape[:-1], dtype=torch.bool)
 
@@ -237,10 +244,10 @@ def _fake_reduce(student, *options):
     return _fake_loss(student, reduction=options[-2])
 
 
-# ---- the derivative: one function, for eager calls, process groups and recorded graphs
+# ---- the derivative, shared by eager calls, process groups and traced graphs
 
 
-def with_derivative(
+def attach_autograd(
     loss: Tensor,
     student: Tensor,
     inputs: tuple[Tensor | None, ...],
@@ -249,76 +256,76 @@ def with_derivative(
     inplace: bool = False,
     gradient: Tensor | None = None,
 ) -> Tensor:
-    """Return the loss, differentiable with respect to the student's logits.
+    """Return the loss as a differentiable function of the student's logits.
 
     Args:
-        loss: computed without autograd.
-        student: the logits it is a function of.
-        inputs: teacher, labels, row_weight, rows, as the operators take them; None for those that are absent.
-        state: as `condensed_kd` leaves it, nobody else's: hooks of saved tensors do not see it.
-        options: the operators' temperature, kd_weight, ce_weight, ignore_index, reduction and number of processes.
-        inplace: whether the gradient overwrites the logits.
-        gradient: that of the loss for an incoming gradient of 1, if the forward pass wrote it. It is handed over.
+        loss: Loss computed without autograd.
+        student: Logits to differentiate with respect to.
+        inputs: Teacher, labels, row_weight and rows, as the operators take them; None if absent.
+        state: State of `condensed_kd`. Must not be shared: hooks for saved tensors do not see it.
+        options: Temperature, kd_weight, ce_weight, ignore_index, reduction and number of processes of the operators.
+        inplace: Whether the gradient overwrites the logits.
+        gradient: Gradient for an incoming gradient of 1, if the forward pass computed it. Ownership passes to autograd.
     """
-    # Autograd cannot save tensors made in inference mode; nor can they be changed before the backward pass.
+    # Autograd cannot save tensors created in inference mode, and need not: they cannot be modified before the backward pass.
     saved, constants = inputs, None
     for x in inputs:
         if x is not None and x.is_inference():
             saved, constants = [None if x is None or x.is_inference() else x for x in inputs], inputs
             break
-    # Whether a gradient times a number is the same as computed with it: bfloat16 would be rounded once more.
-    scales = student.dtype != torch.bfloat16
-    ahead = None if gradient is None else [gradient]  # a list, whose pop() is thread-safe
-    apply = CondensedKD.apply if torch.compiler.is_compiling() else _apply
-    # In a tuple, because autograd handles every tensor that it sees.
-    return apply(student, (loss, saved, (constants, state, options, inplace, scales, ahead)))
+    # Scaling a finished gradient would round bfloat16 twice.
+    scalable = student.dtype != torch.bfloat16
+    ready_gradient = None if gradient is None else [gradient]  # a list, because its pop() is thread-safe
+    apply = CondensedKDFunction.apply if torch.compiler.is_compiling() else _apply
+    # In a tuple, which autograd does not look into: each tensor argument costs time.
+    return apply(student, (loss, saved, (constants, state, options, inplace, scalable, ready_gradient)))
 
 
-class CondensedKD(torch.autograd.Function):
-    """The derivative of `condensed_kd`, with respect to the student's logits alone."""
+class CondensedKDFunction(torch.autograd.Function):
+    """The derivative of `condensed_kd` with respect to the student's logits."""
 
     @staticmethod
     def forward(ctx, student: Tensor, computed: tuple) -> Tensor:
-        """Return the loss that `with_derivative` was given."""
+        """Return the loss, which has been computed before."""
         loss, saved, ctx.call = computed
         ctx.save_for_backward(student, *saved)
         return loss
 
     @staticmethod
     def backward(ctx, grad_output: Tensor) -> tuple[Tensor, None]:
-        """Return the gradient with respect to the student's logits, (..., C) in their dtype."""
+        """Return the gradient of the student's logits, (..., C) in their dtype."""
         differentiable = torch.is_grad_enabled()
-        _, _, options, inplace, scales, ahead = ctx.call
-        if ahead is not None and not differentiable and dispatch_is_plain():
-            factor = grad_output.tolist()  # sooner than item(), which dispatches
+        _, _, options, inplace, scalable, ready_gradient = ctx.call
+        if ready_gradient is not None and not differentiable and dispatch_is_plain():
+            factor = grad_output.tolist()  # faster than item(), which dispatches
             if factor == 1:
-                return _take_gradient(ctx, ahead, grad_output), None
-            # What is not finite would make rows NaN that are not selected.
-            if scales and math.isfinite(factor):
-                return _take_gradient(ctx, ahead, grad_output).mul_(factor), None
-        saved = _unpack(ctx)  # raises where an earlier backward pass overwrote the logits
+                return _pop_gradient(ctx, ready_gradient, grad_output), None
+            # An infinite or NaN factor would turn the zeros of unselected rows into NaN.
+            if scalable and math.isfinite(factor):
+                return _pop_gradient(ctx, ready_gradient, grad_output).mul_(factor), None
+        saved = _unpack_saved(ctx)  # raises if an earlier backward pass overwrote the logits
         if inplace:
             if differentiable:
                 _refuse_second_derivative()
             return _backward_in_place(grad_output, saved, options), None
-        operator = recorded_condensed_kd_backward if differentiable else condensed_kd_backward
-        return _backward(operator, grad_output, *saved, options), None
+        operator = traceable_condensed_kd_backward if differentiable else condensed_kd_backward
+        return _call_backward(operator, grad_output, *saved, options), None
 
 
-# Function.apply handles torch.func's transforms first, which are refused before this is reached.
-_apply = super(torch.autograd.Function, CondensedKD).apply
+# Skips the check of Function.apply for torch.func transforms, which `condensed_kd_loss` has refused by now.
+_apply = super(torch.autograd.Function, CondensedKDFunction).apply
 
 
-def _take_gradient(ctx, ahead: list[Tensor], grad_output: Tensor) -> Tensor:
-    """Return the gradient that the forward pass wrote; in further backward passes the same bits, computed anew."""
+def _pop_gradient(ctx, ready_gradient: list[Tensor], grad_output: Tensor) -> Tensor:
+    """Return the gradient of the forward pass. A second backward pass recomputes it, with the same bits."""
     try:
-        return ahead.pop()
+        return ready_gradient.pop()
     except IndexError:
-        return _backward(condensed_kd_backward, torch.ones_like(grad_output), *_unpack(ctx), ctx.call[2])
+        return _call_backward(condensed_kd_backward, torch.ones_like(grad_output), *_unpack_saved(ctx), ctx.call[2])
 
 
-def _unpack(ctx) -> tuple[Tensor | None, ...]:
-    """Return student, teacher, labels, row_weight, rows and state. Runs the unpack hooks of saved tensors: call it once."""
+def _unpack_saved(ctx) -> tuple[Tensor | None, ...]:
+    """Return student, teacher, labels, row_weight, rows and state. Call it once: it runs the unpack hooks of saved tensors."""
     constants, state, *_ = ctx.call
     if constants is None:
         return *ctx.saved_tensors, state
@@ -326,34 +333,34 @@ def _unpack(ctx) -> tuple[Tensor | None, ...]:
     return student, *(constant if x is None else x for x, constant in zip(saved, constants, strict=True)), state
 
 
-def _backward(operator, grad_output, student, teacher, labels, row_weight, rows, state, options):
-    """Call a backward operator with saved tensors, which an unpack hook may return in any memory layout; None: absent."""
-    if operator is condensed_kd_backward and row_weight is None and rows is None and fast_path_is_open():
+def _call_backward(operator, grad_output, student, teacher, labels, row_weight, rows, state, options):
+    """Call a backward operator with saved tensors. An unpack hook may have changed their memory layout. None means absent."""
+    if operator is condensed_kd_backward and row_weight is None and rows is None and can_use_fast_path():
         gradient = _compiled.condensed_kd_backward(grad_output, student, teacher, labels, state, options)
         if gradient is not NotImplemented:
             return gradient
     per_row = (absent(student) if x is None else x.contiguous() for x in (labels, row_weight, rows, state))
-    return operator(grad_output.contiguous(), readable(student), readable(teacher), *per_row, *options)
+    return operator(grad_output.contiguous(), make_readable(student), make_readable(teacher), *per_row, *options)
 
 
 def _backward_in_place(grad_output: Tensor, saved: tuple[Tensor | None, ...], options: tuple) -> Tensor:
-    # The dispatcher cannot negate lazily for an operator that returns nothing.
+    # The dispatcher cannot resolve the lazy negation bit for an operator that returns nothing.
     grad_output, student, *saved = (x if x is None else x.detach().resolve_neg() for x in (grad_output, *saved))
-    student = readable(student)
-    _backward(condensed_kd_backward_, grad_output, student, *saved, options)
+    student = make_readable(student)
+    _call_backward(condensed_kd_backward_, grad_output, student, *saved, options)
     torch.autograd.graph.increment_version(student)
     return student
 
 
 def _refuse_second_derivative(*_):
     raise RuntimeError(
-        "condensed_kd_loss has no second derivative: for that use kcd_ext.reference.condensed_kd_loss, the same function in"
-        " plain PyTorch"
+        "condensed_kd_loss has no second derivative: use kcd_ext.reference.condensed_kd_loss, the same function in plain"
+        " PyTorch"
     )
 
 
 class _NoSecondDerivative(torch.autograd.Function):
-    """Ties a gradient to what it is a function of, so that its derivative raises instead of being 0."""
+    """A function that connects a gradient to its inputs, so that differentiating it raises instead of returning 0."""
 
     @staticmethod
     def forward(ctx, computed: tuple, *inputs: Tensor) -> Tensor:
@@ -362,15 +369,15 @@ class _NoSecondDerivative(torch.autograd.Function):
     backward = staticmethod(_refuse_second_derivative)
 
 
-def _condensed_kd_by_autograd(student, teacher, labels, score, row_weight, rows, *options):
+def _condensed_kd_autograd_kernel(student, teacher, labels, score, row_weight, rows, *options):
     with BelowAutograd():
         loss, state, gradient = condensed_kd(student, teacher, labels, score, row_weight, rows, *options)
     if torch.is_grad_enabled() and student.requires_grad:
-        loss = with_derivative(loss, student, given(teacher, labels, row_weight, rows), state, options[3:-1])
+        loss = attach_autograd(loss, student, absent_to_none(teacher, labels, row_weight, rows), state, options[3:-1])
     return loss, state, gradient
 
 
-def _backward_by_autograd(grad_output, student, *rest):
+def _backward_autograd_kernel(grad_output, student, *rest):
     with BelowAutograd():
         gradient = condensed_kd_backward(grad_output, student, *rest)
     if torch.is_grad_enabled() and (grad_output.requires_grad or student.requires_grad):
@@ -378,39 +385,40 @@ def _backward_by_autograd(grad_output, student, *rest):
     return gradient
 
 
-def _setup_context(ctx, inputs, output):
+def _fallback_setup_context(ctx, inputs, output):
     student, teacher, labels, _, row_weight, rows, *options = inputs
     loss, state, gradient = output
-    saved = given(teacher, labels, row_weight, rows)
-    CondensedKD.forward(ctx, student, (loss, saved, (None, state, tuple(options[3:-1]), False, False, None)))
+    saved = absent_to_none(teacher, labels, row_weight, rows)
+    CondensedKDFunction.forward(ctx, student, (loss, saved, (None, state, tuple(options[3:-1]), False, False, None)))
     ctx.mark_non_differentiable(state, gradient)
     ctx.set_materialize_grads(False)
 
 
-def _backward_of_all(ctx, grad_output, *_):
-    gradient = None if grad_output is None else CondensedKD.backward(ctx, grad_output)[0]
+def _fallback_backward(ctx, grad_output, *_):
+    gradient = None if grad_output is None else CondensedKDFunction.backward(ctx, grad_output)[0]
     return gradient, *(None,) * 15
 
 
-# What a compiled graph, torch.jit.trace and torch.ops call. Its kernels are in Python to raise torch.OutOfMemoryError there too,
-# which those of torch.library.register_autograd do not.
+# Compiled graphs, torch.jit.trace and torch.ops call these kernels. Unlike torch.library.register_autograd, they raise
+# torch.OutOfMemoryError there as well.
 if BelowAutograd is not None:
     _autograd_kernels = torch.library.Library("kcd_ext", "IMPL")
-    _autograd_kernels.impl("condensed_kd", _condensed_kd_by_autograd, "Autograd")
-    _autograd_kernels.impl("condensed_kd_backward", _backward_by_autograd, "Autograd")
+    _autograd_kernels.impl("condensed_kd", _condensed_kd_autograd_kernel, "Autograd")
+    _autograd_kernels.impl("condensed_kd_backward", _backward_autograd_kernel, "Autograd")
 else:
-    torch.library.register_autograd("kcd_ext::condensed_kd", _backward_of_all, setup_context=_setup_context)
+    torch.library.register_autograd("kcd_ext::condensed_kd", _fallback_backward, setup_context=_fallback_setup_context)
     torch.library.register_autograd("kcd_ext::condensed_kd_backward", _refuse_second_derivative)
 
 
 # ---- the eager fast path: csrc/fast_path.cpp
 
 
-def fast_path_is_open() -> bool:
-    """Return whether calls may bypass the dispatcher: outside tracing, dispatch modes and functorch transforms."""
+def can_use_fast_path() -> bool:
+    """Return whether calls may bypass the dispatcher: not under tracing, dispatch modes or functorch transforms."""
     return HAS_FAST_PATH and dispatch_is_plain()
 
 
-# (student, teacher, labels or None, keep, value, options, with_gradient) -> what `condensed_kd` returns, or NotImplemented, and the
-# operator then reports any error. keep and options are tuples of its arguments. Supports plain CPU tensors up to 1 MB.
+# Called with (student, teacher, labels or None, keep, value, options, with_gradient); keep and options are tuples of the
+# operator's arguments. Returns what `condensed_kd` returns, or NotImplemented: the dispatcher then reports any error. Supports
+# plain CPU tensors up to 1 MB.
 fast_path: Callable | None = getattr(_compiled, "condensed_kd", None)

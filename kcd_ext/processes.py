@@ -1,4 +1,4 @@
-"""Several processes that run one command (torchrun, accelerate launch): rank 0 speaks for all."""
+"""The ranks of a command that a launcher has started (torchrun, accelerate launch). Rank 0 reports for all."""
 
 import os
 import sys
@@ -9,27 +9,27 @@ BAD_INPUT = 2  # the exit code
 
 
 def rank() -> int:
-    """Return the number of this process among those of the command; 0 without a launcher."""
-    return _variable("RANK", 0) if world_size() > 1 else 0
+    """Return the rank of this process; 0 without a launcher."""
+    return _int_from_environment("RANK", 0) if world_size() > 1 else 0
 
 
 def world_size() -> int:
-    """Return the number of processes of the command; 1 without a launcher."""
-    return _variable("WORLD_SIZE", 1)
+    """Return the number of processes; 1 without a launcher."""
+    return _int_from_environment("WORLD_SIZE", 1)
 
 
 def local_world_size() -> int:
-    """Return the number of processes of the command on this machine; all of them if the launcher does not set it."""
-    return max(1, _variable("LOCAL_WORLD_SIZE", world_size())) if world_size() > 1 else 1
+    """Return the number of processes on this machine; the world size if the launcher does not set it."""
+    return max(1, _int_from_environment("LOCAL_WORLD_SIZE", world_size())) if world_size() > 1 else 1
 
 
-def _variable(name: str, default: int) -> int:
+def _int_from_environment(name: str, default: int) -> int:
     value = os.environ.get(name, "")
     return int(value) if value.isdecimal() else default
 
 
 def in_process_group() -> bool:
-    """Return whether this process has met the others of the command: an error may then come from their end."""
+    """Return whether the process group is initialised. Errors may then be caused by another rank that failed."""
     distributed = sys.modules.get("torch.distributed")
     return world_size() > 1 and distributed is not None and distributed.is_available() and distributed.is_initialized()
 
@@ -46,7 +46,7 @@ def report_on_rank_zero() -> Iterator[None]:
 
 
 def shutdown() -> None:
-    """Wait for all ranks, then destroy the process group: left to the end of the interpreter, it occasionally aborts."""
+    """Wait for all ranks, then destroy the process group. Leaving it to interpreter shutdown occasionally aborts."""
     if in_process_group():
         distributed = sys.modules["torch.distributed"]
         distributed.barrier()

@@ -1,4 +1,4 @@
-"""Randomness that is a function of numbers alone, and that leaves no trace in the caller's process."""
+"""Reproducible randomness: generators seeded by numbers, without side effects on the caller's generators."""
 
 import random
 from collections.abc import Iterator
@@ -10,14 +10,18 @@ import torch
 
 @contextmanager
 def seeded(*numbers: int, device: str | torch.device = "cpu") -> Iterator[None]:
-    """Inside, the generators of Python, NumPy and torch (CPU and `device`) are seeded by these numbers in [0, 2**64).
+    """Seed the generators of Python, NumPy and torch inside the context, and restore them afterwards.
 
-    Afterwards they are as they were. An epoch that runs in `seeded(seed, epoch)` needs no generator state in its
-    checkpoint: dropout, the transforms of the data set and the workers' seeds are what they were the first time.
+    An epoch that runs in `seeded(seed, epoch)` needs no generator state in its checkpoint: dropout, transforms of the data set and
+    the seeds of workers repeat exactly.
+
+    Args:
+        *numbers: Integers in [0, 2**64) that together determine the seeds.
+        device: Device whose generator is seeded in addition to the CPU's.
     """
     device = torch.device(device)
-    # Two words for each and their count before them: SeedSequence by itself cuts large numbers into words and fills up
-    # with zeros, so (2**32,) would be (0, 1) and (1,) would be (1, 0).
+    # Encode the count and two words per number. SeedSequence alone splits large numbers into words and pads with zeros, so that
+    # different numbers would give equal seeds: (2**32,) equals (0, 1), and (1,) equals (1, 0).
     words = [len(numbers), *(word for number in numbers for word in (number % 2**32, number // 2**32))]
     seeds = np.random.SeedSequence(words).generate_state(3, np.uint64)
     states = random.getstate(), np.random.get_state()

@@ -1,6 +1,7 @@
-"""`condensed_kd_loss` once more in plain PyTorch: any device, twice differentiable; oracle and fallback.
+"""`condensed_kd_loss` in plain PyTorch, for any device and any order of differentiation.
 
-It reads the logits several times and keeps every intermediate, as any eager formula does.
+It is the fallback for what the fused operator does not support, and the reference that the operator is tested against. Like any
+eager formula it reads the logits several times and keeps every intermediate.
 """
 
 import math
@@ -17,21 +18,24 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
-# The logarithm of the smallest number that float64 tells from 0: below it a class has no probability in any type.
-_VANISHING = -1075 * math.log(2)
+# Below this log-probability float64 rounds to 0: the class has no probability in any dtype.
+_LOG_UNDERFLOW = -1075 * math.log(2)
 
 
 def _entropy(logits: Tensor) -> Tensor:
-    """log Z - sum e^x x / Z over x = logits - max, Z = sum e^x: in a confident row log1p keeps the digits of its small tail."""
+    """Return log Z - sum(e^x x) / Z with x = logits - max and Z = sum(e^x).
+
+    For a confident row Z is barely above 1; `log1p` of the tail keeps the digits that `log(Z)` would lose.
+    """
     x = logits - logits.amax(-1, keepdim=True)
-    zero, e, at_maximum = torch.zeros_like(x), x.exp(), x == 0
-    ones, tail = at_maximum.sum(-1), torch.where(at_maximum, zero, e).sum(-1)
-    log_sum = torch.where(ones == 1, tail.log1p(), (ones + tail).log())
-    return log_sum - torch.where(x == -torch.inf, zero, e * x).sum(-1) / (ones + tail)
+    zero, e, is_maximum = torch.zeros_like(x), x.exp(), x == 0
+    maxima, tail = is_maximum.sum(-1), torch.where(is_maximum, zero, e).sum(-1)
+    log_sum = torch.where(maxima == 1, tail.log1p(), (maxima + tail).log())
+    return log_sum - torch.where(x == -torch.inf, zero, e * x).sum(-1) / (maxima + tail)
 
 
 def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
-    # The maximum goes before the division, which would round logits of a large offset.
+    # Subtract the maximum before dividing: with a large offset the division would round away the differences.
     return F.log_softmax((logits - logits.detach().amax(-1, keepdim=True)) / temperature, -1)
 
 
@@ -39,26 +43,33 @@ def _kl(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     log_q, log_p = _log_softmax(student, temperature), _log_softmax(teacher, temperature)
     p = log_p.exp()
     zero = torch.zeros_like(log_p)
-    absent = log_p < _VANISHING
-    # Where the student has no mass and the teacher has, the divergence is infinite, even where p itself underflows to 0.
-    underflow = (log_q == -torch.inf) & (p == 0) & ~absent
+    impossible = log_p < _LOG_UNDERFLOW
+    # The divergence is infinite if only the student rules a class out, even if p itself underflows to 0.
+    underflow = (log_q == -torch.inf) & (p == 0) & ~impossible
     infinite = torch.where(underflow, torch.full_like(log_p, torch.inf), zero).sum(-1)
-    return (p * torch.where(absent | underflow, zero, log_p - log_q)).sum(-1) + infinite
+    return (p * torch.where(impossible | underflow, zero, log_p - log_q)).sum(-1) + infinite
 
 
-def _key(value: Tensor) -> Tensor:
-    """Values with every NaN above +inf, -0 equal to +0, for a stable descending sort (ties: the lower row)."""
+def _sort_key(value: Tensor) -> Tensor:
+    """Return the values with -0 replaced by +0. torch sorts NaN above +inf, as the ranking requires."""
     return torch.where(value == 0, torch.zeros_like(value), value)
 
 
 def select(value: Tensor, candidate: Tensor, keep: arguments.Keep) -> Tensor:
-    """bool (n,): the k candidates of highest value, NaN first, ties to the lower row."""
+    """Select the `k` candidates of highest value: NaN first, ties in row order.
+
+    Args:
+        value: Knowledge values of shape `(n,)`.
+        candidate: Candidate rows, bool of shape `(n,)`.
+        keep: Number of rows to select, as `arguments.check_keep` returns it.
+
+    Returns:
+        The selected rows, bool of shape `(n,)`.
+    """
     selected = torch.zeros_like(candidate)
     rows = candidate.nonzero().squeeze(1)
     k = keep.of(len(rows))
-    order = torch.sort(
-        _key(value.detach()[rows]), descending=True, stable=True
-    ).indices  # torch sorts NaN as the largest
+    order = torch.sort(_sort_key(value.detach()[rows]), descending=True, stable=True).indices
     selected[rows[order[:k]]] = True
     return selected
 
@@ -79,15 +90,14 @@ def _check_indices(labels: Tensor | None, rows: Tensor | None, classes: int, n: 
         if bad.any():
             row = int(bad.nonzero()[0])
             raise IndexError(
-                f"labels[{row}] is {int(labels[row])}: it must lie in [0, {classes}) or be ignore_index {ignore_index}"
+                f"labels[{row}] is {int(labels[row])}: it must be in [0, {classes}) or be ignore_index {ignore_index}"
             )
     if rows is not None:
         bad = (rows < -1) | (rows >= n)
         if bad.any():
             i = int(bad.nonzero()[0])
-            raise IndexError(f"rows[{i}] is {int(rows[i])}: it must lie in [0, {n}), or be -1 to be skipped")
-        named = rows[rows >= 0]
-        counts = torch.bincount(named, minlength=n)
+            raise IndexError(f"rows[{i}] is {int(rows[i])}: it must be in [0, {n}), or -1 to be skipped")
+        counts = torch.bincount(rows[rows >= 0], minlength=n)
         if (counts > 1).any():
             raise ValueError(f"rows names row {int((counts > 1).nonzero()[0])} more than once")
 
@@ -111,11 +121,41 @@ def condensed_kd_loss(
     class_dim: int | None = None,
     return_knowledge: bool = False,
 ) -> Tensor | tuple[Tensor, Knowledge]:
-    """The function of the same name in `kcd_ext`, in plain PyTorch; see there for arguments, shapes and errors.
+    """Return the same loss as `kcd_ext.condensed_kd_loss`, in plain PyTorch.
 
-    Any device and any differentiable order.  `inplace=True` raises ValueError: autograd needs the logits it read.
+    It runs on any device. It is differentiable any number of times, in reverse and forward mode and with `torch.func.grad`, `jvp`
+    and `hessian`, but not with `vmap` over the loss. It is slower, and needs several times the memory of the logits.
+
+    Args:
+        student_logits: Shape `(..., C)`, or with the classes in `class_dim`.
+        teacher_logits: Same shape, or `(m, C)` with `rows`. Treated as constant.
+        temperature: Softening temperature.
+        keep: How many candidates to select: a fraction in (0, 1] as a float, or a number of rows as an int >= 1.
+        value: What ranks the rows: a name, or a tensor of scores of shape `(...)`.
+        labels: Class indices, int64 of shape `(...)`.
+        kd_weight: Weight of the distillation term. Default: 1, or 0.9 with `labels`.
+        ce_weight: Weight of the cross entropy. Default: 0, or 0.1 with `labels`.
+        row_weight: Factor of each row's KL divergence, shape `(...)`. Treated as constant.
+        rows: Indices of the rows that `teacher_logits` holds, int64 of shape `(m,)`.
+        ignore_index: Label of rows to ignore.
+        reduction: `"mean"`, `"sum"` or `"none"`.
+        group: A `torch.distributed` process group over whose rows to select and average.
+        inplace: Must be False: plain autograd needs the logits.
+        class_dim: Dimension of the classes; the last one by default.
+        return_knowledge: Also return the rows' `Knowledge`.
+
+    Returns:
+        The loss, or the pair `(loss, knowledge)` with `return_knowledge=True`.
+
+    Raises:
+        TypeError: An argument has the wrong type or dtype.
+        ValueError: An argument has the wrong shape, device or range, `rows` names a row twice, or `inplace` is True.
+        IndexError: A label or an entry of `rows` is out of range, on every device.
+
+    Warns:
+        UserWarning: As `kcd_ext.condensed_kd_loss`.
     """
-    class_dim_from_0 = arguments.check_loss_tensors(
+    class_dim_index = arguments.check_loss_tensors(
         student_logits,
         teacher_logits,
         value=value,
@@ -129,11 +169,11 @@ def condensed_kd_loss(
         temperature, keep, kd_weight, ce_weight, labels is not None, ignore_index, reduction
     )
     if inplace:
-        raise ValueError("inplace=True is not possible in the reference: plain autograd needs the logits it read")
+        raise ValueError("inplace=True is not supported by the reference: plain autograd needs the logits")
     arguments.warn_about_classes(student_logits, class_dim)
-    student_logits = arguments.classes_last(student_logits, class_dim_from_0)
+    student_logits = arguments.classes_last(student_logits, class_dim_index)
     if rows is None:
-        teacher_logits = arguments.classes_last(teacher_logits, class_dim_from_0)
+        teacher_logits = arguments.classes_last(teacher_logits, class_dim_index)
 
     shape, classes = student_logits.shape[:-1], student_logits.shape[-1]
     accumulator = torch.float64 if student_logits.dtype == torch.float64 else torch.float32
@@ -150,22 +190,22 @@ def condensed_kd_loss(
     if rows is None:
         teacher = teacher.reshape(-1, classes)
     else:
-        # The teacher's rows in the student's order; rows it does not hold stand in as zeros and are no candidates.
-        named = rows >= 0
-        held = torch.zeros_like(valid).index_fill(0, rows[named], True)
-        teacher = torch.zeros_like(student, requires_grad=False).index_copy(0, rows[named], teacher[named])
-        candidate = valid & held
+        # Scatter the teacher's rows into the student's order. The other rows become zeros and are not candidates.
+        used = rows >= 0
+        has_teacher = torch.zeros_like(valid).index_fill(0, rows[used], True)
+        teacher = torch.zeros_like(student, requires_grad=False).index_copy(0, rows[used], teacher[used])
+        candidate = valid & has_teacher
     nan = torch.full((n,), torch.nan, dtype=accumulator, device=student.device)
 
-    # Rows that are read into nothing are replaced before any formula: a NaN there would reach the gradients as 0 * NaN.
+    # Replace rows that do not count before any formula: a NaN in them would reach the gradients as 0 * NaN.
     safe_student = torch.where(valid[:, None], student, torch.zeros_like(student))
     log_probabilities = F.log_softmax(safe_student, -1)
     with torch.no_grad():
         entropy = torch.where(valid, _entropy(safe_student), nan)
     zeros = torch.zeros_like(student)
     with torch.no_grad():
-        seen_teacher = torch.where(candidate[:, None], teacher, zeros)
-        kl = _kl(torch.where(candidate[:, None], student, zeros), seen_teacher, options.temperature)
+        safe_teacher = torch.where(candidate[:, None], teacher, zeros)
+        kl = _kl(torch.where(candidate[:, None], student, zeros), safe_teacher, options.temperature)
     cross_entropy = torch.zeros_like(nan)
     if flat_labels is not None:
         index = torch.where(valid, flat_labels, torch.zeros_like(flat_labels))
@@ -178,25 +218,29 @@ def condensed_kd_loss(
         else:
             formulas = {
                 "entropy": lambda: entropy,
-                "teacher_entropy": lambda: _entropy(seen_teacher),
+                "teacher_entropy": lambda: _entropy(safe_teacher),
                 "kl": lambda: kl,
                 "cross_entropy": lambda: cross_entropy.detach(),
             }
             score = formulas[value]().clone()
-        # A row that is not a number ranks first whatever is asked for, so that it reaches the loss.
+        # A row with NaN ranks first under every `value`, so that it reaches the loss.
         score[~candidate | entropy.isnan() | kl.isnan()] = torch.nan
 
         selected = select(_gather(score, group), _gather(candidate, group), options.keep)
-        n_valid, n_selected, world = _gather(valid, group).sum(), selected.sum(), 1 if group is None else group.size()
+        n_valid, n_selected, world_size = (
+            _gather(valid, group).sum(),
+            selected.sum(),
+            1 if group is None else group.size(),
+        )
         if group is not None:
             selected = selected[group.rank() * n : (group.rank() + 1) * n]
 
-    # Only selected rows take part in the differentiable formula.
-    chosen = selected[:, None]
-    divergence = _kl(torch.where(chosen, student, zeros), torch.where(chosen, teacher, zeros), options.temperature)
+    # The differentiable formula sees selected rows only.
+    mask = selected[:, None]
+    divergence = _kl(torch.where(mask, student, zeros), torch.where(mask, teacher, zeros), options.temperature)
     weight = torch.ones_like(kl) if row_weight is None else row_weight.detach().reshape(-1).to(accumulator)
     weight = options.weights.kd * torch.where(selected, weight, torch.zeros_like(weight))
-    # A weight of 0 takes a row out, unless its divergence is not a number: NaN is never hidden.
+    # A weight of 0 removes a row, even an infinite one, but never hides NaN.
     divergence = torch.where((weight == 0) & ~divergence.isnan(), torch.zeros_like(kl), divergence)
     kd = options.temperature**2 * weight * divergence
     ce = options.weights.ce * cross_entropy if options.weights.ce else torch.zeros_like(cross_entropy)
@@ -205,7 +249,7 @@ def condensed_kd_loss(
     elif reduction == "sum":
         loss = ce.sum() + kd.sum()
     else:
-        loss = ce.sum() * world / n_valid.clamp(min=1) + kd.sum() * world / n_selected.clamp(min=1)
+        loss = ce.sum() * world_size / n_valid.clamp(min=1) + kd.sum() * world_size / n_selected.clamp(min=1)
     if not return_knowledge:
         return loss
     kl = torch.where(candidate, kl, nan)

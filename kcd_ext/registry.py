@@ -1,4 +1,4 @@
-"""Names for things that live elsewhere: a short one, or `module:attribute` for what this package never heard of."""
+"""Lookup of objects by name: a registered short name, or `module:attribute` for the user's code."""
 
 import importlib
 from collections.abc import Iterable, Mapping
@@ -9,17 +9,20 @@ from .import_path import resolving
 
 
 def resolve(kind: str, name: str, registry: Mapping[str, str]) -> object:
-    """The object that `name` stands for; its module is imported only now.
+    """Import and return the object that `name` stands for.
 
     Args:
-        kind: what is looked up, as it reads in an error message ("data set", "model").
-        name: a key of `registry`, or `module:attribute` itself.
-        registry: short name -> `module:attribute`.
+        kind: Kind of the object, for error messages ("data set", "model").
+        name: A key of `registry`, or `module:attribute`.
+        registry: Maps short names to `module:attribute`.
+
+    Returns:
+        The object.
 
     Raises:
-        TypeError: `name` is no string.
-        ValueError: `name` is unknown, or its module or attribute does not exist, or its module fails when imported.
-        ImportError: the module exists and needs another one that is not installed.
+        TypeError: `name` is not a string.
+        ValueError: `name` is unknown, its module or attribute does not exist, or its module fails on import.
+        ImportError: The module exists, but needs another one that is not installed.
     """
     if not isinstance(name, str):
         raise TypeError(f"{kind} must be a name or module:attribute, got {describe(name)}")
@@ -31,7 +34,7 @@ def resolve(kind: str, name: str, registry: Mapping[str, str]) -> object:
             found = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-            raise  # the module is there, something that it imports is not
+            raise  # the module exists, but one of its own imports does not
         raise ValueError(f"{kind} {name!r}: there is no module {error.name!r}") from error
     except ImportError:
         raise
@@ -45,11 +48,20 @@ def resolve(kind: str, name: str, registry: Mapping[str, str]) -> object:
 
 
 def call(kind: str, name: str, registry: Mapping[str, str], /, **arguments: object) -> object:
-    """What the callable that `name` stands for returns for these arguments.
+    """Call the callable that `name` stands for, and return its result.
+
+    Args:
+        kind: Kind of the object, for error messages.
+        name: A key of `registry`, or `module:attribute`.
+        registry: Maps short names to `module:attribute`.
+        **arguments: Keyword arguments of the callable.
+
+    Returns:
+        The result of the call.
 
     Raises:
-        TypeError, ValueError, ImportError, OSError: as `resolve`, or as the callable does.
-        ValueError: the callable, which can be anybody's, raised anything else; says what.
+        TypeError: As `resolve`, or raised by the callable; likewise ImportError and OSError.
+        ValueError: As `resolve`, or the callable raised any other error, which the message names.
     """
     function = resolve(kind, name, registry)
     try:
@@ -64,9 +76,9 @@ def call(kind: str, name: str, registry: Mapping[str, str], /, **arguments: obje
 def unknown(
     kind: str, name: str, names: Iterable[str], otherwise: str = "", variants: Iterable[str] = ()
 ) -> ValueError:
-    """Return the error for a name that is none of `names`: which one is nearest, all of them, and what else is taken.
+    """Return the error for an unknown name. It suggests the nearest name, lists all names, and mentions `otherwise`.
 
-    `variants` of the names are not listed, but may be the nearest.
+    `variants` are not listed, but may be suggested.
     """
     names = list(names)
     nearest = did_you_mean(name, [*names, *variants])

@@ -1,4 +1,4 @@
-"""What `kcd` writes to a terminal. Names come from files of other people: what could steer the terminal is escaped."""
+"""Terminal output of `kcd`. Names may come from untrusted files, so control characters are escaped."""
 
 import re
 import sys
@@ -6,28 +6,28 @@ from contextlib import suppress
 
 from . import processes
 
-# Control characters (C0, DEL, C1), what turns the direction of writing, line separators, characters without width that hide
-# in a name, and halves of characters. Joiners (U+200C, U+200D) stay: emoji and several scripts need them.
+# Control characters (C0, DEL, C1), bidirectional controls, line separators, zero-width characters and surrogates. Joiners (U+200C,
+# U+200D) are allowed: emoji and several scripts need them.
 UNPRINTABLE = re.compile(
     "[\x00-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff]"
 )
-LONGEST = 4000  # characters of a line on stderr, in which a path has room
+MAX_LINE_LENGTH = 4000  # on stderr; enough for a path
 
 
 def printable(text: str) -> str:
-    """Return `text` as one line that is safe to print: `UNPRINTABLE` characters become escapes as in Python's `repr`."""
+    """Return `text` as one line that is safe to print: `UNPRINTABLE` characters are escaped as in `repr`."""
     return UNPRINTABLE.sub(lambda found: repr(found[0])[1:-1], text)
 
 
 def show(*lines: str) -> None:
-    """Print each of `lines`, which are printable but for names in them, as a line on stdout."""
+    """Print lines on stdout, with `UNPRINTABLE` characters escaped."""
     for line in lines:
         print(printable(line))
 
 
 def say(*parts: str) -> None:
-    """Print one line on stderr: who says it, and the parts that are not empty, with colons between them."""
+    """Print one line on stderr: `kcd`, with the rank if it is not 0, and the non-empty parts, joined by colons."""
     name = f"kcd: process {processes.rank()}" if processes.rank() else "kcd"
     line = ": ".join([name, *filter(None, parts)])
-    with suppress(OSError):  # of a stderr that is full or has no reader: the exit code still tells
-        print(printable(line if len(line) <= LONGEST else f"{line[:LONGEST]}..."), file=sys.stderr)
+    with suppress(OSError):  # stderr is full or closed; the exit code still reports the error
+        print(printable(line if len(line) <= MAX_LINE_LENGTH else f"{line[:MAX_LINE_LENGTH]}..."), file=sys.stderr)

@@ -1,4 +1,4 @@
-"""One signature over every implementation of the operator: CPU tensors in, CPU tensors out."""
+"""One interface to every implementation of the operator: CPU tensors in, CPU tensors out."""
 
 from functools import partial
 from unittest import mock
@@ -12,9 +12,9 @@ import kcd_ext
 
 
 def there(x, device: str):
-    """Return a tensor on the device as it lies in memory, with what is around it; anything else as it is.
+    """Copy a tensor to the device with its memory layout and the surrounding memory. Return other objects unchanged.
 
-    `Tensor.to` alone would make rows that lie apart, or begin at an odd address, a contiguous tensor.
+    `Tensor.to` would turn strided or misaligned rows into a contiguous tensor.
     """
     if not isinstance(x, Tensor) or x.device.type == device:
         return x
@@ -26,7 +26,7 @@ def _run(
     function, device: str, student: Tensor, teacher: Tensor, grad_output: Tensor | None, options: dict
 ) -> dict[str, Tensor]:
     leaf = there(student.detach(), device).requires_grad_()
-    # The gradient overwrites the logits it is given, which must not be a leaf.
+    # With inplace the gradient overwrites the logits, which must not be a leaf.
     logits = leaf.clone() if options.get("inplace") else leaf
     options = {name: there(option, device) for name, option in options.items()}
     loss, knowledge = function(logits, there(teacher, device), return_knowledge=True, **options)
@@ -36,7 +36,7 @@ def _run(
 
 
 def _run_cpu(student: Tensor, teacher: Tensor, grad_output: Tensor | None, options: dict) -> dict[str, Tensor]:
-    """By the fast path where the batch is small, and by the dispatcher: the bits must be the same."""
+    """Run through the fast path (for a small batch) and through the dispatcher, and assert that the bits are equal."""
     results = _run(kcd_ext.condensed_kd_loss, "cpu", student, teacher, grad_output, options)
     with mock.patch.object(kcd_ext.ops, "HAS_FAST_PATH", False):
         dispatched = _run(kcd_ext.condensed_kd_loss, "cpu", student, teacher, grad_output, options)
@@ -46,23 +46,23 @@ def _run_cpu(student: Tensor, teacher: Tensor, grad_output: Tensor | None, optio
 
 
 def _run_simt(student: Tensor, teacher: Tensor, grad_output: Tensor | None, options: dict) -> dict[str, Tensor]:
-    """options: also `machine` and `schedule`, see `operators.in_place`."""
-    where = {name: options.pop(name) for name in ("machine", "schedule") if name in options}
-    with operators.in_place(**where):
+    """Run the CUDA kernels on the CPU. `options` may contain `machine` and `schedule` of `operators.in_place`."""
+    simulation = {name: options.pop(name) for name in ("machine", "schedule") if name in options}
+    with operators.in_place(**simulation):
         return _run(kcd_ext.condensed_kd_loss, "cpu", student, teacher, grad_output, options)
 
 
-def _run_apart(student: Tensor, teacher: Tensor, grad_output: Tensor | None, options: dict) -> dict[str, Tensor]:
-    """The gradient in a pass of its own, as where few rows are selected or under torch.compile."""
+def _run_two_pass(student: Tensor, teacher: Tensor, grad_output: Tensor | None, options: dict) -> dict[str, Tensor]:
+    """Compute the gradient in the backward pass, as happens for few selected rows and under torch.compile."""
     with mock.patch.multiple(kcd_ext.ops, HAS_FAST_PATH=False, writes_gradient_ahead=lambda logits: False):
         return _run(kcd_ext.condensed_kd_loss, "cpu", student, teacher, grad_output, options)
 
 
-# cpu, cpu_apart: the kernels of csrc/cpu, the gradient written ahead or in a pass of its own. reference: plain PyTorch.
-# simt: the kernels of csrc/cuda, executed on the CPU. cuda: on a GPU.
+# cpu, cpu_two_pass: the kernels of csrc/cpu, with the gradient from the forward or the backward pass. reference: plain PyTorch.
+# simt: the kernels of csrc/cuda, executed on the CPU. cuda: the same on a GPU.
 BACKENDS = {
     "cpu": _run_cpu,
-    "cpu_apart": _run_apart,
+    "cpu_two_pass": _run_two_pass,
     "reference": partial(_run, kcd_ext.reference.condensed_kd_loss, "cpu"),
     "simt": _run_simt,
 }
@@ -72,27 +72,27 @@ if HAS_CUDA:
 
 
 def parameters(*names: str) -> list:
-    """Return the names as parameters of a test, with their marks; those that begin with "cuda" only where there is a GPU."""
-    marks = {"simt": pytest.mark.cuda_on_cpu, "cpu_apart": pytest.mark.slow}
+    """Return the names as test parameters with their marks. Names that start with "cuda" are dropped without a GPU."""
+    marks = {"simt": pytest.mark.cuda_on_cpu, "cpu_two_pass": pytest.mark.slow}
     marks |= {name: pytest.mark.gpu for name in names if name.startswith("cuda")}
-    present = [name for name in names if HAS_CUDA or not name.startswith("cuda")]
-    return [pytest.param(name, marks=marks[name]) if name in marks else name for name in present]
+    available = [name for name in names if HAS_CUDA or not name.startswith("cuda")]
+    return [pytest.param(name, marks=marks[name]) if name in marks else name for name in available]
 
 
 DEVICES = parameters("cpu", "cuda")
 
 
 def on_gpu(test):
-    """Mark a test that needs a GPU."""
-    return pytest.mark.gpu(pytest.mark.skipif(not HAS_CUDA, reason="needs a GPU, and the kernels for it")(test))
+    """Mark a test as needing a GPU."""
+    return pytest.mark.gpu(pytest.mark.skipif(not HAS_CUDA, reason="needs a GPU and a build with CUDA kernels")(test))
 
 
 def run(
     backend: str, student: Tensor, teacher: Tensor, *, grad_output: Tensor | None = None, **options
 ) -> dict[str, Tensor]:
-    """Loss, gradient and knowledge of `condensed_kd_loss(student, teacher, **options)` on one backend.
+    """Run `condensed_kd_loss(student, teacher, **options)` forward and backward on one backend.
 
-    grad_output: the gradient of the loss, (), or (...) for reduction="none"; ones where it is None.
-    Returns loss, grad, value, kl, entropy, selected, n_selected.
+    `grad_output` is the gradient of the loss, of shape () or, with reduction="none", (...). None means ones.
+    Returns a dict with loss, grad, value, kl, entropy, selected and n_selected.
     """
     return BACKENDS[backend](student, teacher, grad_output, options)

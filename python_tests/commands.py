@@ -1,4 +1,4 @@
-"""The `kcd` command as a process, what it leaves in a folder, and the pages that it writes."""
+"""Helpers for tests of the `kcd` command: run it as a process, read its files and parse its pages."""
 
 import html.parser
 import os
@@ -10,16 +10,16 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-TIMEOUT = 180  # seconds: for a hang, not for speed
+TIMEOUT = 180  # seconds; only a hang takes that long
 MODULE = ("-m", "kcd_ext.cli")
 TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node", "2", *MODULE)
-# The environment of a process that no launcher has started.
+# The environment of a process without a launcher.
 ALONE = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
 ALONE["OMP_NUM_THREADS"] = "1"
 
 
 def run(*arguments, cwd: Path, launcher=MODULE, **options) -> subprocess.CompletedProcess:
-    """Run a command to its end."""
+    """Run a command and return the completed process."""
     command = [sys.executable, *launcher, *map(str, arguments)]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=TIMEOUT, **options)
 
@@ -27,18 +27,18 @@ def run(*arguments, cwd: Path, launcher=MODULE, **options) -> subprocess.Complet
 def stop(
     *arguments, cwd: Path, until: str, number: signal.Signals, meanwhile: Callable[[], None] | None = None
 ) -> tuple[int, str, str]:
-    """Start a command, and end it by a signal once the file `until` has appeared.
+    """Start a command and send it a signal once the file `until` exists.
 
-    meanwhile: what is done before the signal, while the command is suspended.
+    `meanwhile` is called before the signal, while the command is suspended.
     Returns exit status, stdout and stderr.
     """
     command = [sys.executable, *MODULE, *map(str, arguments)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     started = subprocess.Popen(command, cwd=cwd, preexec_fn=heed_interrupts, **pipes)
     try:
-        give_up = time.monotonic() + TIMEOUT
+        deadline = time.monotonic() + TIMEOUT
         while not (cwd / until).exists():
-            assert started.poll() is None and time.monotonic() < give_up
+            assert started.poll() is None and time.monotonic() < deadline
             time.sleep(0.002)
         if meanwhile:
             started.send_signal(signal.SIGSTOP)
@@ -52,22 +52,22 @@ def stop(
 
 
 def heed_interrupts() -> None:
-    """A shell that has started the tests in the background has them ignored, which processes inherit."""
+    """Restore the default handler of SIGINT: a background shell ignores the signal, and children inherit that."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def limit_files_to(size: int) -> Callable[[], None]:
-    """What a process does first that may write no file larger than this: it stands for a full disk."""
+    """Return a function that limits the size of the files a process may write, to simulate a full disk."""
     return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
 def contents(folder: Path) -> dict[Path, bytes]:
-    """Return every file in a folder."""
+    """Return the contents of every file in a folder."""
     return {path: path.read_bytes() for path in sorted(Path(folder).rglob("*")) if path.is_file()}
 
 
 class Page(html.parser.HTMLParser):
-    """A page: its tables, headings and text, and everything that it refers to. Its tags must be closed in order."""
+    """A parsed HTML page: tables, headings, text and references. Asserts that tags are closed in order and ids are unique."""
 
     def __init__(self, source: str):
         super().__init__()
@@ -104,7 +104,7 @@ class Page(html.parser.HTMLParser):
             self.headings[-1] += data
 
     def without_classes(self) -> list[list[list[str]]]:
-        """Take the tables of what is kept of every class out of `rows`, and return them."""
+        """Remove the tables of kept samples per class from `rows` and return them."""
         tables = []
         while ["class"] in (heads := [row[:1] for row in self.rows]):
             start = heads.index(["class"])

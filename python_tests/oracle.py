@@ -1,8 +1,8 @@
-"""condensed_kd_loss from the definitions, in NumPy's extended precision, with the error a kernel may make beside every number.
+"""An oracle of `condensed_kd_loss` in NumPy's extended precision, with a tolerance for every number.
 
-Other formulas than the code under test: KL as sum p log p - sum p log q over explicit distributions, entropies from
-probabilities, ranking by Python's sort.  Only the selection starts from the values that the code under test returned (they are
-checked on their own), so that a last-bit difference between two almost equal rows does not select another row.
+Its formulas differ from those under test: KL is sum(p log p) - sum(p log q) over explicit distributions, entropies come from
+probabilities, and Python sorts the ranking. Only the selection starts from the values that the code under test returned (which are
+checked separately), so that a last-bit difference between two nearly equal rows does not select another row.
 """
 
 from dataclasses import dataclass
@@ -12,20 +12,20 @@ import torch
 from torch import Tensor
 
 REAL = np.longdouble
-ROOM = 24.0  # how many units (half a last place) of the accumulator each term may be off
+TOLERANCE = 24.0  # of every term, in half units in the last place of the accumulator
 UNIT = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 SMALLEST = {torch.float64: 5e-324, torch.float32: 1.5e-45, torch.float16: 6e-8, torch.bfloat16: 1e-40}
 NORMAL = {torch.float64: 2.3e-308, torch.float32: 1.2e-38}
 
 
 def exact(x: Tensor) -> np.ndarray:
+    """Return the tensor in extended precision."""
     return x.detach().to(torch.float64).numpy().astype(REAL)
 
 
 @dataclass
 class Softmax:
-    """The distributions of some rows, and how many units each probability may be off (the exponent's rounding grows with its
-    size)."""
+    """The distributions of some rows, and the tolerance of each probability in units (rounding errors grow with the exponent)."""
 
     log: np.ndarray
     p: np.ndarray
@@ -33,10 +33,10 @@ class Softmax:
 
     @classmethod
     def of(cls, logits: np.ndarray, temperature: float) -> "Softmax":
-        """Of (rows, classes)."""
+        """Return the distributions of logits (rows, classes)."""
         with np.errstate(invalid="ignore", over="ignore", under="ignore"):
             x = (logits - logits.max(1, keepdims=True)) / REAL(temperature)
-            # the most likely class adds e^0 = 1
+            # log1p over all classes but the most likely one, which adds e^0 = 1
             others = np.where(np.arange(x.shape[1]) == x.argmax(1)[:, None], 0, np.exp(x))
             log = x - np.log1p(others.sum(1, keepdims=True))
             log[~np.isfinite(x.max(1))] = np.nan
@@ -45,13 +45,17 @@ class Softmax:
         return cls(log, p, units)
 
     def entropy(self, dtype: torch.dtype) -> tuple[np.ndarray, np.ndarray]:
-        """In nats, and its error: relative to what the classes beside the most likely one add, so that it is small where the
-        entropy is."""
+        """Return the entropies in nats and their tolerances, which shrink with the entropy in confident rows.
+
+        They are relative to the contribution of the classes other than the most likely one.
+        """
         with np.errstate(invalid="ignore"):
             terms = np.where(self.p == 0, 0, -self.p * self.log)
             beside = np.where(self.log == self.log.max(1, keepdims=True), 1 - self.p, self.units)
             error = terms.sum(1) + (beside * np.where(self.p == 0, 0, 1 - self.log)).sum(1)
-            error = ROOM * UNIT[dtype] * error + 1000 * NORMAL[dtype] * self.p.shape[1]  # -p log p where p underflows
+            error = (
+                TOLERANCE * UNIT[dtype] * error + 1000 * NORMAL[dtype] * self.p.shape[1]
+            )  # for -p log p if p underflows
         return terms.sum(1), np.nan_to_num(error)
 
 
@@ -61,7 +65,7 @@ def _kl(
     q, p = Softmax.of(z, temperature), Softmax.of(y, temperature)
     with np.errstate(invalid="ignore", over="ignore", under="ignore"):
         y, z_below = y - y.max(1, keepdims=True), z - z.max(1, keepdims=True)
-        present = y / REAL(temperature) > -1075 * np.log(REAL(2))  # what float64 tells from 0
+        present = y / REAL(temperature) > -1075 * np.log(REAL(2))  # what float64 distinguishes from 0
 
         def total(x):
             return np.where(present, x, 0).sum(1)
@@ -72,7 +76,7 @@ def _kl(
     infinite = (present & np.isneginf(z)).any(1)
     unknown = np.isnan(p.p).any(1) | np.isnan(q.p).any(1)
     kl = np.where(unknown, REAL("nan"), np.where(infinite, REAL("inf"), kl))
-    return q, p, kl, np.where(unknown | infinite, 0, ROOM * unit * error)
+    return q, p, kl, np.where(unknown | infinite, 0, TOLERANCE * unit * error)
 
 
 def expected(
@@ -93,7 +97,7 @@ def expected(
     reduction="mean",
     inplace=False,
 ) -> dict[str, np.ndarray]:
-    """What `got` should be: for every quantity of Knowledge, the loss and the gradient, the number and `<name>_error`."""
+    """Return the expected results with tolerances: `<name>` and `<name>_error` for the loss, the gradient and all of Knowledge."""
     classes, dtype = student.shape[-1], student.dtype
     accumulator = torch.float64 if dtype == torch.float64 else torch.float32
     unit = UNIT[accumulator]
@@ -109,27 +113,29 @@ def expected(
             if i >= 0:
                 teacher_row[i] = j
     candidate = valid & (teacher_row >= 0)
-    (some,), (asked,) = valid.nonzero(), candidate.nonzero()
+    (valid_rows,), (candidates,) = valid.nonzero(), candidate.nonzero()
 
     out = {name: np.full(n, REAL("nan"), REAL) for name in ("entropy", "kl", "value")}
     error = {name: np.zeros(n, REAL) for name in ("entropy", "kl", "value")}
     ce, ce_error = np.zeros(n, REAL), np.zeros(n, REAL)
-    softmax = Softmax.of(z[some], 1.0)
-    out["entropy"][some], error["entropy"][some] = softmax.entropy(accumulator)
-    onehot = None if label is None else np.arange(classes) == label[some, None]
+    softmax = Softmax.of(z[valid_rows], 1.0)
+    out["entropy"][valid_rows], error["entropy"][valid_rows] = softmax.entropy(accumulator)
+    onehot = None if label is None else np.arange(classes) == label[valid_rows, None]
     if label is not None:
-        ce[some] = -softmax.log[onehot]
+        ce[valid_rows] = -softmax.log[onehot]
         with np.errstate(invalid="ignore"):
-            ce_error[some] = np.where(
-                np.isfinite(ce[some]), ROOM * unit * (np.abs(ce[some]) + np.log(classes) + 1), REAL(0)
+            ce_error[valid_rows] = np.where(
+                np.isfinite(ce[valid_rows]), TOLERANCE * unit * (np.abs(ce[valid_rows]) + np.log(classes) + 1), REAL(0)
             )
-    q, p, out["kl"][asked], error["kl"][asked] = _kl(z[asked], y[teacher_row[asked]], temperature, unit)
+    q, p, out["kl"][candidates], error["kl"][candidates] = _kl(
+        z[candidates], y[teacher_row[candidates]], temperature, unit
+    )
 
     if isinstance(value, Tensor):
         values = exact(value).reshape(-1), np.zeros(n, REAL)
     elif value == "teacher_entropy":
         values = np.full(n, REAL("nan"), REAL), np.zeros(n, REAL)
-        values[0][asked], values[1][asked] = Softmax.of(y[teacher_row[asked]], 1.0).entropy(accumulator)
+        values[0][candidates], values[1][candidates] = Softmax.of(y[teacher_row[candidates]], 1.0).entropy(accumulator)
     elif value == "cross_entropy":
         values = ce, ce_error
     else:
@@ -137,8 +143,8 @@ def expected(
     ranked = candidate & ~np.isnan(out["entropy"]) & ~np.isnan(out["kl"])
     out["value"][ranked], error["value"][ranked] = values[0][ranked], values[1][ranked]
 
-    # ---- selection, from the values that were returned
-    n_candidates = len(asked)
+    # ---- selection, from the returned values
+    n_candidates = len(candidates)
     k = (
         0
         if n_candidates == 0
@@ -148,20 +154,20 @@ def expected(
     )
     returned = got["value"].reshape(-1).to(torch.float64).tolist()
     ranking = sorted(
-        asked.tolist(),
+        candidates.tolist(),
         key=lambda i: (returned[i] == returned[i], -returned[i] if returned[i] == returned[i] else 0, i),
     )
     selected = np.isin(np.arange(n), ranking[:k])
 
     # ---- loss and gradient
     weight = np.ones(n, REAL) if row_weight is None else exact(row_weight).reshape(-1)
-    over_valid = REAL(1) / len(some) if reduction == "mean" and len(some) else REAL(1)
+    over_valid = REAL(1) / len(valid_rows) if reduction == "mean" and len(valid_rows) else REAL(1)
     over_selected = REAL(1) / k if reduction == "mean" and k else REAL(1)
     t2 = REAL(temperature) ** 2
     g = np.ones(n, REAL) if grad_output is None else np.broadcast_to(exact(grad_output).reshape(-1), (n,))
     with np.errstate(invalid="ignore", over="ignore"):
         ce_terms = np.where(valid, ce_weight * ce * over_valid, 0) if ce_weight else np.zeros(n, REAL)
-        # a weight of 0 takes a row out, unless its divergence is not a number
+        # a weight of 0 removes a row, unless its divergence is NaN
         factor = kd_weight * t2 * weight * over_selected
         counted = selected & ((factor != 0) | np.isnan(out["kl"]))
         kd_terms = np.where(counted, factor * out["kl"], 0)
@@ -170,15 +176,15 @@ def expected(
         loss_error = loss_error + np.where(counted, np.abs(factor) * error["kl"], 0)
         grad, grad_error = np.zeros_like(z), np.zeros_like(z)
         if label is not None:
-            a = (g * ce_weight * over_valid)[some, None]
-            grad[some] += np.where(a == 0, 0, a * (softmax.p - onehot))
-            grad_error[some] += np.where(a == 0, 0, np.abs(a) * (softmax.units + onehot))
-        chosen = selected[asked]
+            a = (g * ce_weight * over_valid)[valid_rows, None]
+            grad[valid_rows] += np.where(a == 0, 0, a * (softmax.p - onehot))
+            grad_error[valid_rows] += np.where(a == 0, 0, np.abs(a) * (softmax.units + onehot))
+        chosen = selected[candidates]
         b = (g * kd_weight * REAL(temperature) * weight * over_selected)[selected, None]
         grad[selected] += b * (q.p - p.p)[chosen]
         grad_error[selected] += np.abs(b) * ((q.units + p.units)[chosen] + NORMAL[accumulator])
-        # the accumulator's roundings, then one rounding to the gradient's own type
-        grad_error = ROOM * unit * grad_error + 1.001 * UNIT[dtype] * np.abs(grad) + SMALLEST[dtype]
+        # rounding of the accumulator, then one rounding to the gradient's dtype
+        grad_error = TOLERANCE * unit * grad_error + 1.001 * UNIT[dtype] * np.abs(grad) + SMALLEST[dtype]
         grad_error += NORMAL[accumulator]
         if reduction != "none":
             loss, loss_error = loss.sum(), loss_error.sum() + 4 * unit * np.abs(loss).sum()
@@ -195,7 +201,7 @@ def expected(
 
 
 def check(got: dict[str, Tensor], want: dict[str, np.ndarray]) -> None:
-    """Every number within its error, NaN and infinities in the same places, selection equal."""
+    """Assert that every number is within its tolerance, NaN and infinities are at the same places, and the selection is equal."""
     for name in ("selected", "n_selected"):
         assert np.array_equal(got[name].reshape(want[name].shape).numpy(), want[name]), (
             f"{name}: {got[name]} != {want[name]}"

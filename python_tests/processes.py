@@ -1,4 +1,4 @@
-"""Real processes for tests, forked from one that has imported everything already: a start costs milliseconds."""
+"""Forked processes for tests. Everything is imported already, so that a start takes milliseconds."""
 
 import os
 import signal
@@ -11,12 +11,12 @@ from contextlib import closing, suppress
 
 
 class Crew:
-    """`processes` processes that run `job(rank)`, together by torch.distributed's environment if there are several."""
+    """Processes that run `job(rank)`. Several of them get the environment variables of torch.distributed."""
 
     def __init__(self, job: Callable[[int], None], processes: int = 1):
-        with closing(socket.socket()) as found:
-            found.bind(("127.0.0.1", 0))
-            port = found.getsockname()[1]
+        with closing(socket.socket()) as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
         self.pids = [self._fork(job, rank, processes, port) for rank in range(processes)]
 
     @staticmethod
@@ -36,25 +36,25 @@ class Crew:
             traceback.print_exc()
         finally:
             sys.stderr.flush()
-            os._exit(code)  # without taking gloo's threads down, which now and then ends in std::terminate
+            os._exit(code)  # without stopping gloo's threads, which occasionally calls std::terminate
 
     def kill(self) -> None:
-        """All of them, at once."""
+        """Kill all processes."""
         for pid in self.pids:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         self.wait()
 
     def wait(self, timeout: float = 120, together: bool = True) -> list[int]:
-        """Their exit codes, or minus the signal; kills what has not ended by then, and where one has failed the others."""
-        give_up, codes = time.monotonic() + timeout, {}
+        """Return the exit codes (negative for signals). Kill all on timeout, and with `together` once one has failed."""
+        deadline, codes = time.monotonic() + timeout, {}
         while len(codes) < len(self.pids):
             for pid in set(self.pids) - codes.keys():
                 done, status = os.waitpid(pid, os.WNOHANG)
                 if done:
                     codes[pid] = os.waitstatus_to_exitcode(status)
-            # One that failed leaves the others waiting for it.
-            if time.monotonic() > give_up or (together and any(codes.values())):
+            # The others would wait for a failed one forever.
+            if time.monotonic() > deadline or (together and any(codes.values())):
                 for pid in set(self.pids) - codes.keys():
                     os.kill(pid, signal.SIGKILL)
             time.sleep(0.002)

@@ -1,5 +1,6 @@
-"""Derivatives as PyTorch's users rely on them: numeric checks, kept graphs, gradients in place, memory, torch.compile."""
+"""Autograd and torch.compile: numeric checks, retained graphs, in-place gradients, memory, tracing and CUDA graphs."""
 
+import doctest
 import gc
 import math
 import os
@@ -14,7 +15,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kcd_ext
-from kcd_ext import condensed_kd_loss, reference, select_rows
+from kcd_ext import condensed_kd_loss, losses, reference, select_rows
 
 
 @pytest.fixture(params=DEVICES)
@@ -37,8 +38,8 @@ OPTIONS = [
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_gradcheck(device, options):
-    # A step of 1e-6 must not change who is selected: fixed scores.
+def test_gradient_passes_gradcheck(device, options):
+    # Fixed scores: a step of gradcheck must not change the selection.
     options = {"value": torch.arange(5.0).roll(2), **options}
     options = {name: there(x, device) for name, x in options.items()}
     student, teacher = logits(5, 6, 0, device).requires_grad_(), logits(5, 6, 1, device)
@@ -46,7 +47,7 @@ def test_gradcheck(device, options):
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_the_reference_is_twice_differentiable(device, options):
+def test_reference_is_twice_differentiable(device, options):
     options = {"value": torch.arange(5.0).roll(2), **options}
     options = {name: there(x, device) for name, x in options.items()}
     student, teacher = logits(5, 6, 0, device).requires_grad_(), logits(5, 6, 1, device)
@@ -55,7 +56,7 @@ def test_the_reference_is_twice_differentiable(device, options):
     assert torch.allclose(got, want, rtol=1e-13)
 
 
-def test_a_second_derivative_raises_and_names_the_reference(device):
+def test_second_derivative_raises_and_names_the_reference(device):
     student, teacher = logits(5, 6, 0, device).requires_grad_(), logits(5, 6, 1, device)
     (gradient,) = torch.autograd.grad(condensed_kd_loss(student, teacher), student, create_graph=True)
     with pytest.raises(RuntimeError, match=r"kcd_ext\.reference"):
@@ -63,14 +64,14 @@ def test_a_second_derivative_raises_and_names_the_reference(device):
 
 
 @pytest.mark.filterwarnings("ignore:Using backward.. with create_graph")
-def test_create_graph_alone_is_no_error(device):
+def test_create_graph_raises_only_if_second_derivative_is_taken(device):
     student, other = logits(5, 6, 0, device).requires_grad_(), logits(5, 6, 2, device).requires_grad_()
     (condensed_kd_loss(student, logits(5, 6, 1, device)) + other.square().sum()).backward(create_graph=True)
     other.grad.sum().backward()
     assert student.grad is not None
 
 
-def test_a_kept_graph_and_accumulation(device):
+def test_retained_graph_accumulates_gradients(device):
     student, teacher = logits(5, 6, 0, device).requires_grad_(), logits(5, 6, 1, device)
     loss = condensed_kd_loss(student, teacher, keep=0.5)
     loss.backward(retain_graph=True)
@@ -83,8 +84,8 @@ def test_a_kept_graph_and_accumulation(device):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("factor", [1.0, 0.3, 0.0, -2.0, math.inf, math.nan])
-def test_a_gradient_that_is_at_hand_takes_every_factor(device, dtype, factor):
-    """As the one that a second backward pass computes anew; rows that count for nothing stay 0."""
+def test_gradient_of_forward_pass_scales_like_recomputed_one(device, dtype, factor):
+    """The gradient computed in the forward pass equals the recomputed one for every factor; unselected rows stay 0."""
     student = (3 * torch.randn(9, 37, device=device)).to(dtype).requires_grad_()
     loss = condensed_kd_loss(student, (3 * torch.randn(9, 37, device=device)).to(dtype), keep=0.5)
     grad_output = torch.tensor(factor, dtype=loss.dtype, device=device)
@@ -94,7 +95,7 @@ def test_a_gradient_that_is_at_hand_takes_every_factor(device, dtype, factor):
 
 
 @pytest.mark.parametrize("keep", [0.2, 0.7])
-def test_an_incoming_gradient_may_itself_require_one(device, keep):
+def test_incoming_gradient_may_require_grad(device, keep):
     student, teacher = torch.randn(9, 37, requires_grad=True, device=device), torch.randn(9, 37, device=device)
     loss = condensed_kd_loss(student, teacher, keep=keep)
     given = torch.tensor(0.5, requires_grad=True, device=device)
@@ -105,7 +106,7 @@ def test_an_incoming_gradient_may_itself_require_one(device, keep):
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 @pytest.mark.parametrize("keep", [0.2, 0.7])
-def test_incoming_gradients_in_a_batch(device, keep):
+def test_batched_incoming_gradients_equal_single_ones(device, keep):
     student, teacher = torch.randn(9, 37, requires_grad=True, device=device), torch.randn(9, 37, device=device)
     loss = condensed_kd_loss(student, teacher, keep=keep)
     factors = torch.tensor([1.0, -0.5], device=device)
@@ -114,7 +115,7 @@ def test_incoming_gradients_in_a_batch(device, keep):
         torch.testing.assert_close(gradient, torch.autograd.grad(loss, student, factor, retain_graph=True)[0])
 
 
-def test_the_teacher_is_a_constant(device):
+def test_teacher_and_row_weight_get_no_gradient(device):
     student, teacher = logits(5, 6, 0, device).requires_grad_(), logits(5, 6, 1, device).requires_grad_()
     condensed_kd_loss(student, teacher).backward()
     assert teacher.grad is None and student.grad is not None
@@ -131,13 +132,13 @@ def test_knowledge_carries_no_gradient(device):
     assert not any(x.requires_grad for x in knowledge)
 
 
-def test_inplace_overwrites_the_logits_once(device):
+def test_inplace_overwrites_logits_in_backward_and_only_once(device):
     weight, x, teacher = logits(6, 3, 2, device).requires_grad_(), logits(5, 3, 0, device), logits(5, 6, 1, device)
     expected = torch.autograd.grad(condensed_kd_loss(x @ weight.T, teacher, keep=0.5), weight)[0]
     z = x @ weight.T
     loss = condensed_kd_loss(z, teacher, keep=0.5, inplace=True)
     version, before = z._version, z.detach().clone()
-    assert torch.equal(z, before)  # untouched until the backward pass
+    assert torch.equal(z, before)  # unchanged until the backward pass
     loss.backward(retain_graph=True)
     assert torch.allclose(weight.grad, expected)
     assert z._version > version and not torch.equal(z, before)
@@ -145,7 +146,7 @@ def test_inplace_overwrites_the_logits_once(device):
         loss.backward()
 
 
-def test_inplace_is_refused_where_it_cannot_be(device):
+def test_inplace_is_refused_for_leaves_overlaps_shared_memory_and_compile(device):
     teacher = logits(5, 6, 1, device)
     leaf = logits(5, 6, 0, device).requires_grad_()
     for parameter in (leaf, leaf.view(5, 6), leaf[:, :], logits(9, 6, 2, device)[:5].requires_grad_()):
@@ -158,24 +159,24 @@ def test_inplace_is_refused_where_it_cannot_be(device):
         flat.unfold(0, 6, 1)[:5],
         flat.as_strided((5, 6), (5, 1)),
     ):
-        with pytest.raises(ValueError, match="rows lie apart"):
+        with pytest.raises(ValueError, match="disjoint rows and adjacent classes"):
             condensed_kd_loss(z, teacher, inplace=True)
     z = logits(6, 6, 0, device).requires_grad_() * 1
     with pytest.raises(ValueError, match="share the memory"):
         condensed_kd_loss(z[1:], z.detach()[:-1], inplace=True)
-    with pytest.raises(Exception, match=r"inplace=True is not possible under torch\.compile"):
+    with pytest.raises(Exception, match=r"inplace=True is not supported under torch\.compile"):
         torch.compile(lambda z: condensed_kd_loss(z * 2, teacher, inplace=True), fullgraph=True)(leaf)
-    with torch.no_grad():  # no gradient, nothing to overwrite
+    with torch.no_grad():  # without a gradient nothing is overwritten
         assert torch.equal(condensed_kd_loss(leaf, teacher, inplace=True), condensed_kd_loss(leaf, teacher))
 
 
-def test_inplace_has_no_second_derivative_either(device):
+def test_inplace_refuses_second_derivative(device):
     w = logits(4, 6, 0, device).requires_grad_()
     with pytest.raises(RuntimeError, match=r"kcd_ext\.reference"):
         torch.autograd.grad(condensed_kd_loss(w * w, logits(4, 6, 1, device), inplace=True), w, create_graph=True)
 
 
-def test_inplace_on_a_slice_of_what_the_model_gave(device):
+def test_inplace_on_a_slice_of_the_output_gives_same_gradient(device):
     x, teacher = logits(6, 4, 0, device), logits(6, 5, 1, device).view(2, 3, 5)
     model = nn.Linear(4, 5, dtype=torch.float64, device=device)
     sliced = [condensed_kd_loss(model(x).view(2, 3, 5)[:, :-1], teacher[:, 1:], inplace=flag) for flag in (False, True)]
@@ -183,7 +184,7 @@ def test_inplace_on_a_slice_of_what_the_model_gave(device):
     assert torch.allclose(got, want, rtol=1e-12)
 
 
-def test_forward_derivatives_and_transforms_are_refused(device):
+def test_forward_mode_and_func_transforms_are_refused(device):
     z, y = logits(3, 4, 0, device), logits(3, 4, 1, device)
     with pytest.raises(RuntimeError, match=r"kcd_ext\.reference"):
         torch.func.jvp(lambda q: condensed_kd_loss(q, y), (z,), (z,))
@@ -192,12 +193,12 @@ def test_forward_derivatives_and_transforms_are_refused(device):
     with torch.autograd.forward_ad.dual_level():
         with pytest.raises(RuntimeError, match=r"kcd_ext\.reference"):
             condensed_kd_loss(torch.autograd.forward_ad.make_dual(z, y), y)
-        assert condensed_kd_loss(z, y).isfinite()  # no tangent, no matter
+        assert condensed_kd_loss(z, y).isfinite()  # allowed without a tangent
     _, tangent = torch.func.jvp(lambda q: reference.condensed_kd_loss(q, y), (z,), (z,))
     assert tangent != 0
 
 
-def test_a_teacher_run_in_inference_mode(device):
+def test_inference_mode_tensors_are_accepted(device):
     student, labels = logits(6, 5, 0, device).requires_grad_(), torch.arange(6, device=device) % 5
     with torch.inference_mode():
         teacher, same_labels, rows = logits(6, 5, 1, device), labels + 0, torch.arange(6, device=device)
@@ -209,7 +210,7 @@ def test_a_teacher_run_in_inference_mode(device):
         assert torch.allclose(torch.autograd.grad(loss, student)[0], want, rtol=1e-12)
 
 
-def test_knowledge_is_the_callers(device):
+def test_modifying_knowledge_leaves_gradient_unchanged(device):
     student = logits(6, 5, 0, device).requires_grad_()
     loss, knowledge = condensed_kd_loss(student, logits(6, 5, 1, device), keep=0.5, return_knowledge=True)
     want = torch.autograd.grad(loss, student, retain_graph=True)[0]
@@ -219,7 +220,7 @@ def test_knowledge_is_the_callers(device):
     assert torch.equal(torch.autograd.grad(loss, student)[0], want)
 
 
-def test_fake_tensors(device):
+def test_fake_tensors_propagate_shapes(device):
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with FakeTensorMode():
@@ -235,7 +236,7 @@ def test_fake_tensors(device):
         assert student.grad.shape == student.shape
 
 
-def test_autocast_takes_what_the_model_gives(device):
+def test_autocast_keeps_dtype_of_logits(device):
     model, x, teacher = (
         nn.Linear(8, 30, device=device),
         torch.randn(5, 8, device=device),
@@ -251,11 +252,11 @@ def test_autocast_takes_what_the_model_gives(device):
 
 
 def peak_rise(code: str, dtype: str = "float32") -> int:
-    """How many bytes the peak resident size of a fresh process rises by while `code` runs."""
+    """Return by how many bytes `code` raises the peak resident size of a new process."""
     script = rf"""
 import re, torch, kcd_ext
 torch.set_num_threads(1)
-def peak():  # of this process alone: getrusage's is inherited from the parent
+def peak():  # not from getrusage, whose peak is inherited from the parent
     return int(re.search(r"VmHWM:\s+(\d+) kB", open("/proc/self/status").read())[1]) * 1024
 rows, classes = 512, 32000
 base = torch.randn(rows, classes, dtype=torch.{dtype})
@@ -273,24 +274,24 @@ print(peak() - before)
 
 
 @pytest.mark.slow
-def test_memory():
-    """Without grad nothing of the logits' size; with it one gradient, in place none; half precision is not widened."""
+def test_cpu_memory_stays_within_one_gradient():
+    """No grad mode allocates O(rows), grad mode one gradient, inplace none. 16-bit logits are never widened."""
     size = 512 * 32000 * 4
     assert peak_rise("kcd_ext.condensed_kd_loss(base, teacher, keep=0.5)") < size / 16
     both = "kcd_ext.condensed_kd_loss(base.requires_grad_(), teacher, keep=0.5).backward()"
-    exponentials = 4 * 32000 * 4  # of two rows, on one thread
+    exponentials = 4 * 32000 * 4  # buffers for two rows, on one thread
     assert peak_rise(both) < size * 17 / 16 + exponentials
     assert peak_rise(both, "bfloat16") < size / 2 * 17 / 16 + exponentials
-    # base * weight makes one tensor, its own backward pass another
+    # base * weight allocates one tensor, its backward pass another
     chain = "z = base * weight; kcd_ext.condensed_kd_loss(z, teacher, keep=0.5, inplace=INPLACE).backward()"
-    apart, inplace = (peak_rise(chain.replace("INPLACE", str(flag))) for flag in (False, True))
-    assert apart - inplace > size * 15 / 16
+    out_of_place, inplace = (peak_rise(chain.replace("INPLACE", str(flag))) for flag in (False, True))
+    assert out_of_place - inplace > size * 15 / 16
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("memory", ["kept", "fresh", "torch"])
-def test_a_large_gradient_is_ones_own_wherever_it_lies(memory):
-    """Held on to it does not change; let go, its memory comes back; other sizes, threads and the end of the process too."""
+def test_large_gradients_are_independent_in_every_kind_of_memory(memory):
+    """Gradients in use never change, released memory is reused, with other sizes, several threads and at process exit."""
     script = """
 import threading, torch
 from kcd_ext import condensed_kd_loss, ops
@@ -299,17 +300,17 @@ def gradient(rows, scale):
     return torch.autograd.grad(condensed_kd_loss(z.requires_grad_(), z.detach().flip(1), keep=KEEP), z)[0]
 for keep in (0.7, 0.2):
     KEEP = keep
-    held = [gradient(700, scale) for scale in (1, 2, 3)]
-    copies = [each.clone() for each in held]
+    gradients = [gradient(700, scale) for scale in (1, 2, 3)]
+    copies = [each.clone() for each in gradients]
     threads = [threading.Thread(target=lambda: [gradient(rows, 2) for rows in (300, 700, 1000, 9000)]) for _ in range(4)]
     [thread.start() for thread in threads], [thread.join() for thread in threads]
-    assert all(torch.equal(one, other) for one, other in zip(held, copies)) and not torch.equal(held[0], held[1])
-    places = set()
+    assert all(torch.equal(one, other) for one, other in zip(gradients, copies)) and not torch.equal(gradients[0], gradients[1])
+    addresses = set()
     for _ in range(20):
-        places.add(gradient(700, 1).data_ptr())
+        addresses.add(gradient(700, 1).data_ptr())
     assert torch.equal(gradient(700, 1), copies[0])
     if ops.build_info["gradient_memory"] == "kept":
-        assert len(places) == 1
+        assert len(addresses) == 1
 print(ops.build_info["gradient_memory"])
 last = gradient(700, 1)
 """
@@ -325,7 +326,7 @@ last = gradient(700, 1)
 
 
 @pytest.mark.slow
-def test_a_wrong_kind_of_memory_is_named():
+def test_unknown_gradient_memory_is_named():
     done = subprocess.run(
         [sys.executable, "-c", "import kcd_ext"],
         capture_output=True,
@@ -337,7 +338,7 @@ def test_a_wrong_kind_of_memory_is_named():
 
 
 @pytest.mark.slow
-def test_ten_thousand_calls_leak_nothing():
+def test_ten_thousand_calls_leak_no_memory():
     student, teacher = torch.randn(8, 10, requires_grad=True), torch.randn(8, 10)
     labels, score = torch.arange(8), torch.rand(8)
 
@@ -367,8 +368,8 @@ def test_ten_thousand_calls_leak_nothing():
 
 
 @pytest.mark.slow
-def test_too_little_memory_is_what_torch_says_of_it():
-    """By a tensor of 2^45 rows in two numbers, in a compiled graph too."""
+def test_out_of_memory_raises_what_torch_raises():
+    """Uses an expanded tensor of 2^45 rows, in eager mode and in a compiled graph."""
     code = textwrap.dedent("""
         import torch
         from kcd_ext import condensed_kd_loss, ops, select_rows
@@ -378,7 +379,7 @@ def test_too_little_memory_is_what_torch_says_of_it():
         try:
             torch.empty(2**45, 4)
         except RuntimeError as error:
-            kind, said = type(error), str(error).split(":")[0]
+            kind, message = type(error), str(error).split(":")[0]
         compiled = torch.compile(lambda z, y: condensed_kd_loss(z, y), backend="aot_eager")
         student, teacher = torch.randn(8, 10, requires_grad=True), torch.randn(8, 10)
         (gradient,) = torch.autograd.grad(compiled(student, teacher), student)
@@ -395,7 +396,7 @@ def test_too_little_memory_is_what_torch_says_of_it():
             try:
                 call()
             except kind as error:
-                assert str(error).split(":")[0] == said, (name, error)
+                assert str(error).split(":")[0] == message, (name, error)
             else:
                 raise AssertionError(name)
     """)
@@ -407,7 +408,7 @@ def test_too_little_memory_is_what_torch_says_of_it():
 
 
 @pytest.mark.parametrize("grad", [pytest.param(False, marks=pytest.mark.slow), True])
-def test_opcheck(device, grad):
+def test_opcheck_passes(device, grad):
     student, teacher = torch.randn(3, 4, 17, requires_grad=grad, device=device), torch.randn(3, 4, 17, device=device)
     labels, score, rows = (
         torch.randint(17, (3, 4), device=device),
@@ -422,9 +423,9 @@ def test_opcheck(device, grad):
     torch.library.opcheck(ops.condensed_kd.default, plain)
     torch.library.opcheck(ops.condensed_kd.default, full)
 
-    # The others are not meant to be differentiated.
+    # The other operators are not differentiable.
     plain, full = (student.detach(), *plain[1:]), (student.detach(), *full[1:])
-    if device == "cpu":  # CUDA's refuses it
+    if device == "cpu":  # the CUDA operator refuses with_gradient
         torch.library.opcheck(ops.condensed_kd.default, (*full[:9], *options, True))
     _, state, _ = ops.condensed_kd(*plain)
     options = (4.0, 0.9, 0.1, -100, 0, 2.0)
@@ -439,7 +440,7 @@ def test_opcheck(device, grad):
 
 
 class OperatorCalls(TorchDispatchMode):
-    """Collects the calls of this package's operators."""
+    """A dispatch mode that records the calls of this package's operators."""
 
     def __init__(self):
         super().__init__()
@@ -452,8 +453,8 @@ class OperatorCalls(TorchDispatchMode):
 
 
 @pytest.mark.slow
-def test_opcheck_of_every_call_that_the_package_makes(device):
-    """With ignored labels, rows without a teacher and no teacher at all: no operator returns a NaN of its own making."""
+def test_opcheck_passes_for_every_call_of_the_package(device):
+    """Covers ignored labels, rows without a teacher and calls without any teacher."""
     student, teacher = torch.randn(12, 17, device=device), torch.randn(12, 17, device=device)
     labels, rows = torch.randint(17, (12,), device=device), torch.tensor([3, -1, 0, 7, 11], device=device)
     labels[::3] = -100
@@ -484,17 +485,17 @@ def test_opcheck_of_every_call_that_the_package_makes(device):
     torch.compile(lambda z: condensed_kd_loss(z, teacher, labels=labels), backend="eager")(student)
     names = {function.name().split("::")[1] for function, _ in mode.calls}
     assert names == {"condensed_kd", "condensed_kd_backward", "condensed_kd_backward_", "row_stats", "select_topk"}
-    # One call of each kind: by the tensors that are there.
+    # One call per operator and combination of tensors that are present.
     kinds = {(f, *(x.numel() > 0 for x in args if isinstance(x, torch.Tensor))): (f, args) for f, args in mode.calls}
     for function, arguments in kinds.values():
         torch.library.opcheck(function, arguments)
 
 
-@pytest.mark.filterwarnings("ignore")  # tracing is on its way out
+@pytest.mark.filterwarnings("ignore")  # torch.jit.trace is deprecated
 @pytest.mark.parametrize("rows, classes", [(8, 10), (300, 1000)])
 @pytest.mark.parametrize("inputs", ["", "labels", "row_weight", "rows", "value"])
-def test_jit_trace_takes_other_batches_than_the_traced_one(device, rows, classes, inputs):
-    """Values and gradients are those of the reference for another batch size and another layout."""
+def test_traced_loss_accepts_other_batch_sizes_and_layouts(device, rows, classes, inputs):
+    """Values and gradients equal the reference for another batch size and another layout."""
 
     def batch(rows, seed):
         generator = torch.Generator().manual_seed(seed)
@@ -527,7 +528,7 @@ def test_jit_trace_takes_other_batches_than_the_traced_one(device, rows, classes
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_jit_trace_takes_the_knowledge_of_named_rows(device):
+def test_traced_knowledge_accepts_other_rows(device):
     traced = torch.jit.trace(
         lambda z, y, rows: condensed_kd_loss(z, y, rows=rows, keep=0.5, return_knowledge=True),
         (
@@ -547,21 +548,21 @@ def test_jit_trace_takes_the_knowledge_of_named_rows(device):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_jit_trace_refuses_what_it_would_record_wrongly(device):
+def test_jit_trace_refuses_inplace_and_select_rows(device):
     z, y = torch.randn(6, 5, requires_grad=True, device=device), torch.randn(6, 5, device=device)
     for function, error, message in (
         (
             lambda z: condensed_kd_loss(z * 1, y, inplace=True),
             ValueError,
-            "inplace=True is not possible .* torch.jit.trace",
+            "inplace=True is not supported .* torch.jit.trace",
         ),
-        (lambda z: select_rows(z, keep=0.5)[0], RuntimeError, "select_rows cannot be traced by torch.jit.trace"),
+        (lambda z: select_rows(z, keep=0.5)[0], RuntimeError, "select_rows is not supported by torch.jit.trace"),
     ):
         with pytest.raises(error, match=message):
             torch.jit.trace(function, (z,))
 
 
-def test_compile_is_one_graph_of_one_node_a_direction(device):
+def test_compiled_loss_is_one_node_per_direction(device):
     graphs = []
 
     def count(gm, _):
@@ -600,7 +601,7 @@ def test_compile_is_one_graph_of_one_node_a_direction(device):
 
 
 @pytest.mark.slow
-def test_compile_with_inductor_inside_a_model(device):
+def test_inductor_compiles_loss_inside_a_model(device):
     model, teacher = nn.Linear(12, 40, device=device), nn.Linear(12, 40, device=device)
     criterion = kcd_ext.CondensedKDLoss(keep=0.5, temperature=2.0, return_knowledge=True)
 
@@ -616,22 +617,22 @@ def test_compile_with_inductor_inside_a_model(device):
     assert torch.allclose(got, want, atol=1e-6)
 
 
-# ---- the entropy-first half
+# ---- select_rows and the module
 
 
-def test_select_rows_feeds_rows(device):
+def test_select_rows_then_rows_equals_keep(device):
     student, teacher = logits(40, 9, 0, device).requires_grad_(), logits(40, 9, 1, device)
     index, knowledge = select_rows(student, keep=0.3)
     assert index.shape == (12,) and (index >= 0).all() and torch.equal(index, index.sort().values)
     assert torch.equal(knowledge.selected.nonzero()[:, 0], index) and knowledge.kl.isnan().all()
     first = condensed_kd_loss(student, teacher[index], rows=index)
-    whole, seen = condensed_kd_loss(student, teacher, keep=0.3, return_knowledge=True)
-    assert torch.equal(first, whole) and torch.allclose(seen.entropy, knowledge.entropy, rtol=1e-14)
-    for a, b in zip(torch.autograd.grad(first, student), torch.autograd.grad(whole, student), strict=True):
+    direct, expected = condensed_kd_loss(student, teacher, keep=0.3, return_knowledge=True)
+    assert torch.equal(first, direct) and torch.allclose(expected.entropy, knowledge.entropy, rtol=1e-14)
+    for a, b in zip(torch.autograd.grad(first, student), torch.autograd.grad(direct, student), strict=True):
         assert torch.equal(a, b)
 
 
-def test_select_rows_pads_where_rows_are_ignored(device):
+def test_select_rows_pads_index_if_rows_are_ignored(device):
     student = logits(6, 9, 0, device).view(2, 3, 9)
     labels = torch.tensor([[-100, 1, -100], [-100, -100, 3]], device=device)
     index, knowledge = select_rows(student, keep=0.7, labels=labels)
@@ -646,7 +647,7 @@ def test_select_rows_pads_where_rows_are_ignored(device):
     assert index.tolist() == [1, 3]
 
 
-def test_the_module_is_the_function(device):
+def test_module_equals_function(device):
     student, teacher, labels = logits(9, 5, 0, device), logits(9, 5, 1, device), torch.arange(9, device=device) % 5
     criterion = kcd_ext.CondensedKDLoss(
         temperature=2.0, keep=0.5, ce_weight=0.3, reduction="sum", return_knowledge=True
@@ -668,13 +669,18 @@ def test_the_module_is_the_function(device):
     assert "temperature=2.0" in repr(criterion) and "keep=0.5" in repr(criterion)
 
 
+def test_docstring_examples_give_the_output_they_show():
+    results = doctest.testmod(losses)
+    assert results.attempted > 20 and not results.failed
+
+
 # ---- on a GPU
 
 
 @on_gpu
 @pytest.mark.parametrize("inplace", [False, True])
-def test_a_training_step_in_a_cuda_graph(inplace):
-    """Model, loss, backward pass and optimiser, captured once and replayed on other batches: losses and weights of eager steps."""
+def test_replayed_training_step_equals_eager(inplace):
+    """Capture model, loss, backward pass and optimiser once, replay them on other batches, and compare with eager steps."""
     torch.manual_seed(0)
     batches = [
         (torch.randn(64, 20, device="cuda"), 3 * torch.randn(64, 300, device="cuda"), torch.randint(300, (64,)).cuda())
@@ -696,23 +702,23 @@ def test_a_training_step_in_a_cuda_graph(inplace):
         return model, optimiser, step
 
     model, optimiser, step = training()
-    given = [x.clone() for x in batches[0]]
-    aside = torch.cuda.Stream()
-    aside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(aside):
+    static_batch = [x.clone() for x in batches[0]]
+    side_stream = torch.cuda.Stream()
+    side_stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side_stream):
         for _ in range(3):
             optimiser.zero_grad(set_to_none=True)
-            step(*given)
-    torch.cuda.current_stream().wait_stream(aside)
+            step(*static_batch)
+    torch.cuda.current_stream().wait_stream(side_stream)
     optimiser.zero_grad(set_to_none=True)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = step(*given)
+        captured = step(*static_batch)
     model.load_state_dict(start)
 
     eager_model, eager_optimiser, eager_step = training()
     for batch in batches:
-        for x, new in zip(given, batch, strict=True):
+        for x, new in zip(static_batch, batch, strict=True):
             x.copy_(new)
         graph.replay()
         eager_optimiser.zero_grad()
@@ -722,7 +728,7 @@ def test_a_training_step_in_a_cuda_graph(inplace):
 
 
 @on_gpu
-def test_a_graphed_callable():
+def test_graphed_callable_equals_eager():
     def loss_of(z, y):
         return condensed_kd_loss(z, y, keep=0.5)
 
@@ -737,7 +743,7 @@ def test_a_graphed_callable():
 
 
 @on_gpu
-def test_compile_to_cuda_graphs():
+def test_compiled_loss_becomes_a_cuda_graph():
     from torch._dynamo.utils import counters
 
     counters.clear()
@@ -758,8 +764,8 @@ def test_compile_to_cuda_graphs():
 
 
 @on_gpu
-def test_memory_on_a_gpu():
-    """As `test_memory`, by torch's allocator; and nothing stays behind."""
+def test_gpu_memory_stays_within_one_gradient():
+    """As `test_cpu_memory_stays_within_one_gradient`, measured by torch's allocator. Nothing leaks."""
     z, y = (torch.randn(512, 32_000, device="cuda") for _ in range(2))
     weight, size = torch.ones((), device="cuda", requires_grad=True), z.nbytes
 
@@ -783,12 +789,12 @@ def test_memory_on_a_gpu():
 
 
 @on_gpu
-def test_too_little_memory_on_a_gpu():
+def test_out_of_memory_on_a_gpu_raises_and_recovers():
     z, y = (torch.randn(2048, 32_000, device="cuda") for _ in range(2))
     loss = condensed_kd_loss(z.requires_grad_(), y)
     torch.cuda.empty_cache()
-    room = torch.cuda.memory_reserved() + z.nbytes // 2
-    torch.cuda.set_per_process_memory_fraction(room / torch.cuda.get_device_properties(0).total_memory)
+    limit = torch.cuda.memory_reserved() + z.nbytes // 2
+    torch.cuda.set_per_process_memory_fraction(limit / torch.cuda.get_device_properties(0).total_memory)
     try:
         with pytest.raises(torch.OutOfMemoryError):
             loss.backward()

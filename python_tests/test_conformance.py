@@ -1,4 +1,4 @@
-"""The operator's contract, case by case, on every backend, against an oracle in extended precision."""
+"""Conformance of every backend with the operator's contract, case by case, against an oracle in extended precision."""
 
 import math
 import os
@@ -46,11 +46,9 @@ def check(backend, student, teacher, **options):
 
 
 def assert_same(backend, got, want, name=""):
-    """Bit for bit; on CUDA, where how a row is cut depends on the batch and on where it lies, to rounding."""
+    """Assert equality bit for bit, on CUDA up to rounding: how a row is split there depends on the batch and on alignment."""
     if backend in ("simt", "cuda"):
-        rtol = {torch.float16: 2e-3, torch.bfloat16: 1.6e-2}.get(
-            got.dtype, 1e-5
-        )  # two units in the last place of the halves
+        rtol = {torch.float16: 2e-3, torch.bfloat16: 1.6e-2}.get(got.dtype, 1e-5)  # 2 ulp for 16-bit types
         torch.testing.assert_close(got, want, rtol=rtol, atol=1e-6, equal_nan=True, msg=name or None)
     else:
         assert torch.equal(got, want), name
@@ -61,13 +59,13 @@ def assert_same(backend, got, want, name=""):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rows, classes", [(1, 1), (3, 3), (129, 17), (7, 129), (5, 1151), (3, 4097), (2, 32003)])
-def test_sizes(backend, dtype, rows, classes):
+def test_all_sizes_match_oracle(backend, dtype, rows, classes):
     check(backend, logits(rows, classes, dtype=dtype, seed=1), logits(rows, classes, dtype=dtype, seed=2), keep=0.7)
 
 
 @pytest.mark.parametrize("teacher", DTYPES, ids=str)
 @pytest.mark.parametrize("student", DTYPES, ids=str)
-def test_student_and_teacher_of_different_dtypes(backend, student, teacher):
+def test_mixed_dtypes_match_oracle(backend, student, teacher):
     labels = torch.arange(9) % 37
     check(backend, logits(9, 37, dtype=student, seed=1), logits(9, 37, dtype=teacher, seed=2), keep=0.5, labels=labels)
 
@@ -75,7 +73,7 @@ def test_student_and_teacher_of_different_dtypes(backend, student, teacher):
 @pytest.mark.parametrize("temperature", [0.25, 1.0, 2.0, 3.0, 4.0, 20.0])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("value", ["entropy", "teacher_entropy", "kl", "cross_entropy"])
-def test_temperatures_and_values(backend, dtype, temperature, value):
+def test_temperatures_and_values_match_oracle(backend, dtype, temperature, value):
     labels = torch.arange(12) % 100
     labels[3] = -100
     check(
@@ -92,7 +90,7 @@ def test_temperatures_and_values(backend, dtype, temperature, value):
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("labelled", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-def test_reductions_weights_and_incoming_gradients(backend, dtype, labelled, reduction):
+def test_reductions_weights_and_incoming_gradients_match_oracle(backend, dtype, labelled, reduction):
     student, teacher = logits(33, 19, dtype=dtype, seed=5), logits(33, 19, dtype=dtype, seed=6)
     options = {
         "reduction": reduction,
@@ -112,7 +110,7 @@ def test_reductions_weights_and_incoming_gradients(backend, dtype, labelled, red
         check(backend, student, teacher, grad_output=torch.tensor(0.3, dtype=accumulator).expand(33), **options)
 
 
-def test_weights_of_zero_and_below(backend):
+def test_zero_and_negative_weights_match_oracle(backend):
     student, teacher, labels = logits(8, 11, seed=8), logits(8, 11, seed=9), torch.arange(8)
     for kd_weight, ce_weight in ((0.0, 1.0), (1.0, 0.0), (0.0, 0.0), (-0.5, 2.0)):
         check(backend, student, teacher, labels=labels, kd_weight=kd_weight, ce_weight=ce_weight, keep=0.5)
@@ -120,12 +118,12 @@ def test_weights_of_zero_and_below(backend):
 
 @pytest.mark.parametrize("keep", [1.0, 0.7, 0.2, 1e-9, 1, 4, 1000, 2**70])
 @pytest.mark.parametrize("rows", [1, 10])
-def test_how_many_are_kept(backend, keep, rows):
+def test_keep_determines_number_of_selected_rows(backend, keep, rows):
     got = check(backend, logits(rows, 7, seed=10), logits(rows, 7, seed=11), keep=keep)
     assert got["n_selected"] == (min(keep, rows) if isinstance(keep, int) else max(1, int(keep * rows)))
 
 
-def test_the_product_of_keep_is_taken_in_float64(backend):
+def test_keep_is_multiplied_in_float64(backend):
     # 0.29 * 100 is 28.999999999999996 in float64 and 29.0 in float32
     assert check(backend, logits(100, 3, seed=12), logits(100, 3, seed=13), keep=0.29)["n_selected"] == 28
 
@@ -133,27 +131,27 @@ def test_the_product_of_keep_is_taken_in_float64(backend):
 @pytest.mark.parametrize(
     "dtype, classes", [(torch.float32, 1003), (torch.float64, 517), (torch.float16, 1003)], ids=str
 )
-def test_gradients_larger_than_the_caches(backend, dtype, classes):
-    """Written past the caches, in pieces that begin and end anywhere."""
+def test_gradient_larger_than_caches_equals_that_of_small_batch(backend, dtype, classes):
+    """Large gradients are written with non-temporal stores, in pieces of any alignment."""
     rows = 9_000_000 // (classes * dtype.itemsize) + 1
     student, teacher = logits(rows, classes, dtype=dtype, seed=66), logits(rows, classes, dtype=dtype, seed=67)
     options = {"keep": 0.5, "labels": torch.arange(rows) % classes, "reduction": "sum"}
     options["labels"][::3] = -100
-    whole = run(backend, student, teacher, value=torch.arange(float(rows)), **options)
-    # the same rows in a batch that the caches hold
-    some = slice(rows - 40, rows)
-    part = run(backend, student[some], teacher[some], labels=options["labels"][some], reduction="sum")
-    assert_same(backend, whole["grad"][some], part["grad"])
-    assert whole["selected"][some][options["labels"][some] >= 0].all()
-    unselected = ~whole["selected"] & (options["labels"] < 0)
-    assert unselected.any() and (whole["grad"][unselected] == 0).all() and whole["grad"].isfinite().all()
+    full = run(backend, student, teacher, value=torch.arange(float(rows)), **options)
+    # the same rows in a batch that fits in the caches
+    last = slice(rows - 40, rows)
+    part = run(backend, student[last], teacher[last], labels=options["labels"][last], reduction="sum")
+    assert_same(backend, full["grad"][last], part["grad"])
+    assert full["selected"][last][options["labels"][last] >= 0].all()
+    unselected = ~full["selected"] & (options["labels"] < 0)
+    assert unselected.any() and (full["grad"][unselected] == 0).all() and full["grad"].isfinite().all()
     if backend == "cpu":
         oracle.check(
-            part, oracle.expected(student[some], teacher[some], part, labels=options["labels"][some], reduction="sum")
+            part, oracle.expected(student[last], teacher[last], part, labels=options["labels"][last], reduction="sum")
         )
 
 
-def test_many_rows(backend):
+def test_many_rows_match_oracle(backend):
     check(backend, logits(70_001, 3, seed=14), logits(70_001, 3, seed=15), keep=0.3)
 
 
@@ -161,21 +159,21 @@ def test_many_rows(backend):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_scores_of_the_callers(backend, dtype):
+def test_custom_scores_rank_rows_and_come_back_unchanged(backend, dtype):
     score = logits(50, 1, dtype=dtype, seed=16)[:, 0]
     score[[4, 9]] = torch.tensor([-INF, INF], dtype=dtype)
     got = check(backend, logits(50, 5, seed=17), logits(50, 5, seed=18), value=score, keep=0.4)
     assert got["value"].dtype == dtype and torch.equal(got["value"], score)
 
 
-def test_scores_of_float64_are_compared_in_float64(backend):
+def test_float64_scores_are_compared_in_float64(backend):
     score = torch.tensor([1.0, 1.0 + 1e-12, 1.0 + 2e-12], dtype=torch.float64)
     got = check(backend, logits(3, 5, seed=19), logits(3, 5, seed=20), value=score, keep=1)
     assert got["selected"].tolist() == [False, False, True]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_ties_go_to_the_lower_row(backend, dtype):
+def test_ties_select_lower_row(backend, dtype):
     score = torch.tensor([0.0, -0.0, 1.0, 0.0, -0.0, 1.0, -1.0], dtype=dtype)
     student, teacher = logits(7, 4, seed=21), logits(7, 4, seed=22)
     for keep, rows in ((1, {2}), (2, {2, 5}), (3, {0, 2, 5}), (4, {0, 1, 2, 5}), (6, {0, 1, 2, 3, 4, 5})):
@@ -187,7 +185,7 @@ def test_ties_go_to_the_lower_row(backend, dtype):
     )
 
 
-def test_nan_of_either_sign_ranks_first(backend):
+def test_nan_score_of_either_sign_ranks_first(backend):
     negative_nan = torch.tensor([-4194304], dtype=torch.int32).view(torch.float32)
     assert negative_nan.isnan() and torch.signbit(negative_nan)
     score = torch.tensor([5.0, NAN, INF, 0.0])
@@ -200,7 +198,7 @@ def test_nan_of_either_sign_ranks_first(backend):
 
 
 def surround(x, left=3, right=5):
-    """The same numbers inside poisoned memory, at an odd alignment and row stride."""
+    """Return the same numbers inside memory full of NaN, at an odd alignment and row stride."""
     poisoned = torch.full((*x.shape[:-1], left + x.shape[-1] + right), NAN, dtype=x.dtype)
     view = poisoned[..., left : left + x.shape[-1]]
     view.copy_(x)
@@ -209,8 +207,8 @@ def surround(x, left=3, right=5):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("classes", [5, 16, 129, 4097])
-def test_strided_rows_in_dirty_memory(backend, dtype, classes):
-    torch.use_deterministic_algorithms(True)  # fills what is allocated with NaN
+def test_strided_rows_ignore_surrounding_memory(backend, dtype, classes):
+    torch.use_deterministic_algorithms(True)  # fills new memory with NaN
     try:
         student, teacher = (
             surround(logits(6, classes, dtype=dtype, seed=25)),
@@ -221,27 +219,27 @@ def test_strided_rows_in_dirty_memory(backend, dtype, classes):
         torch.use_deterministic_algorithms(False)
 
 
-def test_layouts(backend):
+def test_every_layout_equals_contiguous(backend):
     base = logits(4 * 6, 30, seed=27).view(4, 6, 30)
     other = logits(4 * 5, 30, seed=28).view(4, 5, 30)
     for student, teacher in (
         (base[:, :-1], other),  # rows at two strides
         (base[:, 1:], base[:, :-1]),
         (base.transpose(0, 1), base.transpose(0, 1)),
-        (base[..., ::2], base[..., 1::2]),  # classes apart
-        (base.permute(2, 0, 1), base.permute(2, 0, 1)),  # classes apart
+        (base[..., ::2], base[..., 1::2]),  # classes not adjacent
+        (base.permute(2, 0, 1), base.permute(2, 0, 1)),  # classes not adjacent
         (base[:1, :, :].expand(4, 6, 30), base),  # rows that overlap
         (base[0, 0], base[1, 1]),  # one row without leading dimensions
         (base.view(2, 2, 3, 2, 30)[:, :, :2], base.view(2, 2, 3, 2, 30)[:, :, 1:]),
         (base.view(2, 2, 3, 2, 30)[:, :1, :2, :1], base.view(2, 2, 3, 2, 30)[:, 1:, 1:, 1:]),  # three strides: copied
     ):
         got = check(backend, student, teacher, keep=0.5)
-        alone = run(backend, student.contiguous(), teacher.contiguous(), keep=0.5)
+        contiguous = run(backend, student.contiguous(), teacher.contiguous(), keep=0.5)
         for name in got:
-            assert_same(backend, got[name], alone[name], name)
+            assert_same(backend, got[name], contiguous[name], name)
 
 
-def test_gradient_in_place_of_the_logits(backend):
+def test_inplace_gives_same_bits(backend):
     if backend == "reference":
         with pytest.raises(ValueError, match="inplace"):
             run(backend, logits(2, 3), logits(2, 3), inplace=True)
@@ -253,12 +251,10 @@ def test_gradient_in_place_of_the_logits(backend):
             torch.arange(21),
         )
         for options in ({}, {"labels": labels}, {"keep": 0.3}, {"reduction": "none", "keep": 0.5}):
-            apart, inplace = (
-                run(backend, student, teacher, **options),
-                run(backend, student, teacher, inplace=True, **options),
-            )
-            for name in apart:
-                assert torch.equal(apart[name], inplace[name]), (dtype, options, name)
+            out_of_place = run(backend, student, teacher, **options)
+            inplace = run(backend, student, teacher, inplace=True, **options)
+            for name in inplace:
+                assert torch.equal(out_of_place[name], inplace[name]), (dtype, options, name)
 
 
 # ---- numbers
@@ -266,7 +262,7 @@ def test_gradient_in_place_of_the_logits(backend):
 
 @pytest.mark.parametrize("offset", [1e4, -1e4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_large_offsets(backend, dtype, offset):
+def test_large_offsets_match_oracle(backend, dtype, offset):
     student = logits(9, 257, dtype=dtype, seed=31, offset=offset)
     check(backend, student, logits(9, 257, dtype=dtype, seed=32, offset=-offset), keep=0.5, labels=torch.arange(9))
     got = check(backend, student, student + logits(9, 257, dtype=dtype, seed=33, scale=1e-3))
@@ -274,7 +270,7 @@ def test_large_offsets(backend, dtype, offset):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_student_equal_to_the_teacher(backend, dtype):
+def test_kl_is_zero_if_student_equals_teacher(backend, dtype):
     student = logits(5, 1000, dtype=dtype, seed=34, scale=5)
     got = check(backend, student, student.clone(), labels=torch.arange(5), ce_weight=0.0)
     assert (got["kl"] == 0).all() and got["loss"] == 0 and got["grad"].abs().max() < 1e-7
@@ -282,7 +278,7 @@ def test_student_equal_to_the_teacher(backend, dtype):
 
 @pytest.mark.parametrize("scale", [30.0, 300.0, 1e4])
 @pytest.mark.parametrize("classes", [40, 5000])
-def test_extreme_logits(backend, scale, classes):
+def test_extreme_logits_match_oracle(backend, scale, classes):
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
         student, teacher = (
             logits(4, classes, dtype=dtype, seed=35, scale=scale),
@@ -292,15 +288,15 @@ def test_extreme_logits(backend, scale, classes):
             check(backend, student, teacher, temperature=temperature, labels=torch.arange(4))
 
 
-def test_teacher_without_mass_adds_nothing(backend):
+def test_class_without_teacher_probability_adds_nothing(backend):
     student, teacher = logits(6, 5000, seed=37), logits(6, 5000, seed=38)
     teacher[0, 3] = teacher[1, 1:] = teacher[2, :4990] = teacher[3, 2100:] = -INF
-    student[0, 3] = student[2, :1000] = -INF  # ruled out by both
+    student[0, 3] = student[2, :1000] = -INF  # impossible for both
     got = check(backend, student, teacher, labels=torch.arange(6) + 4000)
     assert got["kl"].isfinite().all() and got["grad"].isfinite().all()
 
 
-def test_padded_vocabulary(backend):
+def test_padded_vocabulary_equals_slice(backend):
     student, teacher = logits(8, 300, seed=39), logits(8, 300, seed=40)
     student[:, 256:] = teacher[:, 256:] = -INF
     padded = check(backend, student, teacher, keep=0.5)
@@ -311,10 +307,10 @@ def test_padded_vocabulary(backend):
 @pytest.mark.parametrize("mask", [-1e30, torch.finfo(torch.float32).min, -INF])
 @pytest.mark.parametrize("temperature", [1.0, 4.0, 0.7])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-def test_masks_of_large_negative_logits(backend, dtype, temperature, mask):
+def test_large_negative_masks_give_finite_kl(backend, dtype, temperature, mask):
     student, teacher = logits(6, 4200, dtype=dtype, seed=60), logits(6, 4200, dtype=dtype, seed=61)
     teacher[0, 100:] = teacher[1, :2100] = teacher[2, 3] = teacher[3, ::2] = student[4, ::3] = mask
-    student[2, 3] = -INF  # no mass for either: adds nothing
+    student[2, 3] = -INF  # impossible for both: adds nothing
     student[3] = torch.where(teacher[3] == mask, mask, student[3].double()).to(dtype)
     teacher[4] = torch.where(student[4] == mask, mask, teacher[4].double()).to(dtype)
     got = check(backend, student, teacher, temperature=temperature, value="teacher_entropy", keep=3)
@@ -335,8 +331,10 @@ def test_masks_of_large_negative_logits(backend, dtype, temperature, mask):
         (4096, -3000.0, 900, 4.0),
     ],
 )
-def test_a_masked_student_where_the_teacher_has_next_to_nothing(backend, dtype, classes, low, masked, temperature):
-    """Sums over a part of the classes leave float32's range, those over the whole row do not."""
+def test_masked_student_with_tiny_teacher_probability_gives_finite_kl(
+    backend, dtype, classes, low, masked, temperature
+):
+    """Partial sums overflow float32, the sums over a full row do not."""
     student, teacher = logits(3, classes, dtype=dtype, seed=68), logits(3, classes, dtype=dtype, seed=69)
     teacher[:, 0] += 20
     teacher[:, classes // 2 :] = low
@@ -345,12 +343,12 @@ def test_a_masked_student_where_the_teacher_has_next_to_nothing(backend, dtype, 
 
 
 @pytest.mark.parametrize("classes", [6, 5000])
-def test_student_without_mass_where_the_teacher_has_some(backend, classes):
+def test_kl_is_infinite_if_only_student_rules_out_class(backend, classes):
     student, teacher = logits(3, classes, seed=41), logits(3, classes, seed=42)
     student[1, 2] = -INF
     got = check(backend, student, teacher)
     assert got["kl"][1] == INF and got["loss"] == INF and got["grad"].isfinite().all()
-    teacher[1, 2] = -1200.0  # p = e^-300: more than 0, though float32 cannot hold it
+    teacher[1, 2] = -1200.0  # p = e^-300: positive, but below the range of float32
     assert check(backend, student, teacher)["kl"][1] == INF
     teacher[1, 2] = -1e6  # p = 0 in float64 too
     assert check(backend, student, teacher)["kl"][1].isfinite()
@@ -358,8 +356,8 @@ def test_student_without_mass_where_the_teacher_has_some(backend, classes):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("classes", [14, 1000, 5000])
-def test_what_is_infinite_on_the_way_may_vanish_in_the_end(backend, dtype, classes):
-    """A class that the student rules out has mass beside the first logits, and none beside the greatest, which comes late."""
+def test_infinity_vanishes_once_a_larger_maximum_follows(backend, dtype, classes):
+    """A class that the student rules out has probability next to the first maximum, and none next to a later, larger one."""
     student, teacher = torch.zeros(3, classes, dtype=dtype), torch.full((3, classes), -6000.0, dtype=dtype)
     teacher[:, 0], student[:, 0], teacher[:, 1] = -5000, -INF, -2500
     teacher[0, classes - 3] = teacher[1, classes // 2] = 0.0
@@ -368,7 +366,7 @@ def test_what_is_infinite_on_the_way_may_vanish_in_the_end(backend, dtype, class
     assert got["kl"][:2].isfinite().all() and got["kl"][2] == INF
 
 
-def test_weights_of_zero_take_infinite_rows_out(backend):
+def test_zero_weight_removes_infinite_rows_but_not_nan(backend):
     student, teacher, labels = logits(4, 6, seed=41), logits(4, 6, seed=42), torch.arange(4)
     student[1, 2], student[2, 3] = -INF, NAN
     weight = torch.tensor([1.0, 0.0, 0.0, 1.0])
@@ -379,10 +377,10 @@ def test_weights_of_zero_take_infinite_rows_out(backend):
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0, 4.0, 3.0])
 @pytest.mark.parametrize("classes", [2, 10, pytest.param(3000, marks=pytest.mark.slow)])
-def test_confident_rows_keep_their_digits(backend, temperature, classes):
-    """Late in training most rows are nearly certain, and these are ranked: the error is relative to their entropy."""
+def test_entropy_of_confident_rows_is_relatively_accurate(backend, temperature, classes):
+    """Late in training most rows are nearly certain, and these are ranked: the tolerance is relative to their entropy."""
     if backend == "reference" and classes > 1000:
-        pytest.skip("PyTorch's own softmax adds thousands of small numbers to 1")
+        pytest.skip("PyTorch's softmax adds thousands of small numbers to 1, and loses their digits")
     student, teacher = logits(200, classes, seed=62), logits(200, classes, seed=63)
     student[:, 0] += torch.linspace(5, 60, 200)
     teacher[:, 1] += torch.linspace(60, 5, 200)
@@ -391,7 +389,7 @@ def test_confident_rows_keep_their_digits(backend, temperature, classes):
     check(backend, student, teacher, temperature=temperature, value="teacher_entropy", keep=0.5)
 
 
-def test_only_selected_rows_that_are_not_numbers_spoil_their_gradient(backend):
+def test_nan_row_spoils_only_its_gradient_and_only_if_selected(backend):
     student, teacher = logits(4, 6, seed=64), logits(4, 6, seed=65)
     student[0, 0] = student[1, 0] = teacher[2, 0] = NAN
     got = check(backend, student, teacher, keep=1)
@@ -404,7 +402,7 @@ def test_only_selected_rows_that_are_not_numbers_spoil_their_gradient(backend):
 @pytest.mark.parametrize("value", ["entropy", "teacher_entropy", "kl", "cross_entropy", "score"])
 @pytest.mark.parametrize("where, bad", [("student", NAN), ("student", INF), ("teacher", NAN), ("teacher", INF)])
 @pytest.mark.parametrize("classes", [6, 5000])
-def test_a_row_that_is_not_a_number_ranks_first(backend, where, bad, value, classes):
+def test_row_with_nan_or_infinity_ranks_first_under_every_value(backend, where, bad, value, classes):
     student, teacher, labels = logits(5, classes, seed=43), logits(5, classes, seed=44), torch.arange(5)
     (student if where == "student" else teacher)[3, classes // 2] = bad
     value = torch.arange(5.0).flip(0) if value == "score" else value
@@ -417,7 +415,7 @@ def test_a_row_that_is_not_a_number_ranks_first(backend, where, bad, value, clas
     assert got["grad"][[0, 1, 2, 4]].isfinite().all()
 
 
-def test_rows_of_minus_infinity_alone(backend):
+def test_row_of_only_minus_infinity_ranks_first(backend):
     student, teacher = logits(4, 9, seed=45), logits(4, 9, seed=46)
     student[1], teacher[2] = -INF, -INF
     got = check(backend, student, teacher, keep=2)
@@ -425,7 +423,7 @@ def test_rows_of_minus_infinity_alone(backend):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_nan_in_rows_that_do_not_count(backend, dtype):
+def test_nan_in_ignored_rows_has_no_effect(backend, dtype):
     student, teacher = logits(8, 20, dtype=dtype, seed=47), logits(8, 20, dtype=dtype, seed=48)
     labels = torch.arange(8)
     labels[2] = labels[5] = -100
@@ -437,7 +435,7 @@ def test_nan_in_rows_that_do_not_count(backend, dtype):
     assert (got["grad"][[2, 5]] == 0).all()
 
 
-def test_nothing_to_learn_from(backend):
+def test_loss_and_gradient_are_zero_without_candidates(backend):
     labels = torch.full((4,), -100)
     for reduction in ("mean", "sum", "none"):
         got = check(backend, logits(4, 5, seed=49), logits(4, 5, seed=50), labels=labels, reduction=reduction)
@@ -452,7 +450,7 @@ def test_nothing_to_learn_from(backend):
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (3, 0, 5)])
-def test_no_rows(backend, shape):
+def test_empty_batch_has_zero_loss(backend, shape):
     strided = torch.zeros(5, 4, 0, 10).permute(1, 0, 2, 3)
     assert run(backend, strided, torch.zeros(4, 5, 0, 10))["loss"] == 0
     assert run(backend, torch.zeros(10, 4)[:, :0].t(), torch.zeros(0, 10))["loss"] == 0
@@ -461,21 +459,21 @@ def test_no_rows(backend, shape):
         assert got["loss"] == 0 and got["grad"].shape == shape and got["n_selected"] == 0
 
 
-def test_one_class(backend):
+def test_single_class_has_zero_loss(backend):
     got = check(backend, logits(5, 1, seed=51), logits(5, 1, seed=52), labels=torch.zeros(5, dtype=torch.int64), keep=2)
     assert got["loss"] == 0 and (got["kl"] == 0).all() and (got["entropy"] == 0).all() and (got["grad"] == 0).all()
 
 
-# ---- a teacher that ran on some rows
+# ---- rows: a teacher that ran on some rows
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("labelled", [False, True])
-def test_rows(backend, dtype, labelled):
+def test_rows_of_a_partial_teacher_match_oracle(backend, dtype, labelled):
     student = logits(11, 23, dtype=dtype, seed=53)
     rows = torch.tensor([7, -1, 0, 10, 3, -1])
     teacher = logits(6, 23, dtype=dtype, seed=54)
-    teacher[[1, 5]] = NAN  # what a skipped entry holds is not read
+    teacher[[1, 5]] = NAN  # skipped entries are not read
     options = {"rows": rows, "keep": 0.5}
     if labelled:
         options["labels"] = torch.arange(11)
@@ -483,19 +481,19 @@ def test_rows(backend, dtype, labelled):
     got = check(backend, student, teacher, **options)
     assert not got["selected"][[1, 2, 5, 6, 8, 9]].any()
     check(backend, student, teacher[:0], rows=rows[:0], labels=options.get("labels"))
-    if labelled:  # rows without a teacher still have their cross entropy
+    if labelled:  # rows without a teacher still contribute their cross entropy
         assert (got["grad"][[1, 2]] != 0).any(dim=1).all()
 
 
-def test_rows_of_a_student_with_leading_dimensions(backend):
+def test_rows_index_the_flattened_student(backend):
     student = logits(12, 6, seed=55).view(3, 4, 6)
     check(backend, student, logits(3, 6, seed=56), rows=torch.tensor([11, 0, 5]), keep=2)
 
 
-# ---- sameness
+# ---- reproducibility
 
 
-def test_threads_and_runs_are_bit_identical(backend):
+def test_results_are_bit_identical_for_any_thread_count(backend):
     threads = torch.get_num_threads()
     try:
         for rows, classes, dtype in ((513, 100, torch.float32), (67, 4099, torch.bfloat16), (2, 40_001, torch.float64)):
@@ -513,29 +511,29 @@ def test_threads_and_runs_are_bit_identical(backend):
 
 @pytest.mark.parametrize("offset", [-1e4, -500.0, 1e3])
 @pytest.mark.parametrize("keep", [0.2, 0.9])
-def test_rows_of_the_teacher_far_from_zero_among_rows_without(backend, offset, keep):
-    """A row that is read next may have no teacher where this one has, and the other way round."""
+def test_teacher_offset_does_not_leak_into_rows_without_teacher(backend, offset, keep):
+    """The row that the kernel prefetches may lack a teacher although the current one has one, and vice versa."""
     student, teacher = logits(41, 10, seed=61), logits(14, 10, seed=62)
     rows = torch.arange(0, 41, 3)
     shifted = run(backend, student, teacher + offset, rows=rows, keep=keep, value="kl")
     plain = run(backend, student, (teacher + offset) - offset, rows=rows, keep=keep, value="kl")
     with torch.no_grad():
-        alone = kcd_ext.reference.condensed_kd_loss(
+        expected = kcd_ext.reference.condensed_kd_loss(
             student, (teacher + offset) - offset, rows=rows, keep=keep, value="kl"
         )
     assert torch.equal(shifted["selected"], plain["selected"])
     for name in ("loss", "kl", "grad"):
         torch.testing.assert_close(shifted[name], plain[name], rtol=2e-5, atol=1e-7, equal_nan=True)
-    torch.testing.assert_close(shifted["loss"], alone, rtol=2e-5, atol=1e-7)
+    torch.testing.assert_close(shifted["loss"], expected, rtol=2e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("two_pass", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_row_shared_by_threads_is_the_same(dtype, apart):
-    """Fewer rows than threads: pieces of rows are shared out; what is rare in a row is seen by the thread that ends it."""
+def test_row_shared_by_threads_is_bit_identical(dtype, two_pass):
+    """With fewer rows than threads, threads share a row; the thread that finishes it handles the rare cases."""
     threads, classes = torch.get_num_threads(), 60_003
     student, teacher = logits(4, classes, dtype=dtype, seed=59), logits(4, classes, dtype=dtype, seed=60)
-    student[0, ::3], teacher[0, ::3] = torch.finfo(dtype).min, torch.finfo(dtype).min  # float32 does not hold the sums
+    student[0, ::3], teacher[0, ::3] = torch.finfo(dtype).min, torch.finfo(dtype).min  # the sums overflow float32
     student[1, 50_000] = -INF  # an infinite divergence
     teacher[2, 30_000:] = -INF
     labels = torch.tensor([7, 59_999, 30_000, 5])
@@ -546,11 +544,11 @@ def test_a_row_shared_by_threads_is_the_same(dtype, apart):
             {"labels": labels, "ignore_index": 5},
             {"labels": labels, "rows": torch.tensor([2, 0]), "reduction": "sum"},
         ):
-            held = teacher[[2, 0]] if "rows" in options else teacher
+            given_teacher = teacher[[2, 0]] if "rows" in options else teacher
             runs = []
             for n in (1, 2, 7):
                 torch.set_num_threads(n)
-                runs.append(run("cpu_apart" if apart else "cpu", student, held, **options))
+                runs.append(run("cpu_two_pass" if two_pass else "cpu", student, given_teacher, **options))
             for other in runs[1:]:
                 for name in other:
                     assert torch.equal(other[name].nan_to_num(7e4), runs[0][name].nan_to_num(7e4)), (options, name)
@@ -561,7 +559,7 @@ def test_a_row_shared_by_threads_is_the_same(dtype, apart):
 @pytest.mark.parametrize("backend", parameters(*BACKENDS))
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(data=st.data())
-def test_any_numbers(backend, data):
+def test_random_inputs_match_oracle(backend, data):
     rows, classes = data.draw(st.integers(1, 6), label="rows"), data.draw(st.integers(1, 70), label="classes")
     dtype = data.draw(st.sampled_from(DTYPES), label="dtype")
     finite = st.floats(-60, 60, width=16)
@@ -584,13 +582,13 @@ def test_any_numbers(backend, data):
 @pytest.mark.parametrize(
     "name", [n for n in ops.build_info["instruction_sets"] if n != ops.build_info["instruction_set_in_use"]]
 )
-def test_on_every_other_instruction_set(name):
-    """This file once more: an instruction set is chosen when the library is loaded."""
+def test_other_instruction_sets_pass_this_file(name):
+    """Run this file in a new process: the instruction set is chosen when the library is loaded."""
     environment = {**os.environ, "KCD_ISA": name}
     if subprocess.run([sys.executable, "-c", "import kcd_ext"], env=environment, capture_output=True).returncode:
         pytest.skip(f"this processor has no {name}")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    command += ["-m", "not cuda_on_cpu and not gpu", "-k", "not reference and not every_other_instruction_set"]
+    command += ["-m", "not cuda_on_cpu and not gpu", "-k", "not reference and not other_instruction_sets"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-4000:]
     assert int(re.search(r"(\d+) passed", done.stdout).group(1)) > 600

@@ -1,4 +1,4 @@
-"""What error messages say of values: short, in one line, and never what is in a tensor or container."""
+"""Descriptions of values in error messages: short, one line, never the contents of a tensor or container."""
 
 import enum
 from pathlib import Path
@@ -47,5 +47,5 @@ class Colour(enum.Enum):
     ],
     ids=lambda value: value if isinstance(value, str) and value.isprintable() else type(value).__name__,
 )
-def test_values_are_described_in_a_line(value, described, shown):
+def test_value_is_described_in_one_line(value, described, shown):
     assert (describe(value), brief(value)) == (described, shown)

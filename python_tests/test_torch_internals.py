@@ -1,4 +1,4 @@
-"""Private names of torch: the package does without each of them, in a torch that lacks it."""
+"""The package works in a torch that lacks any of the private names that it uses."""
 
 import threading
 
@@ -12,11 +12,11 @@ USES = """
 import contextlib, warnings
 import torch
 name = {name!r}
-kept = getattr(torch._C, name)
+original = getattr(torch._C, name)
 delattr(torch._C, name)
 import kcd_ext
 from kcd_ext import condensed_kd_loss, reference
-setattr(torch._C, name, kept)  # torch itself needs it
+setattr(torch._C, name, original)  # torch itself needs it
 warnings.simplefilter("ignore")
 
 torch.manual_seed(0)
@@ -50,7 +50,7 @@ for derivative in (
         derivative()
     except RuntimeError:
         continue
-    raise AssertionError("a derivative that there is not")
+    raise AssertionError("an unsupported derivative was computed")
 absent = [torch.empty(0, dtype=torch.bool)] * 4
 raw = torch.ops.kcd_ext.condensed_kd(leaf, y, *absent, 0.5, 0, 0, 4.0, 1.0, 0.0, -100, 0, 1.0, False)
 torch.testing.assert_close(torch.autograd.grad(raw[0], leaf)[0], wanted[0])
@@ -61,19 +61,19 @@ with kcd_ext.torch_internals.untraced():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", torch_internals.NAMES)
-def test_losses_and_derivatives_are_right_in_a_torch_without(name):
+def test_losses_and_derivatives_are_correct_without_private_name(name):
     done = python(USES.format(name=name))
     assert done.returncode == 0, done.stderr
     plain, below = name != "_dispatch_tls_local_include_set", name != "_AutoDispatchBelowAutograd"
     assert done.stdout == f"{plain} {below}\n"
 
 
-def test_the_names_are_those_that_the_module_documents():
+def test_every_private_name_is_documented():
     documented = [name for name in torch_internals.NAMES if f"`{name}`" in torch_internals.__doc__]
     assert documented == list(torch_internals.NAMES)
 
 
-def test_losses_are_right_where_no_thread_can_start(monkeypatch):
+def test_losses_are_correct_if_no_thread_can_start(monkeypatch):
     monkeypatch.setattr(torch_internals, "_plain_keys", set())
 
     def refuse(thread):
