@@ -305,8 +305,8 @@ FAULTS = (
     Fault(
         "every lane writes the row's results",
         "cuda/row_stats.cuh",
-        "if (has_row && thread_of_row(a.row_threads) == 0) finish_row",
-        "if (has_row && (thread_of_row(a.row_threads) == 0 || FAULT)) finish_row",
+        "if (has_row && thread_in_row(a.row_threads) == 0) finish_row",
+        "if (has_row && (thread_in_row(a.row_threads) == 0 || FAULT)) finish_row",
         "tsan",
         "rows_in_a_warp",
     ),
