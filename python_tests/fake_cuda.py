@@ -69,7 +69,7 @@ def _is_cuda(device: object) -> bool:
 
 
 class _DeviceMode(TorchFunctionMode):
-    """Intercepts every call of a torch function."""
+    """A mode that intercepts every call of a torch function."""
 
     def __torch_function__(self, function, kinds, arguments=(), options=None):
         options = dict(options or {})

@@ -265,7 +265,7 @@ def shortest_path(loop: Blocks, least: Mapping[str, int]) -> list[Instruction] |
     """
     names, numbers = zip(*least.items(), strict=True)
     own = {start: tuple(count(block.instructions, name) for name in names) for start, block in loop.items()}
-    entry, back = next(iter(loop)), -1  # stands for the entry, reached again
+    entry, back = next(iter(loop)), -1  # -1 is the entry, reached again
     # Dijkstra's algorithm. A state is the next block and the counts before it, capped at `numbers`.
     ahead, came_from, counted_at = [(0, (entry, (0,) * len(names)), None)], {}, {block: [] for block in (*loop, back)}
     while ahead:

@@ -54,7 +54,7 @@ class Options {
     std::istringstream stream(text);
     for (std::string word; stream >> word;) {
       const size_t equals = word.find('=');
-      if (equals == std::string::npos) throw std::invalid_argument("not name=value: " + word);
+      if (equals == std::string::npos) throw std::invalid_argument("expected name=value, got " + word);
       values_[word.substr(0, equals)] = word.substr(equals + 1);
     }
   }
@@ -72,16 +72,16 @@ class Options {
   // Returns the index in `names` of the option's value; by default the first.
   int choice(const std::string& name, Names names) {
     const std::string value = text(name, *names.begin());
-    int place = 0;
-    for (const char* one : names) {
-      if (value == one) return place;
-      ++place;
+    int index = 0;
+    for (const char* candidate : names) {
+      if (value == candidate) return index;
+      ++index;
     }
-    throw std::invalid_argument(name + " cannot be " + value);
+    throw std::invalid_argument("unknown value of " + name + ": " + value);
   }
 
   void expect_none() const {
-    if (!values_.empty()) throw std::invalid_argument("unknown: " + values_.begin()->first);
+    if (!values_.empty()) throw std::invalid_argument("unknown option: " + values_.begin()->first);
   }
 
  private:
@@ -90,7 +90,7 @@ class Options {
 
 enum class Run { step, separate, select, reduce };
 enum class Entries { none, valid, invalid };
-enum class Content { usual, masked, equal };
+enum class Content { random, masked, equal };
 
 struct Case {
   Run run;   // step: forward, loss and backward; separate: the same with one launch for each; select, reduce: only that
@@ -123,7 +123,7 @@ struct Case {
     student = static_cast<Type>(options.choice("student", types));
     with_teacher = options.choice("with_teacher", {"yes", "no"}) == 0;
     teacher = static_cast<Type>(options.choice("teacher", types));
-    content = static_cast<Content>(options.choice("content", {"usual", "masked", "equal"}));
+    content = static_cast<Content>(options.choice("content", {"random", "masked", "equal"}));
     inner = options.integer("inner", rows);
     gap = options.integer("gap", 0);
     student_offset = options.integer("student_offset", 0);
@@ -144,7 +144,7 @@ struct Case {
   Type accumulator() const { return student == Type::float64 ? Type::float64 : Type::float32; }
   Type ranked() const { return value == Value::score ? (score_is_double ? Type::float64 : Type::float32) : accumulator(); }
   double ce_weight() const { return labels == Entries::none ? 0 : 0.75; }
-  int64_t loss_numbers() const { return reduction == Reduction::none ? rows : 1; }
+  int64_t loss_size() const { return reduction == Reduction::none ? rows : 1; }
 };
 
 // ---- memory
@@ -439,7 +439,7 @@ void run_reduce(const Case& c, const Report& report) {
   const auto positive = [&](int64_t) { return 5 * random.uniform(); };
   const Memory kl = make_array(c.accumulator(), c.rows, positive), cross_entropy = make_array(c.accumulator(), c.rows, positive);
   const Memory row_weight = make_row_weight(c, random), selected = make_flags(c.rows, 0.5, random);
-  const Memory labels = make_labels(c, random), counts = array<int64_t>(2), loss = array(c.accumulator(), c.loss_numbers());
+  const Memory labels = make_labels(c, random), counts = array<int64_t>(2), loss = array(c.accumulator(), c.loss_size());
   Problem problem{};
   problem.student.type = c.student;
   problem.rows = c.rows;
@@ -451,7 +451,7 @@ void run_reduce(const Case& c, const Report& report) {
       problem,          kl.data(), cross_entropy.data(), selected.data<uint8_t>(), counts.data<int64_t>(), sum_of(c, row_weight),
       loss.data<void>()};
   run_with_workspace(call, c.context, cuda::launch_reduce_rows);
-  report.add("loss", loss, c.accumulator(), c.loss_numbers());
+  report.add("loss", loss, c.accumulator(), c.loss_size());
 }
 
 // Forward and backward.  Reports every array that a kernel writes.
@@ -474,7 +474,7 @@ void run_step(const Case& c, const Report& report) {
   const Memory stats = array(real, kStatsRows * c.rows), cross_entropy = array(real, c.rows);
   const Memory teacher_entropy = array(real, c.rows), ranked = array(c.ranked(), c.rows);
   const Memory candidate = array<uint8_t>(c.rows), selected = array<uint8_t>(c.rows), counts = array<int64_t>(2);
-  const Memory loss = array(real, c.loss_numbers());
+  const Memory loss = array(real, c.loss_size());
   const bool separate = c.run == Run::separate, with_candidate = separate || c.all_outputs;
   const bool with_cross_entropy = problem.with_labels && with_candidate, ranked_by_teacher = c.value == Value::teacher_entropy;
   const cuda::LossSumParams sum = sum_of(c, row_weight);
@@ -515,9 +515,9 @@ void run_step(const Case& c, const Report& report) {
   report.add("ranked", ranked, c.ranked(), c.rows);
   report.add<uint8_t>("selected", selected, c.rows);
   report.add<int64_t>("counts", counts, 2);
-  report.add("loss", loss, real, c.loss_numbers());
+  report.add("loss", loss, real, c.loss_size());
 
-  const Memory grad_output = make_array(real, c.loss_numbers(), [](int64_t i) { return 1 + 0.5 * static_cast<double>(i % 3); });
+  const Memory grad_output = make_array(real, c.loss_size(), [](int64_t i) { return 1 + 0.5 * static_cast<double>(i % 3); });
   const Tensor gradient = tensor(c.student, c.rows, c.classes, c.rows, 0, 0);
   const Tensor& out = c.in_place ? student : gradient;
   cuda::launch_backward(

@@ -413,7 +413,7 @@ __global__ void last_block_adds(int* part, unsigned* ticket, int* sum, Fault fau
 
 // TSan remembers four accesses per eight bytes; neighbours would evict the ones that matter.
 template <class T>
-struct alignas(64) Alone {
+struct alignas(64) OwnCacheLine {
   T value{};
 };
 
@@ -421,8 +421,8 @@ void last_block(Fault fault) {
   for (unsigned seed = 0; seed < 3; ++seed) {
     simt::configure(simt::Order::random, seed, 3);
     int part[3] = {};
-    Alone<int> sum;
-    Alone<unsigned> ticket;
+    OwnCacheLine<int> sum;
+    OwnCacheLine<unsigned> ticket;
     run(last_block_adds, 3, 32, part, &ticket.value, &sum.value, fault);
     EXPECT(sum.value == 6 && ticket.value == 0);
   }
