@@ -40,7 +40,7 @@ KCD_DEVICE void store_aligned(char* p, const Vector& vector) {
 
 KCD_DEVICE int offset_of(const char* p) { return static_cast<int>(reinterpret_cast<uintptr_t>(p) % kVectorBytes); }
 
-// Loads 16 bytes from an even address.  If it is unaligned, loads the floats aligned vectors around it; the second is cached,
+// Loads 16 bytes from an even address.  If it is unaligned, loads the two aligned vectors around it; the second is cached,
 // because it is the next thread's first.
 KCD_DEVICE Vector load_vector(const char* p) {
   const int offset = offset_of(p);
@@ -59,7 +59,7 @@ KCD_DEVICE Vector load_vector(const char* p) {
   return vector;
 }
 
-// ---- 16-bit types, floats in 32 bits
+// ---- 16-bit types, two in 32 bits
 
 struct FloatPair {
   float low, high;
@@ -133,7 +133,7 @@ KCD_DEVICE VectorPair load_vectors(const Row& row, int first_class, int second_c
            second_class < end ? load_vector(row.at(second_class)) : empty_vector<kType>()}};
 }
 
-// Loads eight adjacent classes from class `first_class` on, of any type except float64, as float32.
+// Loads eight adjacent classes, starting at `first_class`, of any type except float64, as float32.
 KCD_DEVICE VectorPair load_vectors_as_float32(const Row& row, int first_class, int end) {
   if (row.size == 4) return load_vectors<Type::float32>(row, first_class, first_class + kQuad, end);
   VectorPair pair{{empty_vector<Type::float32>(), empty_vector<Type::float32>()}};

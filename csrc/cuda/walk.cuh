@@ -6,7 +6,7 @@ namespace kcd::cuda {
 
 constexpr int kChunk = 8;   // classes; two vectors of float32, or one of a 16-bit type
 
-// The calling thread's index among the `threads` that share a row, a power of floats.
+// The calling thread's index among the `threads` that share a row, a power of two.
 KCD_DEVICE int thread_in_row(int threads) { return thread_index() & (threads - 1); }
 
 // The classes [begin, end) of a row that one block processes.  Chunks start at `chunk_begin`, which is aligned in the leading
@@ -29,7 +29,7 @@ KCD_DEVICE RowPart row_part(const Row& leading, int classes, int part, int parts
 template <Type kType>
 constexpr int kQuadsPerPair = kType == Type::float32 ? 2 : 4;
 
-// The first class of a quad, given the first classes of the floats vectors.
+// The first class of a quad, given the first classes of the two vectors.
 template <Type kType>
 KCD_DEVICE int first_class_of(int quad, int first_class, int second_class) {
   return kType == Type::float32 ? quad ? second_class : first_class : (quad < 2 ? first_class : second_class) + quad % 2 * kQuad;
@@ -81,7 +81,7 @@ KCD_DEVICE void walk_quads(int begin, int first, int last, int end, int threads,
 template <class Real, class Visit>
 KCD_DEVICE void walk(const Row& student, const Row& teacher, const RowPart& part, int threads, const Visit& visit) {
   const bool aligned = offset_of(student.at(part.chunk_begin)) == 0 && offset_of(teacher.at(part.chunk_begin)) == 0;
-  // An unaligned vector is read as the floats aligned ones around it, which must be inside the row too.
+  // An unaligned vector is read as the two aligned ones around it, which must be inside the row too.
   const int margin = aligned ? 0 : kChunk;
   const int chunks = sizeof(Real) == 4 && teacher.type != Type::float64 ? (part.end - part.chunk_begin - 2 * margin) / kChunk : 0;
   const int first = chunks > 0 ? part.chunk_begin + margin : part.end, last = chunks > 0 ? first + chunks * kChunk : part.end;
