@@ -1,8 +1,8 @@
-"""A GPU that is not there: for tests of programs that need one.
+"""A simulated GPU, for tests of programs that need one.
 
-Tensors "on cuda" are the CPU's tensors whose memory is noted as the GPU's. They say so, and meet no tensor of the CPU in an
-operator, as on a GPU; what they compute the CPU computes at once. Streams, events, graphs and the allocator's figures are there as
-far as these programs use them. `install()` lasts as long as the process.
+Tensors "on cuda" are CPU tensors whose storage is registered as the GPU's. They report the device cuda:0, and operators that mix
+them with CPU tensors fail, as on a GPU. The CPU computes everything immediately. Streams, events, graphs and allocator statistics
+exist as far as the tested programs use them. `install()` cannot be undone within the process.
 """
 
 import contextlib
@@ -20,36 +20,44 @@ DEVICE = torch.device("cuda", 0)
 GPU = types.SimpleNamespace(
     name="Fake GPU", major=9, minor=0, multi_processor_count=2, total_memory=2**37, L2_cache_size=10_000, uuid="0"
 )
-WAITING = {Tensor.item, Tensor.tolist, Tensor.cpu, Tensor.nonzero, Tensor.__bool__, Tensor.__float__, Tensor.__int__}
-# Take tensors of both devices.
-MEETING = {Tensor.copy_, Tensor.__getitem__, Tensor.__setitem__, Tensor.type_as, Tensor.data.__set__}
-MEETING |= {torch._has_compatible_shallow_copy_type}
+SYNCHRONIZING = {
+    Tensor.item,
+    Tensor.tolist,
+    Tensor.cpu,
+    Tensor.nonzero,
+    Tensor.__bool__,
+    Tensor.__float__,
+    Tensor.__int__,
+}
+# Functions that accept tensors of both devices.
+MIXED_DEVICE = {Tensor.copy_, Tensor.__getitem__, Tensor.__setitem__, Tensor.type_as, Tensor.data.__set__}
+MIXED_DEVICE |= {torch._has_compatible_shallow_copy_type}
 
 
 class Device:
-    """The state of the one GPU."""
+    """The state of the simulated GPU."""
 
-    memory: dict[int, StorageWeakRef] = {}  # noqa: RUF012 - of the process; a weak reference keeps the number from being used again
+    memory: dict[int, StorageWeakRef] = {}  # noqa: RUF012 - shared; a weak reference keeps the key from being reused
     busy_until = skipped = 0.0
-    refuses_waits = False
+    forbids_sync = False
 
     @classmethod
     def now(cls) -> float:
-        """Return the time in seconds, of which whoever waits for the device skips some."""
+        """Return the time in seconds; synchronising skips forward instead of sleeping."""
         return time.monotonic() + cls.skipped
 
     @classmethod
-    def holds(cls, x: object) -> bool:
-        """Return whether a tensor's memory is the GPU's."""
+    def owns(cls, x: object) -> bool:
+        """Return whether a tensor's storage is on the GPU."""
         try:
             reference = cls.memory.get(x.untyped_storage()._cdata)
-        except (NotImplementedError, RuntimeError):  # a tensor of torch's own kinds, without memory
+        except (NotImplementedError, RuntimeError):  # a tensor subclass without storage
             return False
         return reference is not None and not reference.expired()
 
     @classmethod
-    def take(cls, x: Tensor) -> Tensor:
-        """Note a tensor's memory as the GPU's."""
+    def register(cls, x: Tensor) -> Tensor:
+        """Register a tensor's storage as the GPU's, and return the tensor."""
         with contextlib.suppress(NotImplementedError, RuntimeError):
             storage = x.untyped_storage()
             cls.memory[storage._cdata] = StorageWeakRef(storage)
@@ -60,42 +68,44 @@ def _is_cuda(device: object) -> bool:
     return device is not None and torch.device(device).type == "cuda"
 
 
-class _Tensors(TorchFunctionMode):
-    """Sees every call of torch's functions."""
+class _DeviceMode(TorchFunctionMode):
+    """A mode that intercepts every call of a torch function."""
 
     def __torch_function__(self, function, kinds, arguments=(), options=None):
         options = dict(options or {})
         if function in _GETTERS:
-            return _GETTERS[function](*arguments) if Device.holds(arguments[0]) else function(*arguments)
+            return _GETTERS[function](*arguments) if Device.owns(arguments[0]) else function(*arguments)
         if function is Tensor.cuda:
             function, arguments = Tensor.to, (*arguments[:1], DEVICE)
-        if function is Tensor.numpy and Device.holds(arguments[0]):
+        if function is Tensor.numpy and Device.owns(arguments[0]):
             raise TypeError("can't convert cuda:0 device type tensor to numpy")
         tensors = [x for x in tree_leaves((arguments, options)) if isinstance(x, Tensor)]
-        there = [x for x in tensors if Device.holds(x)]
-        if there and Device.refuses_waits and function in WAITING:
+        on_gpu = [x for x in tensors if Device.owns(x)]
+        if on_gpu and Device.forbids_sync and function in SYNCHRONIZING:
             raise RuntimeError("called a synchronizing CUDA operation")
-        target = _target(function, arguments, options)
+        target = _target_device(function, arguments, options)
         if target is not None:
-            return self._moved(function, arguments, options, _is_cuda(target), there)
-        here = [x for x in tensors if x.dim() and x.numel() and not Device.holds(x)]
-        if there and here and function not in MEETING:
+            return self._run_with_device(function, arguments, options, _is_cuda(target))
+        on_cpu = [x for x in tensors if x.dim() and x.numel() and not Device.owns(x)]
+        if on_gpu and on_cpu and function not in MIXED_DEVICE:
             raise RuntimeError(
                 f"Expected all tensors to be on the same device, but {function.__name__} got cuda:0 and cpu"
             )
         result = function(*arguments, **options)
-        if (there and function is not Tensor.__getitem__) or (there and Device.holds(arguments[0])):
-            tree_map(lambda x: Device.take(x) if isinstance(x, Tensor) else x, result)
+        if (on_gpu and function is not Tensor.__getitem__) or (on_gpu and Device.owns(arguments[0])):
+            tree_map(lambda x: Device.register(x) if isinstance(x, Tensor) else x, result)
         return result
 
-    def _moved(self, function, arguments, options, to_cuda, there):
-        """A call that names a device."""
+    def _run_with_device(self, function, arguments, options, to_cuda):
+        """Run a call that names a device."""
 
-        def on_cpu(x):
-            return torch.device("cpu") if isinstance(x, torch.device) or (isinstance(x, str) and _named(x)) else x
+        def replace_device(x):
+            return (
+                torch.device("cpu") if isinstance(x, torch.device) or (isinstance(x, str) and _is_device_name(x)) else x
+            )
 
-        result = function(*map(on_cpu, arguments), **{name: on_cpu(x) for name, x in options.items()})
-        if isinstance(result, Tensor) and to_cuda != Device.holds(result):
+        result = function(*map(replace_device, arguments), **{name: replace_device(x) for name, x in options.items()})
+        if isinstance(result, Tensor) and to_cuda != Device.owns(result):
             if any(
                 result.untyped_storage()._cdata == x.untyped_storage()._cdata
                 for x in arguments
@@ -103,16 +113,16 @@ class _Tensors(TorchFunctionMode):
             ):
                 result = result.clone()
             if to_cuda:
-                Device.take(result)
+                Device.register(result)
         return result
 
 
-def _named(text: str) -> bool:
+def _is_device_name(text: str) -> bool:
     return text in ("cpu", "meta") or text.startswith("cuda")
 
 
-def _target(function, arguments, options):
-    """The device that a call names; None for none."""
+def _target_device(function, arguments, options):
+    """Return the device that a call names, or None."""
     if function is Tensor.cpu:
         return "cpu"
     if options.get("device") is not None and str(options["device"]) != "meta":
@@ -120,7 +130,7 @@ def _target(function, arguments, options):
     if function is Tensor.to:
         for x in arguments[1:]:
             if isinstance(x, Tensor):
-                return DEVICE if Device.holds(x) else "cpu"
+                return DEVICE if Device.owns(x) else "cpu"
             if isinstance(x, (torch.device, str)) and str(x) != "meta":
                 return x
     return None
@@ -138,48 +148,48 @@ _GETTERS = {
 
 
 class Event:
-    """A point in the device's time."""
+    """A CUDA event."""
 
     def __init__(self, enable_timing: bool = False) -> None:
         self.at = self.done = 0.0
 
     def record(self, stream: object = None) -> "Event":
-        """Now, or when the device has done what is queued."""
+        """Record the event after all queued work."""
         self.at, self.done = time.perf_counter(), Device.busy_until
         return self
 
     def query(self) -> bool:
-        """Whether the device is there already."""
+        """Return whether the device has reached the event."""
         return Device.now() >= self.done
 
     def elapsed_time(self, end: "Event") -> float:
-        """Milliseconds."""
+        """Return the milliseconds between two events."""
         return 1e3 * (end.at - self.at)
 
 
 class Stream:
-    """A stream: everything is done at once."""
+    """A stream, whose work is done immediately."""
 
     def wait_event(self, event: Event) -> None:
-        """Nothing to wait for."""
+        """Do nothing, because all work is done."""
 
     def wait_stream(self, stream: "Stream") -> None:
-        """Nothing to wait for."""
+        """Do nothing, because all work is done."""
 
     def record_event(self, event: Event | None = None) -> Event:
-        """Of this point."""
+        """Return an event at this point."""
         return Event().record()
 
 
 class CUDAGraph:
-    """Calls of operators, made again on the same memory."""
+    """A graph, as a list of operator calls that are repeated on the same memory."""
 
     def __init__(self) -> None:
         self.calls: list[tuple] = []
 
     @torch.no_grad()
     def replay(self) -> None:
-        """All of them; what they return goes where it went."""
+        """Repeat the calls, and copy their results to the captured results."""
         with torch._C.DisableTorchFunction():
             for function, arguments, options, results in self.calls:
                 again = function(*arguments, **options)
@@ -213,12 +223,12 @@ def _sleep(cycles: int) -> None:
     Device.busy_until = Device.now() + cycles / 2e9
 
 
-def _refuse_waits(mode: str) -> None:
-    Device.refuses_waits = mode == "error"
+def _set_sync_debug_mode(mode: str) -> None:
+    Device.forbids_sync = mode == "error"
 
 
 def install() -> None:
-    """Let torch and kcd_ext have a GPU, in this process and in those that are forked from it."""
+    """Give torch and kcd_ext a simulated GPU, in this process and its forks."""
     from kcd_ext import ops
 
     fakes = {
@@ -234,7 +244,7 @@ def install() -> None:
         "reset_peak_memory_stats": lambda: None,
         "empty_cache": lambda: None,
         "synchronize": _synchronize,
-        "set_sync_debug_mode": _refuse_waits,
+        "set_sync_debug_mode": _set_sync_debug_mode,
         "Event": Event,
         "Stream": Stream,
         "stream": lambda stream: contextlib.nullcontext(),
@@ -249,6 +259,6 @@ def install() -> None:
     for name, fake in fakes.items():
         setattr(torch.cuda, name, fake)
     ops._WITH_CUDA = True
-    ops.HAS_FAST_PATH = False  # it looks at the memory itself
+    ops.HAS_FAST_PATH = False  # it reads the memory directly
     ops.build_info["cuda_architectures"] = ["sm_90"]
-    _Tensors().__enter__()
+    _DeviceMode().__enter__()

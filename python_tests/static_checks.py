@@ -1,4 +1,4 @@
-"""What nvcc makes of the CUDA kernels, read off its output without a GPU: resources, machine code, the ways through its loops."""
+"""Static analysis of the compiled CUDA kernels, without a GPU: resources, machine code and the paths through its loops."""
 
 import functools
 import heapq
@@ -16,11 +16,11 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 INCLUDE = HERE.parent / "csrc"
 KERNELS = INCLUDE / "cuda" / "launch.cu"
-TIMEOUT = 300  # seconds, for one run of a tool
+TIMEOUT = 300  # seconds per run of a tool
 
 
 class MissingToolError(RuntimeError):
-    """A tool that is not there, and where it comes from."""
+    """A tool is missing; the message says where to get it."""
 
 
 # ---- tools
@@ -28,25 +28,25 @@ class MissingToolError(RuntimeError):
 
 @functools.cache
 def compiler() -> str:
-    """nvcc. Raises MissingToolError."""
-    return _found(shutil.which("nvcc"), "nvcc (part of the CUDA toolkit)")
+    """Return the path of nvcc. Raise MissingToolError if it is missing."""
+    return _require(shutil.which("nvcc"), "nvcc (part of the CUDA toolkit)")
 
 
 @functools.cache
 def disassembler() -> str:
-    """nvdisasm, of its Python package or of the toolkit. Raises MissingToolError."""
+    """Return the path of nvdisasm, from its Python package or the toolkit. Raise MissingToolError if it is missing."""
     try:
         files = metadata.files("nvidia-cuda-nvdisasm") or ()
     except metadata.PackageNotFoundError:
         files = ()
     packaged = (str(file.locate()) for file in files if file.name == "nvdisasm")
     path = next(packaged, None) or shutil.which("nvdisasm")
-    return _found(path, "nvdisasm (pip install nvidia-cuda-nvdisasm, or part of the CUDA toolkit)")
+    return _require(path, "nvdisasm (pip install nvidia-cuda-nvdisasm, or part of the CUDA toolkit)")
 
 
-def _found(path: str | None, name: str) -> str:
+def _require(path: str | None, name: str) -> str:
     if path is None:
-        raise MissingToolError(f"{name} is not there")
+        raise MissingToolError(f"{name} was not found")
     return path
 
 
@@ -59,7 +59,7 @@ def _run(*command: str | Path) -> subprocess.CompletedProcess:
 
 @functools.cache
 def architectures() -> tuple[str, ...]:
-    """The architectures that nvcc means by all-major, such as "90", oldest first. Raises MissingToolError."""
+    """Return the architectures of nvcc's `all-major`, such as "90", oldest first. Raise MissingToolError if nvcc is missing."""
     done = _run(compiler(), "-arch=all-major", "--dryrun", "-x", "cu", "-c", os.devnull, "-o", os.devnull)
     return tuple(sorted(set(re.findall(r"-arch[= ]sm_(\d+)", done.stderr)), key=int))
 
@@ -69,7 +69,7 @@ def architectures() -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Resources:
-    """What a kernel takes: registers of a thread; bytes of a thread's stack and spills, and of a block's shared memory."""
+    """The resources of a kernel: registers, stack bytes and spilled bytes per thread; shared memory bytes per block."""
 
     registers: int
     stack: int
@@ -79,7 +79,7 @@ class Resources:
 
 @dataclass(frozen=True)
 class Build:
-    """The kernels compiled for one architecture; warnings of compiler and assembler, resources by the kernel's name."""
+    """The kernels compiled for one architecture, the warnings of compiler and assembler, and the resources by kernel name."""
 
     binary: Path
     warnings: tuple[str, ...]
@@ -87,7 +87,7 @@ class Build:
 
 
 def compile(architecture: str, folder: Path) -> Build:
-    """Compiles the kernels into `folder`, optimized. Raises MissingToolError; RuntimeError with nvcc's errors."""
+    """Compile the kernels into `folder`, optimised. Raise MissingToolError, or RuntimeError with nvcc's errors."""
     binary = folder / f"sm_{architecture}.cubin"
     command = [compiler(), "-std=c++17", f"-arch=sm_{architecture}", "-I", INCLUDE]
     log = _run(*command, "-Xptxas", "-v,-warn-spills,-warn-lmem-usage", "-cubin", KERNELS, "-o", binary).stderr
@@ -96,7 +96,7 @@ def compile(architecture: str, folder: Path) -> Build:
 
 
 def compile_all(architectures: Iterable[str], folder: Path) -> dict[str, Build]:
-    """Builds by architecture, made side by side."""
+    """Compile for several architectures in parallel. Return the builds by architecture."""
     architectures = tuple(architectures)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         builds = pool.map(lambda architecture: compile(architecture, folder), architectures)
@@ -116,7 +116,7 @@ def _resources(log: str) -> dict[str, Resources]:
 
 
 def kernel_name(symbol: str) -> str:
-    """A kernel's name in the source with its accumulator, forward_rows<float>; of other templates the symbol itself."""
+    """Return a kernel's name with its accumulator, such as `forward_rows<float>`; for other templates, the symbol itself."""
     mangled = re.match(r"_ZN3kcd4cuda(\d+)(\w+)", symbol)
     if not mangled:
         return symbol
@@ -132,7 +132,7 @@ def kernel_name(symbol: str) -> str:
 
 @dataclass(frozen=True)
 class Instruction:
-    """One instruction; `target` is the index of the one it may jump to."""
+    """An instruction; `target` is the index of the instruction that it may jump to."""
 
     predicate: str
     opcode: str
@@ -140,24 +140,24 @@ class Instruction:
     target: int | None
 
     def is_a(self, *names: str) -> bool:
-        """Whether the opcode begins with the parts of one of these names: LDG.E.128 is an LDG.E and an LDG.128."""
+        """Return whether the opcode has all parts of one of the names: LDG.E.128 is an LDG.E and an LDG.128."""
         parts = self.opcode.split(".")
         return any(parts[0] == name.split(".")[0] and set(name.split(".")) <= set(parts) for name in names)
 
 
 @dataclass(frozen=True)
 class Block:
-    """Instructions that are executed together, and the first ones of the blocks that may follow."""
+    """A basic block, and the indices of the first instructions of its successors."""
 
     instructions: tuple[Instruction, ...]
-    followers: tuple[int, ...]
+    successors: tuple[int, ...]
 
 
 Blocks = dict[int, Block]  # by the index of the first instruction
 
 
 def disassemble(build: Build) -> dict[str, list[Instruction]]:
-    """Every kernel's instructions, by its name. Raises MissingToolError; RuntimeError with nvdisasm's errors."""
+    """Return every kernel's instructions by kernel name. Raise MissingToolError, or RuntimeError with nvdisasm's errors."""
     done = _run(disassembler(), "-c", build.binary)
     sections = re.split(r"^//-+ \.text\.(\S+) +-+$", done.stdout, flags=re.MULTILINE)
     return {kernel_name(name): _instructions(text) for name, text in zip(sections[1::2], sections[2::2], strict=True)}
@@ -185,23 +185,23 @@ def _target(operands: str, labels: Mapping[str, int]) -> int | None:
 
 
 def blocks(instructions: list[Instruction]) -> Blocks:
-    """The control flow of a kernel."""
-    followers = {i: _followers(i, instruction) for i, instruction in enumerate(instructions)}
-    first = {0, *(i + 1 for i, after in followers.items() if after != (i + 1,))}
-    first |= {follower for i, after in followers.items() if after != (i + 1,) for follower in after}
+    """Return the control flow graph of a kernel."""
+    successors = {i: _successors(i, instruction) for i, instruction in enumerate(instructions)}
+    first = {0, *(i + 1 for i, after in successors.items() if after != (i + 1,))}
+    first |= {successor for i, after in successors.items() if after != (i + 1,) for successor in after}
     found, begin = {}, 0
     for i in range(len(instructions)):
         if i + 1 in first or i + 1 == len(instructions):
-            after = tuple(follower for follower in followers[i] if follower < len(instructions))
+            after = tuple(successor for successor in successors[i] if successor < len(instructions))
             found[begin] = Block(tuple(instructions[begin : i + 1]), after)
             begin = i + 1
     return found
 
 
-def _followers(i: int, instruction: Instruction) -> tuple[int, ...]:
+def _successors(i: int, instruction: Instruction) -> tuple[int, ...]:
     if instruction.is_a("EXIT", "RET"):
         return (i + 1,) if instruction.predicate else ()
-    # Before sm_90 a branch that a whole warp takes may be a conditional call, which nothing returns from.
+    # Before sm_90 a branch of a full warp may be a conditional call that never returns.
     jump = instruction.is_a("BRA") or (instruction.is_a("CALL") and instruction.predicate)
     if not jump or instruction.target is None:
         return (i + 1,)
@@ -210,18 +210,18 @@ def _followers(i: int, instruction: Instruction) -> tuple[int, ...]:
 
 
 def loops(flow: Blocks) -> list[Blocks]:
-    """The outermost loops: the largest sets of blocks that can all reach each other. The first block of each is its entry."""
-    before = {block: [] for block in flow}
-    for block, has in flow.items():
-        for follower in has.followers:
-            before[follower].append(block)
+    """Return the outermost loops: strongly connected components, each with its entry block first."""
+    before = {start: [] for start in flow}
+    for start, block in flow.items():
+        for successor in block.successors:
+            before[successor].append(start)
     order, seen = [], set()
     for start in flow:
-        order += _reachable(start, lambda block: flow[block].followers, seen)
+        order += _reachable(start, lambda block: flow[block].successors, seen)
     found, seen = [], set()
     for start in reversed(order):
         members = set(_reachable(start, before.__getitem__, seen))
-        if len(members) > 1 or start in flow[start].followers:
+        if len(members) > 1 or start in flow[start].successors:
             entries = [block for block in members if block == 0 or set(before[block]) - members]
             found.append(
                 {block: flow[block] for block in sorted(members, key=lambda block: (block not in entries, block))}
@@ -230,7 +230,7 @@ def loops(flow: Blocks) -> list[Blocks]:
 
 
 def _reachable(start: int, neighbours: Callable[[int], Iterable[int]], seen: set[int]) -> list[int]:
-    """What is reached from `start` and not yet seen, each after everything that is reached from it."""
+    """Return the unseen blocks reachable from `start`, in depth-first postorder."""
     if start in seen:
         return []
     seen.add(start)
@@ -248,77 +248,84 @@ def _reachable(start: int, neighbours: Callable[[int], Iterable[int]], seen: set
 
 
 def count(instructions: Iterable[Instruction], *names: str) -> int:
-    """How many instructions are one of these (see Instruction.is_a)."""
+    """Count the instructions that are one of these (see Instruction.is_a)."""
     return sum(instruction.is_a(*names) for instruction in instructions)
 
 
-def all_of(loop: Blocks) -> list[Instruction]:
-    """Every instruction of a loop."""
+def instructions_of(loop: Blocks) -> list[Instruction]:
+    """Return every instruction of a loop."""
     return [instruction for block in loop.values() for instruction in block.instructions]
 
 
-def shortest_way(loop: Blocks, least: Mapping[str, int]) -> list[Instruction] | None:
-    """The fewest instructions once round a loop, from its entry to its entry, with at least so many of each; None: no way.
+def shortest_path(loop: Blocks, least: Mapping[str, int]) -> list[Instruction] | None:
+    """Return the shortest path once around a loop with at least the given instruction counts, or None if there is no such path.
 
-    least: numbers by a name of Instruction.is_a. Instructions whose predicate is false count: they are issued too.
+    Args:
+        least: minimum counts by name (see Instruction.is_a). Predicated-off instructions count, because they are issued too.
     """
     names, numbers = zip(*least.items(), strict=True)
-    own = {block: tuple(count(has.instructions, name) for name in names) for block, has in loop.items()}
-    entry, back = next(iter(loop)), -1  # the entry when it is come to again
-    # Dijkstra's algorithm; a state: the block to come, and what was counted before it, as far as it matters.
+    own = {start: tuple(count(block.instructions, name) for name in names) for start, block in loop.items()}
+    entry, back = next(iter(loop)), -1  # -1 is the entry, reached again
+    # Dijkstra's algorithm. A state is the next block and the counts before it, capped at `numbers`.
     ahead, came_from, counted_at = [(0, (entry, (0,) * len(names)), None)], {}, {block: [] for block in (*loop, back)}
     while ahead:
         length, state, previous = heapq.heappop(ahead)
         block, before = state
         if any(all(map(operator.ge, other, before)) for other in reversed(counted_at[block])):
-            continue  # a way that is no longer came here with as much
+            continue  # a path that is no longer reached this block with as many
         counted_at[block].append(before)
         came_from[state] = previous
         if block == back:
             return _instructions_to(state, came_from, loop)
         counted = tuple(map(min, map(operator.add, before, own[block]), numbers))
-        for follower in loop[block].followers:
-            if follower in loop and (follower != entry or counted == numbers):
-                following = (back if follower == entry else follower, counted)
+        for successor in loop[block].successors:
+            if successor in loop and (successor != entry or counted == numbers):
+                following = (back if successor == entry else successor, counted)
                 heapq.heappush(ahead, (length + len(loop[block].instructions), following, state))
     return None
 
 
 def _instructions_to(state: tuple, came_from: Mapping, loop: Blocks) -> list[Instruction]:
-    way = []
+    path = []
     while (state := came_from[state]) is not None:
-        way.append(loop[state[0]].instructions)
-    return [instruction for instructions in reversed(way) for instruction in instructions]
+        path.append(loop[state[0]].instructions)
+    return [instruction for instructions in reversed(path) for instruction in instructions]
 
 
-# ---- what is counted
+# ---- counts
 
 
-EXPONENTIAL, WORD_LOAD, STREAMED = "MUFU.EX2", "LDG.128", "STG.EF.128"  # STREAMED: a word written past the caches
-WORDS = 4  # that a trip round a hot loop reads: two of each tensor
-PAIRS = {2: 16, 4: 8}  # of logits in them, by a logit's bytes
+EXPONENTIAL, VECTOR_LOAD, STREAMED = "MUFU.EX2", "LDG.128", "STG.EF.128"  # STREAMED: a streaming store of 16 bytes
+VECTORS = 4  # loads per iteration of a hot loop: two per tensor
+PAIRS = {2: 16, 4: 8}  # pairs of logits per iteration, by bytes per logit
 
 
 def hot_loops(instructions: list[Instruction]) -> list[Blocks]:
-    """The loops that read whole words and take exponentials of them."""
+    """Return the loops that load 16-byte vectors and compute exponentials."""
     found = loops(blocks(instructions))
-    return [loop for loop in found if count(all_of(loop), WORD_LOAD) and count(all_of(loop), EXPONENTIAL)]
+    return [
+        loop
+        for loop in found
+        if count(instructions_of(loop), VECTOR_LOAD) and count(instructions_of(loop), EXPONENTIAL)
+    ]
 
 
 def hot_loops_of(instructions: list[Instruction], size: int) -> list[Blocks]:
-    """Those over two tensors of one type whose logits have `size` bytes: 2, a loop for each such type, or 4."""
+    """Return the hot loops for two tensors of one type with `size` bytes per logit. For 2 bytes, that is one loop per type."""
     hot = hot_loops(instructions)
-    exponentials = [count(all_of(loop), EXPONENTIAL) for loop in hot]
-    # As many words hold twice as many pairs of two bytes.
+    exponentials = [count(instructions_of(loop), EXPONENTIAL) for loop in hot]
+    # The same vectors contain twice as many pairs of 2-byte logits.
     many = 3 / 4 * max(exponentials, default=0)
     return [loop for loop, number in zip(hot, exponentials, strict=True) if (number > many) == (size == 2)]
 
 
 @dataclass(frozen=True)
 class Work:
-    """What forward_rows<float> or backward_rows<float> does with a pair of logits at one temperature; 0: at any but 1, 2, 4.
+    """The work of `forward_rows<float>` or `backward_rows<float>` per pair of logits.
 
-    extra: the teacher's entropy too, or the labels' gradient too.
+    Attributes:
+        temperature: 1, 2 or 4; 0 for any other.
+        extra: also the teacher's entropy (forward) or the labels' gradient (backward).
     """
 
     kernel: str
@@ -326,33 +333,38 @@ class Work:
     extra: bool
 
     def least(self) -> dict[str, int]:
-        """What the formulas take for a pair at the least, by opcode; an exponential takes a product beside."""
+        """Return the minimum instructions per pair that the formulas need, by opcode. Each exponential needs a product."""
         forward = self.kernel.startswith("forward")
-        powers = forward + self.extra  # e^z, e^y: by squaring, or by exponentials of their own
+        powers = forward + self.extra  # e^z, e^y: by squaring, or with separate exponentials
         exponentials, products = {1: (0, 0), 2: (0, 1), 4: (0, 2), 0: (1, 1)}[self.temperature]
         return {
             EXPONENTIAL: 2 + powers * exponentials,
             "FMUL": 2 + powers * products + (not forward),
             # Forward: cross, and a product of each power. Backward: a difference, and the labels'.
             "FFMA": 1 + powers if forward else 1 + self.extra,
-            # Differences to the maxima, and forward the cross term's; each sum, where e^z is not e^(z/T) already.
+            # Differences to the maxima, and in the forward pass to the cross term; the sums of e^z, unless T = 1.
             "FADD": 5 + powers * (self.temperature != 1) if forward else 2,
         }
 
 
-def of_a_pair(loop: Blocks, work: Work, size: int) -> tuple[float, float]:
-    """Exponentials and instructions for one pair of logits of `size` bytes, where all are aligned and none is special.
+def cost_per_pair(loop: Blocks, work: Work, size: int) -> tuple[float, float]:
+    """Return the exponentials and instructions per pair of logits of `size` bytes, for aligned rows without special values.
 
-    loop: one of hot_loops_of(instructions, size). The way is the shortest that does at least what the work takes.
-    Raises RuntimeError: there is none, so that Work.least says too much.
+    They are counted on the shortest path that does at least the work.
+
+    Args:
+        loop: a loop of `hot_loops_of(instructions, size)`.
+
+    Raises:
+        RuntimeError: no path does the work, so `Work.least` requires too much.
     """
     pairs = PAIRS[size]
-    stores = 0 if work.kernel.startswith("forward") else WORDS // 2
-    least = {WORD_LOAD: WORDS, "STG": stores, **{name: number * pairs for name, number in work.least().items()}}
-    way = shortest_way(loop, least)
-    if way is None:
-        raise RuntimeError(f"no way through the loop does all of this: {work}, {work.least()}")
-    return count(way, EXPONENTIAL) / pairs, len(way) / pairs
+    stores = 0 if work.kernel.startswith("forward") else VECTORS // 2
+    least = {VECTOR_LOAD: VECTORS, "STG": stores, **{name: number * pairs for name, number in work.least().items()}}
+    path = shortest_path(loop, least)
+    if path is None:
+        raise RuntimeError(f"no path through the loop does all of this: {work}, {work.least()}")
+    return count(path, EXPONENTIAL) / pairs, len(path) / pairs
 
 
 # ---- occupancy
@@ -360,14 +372,14 @@ def of_a_pair(loop: Blocks, work: Work, size: int) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Multiprocessor:
-    """What blocks share (CUDA C++ Programming Guide, technical specifications by compute capability), and what CUDA keeps of it."""
+    """The limits of a multiprocessor (CUDA C++ Programming Guide, technical specifications by compute capability)."""
 
     threads: int
     blocks: int
     shared: int
-    shared_reserved: int  # of a block
+    shared_reserved: int  # per block, by CUDA
     registers: int = 65536
-    quarters: int = 4  # each has a quarter of the registers and of the warps
+    quarters: int = 4  # each has a quarter of the registers and warps
 
 
 MULTIPROCESSORS = {
@@ -379,7 +391,7 @@ MULTIPROCESSORS = {
 
 
 def resident_blocks(resources: Resources, threads: int, on: Multiprocessor) -> int:
-    """Blocks of so many threads that share a multiprocessor, as cuda_occupancy.h counts them."""
+    """Return how many blocks of `threads` threads fit on a multiprocessor, as cuda_occupancy.h computes it."""
     warps = -(-threads // 32)
     registers_of_warp = -(-resources.registers * 32 // 256) * 256
     warps_by_registers = on.registers // on.quarters // registers_of_warp * on.quarters

@@ -1,5 +1,7 @@
-"""The CUDA kernels, executed on the CPU: any order of threads gives the same bits; no access is out of bounds, misaligned or a
-race. Faults planted in the kernels show that each of these checks finds what it is for."""
+"""The CUDA kernels executed on the CPU: any thread order gives the same bits; no access is out of bounds, misaligned or a race.
+
+Faults planted in the kernels show that each check detects what it is for.
+"""
 
 import mmap
 import subprocess
@@ -17,76 +19,76 @@ pytestmark = pytest.mark.cuda_on_cpu
 DRIVER = build.HERE / "driver.cpp"
 SCHEDULES = ("forward", "reverse", "random:1:1", "random:2:2", "random:3:3")
 
-# ---- cases: words for the driver
+# ---- cases: arguments of the driver
 
 CASES = {
-    # dtypes and numbers of classes, where rows begin and end, every option
-    "one_class": "rows=5 classes=1 labels=strange all_outputs=yes",
-    "seven": "rows=37 classes=7 student=float16 teacher=float32 labels=strange reduction=none weights=yes",
-    "odd_rows": "rows=40 classes=33 labels=usual mapping=strange weights=yes gap=7 student_offset=4 teacher_offset=12",
+    # dtypes, class counts, alignments, every option
+    "one_class": "rows=5 classes=1 labels=invalid all_outputs=yes",
+    "seven": "rows=37 classes=7 student=float16 teacher=float32 labels=invalid reduction=none weights=yes",
+    "odd_rows": "rows=40 classes=33 labels=valid mapping=invalid weights=yes gap=7 student_offset=4 teacher_offset=12",
     "half": "rows=25 classes=100 student=float16 teacher=float16 student_offset=10 teacher_offset=2 value=kl reduction=sum",
-    "half_aligned": "rows=9 classes=1000 student=bfloat16 teacher=bfloat16 labels=usual mapping=usual temperature=4",
-    "half_in_place": "rows=9 classes=1001 student=bfloat16 teacher=bfloat16 labels=usual in_place=yes gap=9 student_offset=14",
-    "mixed_half": "rows=7 classes=601 student=float16 teacher=bfloat16 labels=usual value=cross_entropy temperature=1",
-    "narrow_student": "rows=40 classes=264 student=float16 teacher=float32 mapping=usual student_offset=6 teacher_offset=8",
-    "narrow_teacher": "rows=40 classes=264 student=float32 teacher=bfloat16 labels=usual student_offset=12 teacher_offset=10",
-    "double": "rows=12 classes=333 student=float64 teacher=float64 labels=usual all_outputs=yes teacher_offset=8 in_place=yes",
-    "double_student": "rows=6 classes=100 student=float64 teacher=float16 labels=strange value=teacher_entropy",
-    "double_teacher": "rows=6 classes=100 student=float32 teacher=float64 labels=usual temperature=2 in_place=yes",
-    "sequences": "rows=22 classes=50 student=float16 teacher=float32 inner=4 gap=5 labels=usual weights=yes reduction=none",
-    "teacher_entropy": "rows=33 classes=90 value=teacher_entropy mapping=usual labels=usual in_place=yes",
-    "scores": "rows=300 classes=5 value=score labels=usual mapping=strange count=40",
-    "double_scores": "rows=300 classes=5 value=score score=float64 labels=usual count=70",
-    "no_teacher": "rows=30 classes=40 with_teacher=no labels=usual all_outputs=yes",
-    "no_rows": "rows=0 classes=40 labels=usual",
-    # numbers that are none, and rows that tie
-    "masks": "rows=24 classes=700 content=masked labels=usual all_outputs=yes reduction=none",
-    "half_masks": "rows=24 classes=520 student=float16 teacher=bfloat16 content=masked labels=usual value=kl",
+    "half_aligned": "rows=9 classes=1000 student=bfloat16 teacher=bfloat16 labels=valid mapping=valid temperature=4",
+    "half_in_place": "rows=9 classes=1001 student=bfloat16 teacher=bfloat16 labels=valid in_place=yes gap=9 student_offset=14",
+    "mixed_half": "rows=7 classes=601 student=float16 teacher=bfloat16 labels=valid value=cross_entropy temperature=1",
+    "narrow_student": "rows=40 classes=264 student=float16 teacher=float32 mapping=valid student_offset=6 teacher_offset=8",
+    "narrow_teacher": "rows=40 classes=264 student=float32 teacher=bfloat16 labels=valid student_offset=12 teacher_offset=10",
+    "double": "rows=12 classes=333 student=float64 teacher=float64 labels=valid all_outputs=yes teacher_offset=8 in_place=yes",
+    "double_student": "rows=6 classes=100 student=float64 teacher=float16 labels=invalid value=teacher_entropy",
+    "double_teacher": "rows=6 classes=100 student=float32 teacher=float64 labels=valid temperature=2 in_place=yes",
+    "sequences": "rows=22 classes=50 student=float16 teacher=float32 inner=4 gap=5 labels=valid weights=yes reduction=none",
+    "teacher_entropy": "rows=33 classes=90 value=teacher_entropy mapping=valid labels=valid in_place=yes",
+    "scores": "rows=300 classes=5 value=score labels=valid mapping=invalid count=40",
+    "double_scores": "rows=300 classes=5 value=score score=float64 labels=valid count=70",
+    "no_teacher": "rows=30 classes=40 with_teacher=no labels=valid all_outputs=yes",
+    "no_rows": "rows=0 classes=40 labels=valid",
+    # masked and non-finite logits, and ties
+    "masks": "rows=24 classes=700 content=masked labels=valid all_outputs=yes reduction=none",
+    "half_masks": "rows=24 classes=520 student=float16 teacher=bfloat16 content=masked labels=valid value=kl",
     "double_masks": "rows=24 classes=50 student=float64 teacher=float64 content=masked value=teacher_entropy",
-    "ties": "rows=700 classes=6 content=equal labels=usual count=333",
-    # rows that several blocks share
-    "parts": "rows=2 classes=4097 threads=64 processors=3 labels=usual weights=yes",
-    "half_parts": "rows=3 classes=9000 threads=64 student=bfloat16 teacher=float16 labels=usual in_place=yes student_offset=2",
+    "ties": "rows=700 classes=6 content=equal labels=valid count=333",
+    # several blocks per row
+    "parts": "rows=2 classes=4097 threads=64 num_sms=3 labels=valid weights=yes",
+    "half_parts": "rows=3 classes=9000 threads=64 student=bfloat16 teacher=float16 labels=valid in_place=yes student_offset=2",
     "double_parts": "rows=1 classes=4097 threads=32 student=float64 teacher=float64 content=masked",
-    # selection, and loss by a launch of their own
-    "apart": "run=apart rows=50 classes=100 labels=usual mapping=strange value=kl weights=yes",
-    "apart_ties": "run=apart rows=700 classes=6 content=equal labels=usual count=333 reduction=none",
-    "apart_parts": "run=apart rows=2 classes=4097 threads=64 labels=strange all_outputs=yes reduction=sum",
+    # selection and loss in separate launches
+    "separate": "run=separate rows=50 classes=100 labels=valid mapping=invalid value=kl weights=yes",
+    "separate_ties": "run=separate rows=700 classes=6 content=equal labels=valid count=333 reduction=none",
+    "separate_parts": "run=separate rows=2 classes=4097 threads=64 labels=invalid all_outputs=yes reduction=sum",
     "select": "run=select rows=1001",
     "select_double": "run=select rows=1001 score=float64 count=13",
-    "reduce": "run=reduce rows=9001 labels=usual weights=yes",
+    "reduce": "run=reduce rows=9001 labels=valid weights=yes",
     "reduce_double": "run=reduce rows=5000 student=float64 reduction=none",
-    # blocks of many rows, and the selection from many by many blocks
-    "many": "rows=9001 classes=3 labels=usual mapping=usual student=float16 teacher=float16",
-    "very_many": "rows=70001 classes=2 labels=usual content=equal threads=64",
-    "select_very_many": "run=select rows=70001 count=30000",
-    "select_very_many_double": "run=select rows=65537 score=float64 fraction=0.9",
+    # large blocks, and selection by many blocks
+    "large_blocks": "rows=9001 classes=3 labels=valid mapping=valid student=float16 teacher=float16",
+    "many_blocks": "rows=70001 classes=2 labels=valid content=equal threads=64",
+    "select_many_blocks": "run=select rows=70001 count=30000",
+    "select_many_blocks_double": "run=select rows=65537 score=float64 fraction=0.9",
 }
-SLOW_UNDER_ASAN = {"very_many"}
+SLOW_UNDER_ASAN = {"many_blocks"}
 
-# Launches of up to 250 CUDA threads, beyond which ThreadSanitizer may miss a race.
+# At most 250 CUDA threads per launch: beyond that ThreadSanitizer may miss a race.
 RACE_CASES = {
-    "rows_in_a_warp": "processors=1 threads=64 rows=12 classes=100 labels=strange mapping=strange weights=yes all_outputs=yes",
-    "rows_in_a_block": "processors=1 threads=64 rows=3 classes=1000 labels=usual value=kl reduction=none",
-    "doubles": "processors=1 threads=64 rows=3 classes=333 student=float64 teacher=float64 labels=usual",
-    "halves_in_place": "processors=1 threads=64 rows=3 classes=777 student=float16 teacher=bfloat16 in_place=yes teacher_offset=6",
-    "small_blocks": "processors=2 threads=32 rows=7 classes=300 student=bfloat16 teacher=float32 labels=usual mapping=strange",
-    "tied_rows": "processors=1 threads=64 rows=47 classes=7 content=equal labels=usual count=19",
-    "more_rows_than_threads": "processors=1 threads=32 rows=55 classes=7 content=equal labels=usual count=19",
-    "shared_rows": "processors=2 threads=32 rows=2 classes=4097 labels=usual",
-    "one_shared_row": "processors=1 threads=64 rows=1 classes=6200 student=float16 teacher=float16 in_place=yes",
-    "launches_apart": "processors=1 threads=64 run=apart rows=12 classes=100 labels=usual mapping=usual weights=yes",
-    "select_by_blocks": "processors=1 threads=32 run=select rows=65537 count=30000",
-    "select_by_blocks_double": "processors=1 threads=32 run=select rows=65537 score=float64",
-    "reduce_by_blocks": "processors=2 threads=64 run=reduce rows=8192 labels=usual weights=yes",
-    "reduce_by_blocks_double": "processors=2 threads=64 run=reduce rows=8192 student=float64 reduction=none",
+    "rows_in_a_warp": "num_sms=1 threads=64 rows=12 classes=100 labels=invalid mapping=invalid weights=yes all_outputs=yes",
+    "rows_in_a_block": "num_sms=1 threads=64 rows=3 classes=1000 labels=valid value=kl reduction=none",
+    "doubles": "num_sms=1 threads=64 rows=3 classes=333 student=float64 teacher=float64 labels=valid",
+    "halves_in_place": "num_sms=1 threads=64 rows=3 classes=777 student=float16 teacher=bfloat16 in_place=yes teacher_offset=6",
+    "small_blocks": "num_sms=2 threads=32 rows=7 classes=300 student=bfloat16 teacher=float32 labels=valid mapping=invalid",
+    "tied_rows": "num_sms=1 threads=64 rows=47 classes=7 content=equal labels=valid count=19",
+    "more_rows_than_threads": "num_sms=1 threads=32 rows=55 classes=7 content=equal labels=valid count=19",
+    "shared_rows": "num_sms=2 threads=32 rows=2 classes=4097 labels=valid",
+    "one_shared_row": "num_sms=1 threads=64 rows=1 classes=6200 student=float16 teacher=float16 in_place=yes",
+    "separate_launches": "num_sms=1 threads=64 run=separate rows=12 classes=100 labels=valid mapping=valid weights=yes",
+    "select_by_blocks": "num_sms=1 threads=32 run=select rows=65537 count=30000",
+    "select_by_blocks_double": "num_sms=1 threads=32 run=select rows=65537 score=float64",
+    "reduce_by_blocks": "num_sms=2 threads=64 run=reduce rows=8192 labels=valid weights=yes",
+    "reduce_by_blocks_double": "num_sms=2 threads=64 run=reduce rows=8192 student=float64 reduction=none",
 }
 
-# Rows 2^32 elements apart, and more: only the pages that are touched take memory.
+# Rows at least 2^32 elements apart. Only touched pages take memory.
 HUGE = "rows=5 classes=40 inner=2 gap=4294967296"
 HUGE_CASES = {
-    "huge_strides": f"{HUGE} labels=usual student=float16 teacher=float32",
-    "huge_strides_in_place": f"{HUGE} labels=usual student=bfloat16 teacher=float16 mapping=usual in_place=yes",
+    "huge_strides": f"{HUGE} labels=valid student=float16 teacher=float32",
+    "huge_strides_in_place": f"{HUGE} labels=valid student=bfloat16 teacher=float16 mapping=valid in_place=yes",
     "huge_strides_of_doubles": f"{HUGE} student=float64 teacher=float64 in_place=yes",
 }
 ALL_CASES = CASES | RACE_CASES | HUGE_CASES
@@ -96,68 +98,68 @@ ALL_CASES = CASES | RACE_CASES | HUGE_CASES
 SYNCTHREADS = "if (!FAULT) __syncthreads();"
 FENCE = "if (!FAULT) __threadfence();"
 FAULTS = (
-    # reading and writing logits
+    # loads and stores
     Fault(
-        "a misaligned word is loaded as it lies",
-        "cuda/words.cuh",
+        "an unaligned vector is loaded directly",
+        "cuda/vectors.cuh",
         "if (offset == 0) return load_aligned(p);",
         "if (offset == 0 || FAULT) return load_aligned(p);",
         "ubsan",
         "odd_rows",
     ),
     Fault(
-        "the second of two words is one too far",
-        "cuda/words.cuh",
-        "load_aligned(p - offset + kWordBytes)",
-        "load_aligned(p - offset + (FAULT ? 2 : 1) * kWordBytes)",
+        "the second of two vectors is one too far",
+        "cuda/vectors.cuh",
+        "load_aligned(p - offset + kVectorBytes)",
+        "load_aligned(p - offset + (FAULT ? 2 : 1) * kVectorBytes)",
         "wrong",
         "odd_rows",
     ),
     Fault(
-        "words around the first classes reach out of the row",
+        "vectors around the first classes start before the row",
         "cuda/walk.cuh",
-        "part.first + margin : part.end",
-        "part.first + (FAULT ? 0 : margin) : part.end",
+        "part.chunk_begin + margin : part.end",
+        "part.chunk_begin + (FAULT ? 0 : margin) : part.end",
         "asan",
         "narrow_teacher",
     ),
     Fault(
-        "words around the last classes reach out of the row",
+        "vectors around the last classes end after the row",
         "cuda/walk.cuh",
-        "(part.end - part.first - 2 * margin)",
-        "(part.end - part.first - (FAULT ? 1 : 2) * margin)",
+        "(part.end - part.chunk_begin - 2 * margin)",
+        "(part.end - part.chunk_begin - (FAULT ? 1 : 2) * margin)",
         "asan",
         "narrow_teacher",
     ),
     Fault(
-        "the last octets are read as if every thread had one",
+        "the last chunks are read as if every thread had one",
         "cuda/walk.cuh",
-        "if (aligned && same && end - first >= step) {",
-        "if (aligned && same && (end - first >= step || FAULT)) {",
+        "if (aligned && same_type && end - first >= step) {",
+        "if (aligned && same_type && (end - first >= step || FAULT)) {",
         "asan",
         "half_aligned",
     ),
     Fault(
-        "octets past the end are written as a narrower type",
-        "cuda/backward.cuh",
-        "if (one < end) store_narrow",
-        "if (one < end || FAULT) store_narrow",
+        "chunks past the end are stored as a narrower type",
+        "cuda/condensed_kd_backward.cuh",
+        "if (first_class < end) store_as_16_bit",
+        "if (first_class < end || FAULT) store_as_16_bit",
         "asan",
         "half_parts",
     ),
     Fault(
-        "octets past the end are written",
-        "cuda/backward.cuh",
-        "if (one < end) store_aligned",
-        "if (one < end || FAULT) store_aligned",
+        "chunks past the end are stored",
+        "cuda/condensed_kd_backward.cuh",
+        "if (first_class < end) store_aligned",
+        "if (first_class < end || FAULT) store_aligned",
         "asan",
         "mixed_half",
     ),
     Fault(
-        "a row that does not count keeps its last classes",
-        "cuda/backward.cuh",
-        "one_by_one(last, part.end);",
-        "if (!FAULT) one_by_one(last, part.end);",
+        "a row without a gradient keeps its last classes",
+        "cuda/condensed_kd_backward.cuh",
+        "write_bytes(last, part.end);",
+        "if (!FAULT) write_bytes(last, part.end);",
         "wrong",
         "odd_rows",
     ),
@@ -170,7 +172,7 @@ FAULTS = (
         "one_class",
     ),
     Fault(
-        "the last classes are left out",
+        "the last classes are skipped",
         "cuda/walk.cuh",
         "left < kQuad ? left : kQuad",
         "left < kQuad ? (FAULT ? 0 : left) : kQuad",
@@ -179,40 +181,40 @@ FAULTS = (
     ),
     Fault(
         "a class past the end is written",
-        "cuda/words.cuh",
+        "cuda/vectors.cuh",
         "if (j >= n) continue;",
         "if (j >= n && !FAULT) continue;",
         "asan",
         "seven",
     ),
     Fault(
-        "an offset of 32 bits",
+        "an offset has 32 bits",
         "kernels.h",
         "static_cast<const char*>(data) + element * size_of(type)",
         "static_cast<const char*>(data) + (FAULT ? static_cast<uint32_t>(element) : element) * size_of(type)",
         "wrong",
         "huge_strides",
     ),
-    # which rows
+    # row indices
     Fault(
-        "forward: rows beyond the last one are read",
-        "cuda/forward.cuh",
-        "place.row >= p.rows ||",
-        "(place.row >= p.rows && !FAULT) ||",
+        "forward: rows past the last one are read",
+        "cuda/row_stats.cuh",
+        "position.row >= p.rows ||",
+        "(position.row >= p.rows && !FAULT) ||",
         "asan",
         "seven",
     ),
     Fault(
-        "backward: rows beyond the last one are read",
-        "cuda/backward.cuh",
+        "backward: rows past the last one are read",
+        "cuda/condensed_kd_backward.cuh",
         "if (i < 0) return;",
         "if (i < 0 && !FAULT) return;",
         "asan",
         "seven",
     ),
     Fault(
-        "selection: rows beyond the last one are read",
-        "cuda/select.cuh",
+        "selection: rows past the last one are read",
+        "cuda/select_topk.cuh",
         "first + j * stride < end ? ranking.key",
         "first + j * stride < end || FAULT ? ranking.key",
         "asan",
@@ -220,31 +222,31 @@ FAULTS = (
     ),
     Fault(
         "an ignored row is read",
-        "cuda/forward.cuh",
-        "!p.valid(place.row))",
-        "(!p.valid(place.row) && !FAULT))",
+        "cuda/row_stats.cuh",
+        "!p.valid(position.row))",
+        "(!p.valid(position.row) && !FAULT))",
         "wrong",
         "odd_rows",
     ),
     Fault(
-        "forward: a label that does not exist is read",
-        "cuda/forward.cuh",
+        "forward: a label out of range is read",
+        "cuda/row_stats.cuh",
         "p.labels[i] >= 0 && p.labels[i] < p.classes)",
         "(FAULT || (p.labels[i] >= 0 && p.labels[i] < p.classes)))",
         "asan",
         "one_class",
     ),
     Fault(
-        "backward: a label that does not exist is a class without a gradient",
-        "cuda/backward.cuh",
+        "backward: a label out of range is a class without gradient",
+        "cuda/condensed_kd_backward.cuh",
         "const bool exists = p.labels[i] >= 0 && p.labels[i] < p.classes;",
         "const bool exists = FAULT || (p.labels[i] >= 0 && p.labels[i] < p.classes);",
         "wrong",
         "seven",
     ),
     Fault(
-        "entries beyond the teacher's last row are read",
-        "cuda/rows.cuh",
+        "entries past the teacher's last row are read",
+        "cuda/map_rows.cuh",
         "if (j >= n ||",
         "if ((j >= n && !FAULT) ||",
         "asan",
@@ -252,32 +254,32 @@ FAULTS = (
     ),
     Fault(
         "a row that the student does not have is written",
-        "cuda/rows.cuh",
+        "cuda/map_rows.cuh",
         "rows[j] >= student_rows)",
         "(rows[j] >= student_rows && !FAULT))",
         "asan",
         "odd_rows",
     ),
     Fault(
-        "two rows of the teacher name one of the student without an atomic",
-        "cuda/rows.cuh",
+        "two rows of the teacher claim a row of the student without an atomic",
+        "cuda/map_rows.cuh",
         "atomicCAS(entry, none, static_cast<unsigned long long>(j))",
         "(FAULT ? (*entry == none ? (*entry = static_cast<unsigned long long>(j), none) : *entry)"
         " : atomicCAS(entry, none, static_cast<unsigned long long>(j)))",
         "tsan",
         "rows_in_a_warp",
     ),
-    # threads of a row
+    # the threads of a row
     Fault(
-        "threads without a row leave before a barrier",
-        "cuda/forward.cuh",
-        "const bool has_row = place.row < a.problem.rows;",
-        "const bool has_row = place.row < a.problem.rows; if (FAULT && !has_row) return;",
+        "threads without a row exit before a barrier",
+        "cuda/row_stats.cuh",
+        "const bool has_row = position.row < a.problem.rows;",
+        "const bool has_row = position.row < a.problem.rows; if (FAULT && !has_row) return;",
         "shim",
         "seven",
     ),
     Fault(
-        "the mask of another row's lanes",
+        "the mask has another row's lanes",
         "cuda/group.cuh",
         "return {first << (thread % kWarp / lanes * lanes)};",
         "return {first << (FAULT ? 0 : thread % kWarp / lanes * lanes)};",
@@ -285,7 +287,7 @@ FAULTS = (
         "seven",
     ),
     Fault(
-        "half of the lanes are added up",
+        "half of the lanes are summed",
         "cuda/group.cuh",
         "for (int distance = lanes() / 2; distance > 0; distance /= 2) x += ",
         "for (int distance = lanes() / (FAULT ? 4 : 2); distance > 0; distance /= 2) x += ",
@@ -294,24 +296,24 @@ FAULTS = (
     ),
     Fault(
         "the warps' sums are read before they are written",
-        "cuda/forward.cuh",
-        "if (lane == 0) of_warp[warp] = sums;\n  __syncthreads();",
-        f"if (lane == 0) of_warp[warp] = sums;\n  {SYNCTHREADS}",
+        "cuda/row_stats.cuh",
+        "if (lane == 0) warp_sums[warp] = sums;\n  __syncthreads();",
+        f"if (lane == 0) warp_sums[warp] = sums;\n  {SYNCTHREADS}",
         "tsan",
         "rows_in_a_block",
     ),
     Fault(
         "every lane writes the row's results",
-        "cuda/forward.cuh",
-        "if (has_row && thread_of_row(a.row_threads) == 0) finish_row",
-        "if (has_row && (thread_of_row(a.row_threads) == 0 || FAULT)) finish_row",
+        "cuda/row_stats.cuh",
+        "if (has_row && thread_in_row(a.row_threads) == 0) finish_row",
+        "if (has_row && (thread_in_row(a.row_threads) == 0 || FAULT)) finish_row",
         "tsan",
         "rows_in_a_warp",
     ),
-    # blocks of a row
+    # the blocks of a row
     Fault(
         "no fence between a part and its arrival",
-        "cuda/forward.cuh",
+        "cuda/row_stats.cuh",
         "__threadfence();   // the piece",
         f"{FENCE}   // the piece",
         "tsan",
@@ -319,71 +321,71 @@ FAULTS = (
     ),
     Fault(
         "no fence between the arrivals and the parts",
-        "cuda/forward.cuh",
+        "cuda/row_stats.cuh",
         "__threadfence();   // the others'",
         f"{FENCE}   // the others'",
         "tsan",
         "shared_rows",
     ),
     Fault(
-        "the last part but one counts as the last",
-        "cuda/forward.cuh",
+        "the second to last part counts as the last",
+        "cuda/row_stats.cuh",
         "static_cast<unsigned>(a.parts) - 1;",
         "static_cast<unsigned>(a.parts) - (FAULT ? 2 : 1);",
         "wrong",
         "shared_rows",
     ),
     Fault(
-        "whether a part is the last is read before it is known",
-        "cuda/forward.cuh",
+        "the last-part flag is read before it is set",
+        "cuda/row_stats.cuh",
         "__syncthreads();\n  if (!last[0]) return false;",
         f"{SYNCTHREADS}\n  if (!last[0]) return false;",
         "tsan",
         "one_shared_row",
     ),
-    # the whole block, and the last one
+    # block-wide sums, and the last block
     Fault(
-        "a sum over the block overwrites the one before it",
+        "a block sum overwrites the previous one",
         "cuda/group.cuh",
-        "__syncthreads();   // a sum before",
-        f"{SYNCTHREADS}   // a sum before",
+        "__syncthreads();   // an earlier sum",
+        f"{SYNCTHREADS}   // an earlier sum",
         "tsan",
         "rows_in_a_warp",
     ),
     Fault(
-        "a sum over the block is read before it is written",
+        "a block sum is read before it is written",
         "cuda/group.cuh",
-        "of_warp[thread / kWarp] = x;\n  __syncthreads();",
-        f"of_warp[thread / kWarp] = x;\n  {SYNCTHREADS}",
+        "warp_sums[thread / kWarp] = x;\n  __syncthreads();",
+        f"warp_sums[thread / kWarp] = x;\n  {SYNCTHREADS}",
         "tsan",
         "rows_in_a_warp",
     ),
     Fault(
-        "a block arrives before all of its threads have written",
+        "a block arrives before all its threads have written",
         "cuda/group.cuh",
-        "__syncthreads();   // the whole block",
-        f"{SYNCTHREADS}   // the whole block",
+        "__syncthreads();   // all threads of the block",
+        f"{SYNCTHREADS}   // all threads of the block",
         "tsan",
         "rows_in_a_warp",
     ),
     Fault(
-        "no fence between what a block writes and its arrival",
+        "no fence between a block's writes and its arrival",
         "cuda/group.cuh",
-        "__threadfence();   // what was written",
-        f"{FENCE}   // what was written",
+        "__threadfence();   // our writes",
+        f"{FENCE}   // our writes",
         "tsan",
         "rows_in_a_warp",
     ),
     Fault(
-        "no fence between the arrivals and what blocks have written",
+        "no fence between the arrivals and the blocks' writes",
         "cuda/group.cuh",
-        "__threadfence();   // what others wrote",
-        f"{FENCE}   // what others wrote",
+        "__threadfence();   // the others' writes",
+        f"{FENCE}   // the others' writes",
         "tsan",
         "rows_in_a_warp",
     ),
     Fault(
-        "whether a block is the last is read before it is known",
+        "the last-block flag is read before it is set",
         "cuda/group.cuh",
         "__syncthreads();\n  return last[0];",
         f"{SYNCTHREADS}\n  return last[0];",
@@ -391,7 +393,7 @@ FAULTS = (
         "rows_in_a_warp",
     ),
     Fault(
-        "the last block but one counts as the last",
+        "the second to last block counts as the last",
         "cuda/group.cuh",
         "atomicAdd(arrived, 1u) == blocks - 1;",
         "atomicAdd(arrived, 1u) == blocks - (FAULT ? 2 : 1);",
@@ -400,7 +402,7 @@ FAULTS = (
     ),
     Fault(
         "every thread writes the loss",
-        "cuda/reduce.cuh",
+        "cuda/reduce_rows.cuh",
         "problem.rows);\n  if (threadIdx.x == 0) write_loss",
         "problem.rows);\n  if (threadIdx.x == 0 || FAULT) write_loss",
         "tsan",
@@ -408,7 +410,7 @@ FAULTS = (
     ),
     Fault(
         "every thread writes the block's sums",
-        "cuda/reduce.cuh",
+        "cuda/reduce_rows.cuh",
         "if (threadIdx.x == 0) block_sums",
         "if (threadIdx.x == 0 || FAULT) block_sums",
         "tsan",
@@ -424,8 +426,8 @@ FAULTS = (
         "select",
     ),
     Fault(
-        "the histogram does not start as zeros",
-        "cuda/select.cuh",
+        "the histogram does not start at zero",
+        "cuda/select_topk.cuh",
         "count[d] = 0;",
         "if (!FAULT) count[d] = 0;",
         "wrong",
@@ -433,23 +435,23 @@ FAULTS = (
     ),
     Fault(
         "the histogram is written past its end",
-        "cuda/select.cuh",
-        "for (int d = static_cast<int>(threadIdx.x); d < kDigits;",
-        "for (int d = static_cast<int>(threadIdx.x); d < kDigits + FAULT;",
+        "cuda/select_topk.cuh",
+        "for (int d = static_cast<int>(threadIdx.x); d < kBuckets;",
+        "for (int d = static_cast<int>(threadIdx.x); d < kBuckets + FAULT;",
         "asan",
         "select",
     ),
     Fault(
-        "counted before the histogram is zeros",
-        "cuda/select.cuh",
+        "counting starts before the histogram is zero",
+        "cuda/select_topk.cuh",
         "__syncthreads();\n  const uint64_t known",
         f"{SYNCTHREADS}\n  const uint64_t known",
         "tsan",
         "rows_in_a_warp",
     ),
     Fault(
-        "the histogram is read before all is counted",
-        "cuda/select.cuh",
+        "the histogram is read before counting ends",
+        "cuda/select_topk.cuh",
         "\n  });\n  __syncthreads();",
         f"\n  }});\n  {SYNCTHREADS}",
         "tsan",
@@ -457,16 +459,16 @@ FAULTS = (
     ),
     Fault(
         "counting without an atomic",
-        "cuda/select.cuh",
-        "atomicAdd(&count[key >> shift_of(digit) & (kDigits - 1)], 1u);",
-        "FAULT ? count[key >> shift_of(digit) & (kDigits - 1)]++"
-        " : atomicAdd(&count[key >> shift_of(digit) & (kDigits - 1)], 1u);",
+        "cuda/select_topk.cuh",
+        "atomicAdd(&count[key >> digit_shift(digit) & (kBuckets - 1)], 1u);",
+        "FAULT ? count[key >> digit_shift(digit) & (kBuckets - 1)]++"
+        " : atomicAdd(&count[key >> digit_shift(digit) & (kBuckets - 1)], 1u);",
         "tsan",
         "rows_in_a_warp",
     ),
     Fault(
         "half a warp picks a digit",
-        "cuda/select.cuh",
+        "cuda/select_topk.cuh",
         "if (lane < kWarp) {",
         "if (lane < (FAULT ? kWarp / 2 : kWarp)) {",
         "shim",
@@ -474,15 +476,15 @@ FAULTS = (
     ),
     Fault(
         "the digit is read before it is picked",
-        "cuda/select.cuh",
+        "cuda/select_topk.cuh",
         "__syncthreads();\n  threshold.key |=",
         f"{SYNCTHREADS}\n  threshold.key |=",
         "tsan",
         "rows_in_a_warp",
     ),
     Fault(
-        "ties go to the higher row",
-        "cuda/select.cuh",
+        "ties go to the later row",
+        "cuda/select_topk.cuh",
         "for (int64_t i = first; i < last; ++i) {\n    const uint64_t key",
         "for (int64_t n = first; n < last; ++n) {\n    const int64_t i = FAULT ? first + last - 1 - n : n;\n    const uint64_t key",
         "wrong",
@@ -490,15 +492,15 @@ FAULTS = (
     ),
     Fault(
         "a warp's ties are read before they are counted",
-        "cuda/select.cuh",
-        "of_warp[warp] = before;\n  __syncthreads();",
-        f"of_warp[warp] = before;\n  {SYNCTHREADS}",
+        "cuda/select_topk.cuh",
+        "warp_sums[warp] = before;\n  __syncthreads();",
+        f"warp_sums[warp] = before;\n  {SYNCTHREADS}",
         "tsan",
         "tied_rows",
     ),
     Fault(
         "the loss is summed before the mask is complete",
-        "cuda/select.cuh",
+        "cuda/select_topk.cuh",
         "__syncthreads();   // the mask is complete",
         f"{SYNCTHREADS}   // the mask is complete",
         "tsan",
@@ -506,23 +508,23 @@ FAULTS = (
     ),
     Fault(
         "the number of candidates is read before it is written",
-        "cuda/select.cuh",
+        "cuda/select_topk.cuh",
         "candidates[0] = all;\n  __syncthreads();",
         f"candidates[0] = all;\n  {SYNCTHREADS}",
         "tsan",
         "rows_in_a_warp",
     ),
     Fault(
-        "the ties of the blocks before are read before they are summed",
-        "cuda/select.cuh",
+        "the ties of earlier blocks are read before they are summed",
+        "cuda/select_topk.cuh",
         "before[0] = all;\n    __syncthreads();",
         f"before[0] = all;\n    {SYNCTHREADS}",
         "tsan",
         "select_by_blocks",
     ),
     Fault(
-        "blocks add up their counts without an atomic",
-        "cuda/select.cuh",
+        "blocks add their counts without an atomic",
+        "cuda/select_topk.cuh",
         "atomicAdd(&state.count[digit][d], count[d]);",
         "FAULT ? state.count[digit][d] += count[d] : atomicAdd(&state.count[digit][d], count[d]);",
         "tsan",
@@ -530,42 +532,42 @@ FAULTS = (
     ),
     Fault(
         "the sum of the blocks' counts is read before it is written",
-        "cuda/select.cuh",
+        "cuda/select_topk.cuh",
         "count[d] = state.count[digit][d];\n  __syncthreads();",
         f"count[d] = state.count[digit][d];\n  {SYNCTHREADS}",
         "tsan",
         "select_by_blocks",
     ),
     Fault(
-        "ties of the blocks before are not counted",
-        "cuda/select.cuh",
-        "threshold.left -= before[0];",
-        "threshold.left -= FAULT ? 0 : before[0];",
+        "ties of earlier blocks are not counted",
+        "cuda/select_topk.cuh",
+        "threshold.remaining -= before[0];",
+        "threshold.remaining -= FAULT ? 0 : before[0];",
         "wrong",
         "select_by_blocks",
     ),
-    # the host's side
+    # host code
     Fault(
         "the workspace is not zeroed",
         "cuda/launch.cu",
-        "if (planned.zeroed > 0) check(gpu::fill(workspace",
-        "if (planned.zeroed > 0 && !FAULT) check(gpu::fill(workspace",
+        "if (planned.zeroed_bytes > 0)\n    check_cuda(gpu::fill(workspace",
+        "if (planned.zeroed_bytes > 0 && !FAULT)\n    check_cuda(gpu::fill(workspace",
         "wrong",
         "rows_in_a_block",
     ),
     Fault(
-        "the workspace lacks a block's sums",
+        "the workspace lacks the sums of one block",
         "cuda/launch.cu",
-        "plan.block_sums = workspace.take<LossSums>(blocks_over(rows, machine));",
-        "plan.block_sums = workspace.take<LossSums>(blocks_over(rows, machine) - FAULT);",
+        "plan.block_sums = workspace.take<LossSums>(slice_blocks(rows, context));",
+        "plan.block_sums = workspace.take<LossSums>(slice_blocks(rows, context) - FAULT);",
         "asan",
         "reduce",
     ),
     Fault(
-        "a row without a teacher's has no mark",
+        "a row without a teacher's row is not marked",
         "cuda/launch.cu",
-        "check(gpu::fill(teacher_row, 0xff,",
-        "if (!FAULT) check(gpu::fill(teacher_row, 0xff,",
+        "check_cuda(gpu::fill(teacher_row, 0xff,",
+        "if (!FAULT) check_cuda(gpu::fill(teacher_row, 0xff,",
         "wrong",
         "teacher_entropy",
     ),
@@ -575,7 +577,7 @@ FAULTS = (
 
 
 def build_driver(kernels):
-    """The driver, or the reason for there being none, by kind; built side by side."""
+    """Build the driver, in parallel. Return by kind the program, or the reason why it cannot be built."""
 
     def make(kind):
         available = build.available(kind)
@@ -588,7 +590,7 @@ def build_driver(kernels):
 
 
 def run_driver(program, cases, schedules, fault=0):
-    """The finished process."""
+    """Run the driver and return the finished process."""
     if isinstance(program, str):
         pytest.skip(program)
     environment = build.environment() | {faults.VARIABLE: str(fault)}
@@ -599,20 +601,20 @@ def run_driver(program, cases, schedules, fault=0):
 
 @pytest.fixture(scope="session")
 def execute():
-    """Runs the kernels: (kind, cases, schedules) -> the finished process."""
+    """A function that runs the kernels: (kind, cases, schedules) -> the finished process."""
     programs = build_driver(operators.SOURCES)
     return lambda kind, cases, schedules: run_driver(programs[kind], cases, schedules)
 
 
 @pytest.fixture(scope="session")
 def execute_faulty():
-    """Runs the kernels with a fault: (kind, cases, schedules, its number or 0 for none) -> the finished process."""
+    """A function that runs the kernels with a fault (0: none): (kind, cases, schedules, fault) -> the finished process."""
     programs = build_driver(faults.plant(operators.SOURCES, FAULTS))
     return lambda kind, cases, schedules, fault: run_driver(programs[kind], cases, schedules, fault)
 
 
 def digests(done):
-    """By the case's place, array and schedule, of a run in which nothing was found."""
+    """Return the digests by (case index, array) and schedule. Fail if the run reported an error."""
     assert done.returncode == 0 and done.stderr == "", done.stderr
     result = defaultdict(dict)
     for line in done.stdout.splitlines():
@@ -632,19 +634,19 @@ def test_every_schedule_gives_the_same_bits(execute, case):
         assert set(by_schedule) == set(SCHEDULES) and len(set(by_schedule.values())) == 1, name
 
 
-def test_selection_by_launches_of_its_own_gives_the_same_bits(execute):
-    cases = [case.removeprefix("run=apart ") for case in CASES.values() if case.startswith("run=apart ")]
-    together = digests(execute("plain", cases, ["forward"]))
-    apart = digests(execute("plain", [f"run=apart {case}" for case in cases], ["forward"]))
+def test_separate_selection_gives_the_same_bits(execute):
+    cases = [case.removeprefix("run=separate ") for case in CASES.values() if case.startswith("run=separate ")]
+    fused = digests(execute("plain", cases, ["forward"]))
+    separate = digests(execute("plain", [f"run=separate {case}" for case in cases], ["forward"]))
     assert len(cases) > 1
     for key in ((place, name) for place in range(len(cases)) for name in ("stats", "ranked", "selected", "counts")):
-        assert together[key] == apart[key], key
+        assert fused[key] == separate[key], key
 
 
-def test_in_place_gives_the_same_bits(execute):
+def test_in_place_gradient_has_the_same_bits(execute):
     in_place = [case for case in CASES.values() if "in_place=yes" in case]
-    beside = [case.replace("in_place=yes", "in_place=no") for case in in_place]
-    assert digests(execute("plain", in_place, ["forward"])) == digests(execute("plain", beside, ["forward"]))
+    out_of_place = [case.replace("in_place=yes", "in_place=no") for case in in_place]
+    assert digests(execute("plain", in_place, ["forward"])) == digests(execute("plain", out_of_place, ["forward"]))
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case not in SLOW_UNDER_ASAN])
@@ -658,15 +660,15 @@ def test_no_access_is_a_race(execute, case):
 
 
 @pytest.mark.parametrize("case", HUGE_CASES)
-def test_offsets_have_64_bits(execute, case):
-    far_apart, side_by_side = HUGE_CASES[case], HUGE_CASES[case].replace("gap=4294967296", "gap=0")
-    assert far_apart != side_by_side
-    assert digests(execute("plain", [far_apart], ["forward"])) == digests(execute("plain", [side_by_side], ["forward"]))
+def test_offsets_beyond_32_bits_are_correct(execute, case):
+    strided, dense = HUGE_CASES[case], HUGE_CASES[case].replace("gap=4294967296", "gap=0")
+    assert strided != dense
+    assert digests(execute("plain", [strided], ["forward"])) == digests(execute("plain", [dense], ["forward"]))
 
 
 @pytest.fixture
 def simt_operators():
-    """The CUDA operators, executed on the CPU."""
+    """The CUDA operators executed on the CPU."""
     plain = build.available("plain")
     if not plain:
         pytest.skip(plain.reason)
@@ -674,8 +676,8 @@ def simt_operators():
         yield torch.ops.kcd_ext_simt
 
 
-def test_operators_take_huge_strides(simt_operators):
-    """The same through the operators: sequences of tokens whose rows lie more than 2^32 elements apart, in place."""
+def test_operators_support_huge_strides(simt_operators):
+    """Call the operators, in place, on sequences of tokens whose rows are more than 2^32 elements apart."""
     shape, options = (
         (2, 3, 40),
         (2.0, 0.5, 0.25, -100, 0, 1.0),
@@ -691,7 +693,7 @@ def test_operators_take_huge_strides(simt_operators):
         return loss, state, student
 
     def spread(logits):
-        stride = (5 << 32, (1 << 32) + 8, 1)  # rows as far from a word's boundary as in a dense tensor
+        stride = (5 << 32, (1 << 32) + 8, 1)  # the same alignment as in a dense tensor
         elements = sum((size - 1) * step for size, step in zip(shape, stride, strict=True)) + 1
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000)
         memory = mmap.mmap(-1, elements * logits.element_size(), flags=flags)
@@ -700,21 +702,21 @@ def test_operators_take_huge_strides(simt_operators):
     for dtype, teacher_dtype in ((torch.float16, torch.float32), (torch.float32, torch.bfloat16)):
         student = torch.randn(shape, generator=generator).to(dtype)
         teacher = torch.randn(shape, generator=generator).to(teacher_dtype)
-        far_apart = run(spread(student), spread(teacher))
-        for got, expected in zip(far_apart, run(student, teacher), strict=True):
+        strided = run(spread(student), spread(teacher))
+        for got, expected in zip(strided, run(student, teacher), strict=True):
             torch.testing.assert_close(got, expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_select_topk_of_a_million(simt_operators, dtype):
-    """Against sorting: NaN first, then by value, ties to the lower row."""
+def test_select_topk_of_a_million_rows_matches_sorting(simt_operators, dtype):
+    """NaN ranks first, then the largest values; ties go to the first row."""
     n = 1_000_003
     generator = np.random.default_rng(2)
     levels = generator.integers(-30, 30, n) * 0.7
     for special in (np.nan, np.inf, -np.inf, -0.0):
         levels[generator.random(n) < 0.01] = special
     digits = np.ldexp(generator.integers(1 << 22, 1 << 23, n), -20)
-    digits += generator.integers(0, 8, n) * np.finfo(np.float64).eps  # beyond the last one of float32
+    digits += generator.integers(0, 8, n) * np.finfo(np.float64).eps  # digits that float32 lacks
     candidate = generator.random(n) < 0.95
     for numbers in (levels, digits):
         value = torch.from_numpy(numbers).to(dtype)
@@ -728,9 +730,9 @@ def test_select_topk_of_a_million(simt_operators, dtype):
             assert np.array_equal(got.numpy(), expected), (fraction, count)
 
 
-# ---- checks of the checks
+# ---- tests of the checks
 
-# What a planted fault is found by: the kind of build, and what stands on stderr; None: nothing, but a digest is another one.
+# How a fault is detected: the kind of build and the text on stderr. None: no text, but different digests.
 FOUND_BY = {
     "wrong": ("plain", None),
     "shim": ("plain", "kcd_ext: CUDA kernel"),
@@ -741,7 +743,7 @@ FOUND_BY = {
 
 
 @pytest.mark.parametrize("number", range(1, len(FAULTS) + 1), ids=[fault.name for fault in FAULTS])
-def test_planted_fault_is_found(execute, execute_faulty, number):
+def test_planted_fault_is_detected(execute, execute_faulty, number):
     fault = FAULTS[number - 1]
     kind, message = FOUND_BY[fault.found_by]
     done = execute_faulty(kind, [ALL_CASES[fault.case]], SCHEDULES, number)
@@ -752,11 +754,11 @@ def test_planted_fault_is_found(execute, execute_faulty, number):
 
 
 @pytest.mark.parametrize("kind", sorted({kind for kind, _ in FOUND_BY.values()}))
-def test_without_a_fault_nothing_is_found(execute, execute_faulty, kind):
+def test_kernels_without_a_fault_pass(execute, execute_faulty, kind):
     cases = sorted({ALL_CASES[fault.case] for fault in FAULTS if FOUND_BY[fault.found_by][0] == kind})
     assert digests(execute_faulty(kind, cases, SCHEDULES[:3], 0)) == digests(execute(kind, cases, SCHEDULES[:3]))
 
 
-def test_faults_follow_the_kernels():
+def test_fault_whose_source_text_is_missing_is_rejected():
     with pytest.raises(faults.KernelChangedError, match="rows beyond"):
-        faults.plant(operators.SOURCES, [Fault("rows beyond", "cuda/rows.cuh", "j > n", "FAULT", "asan", "seven")])
+        faults.plant(operators.SOURCES, [Fault("rows beyond", "cuda/map_rows.cuh", "j > n", "FAULT", "asan", "seven")])

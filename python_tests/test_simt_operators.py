@@ -1,5 +1,7 @@
-"""What is CUDA's own in the operators, on the CUDA kernels executed on the CPU: shapes of launches, what is not checked there, and
-the operators between which processes meet."""
+"""The CUDA operators where they differ from the CPU's: launch shapes, unchecked indices, and the operators of a process group.
+
+The CUDA kernels run on the CPU.
+"""
 
 import math
 from contextlib import nullcontext
@@ -24,15 +26,15 @@ def backend(request):
 
 
 def in_place(backend):
-    """The context in which kcd_ext's operators are the CUDA ones, and the device of their tensors."""
+    """Return a context in which kcd_ext uses the CUDA operators, and the device of their tensors."""
     return (operators.in_place(), "cpu") if backend == "simt" else (nullcontext(), "cuda")
 
 
 @pytest.mark.cuda_on_cpu
 @pytest.mark.parametrize("threads", [64, 256])
-@pytest.mark.parametrize("processors", [1, 3, 132])
-def test_simt_on_machines_of_any_size(processors, threads):
-    """How rows lie over threads, blocks and several blocks depends on the machine; the numbers do not."""
+@pytest.mark.parametrize("num_sms", [1, 3, 132])
+def test_simt_results_are_correct_on_devices_of_any_size(num_sms, threads):
+    """The device decides how rows map to threads and blocks, but not the results."""
     for rows, classes, dtype, teacher_dtype in (
         (2, 20_011, torch.float32, torch.float32),
         (1, 70_001, torch.bfloat16, torch.bfloat16),
@@ -46,12 +48,12 @@ def test_simt_on_machines_of_any_size(processors, threads):
         teacher = logits(rows, classes, dtype=teacher_dtype, seed=2, scale=3)
         options = {"keep": 0.6, "labels": torch.arange(rows) % classes, "value": "teacher_entropy"}
         options["labels"][rows // 2] = -100
-        got = run("simt", student, teacher, machine=(processors, threads), **options)
+        got = run("simt", student, teacher, machine=(num_sms, threads), **options)
         oracle.check(got, oracle.expected(student, teacher, got, **options))
 
 
-def test_simt_rows_that_begin_anywhere(backend):
-    """Each tensor at its own distance from a 16-byte boundary, so that words are put together from two."""
+def test_simt_rows_of_any_alignment_are_correct(backend):
+    """Student and teacher have different offsets from a 16-byte boundary, so vectors are assembled from two."""
     for dtype, teacher_dtype in ((torch.bfloat16,) * 2, (torch.float32,) * 2, (torch.float16, torch.float32)):
         student, teacher = logits(4, 997, dtype=dtype, seed=3), logits(4, 997, dtype=teacher_dtype, seed=4)
         for shift in range(8):
@@ -63,8 +65,8 @@ def test_simt_rows_that_begin_anywhere(backend):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("classes", [10, 3000])
-def test_simt_labels_and_rows_that_do_not_exist(backend, dtype, classes):
-    """They cannot be refused without waiting for the device: what depends on them is not a number, the rest as it should be."""
+def test_simt_labels_and_rows_out_of_range_give_nan(backend, dtype, classes):
+    """Rejecting them would need a device synchronisation. Results that depend on them are NaN; the others are correct."""
     student, teacher = logits(6, classes, dtype=dtype, seed=5), logits(6, classes, dtype=dtype, seed=6)
     labels = torch.arange(6)
     labels[1], labels[4] = classes, -7
@@ -78,7 +80,7 @@ def test_simt_labels_and_rows_that_do_not_exist(backend, dtype, classes):
         if value == "cross_entropy":
             assert got["value"][[1, 4]].isnan().all() and got["selected"][1]
 
-    rows = torch.tensor([2, 99, 5, 2, -1, -50])  # 2 is named twice, 99 and -50 are no rows
+    rows = torch.tensor([2, 99, 5, 2, -1, -50])  # 2 occurs twice; 99 and -50 are out of range
     got = run(backend, student, teacher, rows=rows, keep=1)
     assert got["selected"].tolist() == [False, False, True, False, False, False]
     assert got["loss"].isnan() and got["kl"][2].isnan() and got["grad"][2].isnan().all()
@@ -88,8 +90,8 @@ def test_simt_labels_and_rows_that_do_not_exist(backend, dtype, classes):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("reduction", [0, 1, 2])
-def test_simt_operators_between_which_processes_meet(backend, dtype, reduction):
-    """row_stats, select_topk and reduce_rows against the CPU's, and the gradient from counts of all processes."""
+def test_simt_operators_of_a_process_group_match_the_cpu(backend, dtype, reduction):
+    """Compare row_stats, select_topk and reduce_rows with the CPU's, and the gradient from the counts of all ranks."""
     student, teacher = logits(5000, 11, dtype=dtype, seed=7), logits(5000, 11, dtype=dtype, seed=8)
     labels = torch.arange(5000) % 11
     labels[::7] = -100
@@ -119,7 +121,7 @@ def test_simt_operators_between_which_processes_meet(backend, dtype, reduction):
         assert torch.equal(got[name], want[name])
 
 
-def test_simt_rows_worth_asking_the_teacher_about(backend):
+def test_simt_select_rows_matches_the_cpu(backend):
     student, labels = logits(40, 100, seed=10), torch.arange(40)
     labels[:30:3] = -100
     want_index, want = kcd_ext.select_rows(student, keep=0.5, labels=labels)
@@ -130,7 +132,7 @@ def test_simt_rows_worth_asking_the_teacher_about(backend):
     torch.testing.assert_close(knowledge.entropy.cpu(), want.entropy, equal_nan=True)
 
 
-def test_simt_refuses_wrong_calls_before_anything_runs(backend):
+def test_simt_rejects_mismatched_rows_before_launching(backend):
     context, device = in_place(backend)
     student = logits(4, 6, seed=11).to(device)
     with context, pytest.raises(ValueError, match="same number of rows"):
@@ -138,12 +140,12 @@ def test_simt_refuses_wrong_calls_before_anything_runs(backend):
 
 
 @pytest.mark.cuda_on_cpu
-def test_a_driver_older_than_the_compiler_is_named_with_it():
+def test_driver_older_than_the_compiler_gives_an_error_naming_both():
     problem = operators.module().version_problem
     for driver, runtime in ((13000, 13000), (13010, 13000), (13000, 13020), (14000, 13000), (12000, 12080)):
         assert problem(driver, runtime) == ""
     assert problem(12080, 13000) == (
-        "kcd_ext was built by CUDA 13.0, but the driver is one for CUDA 12.8: install a driver for CUDA 13, or build kcd_ext"
+        "kcd_ext was built with CUDA 13.0, but the driver is for CUDA 12.8: install a driver for CUDA 13, or build kcd_ext"
         " with the nvcc of an older CUDA"
     )
-    assert "built by CUDA 12.9, but no NVIDIA driver is there: install" in problem(0, 12090)
+    assert "built with CUDA 12.9, but no NVIDIA driver was found: install" in problem(0, 12090)

@@ -1,4 +1,4 @@
-"""The shim that runs CUDA kernels on the CPU: what its primitives do, and that it and the sanitizers find misuse."""
+"""The shim that runs CUDA kernels on the CPU: semantics of its primitives, and detection of misuse by it and the sanitizers."""
 
 import ctypes
 import subprocess
@@ -10,7 +10,7 @@ from simt import build
 pytestmark = pytest.mark.cuda_on_cpu
 
 FAILED_LAUNCH, WRONG, ADDRESS_ERROR = 86, 10, 1  # exit statuses of selftest.cpp and of AddressSanitizer and UBSan
-# What is built: its kind and definitions. "ucontext": the switch for machines that have none of their own.
+# Name -> kind and definitions. "ucontext" tests the portable way to switch fibers.
 PROGRAMS = {
     "plain": ("plain", []),
     "ucontext": ("plain", ["SIMT_UCONTEXT"]),
@@ -22,7 +22,7 @@ SOURCE = build.HERE / "selftest.cpp"
 
 @pytest.fixture(scope="session")
 def programs():
-    """The selftest, a program or the reason for there being none, by key of PROGRAMS; built side by side."""
+    """The self-test programs by key of PROGRAMS, built in parallel; instead of a program, the reason why it cannot be built."""
 
     def make(kind, defines):
         available = build.available(kind)
@@ -35,7 +35,7 @@ def programs():
 
 @pytest.fixture(params=PROGRAMS)
 def selftest(request, programs):
-    """Runs a case: its exit status must be status[program], 0 where that names none; returns what it wrote on stderr."""
+    """A function that runs a case, checks its exit status (`status[program]`, default 0) and returns its stderr."""
     program = programs[request.param]
     if isinstance(program, str):
         pytest.skip(program)
@@ -69,9 +69,9 @@ def selftest(request, programs):
         "last_block",
     ],
 )
-def test_what_is_right_passes(selftest, case):
+def test_correct_kernels_pass(selftest, case):
     if case == "huge_grid" and selftest.program in ("ucontext", "tsan"):
-        pytest.skip("slow, and the same scheduler")
+        pytest.skip("slow, and the scheduler is the same")
     selftest(case)
 
 
@@ -108,7 +108,7 @@ def test_misuse_fails_the_launch(selftest, case, messages):
     ],
 )
 @pytest.mark.parametrize("selftest", ["asan"], indirect=True)
-def test_asan_finds_memory_errors(selftest, case, message):
+def test_asan_detects_memory_errors(selftest, case, message):
     assert message in selftest(case, asan=ADDRESS_ERROR)
 
 
@@ -124,15 +124,15 @@ def test_asan_finds_memory_errors(selftest, case, message):
     ],
 )
 @pytest.mark.parametrize("selftest", ["tsan"], indirect=True)
-def test_tsan_finds_races(selftest, case):
+def test_tsan_detects_races(selftest, case):
     assert "data race" in selftest(case, tsan=build.RACE_FOUND)
 
 
-def test_descending_order_shows_what_ascending_order_hides(selftest):
+def test_missing_barrier_fails_in_descending_order(selftest):
     selftest("missing_barrier_reverse", plain=WRONG, ucontext=WRONG, asan=WRONG, tsan=build.RACE_FOUND)
 
 
-def test_a_module_can_be_imported(tmp_path):
+def test_module_can_be_loaded_and_called(tmp_path):
     if not build.available("plain"):
         pytest.skip(build.available("plain").reason)
     source = tmp_path / "one.cpp"

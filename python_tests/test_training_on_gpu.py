@@ -1,4 +1,4 @@
-"""A whole run on a GPU. Nothing of the command line is imported, so that a machine without its packages can run this."""
+"""A complete training run on a GPU. This imports nothing of the command line, so a machine without its packages can run it."""
 
 import torch
 from backends import on_gpu
@@ -11,7 +11,7 @@ FEATURES, CLASSES = 6, 4
 
 
 def clouds(size, seed=0):
-    """One cloud of points a class."""
+    """Return a data set with one cloud of points per class."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(size) % CLASSES
     centres = 2 * torch.randn(CLASSES, FEATURES, generator=torch.Generator().manual_seed(99))
@@ -25,7 +25,7 @@ def network(seed, hidden=8):
 
 
 @on_gpu
-def test_on_a_gpu_it_learns_as_on_the_cpu():
+def test_accuracy_on_a_gpu_matches_the_cpu():
     accuracy = {}
     for device in ("cpu", "cuda"):
         common = {"epochs": 6, "batch_size": 8, "device": device, "seed": 3}

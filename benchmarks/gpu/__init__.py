@@ -1,5 +1,5 @@
-"""The kit for a GPU: builds, checks and measures the CUDA kernels; benchmarks/gpu_check.sh is its door.
+"""The GPU kit: it builds, checks and measures the CUDA kernels. Start it with benchmarks/gpu_check.sh.
 
-`__main__` runs the sections of `sections`, each a process of its own, and writes the results through `report`.  A section says
-how it went by its exit status, by the last line it prints, and, where it has figures, by a JSON file.
+`__main__` runs each section of `sections` in a separate process, and `report` writes the results.  A section reports through its
+exit status, the last line that it prints and, for figures, a JSON file.
 """

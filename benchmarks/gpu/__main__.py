@@ -1,6 +1,6 @@
-"""Runs the sections and writes the results: see benchmarks/gpu_check.sh."""
+"""Run the sections and write the results; see benchmarks/gpu_check.sh."""
 
-# Nothing here imports torch before the clock runs: on a machine just started that can take half a minute.
+# Start the clock before importing torch, which can take half a minute on a fresh machine.
 
 import argparse
 import dataclasses
@@ -26,17 +26,17 @@ BUILD = SECTIONS[0]
 
 
 def main() -> int:
-    """Exit status: 0, 1 where a section failed, 2 where nothing could run."""
+    """Run the kit. Return 0, 1 if a section failed, or 2 if nothing could run."""
     started = time.monotonic()
     options = _arguments()
     deadline = Deadline(options.minutes * 60)
-    if lacks := machine.missing(building="KCD_LIBRARY" not in os.environ):
-        print(f"gpu_check: missing here: {'; '.join(lacks)}", file=sys.stderr)
+    if requirements := machine.missing(building="KCD_LIBRARY" not in os.environ):
+        print(f"gpu_check: missing on this machine: {'; '.join(requirements)}", file=sys.stderr)
         return 2
-    if fault := unwritable(options.out):
-        print(f"gpu_check: --out: {fault}", file=sys.stderr)
+    if problem := unwritable(options.out):
+        print(f"gpu_check: --out: {problem}", file=sys.stderr)
         return 2
-    # A shell that starts this in the background has interrupts ignored, which sections would inherit.
+    # A background shell ignores interrupts, and the sections would inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     with tempfile.TemporaryDirectory(prefix="gpu_check-") as name:
         folder = Path(name)
@@ -50,7 +50,7 @@ def main() -> int:
             "sections": [],
         }
         base = options.out / slug(results["machine"]["GPU"])
-        outcomes, asked_for = [], {BUILD.name, *options.only}
+        outcomes, requested = [], {BUILD.name, *options.only}
         with base.with_suffix(".log").open("w") as log:
             for outcome in _run(options.only, deadline, folder, options.out, log):
                 outcomes.append(outcome)
@@ -58,35 +58,40 @@ def main() -> int:
                     f"{outcome.name:13} {outcome.status:13} {outcome.seconds:6.1f} s  {outcome.summary}",
                     flush=True,
                 )
-                # Written after each: what stops this process leaves the sections before, and says which are missing.
-                missing = [name for name in NAMES if name in asked_for and name not in {x.name for x in outcomes}]
-                unseen = [Outcome(name, NOT_REACHED, "the run was stopped before it") for name in missing]
-                results["sections"] = [dataclasses.asdict(outcome) for outcome in outcomes + unseen]
+                # Write after each section: an interrupted run keeps the finished sections and names the missing ones.
+                missing = [name for name in NAMES if name in requested and name not in {x.name for x in outcomes}]
+                not_run = [Outcome(name, NOT_REACHED, "the run was stopped before it") for name in missing]
+                results["sections"] = [dataclasses.asdict(outcome) for outcome in outcomes + not_run]
                 results["seconds"] = round(time.monotonic() - started, 1)
                 results["verdict"] = report.verdict(results["sections"])
                 write_json(base.with_suffix(".json"), results)
-                text, faults = report.markdown(results)
+                text, problems = report.markdown(results)
                 base.with_suffix(".md").write_text(text)
     print(f"written: {base}.json, {base}.md, {base}.log")
-    print(f"gpu_check: {'; '.join([*faults, results['verdict']])}")
-    return 0 if all(outcome.good for outcome in outcomes) and not faults else 1
+    print(f"gpu_check: {'; '.join([*problems, results['verdict']])}")
+    return 0 if all(outcome.good for outcome in outcomes) and not problems else 1
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="gpu_check.sh", description="Builds, checks and measures the CUDA kernels.")
-    parser.add_argument("--wheels", type=Path, metavar="FOLDER", help="wheels of what this machine's Python lacks")
+    parser = argparse.ArgumentParser(prog="gpu_check.sh", description="Build, check and measure the CUDA kernels.")
+    parser.add_argument("--wheels", type=Path, metavar="FOLDER", help="wheels of packages that this machine lacks")
     default = Path(os.environ.get("OUT") or CHECKOUT / "benchmarks" / "results")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", default=default, help="for the results (%(default)s)")
     parser.add_argument(
-        "--only", metavar="SECTION,...", default=",".join(NAMES), help="of %(default)s; build always runs"
+        "--out", type=Path, metavar="FOLDER", default=default, help="folder for the results (%(default)s)"
     )
-    parser.add_argument("--minutes", type=float, default=8.5, help="for all of it, from the start on (%(default)s)")
+    parser.add_argument(
+        "--only",
+        metavar="SECTION,...",
+        default=",".join(NAMES),
+        help="sections to run, of %(default)s; build always runs",
+    )
+    parser.add_argument("--minutes", type=float, default=8.5, help="time limit of the whole run (%(default)s)")
     options = parser.parse_args()
     options.only = options.only.split(",")
     if unknown := [name for name in options.only if name not in NAMES]:
-        parser.error(f"--only: no section is called {', '.join(unknown)}; there are {', '.join(NAMES)}")
+        parser.error(f"--only: unknown section {', '.join(unknown)}; the sections are {', '.join(NAMES)}")
     if options.wheels is not None and not options.wheels.is_dir():
-        parser.error(f"--wheels: {options.wheels} is no folder")
+        parser.error(f"--wheels: {options.wheels} is not a folder")
     if not options.minutes > 0:
         parser.error(f"--minutes must be > 0, got {options.minutes}")
     options.out = options.out.absolute()
@@ -94,34 +99,34 @@ def _arguments() -> argparse.Namespace:
 
 
 def install_wheels(source: Path | None, target: Path) -> dict[str, list[str]]:
-    """Installs every wheel of a folder for this run alone: which could be installed, and which could not."""
+    """Install the wheels of a folder for this run. Return the names of those installed and those refused."""
     wheels = [] if source is None else sorted(source.glob("*.whl"))
     pip = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--no-compile", "--no-cache-dir"]
     pip += ["--disable-pip-version-check", "--upgrade", "--target", str(target)]
 
-    def install(some: list[Path]) -> bool:
-        return subprocess.run([*pip, *map(str, some)], capture_output=True).returncode == 0
+    def install(wheels: list[Path]) -> bool:
+        return subprocess.run([*pip, *map(str, wheels)], capture_output=True).returncode == 0
 
     installed = wheels if not wheels or install(wheels) else [wheel for wheel in wheels if install([wheel])]
     if installed:
-        sys.path.append(str(target))  # for the look whether a section's modules are there
+        sys.path.append(str(target))  # to find the modules that a section needs
         os.environ["PYTHONPATH"] = os.pathsep.join([os.environ.get("PYTHONPATH", ""), str(target)]).strip(os.pathsep)
     refused = [wheel for wheel in wheels if wheel not in installed]
     if refused:
-        print(f"wheels that cannot be installed here: {', '.join(wheel.name for wheel in refused)}", flush=True)
+        print(f"wheels that could not be installed: {', '.join(wheel.name for wheel in refused)}", flush=True)
     return {"installed": [wheel.name for wheel in installed], "refused": [wheel.name for wheel in refused]}
 
 
 def _run(only: list[str], deadline: Deadline, folder: Path, out: Path, log: IO[str]) -> Iterator[Outcome]:
-    """The outcomes, one after another: the build's first, without which nothing else runs."""
-    # Sections run in another folder. A set of images may also be named without a path.
+    """Yield the outcomes in turn. The build runs first; without it nothing else runs."""
+    # Sections run in another folder, so paths must be absolute. KCD_CIFAR100 may also be a name instead of a path.
     library, images = os.environ.get("KCD_LIBRARY"), os.environ.get("KCD_CIFAR100", "")
     if os.path.exists(images):
         os.environ["KCD_CIFAR100"] = os.path.abspath(images)
     if library:
         os.environ["KCD_LIBRARY"] = os.path.abspath(library)
-    kept = CHECKOUT / "build" / "gpu_check"  # where ninja finds the last build
-    build = folder / "build" if library or unwritable(kept) else kept
+    reused = CHECKOUT / "build" / "gpu_check"  # contains the previous build
+    build = folder / "build" if library or unwritable(reused) else reused
     chosen = [section for section in SECTIONS if section.name in only and section is not BUILD]
     outcome = execute(BUILD, limit(BUILD, chosen, deadline.left()), folder, build, out, log)
     yield outcome
@@ -136,12 +141,12 @@ def _run(only: list[str], deadline: Deadline, folder: Path, out: Path, log: IO[s
 
 
 def unwritable(folder: Path) -> str | None:
-    """Make a folder. Return why nothing can be written there; None where it can."""
+    """Create a folder. Return why it cannot be written to, or None."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         return str(error)
-    return None if os.access(folder, os.W_OK) else f"{folder} cannot be written to"
+    return None if os.access(folder, os.W_OK) else f"{folder} is not writable"
 
 
 if __name__ == "__main__":

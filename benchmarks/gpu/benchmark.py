@@ -1,8 +1,8 @@
-"""Section benchmarks: times of ours, PyTorch's and Liger-Kernel's losses in one process, and the floors beside them.
+"""Section benchmarks: time the losses of kcd_ext, PyTorch and Liger-Kernel in one process, and compare them with the floors.
 
-Where logits are few the host takes longer than the device: there calls are replayed from CUDA graphs as well.
+For few logits the host takes longer than the device, so calls are also replayed from CUDA graphs.
 
-What is measured, and for how long; how is the harness's (benchmarks/harness).
+This module says what is measured and for how long; benchmarks/harness measures.
 """
 
 import math
@@ -22,7 +22,7 @@ from kcd_ext.describe import one_line
 
 from .process import section_options
 
-SHAPES = (  # in order of importance: what the time does not suffice for is left out from the end
+SHAPES = (  # in order of importance; the last ones are skipped if time runs out
     Shape(8192, 32_000, torch.bfloat16),
     Shape(4096, 1000, torch.float32),
     Shape(256, 100, torch.float32),
@@ -30,41 +30,41 @@ SHAPES = (  # in order of importance: what the time does not suffice for is left
     Shape(8192, 151_936, torch.bfloat16),
 )
 KEEPS = (0.7, 1.0, 0.2)  # in order of importance
-# Few classes and all rows kept: how the time grows with the rows is how the end of a launch does, its selection and sums.  These
-# take a second together, and are measured first.
+# Few classes and all rows kept: the time grows with the rows like the end of a launch, that is selection and sums.  These take a
+# second in total, and come first.
 TAIL = tuple(Place(Shape(rows, 10), 1.0) for rows in (1024, 4096, 8192, 65_536))
-MOST_SECONDS = 4.0  # of measuring at one shape, keep and direction
-LAUNCHES_SHARE = 0.15  # of the time, for counting launches
-REPLAYS_SHARE = 0.05  # of the time, for replaying graphs
-FEW = 2**23  # logits: where a call may take the host longer than the device
+MOST_SECONDS = 4.0  # per shape, keep and direction
+LAUNCHES_SHARE = 0.15  # share of the time that counts launches
+REPLAYS_SHARE = 0.05  # share of the time that replays graphs
+FEW = 2**23  # logits; below this the host may take longer than the device
 
 
 def places() -> list[Place]:
-    """All that is measured, in order."""
+    """Return everything to measure, in order."""
     return [*TAIL, *(Place(shape, keep) for shape in SHAPES for keep in KEEPS)]
 
 
 def wanted(candidate: Candidate, place: Place) -> bool:
-    """Whether the time is spent on it."""
+    """Return whether to measure a candidate at a place."""
     return candidate.name == OWN if place in TAIL else place.keep == KEEPS[0] or not candidate.compiles
 
 
 def replay(benchmark: Benchmark, end: Deadline) -> None:
-    """Ours and eager PyTorch from CUDA graphs, where logits are few, as far as the time goes.  What fails says so in its row."""
+    """Replay kcd_ext and eager PyTorch from CUDA graphs, for few logits, until the time is over.  A failure is noted in its row."""
     for place in places():
         if place.shape.rows * place.shape.classes > FEW:
             continue
-        some = [
+        chosen = [
             (direction, candidate)
             for direction, candidate in _measured(benchmark, place)
             if candidate.name in (OWN, EAGER)
         ]
-        given = benchmark.rotation(place.shape, benchmark.device.sets(place.shape)) if some else None
-        for direction, candidate in some if given else []:
+        inputs = benchmark.rotation(place.shape, benchmark.device.sets(place.shape)) if chosen else None
+        for direction, candidate in chosen if inputs else []:
             if end.left() == 0:
                 return
             try:
-                seconds = cuda.replayed(given, candidate, place.keep, backward=direction == BOTH)
+                seconds = cuda.replayed(inputs, candidate, place.keep, backward=direction == BOTH)
                 figure: object = round(seconds * 1e6, 2)
             except (RuntimeError, torch.OutOfMemoryError) as error:
                 figure = f"failed: {one_line(error)}"
@@ -72,8 +72,8 @@ def replay(benchmark: Benchmark, end: Deadline) -> None:
             benchmark.write()
 
 
-def replays_that_failed(benchmark: Benchmark) -> list[str]:
-    """Ours among them: those without a number."""
+def failed_replays(benchmark: Benchmark) -> list[str]:
+    """Return the replays of kcd_ext that have no valid time."""
     figures = {key: row["replay_us"] for key, row in benchmark.rows.items() if "replay_us" in row}
     return [
         f"{name} at {place}, {direction}, replayed: {figure}"
@@ -83,25 +83,25 @@ def replays_that_failed(benchmark: Benchmark) -> list[str]:
 
 
 def count_launches(benchmark: Benchmark, end: Deadline) -> None:
-    """Of every candidate that was timed, as far as the time goes; calls after it are slower."""
+    """Count the launches of every timed candidate, until the time is over.  Later calls are slower."""
     for place in sorted(places(), key=lambda place: KEEPS.index(place.keep)):
-        given = None  # frees the last place's inputs before the next are made
+        inputs = None  # free the previous inputs before creating the next
         measured = _measured(benchmark, place)
-        given = benchmark.rotation(place.shape, sets=1) if measured else None
-        for direction, candidate in measured if given else []:
+        inputs = benchmark.rotation(place.shape, sets=1) if measured else None
+        for direction, candidate in measured if inputs else []:
             if end.left() == 0:
                 return
             backward = direction == BOTH
             try:
                 with torch.set_grad_enabled(backward):
-                    seen = cuda.launches(partial(given.call, candidate, place.keep, backward=backward))
+                    launches = cuda.launches(partial(inputs.call, candidate, place.keep, backward=backward))
             except torch.OutOfMemoryError:
                 continue
-            except RuntimeError as error:  # a profiler that does not work here
+            except RuntimeError as error:  # the profiler does not work on this machine
                 benchmark.figures["launches"] = f"not counted: {one_line(error)}"
                 benchmark.write()
                 return
-            benchmark.rows[place, direction, candidate.name].update(seen._asdict())
+            benchmark.rows[place, direction, candidate.name].update(launches._asdict())
             benchmark.write()
 
 
@@ -115,7 +115,7 @@ def _measured(benchmark: Benchmark, place: Place) -> list[tuple[str, Candidate]]
 
 
 def main() -> int:
-    """Prints one line for each measurement, and last how many there are."""
+    """Print one line per measurement, and their number at the end."""
     options = section_options(__doc__)
     torch.manual_seed(0)
     end, end_of_replays = Deadline(options.seconds), Deadline(options.seconds * (1 - LAUNCHES_SHARE))
@@ -145,7 +145,7 @@ def main() -> int:
     replay(benchmark, end_of_replays)
     count_launches(benchmark, end)
     good, text = benchmark.verdict()
-    failed = replays_that_failed(benchmark)
+    failed = failed_replays(benchmark)
     if not all(0 < x < math.inf for x in (bandwidth, clock or 1.0)):
         failed.append(f"a copy of {bandwidth} bytes a second at a clock of {clock} Hz")
     without = [f"without {name}: {why}" for name, why in absent.items()]

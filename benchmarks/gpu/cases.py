@@ -1,4 +1,4 @@
-"""Calls of the operator that between them reach every path of the kernels: the sanitizers and the graphs run them."""
+"""Calls of the operator that together reach every path of the kernels, for the sanitizers and the graphs."""
 
 from dataclasses import dataclass, replace
 
@@ -14,7 +14,7 @@ KEEPS = (0.7, 1.0, 3)
 
 @dataclass(frozen=True)
 class Case:
-    """One call, forward and backward."""
+    """A call, forward and backward."""
 
     rows: int
     classes: int
@@ -22,12 +22,12 @@ class Case:
     keep: float | int = 1.0
     value: str = "entropy"
     labelled: bool = False
-    """With labels, of which every fourth is ignored."""
+    """With labels; every fourth one is ignored."""
     named: bool = False
-    """The teacher holds every second row only, named by rows=, and one that is skipped."""
+    """The teacher has only every second row, listed in `rows=`, and one that is skipped."""
     inplace: bool = False
     shift: int = 0
-    """Elements before each row's first in the student's memory, and one more after its last: odd alignment and stride."""
+    """Elements before each row in the student's memory; one more follows it. Gives odd alignments and strides."""
     reduction: str = "mean"
 
     def __str__(self) -> str:
@@ -40,17 +40,17 @@ class Case:
 
 
 Inputs = dict[str, Tensor]
-"""What a case's call takes: the student's logits within `memory`, (rows, shift + classes + 1) where shifted, else (rows, classes);
+"""The tensors of a call: `memory` contains the student's logits, (rows, shift + classes + 1) if shifted, else (rows, classes);
 `teacher`; and the options that are tensors."""
 
 
 def on_device(given: Inputs, device: str) -> Inputs:
-    """Return copies there, of the memory around the logits too."""
+    """Copy the inputs to a device, including the memory around the logits."""
     return {name: x.to(device) for name, x in given.items()}
 
 
 def inputs(case: Case, seed: int) -> Inputs:
-    """Random inputs of a case, on the CPU, where every element is written."""
+    """Return random inputs of a case on the CPU. Every element is initialised."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(rows: int, columns: int) -> Tensor:
@@ -72,10 +72,10 @@ def inputs(case: Case, seed: int) -> Inputs:
 
 
 def call(case: Case, given: Inputs) -> dict[str, Tensor]:
-    """Loss, gradient and knowledge of one call, on the device where the inputs are."""
+    """Run a call on the device of its inputs. Return loss, gradient and knowledge."""
     options = {"value": case.value, **given}
     memory, teacher = options.pop("memory").detach().requires_grad_(), options.pop("teacher")
-    if case.inplace:  # the gradient overwrites what is no leaf, nor part of one
+    if case.inplace:  # the gradient must not overwrite a leaf
         memory = memory.clone()
     logits = memory[:, case.shift : case.shift + case.classes]
     loss, knowledge = kcd_ext.condensed_kd_loss(
@@ -92,13 +92,13 @@ def call(case: Case, given: Inputs) -> dict[str, Tensor]:
 
 
 def every_path() -> list[Case]:
-    """Small cases, ordered so that the first ones already reach most of the code: a sanitizer may get no further."""
+    """Return small cases. The first ones reach most of the code, in case a sanitizer runs out of time."""
     first = [
         Case(13, 1000, torch.float32, keep=0.7, labelled=True),
         Case(13, 4097, torch.bfloat16, keep=0.7, shift=3),
         Case(2, 200_003, torch.bfloat16, keep=1.0),  # a row is split over blocks
         Case(70_001, 3, torch.float32, keep=0.7),  # selection by several blocks
-        Case(20_001, 10, torch.float32, keep=0.7, labelled=True),  # by the last one, among many rows
+        Case(20_001, 10, torch.float32, keep=0.7, labelled=True),  # selection from many rows by the last block
         Case(13, 100, torch.float16, keep=5, inplace=True, labelled=True),
         Case(13, 1000, torch.float32, keep=0.7, named=True),
         Case(13, 7, torch.float64, keep=1.0, shift=1, reduction="none", labelled=True),

@@ -1,4 +1,4 @@
-"""Section graphs: CUDA graphs of forward and backward, two at once on two streams, and that no call waits for the device."""
+"""Section graphs: replay forward and backward as CUDA graphs, two at once on two streams; check that no call synchronises."""
 
 import sys
 
@@ -10,13 +10,13 @@ from torch import Tensor
 from .cases import Case, call, inputs, on_device
 from .process import section_options
 
-SETS = 3  # different inputs, which the replays take in turn
+SETS = 3  # different inputs, used by the replays in turn
 REPLAYS = 60
-HEAD_START = 100_000_000  # clock cycles, about 50 ms: both streams' replays are queued before the first of them runs
+HEAD_START = 100_000_000  # clock cycles, about 50 ms: both streams queue their replays before the first one runs
 
 SMALL = Case(64, 1000, torch.float32, keep=0.7, labelled=True)
 PAIRS = (
-    (SMALL, SMALL),  # twice the same kernels: what they share between calls would show
+    (SMALL, SMALL),  # the same kernels twice: state shared between calls would show
     (
         Case(2, 200_003, torch.bfloat16),
         Case(70_001, 3, torch.float32, keep=0.3),
@@ -33,14 +33,14 @@ UNSYNCHRONISED = (
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors hold the same bits, NaN and -0 included."""
+    """Return whether two tensors have the same bits, including NaN and -0."""
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
     return torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
 
 
 def differences(replays: list[dict[str, Tensor]], eager: list[dict[str, Tensor]]) -> list[str]:
-    """Which results of the replays, on inputs in turn, are not bit for bit those of the eager calls."""
+    """Return which results of the replays differ from the eager calls in any bit."""
     return [
         f"{name} of replay {i}"
         for i, results in enumerate(replays)
@@ -50,7 +50,7 @@ def differences(replays: list[dict[str, Tensor]], eager: list[dict[str, Tensor]]
 
 
 class Captured:
-    """A case's forward and backward pass as a graph with a stream of its own."""
+    """A case's forward and backward pass as a graph on a separate stream."""
 
     def __init__(self, case: Case, seed: int) -> None:
         self.case = case
@@ -60,7 +60,7 @@ class Captured:
         self.given = on_device(inputs(case, seed), "cuda")
         torch.cuda.synchronize()
         with torch.cuda.stream(self.stream):
-            for _ in range(2):  # loads the kernels, which cannot be done while capturing
+            for _ in range(2):  # load the kernels, which is impossible during capture
                 call(case, self.given)
         torch.cuda.synchronize()
         self.graph = torch.cuda.CUDAGraph()
@@ -69,7 +69,7 @@ class Captured:
         self.replays: list[dict[str, Tensor]] = []
 
     def replay(self) -> None:
-        """Queues one replay on the next inputs, and a copy of its results."""
+        """Queue one replay on the next inputs, and a copy of its results."""
         with torch.cuda.stream(self.stream):
             for name, x in self.sets[len(self.replays) % SETS].items():
                 self.given[name].copy_(x)
@@ -78,7 +78,7 @@ class Captured:
 
 
 def replay_together(pair: tuple[Case, Case], deadline: Deadline) -> list[str]:
-    """What is wrong with two graphs that replay at once on two streams."""
+    """Replay two graphs at once on two streams, and return their faults."""
     graphs = [Captured(case, seed=100 * i) for i, case in enumerate(pair)]
     for _ in range(5):
         torch.cuda._sleep(HEAD_START)
@@ -97,10 +97,10 @@ def replay_together(pair: tuple[Case, Case], deadline: Deadline) -> list[str]:
 
 
 def waits_for_device(case: Case) -> str | None:
-    """Whether a call waits: torch's own watch over synchronising calls, and a device that is kept busy meanwhile."""
+    """Return how a call synchronises, or None. Uses torch's sync debug mode, and then a busy device."""
     given = on_device(inputs(case, seed=7), "cuda")
     for _ in range(2):
-        call(case, given)  # loads the kernels and fills torch's allocator
+        call(case, given)  # load the kernels and fill torch's allocator
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -110,16 +110,16 @@ def waits_for_device(case: Case) -> str | None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     torch.cuda.synchronize()
-    torch.cuda._sleep(10 * HEAD_START)  # half a second: a call takes less by far
+    torch.cuda._sleep(10 * HEAD_START)  # half a second, far longer than a call
     busy = torch.cuda.current_stream().record_event()
     call(case, given)
     waited = busy.query()
     torch.cuda.synchronize()
-    return f"{case}: a call came back only when the device had finished the work before it" if waited else None
+    return f"{case}: a call returned only after the device had finished earlier work" if waited else None
 
 
 def main() -> int:
-    """Prints one line: how many replays were bit for bit the eager calls."""
+    """Print one line: how many replays matched the eager calls bit for bit."""
     options = section_options(__doc__)
     deadline = Deadline(options.seconds)
     faults = [fault for case in UNSYNCHRONISED if (fault := waits_for_device(case))]
@@ -132,7 +132,7 @@ def main() -> int:
         print(f"{len(faults)} faults, the first: {faults[0]}")
         return 1
     print(
-        f"{len(PAIRS)} pairs of graphs on two streams bit for bit as eager calls; {len(UNSYNCHRONISED)} calls wait for nothing"
+        f"{len(PAIRS)} pairs of graphs on two streams match eager calls bit for bit; {len(UNSYNCHRONISED)} calls do not synchronise"
     )
     return 0
 

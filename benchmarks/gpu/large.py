@@ -1,4 +1,4 @@
-"""Section large: logits whose elements lie more than 2³¹ apart, some rows of which must give what they give alone."""
+"""Section large: logits with offsets beyond 2³¹ elements, whose rows must give the same results as in a small call."""
 
 import sys
 from collections.abc import Callable
@@ -13,11 +13,11 @@ import kcd_ext
 from .process import UNAVAILABLE, section_options
 
 LIMIT = 2**31
-ROOM = 1.1  # of the memory counted, for statistics and what torch holds
+ROOM = 1.1  # factor on the counted memory, for statistics and torch's allocator
 
 
 def logits(rows: int, classes: int, dtype: torch.dtype, *, stride: int | None = None) -> Tensor:
-    """Random numbers (rows, classes); with a stride in elements between rows nothing is written between them."""
+    """Return random logits (rows, classes). With a stride between rows, in elements, the gaps stay uninitialised."""
     if stride is None:
         return torch.empty(rows, classes, dtype=dtype, device="cuda").normal_()
     memory = torch.empty((rows - 1) * stride + classes, dtype=dtype, device="cuda")
@@ -25,43 +25,44 @@ def logits(rows: int, classes: int, dtype: torch.dtype, *, stride: int | None = 
 
 
 def faults(student: Tensor, teacher: Tensor, rows: list[int], *, inplace: bool) -> list[str]:
-    """What differs between rows of a large call and the same rows in a call of their own.
+    """Return which results differ between rows of a large call and the same rows in a small call.
 
-    The upper half of the rows is selected, by scores, so that gradients of rows that are not selected are looked at too.
+    Scores select the upper half of the rows, so gradients of unselected rows are checked too.
 
     Args:
-        student, teacher: (rows, classes); inplace overwrites the student's.
-        rows: which rows are compared.
+        student, teacher: (rows, classes); `inplace` overwrites the student's.
+        rows: the rows to compare.
+        inplace: write the gradient to the student's memory.
     """
     n = student.shape[0]
     score = torch.arange(float(n), device=student.device)
-    some = torch.tensor(rows, device=student.device)
-    few_student, few_teacher = student[some].requires_grad_(), teacher[some]  # copies
+    compared_rows = torch.tensor(rows, device=student.device)
+    few_student, few_teacher = student[compared_rows].requires_grad_(), teacher[compared_rows]  # copies
     leaf = student.detach().requires_grad_()
     given = Produced.apply(torch.ones((), requires_grad=True), student) if inplace else leaf
     loss, knowledge = kcd_ext.condensed_kd_loss(
         given, teacher, keep=(n + 1) // 2, value=score, reduction="sum", inplace=inplace, return_knowledge=True
     )
     (gradient,) = torch.autograd.grad(loss, given)
-    alone, few = kcd_ext.condensed_kd_loss(few_student, few_teacher, reduction="sum", return_knowledge=True)
-    (few_gradient,) = torch.autograd.grad(alone, few_student)
-    selected = some >= n - (n + 1) // 2
+    small_loss, few = kcd_ext.condensed_kd_loss(few_student, few_teacher, reduction="sum", return_knowledge=True)
+    (few_gradient,) = torch.autograd.grad(small_loss, few_student)
+    selected = compared_rows >= n - (n + 1) // 2
     few_gradient[~selected] = 0
-    # A row's sums may be taken in another order than alone; the gradient is rounded once to its dtype.
+    # The two calls may sum a row in different orders; the gradient is rounded once to its dtype.
     relative = max(2 * torch.finfo(student.dtype).eps, 1e-4)
     absolute = 1e-6 * few_gradient.abs().max().item()
     compared = {
-        "selected": torch.equal(knowledge.selected[some], selected),
-        "kl": torch.allclose(knowledge.kl[some], few.kl, rtol=1e-4, atol=1e-6),
-        "entropy": torch.allclose(knowledge.entropy[some], few.entropy, rtol=1e-4),
-        "gradient": torch.allclose(gradient[some], few_gradient, rtol=relative, atol=absolute),
+        "selected": torch.equal(knowledge.selected[compared_rows], selected),
+        "kl": torch.allclose(knowledge.kl[compared_rows], few.kl, rtol=1e-4, atol=1e-6),
+        "entropy": torch.allclose(knowledge.entropy[compared_rows], few.entropy, rtol=1e-4),
+        "gradient": torch.allclose(gradient[compared_rows], few_gradient, rtol=relative, atol=absolute),
         "loss": torch.allclose(loss, 16 * knowledge.kl[knowledge.selected].sum(), rtol=1e-3),
     }
     return [name for name, equal in compared.items() if not equal]
 
 
 def contiguous(rows: int = 32_769, classes: int = 65_537) -> list[str]:
-    """More elements than 2³¹, among the rows compared the one that holds the 2³¹th."""
+    """Check more than 2³¹ contiguous elements, including the row with the 2³¹th."""
     student, teacher = (logits(rows, classes, torch.bfloat16) for _ in range(2))
     crossing = min(LIMIT // classes, rows - 1)
     return faults(
@@ -70,12 +71,12 @@ def contiguous(rows: int = 32_769, classes: int = 65_537) -> list[str]:
 
 
 def strided(stride: int = LIMIT + 64) -> list[str]:
-    """Three rows more than 2³¹ elements apart, their gradient in place of the student's."""
+    """Check three rows more than 2³¹ elements apart, with an in-place gradient."""
     student, teacher = (logits(3, 1000, torch.float32, stride=stride) for _ in range(2))
     return faults(student, teacher, [0, 1, 2], inplace=True)
 
 
-# What is checked -> its function, and the bytes it takes.
+# Name -> the check, and the bytes that it needs.
 CHECKS: dict[str, tuple[Callable[[], list[str]], int]] = {
     "bfloat16 32769 × 65537": (contiguous, 3 * 32_769 * 65_537 * 2),
     "float32, rows 2³¹ + 64 apart, in place": (strided, 2 * 2 * (LIMIT + 64) * 4),
@@ -83,7 +84,7 @@ CHECKS: dict[str, tuple[Callable[[], list[str]], int]] = {
 
 
 def main() -> int:
-    """Prints one line: what was compared, what did not fit."""
+    """Print one line: what was compared, and what did not fit."""
     options = section_options(__doc__)
     findings, wrong, checked = {}, False, False
     for name, (check, size) in CHECKS.items():
@@ -95,7 +96,7 @@ def main() -> int:
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
         checked, wrong = True, wrong or bool(found)
-        findings[name] = f"other {', '.join(found)} than the rows alone" if found else "as the rows alone"
+        findings[name] = f"different {', '.join(found)} than in a small call" if found else "same as in a small call"
         write_json(options.data, findings)
     write_json(options.data, findings)
     print("; ".join(f"{name}: {finding}" for name, finding in findings.items()))

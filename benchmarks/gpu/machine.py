@@ -1,4 +1,4 @@
-"""What this machine is: the facts beside every figure, and what a run needs that is not here."""
+"""Facts about this machine for the report, and the requirements that it lacks."""
 
 import importlib.util
 import platform
@@ -8,31 +8,34 @@ from harness.machine import commit, gpu, lines, processor
 
 
 def missing(*, building: bool) -> list[str]:
-    """What every section needs and this machine lacks, each with what to do.
+    """Return the requirements of all sections that this machine lacks, each with advice.
 
     Args:
-        building: whether kcd_ext's module is to be built.
+        building: whether kcd_ext's module must be built.
     """
-    lacks = [
+    absent = [
         f"{tool} ({advice})"
         for tool, advice in (
-            ("nvcc", "the CUDA toolkit; put its bin folder on PATH or name the toolkit in CUDA_HOME"),
+            ("nvcc", "the CUDA toolkit; put its bin folder on PATH, or set CUDA_HOME to the toolkit"),
             ("cmake", "pip install cmake"),
             ("ninja", "pip install ninja"),
         )
         if building and shutil.which(tool) is None
     ]
     if importlib.util.find_spec("torch") is None:
-        return [*lacks, "PyTorch for CUDA (pip install torch, or name another Python in the variable PYTHON)"]
+        return [
+            *absent,
+            "PyTorch for CUDA (pip install torch, or set the environment variable PYTHON to another Python)",
+        ]
     import torch
 
     if not torch.cuda.is_available():
-        lacks.insert(0, f"an NVIDIA GPU that PyTorch {torch.__version__} can use (see nvidia-smi)")
-    return lacks
+        absent.insert(0, f"an NVIDIA GPU that PyTorch {torch.__version__} can use (see nvidia-smi)")
+    return absent
 
 
 def facts() -> dict[str, object]:
-    """The GPU, its software and the code that runs: what it is -> what was found."""
+    """Return facts about the GPU, the software and the code, by name."""
     return {
         **gpu(),
         "nvcc": next((x for x in lines("nvcc", "--version") if "release" in x), None),

@@ -1,7 +1,7 @@
-"""Section ncu: what the warps of the kernels wait for, by Nsight Compute's counters, over the program of `profiled`.
+"""Section ncu: why the warps of the kernels stall, from Nsight Compute's counters over the program of `profiled`.
 
-A machine that does not let its counters be read (ERR_NVGPUCTRPERM: they are the administrator's; a virtual machine without them)
-is no failure: nothing of ours can mend it, and nothing is wrong with the kernels.  A missing ncu is one: it can be installed.
+A machine that forbids its counters (ERR_NVGPUCTRPERM: only the administrator may read them, or a virtual machine lacks them) is no
+failure, because the kit cannot change that.  A missing ncu is a failure, because it can be installed.
 """
 
 import csv
@@ -15,7 +15,7 @@ from harness.machine import write_json
 
 from .process import UNAVAILABLE, output_of, section_options, tool_of_cuda
 
-# The clocks stay as they are: they may be others' too.
+# Leave the clocks alone, because other users may share the GPU.
 OPTIONS = ["--clock-control", "none", "-k", "regex:forward_rows|backward_rows|select", "-c", "8"]
 OPTIONS += ["--csv", "--page", "raw", "--print-units", "base"]
 for _section in ("SpeedOfLight", "WarpStateStats", "MemoryWorkloadAnalysis", "Occupancy"):
@@ -24,7 +24,7 @@ for _section in ("SpeedOfLight", "WarpStateStats", "MemoryWorkloadAnalysis", "Oc
 ERROR = "==ERROR=="
 REFUSES = "ERR_NVGPUCTRPERM|Failed to initialize the profiler|not supported|LibraryNotLoaded"
 STALL = re.compile(r"smsp__average_warps_issue_stalled_(?!.*_not_issued)(\w+)_per_issue_active\.ratio")
-# What is shown of a kernel -> ncu's metric, and what its base unit is multiplied by.
+# Figure of a kernel -> ncu's metric, and the factor on its base unit.
 METRICS = {
     "microseconds": ("gpu__time_duration.sum", 1e-3),
     "sm_percent": ("sm__throughput.avg.pct_of_peak_sustained_elapsed", 1),
@@ -36,7 +36,7 @@ SHOWN_STALLS = 4
 
 
 def number(text: str | None) -> float:
-    """A number of ncu's, which puts commas between thousands; NaN where there is none."""
+    """Parse a number of ncu, which separates thousands with commas; NaN if it is missing."""
     try:
         return float((text or "").replace(",", ""))
     except ValueError:
@@ -44,18 +44,18 @@ def number(text: str | None) -> float:
 
 
 def kernels(text: str) -> list[dict]:
-    """The kernels of ncu's raw page as CSV, in the order of their launches.
+    """Read the kernels of ncu's raw page (CSV), in launch order.
 
     Returns:
-        For each its name, METRICS, and `stalls`: reason -> cycles in which a warp waits for it, an instruction issued; the
-        longest first. "selected" is the cycle of the instruction itself.
+        Per kernel its name, METRICS, and `stalls`: reason -> stall cycles of a warp per issued instruction, longest first.
+        "selected" is the cycle of the instruction itself.
     """
     lines = text.splitlines()
     begin = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), len(lines))
     table = csv.DictReader(line for line in lines[begin:] if line.startswith('"'))
     found = []
     for row in table:
-        if not row["ID"]:  # the line of units
+        if not row["ID"]:  # the row of units
             continue
         stalls = {match[1]: number(x) for name, x in row.items() if name and (match := STALL.fullmatch(name))}
         found.append(
@@ -68,13 +68,13 @@ def kernels(text: str) -> list[dict]:
     return found
 
 
-def faults(found: list[dict], wanted: list[str]) -> list[str]:
-    """What is wrong with the kernels that were seen: others than wanted, or figures that are none."""
+def faults(found: list[dict], expected: list[str]) -> list[str]:
+    """Return what is wrong with the profiled kernels: unexpected names, or figures that are not numbers."""
     names = [kernel["kernel"] for kernel in found]
-    if len(names) != len(wanted) or not all(
-        re.search(rf"\b{x}\b", name) for x, name in zip(wanted, names, strict=True)
+    if len(names) != len(expected) or not all(
+        re.search(rf"\b{x}\b", name) for x, name in zip(expected, names, strict=True)
     ):
-        return [f"kernels {', '.join(names) or 'none'} instead of {', '.join(wanted)}"]
+        return [f"kernels {', '.join(names) or 'none'} instead of {', '.join(expected)}"]
     wrong = []
     for kernel in found:
         bad = [name for name in METRICS if not (math.isfinite(kernel[name]) and kernel[name] >= 0)]
@@ -86,14 +86,14 @@ def faults(found: list[dict], wanted: list[str]) -> list[str]:
 
 
 def dominant(kernel: dict) -> str:
-    """The reasons that warps wait for longest, each with its part of the cycles between two instructions of a warp."""
-    whole = sum(kernel["stalls"].values()) or math.nan
-    some = list(kernel["stalls"].items())[:SHOWN_STALLS]
-    return ", ".join(f"{reason} {cycles / whole:.0%}" for reason, cycles in some)
+    """Return the longest stall reasons, each with its share of the cycles between two instructions of a warp."""
+    total = sum(kernel["stalls"].values()) or math.nan
+    longest = list(kernel["stalls"].items())[:SHOWN_STALLS]
+    return ", ".join(f"{reason} {cycles / total:.0%}" for reason, cycles in longest)
 
 
 def main() -> int:
-    """Prints a line for each kernel, and last how many there are and what they wait for."""
+    """Print a line per kernel, and a summary at the end."""
     options = section_options(__doc__)
     ncu = tool_of_cuda("ncu")
     if ncu is None:
@@ -121,13 +121,13 @@ def main() -> int:
     wrong = faults(found, [*profiled.KERNELS] * len(profiled.SHAPES))
     if status or wrong:
         last = next((line for line in reversed(problems + printed.splitlines()) if line.strip()), "it printed nothing")
-        print(wrong[0] if wrong and not status else f"ncu ended with status {status}: {last}")
+        print(wrong[0] if wrong and not status else f"ncu failed with exit status {status}: {last}")
         return 1
     for shape, kernel in zip(shapes, found, strict=True):
         kernel["shape"] = profiled.name(shape)
-        print(f"{kernel['shape']}, {kernel['kernel']}: {kernel['microseconds']:.1f} us, waits: {dominant(kernel)}")
+        print(f"{kernel['shape']}, {kernel['kernel']}: {kernel['microseconds']:.1f} us, stalls: {dominant(kernel)}")
     write_json(options.data, found)
-    print(f"{len(found)} kernels; the largest, {found[0]['shape']} forward, waits for {dominant(found[0])}")
+    print(f"{len(found)} kernels; the largest, {found[0]['shape']} forward, stalls for {dominant(found[0])}")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""What a section and the run of all of them agree on: options, time limits, exit statuses."""
+"""The interface between a section and the kit: options, time limits and exit statuses."""
 
 import argparse
 import os
@@ -11,21 +11,21 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
-UNAVAILABLE = 77  # the exit status of a section that cannot run on this machine, as automake has it
+UNAVAILABLE = 77  # exit status of a section that cannot run on this machine, as in automake
 
 
 def section_options(description: str | None) -> argparse.Namespace:
-    """Return the options that every section is started with (`sections.Run`)."""
+    """Parse the options of a section (`sections.Run`)."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, required=True, help="for all of it")
-    parser.add_argument("--data", type=Path, required=True, help="a JSON file for the figures")
-    parser.add_argument("--build", type=Path, required=True, help="the build folder")
-    parser.add_argument("--out", type=Path, required=True, help="the folder for results that are files of their own")
+    parser.add_argument("--seconds", type=float, required=True, help="time limit")
+    parser.add_argument("--data", type=Path, required=True, help="JSON file for the figures")
+    parser.add_argument("--build", type=Path, required=True, help="build folder")
+    parser.add_argument("--out", type=Path, required=True, help="folder for further result files")
     return parser.parse_args()
 
 
 def tool_of_cuda(name: str) -> str | None:
-    """Return the path of one of CUDA's tools: on PATH, in a folder of its own in the toolkit, or in Nsight Compute's."""
+    """Return the path of a CUDA tool: on PATH, in the toolkit, or in Nsight Compute's folder."""
     nvcc = shutil.which("nvcc")
     toolkit = Path(os.path.realpath(nvcc)).parents[1] if nvcc else Path("/usr/local/cuda")
     folders = [toolkit / name, toolkit / "bin", *sorted(Path("/opt/nvidia/nsight-compute").glob("*"), reverse=True)]
@@ -40,10 +40,9 @@ def run_within(
     environment: Mapping[str, str] | None = None,
     folder: Path | None = None,
 ) -> int | None:
-    """Runs a command with its output going to a file; None if it was stopped because the seconds were over.
+    """Run a command with a time limit and its output redirected to a file. Return the exit status, or None if it timed out.
 
-    It is asked to stop as by Ctrl-C, so that pytest still says how far it came, and killed 10 s later, with everything it
-    started in its session.
+    On timeout the command gets SIGINT, so that pytest still prints its summary. After 10 s its whole session is killed.
     """
     process = subprocess.Popen(
         command,
@@ -62,7 +61,7 @@ def run_within(
             process.wait(10)
         return None
     finally:
-        # A process that the driver holds on to may outlive even SIGKILL: go on without it.
+        # A process stuck in the driver may survive even SIGKILL: continue without it.
         with suppress(ProcessLookupError, subprocess.TimeoutExpired):
             os.killpg(process.pid, signal.SIGKILL)
             process.wait(5)
@@ -71,7 +70,7 @@ def run_within(
 def output_of(
     seconds: float, command: Sequence[str], environment: Mapping[str, str] | None = None
 ) -> tuple[int | None, str]:
-    """Return the exit status, as `run_within` does, and the output of a command."""
+    """Run a command. Return its exit status as `run_within` does, and its output."""
     with tempfile.TemporaryFile("w+", errors="replace") as file:
         status = run_within(seconds, command, file, environment=environment)
         file.seek(0)

@@ -1,4 +1,4 @@
-"""The program that section ncu runs under Nsight Compute: one call, forward and backward, at each of the important shapes."""
+"""The program that section ncu profiles with Nsight Compute: one call, forward and backward, per important shape."""
 
 import sys
 
@@ -8,17 +8,17 @@ import kcd_ext
 
 SHAPES = ((8192, 32_000, torch.bfloat16), (4096, 1000, torch.float32), (65_536, 10, torch.float32))
 KEEP = 0.7
-KERNELS = ("forward_rows", "backward_rows")  # of each call, in this order
+KERNELS = ("forward_rows", "backward_rows")  # of a call, in order
 
 
 def name(shape: tuple[int, int, torch.dtype]) -> str:
-    """A shape for a reader."""
+    """Return a readable name of a shape."""
     rows, classes, dtype = shape
     return f"{rows} × {classes} {str(dtype).removeprefix('torch.')}"
 
 
 def main() -> int:
-    """Prints a line for each shape, and last that it is done."""
+    """Print a line per shape."""
     for shape in SHAPES:
         rows, classes, dtype = shape
         student = torch.empty(rows, classes, dtype=dtype, device="cuda").normal_().requires_grad_()

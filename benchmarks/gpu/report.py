@@ -1,4 +1,4 @@
-"""The results as Markdown: how every section went, the machine, the times beside their floors, memory, launches, waits."""
+"""The Markdown report: sections, machine, times and floors, memory, launches, stalls."""
 
 from collections.abc import Callable
 from functools import partial
@@ -11,18 +11,18 @@ from .sections import FAILED, NOT_AVAILABLE, NOT_REACHED, PASSED, TIMED_OUT
 
 
 def verdict(sections: list[dict]) -> str:
-    """One line: which sections failed and why, which could not run here, else that all passed."""
+    """Return one line: the failed sections with reasons, or how many passed; then those that cannot run here."""
 
     def named(statuses: tuple[str, ...]) -> list[str]:
         return [f"{each['name']}: {each['summary']}" for each in sections if each["status"] in statuses]
 
     failed, absent = named((FAILED, TIMED_OUT, NOT_REACHED)), named((NOT_AVAILABLE,))
-    said = [f"FAILED: {'; '.join(failed)}"] if failed else [f"passed: {sum(x['status'] == PASSED for x in sections)}"]
-    return ". ".join([*said, *([f"Cannot run here: {'; '.join(absent)}"] if absent else [])])
+    parts = [f"FAILED: {'; '.join(failed)}"] if failed else [f"passed: {sum(x['status'] == PASSED for x in sections)}"]
+    return ". ".join([*parts, *([f"Cannot run here: {'; '.join(absent)}"] if absent else [])])
 
 
 def markdown(results: dict) -> tuple[str, list[str]]:
-    """Return the whole report, and what of it could not be written, which does not hide the rest."""
+    """Return the report, and the parts that could not be written; those do not hide the others."""
     data = {section["name"]: section["data"] for section in results["sections"]}
     figures, kernels = data.get("benchmarks"), data.get("ncu")
     parts: list[Callable[[], str]] = [partial(each, results) for each in (_verdict, _sections, _machine)]
@@ -32,12 +32,12 @@ def markdown(results: dict) -> tuple[str, list[str]]:
             parts += [partial(each, figures, direction) for direction in (FORWARD, BOTH)]
         parts += [lambda: f"## Errors\n\n{errors(figures)}", lambda: f"## Not measured\n\n{not_measured(figures)}"]
     if kernels:
-        parts.append(partial(_waits, kernels))
+        parts.append(partial(_stalls, kernels))
     written, faults = [], []
     for part in parts:
         try:
             written.append(part())
-        except Exception as error:  # a fault of this kit's in one table must not hide the others
+        except Exception as error:  # an error in one table must not hide the others
             faults.append(f"a part of the report could not be written: {type(error).__name__}: {error}")
             written.append(f"**{faults[-1]}**")
     return "\n\n".join(written) + "\n", faults
@@ -48,7 +48,7 @@ def _verdict(results: dict) -> str:
 
 
 def _machine(results: dict) -> str:
-    return "## Machine\n\n" + facts({**results["machine"], "begun": results["started"]})
+    return "## Machine\n\n" + facts({**results["machine"], "started": results["started"]})
 
 
 def _sections(results: dict) -> str:
@@ -56,14 +56,14 @@ def _sections(results: dict) -> str:
         [section["name"], section["status"], _tests(section), f"{section['seconds']:.0f}", section["summary"]]
         for section in results["sections"]
     ]
-    lines += [[name, "not asked for", "", "", ""] for name in results["not_asked_for"]]
-    text = f"## Sections\n\n{table(['section', 'result', 'tests', 'seconds', 'what it says'], lines)}"
+    lines += [[name, "not requested", "", "", ""] for name in results["not_asked_for"]]
+    text = f"## Sections\n\n{table(['section', 'result', 'tests', 'seconds', 'summary'], lines)}"
     refused = results["wheels"]["refused"]
     return text + (f"\n\nWheels that could not be installed: {', '.join(refused)}." if refused else "")
 
 
 def _tests(section: dict) -> str:
-    """How many tests of the GPU passed, of how many."""
+    """Return how many GPU tests passed, of how many."""
     data = section["data"]
     return f"{data['passed']} of {data['tests']}" if isinstance(data, dict) and "tests" in data else ""
 
@@ -71,14 +71,14 @@ def _tests(section: dict) -> str:
 def _times(figures: dict, direction: str) -> str:
     return f"""## Time of a call, {direction}
 
-Medians and middle halves in µs, of rounds in which the candidates take turns; –: not defined there. Liger-Kernel's losses, after
-two log-softmaxes, choose no rows and give no entropies.
+Medians and interquartile ranges in µs; the candidates take turns in each round; –: not defined. Liger-Kernel's losses follow two
+log-softmaxes, select no rows and give no entropies.
 
 {times(figures, direction)}"""
 
 
 def _by_candidate(figures: dict, direction: str, name: str, cell: Callable[[dict], str]) -> str:
-    """Return a table with a column for each candidate that has a figure of this name, made into a cell of it."""
+    """Return a table with a column per candidate that has a figure of this name; `cell` formats a row."""
     having = {row["candidate"] for row in figures["rows"] if name in row}
     columns = [candidate for candidate in figures["candidates"] if candidate in having]
 
@@ -94,7 +94,7 @@ def _replays(figures: dict, direction: str) -> str:
 
     return f"""## Time of a call replayed, {direction}
 
-Medians in µs of calls that a CUDA graph holds, so that the host has no part in them; only where logits are few.
+Medians in µs of calls replayed from a CUDA graph, that is, without the host's part; only for few logits.
 
 {_by_candidate(figures, direction, "replay_us", cell)}"""
 
@@ -102,7 +102,7 @@ Medians in µs of calls that a CUDA graph holds, so that the host has no part in
 def _memory(figures: dict, direction: str) -> str:
     return f"""## Memory of a call, {direction}
 
-MiB at the peak, beyond what was allocated before the call.
+Peak in MiB, beyond what was allocated before the call.
 
 {_by_candidate(figures, direction, "peak_bytes", lambda row: f"{row['peak_bytes'] / 2**20:.2f}")}"""
 
@@ -115,12 +115,12 @@ def _launches(figures: dict, direction: str) -> str:
     note = figures.get("launches", "empty: not counted")
     return f"""## Launches of a call, {direction}
 
-Kernels + memsets + copies: µs in which the device is at them, as torch's profiler sees them; {note}.
+Kernels + memsets + copies: device time in µs, from torch's profiler; {note}.
 
 {_by_candidate(figures, direction, "kernels", cell)}"""
 
 
-def _waits(kernels: list[dict]) -> str:
+def _stalls(kernels: list[dict]) -> str:
     def percent(x: float) -> str:
         return f"{x:.0f} %"
 
@@ -134,10 +134,10 @@ def _waits(kernels: list[dict]) -> str:
         ]
         for kernel in kernels
     ]
-    head = ["rows × classes", "kernel", "µs", "DRAM", "memory", "multiprocessors", "occupancy", "warps wait for"]
-    return f"""## What warps wait for
+    head = ["rows × classes", "kernel", "µs", "DRAM", "memory", "multiprocessors", "occupancy", "stalls"]
+    return f"""## Warp stalls
 
-By Nsight Compute, which flushes the caches before a kernel: throughput in percent of the peak, warps resident in percent of the
-most, and of the cycles between two instructions of a warp the longest waits; "selected" is the instruction itself.
+From Nsight Compute, which flushes the caches before each kernel: throughput in percent of the peak, resident warps in percent
+of the maximum, and the longest stalls as shares of the cycles between two instructions of a warp. "selected" is the instruction.
 
 {table(head, lines)}"""

@@ -1,6 +1,6 @@
-"""Section reproduction: benchmarks/reproduce.py on the first pair of the paper's table, in a shorter schedule.
+"""Section reproduction: benchmarks/reproduce.py on the first pair of the paper's table, with a shorter schedule.
 
-As many runs as the time lets finish; that not one seed is finished in all kinds is a failure, since there is then no comparison.
+Runs as many trainings as the time allows.  It fails if no seed finished in all kinds, because then there is nothing to compare.
 """
 
 import json
@@ -18,7 +18,7 @@ SCRIPT = CHECKOUT / "benchmarks" / "reproduce.py"
 
 
 def main() -> int:
-    """Prints what reproduce.py prints, and last which kinds it compared, or why it did not."""
+    """Print the output of reproduce.py, and at the end which kinds it compared, or why it could not."""
     options, spec = section_options(__doc__), os.environ["KCD_CIFAR100"]
     from kcd_ext.data.images import load
 
@@ -34,13 +34,11 @@ def main() -> int:
     command = [sys.executable, str(SCRIPT), "--data", spec, "--epochs", "30", "--device", "cuda"]
     command += ["--precision", "bfloat16", "--minutes", f"{options.seconds / 60:.2f}", "--results", str(options.out)]
     if status := subprocess.run(command).returncode:
-        print(f"reproduce.py ended with status {status}: see the log")
+        print(f"reproduce.py failed with exit status {status}: see the log")
         return 1
     written = [path for path in options.out.glob("reproduce-*.json") if before.get(path) != path.stat().st_mtime_ns]
     if not written:
-        print(
-            "no seed is finished in all kinds, so that nothing is compared: give it more time, by --only reproduction"
-        )
+        print("no seed finished in all kinds, so nothing was compared: give it more time with --only reproduction")
         return 1
     figures = json.loads(written[0].read_text())
     runs = figures["runs"]

@@ -1,6 +1,6 @@
-"""The program that section sanitizers runs under compute-sanitizer: every path of the kernels once, against the reference.
+"""The program that section sanitizers runs under compute-sanitizer: it runs every path of the kernels once.
 
-Loss, selection and gradient are compared.
+It compares loss, selection and gradient with the reference.
 """
 
 import argparse
@@ -17,32 +17,36 @@ READY = "the device answers"
 
 
 def check(case: "Case", device: str) -> list[str]:
-    """What is wrong with a case's results on the device."""
+    """Run a case on the device. Return how its results differ from the reference."""
     from . import cases, expected
 
     given = cases.inputs(case, seed=1)
     results = cases.call(case, cases.on_device(given, device))
-    return expected.faults(case, given, cases.on_device(results, "cpu"))  # all of them, for initcheck to look at
+    return expected.faults(
+        case, given, cases.on_device(results, "cpu")
+    )  # copy all results, so that initcheck sees them
 
 
 def main() -> int:
-    """Prints a line for each case and how many ran before the time was over."""
+    """Print a line per case, and how many ran within the time."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--until", type=float, required=True, help="no case begins after this time, seconds since 1970")
+    parser.add_argument(
+        "--until", type=float, required=True, help="start no case after this time, in seconds since 1970"
+    )
     options = parser.parse_args()
     torch.ones(8, device="cuda").add_(1).cpu()
     print(READY, flush=True)
-    from .cases import every_path  # only now: what goes wrong from here on is ours, not the machine's
+    from .cases import every_path  # import now: from here on errors are kcd_ext's, not the machine's
 
-    everything, ran, wrong = every_path(), 0, 0
-    for case in everything:
+    cases, ran, wrong = every_path(), 0, 0
+    for case in cases:
         if time.time() > options.until:
             break
         start = time.monotonic()
         found = check(case, "cuda")
         ran, wrong = ran + 1, wrong + bool(found)
-        print(f"{time.monotonic() - start:6.2f} s  {case}: {'; '.join(found) or 'as the reference'}", flush=True)
-    print(f"{ran} of {len(everything)} cases, {wrong} wrong")
+        print(f"{time.monotonic() - start:6.2f} s  {case}: {'; '.join(found) or 'matches the reference'}", flush=True)
+    print(f"{ran} of {len(cases)} cases, {wrong} wrong")
     return 1 if wrong or not ran else 0
 
 

@@ -1,4 +1,4 @@
-"""The sections of a run: what each executes, what it needs, how much of the time is its own, and how one is run."""
+"""The sections of a run: their commands, requirements and shares of the time, and how to run one."""
 
 import json
 import os
@@ -17,13 +17,13 @@ from .process import UNAVAILABLE, run_within
 PASSED, FAILED, TIMED_OUT, NOT_REACHED = "passed", "failed", "timed out", "not reached"
 NOT_AVAILABLE = "cannot run here"
 LAST_LINES = 30
-LEAST_SECONDS = 5  # less is not worth starting a section for
-MARGIN = 0.1  # of a section's time, which it keeps for coming to an end by itself
+LEAST_SECONDS = 5  # do not start a section with less
+MARGIN = 0.1  # share of a section's time that is reserved for its shutdown
 
 
 @dataclass(frozen=True)
 class Run:
-    """One section's run: the time it has, and where it reads and writes."""
+    """The run of one section: its time and its paths."""
 
     seconds: float
     build: Path
@@ -31,44 +31,44 @@ class Run:
     data: Path
     """The JSON file for the section's figures."""
     out: Path
-    """The folder for results that are files of their own."""
+    """The folder for further result files."""
 
     @property
-    def own_seconds(self) -> str:
-        """What the section is told to end in: as long as nothing hangs, it comes to an end before it is stopped."""
+    def target_seconds(self) -> str:
+        """The time limit passed to the section. It is shorter, so that the section stops by itself unless it hangs."""
         return f"{self.seconds * (1 - MARGIN):.0f}"
 
 
 @dataclass(frozen=True)
 class Section:
-    """One part of the run."""
+    """A section of the kit."""
 
     name: str
     share: float
-    """Of the time, relative to the other sections' shares; what a section does not use is left to those after it."""
+    """The share of the time, relative to the other sections. Later sections get the unused time."""
     command: Callable[[Run], Sequence[str]]
-    """What is executed: it exits with 0, with UNAVAILABLE, or it failed; its last line is its summary."""
+    """The command: it exits with 0 or UNAVAILABLE, or it failed. Its last line is its summary."""
     modules: tuple[str, ...] = ()
-    """Python modules that it needs: one that is missing is a failure, since it can be installed."""
+    """Required Python modules. A missing one is a failure, because it can be installed."""
     variable: str | None = None
-    """An environment variable that asks for it: without it there is nothing to run."""
+    """An environment variable that enables the section."""
     optional: bool = False
-    """It is run where time is left."""
+    """Runs only if time is left."""
 
-    def lacks(self) -> tuple[str, str] | None:
-        """Return the status and the reason where it does not start at all; None where it can."""
+    def obstacle(self) -> tuple[str, str] | None:
+        """Return the status and the reason if the section cannot start, else None."""
         if self.variable is not None and not os.environ.get(self.variable):
-            return NOT_AVAILABLE, f"the variable {self.variable} is not set: see the head of gpu_check.sh"
+            return NOT_AVAILABLE, f"the environment variable {self.variable} is not set: see the head of gpu_check.sh"
         absent = [module for module in self.modules if find_spec(module) is None]
         if absent:
-            return FAILED, f"{', '.join(absent)} not installed: hand the wheels over with --wheels"
+            return FAILED, f"{', '.join(absent)} not installed: provide the wheels with --wheels"
         return None
 
 
 def _module(name: str) -> Callable[[Run], Sequence[str]]:
     def command(run: Run) -> list[str]:
         folders = ["--data", str(run.data), "--build", str(run.build), "--out", str(run.out)]
-        return [sys.executable, "-m", f"gpu.{name}", "--seconds", run.own_seconds, *folders]
+        return [sys.executable, "-m", f"gpu.{name}", "--seconds", run.target_seconds, *folders]
 
     return command
 
@@ -80,20 +80,20 @@ _MOST_WORKERS = 8
 
 
 def _tests(*names: str, parallel: bool) -> Callable[[Run], Sequence[str]]:
-    """The tests of these files that are marked gpu, counted by `tally`."""
+    """Return the command for the tests of these files that are marked gpu, counted by `tally`."""
 
     def command(run: Run) -> list[str]:
-        # Of pytest's own options in pyproject.toml none holds here.  Run from another folder, since the checkout may be
-        # read-only and pytest and hypothesis write where they are run.
+        # Override the pytest options of pyproject.toml.  Run in another folder: pytest and hypothesis write to the current
+        # one, and the checkout may be read-only.
         options = ["-o", "addopts=", "-m", "gpu", "-q", "-rs", "-p", "no:cacheprovider", "--rootdir", str(TESTS.parent)]
         options += ["-c", str(CHECKOUT / "pyproject.toml"), "-o", "faulthandler_timeout=60"]
         options += ["-p", "gpu.tally", "--tally", str(run.data), "--continue-on-collection-errors"]
-        processors = len(os.sched_getaffinity(0))
-        workers = min(_MOST_WORKERS, processors // 2) if parallel and find_spec("xdist") is not None else 1
+        cpus = len(os.sched_getaffinity(0))
+        workers = min(_MOST_WORKERS, cpus // 2) if parallel and find_spec("xdist") is not None else 1
         if workers > 1:
-            options += ["-n", str(workers), "--dist", "loadgroup"]  # what starts processes for many tests does so once
-        # The oracle and the small networks are slowed down by threads that wait for a processor.
-        environment = ["env", f"OMP_NUM_THREADS={max(1, min(4, processors // workers))}"]
+            options += ["-n", str(workers), "--dist", "loadgroup"]  # share the fixtures that start processes
+        # Oversubscribed threads would slow down the oracle and the small networks.
+        environment = ["env", f"OMP_NUM_THREADS={max(1, min(4, cpus // workers))}"]
         return [*environment, sys.executable, "-m", "pytest", *options, *(str(TESTS / f"test_{x}.py") for x in names)]
 
     return command
@@ -126,7 +126,7 @@ SECTIONS = (
 
 @dataclass
 class Outcome:
-    """How a section went."""
+    """The result of a section."""
 
     name: str
     status: str
@@ -138,30 +138,32 @@ class Outcome:
 
     @property
     def good(self) -> bool:
-        """Passed, or cannot run on this machine."""
+        """Whether the section passed or cannot run on this machine."""
         return self.status in (PASSED, NOT_AVAILABLE)
 
 
 def limit(section: Section, after: Iterable[Section], left: float) -> float:
-    """A section's part of the seconds that are left for it and those after it that can run."""
-    shares = sum(other.share for other in after if other.lacks() is None)
+    """Return a section's time: its share of the remaining seconds, among the sections that can run."""
+    shares = sum(other.share for other in after if other.obstacle() is None)
     return left * section.share / (section.share + shares)
 
 
 def execute(section: Section, seconds: float, folder: Path, build: Path, out: Path, log: IO[str]) -> Outcome:
-    """Runs one section within so many seconds, its output going to the log.  Whatever happens is an outcome.
+    """Run one section with a time limit and its output in the log.  Never raises: an error becomes an outcome.
 
     Args:
-        folder: where it runs, and may write.
+        section: the section to run.
+        seconds: its time limit.
+        folder: its current folder, writable.
         build: the build folder.
         out: the folder of the results.
-        log: a text file opened for appending, from which the last lines are read.
+        log: a text file opened for writing; its last lines go to the outcome.
     """
-    if lacks := section.lacks():
-        return Outcome(section.name, *lacks)
+    if obstacle := section.obstacle():
+        return Outcome(section.name, *obstacle)
     if seconds < LEAST_SECONDS:
         status = NOT_AVAILABLE if section.optional else NOT_REACHED
-        return Outcome(section.name, status, f"{seconds:.0f} s are left for it: give it more --minutes")
+        return Outcome(section.name, status, f"only {seconds:.0f} s are left: increase --minutes")
     run = Run(seconds, build, folder / f"{section.name}.json", out)
     start = time.monotonic()
     try:
@@ -173,14 +175,14 @@ def execute(section: Section, seconds: float, folder: Path, build: Path, out: Pa
         outcome = outcome_of(section.name, status, _lines_since(Path(log.name), begin), seconds)
         if run.data.exists():
             outcome.data = json.loads(run.data.read_text())
-    except Exception as error:  # a fault of this kit's in one section must not hide the others
+    except Exception as error:  # an error of the kit in one section must not hide the others
         outcome = Outcome(section.name, FAILED, f"the kit itself failed: {type(error).__name__}: {error}")
     outcome.seconds, outcome.limit_seconds = round(time.monotonic() - start, 1), round(seconds, 1)
     return outcome
 
 
 def outcome_of(name: str, status: int | None, lines: Sequence[str], seconds: float) -> Outcome:
-    """What an exit status (None: stopped after so many seconds) and the printed lines say."""
+    """Return the outcome for an exit status (None: timed out) and the printed lines."""
     last = lines[-1].strip(" =") if lines else "printed nothing"
     if status is None:
         return Outcome(name, TIMED_OUT, f"stopped after {seconds:.0f} s; last line: {last}", last_lines=[*lines])

@@ -1,8 +1,7 @@
-"""pytest's plugin of the sections that run tests: nothing is left out unseen.
+"""A pytest plugin for the sections that run tests: it fails if a test was left out.
 
-Every test that is marked gpu must run, and every case of a test for the CPU must have one for CUDA beside it.  How many tests
-there were goes to the file of --tally; the last line that pytest prints says it.  With pytest-xdist the workers collect, and the
-process that started them counts.
+Every test marked gpu must run, and every CPU case must have a CUDA twin.  The counts go to the file of --tally and to the last line
+that pytest prints.  With pytest-xdist the workers collect, and the controller counts.
 """
 
 from collections import Counter
@@ -13,24 +12,24 @@ import pytest
 from harness.machine import write_json
 
 CPU, CUDA = "cpu", "cuda"
-LONGEST = 120  # characters of a test's id that are shown
-WORKERS = "gpu_tally"  # what a worker of pytest-xdist hands over is called
+LONGEST = 120  # characters of a test id in messages
+WORKERS = "gpu_tally"  # key in the output of a pytest-xdist worker
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """--tally FILE."""
-    parser.addoption("--tally", type=Path, required=True, metavar="FILE", help="a JSON file for the counts")
+    """Add the option --tally."""
+    parser.addoption("--tally", type=Path, required=True, metavar="FILE", help="JSON file for the counts")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Begins to count."""
+    """Register the counter."""
     config.pluginmanager.register(Tally(config), "tally of tests")
 
 
 def without_twin(items: Sequence[pytest.Item]) -> list[str]:
-    """Return the ids of the cases for the CPU that have none for CUDA beside them.
+    """Return the ids of the CPU cases that have no CUDA twin.
 
-    A case's parameter of that name says where it runs; its twin has the same other parameters.
+    A parameter "cpu" or "cuda" says where a case runs; its twin has the same other parameters.
     """
     cases: dict[str, dict[tuple, str]] = {CPU: {}, CUDA: {}}
     for item in items:
@@ -43,41 +42,41 @@ def without_twin(items: Sequence[pytest.Item]) -> list[str]:
 
 
 class Tally:
-    """Counts the tests of one run of pytest."""
+    """A counter of the tests in one pytest run."""
 
     def __init__(self, config: pytest.Config) -> None:
         self._path: Path = config.getoption("tally")
         self._worker = getattr(config, "workeroutput", None)
-        self._marked: list[pytest.Item] = []  # whose ids pytest-xdist changes after they are collected
+        self._marked: list[pytest.Item] = []  # items, because pytest-xdist changes their ids after collection
         self._deselected: list[pytest.Item] = []
         self._collected: dict[str, list[str]] = {"marked": [], "without_twin": [], "deselected": []}
         self._ran: set[str] = set()
-        self._failed: dict[str, None] = {}  # in order
+        self._failed: dict[str, None] = {}  # ordered
         self._skipped: dict[str, str] = {}
-        self._summary = "pytest came to no end"
+        self._summary = "pytest did not finish"
 
     @pytest.hookimpl(tryfirst=True)  # before any test is deselected
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        """Sees all tests."""
+        """Note all tests."""
         self._marked = [item for item in items if item.get_closest_marker("gpu")]
         self._collected["without_twin"] = without_twin(items)
 
     def pytest_deselected(self, items: Sequence[pytest.Item]) -> None:
-        """Hears what an option leaves out."""
+        """Note the tests that an option deselects."""
         self._deselected += items
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_testnodedown(self, node: object) -> None:
-        """Takes what a worker collected: the same as the others."""
+        """Take the tests that a worker collected; all workers collect the same."""
         self._collected = getattr(node, "workeroutput", {}).get(WORKERS, self._collected)
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
-        """Counts a file that cannot be loaded as one that failed."""
+        """Count a file that cannot be imported as failed."""
         if report.failed:
             self._failed[report.nodeid] = None
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Counts one phase of one test."""
+        """Count one phase of a test."""
         if report.failed:
             self._failed[report.nodeid] = None
         elif report.skipped:
@@ -87,7 +86,7 @@ class Tally:
 
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
-        """Writes the counts, and lets pytest fail where tests are missing."""
+        """Write the counts, and make pytest fail if tests are missing."""
         for name, items in (("marked", self._marked), ("deselected", self._deselected)):
             self._collected[name] += [item.nodeid for item in items]
         if self._worker is not None:
@@ -108,17 +107,17 @@ class Tally:
                 "without_twin": without,
             },
         )
-        said = [f"{len(passed)} of {len(marked)} tests for the GPU passed"]
+        parts = [f"{len(passed)} of {len(marked)} tests for the GPU passed"]
         if not marked:
-            said = ["no test for the GPU is there: torch sees no GPU, or the build has no kernels for it"]
+            parts = ["no test for the GPU was found: torch sees no GPU, or the build has no kernels for it"]
         if self._failed:
-            said.append(f"{len(self._failed)} failed, the first: {_short(next(iter(self._failed)))}")
+            parts.append(f"{len(self._failed)} failed, the first: {_short(next(iter(self._failed)))}")
         if missing:
             why = "; ".join(f"{n} × {reason}" for reason, n in reasons.items())
-            said.append(f"{len(missing)} did not run: {why}")
+            parts.append(f"{len(missing)} did not run: {why}")
         if without:
-            said.append(f"{len(without)} cases for the CPU have none for the GPU, the first: {_short(without[0])}")
-        self._summary = "; ".join(said)
+            parts.append(f"{len(without)} CPU cases have no GPU twin, the first: {_short(without[0])}")
+        self._summary = "; ".join(parts)
         if (missing or without or not marked) and session.exitstatus in (0, pytest.ExitCode.NO_TESTS_COLLECTED):
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
@@ -126,11 +125,11 @@ class Tally:
         return "deselected" if name in self._collected["deselected"] else "not reached"
 
     def pytest_unconfigure(self) -> None:
-        """Prints the last line."""
+        """Print the last line."""
         if self._worker is None:
             print(self._summary, flush=True)
 
 
 def _short(name: str) -> str:
-    """A test's id, which may hold whole tensors."""
+    """Shorten a test id, which may contain tensors."""
     return name if len(name) <= LONGEST else f"{name[:LONGEST]}…"

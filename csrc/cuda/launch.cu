@@ -1,21 +1,21 @@
-// The launcher unit: shapes, workspace, launches.
+// Launch shapes, workspace layout and kernel launches.
 #include "cuda/launch.h"
 
 #include <mutex>
 #include <stdexcept>
 #include <string>
 
-#include "cuda/backward.cuh"
-#include "cuda/forward.cuh"
-#include "cuda/reduce.cuh"
-#include "cuda/rows.cuh"
-#include "cuda/select.cuh"
+#include "cuda/condensed_kd_backward.cuh"
+#include "cuda/map_rows.cuh"
+#include "cuda/reduce_rows.cuh"
+#include "cuda/row_stats.cuh"
+#include "cuda/select_topk.cuh"
 #include "cuda/shape.h"
 
 namespace kcd::cuda {
 namespace {
 
-// What a call needs beside its arguments, taken piece by piece: first what starts as zeros.  Without a base it only adds up.
+// Lays out the workspace of a call.  The first arrays start as zeros.  With a null base it only counts bytes.
 class Workspace {
  public:
   explicit Workspace(void* base) : base_(static_cast<char*>(base)) {}
@@ -35,71 +35,75 @@ class Workspace {
   size_t bytes_ = 0;
 };
 
-cudaStream_t stream_of(const Machine& machine) { return static_cast<cudaStream_t>(machine.stream); }
+cudaStream_t stream_of(const DeviceContext& context) { return static_cast<cudaStream_t>(context.stream); }
 
-void check(cudaError_t error, const char* what, int64_t rows, int64_t classes) {
+void check_cuda(cudaError_t error, const char* action, int64_t rows, int64_t classes) {
   if (error == cudaSuccess) return;
   const std::string shape = std::to_string(rows) + " rows" + (classes ? " of " + std::to_string(classes) + " classes" : "");
-  throw std::runtime_error(std::string("kcd_ext: ") + what + " for " + shape + ": " + cudaGetErrorString(error) + " (built for " +
+  throw std::runtime_error(std::string("kcd_ext: ") + action + " for " + shape + ": " + cudaGetErrorString(error) + " (built for " +
                            architectures() + ")");
 }
 
-dim3 grid_of(int64_t x, int y = 1) { return dim3(static_cast<unsigned>(x), static_cast<unsigned>(y)); }
+dim3 make_grid(int64_t x, int y = 1) { return dim3(static_cast<unsigned>(x), static_cast<unsigned>(y)); }
 
-Shape shape_for(const Problem& p, const Machine& machine) {
-  return shape_of(p.rows, p.classes, machine.processors, machine.threads, p.student.type == Type::float64);
+LaunchShape problem_shape(const Problem& p, const DeviceContext& context) {
+  return choose_shape(p.rows, p.classes, context.num_sms, context.block_threads, p.student.type == Type::float64);
 }
 
 // ---- selection
 
-// Blocks that share a selection from many rows.
-int64_t blocks_over(int64_t rows, const Machine& machine) {
-  constexpr int64_t kRowsABlock = 4096;
-  const int64_t wanted = rows / kRowsABlock + 1, most = int64_t{machine.processors} * 2;
+// Blocks that share a pass over many rows.
+int64_t slice_blocks(int64_t rows, const DeviceContext& context) {
+  constexpr int64_t kRowsPerBlock = 4096;
+  const int64_t wanted = rows / kRowsPerBlock + 1, most = int64_t{context.num_sms} * 2;
   return wanted < most ? wanted : most;
 }
 
-int threads_over(int64_t rows, const Machine& machine) { return rows > kManyRows ? 3 * machine.threads : machine.threads; }
-
-Selection selection_of(const Keep& keep, uint8_t* selected) { return {keep.fraction, keep.count, selected, nullptr, nullptr}; }
-
-// The first part of the workspace starts as zeros.
-size_t take_selection(Selection& selection, int64_t rows, const Machine& machine, Workspace& workspace) {
-  if (rows <= kRowsOfOneBlock) return 0;
-  selection.state = workspace.take<SelectionState>(1);
-  const size_t zeroed = workspace.bytes();
-  selection.block_count = workspace.take<unsigned>(blocks_over(rows, machine) * kDigits);
-  return zeroed;
+int slice_threads(int64_t rows, const DeviceContext& context) {
+  return rows > kLargeBlockRows ? 3 * context.block_threads : context.block_threads;
 }
 
-void select(const Ranking& ranking, const Selection& selection, const Machine& machine) {
-  const cudaStream_t stream = stream_of(machine);
+Selection make_selection(const Keep& keep, uint8_t* selected) { return {keep.fraction, keep.count, selected, nullptr, nullptr}; }
+
+// Returns how many bytes at the start of the workspace must be zero.
+size_t reserve_selection(Selection& selection, int64_t rows, const DeviceContext& context, Workspace& workspace) {
+  if (rows <= kMaxRowsOneBlock) return 0;
+  selection.state = workspace.take<SelectionState>(1);
+  const size_t zeroed_bytes = workspace.bytes();
+  selection.block_counts = workspace.take<unsigned>(slice_blocks(rows, context) * kBuckets);
+  return zeroed_bytes;
+}
+
+void launch_select_topk(const Ranking& ranking, const Selection& selection, const DeviceContext& context) {
+  const cudaStream_t stream = stream_of(context);
   const int64_t rows = ranking.rows;
-  const dim3 block(static_cast<unsigned>(threads_over(rows, machine)));
-  if (rows <= kRowsOfOneBlock)
-    return check(gpu::launch(select_by_one_block, dim3(1), block, 0, stream, ranking, selection), "CUDA kernel select_by_one_block",
-                 rows, 0);
-  const dim3 grid = grid_of(blocks_over(rows, machine));
+  const dim3 block(static_cast<unsigned>(slice_threads(rows, context)));
+  if (rows <= kMaxRowsOneBlock)
+    return check_cuda(gpu::launch(select_by_one_block, dim3(1), block, 0, stream, ranking, selection),
+                      "CUDA kernel select_by_one_block", rows, 0);
+  const dim3 grid = make_grid(slice_blocks(rows, context));
   for (int digit = 0; digit < ranking.digits(); ++digit)
-    check(gpu::launch(select_digit, grid, block, 0, stream, ranking, selection, digit), "CUDA kernel select_digit", rows, 0);
-  check(gpu::launch(select_mark, grid, block, 0, stream, ranking, selection), "CUDA kernel select_mark", rows, 0);
+    check_cuda(gpu::launch(select_digit, grid, block, 0, stream, ranking, selection, digit), "CUDA kernel select_digit", rows, 0);
+  check_cuda(gpu::launch(select_mark, grid, block, 0, stream, ranking, selection), "CUDA kernel select_mark", rows, 0);
 }
 
 struct SelectPlan {
   Ranking ranking;
   Selection selection;
-  size_t zeroed;
+  size_t zeroed_bytes;
 };
 
-SelectPlan plan(const Select& call, const Machine& machine, Workspace& workspace) {
-  SelectPlan plan{{call.value, call.value_is_double, call.candidate, call.rows}, selection_of(call.keep, call.selected), 0};
-  plan.zeroed = take_selection(plan.selection, call.rows, machine, workspace);
+SelectPlan plan(const SelectTopkParams& params, const DeviceContext& context, Workspace& workspace) {
+  SelectPlan plan{
+      {params.value, params.value_is_double, params.candidate, params.rows}, make_selection(params.keep, params.selected), 0};
+  plan.zeroed_bytes = reserve_selection(plan.selection, params.rows, context, workspace);
   return plan;
 }
 
 // ---- loss
 
-LossArguments loss_of(const Sum& sum, const void* kl, const void* cross_entropy, const uint8_t* selected, void* loss) {
+LossArguments loss_arguments(const LossSumParams& sum, const void* kl, const void* cross_entropy, const uint8_t* selected,
+                             void* loss) {
   return {kl,        cross_entropy, sum.row_weight, selected, sum.kd_factor, sum.ce_weight, sum.reduction,
           sum.ranks, loss,          nullptr,        nullptr};
 }
@@ -107,122 +111,124 @@ LossArguments loss_of(const Sum& sum, const void* kl, const void* cross_entropy,
 struct ReducePlan {
   unsigned* arrived;
   LossSums* block_sums;
-  size_t zeroed;
+  size_t zeroed_bytes;
 };
 
-ReducePlan take_reduction(int64_t rows, const Machine& machine, Workspace& workspace) {
+ReducePlan reserve_reduction(int64_t rows, const DeviceContext& context, Workspace& workspace) {
   ReducePlan plan{};
   plan.arrived = workspace.take<unsigned>(1);
-  plan.zeroed = workspace.bytes();
-  plan.block_sums = workspace.take<LossSums>(blocks_over(rows, machine));
+  plan.zeroed_bytes = workspace.bytes();
+  plan.block_sums = workspace.take<LossSums>(slice_blocks(rows, context));
   return plan;
 }
 
 template <class Real>
-void reduce(const Problem& problem, const LossArguments& loss, const ReducePlan& plan, const Machine& machine) {
+void launch_reduce_rows(const Problem& problem, const LossArguments& loss, const ReducePlan& plan, const DeviceContext& context) {
   const int64_t rows = problem.rows;
-  const dim3 grid = grid_of(blocks_over(rows, machine)), block(static_cast<unsigned>(threads_over(rows, machine)));
-  check(gpu::launch(reduce_rows<Real>, grid, block, 0, stream_of(machine), problem, loss, plan.block_sums, plan.arrived),
-        "CUDA kernel reduce_rows", rows, 0);
+  const dim3 grid = make_grid(slice_blocks(rows, context)), block(static_cast<unsigned>(slice_threads(rows, context)));
+  check_cuda(gpu::launch(reduce_rows<Real>, grid, block, 0, stream_of(context), problem, loss, plan.block_sums, plan.arrived),
+             "CUDA kernel reduce_rows", rows, 0);
 }
 
-// ---- forward
+// ---- row statistics
 
 template <class Real>
-struct ForwardPlan {
-  ForwardArguments<Real> arguments;
-  Shape shape;
-  bool apart;   // whether selection and loss follow in launches of their own
+struct RowStatsPlan {
+  RowStatsArguments<Real> arguments;
+  LaunchShape shape;
+  bool separate_selection;   // selection and loss run as separate launches
   ReducePlan reduction;
-  size_t zeroed;
+  size_t zeroed_bytes;
 };
 
 template <class Real>
-ForwardPlan<Real> plan(const Forward& call, const Machine& machine, Workspace& workspace) {
-  const Problem& p = call.problem;
-  ForwardPlan<Real> plan{};
-  ForwardArguments<Real>& a = plan.arguments;
-  plan.shape = shape_for(p, machine);
-  plan.apart = call.loss && (p.rows > kRowsOfOneBlock || p.rows == 0);
+RowStatsPlan<Real> plan(const RowStatsParams& params, const DeviceContext& context, Workspace& workspace) {
+  const Problem& p = params.problem;
+  RowStatsPlan<Real> plan{};
+  RowStatsArguments<Real>& a = plan.arguments;
+  plan.shape = problem_shape(p, context);
+  plan.separate_selection = params.loss && (p.rows > kMaxRowsOneBlock || p.rows == 0);
   a.problem = p;
-  a.outputs = call.outputs;
+  a.outputs = params.outputs;
   a.scale = scale_of<Real>(p.temperature);
   a.row_threads = plan.shape.row_threads;
   a.parts = plan.shape.parts;
-  a.with_teacher_entropy = call.outputs.teacher_entropy != nullptr;
-  a.value = call.value;
-  a.score = call.score;
-  a.ranked = call.ranked;
-  a.candidate = call.candidate;
-  a.with_loss = call.loss && !plan.apart;
+  a.with_teacher_entropy = params.outputs.teacher_entropy != nullptr;
+  a.value = params.value;
+  a.score = params.score;
+  a.ranked = params.ranked;
+  a.candidate = params.candidate;
+  a.fused_loss = params.loss && !plan.separate_selection;
 
-  // what starts as zeros
-  if (call.loss) a.blocks_arrived = workspace.take<unsigned>(1);
+  // Everything up to `zeroed_bytes` starts as zeros.
+  if (params.loss) a.blocks_arrived = workspace.take<unsigned>(1);
   if (a.parts > 1) a.parts_arrived = workspace.take<unsigned>(p.rows);
-  if (call.loss) a.selection = selection_of(call.loss->keep, call.loss->selected);
-  if (plan.apart) {
+  if (params.loss) a.selection = make_selection(params.loss->keep, params.loss->selected);
+  if (plan.separate_selection) {
     a.selection.state = workspace.take<SelectionState>(1);
     plan.reduction.arrived = workspace.take<unsigned>(1);
   }
-  plan.zeroed = workspace.bytes();
+  plan.zeroed_bytes = workspace.bytes();
 
   if (a.parts > 1) a.pieces = workspace.take<RowSums<Real>>(p.rows * a.parts);
-  a.ranking = {call.ranked, call.value_is_double, a.candidate, p.rows};
-  if (!call.loss) return plan;
+  a.ranking = {params.ranked, params.value_is_double, a.candidate, p.rows};
+  if (!params.loss) return plan;
   if (!a.candidate) a.ranking.candidate = a.candidate = workspace.take<uint8_t>(p.rows);
   if (p.with_labels && !a.outputs.cross_entropy) a.outputs.cross_entropy = workspace.take<Real>(p.rows);
-  if (plan.apart) {
-    a.selection.block_count = workspace.take<unsigned>(blocks_over(p.rows, machine) * kDigits);
-    plan.reduction.block_sums = workspace.take<LossSums>(blocks_over(p.rows, machine));
+  if (plan.separate_selection) {
+    a.selection.block_counts = workspace.take<unsigned>(slice_blocks(p.rows, context) * kBuckets);
+    plan.reduction.block_sums = workspace.take<LossSums>(slice_blocks(p.rows, context));
   }
-  a.loss = loss_of(call.loss->sum, static_cast<const Real*>(call.outputs.stats) + kKl * p.rows, a.outputs.cross_entropy,
-                   call.loss->selected, call.loss->loss);
-  a.loss.counted = call.loss->counts;
+  a.loss = loss_arguments(params.loss->sum, static_cast<const Real*>(params.outputs.stats) + kKl * p.rows, a.outputs.cross_entropy,
+                          params.loss->selected, params.loss->loss);
+  a.loss.counts_out = params.loss->counts;
   return plan;
 }
 
 template <class Real>
-void forward(const Forward& call, const Machine& machine, Workspace workspace) {
-  const ForwardPlan<Real> planned = plan<Real>(call, machine, workspace);
-  const ForwardArguments<Real>& a = planned.arguments;
-  const Problem& p = call.problem;
-  const cudaStream_t stream = stream_of(machine);
-  if (planned.zeroed > 0) check(gpu::fill(workspace.base(), 0, planned.zeroed, stream), "zeroing the workspace", p.rows, p.classes);
+void launch_row_stats(const RowStatsParams& params, const DeviceContext& context, Workspace workspace) {
+  const RowStatsPlan<Real> planned = plan<Real>(params, context, workspace);
+  const RowStatsArguments<Real>& a = planned.arguments;
+  const Problem& p = params.problem;
+  const cudaStream_t stream = stream_of(context);
+  if (planned.zeroed_bytes > 0)
+    check_cuda(gpu::fill(workspace.base(), 0, planned.zeroed_bytes, stream), "zeroing the workspace", p.rows, p.classes);
   if (p.rows > 0)
-    check(gpu::launch(forward_rows<Real>, grid_of(planned.shape.row_blocks, a.parts),
-                      dim3(static_cast<unsigned>(planned.shape.threads)), 0, stream, a),
-          "CUDA kernel forward_rows", p.rows, p.classes);
-  if (!planned.apart) return;
-  if (p.rows > 0) select(a.ranking, a.selection, machine);
-  reduce<Real>(p, a.loss, planned.reduction, machine);
+    check_cuda(gpu::launch(forward_rows<Real>, make_grid(planned.shape.row_blocks, a.parts),
+                           dim3(static_cast<unsigned>(planned.shape.block_threads)), 0, stream, a),
+               "CUDA kernel forward_rows", p.rows, p.classes);
+  if (!planned.separate_selection) return;
+  if (p.rows > 0) launch_select_topk(a.ranking, a.selection, context);
+  launch_reduce_rows<Real>(p, a.loss, planned.reduction, context);
 }
 
 // ---- backward
 
 template <class Real>
-void backward(const Backward& call, const Machine& machine) {
-  const Problem& p = call.problem;
+void launch_backward(const BackwardParams& params, const DeviceContext& context) {
+  const Problem& p = params.problem;
   if (p.rows == 0) return;
-  const Shape shape = shape_for(p, machine);
-  const int threads = machine.threads < shape.threads ? machine.threads : shape.threads, block_rows = threads / shape.row_threads;
+  const LaunchShape shape = problem_shape(p, context);
+  const int threads = context.block_threads < shape.block_threads ? context.block_threads : shape.block_threads,
+            block_rows = threads / shape.row_threads;
   const BackwardArguments<Real> a{p,
                                   scale_of<Real>(p.temperature),
                                   shape.row_threads,
                                   shape.parts,
-                                  static_cast<const Real*>(call.stats),
-                                  call.selected,
-                                  static_cast<const Real*>(call.row_weight),
-                                  static_cast<const Real*>(call.grad_output),
-                                  call.grad_output_stride,
-                                  call.counts,
-                                  static_cast<Real>(call.kd_factor),
-                                  static_cast<Real>(call.ce_weight),
-                                  call.reduction == Reduction::mean,
-                                  static_cast<Real>(call.ranks),
-                                  call.out};
-  check(gpu::launch(backward_rows<Real>, grid_of((p.rows + block_rows - 1) / block_rows, shape.parts),
-                    dim3(static_cast<unsigned>(threads)), 0, stream_of(machine), a),
-        "CUDA kernel backward_rows", p.rows, p.classes);
+                                  static_cast<const Real*>(params.stats),
+                                  params.selected,
+                                  static_cast<const Real*>(params.row_weight),
+                                  static_cast<const Real*>(params.grad_output),
+                                  params.grad_output_stride,
+                                  params.counts,
+                                  static_cast<Real>(params.kd_factor),
+                                  static_cast<Real>(params.ce_weight),
+                                  params.reduction == Reduction::mean,
+                                  static_cast<Real>(params.ranks),
+                                  params.out};
+  check_cuda(gpu::launch(backward_rows<Real>, make_grid((p.rows + block_rows - 1) / block_rows, shape.parts),
+                         dim3(static_cast<unsigned>(threads)), 0, stream_of(context), a),
+             "CUDA kernel backward_rows", p.rows, p.classes);
 }
 
 bool is_double(const Problem& p) { return p.student.type == Type::float64; }
@@ -235,8 +241,8 @@ std::string version(int number) { return std::to_string(number / 1000) + "." + s
 
 std::string version_problem(int driver, int runtime) {
   if (driver / 1000 >= runtime / 1000) return "";
-  const std::string found = driver == 0 ? "no NVIDIA driver is there" : "the driver is one for CUDA " + version(driver);
-  return "kcd_ext was built by CUDA " + version(runtime) + ", but " + found + ": install a driver for CUDA " +
+  const std::string found = driver == 0 ? "no NVIDIA driver was found" : "the driver is for CUDA " + version(driver);
+  return "kcd_ext was built with CUDA " + version(runtime) + ", but " + found + ": install a driver for CUDA " +
          std::to_string(runtime / 1000) + ", or build kcd_ext with the nvcc of an older CUDA";
 }
 
@@ -250,42 +256,40 @@ const void* const kKernels[] = {
     reinterpret_cast<const void*>(&select_by_one_block),  reinterpret_cast<const void*>(&select_digit),
     reinterpret_cast<const void*>(&select_mark),          reinterpret_cast<const void*>(&map_rows)};
 
-// What to do where the build holds no code for a device.
-std::string advice(int device) {
+// What to do if the build has no code for a device.
+std::string rebuild_hint(int device) {
   int major = 0, minor = 0;
-  gpu::returned(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
-  gpu::returned(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
+  gpu::clear_error(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+  gpu::clear_error(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
   const std::string architecture = std::to_string(major) + std::to_string(minor);
-  return ": the device is an sm_" + architecture +
-         "; install kcd_ext again with the environment variable CUDAARCHS=" + architecture;
+  return ": the device is sm_" + architecture + "; reinstall kcd_ext with the environment variable CUDAARCHS=" + architecture;
 }
 
-// CUDA loads a kernel when it is first asked for.  That is refused while a graph is captured, unless this thread says that it
-// knows what it does.
+// CUDA loads a kernel on first use, which fails during graph capture unless the thread is in relaxed capture mode.
 void load_kernels(int device) {
   int driver = 0;
-  gpu::returned(cudaDriverGetVersion(&driver));
+  gpu::clear_error(cudaDriverGetVersion(&driver));
   const std::string problem = version_problem(driver, CUDART_VERSION);
   if (!problem.empty()) throw std::runtime_error(problem);
   cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
-  gpu::returned(cudaThreadExchangeStreamCaptureMode(&mode));
+  gpu::clear_error(cudaThreadExchangeStreamCaptureMode(&mode));
   cudaError_t error = cudaSuccess;
   for (const void* kernel : kKernels) {
     cudaFuncAttributes attributes;
-    if (error == cudaSuccess) error = gpu::returned(cudaFuncGetAttributes(&attributes, kernel));
+    if (error == cudaSuccess) error = gpu::clear_error(cudaFuncGetAttributes(&attributes, kernel));
   }
-  gpu::returned(cudaThreadExchangeStreamCaptureMode(&mode));
+  gpu::clear_error(cudaThreadExchangeStreamCaptureMode(&mode));
   if (error != cudaSuccess)
-    throw std::runtime_error("kcd_ext: the kernels cannot be loaded on CUDA device " + std::to_string(device) + ": " +
-                             cudaGetErrorString(error) + " (built by CUDA " + version(CUDART_VERSION) + " for " + architectures() +
-                             "; the driver is one for CUDA " + version(driver) + ")" +
-                             (error == cudaErrorNoKernelImageForDevice ? advice(device) : ""));
+    throw std::runtime_error("kcd_ext: cannot load the kernels on CUDA device " + std::to_string(device) + ": " +
+                             cudaGetErrorString(error) + " (built with CUDA " + version(CUDART_VERSION) + " for " +
+                             architectures() + "; the driver is for CUDA " + version(driver) + ")" +
+                             (error == cudaErrorNoKernelImageForDevice ? rebuild_hint(device) : ""));
 }
 
 void load_kernels_once(int device) {
-  constexpr int kDevices = 64;   // of a process; of more than that, each call looks whether all is loaded
-  static std::once_flag loaded[kDevices];
-  if (device < kDevices)
+  constexpr int kMaxDevices = 64;   // calls for further devices check each time
+  static std::once_flag loaded[kMaxDevices];
+  if (device < kMaxDevices)
     std::call_once(loaded[device], load_kernels, device);
   else
     load_kernels(device);
@@ -293,13 +297,13 @@ void load_kernels_once(int device) {
 
 }   // namespace
 
-Machine machine_of(int device, void* stream) {
+DeviceContext device_context(int device, void* stream) {
   load_kernels_once(device);
-  int processors = 0;
-  const cudaError_t error = gpu::returned(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
+  int num_sms = 0;
+  const cudaError_t error = gpu::clear_error(cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device));
   if (error != cudaSuccess)
-    throw std::runtime_error("kcd_ext: CUDA device " + std::to_string(device) + " does not answer: " + cudaGetErrorString(error));
-  return {processors, stream, kThreads};
+    throw std::runtime_error("kcd_ext: cannot query CUDA device " + std::to_string(device) + ": " + cudaGetErrorString(error));
+  return {num_sms, stream, kBlockThreads};
 }
 
 std::string compiler() {
@@ -317,65 +321,67 @@ std::string compiler() { return "none"; }
 std::string architectures() { return "none"; }
 #endif
 
-size_t workspace_of(const Forward& call, const Machine& machine) {
+size_t workspace_bytes(const RowStatsParams& params, const DeviceContext& context) {
   Workspace workspace(nullptr);
-  is_double(call.problem) ? (void)plan<double>(call, machine, workspace) : (void)plan<float>(call, machine, workspace);
+  is_double(params.problem) ? (void)plan<double>(params, context, workspace) : (void)plan<float>(params, context, workspace);
   return workspace.bytes();
 }
 
-size_t workspace_of(const Select& call, const Machine& machine) {
+size_t workspace_bytes(const SelectTopkParams& params, const DeviceContext& context) {
   Workspace workspace(nullptr);
-  plan(call, machine, workspace);
+  plan(params, context, workspace);
   return workspace.bytes();
 }
 
-size_t workspace_of(const Reduce& call, const Machine& machine) {
+size_t workspace_bytes(const ReduceRowsParams& params, const DeviceContext& context) {
   Workspace workspace(nullptr);
-  take_reduction(call.problem.rows, machine, workspace);
+  reserve_reduction(params.problem.rows, context, workspace);
   return workspace.bytes();
 }
 
-void forward(const Forward& call, const Machine& machine, void* workspace) {
-  is_double(call.problem) ? forward<double>(call, machine, Workspace(workspace))
-                          : forward<float>(call, machine, Workspace(workspace));
+void launch_row_stats(const RowStatsParams& params, const DeviceContext& context, void* workspace) {
+  is_double(params.problem) ? launch_row_stats<double>(params, context, Workspace(workspace))
+                            : launch_row_stats<float>(params, context, Workspace(workspace));
 }
 
-void backward(const Backward& call, const Machine& machine) {
-  is_double(call.problem) ? backward<double>(call, machine) : backward<float>(call, machine);
+void launch_backward(const BackwardParams& params, const DeviceContext& context) {
+  is_double(params.problem) ? launch_backward<double>(params, context) : launch_backward<float>(params, context);
 }
 
-void select(const Select& call, const Machine& machine, void* memory) {
-  if (call.rows == 0) return;
+void launch_select_topk(const SelectTopkParams& params, const DeviceContext& context, void* memory) {
+  if (params.rows == 0) return;
   Workspace workspace(memory);
-  const SelectPlan planned = plan(call, machine, workspace);
-  if (planned.zeroed > 0) check(gpu::fill(memory, 0, planned.zeroed, stream_of(machine)), "zeroing the workspace", call.rows, 0);
-  select(planned.ranking, planned.selection, machine);
+  const SelectPlan planned = plan(params, context, workspace);
+  if (planned.zeroed_bytes > 0)
+    check_cuda(gpu::fill(memory, 0, planned.zeroed_bytes, stream_of(context)), "zeroing the workspace", params.rows, 0);
+  launch_select_topk(planned.ranking, planned.selection, context);
 }
 
-void reduce(const Reduce& call, const Machine& machine, void* memory) {
+void launch_reduce_rows(const ReduceRowsParams& params, const DeviceContext& context, void* memory) {
   Workspace workspace(memory);
-  const ReducePlan planned = take_reduction(call.problem.rows, machine, workspace);
-  check(gpu::fill(memory, 0, planned.zeroed, stream_of(machine)), "zeroing the workspace", call.problem.rows, 0);
-  LossArguments loss = loss_of(call.sum, call.kl, call.cross_entropy, call.selected, call.loss);
-  loss.counts = call.counts;
-  is_double(call.problem) ? reduce<double>(call.problem, loss, planned, machine)
-                          : reduce<float>(call.problem, loss, planned, machine);
+  const ReducePlan planned = reserve_reduction(params.problem.rows, context, workspace);
+  check_cuda(gpu::fill(memory, 0, planned.zeroed_bytes, stream_of(context)), "zeroing the workspace", params.problem.rows, 0);
+  LossArguments loss = loss_arguments(params.sum, params.kl, params.cross_entropy, params.selected, params.loss);
+  loss.counts = params.counts;
+  is_double(params.problem) ? launch_reduce_rows<double>(params.problem, loss, planned, context)
+                            : launch_reduce_rows<float>(params.problem, loss, planned, context);
 }
 
-void clear(const State& state, const Machine& machine) {
+void clear_state(const State& state, const DeviceContext& context) {
   const auto bytes = static_cast<size_t>(state.bytes());
-  check(gpu::fill(state.data, 0, bytes, stream_of(machine)), "clearing the state", state.rows, 0);
+  check_cuda(gpu::fill(state.data, 0, bytes, stream_of(context)), "clearing the state", state.rows, 0);
 }
 
-void map_teacher_rows(const int64_t* rows, int64_t n, int64_t* teacher_row, int64_t student_rows, const Machine& machine) {
-  const cudaStream_t stream = stream_of(machine);
+void launch_map_rows(const int64_t* rows, int64_t n, int64_t* teacher_row, int64_t student_rows, const DeviceContext& context) {
+  const cudaStream_t stream = stream_of(context);
   if (student_rows == 0) return;
-  check(gpu::fill(teacher_row, 0xff, static_cast<size_t>(student_rows) * sizeof(int64_t), stream), "marking rows as not named",
-        student_rows, 0);
+  check_cuda(gpu::fill(teacher_row, 0xff, static_cast<size_t>(student_rows) * sizeof(int64_t), stream),
+             "initialising the teacher's rows", student_rows, 0);
   if (n == 0) return;
-  const unsigned threads = static_cast<unsigned>(machine.threads);
-  check(gpu::launch(map_rows, grid_of((n + threads - 1) / threads), dim3(threads), 0, stream, rows, n, teacher_row, student_rows),
-        "CUDA kernel map_rows", student_rows, 0);
+  const unsigned threads = static_cast<unsigned>(context.block_threads);
+  check_cuda(
+      gpu::launch(map_rows, make_grid((n + threads - 1) / threads), dim3(threads), 0, stream, rows, n, teacher_row, student_rows),
+      "CUDA kernel map_rows", student_rows, 0);
 }
 
 }   // namespace kcd::cuda

@@ -1,5 +1,5 @@
-// The CUDA kernels as plain functions.  They put work on a stream and wait for nothing; what they are given lies in device memory.
-// Each throws std::runtime_error naming kernel and shape if CUDA refuses it.
+// The CUDA kernels as plain functions.  They queue work on a stream and never wait for it; all pointers are device pointers.
+// Each throws std::runtime_error with the kernel and the shape if CUDA refuses the launch.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -9,72 +9,71 @@
 
 namespace kcd::cuda {
 
-struct Machine {
-  int processors;   // multiprocessors
+struct DeviceContext {
+  int num_sms;   // multiprocessors
   void* stream;
-  int threads;   // of a block where nothing asks for more; 256 but in tests
+  int block_threads;   // default threads per block: 256, except in tests
 };
 
-// The current device's number, and its stream.  The first call for a device loads every kernel there, so that a CUDA graph that is
-// captured later loads none.
-Machine machine_of(int device, void* stream);
+// Returns the context of the current device, which must be `device`.  The first call for a device loads every kernel there, because
+// loading one during CUDA graph capture would fail.
+DeviceContext device_context(int device, void* stream);
 
-// Why a driver for CUDA `driver` cannot run kernels built by CUDA `runtime`, as CUDA numbers its versions (13000 is 13.0; a driver
-// of 0: there is none); empty where it can: within a major version every driver serves every runtime.
+// Returns why a driver for CUDA `driver` cannot run kernels built with CUDA `runtime`, or "" if it can: any driver of the same
+// major version, or a later one, does.  Versions are CUDA's integers (13000 is 13.0); driver 0 means no driver.
 std::string version_problem(int driver, int runtime);
 
-// What the kernels were compiled by, such as "nvcc 13.0.88", and for, such as "sm_75 sm_80".
-std::string compiler();
-std::string architectures();
+std::string compiler();        // such as "nvcc 13.0.88"
+std::string architectures();   // such as "sm_75 sm_80"
 
-// Rows ranked, and what the ranking selects.
+// How many of the ranked rows are selected.
 struct Keep {
   double fraction;
-  int64_t count;   // 0: the fraction counts
+  int64_t count;   // 0: use the fraction
 };
 
-// How rows add up to the loss.
-struct Sum {
+// How rows are summed to the loss.
+struct LossSumParams {
   const void* row_weight;        // accumulator's type; null: 1
-  double kd_factor, ce_weight;   // kd_weight T^2
+  double kd_factor, ce_weight;   // kd_factor = kd_weight T^2
   Reduction reduction;
-  double ranks;   // processes whose rows the counts count
+  double ranks;   // processes whose rows the counts include
 };
 
-// What the forward pass does beyond the rows.
-struct Loss {
+// Selection and loss, computed by the same call as the row statistics.
+struct FusedLoss {
   Keep keep;
-  Sum sum;
+  LossSumParams sum;
   uint8_t* selected;
   void* loss;
-  int64_t* counts;   // rows selected, rows valid
+  int64_t* counts;   // selected rows, valid rows
 };
 
-struct Forward {
+struct RowStatsParams {
   Problem problem;
   RowOutputs outputs;
   Value value;
   const void* score;   // for Value::score
   bool value_is_double;
-  void* ranked;         // what rows are ranked by, as the caller is to see it
-  uint8_t* candidate;   // null: not asked for
-  const Loss* loss;     // null: rows alone
+  void* ranked;            // out: the values that rows are ranked by
+  uint8_t* candidate;      // out; null: not requested
+  const FusedLoss* loss;   // null: row statistics only
 };
 
-struct Backward {
+struct BackwardParams {
   Problem problem;
   const void* stats;
   const uint8_t* selected;
   const void *row_weight, *grad_output;
   int64_t grad_output_stride;
   const int64_t* counts;
-  double kd_factor, ce_weight;   // kd_weight T
+  double kd_factor, ce_weight;   // kd_factor = kd_weight T
   Reduction reduction;
   double ranks;
   Logits out;
 };
 
-struct Select {
+struct SelectTopkParams {
   const void* value;
   bool value_is_double;
   const uint8_t* candidate;
@@ -83,28 +82,29 @@ struct Select {
   uint8_t* selected;
 };
 
-struct Reduce {
-  Problem problem;   // of the logits only their type counts
+struct ReduceRowsParams {
+  Problem problem;   // of the logits only the type is used
   const void *kl, *cross_entropy;
   const uint8_t* selected;
   const int64_t* counts;
-  Sum sum;
+  LossSumParams sum;
   void* loss;
 };
 
-// What a call needs beside its arguments, in bytes.
-size_t workspace_of(const Forward&, const Machine&);
-size_t workspace_of(const Select&, const Machine&);
-size_t workspace_of(const Reduce&, const Machine&);
+// Return the size of the workspace that the call needs, in bytes.
+size_t workspace_bytes(const RowStatsParams&, const DeviceContext&);
+size_t workspace_bytes(const SelectTopkParams&, const DeviceContext&);
+size_t workspace_bytes(const ReduceRowsParams&, const DeviceContext&);
 
-void forward(const Forward&, const Machine&, void* workspace);
-void backward(const Backward&, const Machine&);
-void select(const Select&, const Machine&, void* workspace);
-void reduce(const Reduce&, const Machine&, void* workspace);
+void launch_row_stats(const RowStatsParams&, const DeviceContext&, void* workspace);
+void launch_backward(const BackwardParams&, const DeviceContext&);
+void launch_select_topk(const SelectTopkParams&, const DeviceContext&, void* workspace);
+void launch_reduce_rows(const ReduceRowsParams&, const DeviceContext&, void* workspace);
 
-void clear(const State&, const Machine&);
+void clear_state(const State&, const DeviceContext&);
 
-// teacher_row[i]: the teacher's row of student's row i, as named by rows[0..n), or -1 for none.
-void map_teacher_rows(const int64_t* rows, int64_t n, int64_t* teacher_row, int64_t student_rows, const Machine&);
+// Inverts rows[0..n), which gives the student's row of each teacher's row: teacher_row[i] is the teacher's row of the student's row
+// i, or -1 if there is none.
+void launch_map_rows(const int64_t* rows, int64_t n, int64_t* teacher_row, int64_t student_rows, const DeviceContext&);
 
 }   // namespace kcd::cuda

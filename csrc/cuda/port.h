@@ -1,6 +1,6 @@
-// The only header by which a kernel reaches CUDA.  Under any other compiler simt.h takes CUDA's place, which executes kernels on
-// the CPU for tests (python_tests/simt).  So that both can compile a kernel, it declares shared memory by SHARED, is launched by
-// gpu::launch, and keeps what only a GPU knows behind __CUDA_ARCH__, beside plain C++ that does the same.
+// The only header through which kernels use CUDA.  With any other compiler simt.h replaces CUDA and executes the kernels on the CPU
+// (python_tests/simt).  For that, kernels declare shared memory with SHARED, are launched by gpu::launch, and have a plain C++
+// version beside all code that needs __CUDA_ARCH__.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -12,8 +12,8 @@
 
 namespace gpu {
 
-// What goes wrong is returned, and not left behind for whoever asks the runtime for its last error next.
-inline cudaError_t returned(cudaError_t error) {
+// Returns `error`, and clears it from the runtime, so that no later call reports it.
+inline cudaError_t clear_error(cudaError_t error) {
   if (error != cudaSuccess) cudaGetLastError();
   return error;
 }
@@ -23,12 +23,12 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t 
                    const Given&... given) {
   return [&](Parameters... parameters) {
     void* pointers[] = {const_cast<void*>(static_cast<const void*>(&parameters))...};
-    return returned(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), grid, block, pointers, shared_bytes, stream));
+    return clear_error(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), grid, block, pointers, shared_bytes, stream));
   }(static_cast<Parameters>(given)...);
 }
 
 inline cudaError_t fill(void* data, int byte, size_t bytes, cudaStream_t stream) {
-  return returned(cudaMemsetAsync(data, byte, bytes, stream));
+  return clear_error(cudaMemsetAsync(data, byte, bytes, stream));
 }
 
 }   // namespace gpu
@@ -43,7 +43,7 @@ namespace kcd::cuda {
 
 constexpr int kWarp = 32;
 
-// threadIdx.x, read anew at each call: what a kernel derives from it need not be kept in registers over a long loop.
+// Reads threadIdx.x again at each call, so that values derived from it need no registers across a long loop.
 KCD_DEVICE int thread_index() {
 #ifdef __CUDA_ARCH__
   int thread;
@@ -54,8 +54,8 @@ KCD_DEVICE int thread_index() {
 #endif
 }
 
-// 2^x, one instruction of the special function unit (two units in the last place); what would be subnormal is 0.  Volatile, for
-// else the compiler computes some before a branch and again behind it.
+// 2^x in one instruction of the special function unit, within 2 ulp; subnormal results are flushed to 0.  Volatile: otherwise the
+// compiler computes some of them both before a branch and after it.
 KCD_DEVICE float exp2(float x) {
 #ifdef __CUDA_ARCH__
   float y;
@@ -74,15 +74,15 @@ KCD_DEVICE double exp2(double x) {
 #endif
 }
 
-// The greater of two numbers; of a number and NaN the number.
-KCD_DEVICE float greater_of(float a, float b) {
+// The larger of two numbers; if one is NaN, the other.
+KCD_DEVICE float max_number(float a, float b) {
 #ifdef __CUDA_ARCH__
   return ::fmaxf(a, b);
 #else
   return __builtin_fmaxf(a, b);
 #endif
 }
-KCD_DEVICE double greater_of(double a, double b) {
+KCD_DEVICE double max_number(double a, double b) {
 #ifdef __CUDA_ARCH__
   return ::fmax(a, b);
 #else

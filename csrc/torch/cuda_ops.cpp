@@ -1,4 +1,4 @@
-// The operators on CUDA devices: memory from torch's allocator, work on torch's stream, nothing waits for the device.
+// The operators on CUDA devices.  They use torch's allocator and torch's current stream, and never wait for the device.
 #include <optional>
 
 #include "cuda/launch.h"
@@ -8,66 +8,66 @@
 namespace kcd {
 namespace {
 
-// A call that has been checked, on its device, where the teacher's rows are known.
+// A checked call on its device.  Resolves `rows=` to the teacher's rows.
 class CudaCall : public Call {
  public:
   CudaCall(const Call& call, const View& student) : Call(call), device_(student) {
-    constexpr int64_t kMost = int64_t{1} << 30;
-    require(problem.rows <= kMost && problem.classes <= kMost, "the CUDA kernels take up to 2^30 rows and classes");
+    constexpr int64_t kMax = int64_t{1} << 30;
+    require(problem.rows <= kMax && problem.classes <= kMax, "the CUDA kernels support at most 2^30 rows and 2^30 classes");
     if (!rows_are_named) return;
     teacher_row_.emplace(Tensor::empty({problem.rows}, dtypes().int64, student));
     int64_t* teacher_row = teacher_row_->mutable_data<int64_t>();
-    cuda::map_teacher_rows(named_rows, teacher_rows, teacher_row, problem.rows, machine());
+    cuda::launch_map_rows(named_rows, teacher_rows, teacher_row, problem.rows, context());
     problem.teacher_row = teacher_row;
   }
 
-  const cuda::Machine& machine() const { return device_.machine(); }
+  const cuda::DeviceContext& context() const { return device_.context(); }
 
  private:
-  OnDevice device_;
+  DeviceScope device_;
   std::optional<Tensor> teacher_row_;
 };
 
-// Bytes from torch's allocator, which gives them to nobody else before this stream is done with them.
-Tensor bytes_like(size_t n, const View& like) { return Tensor::empty({static_cast<int64_t>(n)}, dtypes().boolean, like); }
+// Allocates from torch's allocator, which does not reuse the memory before this stream is done with it.
+Tensor allocate_bytes(size_t n, const View& like) { return Tensor::empty({static_cast<int64_t>(n)}, dtypes().boolean, like); }
 
-cuda::Sum sum_of(const Call& call, const LossOptions& options, const View& row_weight) {
+cuda::LossSumParams loss_sum_params(const Call& call, const LossOptions& options, const View& row_weight) {
   return {row_weight_of(call, row_weight), options.kd_weight * options.temperature * options.temperature, options.ce_weight,
           options.reduction, options.ranks};
 }
 
-cuda::Keep keep_of(const KeepOptions& keep) { return {keep.fraction, keep.count}; }
+cuda::Keep keep_params(const KeepOptions& keep) { return {keep.fraction, keep.count}; }
 
-cuda::Forward forward_of(const Call& call, const View& score, Value value, const State& state) {
-  cuda::Forward forward{};
-  forward.problem = call.problem;
-  // The teacher's entropy only ranks: it is written where the ranking is read from.
-  forward.outputs = {state.stats(), nullptr, value == Value::teacher_entropy ? state.value() : nullptr};
-  forward.value = value;
-  forward.score = value == Value::score ? score.data<void>() : nullptr;
-  forward.value_is_double = ranks_by_double(call, score);
-  forward.ranked = state.value();
-  return forward;
+cuda::RowStatsParams row_stats_params(const Call& call, const View& score, Value value, const State& state) {
+  cuda::RowStatsParams params{};
+  params.problem = call.problem;
+  // The teacher's entropy only ranks: write it directly to the ranking values.
+  params.outputs = {state.stats(), nullptr, value == Value::teacher_entropy ? state.value() : nullptr};
+  params.value = value;
+  params.score = value == Value::score ? score.data<void>() : nullptr;
+  params.value_is_double = ranks_by_double(call, score);
+  params.ranked = state.value();
+  return params;
 }
 
-void run(const cuda::Forward& forward, const View& like, const cuda::Machine& machine) {
-  const Tensor workspace = bytes_like(cuda::workspace_of(forward, machine), like);
-  cuda::forward(forward, machine, workspace.mutable_data<void>());
+void run_row_stats(const cuda::RowStatsParams& params, const View& like, const cuda::DeviceContext& context) {
+  const Tensor workspace = allocate_bytes(cuda::workspace_bytes(params, context), like);
+  cuda::launch_row_stats(params, context, workspace.mutable_data<void>());
 }
 
 void condensed_kd(StableIValue* stack, uint64_t, uint64_t) {
   Arguments arguments(stack);
   const ForwardCall a = ForwardCall::of(arguments);
-  require(!a.with_gradient, "the forward pass writes the gradient on the CPU alone");
+  require(!a.with_gradient, "`with_gradient` is supported on the CPU only");
   const CudaCall call(a.call(), a.student);
   Tensor loss = loss_like(call, a.options, a.student), state = state_like(call, a.score, a.student);
   Tensor gradient = Tensor::empty({0}, a.student.dtype(), a.student);
   const State rows = state_of(call, ranks_by_double(call, a.score), state.mutable_data<void>());
-  const cuda::Loss outputs{keep_of(a.keep), sum_of(call, a.options, a.row_weight), rows.selected(), loss.mutable_data<void>(),
-                           rows.counts()};
-  cuda::Forward forward = forward_of(call, a.score, a.value, rows);
-  forward.loss = &outputs;
-  run(forward, a.student, call.machine());
+  const cuda::FusedLoss fused_loss{keep_params(a.keep), loss_sum_params(call, a.options, a.row_weight), rows.selected(),
+                                   loss.mutable_data<void>(), rows.counts()};
+  cuda::RowStatsParams params = row_stats_params(call, a.score, a.value, rows);
+  params.loss = &fused_loss;
+  run_row_stats(params, a.student, call.context());
   return_results(stack, loss, state, gradient);
 }
 
@@ -78,23 +78,23 @@ void row_stats(StableIValue* stack, uint64_t, uint64_t) {
   Tensor state = state_like(call, a.score, a.student), cross_entropy = cross_entropy_like(call, a.student);
   Tensor candidate = call.per_row(dtypes().boolean, a.student);
   const State rows = state_of(call, ranks_by_double(call, a.score), state.mutable_data<void>());
-  cuda::clear(rows, call.machine());   // nothing is selected yet
-  cuda::Forward forward = forward_of(call, a.score, a.value, rows);
-  if (call.problem.with_labels) forward.outputs.cross_entropy = cross_entropy.mutable_data<void>();
-  forward.candidate = candidate.mutable_data<uint8_t>();
-  run(forward, a.student, call.machine());
+  cuda::clear_state(rows, call.context());   // nothing is selected yet
+  cuda::RowStatsParams params = row_stats_params(call, a.score, a.value, rows);
+  if (call.problem.with_labels) params.outputs.cross_entropy = cross_entropy.mutable_data<void>();
+  params.candidate = candidate.mutable_data<uint8_t>();
+  run_row_stats(params, a.student, call.context());
   return_results(stack, state, cross_entropy, candidate);
 }
 
 void select_topk(StableIValue* stack, uint64_t, uint64_t) {
   Arguments arguments(stack);
   const SelectCall a(arguments);
-  const OnDevice device(a.value);
+  const DeviceScope device(a.value);
   Tensor selected = Tensor::empty(a.value.sizes(), a.value.dim(), dtypes().boolean, a.value);
-  const cuda::Select select{a.value.data<void>(), a.is_double(),   a.candidate.data<uint8_t>(),
-                            a.value.numel(),      keep_of(a.keep), selected.mutable_data<uint8_t>()};
-  const Tensor workspace = bytes_like(cuda::workspace_of(select, device.machine()), a.value);
-  cuda::select(select, device.machine(), workspace.mutable_data<void>());
+  const cuda::SelectTopkParams params{a.value.data<void>(), a.is_double(),       a.candidate.data<uint8_t>(),
+                                      a.value.numel(),      keep_params(a.keep), selected.mutable_data<uint8_t>()};
+  const Tensor workspace = allocate_bytes(cuda::workspace_bytes(params, device.context()), a.value);
+  cuda::launch_select_topk(params, device.context(), workspace.mutable_data<void>());
   return_results(stack, selected);
 }
 
@@ -104,33 +104,33 @@ void reduce_rows(StableIValue* stack, uint64_t, uint64_t) {
   const CudaCall call(a.call(), a.student);
   Tensor loss = loss_like(call, a.options, a.student);
   const State state = given_state(call, a.state);
-  const cuda::Reduce reduce{call.problem,
-                            state.stats() + kKl * call.problem.rows * call.accumulator_bytes(),
-                            a.cross_entropy.data<void>(),
-                            state.selected(),
-                            state.counts(),
-                            sum_of(call, a.options, a.row_weight),
-                            loss.mutable_data<void>()};
-  const Tensor workspace = bytes_like(cuda::workspace_of(reduce, call.machine()), a.student);
-  cuda::reduce(reduce, call.machine(), workspace.mutable_data<void>());
+  const cuda::ReduceRowsParams params{call.problem,
+                                      state.stats() + kKl * call.problem.rows * call.accumulator_bytes(),
+                                      a.cross_entropy.data<void>(),
+                                      state.selected(),
+                                      state.counts(),
+                                      loss_sum_params(call, a.options, a.row_weight),
+                                      loss.mutable_data<void>()};
+  const Tensor workspace = allocate_bytes(cuda::workspace_bytes(params, call.context()), a.student);
+  cuda::launch_reduce_rows(params, call.context(), workspace.mutable_data<void>());
   return_results(stack, loss);
 }
 
 void write_gradient(const BackwardCall& a, const CudaCall& call, const Logits& out) {
   const State state = given_state(call, a.state);
-  const cuda::Backward backward{call.problem,
-                                state.stats(),
-                                state.selected(),
-                                row_weight_of(call, a.row_weight),
-                                a.grad_output.data<void>(),
-                                a.one_for_all() ? 0 : 1,
-                                state.counts(),
-                                a.options.kd_weight * a.options.temperature,
-                                a.options.ce_weight,
-                                a.options.reduction,
-                                a.options.ranks,
-                                out};
-  cuda::backward(backward, call.machine());
+  const cuda::BackwardParams params{call.problem,
+                                    state.stats(),
+                                    state.selected(),
+                                    row_weight_of(call, a.row_weight),
+                                    a.grad_output.data<void>(),
+                                    a.one_for_all() ? 0 : 1,
+                                    state.counts(),
+                                    a.options.kd_weight * a.options.temperature,
+                                    a.options.ce_weight,
+                                    a.options.reduction,
+                                    a.options.ranks,
+                                    out};
+  cuda::launch_backward(params, call.context());
 }
 
 void condensed_kd_backward(StableIValue* stack, uint64_t, uint64_t) {

@@ -4,8 +4,8 @@ namespace kcd {
 namespace {
 
 CUDAGuardHandle enter(int32_t device) {
-  // A torch without CUDA lacks these functions; it has no tensor that could bring a call here either.
-  if (!aoti_torch_create_cuda_guard) throw std::runtime_error("kcd_ext: this torch is a build without CUDA");
+  // A torch without CUDA lacks these functions.  It has no CUDA tensors either, so no call should get here.
+  if (!aoti_torch_create_cuda_guard) throw std::runtime_error("kcd_ext: this torch was built without CUDA");
   CUDAGuardHandle guard;
   KCD_CALL(aoti_torch_create_cuda_guard, device, &guard);
   return guard;
@@ -19,10 +19,10 @@ void* stream_of(int32_t device) {
 
 }   // namespace
 
-OnDevice::OnDevice(const View& tensor) : guard_(enter(tensor.device_index())) {
-  machine_ = cuda::machine_of(tensor.device_index(), stream_of(tensor.device_index()));
+DeviceScope::DeviceScope(const View& tensor) : guard_(enter(tensor.device_index())) {
+  context_ = cuda::device_context(tensor.device_index(), stream_of(tensor.device_index()));
 }
 
-void OnDevice::Leave::operator()(CUDAGuardOpaque* guard) const { aoti_torch_delete_cuda_guard(guard); }
+void DeviceScope::Exit::operator()(CUDAGuardOpaque* guard) const { aoti_torch_delete_cuda_guard(guard); }
 
 }   // namespace kcd

@@ -1,4 +1,4 @@
-// Where CUDA operators run.
+// The device and stream that CUDA operators use.
 #pragma once
 #include <memory>
 
@@ -7,18 +7,18 @@
 
 namespace kcd {
 
-// For its lifetime the device of a tensor is the current one.
-class OnDevice {
+// Makes a tensor's device the current one for its lifetime.
+class DeviceScope {
  public:
-  explicit OnDevice(const View& tensor);
-  const cuda::Machine& machine() const { return machine_; }
+  explicit DeviceScope(const View& tensor);
+  const cuda::DeviceContext& context() const { return context_; }
 
  private:
-  struct Leave {
+  struct Exit {
     void operator()(CUDAGuardOpaque* guard) const;
   };
-  std::unique_ptr<CUDAGuardOpaque, Leave> guard_;
-  cuda::Machine machine_{};
+  std::unique_ptr<CUDAGuardOpaque, Exit> guard_;
+  cuda::DeviceContext context_{};
 };
 
 }   // namespace kcd

@@ -1,7 +1,7 @@
-"""Compiles tests of CUDA kernels for the CPU: the caller's sources with the shim, plain or under a sanitizer.
+"""Compile tests of CUDA kernels for the CPU, with the shim, and optionally with a sanitizer.
 
-Results are cached by what the preprocessor makes of each source, the flags and the compiler, under the environment variable
-KCD_TEST_CACHE or a folder of the user's in the system's temporary one.
+Results are cached by preprocessed source, flags and compiler, in the folder of the environment variable `KCD_TEST_CACHE`. The
+default is a folder of the user in the temporary directory.
 """
 
 import functools
@@ -24,12 +24,12 @@ SHIM = HERE / "simt.cpp"
 COMMON = ("-std=c++17", "-O1", "-g", "-fno-omit-frame-pointer", "-ffp-contract=off", "-pthread")
 WARNINGS = ("-Wall", "-Wextra", "-Wno-unknown-pragmas")
 OUTPUTS = {"executable": ((), ()), "module": (("-fPIC", "-fvisibility=hidden"), ("-shared",))}
-TIMEOUT = 300  # seconds, for one run of the compiler
+TIMEOUT = 300  # seconds per compiler run
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A way to build. compilers: in order of preference; flags: compiling and linking; shim: in place of flags for simt.cpp."""
+    """A kind of build: compilers in order of preference, flags to compile and link, and the flags for simt.cpp (`shim`)."""
 
     compilers: tuple[str, ...]
     flags: tuple[str, ...]
@@ -40,19 +40,19 @@ _ADDRESS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
 KINDS = {
     "plain": Kind(("g++", "clang++"), (), ()),
     "asan": Kind(("g++", "clang++"), _ADDRESS, _ADDRESS),
-    # The runtime of clang is some ten times as fast here as that of gcc 12.
+    # clang's runtime is about ten times as fast here as gcc 12's.
     "tsan": Kind(("clang++-19", "clang++", "g++"), ("-fsanitize=thread",), ("-DSIMT_TSAN",)),
 }
 RACE_FOUND = 66  # exit status under "tsan"
 
 
 class BuildError(RuntimeError):
-    """The compiler's command and what it said."""
+    """A failed compilation: the command and its errors."""
 
 
 @dataclass(frozen=True)
 class Availability:
-    """True where a kind can be built and run; else `reason` says why not."""
+    """Whether a kind can be built and run; `reason` says why not."""
 
     compiler: str | None
     reason: str = ""
@@ -62,10 +62,10 @@ class Availability:
 
 
 def environment() -> dict[str, str]:
-    """To run what was built: this process's environment, with the sanitizers' options as the tests expect them."""
+    """Return this process's environment with the sanitizer options that the tests expect."""
     return {
         **os.environ,
-        "ASAN_OPTIONS": "detect_stack_use_after_return=0",  # else a mapping for every CUDA thread
+        "ASAN_OPTIONS": "detect_stack_use_after_return=0",  # it would need a mapping per CUDA thread
         "UBSAN_OPTIONS": "print_stacktrace=1",
         "TSAN_OPTIONS": f"exitcode={RACE_FOUND}",
     }
@@ -73,7 +73,7 @@ def environment() -> dict[str, str]:
 
 @functools.cache
 def available(kind: str) -> Availability:
-    """Whether a program of this kind can be built and run here, tried on a tiny one."""
+    """Return whether programs of this kind can be built and run here, by building and running a small one."""
     reasons = []
     for compiler in KINDS[kind].compilers:
         if shutil.which(compiler) is None:
@@ -99,12 +99,20 @@ def compile(
     output_kind: str = "executable",
     link_flags: Sequence[str] = (),
 ) -> Path:
-    """Compiles `sources` (C++, whatever their suffix) and the shim, in parallel, and links them.
+    """Compile `sources` (C++ with any suffix) and the shim, in parallel, and link them.
 
-    kind: of KINDS. include_dirs: besides the shim's own. defines: "NAME" or "NAME=VALUE", also for the shim.
-    output_kind: "executable", or "module": a shared library that Python can import, with undefined symbols left to Python.
-    link_flags: libraries and where they are.
-    Returns the cached file, named after the first source. Raises BuildError.
+    Args:
+        kind: a key of `KINDS`.
+        include_dirs: folders besides the shim's own.
+        defines: "NAME" or "NAME=VALUE", also for the shim.
+        output_kind: "executable", or "module" for a shared library that Python can import and that uses its symbols.
+        link_flags: libraries and their folders.
+
+    Returns:
+        The cached file, named after the first source.
+
+    Raises:
+        BuildError: a compiler is missing or failed.
     """
     compiler = available(kind)
     if not compiler:
@@ -115,7 +123,7 @@ def compile(
 
 
 def write_sources(files: Mapping[str, str]) -> Path:
-    """A folder in the cache with these texts, by path inside it: always the same one, so that what is compiled is cached too."""
+    """Write files, given by relative path, to a folder of the cache. The same texts get the same folder, so builds stay cached."""
     folder = f"sources-{_key(*itertools.chain(*sorted(files.items())))}"
     for name, text in files.items():
         _cached(f"{folder}/{name}", lambda output, text=text: Path(output).write_text(text))
@@ -129,7 +137,7 @@ def _build(compiler, kind, sources, include_dirs, defines, output_kind, librarie
     def build_object(source: Path) -> Path:
         flags = [*COMMON, *WARNINGS, *compile_flags, *(kind.shim if source == SHIM else kind.flags)]
         command = [compiler, *flags, *preprocess, "-x", "c++", str(source)]
-        # Folders and definitions count through what they lead to.
+        # Folders and definitions affect the key only through the preprocessed source.
         key = _key(_version(compiler), *flags, _run([*command, "-E"]))
         return _cached(f"{source.stem}-{key}.o", lambda output: _run([*command, "-c", "-o", output]))
 
@@ -142,7 +150,7 @@ def _build(compiler, kind, sources, include_dirs, defines, output_kind, librarie
 
 
 def _cached(name: str, make) -> Path:
-    """The file of this name in the cache; `make(path)` makes it. Of several processes one does so; the others wait for it."""
+    """Return the cached file of this name; `make(path)` creates it. One process creates it, others wait."""
     path = _cache_folder() / name
     if path.exists():
         return path
@@ -160,7 +168,7 @@ def _cache_folder() -> Path:
     folder = Path(given) if given else Path(tempfile.gettempdir()) / f"kcd_ext-simt-{os.getuid()}"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     if folder.stat().st_uid != os.getuid():
-        raise BuildError(f"{folder} belongs to somebody else; set KCD_TEST_CACHE to a folder of yours")
+        raise BuildError(f"{folder} belongs to another user: set KCD_TEST_CACHE to a folder of your own")
     return folder
 
 

@@ -1,13 +1,14 @@
-// Executes the CUDA kernels by csrc/cuda/launch.h on inputs of its own making, and says what they wrote.
+// Runs the CUDA kernels through csrc/cuda/launch.h on generated inputs, and prints a digest of every array that they write.
 //
 //   driver <schedules> <case>...
 //
-// schedules: words "forward", "reverse" or "random:<seed>:<resident blocks>".  A case: words "name=value", those of Case.  For
-// every case, schedule and array that the kernels wrote there is a line on stdout: the case's number, the schedule, the array's
-// name and a digest of what is in it; NaN is NaN, whatever its bits.
+// schedules: "forward", "reverse" or "random:<seed>:<resident blocks>", separated by spaces.  A case: "name=value" options, see
+// Case.
+// Prints one line per case, schedule and array: the case's index, the schedule, the array's name and its digest, in which all NaNs
+// are equal.
 //
-// Inputs and outputs lie in allocations of exactly their size, outputs and workspace are full of garbage before.  Exit status 0;
-// kFailedLaunch: a launch failed, its text is on stderr; kMisused: this program was called wrongly; else a sanitizer's own.
+// Arrays are allocated at exactly their size; outputs and workspace start as garbage.  Exit status: 0; kFailedLaunch if a launch
+// failed (message on stderr); kUsageError for wrong arguments; otherwise a sanitizer's.
 #include <sys/mman.h>
 
 #include <cstdio>
@@ -40,122 +41,122 @@ extern "C" void __asan_poison_memory_region(const volatile void* address, size_t
 namespace kcd {
 namespace {
 
-constexpr int kFailedLaunch = 86, kMisused = 2;
+constexpr int kFailedLaunch = 86, kUsageError = 2;
 
-// ---- words
+// ---- options
 
 using Names = std::initializer_list<const char*>;
 
-// "name=value name=value"; each is asked for once, and none is left over in the end.
-class Words {
+// The options "name=value name=value".  Reading one removes it; expect_none() then rejects unknown names.
+class Options {
  public:
-  explicit Words(const std::string& text) {
+  explicit Options(const std::string& text) {
     std::istringstream stream(text);
     for (std::string word; stream >> word;) {
       const size_t equals = word.find('=');
-      if (equals == std::string::npos) throw std::invalid_argument("not name=value: " + word);
-      value_[word.substr(0, equals)] = word.substr(equals + 1);
+      if (equals == std::string::npos) throw std::invalid_argument("expected name=value, got " + word);
+      values_[word.substr(0, equals)] = word.substr(equals + 1);
     }
   }
 
   std::string text(const std::string& name, const std::string& otherwise) {
-    const auto found = value_.find(name);
-    if (found == value_.end()) return otherwise;
+    const auto found = values_.find(name);
+    if (found == values_.end()) return otherwise;
     const std::string value = found->second;
-    value_.erase(found);
+    values_.erase(found);
     return value;
   }
   double number(const std::string& name, double otherwise) { return std::stod(text(name, std::to_string(otherwise))); }
   int64_t integer(const std::string& name, int64_t otherwise) { return std::stoll(text(name, std::to_string(otherwise))); }
 
-  // The place among `names` of what this name is given, which is the first of them where it is not.
+  // Returns the index in `names` of the option's value; by default the first.
   int choice(const std::string& name, Names names) {
     const std::string value = text(name, *names.begin());
-    int place = 0;
-    for (const char* one : names) {
-      if (value == one) return place;
-      ++place;
+    int index = 0;
+    for (const char* candidate : names) {
+      if (value == candidate) return index;
+      ++index;
     }
-    throw std::invalid_argument(name + " cannot be " + value);
+    throw std::invalid_argument("unknown value of " + name + ": " + value);
   }
 
   void expect_none() const {
-    if (!value_.empty()) throw std::invalid_argument("unknown: " + value_.begin()->first);
+    if (!values_.empty()) throw std::invalid_argument("unknown option: " + values_.begin()->first);
   }
 
  private:
-  std::map<std::string, std::string> value_;
+  std::map<std::string, std::string> values_;
 };
 
-enum class Run { step, apart, select, reduce };
-enum class Given { none, usual, strange };
-enum class Content { usual, masked, equal };
+enum class Run { step, separate, select, reduce };
+enum class Entries { none, valid, invalid };
+enum class Content { random, masked, equal };
 
 struct Case {
-  Run run;   // step: forward with its loss, and backward; apart: the same by a launch for each; select, reduce: that alone
-  cuda::Machine machine;
+  Run run;   // step: forward, loss and backward; separate: the same with one launch for each; select, reduce: only that
+  cuda::DeviceContext context;
   int64_t rows, classes;
   Type student, teacher;
   bool with_teacher;
-  Content content;                          // of the logits; masked: -inf, NaN and the like; equal: every row is the first one
-  int64_t inner, gap;                       // rows of the inner leading dimension, elements between one row and the next
-  int64_t student_offset, teacher_offset;   // bytes from an address that is a multiple of 16
+  Content content;                          // of the logits. masked: -inf, NaN and the like; equal: all rows are the same
+  int64_t inner, gap;                       // rows of the inner leading dimension; elements between two rows
+  int64_t student_offset, teacher_offset;   // bytes from a multiple of 16
   bool in_place;
   double temperature;
-  Given labels;    // usual: some rows are ignored; strange: some labels do not exist
-  Given mapping;   // usual: the teacher holds some of the rows, in another order; strange: some twice, and some that do not exist
+  Entries labels;    // valid: some rows are ignored; invalid: some labels are out of range
+  Entries mapping;   // valid: the teacher has some of the rows, in another order; invalid: some twice, some out of range
   Value value;
   bool score_is_double;   // for Value::score
   cuda::Keep keep;
   Reduction reduction;
   bool weights;       // row_weight
-  bool all_outputs;   // all that may be asked for
+  bool all_outputs;   // all optional outputs
 
-  explicit Case(Words words) {
-    const Names types{"float32", "float64", "float16", "bfloat16"}, given{"none", "usual", "strange"}, flag{"no", "yes"};
-    run = static_cast<Run>(words.choice("run", {"step", "apart", "select", "reduce"}));
-    machine.processors = static_cast<int>(words.integer("processors", 4));
-    machine.stream = nullptr;
-    machine.threads = static_cast<int>(words.integer("threads", 256));
-    rows = words.integer("rows", 1);
-    classes = words.integer("classes", 1);
-    student = static_cast<Type>(words.choice("student", types));
-    with_teacher = words.choice("with_teacher", {"yes", "no"}) == 0;
-    teacher = static_cast<Type>(words.choice("teacher", types));
-    content = static_cast<Content>(words.choice("content", {"usual", "masked", "equal"}));
-    inner = words.integer("inner", rows);
-    gap = words.integer("gap", 0);
-    student_offset = words.integer("student_offset", 0);
-    teacher_offset = words.integer("teacher_offset", 0);
-    in_place = words.choice("in_place", flag);
-    temperature = words.number("temperature", 3);
-    labels = static_cast<Given>(words.choice("labels", given));
-    mapping = static_cast<Given>(words.choice("mapping", given));
-    value = static_cast<Value>(words.choice("value", {"entropy", "teacher_entropy", "kl", "cross_entropy", "score"}));
-    score_is_double = words.choice("score", {"float32", "float64"});
-    keep = {words.number("fraction", 0.5), words.integer("count", 0)};
-    reduction = static_cast<Reduction>(words.choice("reduction", {"mean", "sum", "none"}));
-    weights = words.choice("weights", flag);
-    all_outputs = words.choice("all_outputs", flag);
-    words.expect_none();
+  explicit Case(Options options) {
+    const Names types{"float32", "float64", "float16", "bfloat16"}, entries{"none", "valid", "invalid"}, flag{"no", "yes"};
+    run = static_cast<Run>(options.choice("run", {"step", "separate", "select", "reduce"}));
+    context.num_sms = static_cast<int>(options.integer("num_sms", 4));
+    context.stream = nullptr;
+    context.block_threads = static_cast<int>(options.integer("threads", 256));
+    rows = options.integer("rows", 1);
+    classes = options.integer("classes", 1);
+    student = static_cast<Type>(options.choice("student", types));
+    with_teacher = options.choice("with_teacher", {"yes", "no"}) == 0;
+    teacher = static_cast<Type>(options.choice("teacher", types));
+    content = static_cast<Content>(options.choice("content", {"random", "masked", "equal"}));
+    inner = options.integer("inner", rows);
+    gap = options.integer("gap", 0);
+    student_offset = options.integer("student_offset", 0);
+    teacher_offset = options.integer("teacher_offset", 0);
+    in_place = options.choice("in_place", flag);
+    temperature = options.number("temperature", 3);
+    labels = static_cast<Entries>(options.choice("labels", entries));
+    mapping = static_cast<Entries>(options.choice("mapping", entries));
+    value = static_cast<Value>(options.choice("value", {"entropy", "teacher_entropy", "kl", "cross_entropy", "score"}));
+    score_is_double = options.choice("score", {"float32", "float64"});
+    keep = {options.number("fraction", 0.5), options.integer("count", 0)};
+    reduction = static_cast<Reduction>(options.choice("reduction", {"mean", "sum", "none"}));
+    weights = options.choice("weights", flag);
+    all_outputs = options.choice("all_outputs", flag);
+    options.expect_none();
   }
 
   Type accumulator() const { return student == Type::float64 ? Type::float64 : Type::float32; }
   Type ranked() const { return value == Value::score ? (score_is_double ? Type::float64 : Type::float32) : accumulator(); }
-  double ce_weight() const { return labels == Given::none ? 0 : 0.75; }
-  int64_t losses() const { return reduction == Reduction::none ? rows : 1; }
+  double ce_weight() const { return labels == Entries::none ? 0 : 0.75; }
+  int64_t loss_size() const { return reduction == Reduction::none ? rows : 1; }
 };
 
 // ---- memory
 
-void forbid([[maybe_unused]] const void* begin, [[maybe_unused]] int64_t bytes) {
+void poison([[maybe_unused]] const void* begin, [[maybe_unused]] int64_t bytes) {
 #ifdef KCD_ASAN
   __asan_poison_memory_region(begin, static_cast<size_t>(bytes));
 #endif
 }
 
-// An array that begins `offset` bytes behind a multiple of 16, of which AddressSanitizer guards whole eights, and ends where its
-// allocation does; full of `garbage`.
+// An array that starts `offset` bytes after a multiple of 16 and ends where its allocation does; filled with `garbage`.
+// AddressSanitizer guards units of eight bytes, so the gap before it is poisoned by hand.
 class Memory {
  public:
   explicit Memory(int64_t bytes, int64_t offset = 0, int garbage = 0xff)
@@ -166,7 +167,7 @@ class Memory {
     if (!allocation_ || allocation_ == MAP_FAILED) throw std::bad_alloc();
     if (is_sparse()) return;
     std::memset(allocation_, garbage, bytes_);
-    forbid(allocation_, offset);
+    poison(allocation_, offset);
   }
   Memory(Memory&& other) noexcept : allocation_(other.allocation_), bytes_(other.bytes_), offset_(other.offset_) {
     other.allocation_ = nullptr;
@@ -181,17 +182,17 @@ class Memory {
   }
 
  private:
-  bool is_sparse() const { return bytes_ > size_t{1} << 30; }   // more than is ever touched: pages of zeros
+  bool is_sparse() const { return bytes_ > size_t{1} << 30; }   // too large to touch: pages of zeros
 
   char* allocation_;
   size_t bytes_;
   int64_t offset_;
 };
 
-Memory array(Type type, int64_t n) { return Memory(n * size_of(type)); }   // of NaN
+Memory array(Type type, int64_t n) { return Memory(n * size_of(type)); }   // filled with NaN
 template <class T>
 Memory array(int64_t n) {
-  return Memory(n * static_cast<int64_t>(sizeof(T)), 0, 0xa5);   // of what no integer here may be
+  return Memory(n * static_cast<int64_t>(sizeof(T)), 0, 0xa5);   // filled with invalid integers
 }
 
 void put(void* data, Type type, int64_t i, double x) {
@@ -249,12 +250,12 @@ class Random {   // splitmix64
   uint64_t state_;
 };
 
-// Logits and where they lie.
+// Logits and their memory.
 struct Tensor {
   Memory memory;
   Logits logits;
 
-  char* row(int64_t i) const {   // not as the kernels find it
+  char* row(int64_t i) const {   // computed independently of the kernels
     const int64_t element = i / logits.inner * logits.outer_stride + i % logits.inner * logits.inner_stride;
     return memory.data() + element * size_of(logits.type);
   }
@@ -298,7 +299,7 @@ Tensor make_logits(const Case& c, Type type, int64_t rows, int64_t offset, uint6
       put(row, type, j, c.content == Content::masked ? masked(i, j, c.classes, type, usual) : usual);
     }
     const char* const end = row + c.classes * size_of(type);
-    if (i + 1 < rows) forbid(end, x.row(i + 1) - end);
+    if (i + 1 < rows) poison(end, x.row(i + 1) - end);
   }
   return x;
 }
@@ -309,21 +310,21 @@ Memory make_labels(const Case& c, Random random) {
   Memory labels = array<int64_t>(c.rows);
   for (int64_t i = 0; i < c.rows; ++i) {
     int64_t& label = labels.data<int64_t>()[i] = i % 5 == 3 ? kIgnored : random.below(c.classes);
-    if (c.labels == Given::strange && i == 0) label = -1;
-    if (c.labels == Given::strange && i == c.rows - 1) label = c.classes;
+    if (c.labels == Entries::invalid && i == 0) label = -1;
+    if (c.labels == Entries::invalid && i == c.rows - 1) label = c.classes;
   }
   return labels;
 }
 
-int64_t teacher_rows_of(const Case& c) { return c.mapping == Given::none ? c.rows : c.rows + 2; }
+int64_t teacher_rows_of(const Case& c) { return c.mapping == Entries::none ? c.rows : c.rows + 2; }
 
-// The student's row of each of the teacher's.
+// Returns the student's row for each of the teacher's rows.
 Memory make_mapping(const Case& c) {
   const int64_t n = teacher_rows_of(c);
   Memory mapping = array<int64_t>(n);
   int64_t* const row = mapping.data<int64_t>();
   for (int64_t j = 0; j < n; ++j) row[j] = j % 4 == 1 ? -1 : c.rows - 1 - j;
-  if (c.mapping == Given::strange) {
+  if (c.mapping == Entries::invalid) {
     row[1] = c.rows;
     row[n - 1] = row[0];
     row[n - 2] = std::numeric_limits<int64_t>::min();
@@ -338,7 +339,7 @@ Memory make_array(Type type, int64_t n, const Make& make) {
   return x;
 }
 
-// Numbers to be ranked: many are equal, some are NaN, infinite or a zero of either sign.
+// Ranking values with many ties, NaN, infinities and zeros of either sign.
 Memory make_scores(Type type, int64_t n, Random random) {
   return make_array(type, n, [&](int64_t) {
     const double level = static_cast<double>(random.below(40)) - 20;
@@ -379,7 +380,7 @@ class Report {
   }
 
  private:
-  static constexpr uint64_t kBasis = 0xcbf29ce484222325u;   // FNV-1a, a word at a time
+  static constexpr uint64_t kBasis = 0xcbf29ce484222325u;   // FNV-1a on 64-bit words
 
   static void add(uint64_t word, uint64_t& digest) {
     digest = (digest ^ word) * 0x100000001b3u;
@@ -399,15 +400,15 @@ class Report {
   std::string schedule_;
 };
 
-// ---- what is run
+// ---- runs
 
 template <class Call, class Function>
-void run_with_workspace(const Call& call, const cuda::Machine& machine, const Function& function) {
-  const Memory workspace(static_cast<int64_t>(cuda::workspace_of(call, machine)));
-  function(call, machine, workspace.data<void>());
+void run_with_workspace(const Call& call, const cuda::DeviceContext& context, const Function& function) {
+  const Memory workspace(static_cast<int64_t>(cuda::workspace_bytes(call, context)));
+  function(call, context, workspace.data<void>());
 }
 
-cuda::Sum sum_of(const Case& c, const Memory& row_weight) {
+cuda::LossSumParams sum_of(const Case& c, const Memory& row_weight) {
   return {c.weights ? row_weight.data() : nullptr, 0.25 * c.temperature * c.temperature, c.ce_weight(), c.reduction, 1};
 }
 
@@ -427,8 +428,9 @@ void run_select(const Case& c, const Report& report) {
   const Type type = c.score_is_double ? Type::float64 : Type::float32;
   const Memory value = make_scores(type, c.rows, Random(1)), candidate = make_flags(c.rows, 0.9, Random(2));
   const Memory selected = array<uint8_t>(c.rows);
-  const cuda::Select call{value.data(), c.score_is_double, candidate.data<uint8_t>(), c.rows, c.keep, selected.data<uint8_t>()};
-  run_with_workspace(call, c.machine, cuda::select);
+  const cuda::SelectTopkParams call{value.data(), c.score_is_double,       candidate.data<uint8_t>(), c.rows,
+                                    c.keep,       selected.data<uint8_t>()};
+  run_with_workspace(call, c.context, cuda::launch_select_topk);
   report.add<uint8_t>("selected", selected, c.rows);
 }
 
@@ -437,33 +439,34 @@ void run_reduce(const Case& c, const Report& report) {
   const auto positive = [&](int64_t) { return 5 * random.uniform(); };
   const Memory kl = make_array(c.accumulator(), c.rows, positive), cross_entropy = make_array(c.accumulator(), c.rows, positive);
   const Memory row_weight = make_row_weight(c, random), selected = make_flags(c.rows, 0.5, random);
-  const Memory labels = make_labels(c, random), counts = array<int64_t>(2), loss = array(c.accumulator(), c.losses());
+  const Memory labels = make_labels(c, random), counts = array<int64_t>(2), loss = array(c.accumulator(), c.loss_size());
   Problem problem{};
   problem.student.type = c.student;
   problem.rows = c.rows;
-  problem.with_labels = c.labels != Given::none;
+  problem.with_labels = c.labels != Entries::none;
   problem.labels = labels.data<int64_t>();
   problem.ignore_index = kIgnored;
   count(c, problem, selected.data<uint8_t>(), counts.data<int64_t>());
-  const cuda::Reduce call{
+  const cuda::ReduceRowsParams call{
       problem,          kl.data(), cross_entropy.data(), selected.data<uint8_t>(), counts.data<int64_t>(), sum_of(c, row_weight),
       loss.data<void>()};
-  run_with_workspace(call, c.machine, cuda::reduce);
-  report.add("loss", loss, c.accumulator(), c.losses());
+  run_with_workspace(call, c.context, cuda::launch_reduce_rows);
+  report.add("loss", loss, c.accumulator(), c.loss_size());
 }
 
-// Forward and backward.  All that a kernel writes is reported.
+// Forward and backward.  Reports every array that a kernel writes.
 void run_step(const Case& c, const Report& report) {
   const Type real = c.accumulator();
   const Tensor student = make_logits(c, c.student, c.rows, c.student_offset, 10);
   const Tensor teacher = make_logits(c, c.teacher, teacher_rows_of(c), c.teacher_offset, 20);
   const Memory labels = make_labels(c, Random(4)), row_weight = make_row_weight(c, Random(5));
   const Memory score = make_scores(c.ranked(), c.rows, Random(6));
-  Problem problem{student.logits,         teacher.logits, c.with_teacher, c.labels != Given::none, c.rows, c.classes, c.temperature,
-                  labels.data<int64_t>(), kIgnored,       nullptr};
+  Problem problem{student.logits, teacher.logits, c.with_teacher, c.labels != Entries::none,
+                  c.rows,         c.classes,      c.temperature,  labels.data<int64_t>(),
+                  kIgnored,       nullptr};
   const Memory mapping = make_mapping(c), teacher_row = array<int64_t>(c.rows);
-  if (c.mapping != Given::none) {
-    cuda::map_teacher_rows(mapping.data<int64_t>(), teacher_rows_of(c), teacher_row.data<int64_t>(), c.rows, c.machine);
+  if (c.mapping != Entries::none) {
+    cuda::launch_map_rows(mapping.data<int64_t>(), teacher_rows_of(c), teacher_row.data<int64_t>(), c.rows, c.context);
     problem.teacher_row = teacher_row.data<int64_t>();
     report.add<int64_t>("teacher_row", teacher_row, c.rows);
   }
@@ -471,39 +474,39 @@ void run_step(const Case& c, const Report& report) {
   const Memory stats = array(real, kStatsRows * c.rows), cross_entropy = array(real, c.rows);
   const Memory teacher_entropy = array(real, c.rows), ranked = array(c.ranked(), c.rows);
   const Memory candidate = array<uint8_t>(c.rows), selected = array<uint8_t>(c.rows), counts = array<int64_t>(2);
-  const Memory loss = array(real, c.losses());
-  const bool apart = c.run == Run::apart, with_candidate = apart || c.all_outputs;
+  const Memory loss = array(real, c.loss_size());
+  const bool separate = c.run == Run::separate, with_candidate = separate || c.all_outputs;
   const bool with_cross_entropy = problem.with_labels && with_candidate, ranked_by_teacher = c.value == Value::teacher_entropy;
-  const cuda::Sum sum = sum_of(c, row_weight);
-  const cuda::Loss whole{c.keep, sum, selected.data<uint8_t>(), loss.data<void>(), counts.data<int64_t>()};
-  cuda::Forward forward{};
-  forward.problem = problem;
-  forward.outputs.stats = stats.data<void>();
-  forward.outputs.cross_entropy = with_cross_entropy ? cross_entropy.data<void>() : nullptr;
-  // A teacher's entropy that only ranks lies where the ranking is read from.
-  forward.outputs.teacher_entropy = c.all_outputs       ? teacher_entropy.data<void>()
-                                    : ranked_by_teacher ? ranked.data<void>()
-                                                        : nullptr;
-  forward.value = c.value;
-  forward.score = c.value == Value::score ? score.data() : nullptr;
-  forward.value_is_double = c.ranked() == Type::float64;
-  forward.ranked = ranked.data<void>();
-  forward.candidate = with_candidate ? candidate.data<uint8_t>() : nullptr;
-  forward.loss = apart ? nullptr : &whole;
-  run_with_workspace(forward, c.machine, cuda::forward);
-  if (apart) {
-    const cuda::Select select{ranked.data(), forward.value_is_double, candidate.data<uint8_t>(), c.rows,
-                              c.keep,        selected.data<uint8_t>()};
-    run_with_workspace(select, c.machine, cuda::select);
+  const cuda::LossSumParams sum = sum_of(c, row_weight);
+  const cuda::FusedLoss fused_loss{c.keep, sum, selected.data<uint8_t>(), loss.data<void>(), counts.data<int64_t>()};
+  cuda::RowStatsParams row_stats{};
+  row_stats.problem = problem;
+  row_stats.outputs.stats = stats.data<void>();
+  row_stats.outputs.cross_entropy = with_cross_entropy ? cross_entropy.data<void>() : nullptr;
+  // The teacher's entropy only ranks: write it directly to the ranking values.
+  row_stats.outputs.teacher_entropy = c.all_outputs       ? teacher_entropy.data<void>()
+                                      : ranked_by_teacher ? ranked.data<void>()
+                                                          : nullptr;
+  row_stats.value = c.value;
+  row_stats.score = c.value == Value::score ? score.data() : nullptr;
+  row_stats.value_is_double = c.ranked() == Type::float64;
+  row_stats.ranked = ranked.data<void>();
+  row_stats.candidate = with_candidate ? candidate.data<uint8_t>() : nullptr;
+  row_stats.loss = separate ? nullptr : &fused_loss;
+  run_with_workspace(row_stats, c.context, cuda::launch_row_stats);
+  if (separate) {
+    const cuda::SelectTopkParams select{ranked.data(), row_stats.value_is_double, candidate.data<uint8_t>(), c.rows,
+                                        c.keep,        selected.data<uint8_t>()};
+    run_with_workspace(select, c.context, cuda::launch_select_topk);
     count(c, problem, selected.data<uint8_t>(), counts.data<int64_t>());
-    const cuda::Reduce reduce{problem,
-                              stats.data() + kKl * c.rows * size_of(real),
-                              cross_entropy.data(),
-                              selected.data<uint8_t>(),
-                              counts.data<int64_t>(),
-                              sum,
-                              loss.data<void>()};
-    run_with_workspace(reduce, c.machine, cuda::reduce);
+    const cuda::ReduceRowsParams reduce{problem,
+                                        stats.data() + kKl * c.rows * size_of(real),
+                                        cross_entropy.data(),
+                                        selected.data<uint8_t>(),
+                                        counts.data<int64_t>(),
+                                        sum,
+                                        loss.data<void>()};
+    run_with_workspace(reduce, c.context, cuda::launch_reduce_rows);
   }
   report.add("stats", stats, real, kStatsRows * c.rows);
   if (with_cross_entropy) report.add("cross_entropy", cross_entropy, real, c.rows);
@@ -512,15 +515,15 @@ void run_step(const Case& c, const Report& report) {
   report.add("ranked", ranked, c.ranked(), c.rows);
   report.add<uint8_t>("selected", selected, c.rows);
   report.add<int64_t>("counts", counts, 2);
-  report.add("loss", loss, real, c.losses());
+  report.add("loss", loss, real, c.loss_size());
 
-  const Memory grad_output = make_array(real, c.losses(), [](int64_t i) { return 1 + 0.5 * static_cast<double>(i % 3); });
+  const Memory grad_output = make_array(real, c.loss_size(), [](int64_t i) { return 1 + 0.5 * static_cast<double>(i % 3); });
   const Tensor gradient = tensor(c.student, c.rows, c.classes, c.rows, 0, 0);
   const Tensor& out = c.in_place ? student : gradient;
-  cuda::backward(
+  cuda::launch_backward(
       {problem, stats.data(), selected.data<uint8_t>(), c.weights ? row_weight.data() : nullptr, grad_output.data(),
        c.reduction == Reduction::none, counts.data<int64_t>(), 0.25 * c.temperature, c.ce_weight(), c.reduction, 1, out.logits},
-      c.machine);
+      c.context);
   report.add("gradient", out, c.rows, c.classes);
 }
 
@@ -548,7 +551,7 @@ void configure(const std::string& schedule) {
 int run_all(const std::string& schedules, const std::vector<std::string>& cases) {
   try {
     for (size_t i = 0; i < cases.size(); ++i) {
-      const Case c{Words(cases[i])};
+      const Case c{Options(cases[i])};
       std::istringstream stream(schedules);
       for (std::string schedule; stream >> schedule;) {
         configure(schedule);
@@ -558,7 +561,7 @@ int run_all(const std::string& schedules, const std::vector<std::string>& cases)
     return 0;
   } catch (const std::invalid_argument& error) {
     std::fprintf(stderr, "%s\n", error.what());
-    return kMisused;
+    return kUsageError;
   } catch (const std::runtime_error& error) {
     std::fprintf(stderr, "%s\n", error.what());
     return kFailedLaunch;

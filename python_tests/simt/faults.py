@@ -1,4 +1,4 @@
-"""Faults planted in copies of the CUDA kernels, all in one build: which of them is in force is chosen when the program is run."""
+"""Plant faults in copies of the CUDA kernels. One build contains all faults; an environment variable activates one of them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,8 +6,8 @@ from pathlib import Path
 
 from . import build
 
-VARIABLE = "SIMT_FAULT"  # of the environment: the fault's place in the list, from 1 on; 0: none
-DECLARED_IN = "math/portable.h"  # which every kernel includes
+VARIABLE = "SIMT_FAULT"  # environment variable: the active fault's number, starting at 1; 0: none
+DECLARED_IN = "math/portable.h"  # every kernel includes it
 DECLARATION = f"""
 #include <cstdlib>
 static const int simt_fault = [] {{
@@ -19,10 +19,15 @@ static const int simt_fault = [] {{
 
 @dataclass(frozen=True)
 class Fault:
-    """A mistake in a kernel, and what must find it.
+    """A mistake in a kernel, and the check that must detect it.
 
-    file: under the folder of the kernels. original: what is there, once. faulty: what takes its place, where FAULT stands for
-    whether this fault is in force. found_by, case: which check, in which case, for the tests.
+    Attributes:
+        name: the test's id.
+        file: path below `csrc`.
+        original: source text that occurs exactly once in the file.
+        faulty: its replacement, in which FAULT is true if this fault is active.
+        found_by: the check that detects it.
+        case: the name of the case in which the check detects it.
     """
 
     name: str
@@ -34,11 +39,11 @@ class Fault:
 
 
 class KernelChangedError(AssertionError):
-    """The list of faults must follow the kernels."""
+    """A kernel's source changed, so the list of faults must change too."""
 
 
 def plant(kernels: Path, faults: Sequence[Fault]) -> Path:
-    """A copy of the folder `kernels`, C++ sources, with all faults in it."""
+    """Return the folder of a copy of the C++ sources `kernels` that contains all faults."""
     sources = [
         path for folder in (".", "math", "cuda") for path in sorted((kernels / folder).iterdir()) if path.is_file()
     ]
@@ -47,7 +52,7 @@ def plant(kernels: Path, faults: Sequence[Fault]) -> Path:
     for number, fault in enumerate(faults, start=1):
         text = texts[fault.file]
         if text.count(fault.original) != 1:
-            raise KernelChangedError(f"{fault.name}: not there, or not once, in {fault.file}: {fault.original}")
+            raise KernelChangedError(f"{fault.name}: expected exactly once in {fault.file}: {fault.original}")
         begin = text.index(fault.original)
         edits[fault.file].append((begin, fault.original, fault.faulty.replace("FAULT", f"(simt_fault == {number})")))
     for name in texts:
@@ -57,10 +62,10 @@ def plant(kernels: Path, faults: Sequence[Fault]) -> Path:
 
 
 def _edited(text: str, edits: list[tuple[int, str, str]]) -> str:
-    """edits: (where, what is there, what takes its place), ascending."""
-    parts, at = [], 0
+    """Apply edits (position, original, replacement), sorted by position."""
+    parts, position = [], 0
     for begin, original, replacement in edits:
-        assert at <= begin, f"two faults overlap at {original}"
-        parts += [text[at:begin], replacement]
-        at = begin + len(original)
-    return "".join([*parts, text[at:]])
+        assert position <= begin, f"two faults overlap at {original}"
+        parts += [text[position:begin], replacement]
+        position = begin + len(original)
+    return "".join([*parts, text[position:]])

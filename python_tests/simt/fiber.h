@@ -1,7 +1,7 @@
-// Stacks, and the switch from one to another. Included by simt.cpp alone.
+// Stacks, and switching between them.  Included only by simt.cpp.
 //
-// A switch by swapcontext would make a system call each time, for the signal mask. The sanitizers follow the switches through
-// the calls that they offer for it.
+// swapcontext would make a system call per switch, for the signal mask.  The sanitizers follow the switches through their fiber
+// functions.
 #pragma once
 #include <sys/mman.h>
 #include <unistd.h>
@@ -42,7 +42,7 @@ void __tsan_switch_to_fiber(void* fiber, unsigned flags);
 void __tsan_set_fiber_name(void* fiber, const char* name);
 #endif
 #ifndef SIMT_UCONTEXT
-// Saves the registers that a call preserves on the running stack, that stack's pointer in *from, and goes on with the stack `to`.
+// Saves the callee-saved registers on the current stack and its pointer in *from, then resumes the stack `to`.
 void simt_switch_stack(void** from, void* to);
 #endif
 }
@@ -127,18 +127,18 @@ simt_start_fiber:
     br x16
     .size simt_start_fiber, . - simt_start_fiber
 )");
-extern "C" void simt_start_fiber();   // to the function in x19, with no return address: where a backtrace ends
+extern "C" void simt_start_fiber();   // calls the function in x19, without a return address, so that backtraces end here
 #endif
 
 namespace simt {
 
 #if defined(SIMT_ASAN) || defined(SIMT_TSAN)
-constexpr size_t kStackBytes = 256 << 10;   // larger frames, and the sanitizer writes its report on the stack of the culprit
+constexpr size_t kStackBytes = 256 << 10;   // frames are larger, and the sanitizer writes its report on the faulting stack
 #else
 constexpr size_t kStackBytes = 64 << 10;
 #endif
 
-// Stacks of kStackBytes, each above a page that must not be touched; kept from launch to launch.
+// Stacks of kStackBytes, each above a guard page; reused by later launches.
 class StackPool {
  public:
   char* take() {
@@ -151,9 +151,9 @@ class StackPool {
     return bottom;
   }
 
-  void give_back(char* bottom) {
+  void release_stack(char* bottom) {
 #ifdef SIMT_ASAN
-    __asan_poison_memory_region(bottom, kStackBytes);   // nobody else's pointer may reach into it
+    __asan_poison_memory_region(bottom, kStackBytes);   // dangling pointers must not reach into it
 #endif
     idle_.push_back(bottom);
   }
@@ -173,19 +173,19 @@ class StackPool {
   std::vector<char*> idle_;
 };
 
-// One thread of execution: a CUDA thread's, on a stack of the pool, or the host's, on its own.
+// A thread of execution: a CUDA thread on a stack of the pool, or the host on its own stack.
 class Fiber {
  public:
-  // The fiber of the caller.
+  // Makes this the fiber of the caller.
   void adopt_host() {
-    bottom_ = nullptr;   // left() learns it
+    bottom_ = nullptr;   // entered() sets it
     size_ = 0;
 #ifdef SIMT_TSAN
     tsan_fiber_ = __tsan_get_current_fiber();
 #endif
   }
 
-  // `entry` begins with the first switch to this fiber; it calls entered() first and must not return.
+  // The first switch to this fiber starts `entry`, which must call entered() first and must not return.
   void prepare(char* bottom, void (*entry)(), const char* name) {
     bottom_ = bottom;
     size_ = kStackBytes;
@@ -199,10 +199,10 @@ class Fiber {
 #endif
   }
 
-  enum class Leaving { to_come_back, for_good };
+  enum class Exit { suspend, finish };
 
-  void switch_to(Fiber& next, Leaving leaving) {
-    announce(next, leaving);
+  void switch_to(Fiber& next, Exit exit_kind) {
+    announce(next, exit_kind);
 #ifdef SIMT_UCONTEXT
     swapcontext(&context_, &next.context_);
 #else
@@ -213,7 +213,7 @@ class Fiber {
 #endif
   }
 
-  // Called by a fiber that begins. The first one of a launch comes from the host.
+  // A fiber calls this when it starts.  The first one of a launch comes from the host.
   static void entered(Fiber& host) {
 #ifdef SIMT_ASAN
     const void* bottom;
@@ -228,15 +228,15 @@ class Fiber {
 #endif
   }
 
-  // Calls `last_words` in the name of this fiber, which is not running and never will again; called by the host.
+  // Calls `last_words` as this fiber, which is suspended and will not run again; called by the host.
   template <class Function>
   void abandon(Fiber& host, Function last_words) {
-    host.announce(*this, Leaving::to_come_back);
+    host.announce(*this, Exit::suspend);
 #ifdef SIMT_ASAN
     __sanitizer_finish_switch_fiber(fake_stack_, nullptr, nullptr);
 #endif
     last_words();
-    announce(host, Leaving::for_good);
+    announce(host, Exit::finish);
 #ifdef SIMT_ASAN
     __sanitizer_finish_switch_fiber(host.fake_stack_, nullptr, nullptr);
 #endif
@@ -250,10 +250,10 @@ class Fiber {
   }
 
  private:
-  // Tells the sanitizers whose stack is next. Nothing instrumented may run between this and the switch itself.
-  void announce([[maybe_unused]] Fiber& next, [[maybe_unused]] Leaving leaving) {
+  // Announces the next stack to the sanitizers.  No instrumented code may run between this and the switch.
+  void announce([[maybe_unused]] Fiber& next, [[maybe_unused]] Exit exit_kind) {
 #ifdef SIMT_ASAN
-    __sanitizer_start_switch_fiber(leaving == Leaving::for_good ? nullptr : &fake_stack_, next.bottom_, next.size_);
+    __sanitizer_start_switch_fiber(exit_kind == Exit::finish ? nullptr : &fake_stack_, next.bottom_, next.size_);
 #endif
 #ifdef SIMT_TSAN
     constexpr unsigned kOrdersNothing = 1;
@@ -271,7 +271,7 @@ class Fiber {
   }
   ucontext_t context_;
 #else
-  // What simt_switch_stack would have left there, had `entry` called it as its first instruction.
+  // The frame that simt_switch_stack would have left, had `entry` called it first.
   void write_first_frame(void (*entry)()) {
     char* const top = const_cast<char*>(bottom_) + size_;
 #if defined(__x86_64__)
@@ -280,7 +280,7 @@ class Fiber {
       uint16_t x87_control_word, unused;
       uint64_t r15, r14, r13, r12, rbx, rbp;
       void (*return_address)();
-      uint64_t caller_of_entry;   // null: where a backtrace ends; `entry` finds the stack aligned as after a call
+      uint64_t caller_of_entry;   // null, so that backtraces end here; `entry` finds the stack aligned as after a call
     };
     Frame* const frame = new (top - sizeof(Frame)) Frame{};
     asm("stmxcsr %0" : "=m"(frame->mxcsr));

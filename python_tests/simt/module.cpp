@@ -1,5 +1,4 @@
-// The CUDA operators, executed on the CPU: torch.ops.kcd_ext_simt.*, the same code as torch.ops.kcd_ext.* on a GPU but for the
-// machine it runs on.
+// The CUDA operators executed on the CPU, as torch.ops.kcd_ext_simt.*: the same code as on a GPU, with another device context.
 #include <pybind11/pybind11.h>
 
 #include "simt.h"
@@ -9,11 +8,11 @@
 
 namespace kcd {
 namespace {
-cuda::Machine set_machine{4, nullptr, 256};
+cuda::DeviceContext set_device{4, nullptr, 256};
 }
 
-OnDevice::OnDevice(const View&) : machine_(set_machine) {}
-void OnDevice::Leave::operator()(CUDAGuardOpaque*) const {}
+DeviceScope::DeviceScope(const View&) : context_(set_device) {}
+void DeviceScope::Exit::operator()(CUDAGuardOpaque*) const {}
 
 namespace {
 
@@ -35,9 +34,9 @@ void register_operators() {
 PYBIND11_MODULE(module, m) {
   kcd::register_operators();
   m.def(
-      "set_machine", [](int processors, int threads) { kcd::set_machine = {processors, nullptr, threads}; },
-      "Multiprocessors, and threads of a block, that launches are laid out for.");
-  m.def("version_problem", kcd::cuda::version_problem, "Why a driver cannot run kernels; empty where it can.");
+      "set_device", [](int num_sms, int threads) { kcd::set_device = {num_sms, nullptr, threads}; },
+      "Set the multiprocessors and threads per block of the simulated device.");
+  m.def("version_problem", kcd::cuda::version_problem, "Return why a driver cannot run the kernels, or an empty string.");
   m.def(
       "set_schedule",
       [](const std::string& order, unsigned seed, int resident_blocks) {
@@ -46,5 +45,5 @@ PYBIND11_MODULE(module, m) {
                                              : simt::Order::random,
                         seed, resident_blocks);
       },
-      "In which order CUDA threads run: forward, reverse or random.");
+      "Set the order of CUDA threads: forward, reverse or random.");
 }

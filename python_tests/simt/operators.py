@@ -1,4 +1,4 @@
-"""The CUDA operators executed on the CPU, in place of the CPU's own."""
+"""The CUDA operators executed on the CPU, instead of the CPU's operators."""
 
 import contextlib
 import functools
@@ -24,12 +24,12 @@ OPERATORS = (
     "select_topk",
     "reduce_rows",
 )
-MACHINE = (4, 256)  # multiprocessors, threads of a block: few, so that small inputs take every way through the kernels
+MACHINE = (4, 256)  # multiprocessors, threads per block: few, so that small inputs reach every code path
 
 
 @functools.cache
 def module() -> ModuleType:
-    """Builds, loads and registers torch.ops.kcd_ext_simt."""
+    """Build and import the module that registers `torch.ops.kcd_ext_simt`."""
     import pybind11
 
     sources = [
@@ -48,11 +48,13 @@ def module() -> ModuleType:
 
 @contextlib.contextmanager
 def in_place(machine: tuple[int, int] = MACHINE, schedule: tuple[str, int, int] = ("forward", 1, 1)) -> Iterator[None]:
-    """kcd_ext on CPU tensors calls the CUDA operators.
+    """Make kcd_ext call the CUDA operators for CPU tensors.
 
-    machine: multiprocessors and threads of a block. schedule: order of CUDA threads, seed, blocks at a time.
+    Args:
+        machine: multiprocessors and threads per block.
+        schedule: order of the CUDA threads, seed, resident blocks.
     """
-    module().set_machine(*machine)
+    module().set_device(*machine)
     module().set_schedule(*schedule)
     operators = {name: getattr(torch.ops.kcd_ext_simt, name).default for name in OPERATORS}
     with mock.patch.multiple(ops, **operators, HAS_FAST_PATH=False, writes_gradient_ahead=lambda logits: False):

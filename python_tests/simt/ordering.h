@@ -1,7 +1,7 @@
-// What orders memory between CUDA threads, told to ThreadSanitizer. Included by simt.cpp alone; empty without SIMT_TSAN.
+// Declares to ThreadSanitizer what orders memory between CUDA threads.  Included only by simt.cpp; empty without SIMT_TSAN.
 //
-// A CUDA thread is a fiber of TSan whose switches order nothing. Happens-before comes only from release() and acquire() of a
-// common Tag: at barriers, __syncwarp, the launch's begin and end, and at fences, as PTX and C++ have them: a fence before an
+// A CUDA thread is a TSan fiber, and switching fibers orders nothing.  Happens-before comes only from release() and acquire() of a
+// common Tag: at barriers, at __syncwarp, at the start and end of a launch, and at fences as in PTX and C++: a fence before an
 // atomic, another thread's atomic on the same address after it, and a fence after that one.
 #pragma once
 #include <algorithm>
@@ -23,29 +23,31 @@ namespace simt {
 constexpr bool kFindRaces = true;
 
 struct Tag {
-  uint64_t word;   // its address is all that matters
+  uint64_t word;   // only its address matters
 };
 
 inline void release(Tag* tag) { __tsan_release(tag); }
 inline void acquire(Tag* tag) { __tsan_acquire(tag); }
 
-// Not allocated: TSan would see that as an access by the running CUDA thread. Reuse could hide a race, never invent one.
+// Static, because TSan would see an allocation as an access by the running CUDA thread.  Reuse may hide a race, but never invents
+// one.
 inline Tag* new_tag() {
   static Tag tags[1 << 16];
   static unsigned next = 0;
   return &tags[next++ % (1 << 16)];
 }
 
-// "Who reads this address by an atomic may learn what came before these fences": a hash table that never allocates meanwhile.
+// Which fences a reader of an address may synchronise with.  A hash table that never allocates while threads run.
 class Publications {
  public:
   void clear() {
     entries_.clear();
-    entries_.reserve(kCapacity);   // now, on the host: see new_tag
+    entries_.reserve(kCapacity);   // allocate now, on the host; see new_tag
     std::fill(std::begin(newest_), std::end(newest_), kNone);
   }
   size_t count() const { return entries_.size(); }
-  // Once is enough: a later reader finds the first one too. A full table loses orderings, so that TSan reports too much.
+  // Adding once is enough, because a later reader finds the first entry too.  A full table loses orderings, so TSan reports too
+  // much.
   void add(const void* address, Tag* fence) {
     uint32_t& newest = newest_[bucket(address)];
     for (uint32_t i = newest; i != kNone; i = entries_[i].older)
@@ -73,7 +75,7 @@ class Publications {
   uint32_t newest_[kBuckets];
 };
 
-// A CUDA thread's part in it.
+// The fences and atomics of one CUDA thread.
 class FenceState {
  public:
   void fence(const Publications& publications) {
@@ -89,10 +91,10 @@ class FenceState {
   }
 
  private:
-  static constexpr unsigned kRemembered = 16;   // addresses since the latest fence; the last one gives way
+  static constexpr unsigned kRemembered = 16;   // addresses since the latest fence; the last one is replaced
   struct Read {
     const void* address;
-    size_t publications;   // how many there were: the atomic may have read from any of them
+    size_t publications;   // their count at the time: the atomic may have read from any of them
   };
 
   void remember_read(const void* address, size_t publications) {

@@ -1,4 +1,4 @@
-// Builds and ends well where a compiler and its sanitizer's runtime work.
+// Succeeds if a compiler and its sanitizer's runtime work.
 #include <cstdio>
 #include <thread>
 

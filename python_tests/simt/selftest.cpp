@@ -1,7 +1,7 @@
-// Tests of the shim itself, by case name: what each primitive does, and that misuse is found.
+// Tests of the shim, by case name: the semantics of each primitive, and the detection of misuse.
 //
-// Exit status 0: as it should be; kFailedLaunch: a launch failed, its text is on stderr; kWrong: a result is wrong; else a
-// sanitizer's own.
+// Exit status: 0 on success; kFailedLaunch if a launch failed (message on stderr); kWrong for a wrong result; otherwise a
+// sanitizer's.
 #include <cstdio>
 #include <cstdlib>
 #include <functional>
@@ -34,7 +34,7 @@ void run(Kernel kernel, dim3 grid, dim3 block, Arguments... arguments) {
   std::exit(kFailedLaunch);
 }
 
-// ---- what the primitives do
+// ---- semantics of the primitives
 
 __global__ void collectives() {
   const int thread = static_cast<int>(threadIdx.x), lane = thread & 31;
@@ -50,7 +50,7 @@ __global__ void collectives() {
   const unsigned value = static_cast<unsigned>(lane) + 1;
   CHECK(__reduce_add_sync(kAll, value) == 528 && __reduce_max_sync(kAll, value) == 32 && __reduce_min_sync(kAll, value) == 1);
   CHECK(__reduce_and_sync(kAll, value) == 0 && __reduce_or_sync(kAll, value) == 63 && __reduce_xor_sync(kAll, value) == 32);
-  // Two groups of one warp at once.
+  // Two groups of one warp at the same time.
   if (lane < 16) {
     CHECK(__shfl_xor_sync(0x0000ffffu, thread, 1) == (thread ^ 1));
     CHECK(__reduce_add_sync(0x0000ffffu, 1u) == 16);
@@ -120,7 +120,7 @@ __global__ void all_atomics(Atomics* a) {
   atomicOr(&a->bits, 1ull << thread);
   atomicAnd(&a->cleared, ~(1ull << thread));
   CHECK((atomicExch(&a->exchanged, large) & 0xffffffffu) == 0);
-  atomicCAS(&a->compared, large, large + (1ull << 32));   // in ascending order each finds its own
+  atomicCAS(&a->compared, large, large + (1ull << 32));   // in ascending order each succeeds
   atomicAdd(&a->real, 0.25);
   atomicAdd(&a->wrapped, 0x7fffffff);
   atomicSub(&a->below, 1);
@@ -290,7 +290,7 @@ __global__ void too_much_static() {
 }
 __global__ void launch_inside() { gpu::launch(nothing, dim3(1), dim3(1), 0, nullptr); }
 
-// With frames on every stack that are never left.
+// Leaves frames on every stack.
 __global__ void fail_in_depth(int failing) {
   volatile int local[100];
   for (int& x : reinterpret_cast<int (&)[100]>(const_cast<int (&)[100]>(local))) x = 1;
@@ -386,7 +386,7 @@ void missing_barrier(simt::Order order) {
 
 enum Fault { no_fault, no_release, no_acquire, plain_reset, plain_count };
 
-// Each block writes its part; the last one to take a ticket adds them all.
+// Each block writes its part; the last one to take a ticket sums them all.
 __global__ void last_block_adds(int* part, unsigned* ticket, int* sum, Fault fault) {
   SHARED(bool, last, 1);
   if (threadIdx.x == 0) {
@@ -411,9 +411,9 @@ __global__ void last_block_adds(int* part, unsigned* ticket, int* sum, Fault fau
   }
 }
 
-// TSan remembers four accesses for each eight bytes: neighbours would push out those that matter.
+// TSan remembers four accesses per eight bytes; neighbours would evict the ones that matter.
 template <class T>
-struct alignas(64) Alone {
+struct alignas(64) OwnCacheLine {
   T value{};
 };
 
@@ -421,8 +421,8 @@ void last_block(Fault fault) {
   for (unsigned seed = 0; seed < 3; ++seed) {
     simt::configure(simt::Order::random, seed, 3);
     int part[3] = {};
-    Alone<int> sum;
-    Alone<unsigned> ticket;
+    OwnCacheLine<int> sum;
+    OwnCacheLine<unsigned> ticket;
     run(last_block_adds, 3, 32, part, &ticket.value, &sum.value, fault);
     EXPECT(sum.value == 6 && ticket.value == 0);
   }

@@ -1,7 +1,7 @@
-// The scheduler. Compile this file with the flags of the kernels, but never with -fsanitize=thread: for ThreadSanitizer define
-// SIMT_TSAN instead. TSan must see the kernels' accesses and not the scheduler's, which one fiber at a time makes on behalf of all.
+// The scheduler.  Compile this file with the flags of the kernels, but never with -fsanitize=thread; for ThreadSanitizer define
+// SIMT_TSAN instead.  TSan must see the kernels' accesses, but not the scheduler's, which one fiber makes on behalf of all.
 //
-// Under TSan, thus, nothing here may allocate or free memory while a CUDA thread runs: it would pass for that thread's access.
+// For the same reason nothing here may allocate or free memory while a CUDA thread runs: TSan would attribute it to that thread.
 #include "simt.h"
 
 #include <algorithm>
@@ -23,10 +23,10 @@ namespace {
 constexpr unsigned kLanes = 32;
 constexpr unsigned kMaxThreads = 1024, kMaxBlockDepth = 64;
 constexpr unsigned kMaxGridWidth = 0x7fffffff, kMaxGridHeight = 65535;
-constexpr int kMaxResidentBlocks = 16;   // two mappings for each thread; Linux allows a process some 65000
-constexpr size_t kMaxStaticShared = 48 << 10, kMaxDynamicShared = 227 << 10;   // of any device; of the largest, where asked for
+constexpr int kMaxResidentBlocks = 16;   // two mappings per thread; Linux allows a process about 65000
+constexpr size_t kMaxStaticShared = 48 << 10, kMaxDynamicShared = 227 << 10;   // on every device; opt-in on the largest
 constexpr size_t kSharedAlignment = 16;
-constexpr int kPoison = 0xff;   // of fresh shared memory: NaN as any float, -1 as an int
+constexpr int kPoison = 0xff;   // fills new shared memory: NaN as a float, -1 as an int
 
 constexpr const char* kNames[] = {
     "__shfl_xor_sync",   "__shfl_down_sync",  "__shfl_up_sync",    "__shfl_sync",         "__any_sync",        "__all_sync",
@@ -40,27 +40,27 @@ bool same(const Location& a, const Location& b) {
   return a.line == b.line && (a.file == b.file || std::strcmp(a.file, b.file) == 0);
 }
 
-// ---- what a launch is made of
+// ---- the parts of a launch
 
 struct Block;
 
 struct Thread : Coordinates {
   Fiber fiber;
   Block* block;
-  unsigned rank;   // in the block
+  unsigned rank;   // index in the block
   char* stack;
   bool done;
   FenceState fences;
-  Operation operation;   // where it waits, for the report of a deadlock: this and the next two
+  Operation operation;   // where it waits, to report deadlocks; also the next two
   unsigned mask;
   Location location;
 };
 
-// The lanes of a warp that meet in one collective; several groups at once where the masks are disjoint.
+// The lanes of a warp in one collective.  Several groups are active at once if their masks are disjoint.
 struct Group {
   Operation operation;
   Location location;
-  unsigned mask, arrived, inside;   // inside: yet to leave
+  unsigned mask, arrived, inside;   // inside: lanes that have not left yet
   bool complete;
   uint64_t value[kLanes];
   uint64_t result;
@@ -68,9 +68,9 @@ struct Group {
 };
 
 struct Warp {
-  unsigned lanes;                    // that exist
-  unsigned open;                     // bit i: group[i] is in use
-  std::array<Group, kLanes> group;   // enough: a lane is inside one at most
+  unsigned lanes;                    // existing lanes
+  unsigned open;                     // bit i: group[i] is active
+  std::array<Group, kLanes> group;   // enough, because a lane is in one group at most
 };
 
 struct SharedArray {
@@ -93,10 +93,10 @@ struct Block {
   std::array<SharedArray, 64> array;
   size_t arrays, static_bytes, dynamic_bytes;
   void* dynamic;
-  char* arena;   // for the static arrays under TSan
+  char* arena;   // memory of the static arrays, under TSan
 };
 
-struct Shape {
+struct LaunchSize {
   dim3 grid, block;
   size_t shared_bytes;
   uint64_t blocks;
@@ -109,8 +109,8 @@ class Schedule {
  public:
   void configure(Order order, unsigned seed, int resident_blocks) {
     order_ = order;
-    random_ = seed * 2654435761u | 1u;   // any but 0
-    // In the other orders a block would run to its end before the next one anyway.
+    random_ = seed * 2654435761u | 1u;   // must not be 0
+    // In the other orders a block runs to its end before the next one starts.
     resident_blocks_ = order == Order::random ? std::clamp(resident_blocks, 1, kMaxResidentBlocks) : 1;
   }
 
@@ -133,9 +133,9 @@ class Schedule {
   }
 
   void push(Thread* thread) { ready_.push_back(thread); }
-  void push_all(Thread* first, unsigned count, unsigned mask = ~0u) {   // mask: where count is a warp's
+  void push_all(Thread* first, unsigned count, unsigned mask = ~0u) {   // mask: selects lanes, if the threads are a warp
     for (unsigned i = 0; i < count; ++i) {
-      const unsigned at = order_ == Order::reverse ? i : count - 1 - i;   // the last one runs first
+      const unsigned at = order_ == Order::reverse ? i : count - 1 - i;   // the last one pushed runs first
       if (count > kLanes || (mask >> at) & 1) ready_.push_back(first + at);
     }
   }
@@ -175,7 +175,7 @@ struct Simulator {
   std::mutex mutex;
   Schedule schedule;
   StackPool stacks;
-  std::vector<std::unique_ptr<Block>> idle;   // their vectors' memory serves again
+  std::vector<std::unique_ptr<Block>> idle;   // reused, with the memory of their vectors
 
   Fiber host;
   void (*run_thread)(void*) = nullptr;
@@ -188,23 +188,23 @@ struct Simulator {
   std::string error;
 };
 
-Simulator& simulator = *new Simulator;   // never destroyed: threads may outlive main()
+Simulator& simulator = *new Simulator;   // never destroyed, because threads may outlive main()
 
 Thread& self() {
   if (!current) outside_kernel();
   return static_cast<Thread&>(*current);
 }
 
-// ---- switches, on a CUDA thread
+// ---- switching fibers, on a CUDA thread
 
-void leave_for(Thread* next, Fiber::Leaving leaving) {   // null: the host
+void leave_for(Thread* next, Fiber::Exit exit_kind) {   // null: the host
   Thread& thread = self();
   if (next == &thread) return;
   current = next;
-  thread.fiber.switch_to(next ? next->fiber : simulator.host, leaving);
+  thread.fiber.switch_to(next ? next->fiber : simulator.host, exit_kind);
 }
 
-void run_next() { leave_for(simulator.schedule.pop(), Fiber::Leaving::to_come_back); }
+void run_next() { leave_for(simulator.schedule.pop(), Fiber::Exit::suspend); }
 
 void wait(Operation operation, unsigned mask, Location location) {
   Thread& thread = self();
@@ -228,20 +228,20 @@ void thread_entry() {
   release(&simulator.end);
   thread.done = true;
   const bool last = ++thread.block->exited == thread.block->threads;
-  leave_for(last ? nullptr : simulator.schedule.pop(), Fiber::Leaving::for_good);
+  leave_for(last ? nullptr : simulator.schedule.pop(), Fiber::Exit::finish);
 }
 
 // ---- blocks, on the host
 
 void* fresh_shared(size_t bytes) {
-  void* const data = std::malloc(bytes);   // each its own: AddressSanitizer finds what is beyond its end
+  void* const data = std::malloc(bytes);   // a separate allocation, so that AddressSanitizer detects overruns
   if (!data) throw std::bad_alloc();
   return std::memset(data, kPoison, bytes);
 }
 
-void start_thread(Block& block, unsigned rank, const Shape& shape, uint64_t index) {
+void start_thread(Block& block, unsigned rank, const LaunchSize& launch, uint64_t index) {
   Thread& thread = block.thread[rank];
-  const dim3 &size = shape.block, &grid = shape.grid;
+  const dim3 &size = launch.block, &grid = launch.grid;
   thread.thread_index = {rank % size.x, rank / size.x % size.y, rank / size.x / size.y};
   thread.block_index = {static_cast<unsigned>(index % grid.x), static_cast<unsigned>(index / grid.x % grid.y),
                         static_cast<unsigned>(index / grid.x / grid.y)};
@@ -257,34 +257,34 @@ void start_thread(Block& block, unsigned rank, const Shape& shape, uint64_t inde
   thread.fiber.prepare(thread.stack, thread_entry, name);
 }
 
-void start_block(const Shape& shape, uint64_t index) {
+void start_block(const LaunchSize& size, uint64_t index) {
   if (simulator.idle.empty()) simulator.idle.push_back(std::make_unique<Block>());
   Block& block = *simulator.resident.emplace_back(std::move(simulator.idle.back()));
   simulator.idle.pop_back();
-  block.threads = shape.threads;
-  block.thread.resize(std::max<size_t>(block.thread.size(), shape.threads));
-  block.warp.resize(std::max<size_t>(block.warp.size(), (shape.threads + kLanes - 1) / kLanes));
+  block.threads = size.threads;
+  block.thread.resize(std::max<size_t>(block.thread.size(), size.threads));
+  block.warp.resize(std::max<size_t>(block.warp.size(), (size.threads + kLanes - 1) / kLanes));
   for (Warp& warp : block.warp) warp.lanes = warp.open = 0;
   block.exited = block.waiting = 0;
   block.barrier = new_tag();
   block.start = new_tag();
   block.arrays = block.static_bytes = 0;
-  block.dynamic_bytes = shape.shared_bytes;
-  block.dynamic = fresh_shared(shape.shared_bytes);
+  block.dynamic_bytes = size.shared_bytes;
+  block.dynamic = fresh_shared(size.shared_bytes);
   block.arena = kFindRaces ? static_cast<char*>(fresh_shared(kMaxStaticShared)) : nullptr;
-  for (unsigned rank = 0; rank < shape.threads; ++rank) {
+  for (unsigned rank = 0; rank < size.threads; ++rank) {
     block.warp[rank / kLanes].lanes |= 1u << (rank % kLanes);
-    start_thread(block, rank, shape, index);
+    start_thread(block, rank, size, index);
   }
   release(block.start);
-  simulator.schedule.push_all(block.thread.data(), shape.threads);
+  simulator.schedule.push_all(block.thread.data(), size.threads);
 }
 
 void drop_block(std::unique_ptr<Block> block) {
   for (unsigned rank = 0; rank < block->threads; ++rank) {
     Thread& thread = block->thread[rank];
     thread.fiber.forget();
-    if (thread.stack) simulator.stacks.give_back(thread.stack);
+    if (thread.stack) simulator.stacks.release_stack(thread.stack);
   }
   if (!kFindRaces)
     for (size_t i = 0; i < block->arrays; ++i) std::free(block->array[i].data);
@@ -303,7 +303,7 @@ void retire_blocks() {
     std::unique_ptr<Block>& block = simulator.resident[i];
     if (block->exited < block->threads) continue;
     if (kFindRaces) {
-      // Until the launch's end: memory used again would look like a race, and a fiber used again would hide one.
+      // Keep it until the launch ends: reused memory would look like a race, and a reused fiber would hide one.
       simulator.finished.push_back(std::move(block));
     } else {
       drop_block(std::move(block));
@@ -312,7 +312,7 @@ void retire_blocks() {
   }
 }
 
-// TSan's runtime has room for some thousand fibers, and the kernel for some ten thousand mappings.
+// TSan's runtime supports some thousand fibers, and the kernel some ten thousand mappings.
 void limit_finished_fibers() {
   if (!kFindRaces || simulator.finished.empty()) return;
   Block& latest = *simulator.finished.back();
@@ -353,18 +353,18 @@ std::string describe_deadlock() {
   return report;
 }
 
-bool is_valid(const Shape& shape) {
-  const dim3 &grid = shape.grid, &block = shape.block;
+bool is_valid(const LaunchSize& size) {
+  const dim3 &grid = size.grid, &block = size.block;
   const uint64_t threads = static_cast<uint64_t>(block.x) * block.y;   // times z could overflow
   return block.x && block.y && block.z && block.z <= kMaxBlockDepth && threads <= kMaxThreads && threads * block.z <= kMaxThreads &&
          grid.x && grid.y && grid.z && grid.x <= kMaxGridWidth && grid.y <= kMaxGridHeight && grid.z <= kMaxGridHeight &&
-         shape.shared_bytes <= kMaxDynamicShared;
+         size.shared_bytes <= kMaxDynamicShared;
 }
 
-void run_blocks(const Shape& shape) {
+void run_blocks(const LaunchSize& size) {
   while (true) {
     while (simulator.schedule.has_block() && simulator.resident.size() < simulator.schedule.resident_blocks())
-      start_block(shape, simulator.schedule.next_block());
+      start_block(size, simulator.schedule.next_block());
     if (simulator.resident.empty()) return;
     Thread* const next = simulator.schedule.pop();
     if (!next) {
@@ -372,14 +372,14 @@ void run_blocks(const Shape& shape) {
       return;
     }
     current = next;
-    simulator.host.switch_to(next->fiber, Fiber::Leaving::to_come_back);
+    simulator.host.switch_to(next->fiber, Fiber::Exit::suspend);
     if (simulator.failed) return;
     retire_blocks();
     limit_finished_fibers();
   }
 }
 
-// Of a launch that failed.
+// After a failed launch.
 void abandon_unfinished_threads() {
   for (auto& block : simulator.resident) {
     for (unsigned rank = 0; rank < block->threads; ++rank) {
@@ -431,7 +431,7 @@ uint64_t combine(const Group& group) {
         result ^= value;
         break;
       default:
-        return 0;   // of a shuffle or __syncwarp
+        return 0;   // shuffles and __syncwarp have no result
     }
   }
   return result;
@@ -467,7 +467,7 @@ void check_mask(const Warp& warp, Operation operation, unsigned mask, unsigned l
 
 }   // namespace
 
-// ---- what simt.h declares
+// ---- functions of simt.h
 
 __thread Coordinates* current = nullptr;
 
@@ -496,16 +496,16 @@ void fail(const char* format, ...) {
   simulator.failed = true;
   thread.done = true;
   release(&simulator.end);
-  leave_for(nullptr, Fiber::Leaving::for_good);
-  std::abort();   // not reached: nobody switches back
+  leave_for(nullptr, Fiber::Exit::finish);
+  std::abort();   // not reached: no fiber switches back
 }
 
 cudaError_t launch(dim3 grid, dim3 block, size_t shared_bytes, void (*run_thread)(void*), void* argument) {
   if (current) fail("launch inside a kernel");
   const std::lock_guard lock(simulator.mutex);
   simulator.error.clear();
-  Shape shape{grid, block, shared_bytes, static_cast<uint64_t>(grid.x) * grid.y * grid.z, block.x * block.y * block.z};
-  if (!is_valid(shape)) {
+  LaunchSize size{grid, block, shared_bytes, static_cast<uint64_t>(grid.x) * grid.y * grid.z, block.x * block.y * block.z};
+  if (!is_valid(size)) {
     char text[256];
     std::snprintf(text, sizeof text,
                   "launch of grid (%u,%u,%u) block (%u,%u,%u) with %zu bytes of shared memory: beyond a device's limits", grid.x,
@@ -513,16 +513,16 @@ cudaError_t launch(dim3 grid, dim3 block, size_t shared_bytes, void (*run_thread
     simulator.error = text;
     return cudaErrorInvalidConfiguration;
   }
-  note_limit_of_tsan(shape.blocks * shape.threads);
+  note_limit_of_tsan(size.blocks * size.threads);
   simulator.run_thread = run_thread;
   simulator.argument = argument;
   simulator.failed = false;
   simulator.host.adopt_host();
   simulator.publications.clear();
-  simulator.schedule.begin(shape.blocks, shape.threads);
-  run_blocks(shape);
+  simulator.schedule.begin(size.blocks, size.threads);
+  run_blocks(size);
   abandon_unfinished_threads();
-  acquire(&simulator.end);   // before their text is read and their memory goes
+  acquire(&simulator.end);   // before reading their error and freeing their memory
   if (simulator.failed) simulator.error = simulator.failure;
   drop_all(simulator.resident);
   drop_all(simulator.finished);
@@ -554,14 +554,14 @@ int barrier(Operation operation, bool predicate, Location location) {
     wait(operation, 0, location);
   }
   acquire(tag);
-  return block.result;   // nobody can be at the next barrier's end yet
+  return block.result;   // still valid: no thread can pass the next barrier before this one returns
 }
 
 int source_lane(Operation operation, unsigned argument, int width, Location location) {
   if (width < 1 || width > warpSize || (width & (width - 1)) != 0)
     fail("%s at %s:%d: width %d is not a power of two up to 32", name(operation), location.file, location.line, width);
   const int lane = static_cast<int>(self().rank % kLanes), first = lane & ~(width - 1), last = first + width - 1;
-  const int distance = static_cast<int>(argument % kLanes);   // the device takes five bits
+  const int distance = static_cast<int>(argument % kLanes);   // the device uses five bits
   switch (operation) {
     case Operation::shuffle_xor:
       return (lane ^ distance) > last ? lane : lane ^ distance;

@@ -1,11 +1,11 @@
-// CUDA C++ kernels run on the CPU, without a GPU or a CUDA toolkit: every CUDA thread is a fiber, all of a launch on one OS thread.
+// Runs CUDA C++ kernels on the CPU, without a GPU or a CUDA toolkit.  Each CUDA thread is a fiber; a launch runs on one OS thread.
 //
-// For tests: correctness, not speed. What it checks by itself are the rules of barriers and of collectives of a warp; under
-// AddressSanitizer also memory (shared memory included), under ThreadSanitizer also races between CUDA threads (simt.cpp says how).
-// It models neither caches, weak memory nor the device's arithmetic: exponentials and logarithms are the host's.
+// This tests correctness, not speed.  It checks the rules of barriers and warp collectives itself, memory (including shared memory)
+// with AddressSanitizer, and races between CUDA threads with ThreadSanitizer (see simt.cpp).  It models neither caches nor weak
+// memory nor the device's arithmetic: exponentials and logarithms are the host's.
 //
-// A kernel's source differs from plain CUDA in this: static shared arrays are SHARED(T, name, N), dynamic shared memory is
-// DYN_SHARED(T, name), launches are gpu::launch(kernel, grid, block, shared_bytes, stream, arguments...).
+// Kernel sources differ from plain CUDA in three ways: static shared arrays are SHARED(T, name, N), dynamic shared memory is
+// DYN_SHARED(T, name), and launches are gpu::launch(kernel, grid, block, shared_bytes, stream, arguments...).
 #pragma once
 #include <math.h>
 
@@ -25,7 +25,7 @@
 #define __align__(bytes) __attribute__((aligned(bytes)))
 #define __shared__ static_assert(false, "write SHARED(T, name, N) or DYN_SHARED(T, name)");
 
-// ---- types, with CUDA's alignments: UBSan then sees a misaligned vector load
+// ---- types, with CUDA's alignments, so that UBSan detects misaligned vector loads
 struct uint3 {
   unsigned x, y, z;
 };
@@ -63,7 +63,7 @@ enum cudaError_t {
   cudaErrorLaunchFailure = 719,
   cudaErrorUnknown = 999,
 };
-const char* cudaGetErrorString(cudaError_t error);   // of a failed launch: simt::last_error()
+const char* cudaGetErrorString(cudaError_t error);   // a failed launch: simt::last_error()
 
 constexpr int warpSize = 32;
 
@@ -73,19 +73,19 @@ namespace simt {
 
 enum class Order { forward, reverse, random };
 
-// How later launches are scheduled. forward, reverse: blocks one after the other, threads in ascending or descending order, each
-// until it must wait. random: `resident_blocks` (up to 16) blocks at a time, any of their threads next, also at every atomic and
-// fence; the same for the same seed and the same launches since. What a correct kernel computes does not depend on it.
+// Sets the schedule of later launches.  forward, reverse: one block after another, its threads in ascending or descending order,
+// each until it must wait.  random: `resident_blocks` (up to 16) blocks at a time, any of their threads next, with preemption at
+// atomics and fences; the same seed and launches give the same order.  A correct kernel computes the same with every schedule.
 void configure(Order order, unsigned seed = 1, int resident_blocks = 1);
 
-// What was wrong with the latest launch; "" where nothing was. Valid until the next launch.
+// The error of the latest launch, or "".  Valid until the next launch.
 const char* last_error();
 
-// Ends the running launch, which returns cudaErrorLaunchFailure, with this text and the calling thread's place as last_error().
-// Outside a kernel it throws std::logic_error.
+// Aborts the running launch, which returns cudaErrorLaunchFailure; last_error() is then this text and the calling thread's index.
+// Throws std::logic_error outside a kernel.
 [[noreturn, gnu::format(printf, 1, 2)]] void fail(const char* format, ...);
 
-// ---- what the CUDA names below are made of
+// ---- the implementation of the CUDA names below
 
 struct Location {
   const char* file;
@@ -128,7 +128,7 @@ inline const Coordinates& coordinates() {
 
 cudaError_t launch(dim3 grid, dim3 block, size_t shared_bytes, void (*run_thread)(void*), void* argument);
 int barrier(Operation operation, bool predicate, Location location);
-// The lanes of `mask` meet; each gets `value` of lane `source`, or where that is negative what the operation makes of all values.
+// Waits for the lanes of `mask`.  Returns `value` of lane `source`, or if that is negative, the operation's result over all values.
 uint64_t collective(Operation operation, unsigned mask, uint64_t value, int source, Location location);
 int source_lane(Operation operation, unsigned argument, int width, Location location);
 void* static_shared(const void* key, size_t bytes);
@@ -159,7 +159,7 @@ inline unsigned vote(Operation operation, unsigned mask, uint64_t value, Locatio
   return static_cast<unsigned>(collective(operation, mask, value, -1, location));
 }
 
-// `Site` is the type of a lambda, thus another one for every SHARED and every instance of a template around it: so is `key`.
+// The type of a lambda, `Site`, differs for every SHARED and every template instance around it; so does the address of `key`.
 template <class T, size_t count, class Site>
 inline T (&static_shared_array(Site)) [count] {
   static_assert(alignof(T) <= 16);
@@ -171,21 +171,21 @@ template <class T>
 struct Same {
   using Type = T;
 };
-template <class T>   // as a parameter's type: T comes from the other parameters
+template <class T>   // for parameters: T is deduced from the other parameters
 using NotDeduced = typename Same<T>::Type;
 
 template <class T, class... Allowed>
 constexpr bool is_one_of = (std::is_same_v<T, Allowed> || ...);
 
 template <class T>
-inline T wrapping_add(T a, T b) {   // as the device adds; a signed overflow would be the host's undefined behaviour
+inline T wrapping_add(T a, T b) {   // as the device does; on the host a signed overflow is undefined
   if constexpr (std::is_integral_v<T>)
     return static_cast<T>(static_cast<std::make_unsigned_t<T>>(a) + static_cast<std::make_unsigned_t<T>>(b));
   else
     return a + b;
 }
 
-// Relaxed, as CUDA's atomics are. Only the types that CUDA takes, lest a kernel compile here alone.
+// Relaxed, as CUDA's atomics are.  Accepts only the types that CUDA accepts, so that no kernel compiles only here.
 template <class... Allowed, class T, class Function>
 inline T read_modify_write(T* address, Function function) {
   static_assert(is_one_of<T, Allowed...>, "CUDA has no such atomic for this type (64 bits: unsigned long long)");
@@ -225,7 +225,7 @@ inline int __syncthreads_or(int predicate, SIMT_HERE) {
 }
 inline void __syncwarp(unsigned mask = 0xffffffffu, SIMT_HERE) { simt::vote(simt::Operation::syncwarp, mask, 0, location); }
 
-// ---- fences. That of a block is not counted as ordering anything between threads, which is stricter than CUDA.
+// ---- fences.  __threadfence_block orders nothing here, which is stricter than CUDA.
 inline void __threadfence() { simt::fence(); }
 inline void __threadfence_block() {}
 
@@ -275,7 +275,7 @@ inline unsigned __reduce_xor_sync(unsigned mask, unsigned value, SIMT_HERE) {
 }
 #undef SIMT_HERE
 
-// ---- atomics: each gives the old value
+// ---- atomics; each returns the old value
 template <class T>
 inline T atomicAdd(T* address, simt::NotDeduced<T> value) {
   return simt::read_modify_write<int, unsigned, unsigned long long, float, double>(
@@ -320,7 +320,7 @@ inline unsigned atomicInc(unsigned* address, unsigned limit) {
   return simt::read_modify_write<unsigned>(address, [=](unsigned old) { return old >= limit ? 0u : old + 1; });
 }
 
-// ---- loads and stores with a cache's hint
+// ---- loads and stores with cache hints
 template <class T>
 inline T __ldg(const T* address) {
   return *address;
@@ -353,7 +353,7 @@ template <class A, class B>
 inline std::common_type_t<A, B> min(A a, B b) {
   using T = std::common_type_t<A, B>;
   const T x = static_cast<T>(a), y = static_cast<T>(b);
-  if constexpr (std::is_floating_point_v<T>) return std::fmin(x, y);   // as on the device: a number beats NaN
+  if constexpr (std::is_floating_point_v<T>) return std::fmin(x, y);   // as on the device: a number wins over NaN
   return y < x ? y : x;
 }
 template <class A, class B>
@@ -364,10 +364,10 @@ inline std::common_type_t<A, B> max(A a, B b) {
   return x < y ? y : x;
 }
 
-// ---- the host's side
+// ---- host functions
 namespace gpu {
 
-// Runs at once, whatever the stream.
+// Runs immediately; ignores the stream.
 template <class... Parameters, class... Arguments>
 inline cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t,
                           Arguments&&... arguments) {

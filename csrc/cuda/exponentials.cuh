@@ -1,6 +1,6 @@
-// Exponentials at the two temperatures, four classes at a time.
+// Exponentials at temperatures T and 1, four classes at a time.  The suffix _1 means temperature 1.
 #pragma once
-#include "cuda/words.cuh"
+#include "cuda/vectors.cuh"
 #include "math/row_stats.h"
 #include "math/temperature.h"
 

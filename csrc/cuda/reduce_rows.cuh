@@ -1,4 +1,4 @@
-// From rows to the loss, in double and in a fixed order.
+// Sums rows to the loss, in double and in a fixed order.
 #pragma once
 #include "cuda/group.cuh"
 #include "cuda/shape.h"
@@ -8,14 +8,14 @@
 namespace kcd::cuda {
 
 struct LossArguments {
-  const void *kl, *cross_entropy, *row_weight;   // the accumulator's type, one a row; row_weight null: 1
+  const void *kl, *cross_entropy, *row_weight;   // accumulator's type, one per row; row_weight null: 1
   const uint8_t* selected;
-  double kd_factor, ce_weight;   // kd_weight T^2
+  double kd_factor, ce_weight;   // kd_factor = kd_weight T^2
   Reduction reduction;
-  double ranks;            // processes whose rows the counts count
-  void* loss;              // the accumulator's type, one number, or one a row for Reduction::none
-  const int64_t* counts;   // rows selected and rows valid, of all ranks; null: they are counted here
-  int64_t* counted;        // where they are written then
+  double ranks;            // processes whose rows the counts include
+  void* loss;              // accumulator's type; one number, or one per row for Reduction::none
+  const int64_t* counts;   // selected rows and valid rows of all ranks; null: count them here
+  int64_t* counts_out;     // out: the counts, if counted here
 };
 
 struct LossSums {
@@ -27,7 +27,7 @@ KCD_DEVICE LossSums sum_over_block(const LossSums& x) {
   return {sum_over_block(x.kd), sum_over_block(x.ce), sum_over_block(x.selected), sum_over_block(x.valid)};
 }
 
-// The sums over rows [begin, end), in the block's first thread.
+// Returns the sums over rows [begin, end) to the block's first thread.
 template <class Real>
 KCD_DEVICE LossSums loss_sums(const Problem& problem, const LossArguments& a, int64_t begin, int64_t end) {
   const Real* row_weight = static_cast<const Real*>(a.row_weight);
@@ -54,8 +54,8 @@ KCD_DEVICE void write_loss(const LossArguments& a, const LossSums& sums) {
     selected = a.counts[0];
     valid = a.counts[1];
   } else {
-    a.counted[0] = selected;
-    a.counted[1] = valid;
+    a.counts_out[0] = selected;
+    a.counts_out[1] = valid;
   }
   if (a.reduction == Reduction::none) return;
   const bool mean = a.reduction == Reduction::mean;
@@ -70,11 +70,11 @@ KCD_DEVICE void reduce_in_block(const Problem& problem, const LossArguments& a) 
   if (threadIdx.x == 0) write_loss<Real>(a, sums);
 }
 
-// Many blocks, each with a slice of the rows; the last one adds up.
+// Each block sums a slice of the rows; the last block adds the slices.
 template <class Real>
-__global__ void __launch_bounds__(kManyThreads)
+__global__ void __launch_bounds__(kLargeBlockThreads)
     reduce_rows(const Problem problem, const LossArguments a, LossSums* block_sums, unsigned* arrived) {
-  const Slice slice = slice_of(problem.rows);
+  const Slice slice = block_slice(problem.rows);
   const LossSums own = loss_sums<Real>(problem, a, slice.begin, slice.end);
   if (threadIdx.x == 0) block_sums[blockIdx.x] = own;
   if (!is_last_block(arrived, gridDim.x)) return;

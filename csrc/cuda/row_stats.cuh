@@ -1,13 +1,13 @@
-// One read of every row: KL, entropies, cross entropy, and what the backward pass needs; the last block to finish selects the rows
-// and writes the loss.
+// Reads every row once and computes KL, entropies, cross entropy and the statistics for the backward pass.  The last block to
+// finish selects the rows and writes the loss.  csrc/math/row_stats.h has the formulas.
 #pragma once
 #include <type_traits>
 
-#include "cuda/formula.cuh"
+#include "cuda/exponentials.cuh"
 #include "cuda/group.cuh"
-#include "cuda/reduce.cuh"
-#include "cuda/rows.cuh"
-#include "cuda/select.cuh"
+#include "cuda/map_rows.cuh"
+#include "cuda/reduce_rows.cuh"
+#include "cuda/select_topk.cuh"
 #include "cuda/shape.h"
 #include "cuda/walk.cuh"
 #include "math/row_outputs.h"
@@ -16,31 +16,31 @@ namespace kcd::cuda {
 
 // ---- sums
 
-// Whether some logit of x reaches the maximum so far; -inf reaches nothing.
+// Whether x is at or above the current maximum, or NaN; false for -inf.
 template <class Real>
-KCD_DEVICE bool reaches(Real x, Real max) {
+KCD_DEVICE bool reaches_max(Real x, Real max) {
   return !(x < max) && x != -Limits<Real>::infinity();
 }
 
-// What an octet's classes add to the products of a row's sums.
+// The sums of products over a few classes.
 template <class Real>
 struct Products {
-  Real dot, cross;   // the student's sum e^dz dz, and the cross sum in units of the difference scale
+  Real dot, cross;   // student's sum e^dz dz; cross sum, in units of difference_scale
 };
 
-// sum e_1 dx, in which a class that is ruled out, -inf, adds 0.
+// sum e_1 dx, where classes masked with -inf add 0.
 template <class Real>
-KCD_DEVICE Real careful_dot(const Real (&e_1)[kQuad], const Real (&dx)[kQuad]) {
+KCD_DEVICE Real masked_dot(const Real (&e_1)[kQuad], const Real (&dx)[kQuad]) {
   Real dot = 0;
 #pragma unroll
-  for (int j = 0; j < kQuad; ++j) dot += e_1[j] * greater_of(dx[j], -Limits<Real>::largest());
+  for (int j = 0; j < kQuad; ++j) dot += e_1[j] * max_number(dx[j], -Limits<Real>::largest());
   return dot;
 }
 
-// sum e^(dy/T) (dy - dz): a class without mass for the teacher adds 0, whatever the student says; one that the student alone rules
-// out makes the divergence infinite, also where the teacher's exponential e underflows; finite masks do not leave the range.
+// sum e^(dy/T) (dy - dz) with masks.  A class without mass for the teacher adds 0 for any student.  A class that only the student
+// masks makes the KL infinite, even if the teacher's exponential e underflows.  Finite masks stay within the float range.
 template <class Real>
-KCD_DEVICE Real careful_cross(const Real (&dz)[kQuad], const Real (&dy)[kQuad], const Real (&e)[kQuad], const Scale<Real>& scale) {
+KCD_DEVICE Real masked_cross(const Real (&dz)[kQuad], const Real (&dy)[kQuad], const Real (&e)[kQuad], const Scale<Real>& scale) {
   Real cross = 0;
 #pragma unroll
   for (int j = 0; j < kQuad; ++j) {
@@ -51,8 +51,8 @@ KCD_DEVICE Real careful_cross(const Real (&dz)[kQuad], const Real (&dy)[kQuad], 
   return cross;
 }
 
-// Adds one network's classes to its tails: e = e^(dx/T), e_1 = e^dx, dx <= 0.  Classes at the maximum are counted instead; where
-// none can be at it, at_maximum is false and nothing needs to tell them apart.
+// Adds one network's classes to its tails: e = e^(dx/T), e_1 = e^dx, dx <= 0.  Classes at the maximum are counted instead of added.
+// With at_maximum = false no class is at the maximum, and the comparison is skipped.
 template <bool at_maximum, class Real>
 KCD_DEVICE void add_tail(const Real (&dx)[kQuad], const Real (&e)[kQuad], Real& tail) {
   Real beside[kQuad];
@@ -67,27 +67,27 @@ KCD_DEVICE void count_maxima(const Real (&dx)[kQuad], Real& ones) {
     if (at_maximum && dx[j] == 0) ones += 1;
 }
 
-// One thread's sums, relative to maxima that its group shares: after the first classes a new maximum is rare, and between two of
-// them the sums are plain.
+// Accumulates one thread's sums, relative to maxima that its group shares.  New maxima become rare after the first classes; between
+// them the sums need no rescaling.
 template <class Real>
-struct Summation {
+struct RowAccumulator {
   const Scale<Real>& scale;
   const Row &student, &teacher;
   const Group& group;
-  bool with_teacher;                     // if not, the teacher's row is the student's
-  const int32_t& with_teacher_entropy;   // bool, where the kernel's arguments lie: a copy would take a register
+  bool with_teacher;                     // if false, `teacher` is the student's row
+  const int32_t& with_teacher_entropy;   // bool; refers to the kernel's arguments, because a copy would take a register
   RowSums<Real>& sums;
 
-  // Whether some logit of the group's classes at hand is at a maximum, to which the sums are moved then.
-  KCD_DEVICE_MEMBER bool reach(Real z_max, Real y_max) const {
-    if (!group.any(reaches(z_max, sums.student.max) || reaches(y_max, sums.teacher.max))) return false;
-    const Real student_max = greater_of(sums.student.max, group.greatest(z_max));
-    const Real teacher_max = greater_of(sums.teacher.max, group.greatest(y_max));
+  // Returns whether any of the group's current logits reaches a maximum; if so, rebases the sums to the new maxima.
+  KCD_DEVICE_MEMBER bool update_maxima(Real z_max, Real y_max) const {
+    if (!group.any(reaches_max(z_max, sums.student.max) || reaches_max(y_max, sums.teacher.max))) return false;
+    const Real student_max = max_number(sums.student.max, group.max(z_max));
+    const Real teacher_max = max_number(sums.teacher.max, group.max(y_max));
     sums = rebase(sums, student_max, teacher_max, scale.units);
     return true;
   }
 
-  // Makes of four logits each what is left of them above the maxima.  Logits that do not exist are -inf and add nothing.
+  // Subtracts the maxima in place.  Logits that do not exist are -inf and add nothing.
   KCD_DEVICE_MEMBER void subtract_maxima(Real (&z)[kQuad], Real (&y)[kQuad]) const {
     const Real m_z = reference(sums.student.max), m_y = reference(sums.teacher.max);
 #pragma unroll
@@ -97,7 +97,7 @@ struct Summation {
     }
   }
 
-  // Adds four classes to the tails, and what they add to the products to `products`.
+  // Adds four classes to the tails, and their products to `products`.
   template <bool at_maximum>
   KCD_DEVICE_MEMBER void add(const Real (&dz)[kQuad], const Real (&dy)[kQuad], Products<Real>& products) const {
     Real e[kQuad], e_1[kQuad];
@@ -122,23 +122,23 @@ struct Summation {
     Real dot = 0;
 #pragma unroll
     for (int j = 0; j < kQuad; ++j) dot += e_1[j] * dy[j];
-    sums.teacher.dot_1 += dot == dot ? dot : careful_dot(e_1, dy);
+    sums.teacher.dot_1 += dot == dot ? dot : masked_dot(e_1, dy);
   }
 
-  // The products once more, with care for masks.
-  KCD_DEVICE_MEMBER void add_carefully(const Real (&dz)[kQuad], const Real (&dy)[kQuad], Products<Real>& products) const {
+  // Computes the products again, with masks.
+  KCD_DEVICE_MEMBER void add_masked(const Real (&dz)[kQuad], const Real (&dy)[kQuad], Products<Real>& products) const {
     Real e[kQuad], e_1[kQuad];
     exponentials(dz, scale, e);
     exponentials_1(dz, e, scale, e_1);
-    products.dot += careful_dot(e_1, dz);
+    products.dot += masked_dot(e_1, dz);
     if (!with_teacher) return;
     exponentials(dy, scale, e);
-    products.cross += careful_cross(dz, dy, e, scale);
+    products.cross += masked_cross(dz, dy, e, scale);
   }
 
-  // Adds what load(quad, z, y) gives for each of kCount quads.
+  // Accumulates kCount quads, each loaded by load(quad, z, y).
   template <int kCount, class Load>
-  KCD_DEVICE_MEMBER void add_all(Real z_max, Real y_max, const Load& load) const {
+  KCD_DEVICE_MEMBER void accumulate(Real z_max, Real y_max, const Load& load) const {
     const auto each = [&](const auto& add) {
       Products<Real> products{};
 #pragma unroll
@@ -151,23 +151,23 @@ struct Summation {
       return products;
     };
     Products<Real> products =
-        reach(z_max, with_teacher ? y_max : -Limits<Real>::infinity())
+        update_maxima(z_max, with_teacher ? y_max : -Limits<Real>::infinity())
             ? each([&](const Real(&dz)[kQuad], const Real(&dy)[kQuad], Products<Real>& sum) { add<true>(dz, dy, sum); })
             : each([&](const Real(&dz)[kQuad], const Real(&dy)[kQuad], Products<Real>& sum) { add<false>(dz, dy, sum); });
-    // Masks are looked for after the fact: 0 * -inf is not a number, and finite masks may leave the range without the scale.
+    // Masks are detected afterwards: 0 * -inf is NaN, and finite masks may overflow without the scale.
     const Real ordinary = sizeof(Real) == 8 ? Real(1e290) : Real(1e30);
     const Real all = products.dot + products.cross;
     if (all < ordinary && all > -ordinary)
       products.cross *= scale.units.difference_scale;
     else
-      products = each([&](const Real(&dz)[kQuad], const Real(&dy)[kQuad], Products<Real>& sum) { add_carefully(dz, dy, sum); });
+      products = each([&](const Real(&dz)[kQuad], const Real(&dy)[kQuad], Products<Real>& sum) { add_masked(dz, dy, sum); });
     sums.student.dot_1 += products.dot;
     sums.cross += products.cross;
   }
 
   template <Type kType>
-  KCD_DEVICE_MEMBER void octets(const Octet& z, const Octet& y, int, int, int) const {
-    add_all<kQuads<kType>>(greatest<kType>(z), greatest<kType>(y), [&](int quad, Real(&z_quad)[kQuad], Real(&y_quad)[kQuad]) {
+  KCD_DEVICE_MEMBER void vectors(const VectorPair& z, const VectorPair& y, int, int, int) const {
+    accumulate<kQuadsPerPair<kType>>(max_of<kType>(z), max_of<kType>(y), [&](int quad, Real(&z_quad)[kQuad], Real(&y_quad)[kQuad]) {
       unpack<kType>(z, quad, z_quad);
       unpack<kType>(y, quad, y_quad);
     });
@@ -177,7 +177,7 @@ struct Summation {
     Real z[kQuad], y[kQuad];
     load_quad(student, c, n, z);
     load_quad(teacher, c, n, y);
-    add_all<1>(greatest(z), greatest(y), [&](int, Real(&z_quad)[kQuad], Real(&y_quad)[kQuad]) {
+    accumulate<1>(max_of(z), max_of(y), [&](int, Real(&z_quad)[kQuad], Real(&y_quad)[kQuad]) {
 #pragma unroll
       for (int j = 0; j < kQuad; ++j) z_quad[j] = z[j], y_quad[j] = y[j];
     });
@@ -187,7 +187,7 @@ struct Summation {
 // ---- the kernel
 
 template <class Real>
-struct ForwardArguments {
+struct RowStatsArguments {
   Problem problem;
   RowOutputs outputs;
   Scale<Real> scale;
@@ -195,60 +195,60 @@ struct ForwardArguments {
   int32_t with_teacher_entropy;   // bool
 
   Value value;          // what rows are ranked by
-  void* ranked;         // where that is written
-  uint8_t* candidate;   // null: not asked for
+  void* ranked;         // out: those values
+  uint8_t* candidate;   // null: not requested
   const void* score;    // for Value::score
 
-  RowSums<Real>* pieces;     // (rows, parts), where parts > 1
-  unsigned* parts_arrived;   // a counter a row, 0
-  bool with_loss;            // whether the last block selects and reduces
+  RowSums<Real>* pieces;     // (rows, parts), if parts > 1
+  unsigned* parts_arrived;   // one counter per row, initially 0
+  bool fused_loss;           // the last block selects and reduces
   Ranking ranking;
   Selection selection;
   LossArguments loss;
-  unsigned* blocks_arrived;   // a counter, 0
+  unsigned* blocks_arrived;   // a counter, initially 0
 };
 
-// Where a row's threads meet: the row's sums in the first thread of the row.
+// Merges the sums of a row's threads; the first thread of the row gets the result.
 template <class Real>
 KCD_DEVICE RowSums<Real> merge_threads(RowSums<Real> sums, const Group& group, int row_threads, bool has_row,
                                        const Units<Real>& units) {
   if (has_row) sums = group.merge(sums, units);
   if (row_threads <= kWarp) return sums;
-  SHARED(RowSums<Real>, of_warp, kManyThreads / kWarp);
+  SHARED(RowSums<Real>, warp_sums, kLargeBlockThreads / kWarp);
   const int thread = static_cast<int>(threadIdx.x), warp = thread / kWarp, lane = thread % kWarp, warps = row_threads / kWarp;
-  if (lane == 0) of_warp[warp] = sums;
+  if (lane == 0) warp_sums[warp] = sums;
   __syncthreads();
-  if (warp % warps == 0 && has_row) sums = group.merge(lane < warps ? of_warp[warp + lane] : no_sums<Real>(), units);
+  if (warp % warps == 0 && has_row) sums = group.merge(lane < warps ? warp_sums[warp + lane] : empty_sums<Real>(), units);
   return sums;
 }
 
-// Where a row's blocks meet: true in the one that came last, whose first warp then holds the sums of all.
+// Merges the parts of a row.  Returns true in the block that arrives last; its first warp then has the sums of all.
 template <class Real>
-KCD_DEVICE bool merge_parts(const ForwardArguments<Real>& a, int64_t row, int part, RowSums<Real>& sums) {
+KCD_DEVICE bool merge_parts(const RowStatsArguments<Real>& a, int64_t row, int part, RowSums<Real>& sums) {
   SHARED(bool, last, 1);
   RowSums<Real>* pieces = a.pieces + row * a.parts;
   if (threadIdx.x == 0) {
     pieces[part] = sums;
-    __threadfence();   // the piece is visible before its arrival is
+    __threadfence();   // the piece becomes visible before its arrival
     last[0] = atomicAdd(a.parts_arrived + row, 1u) == static_cast<unsigned>(a.parts) - 1;
-    __threadfence();   // the others' pieces are read after their arrivals were
+    __threadfence();   // the others' pieces are read after their arrivals
   }
   __syncthreads();
   if (!last[0]) return false;
   const int lane = static_cast<int>(threadIdx.x);
-  if (lane < kWarp) sums = Group{kWholeWarp}.merge(lane < a.parts ? pieces[lane] : no_sums<Real>(), a.scale.units);
+  if (lane < kWarp) sums = Group{kFullMask}.merge(lane < a.parts ? pieces[lane] : empty_sums<Real>(), a.scale.units);
   return true;
 }
 
-// The cross sum once more, against the row's maxima, by a group of the row's threads: what was infinite against a maximum of the
-// way there may vanish against the greatest.
+// Recomputes the cross sum against the final maxima, with one group of the row's threads: a term that was infinite against an
+// intermediate maximum may vanish against the final one.
 template <class Real>
-KCD_DEVICE Real cross_of_row(const ForwardArguments<Real>& a, int64_t i, const Group& group, const RowSums<Real>& sums) {
+KCD_DEVICE Real recompute_cross(const RowStatsArguments<Real>& a, int64_t i, const Group& group, const RowSums<Real>& sums) {
   const Problem& p = a.problem;
   const Row student = row_of(p.student, i), teacher = row_of(p.teacher, p.teacher_row_of(i));
   const int classes = static_cast<int>(p.classes), lanes = group.lanes();
   Real cross = 0;
-  for (int c = thread_of_row(lanes) * kQuad; c < classes; c += lanes * kQuad) {
+  for (int c = thread_in_row(lanes) * kQuad; c < classes; c += lanes * kQuad) {
     Real z[kQuad], y[kQuad], e[kQuad];
     load_quad(student, c, classes - c, z);
     load_quad(teacher, c, classes - c, y);
@@ -258,14 +258,14 @@ KCD_DEVICE Real cross_of_row(const ForwardArguments<Real>& a, int64_t i, const G
       y[j] -= reference(sums.teacher.max);
     }
     exponentials(y, a.scale, e);
-    cross += careful_cross(z, y, e, a.scale);
+    cross += masked_cross(z, y, e, a.scale);
   }
   return group.sum(cross);
 }
 
-// What one row says in the end, by one thread.
+// Writes a row's results; called by one thread.
 template <class Real>
-KCD_DEVICE void finish_row(const ForwardArguments<Real>& a, int64_t i, const RowSums<Real>& sums) {
+KCD_DEVICE void finish_row(const RowStatsArguments<Real>& a, int64_t i, const RowSums<Real>& sums) {
   const Problem& p = a.problem;
   const int64_t teacher_row = p.teacher_row_of(i);
   const bool valid = p.valid(i), with_teacher = valid && teacher_row >= 0;
@@ -290,46 +290,47 @@ KCD_DEVICE void finish_row(const ForwardArguments<Real>& a, int64_t i, const Row
   static_cast<Real*>(a.ranked)[i] = ranked(candidate, value, row.entropy, row.kl);
 }
 
-// Where a thread stands.
-struct Place {
-  int row;       // may be past the last one
-  Group group;   // of the row's threads those in this warp
+// The row of a thread, and the threads of its warp that share the row.
+struct RowGroup {
+  int row;   // may be past the last row
+  Group group;
 };
 
-KCD_DEVICE Place place_of(int row_threads) {
+KCD_DEVICE RowGroup row_group(int row_threads) {
   const int thread = thread_index(), block_rows = static_cast<int>(blockDim.x) / row_threads;
   return {static_cast<int>(blockIdx.x) * block_rows + thread / row_threads,
           group_of(thread, row_threads < kWarp ? row_threads : kWarp)};
 }
 
-// The sums of the calling thread's share of a row, relative to maxima that the group shares.
+// Returns the sums over the calling thread's classes, relative to maxima that its group shares.
 template <class Real>
-KCD_DEVICE RowSums<Real> sum_share(const ForwardArguments<Real>& a) {
+KCD_DEVICE RowSums<Real> accumulate_row(const RowStatsArguments<Real>& a) {
   const Problem& p = a.problem;
-  const Place place = place_of(a.row_threads);
-  RowSums<Real> sums = no_sums<Real>();
-  if (place.row >= p.rows || !p.valid(place.row)) return sums;
-  const int64_t teacher_row = p.teacher_row_of(place.row);
-  const Row student = row_of(p.student, place.row), teacher = teacher_row >= 0 ? row_of(p.teacher, teacher_row) : student;
-  const Summation<Real> summation{a.scale, student, teacher, place.group, teacher_row >= 0, a.with_teacher_entropy, sums};
-  const Part part = part_of(student, static_cast<int>(p.classes), static_cast<int>(blockIdx.y), a.parts);
-  walk<Real>(student, teacher, part, a.row_threads, summation);
+  const RowGroup position = row_group(a.row_threads);
+  RowSums<Real> sums = empty_sums<Real>();
+  if (position.row >= p.rows || !p.valid(position.row)) return sums;
+  const int64_t teacher_row = p.teacher_row_of(position.row);
+  const Row student = row_of(p.student, position.row), teacher = teacher_row >= 0 ? row_of(p.teacher, teacher_row) : student;
+  const RowAccumulator<Real> accumulator{a.scale, student, teacher, position.group, teacher_row >= 0, a.with_teacher_entropy, sums};
+  const RowPart part = row_part(student, static_cast<int>(p.classes), static_cast<int>(blockIdx.y), a.parts);
+  walk<Real>(student, teacher, part, a.row_threads, accumulator);
   return sums;
 }
 
 template <class Real>
-__global__ void __launch_bounds__(sizeof(Real) == 8 ? kThreads : kManyThreads, 1) forward_rows(const ForwardArguments<Real> a) {
-  RowSums<Real> sums = sum_share(a);
-  const Place place = place_of(a.row_threads);
-  const bool has_row = place.row < a.problem.rows;
-  sums = merge_threads(sums, place.group, a.row_threads, has_row, a.scale.units);
-  if (a.parts > 1 && !merge_parts(a, place.row, static_cast<int>(blockIdx.y), sums)) return;
-  // The row's first group, all of whose threads hold the sums.
-  if (has_row && thread_of_row(a.row_threads) < kWarp && sums.cross == Limits<Real>::infinity())
-    sums.cross = cross_of_row(a, place.row, place.group, sums);
-  if (has_row && thread_of_row(a.row_threads) == 0) finish_row(a, place.row, sums);
+__global__ void __launch_bounds__(sizeof(Real) == 8 ? kBlockThreads : kLargeBlockThreads, 1)
+    forward_rows(const RowStatsArguments<Real> a) {
+  RowSums<Real> sums = accumulate_row(a);
+  const RowGroup position = row_group(a.row_threads);
+  const bool has_row = position.row < a.problem.rows;
+  sums = merge_threads(sums, position.group, a.row_threads, has_row, a.scale.units);
+  if (a.parts > 1 && !merge_parts(a, position.row, static_cast<int>(blockIdx.y), sums)) return;
+  // All threads of the row's first group have the sums.
+  if (has_row && thread_in_row(a.row_threads) < kWarp && sums.cross == Limits<Real>::infinity())
+    sums.cross = recompute_cross(a, position.row, position.group, sums);
+  if (has_row && thread_in_row(a.row_threads) == 0) finish_row(a, position.row, sums);
 
-  if (!a.with_loss || !is_last_block(a.blocks_arrived, gridDim.x)) return;
+  if (!a.fused_loss || !is_last_block(a.blocks_arrived, gridDim.x)) return;
   select_in_block(a.ranking, a.selection);
   reduce_in_block<Real>(a.problem, a.loss);
 }
