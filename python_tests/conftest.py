@@ -9,7 +9,7 @@ import pytest
 # Files whose tests share what is costly to make: of pytest-xdist's workers one gets them all.
 TOGETHER = {
     f"test_{name}.py"
-    for name in ("checkpoint", "cli", "commands", "evaluation", "group", "plain_library", "report", "static_checks")
+    for name in ("checkpoint", "cli", "commands", "evaluation", "group", "report", "static_checks", "wheel")
 }
 PROCESSORS = len(os.sched_getaffinity(0))
 # Set before torch is imported, which reads it; processes that tests start inherit it.
