@@ -1,4 +1,4 @@
-"""What all tests share: the processors of a worker, and fixtures of many rooms."""
+"""Settings of all tests: threads and scheduling of workers, and shared fixtures."""
 
 import os
 from collections.abc import Iterator
@@ -6,50 +6,50 @@ from pathlib import Path
 
 import pytest
 
-# Files whose tests share what is costly to make: of pytest-xdist's workers one gets them all.
-TOGETHER = {
+# Files whose tests share costly fixtures: one worker of pytest-xdist runs all tests of such a file.
+SINGLE_WORKER_FILES = {
     f"test_{name}.py"
     for name in ("checkpoint", "cli", "commands", "evaluation", "group", "report", "static_checks", "wheel")
 }
 PROCESSORS = len(os.sched_getaffinity(0))
-# Set before torch is imported, which reads it; processes that tests start inherit it.
+# torch reads OMP_NUM_THREADS on import. Child processes inherit it.
 _share = max(1, PROCESSORS // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
-_given = os.environ.get("OMP_NUM_THREADS", "")
-os.environ["OMP_NUM_THREADS"] = str(min(int(_given), _share) if _given.isdigit() else _share)
+_requested = os.environ.get("OMP_NUM_THREADS", "")
+os.environ["OMP_NUM_THREADS"] = str(min(int(_requested), _share) if _requested.isdigit() else _share)
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """Return a worker for each processor, at most 8: a worker imports torch, which takes memory."""
+    """Return one worker per processor, at most 8: every worker imports torch, which takes memory."""
     return min(8, PROCESSORS)
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log):
-    """Return a scheduler that keeps the files of TOGETHER together, and gives any other test to whichever worker is free."""
+    """Return a scheduler that keeps SINGLE_WORKER_FILES on one worker each and gives other tests to any free worker."""
     from xdist.scheduler import LoadScopeScheduling
 
     class ByFile(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.split("::")[0]
-            return file if Path(file).name in TOGETHER else nodeid
+            return file if Path(file).name in SINGLE_WORKER_FILES else nodeid
 
     return ByFile(config, log)
 
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
-    """Networks of a few weights on two threads only wait for each other."""
+    """Run a test on one thread: with networks this small, threads only wait for each other."""
     import torch
 
-    before = torch.get_num_threads()
+    previous = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
-    torch.set_num_threads(before)
+    torch.set_num_threads(previous)
 
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty working directory."""
+    """Change to an empty working directory and return it."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
