@@ -91,8 +91,8 @@ def test_eager_and_exact_losses_equal_the_reference(ignored):
     import kcd_ext.reference
 
     torch.manual_seed(0)
-    given = Rotation(Shape(37, 11, torch.float64, ignored), 1, "cpu")
-    student, teacher, labels = given.students[0].requires_grad_(), given.teachers[0], given.labels[0]
+    inputs = Rotation(Shape(37, 11, torch.float64, ignored), 1, "cpu")
+    student, teacher, labels = inputs.students[0].requires_grad_(), inputs.teachers[0], inputs.labels[0]
     assert labels is None or (labels == -100).sum() == round(37 * ignored)
     for keep in (1.0, 0.7, 0.2):
         want = kcd_ext.reference.condensed_kd_loss(student, teacher, labels=labels, keep=keep)
