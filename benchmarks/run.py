@@ -1,16 +1,18 @@
-"""The whole job, forward and backward, against PyTorch, with its floor: python benchmarks/run.py [--short]
+"""Measure kcd_ext against PyTorch, forward and backward, with the floor of each time.
 
-The job: KL at temperature 4, the student's entropy, the top 70 % of the rows by it, the mean of their KL, the gradient.  Medians
-and, in parentheses, the middle half of rounds in which the candidates take turns, in one process; every candidate's loss is
-compared with float64 before.  A first look takes half a minute:
+The job: KL at temperature 4, the student's entropy, the top 70 % of the rows by entropy, the mean of their KL, and the gradient.
+Before the timing, every candidate's loss is compared with float64. All candidates take turns in one process. A time is a median,
+with the quartiles in parentheses.
+
+A first look takes half a minute:
 
     python benchmarks/run.py --short
 
-and everything that there is to say of a machine, into files:
+A full measurement of a machine, written to files:
 
     python benchmarks/run.py --sweep rows classes dtype keep threads --output benchmarks/results
 
-Ratios may be compared between machines; times may not.
+Compare ratios between machines, not times.
 """
 
 import argparse
@@ -22,7 +24,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from harness import candidates, memory, places, plot, report
+from harness import candidates, guard, memory, places, plot, report
 from harness.device import Device
 from harness.devices import DEVICES
 from harness.loop import Benchmark
@@ -37,8 +39,8 @@ SMALL = Shape(8, 10)
 NEVER, TABLE, EVERYWHERE = "never", "table", "everywhere"
 
 
-def checked(parse: Callable[[str], object]) -> Callable[[str], object]:
-    """What argparse takes as a type: its own word for a ValueError would hide the message."""
+def argparse_type(parse: Callable[[str], object]) -> Callable[[str], object]:
+    """Wrap a parser for argparse, which would hide the message of a ValueError."""
 
     def parsed(text: str) -> object:
         try:
@@ -49,24 +51,28 @@ def checked(parse: Callable[[str], object]) -> Callable[[str], object]:
     return parsed
 
 
-def arguments() -> argparse.Namespace:
-    """Of the command line."""
+def parse_arguments() -> argparse.Namespace:
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    shape = {"nargs": "*", "metavar": "ROWSxCLASSES[:DTYPE][:labels=FRACTION]", "type": checked(Shape.parse)}
+    shape = {"nargs": "*", "metavar": "ROWSxCLASSES[:DTYPE][:labels=FRACTION]", "type": argparse_type(Shape.parse)}
     parser.add_argument("--device", choices=DEVICES, default="cpu")
-    parser.add_argument("--threads", type=int, help="of the CPU (torch's own number)")
+    parser.add_argument("--threads", type=int, help="number of CPU threads (default: torch's)")
     parser.add_argument(
-        "--shapes", **shape, help=f"of the main table ({' '.join(map(str, FULL.shapes))}); none: no table"
+        "--shapes",
+        **shape,
+        help=f"shapes of the main table (default: {' '.join(map(str, FULL.shapes))}); no shape: no table",
     )
     parser.add_argument(
         "--labels",
-        type=checked(places.fraction),
+        type=argparse_type(places.fraction),
         metavar="FRACTION",
-        help="labels at every shape, with so many rows ignored",
+        help="add labels to every shape, with this fraction of rows ignored",
     )
-    parser.add_argument("--sweep", nargs="+", choices=places.SWEEPS, default=[], help="tables of their own")
+    parser.add_argument("--sweep", nargs="+", choices=places.SWEEPS, default=[], help="add a table for each")
     parser.add_argument(
-        "--memory", **shape, help=f"where memory is measured ({' '.join(map(str, FULL.memory))}); none: nowhere"
+        "--memory",
+        **shape,
+        help=f"shapes whose peak memory is measured (default: {' '.join(map(str, FULL.memory))}); no shape: none",
     )
     parser.add_argument(
         "--compile",
@@ -74,14 +80,20 @@ def arguments() -> argparse.Namespace:
         choices=(NEVER, TABLE, EVERYWHERE),
         default=TABLE,
         const=EVERYWHERE,
-        help="where torch.compile is measured, which takes 2 to 20 s a shape: in the main table and at 8 × 10 (%(default)s),"
-        " in sweeps too (%(const)s, also without a word), or not at all",
+        help="when to measure torch.compile, which takes 2 to 20 s per shape: `table` in the main table and at 8 × 10"
+        " (default: %(default)s), `everywhere` in sweeps too (--compile without a value: %(const)s), `never`",
     )
     parser.add_argument(
-        "--short", action="store_true", help=f"half a minute: {' '.join(map(str, SHORT.shapes))}, no memory"
+        "--short", action="store_true", help=f"take half a minute: {' '.join(map(str, SHORT.shapes))}, no memory"
     )
-    parser.add_argument("--seconds", type=float, help=f"at each shape ({FULL.seconds}; --short {SHORT.seconds})")
-    parser.add_argument("--output", type=Path, metavar="FOLDER", help="for NAME.md, NAME.json and NAME.svg")
+    parser.add_argument("--seconds", type=float, help=f"seconds per shape ({FULL.seconds}; --short {SHORT.seconds})")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="FOLDER",
+        help=f"write NAME.md, NAME.json and NAME.svg, and update {guard.FILE}, which `pytest -m speed` reads;"
+        f" in benchmarks/results git tracks only *.md and {guard.FILE}",
+    )
     options = parser.parse_args()
     extent = SHORT if options.short else FULL
     options.shapes = extent.shapes if options.shapes is None else options.shapes
@@ -92,18 +104,18 @@ def arguments() -> argparse.Namespace:
     if not 0 < options.seconds < math.inf:
         parser.error(f"--seconds must be a number > 0, got {options.seconds}")
     if options.threads is not None and options.threads < 1:
-        parser.error(f"--threads must be >= 1, got {options.threads}")
+        parser.error(f"--threads must be an integer >= 1, got {options.threads}")
     return options
 
 
 class Run:
-    """All tables of one command."""
+    """The tables of one command."""
 
     def __init__(self, options: argparse.Namespace, device: Device) -> None:
         self.options, self.device = options, device
         self.candidates, self.absent = device.candidates()
-        self.parts: list[str] = []
-        self.faults: list[str] = []
+        self.paragraphs: list[str] = []
+        self.failures: list[str] = []
         self.result = {
             "benchmark": device.kind,
             "name": device.name,
@@ -115,12 +127,12 @@ class Run:
         }
 
     def add(self, text: str) -> None:
-        """Print a paragraph, a heading or a table, which `write` also writes."""
-        self.parts.append(text)
+        """Print a paragraph, a heading or a table, and keep it for `write`."""
+        self.paragraphs.append(text)
         print(text, end="\n\n", flush=True)
 
     def measure(self) -> None:
-        """Everything that was asked for, to stdout."""
+        """Measure everything that was requested and print it."""
         self.add(f"# {self.device.name}")
         self.add(report.facts(self.result["facts"]))
         if self.options.shapes:
@@ -131,27 +143,27 @@ class Run:
         if self.options.memory:
             self._memory()
 
-    def _chosen(self, everyone: list[candidates.Candidate], compiled: bool) -> list[candidates.Candidate]:
+    def _select(self, everyone: list[candidates.Candidate], compiled: bool) -> list[candidates.Candidate]:
         return [candidate for candidate in everyone if compiled or not candidate.compiles]
 
-    def _benchmark(self, some: list[Place], everyone: list[candidates.Candidate], compiled: bool) -> dict:
-        """Figures; torch.compile's where it is wanted."""
+    def _benchmark(self, cases: list[Place], everyone: list[candidates.Candidate], compiled: bool) -> dict:
+        """Return the figures of the candidates; torch.compile's only if `compiled`."""
         benchmark = Benchmark(
             self.device,
-            some,
-            self._chosen(everyone, compiled),
+            cases,
+            self._select(everyone, compiled),
             absent=self.absent,
             seconds=self.options.seconds,
             report=lambda line: print(line, file=sys.stderr, flush=True),
         )
         benchmark.measure()
         good, verdict = benchmark.verdict()
-        self.faults += [] if good else [verdict]
+        self.failures += [] if good else [verdict]
         return benchmark.figures
 
     def _main_table(self) -> None:
         compiled = self.options.compile != NEVER
-        everyone = [*self.candidates, candidates.least()]  # the way through autograd is a floor of small calls
+        everyone = [*self.candidates, candidates.autograd_overhead()]  # autograd is a floor of small calls
         figures = self._benchmark([Place(shape) for shape in self.options.shapes], everyone, compiled)
         self.result |= {"ratios": report.ratios(figures), "figures": figures}
         for direction in (BOTH, FORWARD):
@@ -167,46 +179,45 @@ class Run:
     def _overhead(self) -> None:
         compiled = self.options.compile == EVERYWHERE or (self.options.compile == TABLE and not self.options.short)
         everyone = [candidate for candidate in self.candidates if not candidate.inplace]
-        figures = self._benchmark([Place(SMALL)], [*everyone, candidates.least()], compiled)
+        figures = self._benchmark([Place(SMALL)], [*everyone, candidates.autograd_overhead()], compiled)
         self.result["overhead"] = figures
-        self.add(f"## What a call costs: {SMALL.rows} × {SMALL.classes}, µs")
+        self.add(f"## The cost of a call: {SMALL.rows} × {SMALL.classes}, µs")
         self.add(report.overhead(figures))
 
     def _sweep(self, name: str) -> dict:
         everyone = [candidate for candidate in self.candidates if not candidate.inplace]
-        some = places.SWEEPS[name](self.device.threads or 1)
-        figures = self._benchmark(some, everyone, self.options.compile == EVERYWHERE)
+        cases = places.SWEEPS[name](self.device.threads or 1)
+        figures = self._benchmark(cases, everyone, self.options.compile == EVERYWHERE)
         self.add(f"## Over {name}: forward + backward, µs")
         self.add(report.times(figures, BOTH))
         return figures
 
     def _memory(self) -> None:
-        chosen = self._chosen(self.candidates, self.options.compile != NEVER)
-        rows = [row for shape in self.options.memory for row in memory.peaks(self.device, shape, chosen)]
+        selected = self._select(self.candidates, self.options.compile != NEVER)
+        rows = [row for shape in self.options.memory for row in memory.peaks(self.device, shape, selected)]
         self.result["memory"] = rows
         self.add("## Memory of a call")
         self.add(report.memory(rows))
-        self.add("At the peak, beyond the inputs, each in a fresh process that keeps no buffer from call to call.")
+        self.add("The peak beyond the inputs. Each call has a fresh process, which keeps no buffer between calls.")
 
     def write(self, folder: Path) -> None:
-        """NAME.md, NAME.json and, where matplotlib is there, NAME.svg."""
+        """Write NAME.md, NAME.json and, if matplotlib is installed, NAME.svg, and record the ratios for the speed guard."""
         folder.mkdir(parents=True, exist_ok=True)
         base = folder / self.device.name
         rows = [row for row in self.result.get("figures", {}).get("rows", []) if row["ignored"] is None]
-        if not any(row["status"] == MEASURED for row in rows):
-            pass
-        elif importlib.util.find_spec("matplotlib") is None:
-            self.add("No plot: matplotlib is not installed (the extra `train` has it).")
-        else:
-            plot.draw(rows, f"{self.device.name}, keep {places.KEEP}", Path(f"{base}.svg"))
-            self.add(f"![time against bytes]({self.device.name}.svg)")
+        if any(row["status"] == MEASURED for row in rows):
+            if importlib.util.find_spec("matplotlib") is None:
+                print("No plot: matplotlib is not installed (pip install kcd-ext[train])", file=sys.stderr)
+            else:
+                plot.draw(rows, f"{self.device.name}, keep {places.KEEP}", Path(f"{base}.svg"))
         write_json(Path(f"{base}.json"), self.result)
-        Path(f"{base}.md").write_text("\n\n".join(self.parts) + "\n")
+        guard.record(folder, self.result)
+        Path(f"{base}.md").write_text("\n\n".join(self.paragraphs) + "\n")
 
 
 def main() -> int:
-    """Exit status: 0, or 1 where ours failed or nothing was measured."""
-    options = arguments()
+    """Return the exit status: 0, or 1 if kcd_ext failed or nothing was measured."""
+    options = parse_arguments()
     started = time.monotonic()
     if options.threads is not None:
         torch.set_num_threads(options.threads)
@@ -216,9 +227,9 @@ def main() -> int:
     run.result["seconds"] = round(time.monotonic() - started, 1)
     if options.output is not None:
         run.write(options.output)
-    for fault in run.faults:
-        print(fault, file=sys.stderr)
-    return 1 if run.faults else 0
+    for failure in run.failures:
+        print(failure, file=sys.stderr)
+    return 1 if run.failures else 0
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ import pytest
 
 # Files whose tests share costly fixtures: one worker of pytest-xdist runs all tests of such a file.
 SINGLE_WORKER_FILES = {
-    f"test_{name}.py" for name in ("checkpoint", "cli", "commands", "evaluation", "group", "report", "static_checks")
+    f"test_{name}.py"
+    for name in ("checkpoint", "cli", "commands", "evaluation", "group", "report", "static_checks", "wheel")
 }
 PROCESSORS = len(os.sched_getaffinity(0))
 # torch reads OMP_NUM_THREADS on import. Child processes inherit it.

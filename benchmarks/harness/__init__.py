@@ -1,5 +1,5 @@
-"""The benchmark harness: one loop, one set of candidates, one report for every kind of device.
+"""The benchmark harness: one measuring loop, one set of candidates and one report for every kind of device.
 
-`benchmarks/run.py` is its door; `benchmarks/gpu` uses it for its section benchmarks.  What differs between kinds of devices is one
-class each: `cpu.Cpu`, `cuda.Cuda`.
+`benchmarks/run.py` is its command line; `benchmarks/gpu` uses it for its section benchmarks. Each kind of device is one class:
+`cpu.Cpu`, `cuda.Cuda`.
 """

@@ -1,5 +1,5 @@
-// What this processor reaches: bytes moved by a triad, exponentials by csrc/cpu/vector.h.  harness/ceilings.py compiles it for the
-// instruction set that the kernels use.
+// The rates that this processor reaches: bytes moved by a triad, and exponentials of csrc/cpu/vector.h.  harness/ceilings.py
+// compiles this file for the instruction set of the kernels.
 #include "cpu/vector.h"
 
 #include <algorithm>
@@ -14,7 +14,7 @@ namespace {
 using Clock = std::chrono::steady_clock;
 double seconds_since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
 
-// body(thread) on so many threads, this one among them.
+// Runs body(thread) on `threads` threads, including this one.
 template <class Body>
 void on_threads(int threads, const Body& body) {
   std::vector<std::thread> others;
@@ -23,7 +23,7 @@ void on_threads(int threads, const Body& body) {
   for (std::thread& other : others) other.join();
 }
 
-// Waits until all threads have come here as often as this one.
+// Blocks until every thread has called wait() as often as this one.
 class Barrier {
  public:
   explicit Barrier(int threads) : threads_(threads) {}
@@ -50,7 +50,7 @@ void add(const float* a, const float* b, float* c, int64_t n) {
   stream_fence();
 }
 
-// The median of several repetitions.
+// Returns the median seconds of several repetitions.
 template <bool streaming>
 double triad(const float* a, const float* b, float* c, int64_t n, int threads, int repetitions) {
   std::vector<double> seconds(static_cast<size_t>(repetitions));
@@ -72,7 +72,7 @@ double triad(const float* a, const float* b, float* c, int64_t n, int threads, i
 
 template <class Real>
 double exponentials(int threads, double seconds) {
-  constexpr int64_t kElements = 8192 / sizeof(Real);   // with the results half of a first-level cache
+  constexpr int64_t kElements = 8192 / sizeof(Real);   // with the results, half of a first-level cache
   constexpr int kTimes = 64;
   std::vector<double> rates(static_cast<size_t>(threads));
   on_threads(threads, [&](int thread) {
@@ -95,12 +95,12 @@ double exponentials(int threads, double seconds) {
 }   // namespace
 }   // namespace kcd
 
-// Seconds of c = a + b: the lesser of writing c through the caches and past them.
+// Returns the seconds of c = a + b, with stores through the caches or past them, whichever is faster.
 extern "C" double triad_seconds(const float* a, const float* b, float* c, int64_t n, int threads, int repetitions) {
   return std::min(kcd::triad<false>(a, b, c, n, threads, repetitions), kcd::triad<true>(a, b, c, n, threads, repetitions));
 }
 
-// On all threads together, for about so many seconds.
+// Returns the rate of all threads together, measured for about `seconds` seconds.
 extern "C" double exponentials_per_second(bool in_double, int threads, double seconds) {
   return in_double ? kcd::exponentials<double>(threads, seconds) : kcd::exponentials<float>(threads, seconds);
 }

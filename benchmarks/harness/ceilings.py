@@ -1,4 +1,4 @@
-"""Compiles ceilings.cpp for the instruction set that the kernels use, with their flags, and calls it."""
+"""Compiles `ceilings.cpp` with the kernels' flags for the instruction set in use, and calls it."""
 
 import ctypes
 import os
@@ -16,21 +16,21 @@ REPETITIONS = 3
 
 
 class NoCompilerError(Exception):
-    """ceilings.cpp could not be compiled here."""
+    """ceilings.cpp cannot be compiled on this machine."""
 
 
-def flags(instruction_set: str, cmake: str) -> list[str]:
-    """The compiler's for a kernel, read off csrc/CMakeLists.txt."""
+def compiler_flags(instruction_set: str, cmake: str) -> list[str]:
+    """Return the compiler flags of a kernel, parsed from the text of csrc/CMakeLists.txt."""
     common = re.search(r"target_compile_options\(kernels_\$\{name\} PRIVATE ([^)]*)\)", cmake)
-    own = re.search(rf"^ *kcd_add_instruction_set\({instruction_set}\b([^)]*)\)", cmake, re.M)
-    return [flag for part in (common, own) for flag in part[1].split() if flag.startswith("-")]
+    specific = re.search(rf"^ *kcd_add_instruction_set\({instruction_set}\b([^)]*)\)", cmake, re.M)
+    return [flag for match in (common, specific) for flag in match[1].split() if flag.startswith("-")]
 
 
 class Compiled:
-    """ceilings.cpp, compiled and loaded.
+    """The functions of ceilings.cpp, compiled and loaded.
 
     Raises:
-        NoCompilerError: there is no compiler ($CXX, else c++), or it fails.
+        NoCompilerError: the compiler ($CXX, else c++) is missing or fails.
     """
 
     def __init__(self, instruction_set: str) -> None:
@@ -38,12 +38,12 @@ class Compiled:
         with tempfile.TemporaryDirectory() as folder:
             library = f"{folder}/ceilings.so"
             command = [*shlex.split(os.environ.get("CXX", "c++")), "-std=c++17", "-shared", "-fPIC", "-pthread"]
-            command += [*flags(instruction_set, (CHECKOUT / "csrc" / "CMakeLists.txt").read_text())]
+            command += [*compiler_flags(instruction_set, (CHECKOUT / "csrc" / "CMakeLists.txt").read_text())]
             command += [f"-I{CHECKOUT / 'csrc'}", str(source), "-o", library]
             try:
                 subprocess.run(command, check=True, capture_output=True, text=True)
             except FileNotFoundError as error:
-                raise NoCompilerError(f"{command[0]} is not there") from error
+                raise NoCompilerError(f"no compiler {command[0]}") from error
             except subprocess.CalledProcessError as error:
                 raise NoCompilerError(next(iter(error.stderr.splitlines()), f"{command[0]} failed")) from error
             loaded = ctypes.CDLL(library)
@@ -53,9 +53,9 @@ class Compiled:
         self._exponentials.argtypes = [ctypes.c_bool, ctypes.c_int, ctypes.c_double]
 
     def triad_seconds(self, a: Tensor, b: Tensor, c: Tensor, threads: int) -> float:
-        """Of c = a + b, contiguous float32 of one size."""
+        """Return the seconds of c = a + b for contiguous float32 tensors of one size."""
         return self._triad(a.data_ptr(), b.data_ptr(), c.data_ptr(), a.numel(), threads, REPETITIONS)
 
     def exponentials_per_second(self, *, in_double: bool, threads: int) -> float:
-        """By the kernels' exponential, on arrays in the first-level cache; float32 or float64."""
+        """Return the rate of the kernels' own exponential in float32 or float64, on arrays in the first-level cache."""
         return max(self._exponentials(in_double, threads, 0.02) for _ in range(5))

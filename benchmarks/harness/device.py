@@ -1,4 +1,4 @@
-"""What a kind of device must say of itself for the loop to measure on it."""
+"""The interface of a device to the measuring loop."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -14,65 +14,65 @@ class Device(ABC):
     """One kind of device: its clock, its memory, its ceilings."""
 
     kind: str
-    """As torch calls it."""
+    """torch's name for it."""
     passes: tuple[tuple[str, ...], ...]
-    """Directions; those of one pass are measured in the same call."""
+    """Groups of directions; those of one group are measured in the same call."""
     rounds: tuple[int, int]
     """Fewest, most."""
     threads: int | None = None
-    """That the host's work is shared out to, where it is measured."""
+    """Number of CPU threads, if the host's work is measured."""
 
     @property
     @abstractmethod
     def name(self) -> str:
-        """What tells its results from another's, as a file's name."""
+        """The file name of its results, different for different devices."""
 
     @abstractmethod
     def facts(self) -> dict[str, object]:
-        """What it is, for the report: name -> fact."""
+        """Return a description for the report: name -> fact."""
 
     @abstractmethod
     def candidates(self) -> tuple[list[Candidate], dict[str, str]]:
-        """All that are here, ours first, and those that are not: name -> why."""
+        """Return the available candidates, kcd_ext's first, and the unavailable ones: name -> reason."""
 
     @abstractmethod
-    def use(self, shape: Shape) -> None:
-        """Sets what a shape asks for beside its logits."""
+    def configure(self, shape: Shape) -> None:
+        """Apply the settings that a shape requests besides its logits."""
 
     @abstractmethod
     def sets(self, shape: Shape) -> int:
-        """Of inputs that calls take in turn."""
+        """Return how many sets of inputs calls use in turn."""
 
     @abstractmethod
-    def calls(self, call: Callable[[], object], given: Rotation, candidate: Candidate) -> int:
-        """How many make a sample."""
+    def calls(self, call: Callable[[], object], inputs: Rotation, candidate: Candidate) -> int:
+        """Return how many calls one sample times."""
 
     @abstractmethod
     def sample(
-        self, given: Rotation, candidate: Candidate, place: Place, directions: tuple[str, ...], calls: int
+        self, inputs: Rotation, candidate: Candidate, place: Place, directions: tuple[str, ...], calls: int
     ) -> Seconds:
-        """A call's time in each direction, of so many calls."""
+        """Time `calls` calls and return the seconds of one call in each direction."""
 
     @abstractmethod
     def peak_bytes(self, call: Callable[[], object]) -> int:
-        """Memory that a call takes at most, beyond what is taken before it."""
+        """Return the peak memory of a call, beyond the memory in use before it."""
 
     @abstractmethod
     def release(self) -> None:
-        """Gives memory that is free back to the system."""
+        """Return free memory to the system."""
 
     @abstractmethod
     def work(self, job: Job) -> Work:
-        """What a job takes by the way that takes least here."""
+        """Return the least work that a job takes on this device."""
 
-    def gauge(self, shape: Shape) -> list[float]:
-        """Measurements for `ceilings`, taken right before and right after the candidates' rounds."""
+    def measure_bandwidth(self, shape: Shape) -> list[float]:
+        """Return measurements for `ceilings`, taken right before and right after the candidates' rounds."""
         return []
 
     @abstractmethod
-    def ceilings(self, shape: Shape, gauged: list[float]) -> Ceilings | None:
-        """What the device reaches at a shape; None where it has to be gauged and has not been."""
+    def ceilings(self, shape: Shape, measured: list[float]) -> Ceilings | None:
+        """Return the rates that the device reaches at a shape; None before `measure_bandwidth`, if it depends on that."""
 
     @abstractmethod
     def about_ceilings(self) -> str:
-        """How the floors were found, a paragraph."""
+        """Return a paragraph that explains how the floors were found."""

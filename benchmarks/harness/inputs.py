@@ -1,4 +1,4 @@
-"""Random logits that calls take in turn."""
+"""Sets of random logits that calls use in turn."""
 
 import torch
 from torch import Tensor
@@ -8,24 +8,24 @@ from .places import Shape
 
 
 class Produced(torch.autograd.Function):
-    """`Produced.apply(anchor, logits)`: the logits as if a model had made them, not copied.
+    """`Produced.apply(anchor, logits)`: the logits as if a model had produced them, without a copy.
 
-    They are no leaf, so that the gradient may take their place.  The anchor is any tensor that requires grad.
+    The result is not a leaf, so its memory may be reused for the gradient. `anchor` is any tensor that requires grad.
     """
 
     @staticmethod
     def forward(ctx, anchor: Tensor, logits: Tensor) -> Tensor:
-        """Another tensor over the same memory."""
+        """Return another tensor over the same memory."""
         return logits.detach()
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[None, None]:
-        """Ends here."""
+        """Stop the gradient."""
         return None, None
 
 
 class Rotation:
-    """Random logits of one shape, one set or several that calls take in turn."""
+    """Random logits of one shape: one set, or several that calls use in turn."""
 
     def __init__(self, shape: Shape, sets: int, device: str) -> None:
         size = (sets, shape.rows, shape.classes)
@@ -43,24 +43,24 @@ class Rotation:
         return len(self.students)
 
     def rewind(self) -> None:
-        """The next call takes the first set."""
+        """Start again with the first set."""
         self._next = 0
 
     def keep_original(self) -> None:
-        """From now on `restore` undoes what calls overwrite."""
+        """Copy the students' logits, so that `restore` can undo in-place calls."""
         self._original = self._student.clone()
 
     def restore(self) -> None:
-        """The students' logits as they were when `keep_original` was called, if it was."""
+        """Restore the students' logits from the copy, if `keep_original` made one."""
         if self._original is not None:
             self._student.copy_(self._original)
 
     def forget_original(self) -> None:
-        """Frees the copy."""
+        """Free the copy."""
         self._original = None
 
     def loss(self, candidate: Candidate, keep: float, *, backward: bool) -> Tensor:
-        """Of the next set."""
+        """Return the candidate's loss on the next set."""
         i, self._next = self._next, (self._next + 1) % len(self.students)
         self._last = self._leaves[i]
         student = self._last if backward else self.students[i]
@@ -69,11 +69,11 @@ class Rotation:
         return candidate.loss(student, self.teachers[i], self.labels[i], keep)
 
     def free_gradient(self) -> None:
-        """That of the last call."""
+        """Free the gradient of the last call."""
         self._last.grad = None
 
     def call(self, candidate: Candidate, keep: float, *, backward: bool) -> Tensor:
-        """One call on the next set: its loss.  The gradient is freed, except where it takes the logits' place."""
+        """Call the candidate on the next set and return its loss. Frees the gradient unless it overwrites the logits."""
         loss = self.loss(candidate, keep, backward=backward)
         if backward:
             loss.backward()
@@ -82,7 +82,7 @@ class Rotation:
 
 
 def _labels(shape: Shape) -> Tensor:
-    """int64 (rows,), the fraction of them that is to be ignored at random rows."""
+    """Return random labels, int64 (rows,), with the requested fraction ignored at random rows."""
     labels = torch.randint(shape.classes, (shape.rows,))
     labels[torch.randperm(shape.rows)[: shape.n_ignored]] = IGNORED
     return labels

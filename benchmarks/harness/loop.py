@@ -1,4 +1,4 @@
-"""The loop: every candidate's loss checked, then its times taken in turns with the others', place after place."""
+"""The measuring loop: for each case, check every candidate's loss, then time the candidates in turn."""
 
 import math
 import time
@@ -17,16 +17,16 @@ from .names import BOTH, FORWARD, MEASURED, NOT_REACHED, OUT_OF_MEMORY
 from .places import Place, Shape
 from .timing import Deadline, Seconds, in_turns, summary
 
-COMPILE_SECONDS = 40.0  # what torch.compile is taken to need until it has been seen
+COMPILE_SECONDS = 40.0  # assumed time of torch.compile until one was measured
 
-FIGURES = ("median_us", "low_us", "high_us", "floor_us")  # what must be a number in every row that has it
+POSITIVE_FIGURES = ("median_us", "low_us", "high_us", "floor_us")  # must be finite and positive
 
 Directions = tuple[str, ...]
 Row = dict[str, object]
 
 
-def takes_part(candidate: Candidate, place: Place, directions: Directions) -> bool:
-    """Whether a candidate can be measured there at all."""
+def is_supported(candidate: Candidate, place: Place, directions: Directions) -> bool:
+    """Return whether a candidate can be measured on a case in these directions."""
     keeps = candidate.only_keep in (None, place.keep)
     labels = candidate.takes_labels or place.shape.ignored is None
     return keeps and labels and (BOTH in directions or not candidate.inplace)
@@ -34,30 +34,30 @@ def takes_part(candidate: Candidate, place: Place, directions: Directions) -> bo
 
 @dataclass(eq=False)
 class Benchmark:
-    """All measurements of some candidates at some places."""
+    """The measurements of candidates on cases."""
 
     device: Device
     places: Sequence[Place]
-    """In order of importance: what the time does not suffice for is left out from the end."""
+    """The cases in order of importance. When time runs out, the last ones are skipped."""
     candidates: Sequence[Candidate]
-    """The first is ours."""
+    """The first is kcd_ext's."""
     _: KW_ONLY
     seconds: float
-    """Of measuring at one place and pass, at most (the fewest rounds are made even so)."""
+    """Most seconds for one case and pass. The fewest rounds are run even past it."""
     absent: Mapping[str, str] = field(default_factory=dict)
-    """Candidates that cannot be measured: name -> why."""
+    """Unavailable candidates: name -> reason."""
     wanted: Callable[[Candidate, Place], bool] = lambda candidate, place: True
-    """Whether a candidate is measured at a place, where it can be."""
+    """Returns whether to measure a candidate on a case that it supports."""
     deadline: Deadline = field(default_factory=lambda: Deadline(math.inf))
-    """For everything."""
+    """The deadline of all measurements."""
     with_memory: bool = False
-    """Measure also what a call takes, in this process."""
+    """Also measure the peak memory of a call, in this process."""
     facts: Mapping[str, object] = field(default_factory=dict)
-    """Stand among the figures."""
+    """Facts to include in the figures."""
     written: Callable[[dict], None] = lambda figures: None
-    """Is called with the figures after each place."""
+    """Called with the figures after each case."""
     report: Callable[[str], None] = lambda line: None
-    """Is called with a line for each measurement."""
+    """Called with a line for each measurement."""
 
     def __post_init__(self) -> None:
         self._compile_seconds = COMPILE_SECONDS
@@ -66,10 +66,10 @@ class Benchmark:
             for place in self.places
             for directions in self.device.passes
             for direction in directions
-            for candidate in self._taking_part(place, directions)
+            for candidate in self._candidates_of(place, directions)
         }
         for place in self.places:
-            self._state_floors(place, [])
+            self._set_floors(place, [])
         self.figures = {
             **self.facts,
             "directions": [FORWARD, BOTH],
@@ -79,11 +79,11 @@ class Benchmark:
         }
         self.write()
 
-    def _taking_part(self, place: Place, directions: Directions) -> list[Candidate]:
+    def _candidates_of(self, place: Place, directions: Directions) -> list[Candidate]:
         return [
             candidate
             for candidate in self.candidates
-            if takes_part(candidate, place, directions) and self.wanted(candidate, place)
+            if is_supported(candidate, place, directions) and self.wanted(candidate, place)
         ]
 
     def _row(self, place: Place, direction: str, name: str) -> Row:
@@ -98,8 +98,8 @@ class Benchmark:
             "status": NOT_REACHED,
         }
 
-    def _state_floors(self, place: Place, gauged: list[float]) -> None:
-        ceilings = self.device.ceilings(place.shape, gauged)
+    def _set_floors(self, place: Place, measured: list[float]) -> None:
+        ceilings = self.device.ceilings(place.shape, measured)
         if ceilings is None:
             return
         for (other, direction, _), row in self.rows.items():
@@ -108,12 +108,12 @@ class Benchmark:
                 row.update(floor_us=round(low.seconds * 1e6, 2), floor_bound=low.bound)
 
     def write(self) -> None:
-        """The figures as they are now."""
+        """Pass the current figures to `written`."""
         self.written(self.figures)
 
     def measure(self) -> None:
-        """Times, and memory where it is asked for, of every place, as far as the time goes."""
-        groups: dict[Shape, list[Place]] = {}  # that share their inputs
+        """Measure times, and memory if requested, of every case until the deadline."""
+        groups: dict[Shape, list[Place]] = {}  # cases that share their inputs
         for place in self.places:
             groups.setdefault(place.shape, []).append(place)
         for i, (shape, places) in enumerate(groups.items()):
@@ -121,7 +121,7 @@ class Benchmark:
                 self._measure_shape(shape, places, Deadline(self.deadline.left() / (len(groups) - i)))
 
     def rotation(self, shape: Shape, sets: int) -> Rotation | None:
-        """Inputs; None where they do not fit, which the rows then say."""
+        """Return inputs, or None if they do not fit into memory. The rows then get that status."""
         self.device.release()
         try:
             return Rotation(shape, sets, self.device.kind)
@@ -132,43 +132,44 @@ class Benchmark:
             return None
 
     def _measure_shape(self, shape: Shape, places: list[Place], deadline: Deadline) -> None:
-        self.device.use(shape)
-        given = self.rotation(shape, self.device.sets(shape))
-        if given is None:
+        self.device.configure(shape)
+        inputs = self.rotation(shape, self.device.sets(shape))
+        if inputs is None:
             return
-        want = exact(given.students[0], given.teachers[0], given.labels[0], tuple(place.keep for place in places))
-        to_do = [(place, directions) for place in places for directions in self.device.passes]
-        while to_do and self.deadline.left() > 0:
-            place, directions = to_do.pop(0)
+        keeps = tuple(place.keep for place in places)
+        expected = exact(inputs.students[0], inputs.teachers[0], inputs.labels[0], keeps)
+        remaining = [(place, directions) for place in places for directions in self.device.passes]
+        while remaining and self.deadline.left() > 0:
+            place, directions = remaining.pop(0)
             with torch.set_grad_enabled(BOTH in directions):
                 ready = [
                     candidate
-                    for candidate in self._taking_part(place, directions)
-                    if self._prepare(candidate, place, directions, given, want[place.keep])
+                    for candidate in self._candidates_of(place, directions)
+                    if self._prepare(candidate, place, directions, inputs, expected[place.keep])
                 ]
-                seconds = min(self.seconds, deadline.left() / (len(to_do) + 1))
-                self._time(ready, place, directions, given, seconds)
-            given.forget_original()
+                seconds = min(self.seconds, deadline.left() / (len(remaining) + 1))
+                self._time(ready, place, directions, inputs, seconds)
+            inputs.forget_original()
             self.write()
 
     def _prepare(
-        self, candidate: Candidate, place: Place, directions: Directions, given: Rotation, want: float
+        self, candidate: Candidate, place: Place, directions: Directions, inputs: Rotation, expected: float
     ) -> bool:
-        """Whether a candidate is ready to be timed; if not, its rows say why."""
+        """Return whether a candidate is ready to be timed. If not, the status of its rows says why."""
         if candidate.compiles and self.deadline.left() < 2 * self._compile_seconds:
             return False
         found: Row = {}
         try:
             if candidate.inplace:
-                given.keep_original()
-            found = self._first_calls(candidate, place, directions, given, want)
+                inputs.keep_original()
+            found = self._first_calls(candidate, place, directions, inputs, expected)
         except torch.OutOfMemoryError:
             found = {"status": OUT_OF_MEMORY}
             self.device.release()
-        except Exception as error:  # one that fails must not hide the others' times
+        except Exception as error:  # a failure must not hide the other candidates' times
             found = {"status": f"failed: {describe_error(error)}"}
         finally:
-            given.restore()
+            inputs.restore()
         for direction in directions:
             self.rows[place, direction, candidate.name].update(found)
         if "status" in found:
@@ -178,34 +179,34 @@ class Benchmark:
         return True
 
     def _first_calls(
-        self, candidate: Candidate, place: Place, directions: Directions, given: Rotation, want: float
+        self, candidate: Candidate, place: Place, directions: Directions, inputs: Rotation, expected: float
     ) -> Row:
-        """Compiles, warms up, compares the loss with the exact one, and finds how many calls make a sample.
+        """Compile, warm up, compare the loss with the exact one, and find how many calls a sample needs.
 
         Returns:
-            first_call_seconds, relative_error (None for another loss), peak_bytes where it is asked for, calls.
+            first_call_seconds, relative_error (None for another loss), peak_bytes if requested, calls.
 
         Raises:
-            torch.OutOfMemoryError: it does not fit.
-            ArithmeticError: it computes something else.
+            torch.OutOfMemoryError: the call does not fit into memory.
+            ArithmeticError: the loss is wrong.
         """
 
         def call() -> torch.Tensor:
-            return given.call(candidate, place.keep, backward=BOTH in directions)
+            return inputs.call(candidate, place.keep, backward=BOTH in directions)
 
-        given.rewind()  # the first set is the one whose loss is known
+        inputs.rewind()  # the exact loss belongs to the first set
         start = time.monotonic()
         loss = call().item()
         first_seconds = time.monotonic() - start
-        error = None if candidate.tolerance is None else abs(loss - want) / abs(want)
+        error = None if candidate.tolerance is None else abs(loss - expected) / abs(expected)
         if error is not None and not error <= candidate.tolerance:
-            raise ArithmeticError(f"loss {loss:.6g} instead of {want:.6g}")
+            raise ArithmeticError(f"loss {loss:.6g} instead of {expected:.6g}")
         peak = {"peak_bytes": self.device.peak_bytes(call)} if self.with_memory else {}
         return {
             "first_call_seconds": round(first_seconds, 2),
             "relative_error": error and float(f"{error:.1e}"),
             **peak,
-            "calls": self.device.calls(call, given, candidate),
+            "calls": self.device.calls(call, inputs, candidate),
         }
 
     def _time(
@@ -213,22 +214,22 @@ class Benchmark:
         ready: list[Candidate],
         place: Place,
         directions: Directions,
-        given: Rotation,
+        inputs: Rotation,
         seconds: float,
     ) -> None:
-        """The candidates take turns for about so many seconds."""
+        """Time the candidates in turn for about `seconds` seconds."""
 
         def sample(candidate: Candidate) -> Seconds:
             calls = self.rows[place, directions[0], candidate.name]["calls"]
-            taken = self.device.sample(given, candidate, place, directions, calls)
+            taken = self.device.sample(inputs, candidate, place, directions, calls)
             if candidate.inplace:
-                given.restore()
+                inputs.restore()
             return taken
 
         functions = {candidate.name: lambda candidate=candidate: sample(candidate) for candidate in ready}
-        gauged = self.device.gauge(place.shape)
+        bandwidth = self.device.measure_bandwidth(place.shape)
         samples = in_turns(functions, Deadline(seconds), self.device.rounds)
-        self._state_floors(place, gauged + self.device.gauge(place.shape))
+        self._set_floors(place, bandwidth + self.device.measure_bandwidth(place.shape))
         for name, taken in samples.items():
             for i, direction in enumerate(directions):
                 row = self.rows[place, direction, name]
@@ -237,7 +238,10 @@ class Benchmark:
                 self.report(f"{place}, {direction}: {name} {row['median_us']} us, {row['of_floor']:.0%} of the floor")
 
     def verdict(self) -> tuple[bool, str]:
-        """Whether something was measured, and ours wherever there was time and memory; and the summary."""
+        """Return whether the benchmark succeeded, and a summary.
+
+        It succeeds if at least one row was measured and no row of kcd_ext failed.
+        """
         statuses = [row["status"] for row in self.rows.values()]
         faults = [
             f"{name} at {place}, {direction}: {row['status']}"
@@ -247,7 +251,7 @@ class Benchmark:
         faults += [
             f"{name} at {place}, {direction}: {figure} is {row[figure]}"
             for (place, direction, name), row in self.rows.items()
-            for figure in FIGURES
+            for figure in POSITIVE_FIGURES
             if figure in row and not 0 < row[figure] < math.inf
         ]
         counted = ", ".join(

@@ -1,4 +1,4 @@
-"""What this machine is.  Nothing of torch is imported before it is asked for."""
+"""Facts about this machine. Functions import torch only when they need it."""
 
 import json
 import platform
@@ -11,12 +11,12 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 
 
 def slug(name: str) -> str:
-    """A name as a file's."""
+    """Return a name in a form that suits a file name."""
     return re.sub("[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def version(package: str) -> str | None:
-    """The installed version of a distribution, None where there is none."""
+    """Return the installed version of a distribution, or None."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -24,7 +24,7 @@ def version(package: str) -> str | None:
 
 
 def lines(*command: str) -> list[str]:
-    """What a command prints; nothing where it is not there or fails."""
+    """Return the lines that a command prints; an empty list if it is missing or fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=30)
     except (OSError, subprocess.TimeoutExpired):
@@ -33,16 +33,16 @@ def lines(*command: str) -> list[str]:
 
 
 def _cpuinfo(field: str) -> list[str]:
-    """A field of every processor that the system has; empty where it does not tell."""
+    """Return a field of /proc/cpuinfo for every processor; an empty list if the system does not report it."""
     info = Path("/proc/cpuinfo")
     pairs = (line.partition(":") for line in info.read_text().splitlines()) if info.exists() else ()
     return [value.strip() for name, _, value in pairs if name.strip() == field]
 
 
 def processors() -> list[str]:
-    """The model of every processor that the system has; empty where it does not tell.
+    """Return the model of every processor; an empty list if the system does not report it.
 
-    With its numbers: virtual machines call processors of different generations by one name.
+    Includes family and model numbers, because virtual machines use one name for processors of different generations.
     """
     numbers = zip(_cpuinfo("cpu family"), _cpuinfo("model"), strict=True)
     generations = [f" (family {family}, model {model})" for family, model in numbers]
@@ -51,21 +51,22 @@ def processors() -> list[str]:
 
 
 def processor() -> str:
-    """How many processors of which model."""
+    """Return the number of processors and their model."""
     models = processors()
     return f"{len(models)} × {models[0]}" if models else platform.machine()
 
 
 def commit() -> str | None:
-    """The checkout's, with "-dirty" where files differ from it."""
+    """Return the checkout's commit, with "-dirty" if files differ from it."""
     return next(iter(lines("git", "-C", str(CHECKOUT), "describe", "--always", "--dirty", "--abbrev=12")), None)
 
 
 def nvidia_smi(field: str) -> str | None:
-    """One field of `nvidia-smi --query-gpu` of the GPU that torch calls 0, without unit; None where it does not answer."""
+    """Return one field of `nvidia-smi --query-gpu` for torch's GPU 0, without unit; None if nvidia-smi fails."""
     import torch
 
-    uuid = getattr(torch.cuda.get_device_properties(0), "uuid", None)  # torch's numbering need not be nvidia-smi's
+    # torch and nvidia-smi may number GPUs differently.
+    uuid = getattr(torch.cuda.get_device_properties(0), "uuid", None)
     chosen = [] if uuid is None else ["-i", f"GPU-{uuid}"]
     for selection in (chosen, []):
         found = lines("nvidia-smi", *selection, f"--query-gpu={field}", "--format=csv,noheader,nounits")
@@ -75,7 +76,7 @@ def nvidia_smi(field: str) -> str | None:
 
 
 def gpu() -> dict[str, object]:
-    """Return facts about the GPU that torch calls 0 and the software that drives it: name -> fact, None where not known."""
+    """Return facts about torch's GPU 0 and its software: name -> fact, or None if unknown."""
     import torch
 
     found = torch.cuda.get_device_properties(0)
@@ -93,7 +94,7 @@ def gpu() -> dict[str, object]:
 
 
 def write_json(path: Path, content: object) -> None:
-    """Whole or not at all: what reads it may come at any moment."""
+    """Write JSON atomically, because another process may read the file at any moment."""
     part = path.with_name(path.name + ".part")
     part.write_text(json.dumps(content, indent=1) + "\n")
     part.replace(path)

@@ -1,4 +1,4 @@
-"""What a call takes beyond its inputs, in a fresh process each, where nothing that another candidate left is used again."""
+"""The peak memory of a call beyond its inputs. Each call gets a fresh process, so no candidate reuses another's memory."""
 
 import gc
 import multiprocessing
@@ -15,19 +15,22 @@ from .candidates import Candidate
 from .device import Device
 from .devices import DEVICES
 from .inputs import Rotation
-from .loop import takes_part
+from .loop import is_supported
 from .names import BOTH, FORWARD
 from .places import Place, Shape
 
-WARM_UP = Shape(4096, 128)  # as many rows as bring all threads into being; 2 MB in float32
+WARM_UP = Shape(4096, 128)  # enough rows to start all threads; 2 MB in float32
 
 
 def peaks(device: Device, shape: Shape, candidates: Sequence[Candidate]) -> list[dict[str, object]]:
-    """A row (shape, candidate, direction, logits_bytes, peak_bytes or why there are none) for each candidate and direction."""
+    """Return a row for each candidate and direction.
+
+    A row has shape, candidate, direction, logits_bytes, and peak_bytes or the status of a failure.
+    """
     place, rows = Place(shape), []
     for candidate in candidates:
         for direction in (FORWARD, BOTH):
-            if takes_part(candidate, place, (direction,)):
+            if is_supported(candidate, place, (direction,)):
                 row = {"shape": str(shape), "candidate": candidate.name, "direction": direction}
                 row["logits_bytes"] = shape.rows * shape.classes * shape.dtype.itemsize
                 rows.append(row | _in_fresh_process(device, shape, candidate.name, direction))
@@ -35,29 +38,32 @@ def peaks(device: Device, shape: Shape, candidates: Sequence[Candidate]) -> list
 
 
 def _in_fresh_process(device: Device, shape: Shape, candidate: str, direction: str) -> dict[str, object]:
-    # Without the buffer that is kept from call to call: what a call takes is counted in that call.
+    # Without the buffer that kcd_ext keeps between calls: the call itself must allocate everything that it uses.
     fresh = patch.dict(os.environ, KCD_GRADIENT_MEMORY="fresh")
     with fresh, ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         try:
             return {
                 "peak_bytes": pool.submit(_measure, device.kind, device.threads, shape, candidate, direction).result()
             }
-        except Exception as error:  # whatever went wrong in that process, or ended it
+        except Exception as error:  # anything that fails in that process or kills it
             return {"status": f"failed: {describe_error(error)}"}
 
 
 def _measure(kind: str, threads: int | None, shape: Shape, name: str, direction: str) -> int:
-    """Bytes of the second call; the first one, of another shape where nothing is compiled for it, loads code and starts threads."""
+    """Return the peak bytes of the second call.
+
+    The first call loads code and starts threads. It has another shape unless the candidate compiles for each shape.
+    """
     if threads is not None:
         torch.set_num_threads(threads)
     device, place, backward = DEVICES[kind](), Place(shape), direction == BOTH
     (candidate,) = (each for each in device.candidates()[0] if each.name == name)
-    given = Rotation(shape, 1, kind)
+    inputs = Rotation(shape, 1, kind)
     warm_up = WARM_UP._replace(dtype=shape.dtype, ignored=shape.ignored)
-    first = given if candidate.compiles else Rotation(warm_up, 1, kind)
+    first = inputs if candidate.compiles else Rotation(warm_up, 1, kind)
     with torch.set_grad_enabled(backward):
         first.call(candidate, place.keep, backward=backward)
         del first
         gc.collect()
         device.release()
-        return device.peak_bytes(lambda: given.call(candidate, place.keep, backward=backward))
+        return device.peak_bytes(lambda: inputs.call(candidate, place.keep, backward=backward))

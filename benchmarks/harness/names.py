@@ -1,4 +1,4 @@
-"""What the figures are called: in the loop that takes them, and in the report that reads them without torch."""
+"""Names in the figures, shared by the measuring loop and by the report, which runs without torch."""
 
 FORWARD, BOTH = "forward", "forward + backward"
 OWN, OWN_INPLACE, EAGER, COMPILE = "kcd_ext", "kcd_ext in place", "eager", "compile"

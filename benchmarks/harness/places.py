@@ -1,10 +1,10 @@
-"""Where the candidates are measured: shapes of the logits, fractions of rows to keep, directions; what a run measures of them."""
+"""The cases to measure: shapes of logits with fractions of rows to keep, the extents of a run, and its sweeps."""
 
 from typing import NamedTuple
 
 import torch
 
-from .floors import Job, selected
+from .floors import Job, num_selected
 
 KEEP = 0.7
 DTYPES = {
@@ -13,27 +13,27 @@ DTYPES = {
 
 
 class Shape(NamedTuple):
-    """What the logits are, and how many threads work on them."""
+    """Shape and dtype of the logits, their labels, and the number of threads."""
 
     rows: int
     classes: int
     dtype: torch.dtype = torch.float32
     ignored: float | None = None
-    """There are labels, of which this fraction is ignored; None: no labels."""
+    """The fraction of labels that are ignored; None: no labels."""
     threads: int | None = None
-    """On a CPU, in place of the run's number."""
+    """On a CPU; None: the run's number."""
 
     @classmethod
     def parse(cls, text: str) -> "Shape":
-        """Of ROWSxCLASSES[:DTYPE][:labels=FRACTION].
+        """Parse ROWSxCLASSES[:DTYPE][:labels=FRACTION].
 
         Raises:
-            ValueError: it is something else.
+            ValueError: `text` has another form.
         """
         size, *rest = text.split(":")
         sizes = size.split("x")
         if len(sizes) != 2 or not all(part.isdecimal() and int(part) > 0 for part in sizes):
-            raise ValueError(f"a shape is ROWSxCLASSES[:DTYPE][:labels=FRACTION], got {text!r}")
+            raise ValueError(f"a shape must be ROWSxCLASSES[:DTYPE][:labels=FRACTION], got {text!r}")
         shape = cls(*map(int, sizes))
         for part in rest:
             if part in DTYPES:
@@ -41,17 +41,17 @@ class Shape(NamedTuple):
             elif part.startswith("labels="):
                 shape = shape._replace(ignored=fraction(part.removeprefix("labels=")))
             else:
-                raise ValueError(f"{part!r} in the shape {text!r} is none of {', '.join(DTYPES)}, labels=FRACTION")
+                raise ValueError(f"{part!r} in {text!r} must be labels=FRACTION or one of {', '.join(DTYPES)}")
         return shape
 
     @property
     def dtype_name(self) -> str:
-        """Without torch's name before it."""
+        """The dtype without the prefix "torch."."""
         return str(self.dtype).removeprefix("torch.")
 
     @property
     def n_ignored(self) -> int:
-        """Rows whose label is ignored."""
+        """Number of rows whose label is ignored."""
         return round((self.ignored or 0) * self.rows)
 
     def __str__(self) -> str:
@@ -60,7 +60,7 @@ class Shape(NamedTuple):
 
 
 class Place(NamedTuple):
-    """A shape, and the fraction of its rows that is selected."""
+    """A shape, and the fraction of its rows to select."""
 
     shape: Shape
     keep: float = KEEP
@@ -69,21 +69,21 @@ class Place(NamedTuple):
         return f"{self.shape}, keep {self.keep}"
 
     def job(self, *, backward: bool) -> Job:
-        """For the floor."""
+        """Return the job whose floor is computed."""
         shape, valid = self.shape, self.shape.rows - self.shape.n_ignored
-        k, labelled = selected(self.keep, valid), shape.ignored is not None
+        k, labelled = num_selected(self.keep, valid), shape.ignored is not None
         return Job(shape.rows, shape.classes, shape.dtype.itemsize, valid, k, labelled, backward)
 
 
 def fraction(text: str) -> float:
-    """A number in [0, 1).
+    """Parse a number in [0, 1).
 
     Raises:
-        ValueError: it is something else.
+        ValueError: `text` is anything else.
     """
     number = float(text)
     if not 0 <= number < 1:
-        raise ValueError(f"the fraction of labels that are ignored must lie in [0, 1), got {text}")
+        raise ValueError(f"the fraction of ignored labels must be in [0, 1), got {text}")
     return number
 
 
@@ -91,13 +91,14 @@ def fraction(text: str) -> float:
 
 
 class Extent(NamedTuple):
-    """What is measured unless something else is asked for."""
+    """The defaults of a run."""
 
     shapes: tuple[Shape, ...]
-    """Of the main table."""
+    """Shapes of the main table."""
     memory: tuple[Shape, ...]
+    """Shapes whose peak memory is measured."""
     seconds: float
-    """At each shape."""
+    """Seconds per shape."""
 
 
 FULL = Extent(
@@ -118,19 +119,19 @@ SHORT = Extent(
 )
 
 
-# ---- sweeps: name -> places, given how many threads there are
+# ---- sweeps: name -> function from the number of threads to the cases
 
 _BASE = Shape(4096, 1000)
 _LOGITS, _MOST_ROWS = 2**22, 2**16
 
 
 def _classes(_: int) -> list[Place]:
-    """At one number of logits, as far as that does not take too many rows."""
+    """Return shapes with the same number of logits, as far as `_MOST_ROWS` allows."""
     return [Place(Shape(min(_MOST_ROWS, _LOGITS // n), n)) for n in (10, *(4**i for i in range(3, 10)))]
 
 
 def _threads(most: int) -> list[Place]:
-    """Powers of two, and all."""
+    """Return one case for each power of two, and one for all threads."""
     powers = [2**i for i in range(most.bit_length()) if 2**i < most]
     return [Place(_BASE._replace(threads=n)) for n in (*powers, most)]
 

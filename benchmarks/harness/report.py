@@ -1,4 +1,4 @@
-"""Figures as Markdown: times beside their floors, memory, launches, errors.  Nothing of torch is needed."""
+"""Figures as Markdown tables: times and their floors, memory, errors. Needs no torch."""
 
 from collections.abc import Callable
 
@@ -10,7 +10,7 @@ Row = dict[str, object]
 
 
 def times(figures: dict, direction: str) -> str:
-    """A line for each place: medians, middle halves, ratios, the floor."""
+    """Return a table with a line for each case: medians and quartiles, ratios, the floor."""
     others = [name for name in figures["candidates"] if name != OWN]
     compared = [name for name in COMPARED if name in others]
     head = [OWN, *others, *(f"× {name}" for name in compared), "floor", f"{OWN} of the floor"]
@@ -29,29 +29,29 @@ def times(figures: dict, direction: str) -> str:
 
 
 def errors(figures: dict) -> str:
-    """Of the losses, for each candidate the largest."""
+    """Return a table of the largest error of each candidate's loss."""
     largest: dict[str, float] = {}
     for row in figures["rows"]:
         if row.get("relative_error") is not None:
             largest[row["candidate"]] = max(largest.get(row["candidate"], 0.0), row["relative_error"])
     lines = [[name, f"{error:.0e}"] for name, error in largest.items()]
-    return f"Largest relative error of the loss, against float64.\n\n{table(['candidate', 'error'], lines)}"
+    return f"Largest relative error of the loss compared with float64.\n\n{table(['candidate', 'error'], lines)}"
 
 
 def not_measured(figures: dict) -> str:
-    """Which, and why."""
+    """Return a list of what was not measured, and why."""
     reasons: dict[str, list[str]] = {}
     for row in figures["rows"]:
         if row["status"] != MEASURED:
-            place = f"{row['candidate']} at {shape_of(row)}, keep {row['keep']}, {row['direction']}"
+            place = f"{row['candidate']} at {shape_text(row)}, keep {row['keep']}, {row['direction']}"
             reasons.setdefault(row["status"], []).append(place)
     lines = [f"- {name}: {reason}" for name, reason in figures["absent"].items()]
     lines += [f"- {status}: {'; '.join(places)}" for status, places in reasons.items()]
-    return "\n".join(lines) or "Nothing: all was reached."
+    return "\n".join(lines) or "Everything was measured."
 
 
 def overhead(figures: dict) -> str:
-    """A line for each candidate at one small place."""
+    """Return a table with a line for each candidate at one small shape."""
     rows = {(row["candidate"], row["direction"]): row for row in figures["rows"]}
     least = rows[LEAST, BOTH].get("median_us")
 
@@ -65,7 +65,7 @@ def overhead(figures: dict) -> str:
 
 
 def memory(rows: list[Row]) -> str:
-    """A line for each shape and candidate."""
+    """Return a table of peak memory with a line for each shape and candidate."""
     cells: dict[tuple[str, str], dict[str, str]] = {}
     for row in rows:
         peak = row.get("peak_bytes")
@@ -76,11 +76,11 @@ def memory(rows: list[Row]) -> str:
 
 
 def ratios(figures: dict) -> dict[str, dict[str, float]]:
-    """Shape -> candidate -> how many times longer than ours it takes, forward and backward."""
+    """Return shape -> candidate -> how many times longer than kcd_ext it takes, forward and backward."""
     medians: dict[str, dict[str, float]] = {}
     for row in figures["rows"]:
         if row["direction"] == BOTH and row["status"] == MEASURED:
-            medians.setdefault(key_of(row), {})[row["candidate"]] = row["median_us"]
+            medians.setdefault(shape_key(row), {})[row["candidate"]] = row["median_us"]
     return {
         shape: {name: round(median / by_name[OWN], 2) for name, median in by_name.items() if name in COMPARED}
         for shape, by_name in medians.items()
@@ -88,25 +88,28 @@ def ratios(figures: dict) -> dict[str, dict[str, float]]:
     }
 
 
-def key_of(row: Row) -> str:
-    """The place as `Shape` writes it."""
+def shape_key(row: Row) -> str:
+    """Return the shape of a row as `str(Shape)` writes it."""
     labels = "" if row.get("ignored") is None else f":labels={row['ignored']:g}"
     return f"{row['rows']}x{row['classes']}:{row['dtype']}{labels}"
 
 
-def shape_of(row: Row) -> str:
-    """The shape for a reader."""
+def shape_text(row: Row) -> str:
+    """Return the shape of a row for a reader."""
     labels = "" if row.get("ignored") is None else f", labels, {row['ignored']:.0%} ignored"
     return f"{row['rows']} × {row['classes']} {row['dtype']}{labels}"
 
 
 def by_place(figures: dict, direction: str, head: list[str], cells: Callable[[dict[str, Row]], list[str]]) -> str:
-    """A table with a line for each place; its cells are a function of candidate -> row.  Threads are told where they differ."""
+    """Return a table with a line for each case; `cells` maps candidate -> row to its cells.
+
+    A column shows the number of threads if it differs between rows.
+    """
     rows = [row for row in figures["rows"] if row["direction"] == direction]
     threads = ["threads"] if len({row.get("threads") for row in rows}) > 1 else []
     places: dict[tuple[str, ...], dict[str, Row]] = {}
     for row in rows:
-        place = (shape_of(row), *(str(row[name]) for name in ("keep", *threads)))
+        place = (shape_text(row), *(str(row[name]) for name in ("keep", *threads)))
         places.setdefault(place, {})[row["candidate"]] = row
     return table(
         ["rows × classes", "keep", *threads, *head], [[*place, *cells(some)] for place, some in places.items()]
@@ -127,16 +130,16 @@ def _ratio(other: Row | None, own: Row) -> str:
 
 
 def number(microseconds: float) -> str:
-    """Three digits are what a measurement of time is worth."""
+    """Return a time with three digits; a measurement deserves no more."""
     return f"{microseconds:.0f}" if microseconds >= 100 else f"{microseconds:.3g}"
 
 
 def facts(known: dict[str, object]) -> str:
-    """A table of facts by name."""
-    return table(["", ""], [[name, "not known" if fact is None else str(fact)] for name, fact in known.items()])
+    """Return a table of facts by name."""
+    return table(["", ""], [[name, "unknown" if fact is None else str(fact)] for name, fact in known.items()])
 
 
 def table(head: list[str], lines: list[list[str]]) -> str:
-    """A Markdown table."""
+    """Return a Markdown table."""
     rows = [head, ["---"] * len(head), *lines]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)

@@ -1,4 +1,4 @@
-"""Rounds in which the candidates take turns, and what is said of their times.  Nothing of torch is needed."""
+"""Rounds in which the candidates take turns, and the summary of their times. Needs no torch."""
 
 import random
 import statistics
@@ -6,28 +6,30 @@ import time
 from collections.abc import Callable
 
 Seconds = tuple[float, ...]
-"""Of one call, for each of the directions that are measured in it."""
+"""Seconds of one call, for each direction that is measured in it."""
 
 
 class Deadline:
-    """A point in time, so many seconds from now."""
+    """A point in time, `seconds` from now."""
 
     def __init__(self, seconds: float) -> None:
         self._end = time.monotonic() + seconds
 
     def left(self) -> float:
-        """Seconds until then; 0 afterwards."""
+        """Return the seconds until then; 0 afterwards."""
         return max(0.0, self._end - time.monotonic())
 
 
 def in_turns(
     functions: dict[str, Callable[[], Seconds]], deadline: Deadline, rounds: tuple[int, int]
 ) -> dict[str, list[Seconds]]:
-    """What every function gives, over rounds in which each is called once, in another order each time.
+    """Return the results of every function over rounds that call each function once, in a new random order.
 
-    The fewest rounds are made even past the deadline, and one before them that does not count.
+    A warm-up round comes first and does not count. The fewest rounds are run even past the deadline.
 
     Args:
+        functions: name -> function.
+        deadline: no further round starts after it.
         rounds: fewest, most.
     """
     fewest, most = rounds
@@ -38,13 +40,13 @@ def in_turns(
     for done in range(most):
         if done >= fewest and deadline.left() == 0:
             break
-        shuffle(order)  # nobody always follows the same one
+        shuffle(order)  # so that no candidate always follows the same one
         for name in order:
             samples[name].append(functions[name]())
     return samples
 
 
 def summary(samples: list[float]) -> dict[str, float]:
-    """Median and the middle half of seconds, in microseconds."""
+    """Return the median and the quartiles of seconds, in microseconds."""
     low, median, high = (round(x * 1e6, 2) for x in statistics.quantiles(samples, n=4))
     return {"median_us": median, "low_us": low, "high_us": high}
