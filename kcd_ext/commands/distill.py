@@ -28,9 +28,14 @@ class Distill(TrainingOptions):
         Positional[str],
         arg(metavar="[PRESET]", help=f"A pair of the paper's CIFAR-100 comparison: {', '.join(presets.PRESETS)}."),
     ] = ""
-    teacher: str | None = None
-    """A finished run's folder, a weights file (.safetensors, .pt, .pth), or a network to train first: a name (see
-    --student) or module:function. None: the teacher of PRESET or the default for the data (digits, mnist5k)."""
+    teacher: Annotated[
+        str | None,
+        arg(
+            help="The teacher: a finished run's folder, a weights file (.safetensors, .pt, .pth), or a network to train first, by "
+            "name (see --student) or as module:function. None: the teacher of PRESET or the default for the data (digits, "
+            "mnist5k)."
+        ),
+    ] = None
     teacher_network: str | None = None
     """The network of the weights in --teacher. None: the one named in the run's folder, else that of PRESET or the data."""
     teacher_lr: float | None = None

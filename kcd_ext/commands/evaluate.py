@@ -60,9 +60,15 @@ class Evaluate:
     """The network of the weights in --teacher. None: the one named in its folder, else that of the run's own teacher."""
     temperatures: tuple[float, ...] = TEMPERATURES
     """Temperatures at which probabilities are compared, in [0.001, 1000]."""
-    layers: Annotated[tuple[str, ...], arg(metavar="[STUDENT=TEACHER ...]")] = ()
-    """Pairs of layers whose outputs are compared. A layer is a module path, penultimate (the input of the last linear layer)
-    or logits. Default: the stages of both networks, paired from the last one backwards, then penultimate and logits."""
+    layers: Annotated[
+        tuple[str, ...],
+        arg(
+            metavar="[STUDENT=TEACHER ...]",
+            help="Pairs of layers whose outputs are compared. A layer is a module path, penultimate (the input of the last linear "
+            "layer) or logits. Default: the stages of both networks, paired from the last one backwards, then penultimate and "
+            "logits.",
+        ),
+    ] = ()
     device: str = "auto"
     """auto (CUDA if available), cpu or cuda."""
     threads: int | None = None

@@ -26,23 +26,31 @@ NETWORKS = ", ".join(models.REGISTRY)
 class Images:
     """A data set and the augmentation of its training images."""
 
-    data: str = "mnist5k"
-    """The images: mnist5k, digits, cifar10 or cifar100 (CIFAR archives are searched in $KCD_DATA, else in ./data), the path
-    of an archive, of an .npz file or of a folder of images, or module:function."""
+    data: Annotated[
+        str,
+        arg(
+            help="The images: mnist5k, digits, cifar10, cifar100 (archives are searched in $KCD_DATA, else in ./data), the path of "
+            "an archive, an .npz file or a folder of images, or module:function."
+        ),
+    ] = "mnist5k"
     padding: int | None = None
-    """Pixels of black border from which training images are randomly cropped back to their size; 0: no cropping.
-    None: the usual value for the data set (4 for CIFAR)."""
+    """Random crops: pixels of black border around training images; 0: none. None: usual for the data set (CIFAR: 4)."""
     flip: Annotated[bool, FlagCreatePairsOff] = False
     """Flip half of the training images horizontally. Without --flip and --no-flip: as usual for the data set."""
     no_flip: Annotated[bool, FlagCreatePairsOff] = False
     """Do not flip training images."""
     size: int | None = None
     """Resize the images of a folder to this many pixels per side. None: all must have the same size."""
-    mean: Annotated[tuple[str, ...] | None, arg(metavar="NUMBER [NUMBER ...]")] = None
-    """Networks get (pixels / 255 - mean) / std. One number, or one per channel; imagenet or half (0.5) also set std.
-    None: mean and standard deviation of the training images."""
+    mean: Annotated[
+        tuple[str, ...] | None,
+        arg(
+            metavar="NUMBER [NUMBER ...]",
+            help="Networks get (pixels / 255 - mean) / std. One number, or one per channel; imagenet and half (0.5) also set std. "
+            "None: mean and standard deviation of the training images.",
+        ),
+    ] = None
     std: Annotated[tuple[str, ...] | None, arg(metavar="NUMBER [NUMBER ...]")] = None
-    """Standard deviation, given together with --mean."""
+    """Standard deviation; give it together with --mean."""
 
     def load(self) -> ImageData:
         """Load the images. Raises TypeError, ValueError, ImportError or OSError if that fails."""

@@ -13,8 +13,9 @@ from ..environment import usable_processors
 from ..networks import forward_flops
 from ..reports import runs
 
-# Measured: below twice this many FLOPs a step, a second thread saves at most a tenth of the time on an idle machine. On a
-# busy machine threads wait for each other at every operator, and small networks become many times slower.
+# Measured (docs/how-to/threads.md): below twice this many FLOPs a step, a second thread saves at most a tenth of the time
+# on an idle machine. On a busy machine threads wait for each other at every operator, and small networks become many times
+# slower.
 FLOPS_OF_A_THREAD = 16 * 10**9
 
 
