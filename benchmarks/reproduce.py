@@ -1,13 +1,13 @@
-"""The paper's comparison on one's own machine: teacher, student, KD, controls and KC-KD on the same stack.
+"""Reproduce the paper's comparison: teacher, student without teacher, KD, controls and KC-KD with the same trainer.
 
     python benchmarks/reproduce.py --data cifar100 --pair resnet32x4-resnet8x4 --seeds 3 --side-by-side 4
 
-An hour on two CPU cores answers the same question with a small pair and a fifth of the classes:
+A small pair and a fifth of the classes answer the same question in an hour on two CPU cores:
 
     python benchmarks/reproduce.py --data cifar100 --pair resnet20-resnet8 --classes 20 --epochs 24 --precision bfloat16
 
-Several runs are trained side by side on one GPU or CPU. What is finished is not run again, and what was interrupted goes
-on. Writes a table beside the paper's numbers, and all figures as JSON, to --results.
+Several runs train in parallel on one GPU or CPU. Run the same command again to resume: finished runs are kept and
+interrupted ones continue. The table with the paper's numbers and all figures as JSON are written to --results.
 """
 
 import shlex
@@ -26,15 +26,15 @@ from kcd_ext import environment
 from kcd_ext.checks import check_int
 from kcd_ext.commands import teachers
 from kcd_ext.commands.presets import CIFAR100
-from kcd_ext.commands.study import TEACHER, Run, Study
+from kcd_ext.commands.study import TEACHER, PlannedRun, Study
 from kcd_ext.commands.teachers import Teacher
 from kcd_ext.data.images import ImageData, load
 from kcd_ext.files import read_json, write_bytes, write_json
-from kcd_ext.reports.tables import spread
+from kcd_ext.reports.tables import mean_and_deviation
 from kcd_ext.training.recipe import Condense, Recipe
 
-# What is compared: the name of a run -> what is its own of the recipe. Random selection mixes no images, so what KC-KD is
-# better by than "random" is both: "kc-kd unmixed" tells them apart.
+# The compared kinds of runs: label -> the options of its recipe. Random selection mixes no images, so a gain of KC-KD over
+# "random" can come from selection or from mixing: "kc-kd unmixed" separates the two.
 KINDS: dict[str, dict[str, object]] = {
     "kd": {"method": "kd"},
     "student alone": {"method": "ce"},
@@ -46,9 +46,9 @@ KINDS: dict[str, dict[str, object]] = {
     "random immediate": {"method": "kd", "condense": Condense(selection="random", schedule="immediate")},
     "kd, half of a batch": {"method": "kd", "condense": Condense(keep=1.0, batch_keep=0.5)},
 }
-BASELINE, ALONE = "kd", "student alone"  # the second asks no teacher
+BASELINE, NO_TEACHER = "kd", "student alone"
 
-# Li et al., ECCV 2022: top-1 of student alone, KD and KC-KD on CIFAR-100, percent.
+# Li et al., ECCV 2022: top-1 accuracy in percent on CIFAR-100 of the student without teacher, KD and KC-KD.
 PAPER = {
     "wrn_40_2-wrn_16_2": (73.26, 74.92, 75.70),
     "wrn_40_2-wrn_40_1": (71.98, 73.54, 73.84),
@@ -77,41 +77,43 @@ HEADER = (
 
 @dataclass(frozen=True)
 class Reproduce:
-    """Runs the comparison and writes its table."""
+    """Run the comparison and write its table."""
 
     data: str = "cifar100"
-    """As `kcd distill --data`."""
+    """The images, as for kcd distill --data."""
     pair: str = "resnet32x4-resnet8x4"
-    """Teacher and student."""
+    """The networks, TEACHER-STUDENT."""
     seeds: int = 3
-    """Runs of each kind; all have the same teacher."""
+    """Number of runs of each kind. All share one teacher."""
     only: tuple[str, ...] = field(default_factory=lambda: tuple(KINDS))
-    """The kinds to run."""
+    """The kinds of runs to compare."""
     epochs: int = 240
+    """Epochs of every run."""
     classes: int | None = None
-    """So many classes at equal distances; None: all."""
+    """Use only this many classes, evenly spaced; None: all."""
     teacher: Path | None = None
-    """The folder of a trained one; None: it is trained first, by the same schedule."""
+    """Folder of a finished teacher run; None: train the teacher first, with the same schedule."""
     precision: str = "auto"
+    """As for kcd distill --precision."""
     device: str = "auto"
+    """auto (CUDA if available), cpu or cuda."""
     threads: int = 1
-    """Of each run on the CPU."""
+    """CPU threads of each run."""
     side_by_side: int = 0
-    """Runs at a time; 0: one a processor on a CPU, four on a GPU."""
+    """Runs to train at the same time; 0: one per processor on a CPU, four on a GPU."""
     minutes: float | None = None
-    """No longer than that; what is interrupted goes on the next time, what is finished is shown. None: until all is
-    done."""
+    """Time limit. Finished runs are shown; the same command continues interrupted ones. None: no limit."""
     output: Path = Path("runs/reproduce")
-    """Where the runs lie."""
+    """Folder for the runs."""
     results: Path = Path("benchmarks/results")
-    """Where the table goes."""
+    """Folder for the table and the figures."""
 
     def run(self) -> None:
-        """Everything; goes on where an earlier call of the same options stopped."""
+        """Train what is missing, then write the table. A second call with the same options resumes."""
         self._check()
         started = time.monotonic()
-        whole = load(self.data)
-        study = self._study(load(self._images(whole), padding=4, flip=True))
+        full_data = load(self.data)
+        study = self._study(load(self._write_images(full_data), padding=4, flip=True))
         if self.minutes is not None:
             study = replace(study, deadline=started + 60 * self.minutes)
         study.checked().run()
@@ -121,23 +123,24 @@ class Reproduce:
         }
         print(f"{len(found)} of {len(students)} runs are finished, {time.monotonic() - started:.0f} s", flush=True)
         if found:
-            self._write(whole, _result(self._teacher_folder), found)
+            self._write(full_data, _result(self._teacher_folder), found)
 
     def _study(self, data: ImageData) -> Study:
+        """Return the plan: the teacher unless it is given, then all kinds for each seed."""
         teacher_name, student = self.pair.split("-")
         common = {"epochs": self.epochs, "device": self.device, "precision": self.precision}
         runs = []
         if self.teacher is None:
             teacher = Teacher(teacher_name)
-            runs = [Run(teacher_name, Recipe("ce", name=TEACHER, **common), self._teacher_folder)]
+            runs = [PlannedRun(teacher_name, Recipe("ce", name=TEACHER, **common), self._teacher_folder)]
         else:
             teacher = replace(teachers.find(str(self.teacher), None, None), weights=None, origin=None)
-        for seed in range(self.seeds):  # all kinds of a seed first: what is interrupted is a smaller comparison
+        for seed in range(self.seeds):  # finish all kinds of a seed first, so that an interrupted study can be compared
             for kind in self.only:
                 folder = self.output / kind.replace(" ", "-").replace(",", "") / f"seed-{seed}"
-                taught = {} if kind == ALONE else {"teacher": teacher, "teacher_folder": self._teacher_folder}
+                teaching = {} if kind == NO_TEACHER else {"teacher": teacher, "teacher_folder": self._teacher_folder}
                 recipe = Recipe(name=kind, seed=seed, lr=lr_of(self.pair), **common, **KINDS[kind])
-                runs.append(Run(student, recipe, folder, **taught))
+                runs.append(PlannedRun(student, recipe, folder, **teaching))
         return Study(
             command="benchmarks/reproduce.py",
             options={name: str(value) for name, value in asdict(self).items()},
@@ -160,13 +163,13 @@ class Reproduce:
 
     @property
     def _spec(self) -> str:
-        """What `load` takes: the data set itself, or a file of some of its classes."""
+        """The argument of `load`: the data set itself, or a file with some of its classes."""
         return self.data if self.classes is None else str(self.output / f"{self.classes}-classes.npz")
 
-    def _images(self, whole: ImageData) -> str:
-        """Write the file of some classes anew, if only these are taken. Return what `load` takes."""
+    def _write_images(self, data: ImageData) -> str:
+        """Write the file with some of the classes, if requested. Return the argument of `load`."""
         if self.classes is not None:
-            arrays = subset(whole, self.classes)
+            arrays = subset(data, self.classes)
             self.output.mkdir(parents=True, exist_ok=True)
             beside = self.output / f".{self.classes}-classes.partial.npz"
             np.savez(beside, **arrays)
@@ -174,35 +177,34 @@ class Reproduce:
         return self._spec
 
     def _check(self) -> None:
-        """Raises ValueError for what would be found out only after hours."""
+        """Raise TypeError or ValueError for options that would otherwise fail only after hours."""
         if self.pair.count("-") != 1:
             raise ValueError(f"pair must be TEACHER-STUDENT, got {self.pair!r}")
         if unknown := [kind for kind in self.only if kind not in KINDS]:
-            raise ValueError(f"only must be out of {', '.join(map(repr, KINDS))}, got {unknown[0]!r}")
+            raise ValueError(f"only must be among {', '.join(map(repr, KINDS))}, got {unknown[0]!r}")
         for name, least in (("seeds", 1), ("epochs", 1), ("threads", 1), ("side_by_side", 0)):
             check_int(name, getattr(self, name), least)
         if self.teacher is not None and not _is_finished(self.teacher):
             raise ValueError(f"teacher must be the folder of a finished run, got {self.teacher}")
 
     def _write(self, data: ImageData, teacher: dict, runs: dict) -> None:
-        # The seeds that all kinds have: only these can be compared.
+        """Write the table and the figures, for the seeds that have finished in all kinds."""
         seeds = [seed for seed in range(self.seeds) if all((kind, seed) in runs for kind in self.only)]
         if not seeds:
-            print("no seed is finished in all kinds: nothing to compare yet")
+            print("nothing to compare yet: no seed has finished in all kinds")
             return
         kinds = [kind for kind in KINDS if kind in self.only]
         baseline = [runs[BASELINE, seed] for seed in seeds] if BASELINE in kinds else None
         rows = [row(kind, [runs[kind, seed] for seed in seeds], baseline) for kind in kinds]
-        # The teacher serves all seeds, so it has one run.
         lines = ["| " + " | ".join(cells) + " |" for cells in (HEADER, ["---"] * len(HEADER), *rows)]
         as_published = self.epochs == 240 and self.classes is None and data.num_classes == 100
         paper = PAPER.get(self.pair) if as_published and len(data.train) == 50_000 else None
-        beside = (
-            "The paper's table: student {:.2f}, KD {:.2f}, KC-KD {:.2f} % (its KD row is older work's).\n".format(
+        paper_note = (
+            "The paper's table: student {:.2f}, KD {:.2f}, KC-KD {:.2f} % (it takes its KD row from earlier work).\n".format(
                 *paper
             )
             if paper
-            else "Smaller than the paper's setting, and not to be compared with its numbers.\n"
+            else "Smaller than the paper's setting; do not compare with its numbers.\n"
         )
         part = "" if self.classes is None else f"-{self.classes}-classes"
         name = f"reproduce-{data.name}{part}-{self.pair}-{self.epochs}-epochs"
@@ -210,12 +212,12 @@ class Reproduce:
 
 `{command()}`
 
-Teacher {teacher["accuracy_last"]:.2f} %. Mean ± standard deviation over seeds; "minus KD" is the mean of the differences to KD of
-the same seed (same weights and order of samples at the start) ± its standard error.
+Teacher {teacher["accuracy_last"]:.2f} %. Mean ± standard deviation over seeds. "minus KD" is the mean difference to KD with the
+same seed (same initial weights, same initial order of samples) ± its standard error.
 
 {chr(10).join(lines)}
 
-{beside}"""
+{paper_note}"""
         self.results.mkdir(parents=True, exist_ok=True)
         write_bytes(self.results / f"{name}.md", text.encode())
         content = {
@@ -234,24 +236,28 @@ the same seed (same weights and order of samples at the start) ± its standard e
 
 
 def command() -> str:
-    """That which is running, as one types it in the source folder."""
+    """Return the running command, as typed in the source folder."""
     return shlex.join(["python", "benchmarks/reproduce.py", *sys.argv[1:]])
 
 
 def lr_of(pair: str) -> float:
-    """The paper's learning rate for the student; 0.05 for a pair that it has not."""
+    """Return the paper's learning rate for the student, or 0.05 for a pair that is not in the paper."""
     return next((known.lr for known in CIFAR100 if pair == f"{known.teacher}-{known.student}"), 0.05)
 
 
 def subset(data: ImageData, classes: int) -> dict[str, np.ndarray]:
-    """The arrays of an .npz with `classes` whole classes at equal distances, numbered anew. Raises ValueError."""
+    """Return the arrays of an .npz file with `classes` evenly spaced classes, renumbered from 0.
+
+    Raises:
+        TypeError, ValueError: `classes` is not an integer from 2 to the number of classes.
+    """
     check_int("classes", classes, 2, data.num_classes)
     chosen = np.arange(classes) * data.num_classes // classes
     arrays = {}
-    for part, held in (("train", data.train), ("test", data.test)):
-        rows = np.flatnonzero(np.isin(held.labels, chosen))
-        arrays[f"x_{part}"] = held.images[rows]
-        arrays[f"y_{part}"] = np.searchsorted(chosen, held.labels[rows])
+    for part, images in (("train", data.train), ("test", data.test)):
+        rows = np.flatnonzero(np.isin(images.labels, chosen))
+        arrays[f"x_{part}"] = images.images[rows]
+        arrays[f"y_{part}"] = np.searchsorted(chosen, images.labels[rows])
     return arrays
 
 
@@ -260,17 +266,17 @@ def _is_finished(folder: Path) -> bool:
 
 
 def _result(folder: Path) -> Mapping[str, float]:
-    """Return what a finished run came to."""
+    """Return the result of a finished run."""
     return read_json(folder / "summary.json")["results"][0]
 
 
 def row(kind: str, results: Sequence[dict], baseline: Sequence[dict] | None) -> list[str]:
-    """A line of the table."""
+    """Return a row of the table."""
     gap = "" if baseline is None or kind == BASELINE else difference(results, baseline)
     return [
         kind,
-        spread([r["accuracy_last"] for r in results], ".2f"),
-        spread([r["accuracy_best"] for r in results], ".2f"),
+        mean_and_deviation([r["accuracy_last"] for r in results], ".2f"),
+        mean_and_deviation([r["accuracy_best"] for r in results], ".2f"),
         gap,
         *(visits(results, baseline, name) for name in ("sample_visits", "teacher_visits")),
         f"{mean(r['flops'] / 1e15 for r in results):.3g}",
@@ -280,14 +286,14 @@ def row(kind: str, results: Sequence[dict], baseline: Sequence[dict] | None) -> 
 
 
 def visits(results: Sequence[dict], baseline: Sequence[dict] | None, name: str) -> str:
-    """A mean count, and its share of the baseline's."""
+    """Return the mean number of visits and, with a baseline, its percentage of the baseline's."""
     count = mean(r[name] for r in results)
     part = f" ({100 * count / mean(r[name] for r in baseline):.1f} %)" if baseline else ""
     return f"{count:,.0f}{part}"
 
 
 def difference(results: Sequence[dict], baseline: Sequence[dict]) -> str:
-    """Mean ± standard error of what the last epoch's accuracy differs by, seed by seed."""
+    """Return mean ± standard error of the differences in final accuracy, paired by seed."""
     gaps = [a["accuracy_last"] - b["accuracy_last"] for a, b in zip(results, baseline, strict=True)]
     return f"{mean(gaps):+.2f}" + (f" ± {stdev(gaps) / len(gaps) ** 0.5:.2f}" if len(gaps) > 1 else "")
 

@@ -1,8 +1,8 @@
-"""The command `kcd`: a thin shell that turns options into calls, and errors into one line and an exit code.
+"""The `kcd` command: turn options into calls, and errors into one line and an exit code.
 
-`kcd_command.py` runs this file as `kcd_command.cli`, without the package's `__init__.py`, which imports torch. So this file,
-and each that it imports at the top, imports no other part of the package there. Functions import such parts, by their names
-in `kcd_ext`.
+`kcd_command.py` runs this file as `kcd_command.cli`. That skips the package's `__init__.py`, which imports torch. This file
+and its top-level imports must therefore import no other part of the package at module level. Functions import the rest by
+its name in `kcd_ext`.
 """
 
 import importlib
@@ -25,78 +25,83 @@ from .registry import unknown
 
 DESCRIPTION = """Knowledge Condensation Distillation: distil only what the student still has to learn.
 
-kcd COMMAND --help describes a command, kcd --version prints the version."""
+Run kcd COMMAND --help for the options of a command and kcd --version for the version."""
 
 
-class _Place(NamedTuple):
-    """Where a command is, and the first line of its docstring, which is shown without importing it."""
+class _Command(NamedTuple):
+    """The location of a command, and the first line of its docstring, which `kcd --help` shows without importing it."""
 
     kind: str
     sentence: str
 
 
 COMMANDS = {
-    "distill": _Place(
+    "distill": _Command(
         "kcd_ext.commands.distill:Distill",
-        "Distils a student from a teacher, by one seed or several, and writes a report.",
+        "Distil a student from a teacher, with one seed or several, and write a report.",
     ),
-    "teacher": _Place(
+    "teacher": _Command(
         "kcd_ext.commands.teacher:Train",
-        "Trains a teacher with cross entropy. Its folder is what --teacher of `kcd distill` takes.",
+        "Train a teacher with cross entropy. Pass its run folder to `kcd distill --teacher`.",
     ),
-    "report": _Place(
+    "report": _Command(
         "kcd_ext.commands.report:Report",
-        "Compares runs in one page: tables, curves, values, and what their options differ in.",
+        "Compare runs on one page: tables, curves, knowledge values and the options that differ.",
     ),
-    "evaluate": _Place(
+    "evaluate": _Command(
         "kcd_ext.commands.evaluate:Evaluate",
-        "Measures what finished runs have really distilled, on the test images of each.",
+        "Measure how well finished students match their teachers, on the test images of each run.",
     ),
-    "demo": _Place(
+    "demo": _Command(
         "kcd_ext.commands.demo:Demo",
-        "Distils real images in about a minute and writes a report.",
+        "Distil a small network on real images in about a minute and write a report.",
     ),
-    "info": _Place(
+    "info": _Command(
         "kcd_ext.commands.info:Info",
-        "Prints versions, instruction sets and devices, to paste into a bug report.",
+        "Print versions, instruction sets and devices, to paste into a bug report.",
     ),
 }
-TOGETHER = ("distill", "teacher")  # the work of several processes; the others are that of the first
-HELP = {"-h", "--help"}
-INTERRUPTED = 130
-NARROWEST = 40  # columns of a terminal; in fewer lines are broken by the terminal itself
+DISTRIBUTED = ("distill", "teacher")  # run on every rank; the other commands run on rank 0 only
+HELP_FLAGS = {"-h", "--help"}
+EXIT_INTERRUPTED = 130
+MIN_COLUMNS = 40  # a narrower terminal wraps the lines itself
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command; `arguments` default to those of the process.
+    """Run a command and return its exit code.
 
     The current folder is searched for a `module:function` that the user names, and for no other import.
+    Set the environment variable `KCD_TRACEBACK=1` to get the traceback of an error.
+
+    Args:
+        arguments: the command and its options; default: those of the process.
 
     Returns:
-        0, with a line on stderr for every warning; 2 for bad input or a file that cannot be written, with one line on
-        stderr, or what tyro prints of an option that it cannot read; 130 after Ctrl-C. The environment variable
-        KCD_TRACEBACK=1 shows where such an error comes from.
+        - 0 on success, with one line on stderr for each warning;
+        - 2 for bad input or a file that cannot be written, with one line on stderr (or tyro's message for an option
+          that it cannot parse);
+        - 130 after Ctrl-C.
     """
     _open_streams()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a terminal without ± is no reason to fail
+            stream.reconfigure(errors="replace")  # do not fail on a terminal that lacks ±
     try:
-        with warnings.catch_warnings(record=True) as caught, _interrupts_show():
+        with warnings.catch_warnings(record=True) as caught, _unwrap_interrupts():
             with processes.report_on_rank_zero():
                 command = _parse(sys.argv[1:] if arguments is None else list(arguments))
-            with _searching_here():
+            with _current_folder_importable():
                 command()
             processes.shutdown()
         sys.stdout.flush()
-    except SystemExit as end:  # of tyro, which has printed why, or of a rank that leaves it to rank 0
+    except SystemExit as end:  # from tyro, which has printed the reason, or from a rank that lets rank 0 report
         return end.code
-    except BrokenPipeError:  # nobody reads what is printed, which comes last: all the work is done
+    except BrokenPipeError:  # the reader closed the pipe; printing comes last, so all work is done
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt as interrupt:
         if processes.rank() == 0:
             terminal.say("interrupted", str(interrupt))
-        return INTERRUPTED
+        return EXIT_INTERRUPTED
     except OSError as error:
         return _fail(error, f"{error.strerror or error}", str(error.filename or ""))
     except (ValueError, TypeError, IndexError, ArithmeticError, ImportError) as error:
@@ -104,7 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except RuntimeError as error:
         if not processes.in_process_group():
             raise
-        # Of a process that has ended, torch's backends tell the others in many words and by several types.
+        # When a process ends, torch's backends raise long messages of several types on the others.
         return _fail(error, "another process of this command may have ended", type(error).__name__, one_line(error))
     for text in dict.fromkeys(str(warning.message) for warning in caught if processes.rank() == 0):
         terminal.say("warning", " ".join(text.split()))
@@ -119,8 +124,8 @@ def _fail(error: Exception, *parts: str) -> int:
     return BAD_INPUT
 
 
-def _searching_here() -> Any:
-    """Return the context in which the package, if it is imported, finds the user's modules in the current folder."""
+def _current_folder_importable() -> Any:
+    """Return a context in which the package can import the user's modules from the current folder."""
     package = sys.modules.get("kcd_ext.import_path")
     try:
         return nullcontext() if package is None else package.searching(os.getcwd())
@@ -129,7 +134,7 @@ def _searching_here() -> Any:
 
 
 def _open_streams() -> None:
-    """Open os.devnull where the process was started without stdout or stderr, lest a file of ours takes their place."""
+    """Open os.devnull for a missing stdout or stderr, so that no file of ours gets their descriptor."""
     if sys.stdout is None or sys.stderr is None:
         while os.open(os.devnull, os.O_RDWR) < 2:
             pass
@@ -137,27 +142,27 @@ def _open_streams() -> None:
 
 
 def _parse(arguments: list[str]) -> Callable[[], None]:
-    """Return what the arguments ask for, ready to be called. Only runs are the work of several processes together."""
-    _check_not_empty(arguments)
+    """Return the requested action, ready to call. On ranks above 0 it does nothing unless the command is distributed."""
+    _check_no_empty_argument(arguments)
     name, *options = arguments or [""]
-    together = name in TOGETHER and HELP.isdisjoint(options)
+    on_every_rank = name in DISTRIBUTED and HELP_FLAGS.isdisjoint(options)
     if arguments == ["--version"]:
-        action = _version
-    elif name in HELP:
-        action = _overview
+        action = _show_version
+    elif name in HELP_FLAGS:
+        action = _show_overview
     elif name.startswith("--tyro-"):
-        action = partial(_complete, arguments)
+        action = partial(_print_completion, arguments)
     elif name not in COMMANDS:
-        raise _no_command(name, options)
+        raise _unknown_command(name, options)
     else:
-        kind = _imported(name)
-        with _searching_here():
-            action = _command(name, kind, options)
-    return action if processes.rank() == 0 or together else lambda: None
+        kind = _load_command(name)
+        with _current_folder_importable():
+            action = _bind(name, kind, options)
+    return action if processes.rank() == 0 or on_every_rank else lambda: None
 
 
-def _check_not_empty(arguments: list[str]) -> None:
-    """Raise ValueError for an empty argument, other than the value of an option of the method (behind its name)."""
+def _check_no_empty_argument(arguments: list[str]) -> None:
+    """Raise ValueError for an empty argument. The value of a method option, after its name, may be empty."""
     before, option = "", ""
     for argument in arguments:
         is_value = option == "--options" != before
@@ -167,8 +172,8 @@ def _check_not_empty(arguments: list[str]) -> None:
         before, option = argument, argument if argument.startswith("--") else option
 
 
-def _imported(command: str) -> type:
-    """Return the class of a command. Raises ImportError where a package is missing."""
+def _load_command(command: str) -> type:
+    """Import and return the class of a command. Raises ImportError if a package is missing."""
     module, _, name = COMMANDS[command].kind.partition(":")
     try:
         return getattr(importlib.import_module(module), name)
@@ -176,109 +181,112 @@ def _imported(command: str) -> type:
         raise ImportError(f'kcd needs the package {error.name}: pip install "kcd-ext[train]"') from error
 
 
-def _command(name: str, kind: type, options: list[str]) -> Callable[[], None]:
-    """Return what a command does with these options: it runs, or shows its help.
+def _bind(name: str, kind: type, options: list[str]) -> Callable[[], None]:
+    """Return the action of a command with these options: run it, or show its help.
 
     Raises:
-        ValueError, TypeError: a value is out of range, or they name a RECIPE that does not exist, or an option of the method.
-        SystemExit: tyro cannot read them, and has printed why.
+        ValueError, TypeError: a value is out of range, PRESET does not exist, or an option belongs after `--options`.
+        SystemExit: tyro cannot parse the options and has printed the reason.
     """
     if name == "info" and not options:
-        return kind().run  # without tyro, which is an extra
-    others = [option for option in options if option not in HELP]
+        return kind().run  # works without tyro, which only the extras install
+    others = [option for option in options if option not in HELP_FLAGS]
     shows_help = others != options
-    # Read twice: the method and RECIPE decide the defaults of what is not given.
+    # Parse twice: the method and PRESET determine the defaults of the other options.
     try:
-        command, unread = _tyro(name, kind, others, quiet=shows_help, return_unknown_args=True)
+        command, unread = _parse_with_tyro(name, kind, others, quiet=shows_help, return_unknown_args=True)
     except (SystemExit, ValueError, TypeError):
         if not shows_help:
             raise
-        command, unread = _tyro(name, kind, [], return_unknown_args=True)  # help on `--epochs` without its number
+        command, unread = _parse_with_tyro(
+            name, kind, [], return_unknown_args=True
+        )  # `--epochs --help` still shows the help
     given = {"default": command.defaults()} if hasattr(command, "defaults") and not unread else {}
     if shows_help:
-        return partial(_help, name, kind, command, given)
+        return partial(_show_help, name, kind, command, given)
     if hasattr(command, "recipe"):
         command.recipe.check_unread(unread)
-    return _tyro(name, kind, options, **given).run
+    return _parse_with_tyro(name, kind, options, **given).run
 
 
-def _tyro(name: str, kind: type, options: list[str], quiet: bool = False, **more: object) -> Any:
-    """Return what tyro reads. It prints what is wrong on rank 0, unless `quiet`, and raises SystemExit."""
+def _parse_with_tyro(name: str, kind: type, options: list[str], quiet: bool = False, **more: object) -> Any:
+    """Parse the options with tyro. On an error, print it on rank 0 unless `quiet`, and raise SystemExit."""
     import tyro
 
-    # Not by `console_outputs`: tyro prints errors of values all the same.
+    # Redirect stderr, because tyro prints invalid values even with `console_outputs=False`.
     quiet = quiet or processes.rank() > 0
     with redirect_stderr(io.StringIO()) if quiet else nullcontext():
         return tyro.cli(kind, args=options, prog=f"kcd {name}", **more)
 
 
-def _help(name: str, kind: type, command: Any, given: dict[str, object]) -> None:
-    """Print tyro's help of a command, and below it the options of the method. Raises ValueError for an unknown method."""
+def _show_help(name: str, kind: type, command: Any, given: dict[str, object]) -> None:
+    """Print tyro's help for a command, then the options of its method. Raises ValueError for an unknown method."""
     lines = _method_help(name, *command.recipe.method_options()) if hasattr(command, "recipe") else []
     with suppress(SystemExit):
-        _tyro(name, kind, ["--help"], **given)
+        _parse_with_tyro(name, kind, ["--help"], **given)
     terminal.show(*lines)
 
 
 def _method_help(command: str, method: str, options: Sequence[Any]) -> list[str]:
-    """Return the lines with the options of a method."""
-    other = f"for those of another: kcd {command} --method METHOD --help"
+    """Return the lines that describe the options of a method."""
+    other = f"For another method: kcd {command} --method METHOD --help"
     if not options:
-        return ["", *_folded(f"Method {method} has no options ({other}).")]
-    title = f"Options of method {method}, with their defaults, given as --options NAME VALUE ... ({other}):"
-    return ["", *_folded(title), *_listed({f"{o.name} {o.default}".rstrip(): o.text for o in options}, 22)]
+        return ["", *_wrap(f"Method {method} has no options. {other}.")]
+    title = f"Options of method {method}, with defaults. Pass them as --options NAME VALUE [NAME VALUE ...]. {other}."
+    return ["", *_wrap(title), *_definition_list({f"{o.name} {o.default}".rstrip(): o.text for o in options}, 22)]
 
 
-def _overview() -> None:
-    """Print the help of `kcd` itself: every command in a sentence."""
-    description = [line for paragraph in DESCRIPTION.splitlines() for line in _folded(paragraph)]
-    commands = _listed({name: place.sentence for name, place in COMMANDS.items()}, 12)
+def _show_overview() -> None:
+    """Print the help of `kcd` itself, with one sentence for each command."""
+    description = [line for paragraph in DESCRIPTION.splitlines() for line in _wrap(paragraph)]
+    commands = _definition_list({name: command.sentence for name, command in COMMANDS.items()}, 12)
     terminal.show("usage: kcd COMMAND [OPTIONS]", "", *description, "", "commands:", *commands)
 
 
-def _listed(texts: Mapping[str, str], column: int) -> list[str]:
-    """Return lines with a text beside each name, which begins in this column; below a name that is too long for it."""
+def _definition_list(texts: Mapping[str, str], column: int) -> list[str]:
+    """Return lines with each name and its text. The text starts in this column, or below a name that is too long."""
     lines = []
     for name, text in texts.items():
         start = f"  {name}"
         if text and len(start) >= column - 1:
             lines.append(start)
             start = ""
-        lines += _folded(text, start.ljust(column), " " * column) if text else [start]
+        lines += _wrap(text, start.ljust(column), " " * column) if text else [start]
     return lines
 
 
-def _folded(text: str, start: str = "", indent: str = "") -> list[str]:
-    """Return the lines of a paragraph, which end where the screen does."""
-    width = max(shutil.get_terminal_size().columns, NARROWEST)
+def _wrap(text: str, start: str = "", indent: str = "") -> list[str]:
+    """Return the lines of a paragraph, wrapped to the width of the terminal."""
+    width = max(shutil.get_terminal_size().columns, MIN_COLUMNS)
     return textwrap.wrap(text, width, initial_indent=start, subsequent_indent=indent, break_on_hyphens=False) or [""]
 
 
-def _complete(arguments: list[str]) -> None:
-    """Print what a shell reads to complete the commands and their options."""
-    kinds = {name: _imported(name) for name in COMMANDS}
+def _print_completion(arguments: list[str]) -> None:
+    """Print the script with which a shell completes the commands and their options."""
+    kinds = {name: _load_command(name) for name in COMMANDS}
     from tyro.extras import subcommand_cli_from_dict
 
     with suppress(SystemExit):
         subcommand_cli_from_dict(kinds, prog="kcd", description=DESCRIPTION, args=arguments)
 
 
-def _no_command(name: str, options: Sequence[str]) -> ValueError:
-    """Return the error for what is in the place of a command."""
+def _unknown_command(name: str, options: Sequence[str]) -> ValueError:
+    """Return the error for a first argument that is not a command."""
     if not name:
-        return ValueError(f"a command must be given: {', '.join(COMMANDS)} (see kcd --help)")
+        return ValueError(f"missing command: use one of {', '.join(COMMANDS)} (see kcd --help)")
     if name == "help":
         return ValueError(f"unknown command 'help': did you mean kcd {' '.join([*options[:1], '--help'])}?")
     if name == "--version":
-        return ValueError(f"--version goes alone, got {brief(options[0])} after it")
+        return ValueError(f"--version takes no arguments, got {brief(options[0])}")
     if name.startswith("-"):
-        nearest = did_you_mean(name, (*HELP, "--version")) or ": a command comes before its options"
+        nearest = did_you_mean(name, (*HELP_FLAGS, "--version")) or ": put the command before its options"
         option = name if len(name) <= LENGTH else f"{name[:LENGTH]}..."
         return ValueError(f"unrecognized option {option}{nearest} (see kcd --help)")
     return ValueError(f"{unknown('command', name, COMMANDS)} (see kcd --help)")
 
 
-def _version() -> None:
+def _show_version() -> None:
+    """Print the version."""
     try:
         version = metadata.version("kcd-ext")
     except metadata.PackageNotFoundError:  # run from a source folder
@@ -287,8 +295,8 @@ def _version() -> None:
 
 
 @contextmanager
-def _interrupts_show() -> Iterator[None]:
-    """Ctrl-C while something is imported can come out as an error of the import."""
+def _unwrap_interrupts() -> Iterator[None]:
+    """Raise KeyboardInterrupt if it is behind another error: an import turns Ctrl-C into an error of its own."""
     try:
         yield
     except Exception as error:

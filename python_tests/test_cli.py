@@ -1,4 +1,4 @@
-"""The command as a user runs it: real processes, really interrupted, really out of space."""
+"""`kcd demo`, `kcd info` and errors of the command, in real processes that are interrupted or run out of space."""
 
 import json
 import os
@@ -38,7 +38,7 @@ WITH_TESTS = {**os.environ, "PYTHONPATH": f"{Path(__file__).parent}{os.pathsep}{
 
 
 def without_seconds(folder):
-    """All that a demo found out, times left out."""
+    """Return the results of a demo without times."""
     summary = json.loads((folder / "summary.json").read_text())
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     for entry in (*summary["results"], *lines):
@@ -48,7 +48,7 @@ def without_seconds(folder):
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
-    """A finished demo of two seeds; tests that change something work on a copy."""
+    """A finished demo with two seeds. Tests that change files work on a copy."""
     folder = tmp_path_factory.mktemp("demo")
     done = commands.run(*SMALL, "--seeds", 3, 1, cwd=folder)
     assert done.returncode == 0, done.stderr
@@ -58,7 +58,7 @@ def demo(tmp_path_factory):
 # --- kcd demo ---------------------------------------------------------------------------------------------------------
 
 
-def test_what_the_demo_leaves(demo):
+def test_demo_writes_its_runs_and_prints_the_table(demo):
     folder, done = demo
     assert {path.name for path in folder.iterdir()} == ENTRIES
     assert [path.name for path in folder.parent.iterdir()] == ["demo"]
@@ -86,7 +86,7 @@ def test_what_the_demo_leaves(demo):
     assert done.stderr == ""
 
 
-def test_what_the_demo_compares(demo):
+def test_demo_students_share_weights_and_order_and_differ_in_visits(demo):
     folder, _ = demo
     summary, lines = without_seconds(folder)
     n, each = 1083, int(1083 * (1 - 0.7) / 6)
@@ -104,15 +104,15 @@ def test_what_the_demo_compares(demo):
         history = [x for x in lines if (x["method"], x["seed"]) == (result["method"], result["seed"])]
         assert result["accuracy_last"] == history[-1]["accuracy"]
         assert result["accuracy_best"] == max(line["accuracy"] for line in history) > 60
-        # Same weights, same order: until the first samples are dropped the three are one run.
-        first = next(x for x in lines if x["method"] == "kd" and x["seed"] == result["seed"])
+        # Same weights and order: the three runs are identical until samples are dropped.
+        kd_line = next(x for x in lines if x["method"] == "kd" and x["seed"] == result["seed"])
         if result["method"] in ("random", "kc-kd"):
-            assert (history[0]["loss"], history[0]["accuracy"]) == (first["loss"], first["accuracy"])
+            assert (history[0]["loss"], history[0]["accuracy"]) == (kd_line["loss"], kd_line["accuracy"])
     accuracy = {r["method"]: r["accuracy_best"] for r in summary["results"]}
     assert accuracy["teacher"] > accuracy["student"]
 
 
-def test_the_report_stands_alone_and_shows_the_results(demo):
+def test_demo_report_is_self_contained_and_shows_the_results(demo):
     folder, _ = demo
     source = (folder / "report.html").read_text()
     page = Page(source)
@@ -140,7 +140,7 @@ def test_the_report_stands_alone_and_shows_the_results(demo):
 
 @pytest.fixture
 def running(tmp_path):
-    """Starts a demo with the same options as `demo`, and ends it by a signal once a file has appeared."""
+    """Start a demo with the same options as `demo`, and send it a signal once a file has appeared."""
 
     def run(until, number, *more, meanwhile=None):
         return commands.stop(
@@ -151,7 +151,7 @@ def running(tmp_path):
 
 
 @pytest.mark.slow
-def test_interrupted_demos_lose_nothing_and_go_on(demo, running, tmp_path):
+def test_demo_resumes_after_kill_and_interrupt_without_losing_files(demo, running, tmp_path):
     earlier, previous = tmp_path / "runs" / "demo", tmp_path / "runs" / "demo.previous"
     earlier.mkdir(parents=True)
     (earlier / "config.json").write_text('{"command": "kcd demo"}')
@@ -164,16 +164,20 @@ def test_interrupted_demos_lose_nothing_and_go_on(demo, running, tmp_path):
     assert (code, out) == (-signal.SIGKILL, "")
     assert {path.name: content for path, content in contents(previous).items()} == before
     code, out, error = running(f"{runs}/seed-3/random/metrics.jsonl", signal.SIGINT, "--resume")
-    assert (code, out, error) == (130, "", "kcd: interrupted: --resume goes on with what is in runs/demo\n")
+    assert (code, out, error) == (
+        130,
+        "",
+        "kcd: interrupted: run the command again with --resume to continue in runs/demo\n",
+    )
     finished = json.loads((earlier / "summary.json").read_text())["results"]
     assert [r["method"] for r in finished] == METHODS[:3]
     everything = contents(tmp_path)
     for options, message in (
-        ([], r"kcd: output runs/demo holds a config.json already: --resume goes on with a run, or choose another"),
+        ([], r"kcd: output runs/demo already holds config.json: give --resume to continue its run, or choose another"),
         (["--resume", "--keep", "0.5"], "random was run with condense.keep=0.7, got condense.keep=0.5"),
         (["--resume", "--lr", "0.1"], "seed-3/teacher was run with lr=0.05, got lr=0.1"),
         (["--resume", "--data", f"{__name__}:constant"], "seed-3/teacher was run with spec='digits', got spec='test_"),
-        (["--resume", "--seeds", "1"], "runs/demo holds checkpoint/seed-3/kd, which is none of these runs"),
+        (["--resume", "--seeds", "1"], "runs/demo holds checkpoint/seed-3/kd, which is not one of these runs"),
     ):
         refused = commands.run(*SMALL, "--seeds", 3, 1, *options, cwd=tmp_path, env=WITH_TESTS)
         assert (refused.returncode, refused.stderr.count("\n")) == (2, 1) and re.search(message, refused.stderr)
@@ -181,14 +185,14 @@ def test_interrupted_demos_lose_nothing_and_go_on(demo, running, tmp_path):
 
     done = commands.run(*SMALL, "--seeds", 3, 1, "--resume", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    (earlier / "notes.txt").unlink()  # which has stayed
+    (earlier / "notes.txt").unlink()  # it was kept
     assert without_seconds(earlier) == without_seconds(demo[0])
     assert {path.name for path in earlier.iterdir()} == ENTRIES
     assert {path.name: content for path, content in contents(previous).items()} == before
 
     shutil.rmtree(previous)
     small = ["demo", "--data", "digits", "--epochs", "2", "--keep", "0.5", "--threads", "1", "--device", "cpu"]
-    for results in ([3, 1], [0]):  # what was there before the first and the second time
+    for results in ([3, 1], [0]):  # the seeds of the demo that each run replaces
         done = commands.run(*small, cwd=tmp_path)
         assert (done.returncode, done.stderr) == (0, "")
         assert json.loads((previous / "summary.json").read_text())["seeds"] == results
@@ -196,14 +200,14 @@ def test_interrupted_demos_lose_nothing_and_go_on(demo, running, tmp_path):
     everything = contents(tmp_path)
     refused = commands.run(*small, cwd=tmp_path)
     assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
-    assert f"{previous} holds a notes.txt: move it away" in refused.stderr and contents(tmp_path) == everything
+    assert f"{previous} holds notes.txt: move it away" in refused.stderr and contents(tmp_path) == everything
 
 
 @pytest.mark.slow
-def test_a_second_demo_on_one_output_is_refused(running, tmp_path):
+def test_second_demo_in_the_same_output_is_refused(running, tmp_path):
     def second():
         for resume, message in (
-            ([], "output runs/demo holds a checkpoint already"),
+            ([], "output runs/demo already holds checkpoint"),
             (["--resume"], "another kcd is ru"),
         ):
             done = commands.run(*SMALL, "--seeds", 3, 1, *resume, cwd=tmp_path)
@@ -215,20 +219,20 @@ def test_a_second_demo_on_one_output_is_refused(running, tmp_path):
 
 
 @pytest.mark.slow
-def test_no_more_room(tmp_path):
-    """A limit on the size of files stands for a full disk where nothing may be mounted."""
+def test_demo_fails_in_one_line_when_files_cannot_grow(tmp_path):
+    """A limit on file sizes simulates a full disk where mounting is not allowed."""
     done = commands.run(*SMALL, cwd=tmp_path, preexec_fn=limit_files_to(50_000))
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert done.stderr.startswith("kcd: File too large: ")
 
 
 @pytest.mark.slow
-def test_a_full_disk(tmp_path):
+def test_demo_fails_in_one_line_when_the_disk_is_full(tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=160k", "tmpfs", str(disk)], capture_output=True)
     if mounted.returncode:
-        pytest.skip("nothing may be mounted here")
+        pytest.skip("mounting is not allowed here")
     try:
         done = commands.run(*SMALL, "--output", disk / "demo", cwd=tmp_path)
     finally:
@@ -242,8 +246,8 @@ def test_a_full_disk(tmp_path):
 
 def constant():
     images = np.zeros((60, 8, 8, 1), np.uint8)
-    held = ImageSet(images, np.arange(60) % 4, Views.of(images))
-    return ImageData("constant", held, held, 4)
+    part = ImageSet(images, np.arange(60) % 4, Views.of(images))
+    return ImageData("constant", part, part, 4)
 
 
 def key_error():
@@ -263,7 +267,7 @@ def of_lists():
 
 
 def three_channels(*, in_channels, num_classes):
-    """A network that does not take grey images."""
+    """A network that rejects grey images."""
     return torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Flatten(), torch.nn.LazyLinear(num_classes))
 
 
@@ -275,20 +279,20 @@ def three_channels(*, in_channels, num_classes):
             "unknown data set 'imagenet': take cifar10, cifar100, digits, mnist5k, or write module:attribute",
         ),
         (["--keep", "0"], r"keep must be a number in \(0, 1\], got 0.0"),
-        (["--keep", "1"], "keep=1.0 drops none of 1083 samples in 24 epochs: take less"),
+        (["--keep", "1"], "keep=1.0 drops none of 1083 samples in 24 epochs: use a smaller keep"),
         (["--keep", "0.995"], "keep=0.995 drops none of 1083 samples in 24 epochs"),
         (["--data", f"{__name__}:key_error"], r"data set 'test_cli:key_error' raised KeyError: 'no such file'"),
         (["--data", f"{__name__}:runtime_error"], "raised RuntimeError: boom\n"),
         (["--data", f"{__name__}:leaves"], "raised SystemExit: 3"),
         (["--data", f"{__name__}:of_lists"], "data set 'lists': train must be an ImageSet, got list"),
         (["--data", "unreadable:load"], "data set 'unreadable:load': import of unreadable raised SyntaxError: "),
-        (["--output", "/"], "output must be a folder below the root, got /"),
+        (["--output", "/"], "output must not be the root folder, got /"),
         (["--seeds", str(10**22)], r"seeds must be an integer in \[0, 18446744073709551615\]"),
         (["--keep", "1.5"], r"keep must be a number in \(0, 1\], got 1.5"),
         (["--schedule", "linear"], "schedule must be one of 'reference', 'cosine', 'immediate', got 'linear'"),
         (["--epochs", "1"], "epochs must be an integer >= 2, got 1"),
-        (["--seeds"], "seeds must be one or more different integers"),
-        (["--seeds", "1", "1"], "seeds must be one or more different integers"),
+        (["--seeds"], "seeds must be one or more distinct integers"),
+        (["--seeds", "1", "1"], "seeds must be one or more distinct integers"),
         (["--seeds", "-1"], r"seeds must be an integer in \[0, 18446744073709551615\], got -1"),
         (["--threads", "0"], r"threads must be an integer in \[1, 4096\], got 0"),
         (["--lr", "inf"], "lr must be a finite number"),
@@ -297,13 +301,13 @@ def three_channels(*, in_channels, num_classes):
         (["--teacher", f"{__name__}:ENTRIES"], "'set' object is not callable"),
         (["--output", "file"], "is a file: choose another --output"),
         (["--output", "file/demo"], "Not a directory"),
-        (["--output", "project"], "output project holds a config.json already"),
-        (["--output", "project", "--resume"], "output project holds a config.json that is not of kcd demo"),
-        (["--output", "kept"], "kept.previous is not of kcd demo: move it away, or choose another --output"),
+        (["--output", "project"], "output project already holds config.json"),
+        (["--output", "project", "--resume"], "output project holds a config.json that kcd demo did not write"),
+        (["--output", "kept"], "kept.previous was not written by kcd demo: move it away, or choose another --output"),
         (["--output", "/proc/kcd/demo"], "No such file or directory: /proc/kcd"),
     ],
 )
-def test_bad_input_is_one_line_and_changes_nothing(arguments, message, tmp_path, monkeypatch, capfd):
+def test_invalid_demo_option_is_one_line_and_changes_nothing(arguments, message, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path / "modules")
     (tmp_path / "modules").mkdir()
@@ -326,7 +330,7 @@ def test_bad_input_is_one_line_and_changes_nothing(arguments, message, tmp_path,
 
 
 @pytest.mark.slow
-def test_a_real_process_says_it_in_one_line(tmp_path):
+def test_process_prints_one_line_or_a_traceback_on_request(tmp_path):
     done = commands.run("demo", "--data", "imagenet", cwd=tmp_path)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert done.stderr.startswith("kcd: unknown data set 'imagenet'")
@@ -336,20 +340,20 @@ def test_a_real_process_says_it_in_one_line(tmp_path):
 
 
 @pytest.mark.slow
-def test_more_processes_are_refused(tmp_path):
+def test_demo_refuses_several_processes(tmp_path):
     done = commands.run(*SMALL, cwd=tmp_path, env={**os.environ, "WORLD_SIZE": "2"})
     assert (done.returncode, done.stderr.count("\n")) == (2, 1) and "runs in one process" in done.stderr
 
 
 @pytest.mark.slow
-def test_a_failure_is_one_line_whatever_was_warned_of(tmp_path):
+def test_diverging_run_fails_in_one_line_after_its_warnings(tmp_path):
     done = commands.run(*SMALL, "--lr", "1e30", cwd=tmp_path)
     *warned, failed = done.stderr.splitlines()
     assert (done.returncode, done.stdout) == (2, "") and all(line.startswith("kcd: warning: ") for line in warned)
     assert re.match(r"kcd: (the loss|weights).* not finite after epoch 1", failed)
 
 
-def test_warnings_are_lines_of_their_own(monkeypatch, capfd):
+def test_each_distinct_warning_is_printed_as_one_line(monkeypatch, capfd):
     def warn():
         for _ in range(2):
             warnings.warn("something\n  is odd", RuntimeWarning, stacklevel=1)
@@ -367,8 +371,8 @@ def failing(error):
     return lambda arguments: command
 
 
-def test_interrupted_imports_are_interrupted(monkeypatch, capfd):
-    """A module in C, and those that explain why they cannot be imported, turn Ctrl-C into an error of their own."""
+def test_interrupt_hidden_behind_an_import_error_exits_with_130(monkeypatch, capfd):
+    """C modules, and modules that explain why they cannot be imported, turn Ctrl-C into an error of their own."""
     error = SystemError("initialization of spam raised unreported exception")
     error.__context__ = KeyError("a cache")
     error.__context__.__cause__ = KeyboardInterrupt()
@@ -377,19 +381,19 @@ def test_interrupted_imports_are_interrupted(monkeypatch, capfd):
     assert capfd.readouterr() == ("", "kcd: interrupted\n")
 
 
-def as_process(number, monkeypatch):
+def set_rank(number, monkeypatch):
     monkeypatch.setenv("RANK", str(number))
     monkeypatch.setenv("WORLD_SIZE", "2")
 
 
-def test_what_torch_says_of_a_lost_process_is_a_line(monkeypatch, capfd):
-    """Backends tell of it by several types, gloo by a plain RuntimeError: any error is a line once ranks have met."""
+def test_error_of_a_lost_process_is_one_line_on_every_rank(monkeypatch, capfd):
+    """Backends raise several types, gloo a plain RuntimeError: once the process group exists, any error is one line."""
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     lost = "[gloo/transport/tcp/pair.cc:538] Connection closed by peer [127.0.0.1]:12345"
     for error in (RuntimeError(lost), torch.distributed.DistBackendError("NCCL error\nwith a call stack")):
         monkeypatch.setattr(cli, "_parse", failing(error))
         for number, who in ((1, "kcd: process 1"), (0, "kcd")):
-            as_process(number, monkeypatch)
+            set_rank(number, monkeypatch)
             first_line = str(error).splitlines()[0]
             said = f"{who}: another process of this command may have ended: {type(error).__name__}: {first_line}\n"
             assert cli.main([]) == 2 and capfd.readouterr() == ("", said)
@@ -397,12 +401,12 @@ def test_what_torch_says_of_a_lost_process_is_a_line(monkeypatch, capfd):
     with pytest.raises(torch.distributed.DistBackendError):
         cli.main([])
     monkeypatch.delenv("KCD_TRACEBACK")
-    monkeypatch.setenv("WORLD_SIZE", "1")  # a fault of the program
+    monkeypatch.setenv("WORLD_SIZE", "1")  # in one process it is a bug
     with pytest.raises(torch.distributed.DistBackendError):
         cli.main([])
 
 
-def test_launchers_are_understood(monkeypatch):
+def test_rank_and_world_size_come_from_the_launcher_variables(monkeypatch):
     def seen(**variables):
         with monkeypatch.context() as patch:
             for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
@@ -417,17 +421,17 @@ def test_launchers_are_understood(monkeypatch):
 
 
 @pytest.mark.parametrize("command", ["info", "demo", "report", "--version"])
-def test_only_runs_are_the_work_of_all_processes(command, tmp_path, monkeypatch, capfd):
+def test_other_commands_run_on_rank_zero_only(command, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
-    as_process(1, monkeypatch)
+    set_rank(1, monkeypatch)
     assert cli.main([command]) == 0 and capfd.readouterr() == ("", "") and list(tmp_path.iterdir()) == []
-    as_process(0, monkeypatch)
+    set_rank(0, monkeypatch)
     assert cli.main([command]) == (2 if command in ("demo", "report") else 0)
     assert sum(map(bool, capfd.readouterr())) == 1
 
 
 @pytest.mark.slow
-def test_a_reader_that_has_left_is_no_failure(tmp_path):
+def test_closed_stdout_pipe_is_not_an_error(tmp_path):
     command = [sys.executable, "-m", "kcd_ext.cli", "info"]
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     process.stdout.close()
@@ -443,14 +447,14 @@ BARE = (
 
 
 def bare(*arguments, cwd):
-    """The command where the extras are not installed."""
+    """Run the command as if the extras were not installed."""
     return subprocess.run(
         [sys.executable, "-c", BARE, *arguments], cwd=cwd, capture_output=True, text=True, timeout=commands.TIMEOUT
     )
 
 
 @pytest.mark.slow
-def test_info(tmp_path):
+def test_info_prints_the_same_facts_without_the_extras(tmp_path):
     full, plain = commands.run("info", cwd=tmp_path), bare("info", cwd=tmp_path)
     assert (full.returncode, plain.returncode) == (0, 0), full.stderr + plain.stderr
     assert full.stdout == plain.stdout
@@ -466,20 +470,20 @@ def test_info(tmp_path):
 
 
 @pytest.mark.slow
-def test_without_the_extras(tmp_path):
+def test_command_names_the_extra_that_is_missing(tmp_path):
     done = bare("demo", cwd=tmp_path)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert 'pip install "kcd-ext[train]"' in done.stderr
 
 
 @pytest.mark.slow
-def test_version(tmp_path):
+def test_version_works_without_the_extras(tmp_path):
     done = bare("--version", cwd=tmp_path)
     assert (done.returncode, done.stdout, done.stderr) == (0, f"kcd {__version__}\n", "")
 
 
 @pytest.mark.slow
-def test_help(tmp_path):
+def test_help_is_printed_and_a_missing_command_is_an_error(tmp_path):
     done = commands.run("demo", "--help", cwd=tmp_path)
     assert done.returncode == 0 and "--keep" in done.stdout and done.stderr == ""
     nothing = commands.run(cwd=tmp_path)

@@ -1,4 +1,4 @@
-"""What a user types wrongly, what `--help` shows, what names may do to a terminal, and what the current folder is used for."""
+"""The command line: wrong arguments, `--help`, control characters in names, and imports from the current folder."""
 
 import html
 import importlib
@@ -26,32 +26,32 @@ from kcd_ext.training.recipe import PRECISIONS
 
 TIMEOUT = 180
 
-# --- what is wrong, and what may have been meant ----------------------------------------------------------------------
+# --- wrong arguments and suggestions -----------------------------------------------------------------------------------
 
 
 def constant():
-    """A data set in name alone."""
+    """A name for `module:function`; never called."""
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], r"a command must be given: distill, teacher, report, evaluate, demo, info \(see kcd --help\)"),
+        ([], r"missing command: use one of distill, teacher, report, evaluate, demo, info \(see kcd --help\)"),
         (["distil"], r"unknown command 'distil': did you mean distill\? Else take distill, .*\(see kcd --help\)"),
         (["help", "demo"], r"unknown command 'help': did you mean kcd demo --help\?"),
         (["--versio"], r"unrecognized option --versio: did you mean --version\? \(see kcd --help\)"),
-        (["--version", "x"], "--version goes alone, got 'x'"),
-        (["--epochs", "3", "demo"], "unrecognized option --epochs: a command comes before its options"),
-        (["--" + "a" * 10_000], r"unrecognized option --a{58}\.\.\.: a command"),
+        (["--version", "x"], "--version takes no arguments, got 'x'"),
+        (["--epochs", "3", "demo"], "unrecognized option --epochs: put the command before its options"),
+        (["--" + "a" * 10_000], r"unrecognized option --a{58}\.\.\.: put the command"),
         (
             ["distill", "--method", "crd", "--negatives", "1"],
-            "unrecognized option --negatives: method crd takes it, as --options negatives VALUE",
+            "unrecognized option --negatives: pass it to method crd as --options negatives VALUE",
         ),
-        (["teacher", "--method", "kd", "--kd-weight=1"], "unrecognized option --kd-weight: method kd takes it, as"),
+        (["teacher", "--method", "kd", "--kd-weight=1"], "unrecognized option --kd-weight: pass it to method kd as"),
         (["distill", "--lr", "-1"], "lr must be a finite number >= 0, got -1.0"),
         (
             ["distill", "cifar100-vgg13-vgg9"],
-            r"unknown recipe '.*': did you mean cifar100-vgg13-vgg8\? Else take cifar",
+            r"unknown preset '.*': did you mean cifar100-vgg13-vgg8\? Else take cifar",
         ),
         (["distill", ""], "the argument after distill must not be empty"),
         (["distill", "--method", "kc-kdd"], r"unknown method 'kc-kdd': did you mean kc-kd\? Else take ce, crd, "),
@@ -64,7 +64,7 @@ def constant():
         (["distill", "--output", "a\0b", "--data", "digits"], ".*embedded null byte"),
     ],
 )
-def test_wrong_arguments_are_answered_in_a_line(arguments, message, tmp_path, monkeypatch, capfd):
+def test_wrong_arguments_are_one_line_with_a_suggestion(arguments, message, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     assert cli.main(arguments) == 2
     out, error = capfd.readouterr()
@@ -92,7 +92,7 @@ def test_wrong_arguments_are_answered_in_a_line(arguments, message, tmp_path, mo
         (["distill", "--condense.selection", "infobach"], "'infobach'", "did you mean infobatch?"),
     ],
 )
-def test_tyro_answers_what_it_cannot_read(arguments, name, meant, tmp_path, monkeypatch, capfd):
+def test_option_that_tyro_cannot_parse_is_named_on_rank_zero(arguments, name, meant, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
     assert cli.main(arguments) == 2
@@ -107,13 +107,13 @@ def test_tyro_answers_what_it_cannot_read(arguments, name, meant, tmp_path, monk
 # --- help -------------------------------------------------------------------------------------------------------------
 
 
-class Own(torch.nn.Module):
-    """Somebody's method.
+class Custom(torch.nn.Module):
+    """A custom method.
 
     Args:
         heat, cold: how warm
             it is.
-        needed: nobody knows why.
+        needed: an int.
 
     Raises:
         ValueError: never.
@@ -130,9 +130,9 @@ def help_of(*arguments, capfd):
     return out
 
 
-@pytest.mark.parametrize("name", [*methods.REGISTRY, f"{__name__}:Own"])
+@pytest.mark.parametrize("name", [*methods.REGISTRY, f"{__name__}:Custom"])
 @pytest.mark.parametrize("command", ["distill", "teacher"])
-def test_help_lists_what_a_method_takes(command, name, capfd, monkeypatch):
+def test_help_lists_the_options_of_the_method_with_defaults(command, name, capfd, monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
     module, _, attribute = methods.REGISTRY.get(name, name).partition(":")
     parameters = inspect.signature(getattr(importlib.import_module(module), attribute)).parameters.values()
@@ -142,9 +142,9 @@ def test_help_lists_what_a_method_takes(command, name, capfd, monkeypatch):
     for p in named:
         default = "" if isinstance(p.default, tuple | str) or p.default is p.empty else str(p.default)
         assert re.search(rf"^  {p.name} {re.escape(default)}", shown, re.MULTILINE), p.name
-    if name == f"{__name__}:Own":
+    if name == f"{__name__}:Custom":
         assert shown.endswith(
-            "  needed (required)   nobody knows why.\n"
+            "  needed (required)   an int.\n"
             "  heat 1.5            how warm it is.\n"
             "  cold ''             how warm it is.\n"
             "  layer None\n"
@@ -152,15 +152,17 @@ def test_help_lists_what_a_method_takes(command, name, capfd, monkeypatch):
         )
 
 
-def test_help_knows_what_else_was_asked(capfd):
-    assert "(default: 0.01)" in help_of("distill", "cifar100-vgg13-mobilenet_v2", capfd=capfd)  # the lr of the recipe
+def test_help_shows_the_defaults_of_preset_and_method(capfd):
+    assert "(default: 0.01)" in help_of(
+        "distill", "cifar100-vgg13-mobilenet_v2", capfd=capfd
+    )  # the learning rate of the preset
     assert "(default: 0.7)" in help_of("distill", "--method", "kc-kd", capfd=capfd)
     assert "--epochs" in help_of("distill", "--epochs", "many", capfd=capfd)
     assert cli.main(["distill", "--method", "crdd", "--help"]) == 2
     assert capfd.readouterr().err.startswith("kcd: unknown method 'crdd': did you mean crd?")
 
 
-def test_help_lists_the_choices(capfd, monkeypatch):
+def test_help_lists_all_methods_networks_and_data_sets(capfd, monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")
     words = set(re.findall(r"[\w-]+", help_of("distill", capfd=capfd)))
     for names in (
@@ -170,7 +172,7 @@ def test_help_lists_the_choices(capfd, monkeypatch):
         SELECTIONS,
         PRECISIONS,
         SCHEDULES,
-        presets.RECIPES,
+        presets.PRESETS,
     ):
         assert names.keys() <= words
     assert models.REGISTRY.keys() <= set(re.findall(r"[\w-]+", help_of("teacher", capfd=capfd)))
@@ -178,73 +180,73 @@ def test_help_lists_the_choices(capfd, monkeypatch):
 
 @pytest.mark.parametrize("width", [40, 80, 200])
 @pytest.mark.parametrize("command", [[], ["distill", "--method", "kr"]])
-def test_help_fits_the_terminal(command, width, capfd, monkeypatch):
+def test_help_is_wrapped_to_the_terminal_width(command, width, capfd, monkeypatch):
     monkeypatch.setenv("COLUMNS", str(width))
     text = help_of(*command, capfd=capfd)
-    lines = (text.rpartition("╯\n")[2] if command else text).splitlines()  # tyro's own are above
+    lines = (text.rpartition("╯\n")[2] if command else text).splitlines()  # without tyro's own lines
     assert max(map(len, lines), default=0) <= width
     if not command:
         assert all(name in "\n".join(lines) for name in (*cli.COMMANDS, "--version"))
 
 
-# --- names out of files -----------------------------------------------------------------------------------------------
+# --- names from files -------------------------------------------------------------------------------------------------
 
-EVIL = "\x1b]0;owned\x07\x1b[31m\x9b1m\r\u202e\u2066\u2028\x7f"
+CONTROL = "\x1b]0;owned\x07\x1b[31m\x9b1m\r\u202e\u2066\u2028\x7f"
 ESCAPED = r"\x1b]0;owned\x07\x1b[31m\x9b1m\r\u202e\u2066\u2028\x7f"
 DIRECTIONS = {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}
 
 
-def steers(text):
-    """Whether a terminal would do anything but show these characters."""
+def controls_terminal(text):
+    """Return whether a terminal would do more than show these characters."""
     return any(
         unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") or unicodedata.bidirectional(c) in DIRECTIONS for c in text
     )
 
 
-def test_printable_escapes_what_steers_and_nothing_that_is_seen():
+def test_printable_escapes_control_characters_only():
     for code in range(sys.maxunicode + 1):
         shown = terminal.printable(chr(code))
-        assert not steers(shown)
+        assert not controls_terminal(shown)
         assert shown == chr(code) or (shown.startswith("\\") and not chr(code).isprintable()), hex(code)
     for name in ("é ± 漢字 👩\u200d💻", r"a\b", "\N{NO-BREAK SPACE}"):
         assert terminal.printable(name) == name
     assert terminal.printable("a\nb\x1b\udcff") == r"a\nb\x1b\udcff"
 
 
-def test_names_out_of_files_do_not_steer_the_terminal(tmp_path, monkeypatch, capfd):
+def test_control_characters_in_names_are_escaped(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     for part in ("train", "test"):
         (tmp_path / "images" / part / "a").mkdir(parents=True)
-        (tmp_path / "images" / part / "a" / f"{EVIL}\n\udcff.png").write_bytes(b"no image")
+        (tmp_path / "images" / part / "a" / f"{CONTROL}\n\udcff.png").write_bytes(b"no image")
     assert cli.main(["teacher", "--data", "images", "--network", "cnn_small"]) == 2
     out, error = capfd.readouterr()
-    assert (out, error.count("\n")) == ("", 1) and not steers(error[:-1])
+    assert (out, error.count("\n")) == ("", 1) and not controls_terminal(error[:-1])
     assert rf"/{ESCAPED}\n\udcff.png: cannot be read" in error
 
     pixels = np.random.default_rng(0).integers(0, 256, (40, 8, 8), np.uint8)
     labels = pixels[:, 0, 0] % 2
     np.savez("x.npz", x_train=pixels, y_train=labels, x_test=pixels, y_test=labels)
-    name, run = "\x1b[31m\u202e\n$a^ é", Path(f"run{EVIL}")
+    name, run = "\x1b[31m\u202e\n$a^ é", Path(f"run{CONTROL}")
     small = ["--data", "x.npz", "--network", "cnn_small", "--epochs", "1", "--threads", "1", "--device", "cpu"]
     assert cli.main(["teacher", *small, "--name", name, "--output", str(run)]) == 0
     config = json.loads((run / "config.json").read_text())
     assert config["recipe"]["name"] == name
     shutil.copytree(run, "other")
-    config["about"]["dataset"] = f"{EVIL}\ud800"
-    config["recipe"]["lr"] = EVIL
+    config["about"]["dataset"] = f"{CONTROL}\ud800"
+    config["recipe"]["lr"] = CONTROL
     Path("other/config.json").write_text(json.dumps(config))
-    assert cli.main(["report", str(run), "other", "--output", f"{EVIL}.html"]) == 0
+    assert cli.main(["report", str(run), "other", "--output", f"{CONTROL}.html"]) == 0
     out, error = capfd.readouterr()
-    assert error == "" and not steers(out.replace("\n", ""))
+    assert error == "" and not controls_terminal(out.replace("\n", ""))
     assert r"\x1b[31m\u202e\n$a^ é (other)  " in out and rf"{ESCAPED}\ud800" in out
     assert f"report: {ESCAPED}.html\n" in out
-    assert EVIL in html.unescape(Path(f"{EVIL}.html").read_bytes().decode())
-    assert cli.main(["report", f"nothing{EVIL}\n"]) == 2
+    assert CONTROL in html.unescape(Path(f"{CONTROL}.html").read_bytes().decode())
+    assert cli.main(["report", f"nothing{CONTROL}\n"]) == 2
     out, error = capfd.readouterr()
-    assert error.count("\n") == 1 and not steers(error[:-1]) and rf"{ESCAPED}\n" in error
+    assert error.count("\n") == 1 and not controls_terminal(error[:-1]) and rf"{ESCAPED}\n" in error
 
 
-def test_one_place_prints():
+def test_only_the_module_terminal_prints():
     package = Path(cli.__file__).parent
     prints = re.compile(r"\bprint\(|\bstd(out|err)\.write")
     assert {path.name for path in package.rglob("*.py") if prints.search(path.read_text())} == {"terminal.py"}
@@ -252,7 +254,7 @@ def test_one_place_prints():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("closed", [(1,), (2,), (0, 1, 2)])
-def test_without_streams(closed, tmp_path):
+def test_command_runs_with_closed_standard_streams(closed, tmp_path):
     def close():
         for descriptor in closed:
             os.close(descriptor)
@@ -282,12 +284,16 @@ class Loss(KnowledgeDistillation):
         import package.inner
         return super().forward(*arguments)
 """
-AS_INSTALLED = ("-P", "-c", "import sys; from kcd_ext.cli import main; sys.exit(main())")  # without a folder of its own
+AS_INSTALLED = (
+    "-P",
+    "-c",
+    "import sys; from kcd_ext.cli import main; sys.exit(main())",
+)  # without adding a folder to sys.path
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", [AS_INSTALLED, ("-m", "kcd_ext"), ("-m", "kcd_ext.cli")])
-def test_only_the_users_modules_come_from_the_current_folder(launcher, tmp_path):
+def test_only_user_modules_are_imported_from_the_current_folder(launcher, tmp_path):
     for name in PROBED:
         (tmp_path / f"{name}.py").write_text(f"import os; os.write(2, b'EXECUTED {name}')")
     (tmp_path / "package").mkdir()
@@ -315,7 +321,7 @@ def test_only_the_users_modules_come_from_the_current_folder(launcher, tmp_path)
     assert "imported in forward" in done.stdout
 
 
-def test_the_import_path_is_as_before(tmp_path, monkeypatch, capfd):
+def test_import_path_is_restored_after_a_command(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "sees_it.py").write_text(
         "import sys\nseen = [*sys.path]\ndef data():\n    raise KeyError(sys.path[-1])\n"
@@ -332,5 +338,5 @@ def test_the_import_path_is_as_before(tmp_path, monkeypatch, capfd):
         assert message in capfd.readouterr().err
         assert sys.path is path and ([*sys.path], [*sys.meta_path]) == before
     assert sys.modules.pop("sees_it").seen == [*path, str(tmp_path)]
-    with pytest.raises(ValueError, match="there is no module 'fails'"):  # the library looks where Python does
+    with pytest.raises(ValueError, match="there is no module 'fails'"):  # the library uses Python's import path only
         load("fails:data")

@@ -1,4 +1,4 @@
-"""kcd distill, kcd teacher and kcd report: really run, killed, resumed, and given what they cannot take."""
+"""kcd distill, kcd teacher and kcd report: run, killed, resumed, and called with invalid options."""
 
 import json
 import os
@@ -30,13 +30,13 @@ def names(folder):
 
 
 def lines(folder):
-    """metrics.jsonl without times."""
+    """Return the lines of metrics.jsonl without times."""
     found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{name: value for name, value in line.items() if name not in TIMES} for line in found]
 
 
 def outcome(folder):
-    """All that a run came to: the student's weights and every line without times."""
+    """Return the student's weights and every line of metrics without times."""
     return (folder / "student.safetensors").read_bytes(), lines(folder)
 
 
@@ -49,13 +49,13 @@ def recipe(folder):
 
 
 def parsed(*arguments):
-    """The command that these arguments ask for."""
+    """Return the command object for these arguments."""
     return cli._parse(list(arguments)).__self__
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """A folder with a teacher of its own, `teacher`, and finished runs of two seeds, `two`; not to be changed."""
+    """A folder with a finished teacher, `teacher`, and finished runs of two seeds, `two`. Do not change it."""
     folder = tmp_path_factory.mktemp("home")
     assert cli.main(["teacher", *SMALL, "--output", str(folder / "teacher")]) == 0
     done = run(*TWO_SEEDS, cwd=folder)
@@ -64,18 +64,18 @@ def home(tmp_path_factory):
     return folder
 
 
-# --- what runs leave --------------------------------------------------------------------------------------------------
+# --- files of a run ---------------------------------------------------------------------------------------------------
 
 
 def read(path):
-    """A page, with the tables of what is kept of every class apart."""
+    """Return a page with the tables of kept samples by class moved to `by_class`."""
     page = Page(path.read_text())
     page.by_class = page.without_classes()
     return page
 
 
 def cells(results):
-    """A row of the table, from the numbers of summary.json."""
+    """Return the expected row of the table, from the numbers of summary.json."""
 
     def spread(name, form):
         numbers = [r[name] for r in results]
@@ -88,7 +88,7 @@ def cells(results):
     return [*accuracies, *visits, flops, spread("seconds", ".1f"), f"{100 * share:.1f} %"]
 
 
-def test_what_several_seeds_leave(home):
+def test_runs_of_several_seeds_write_their_folders_and_one_report(home):
     folder = home / "two"
     assert names(folder) == {"seed-5", "seed-6", "teacher", "config.json", "metrics.jsonl", "summary.json", *REPORT}
     assert names(folder / "seed-5") == names(folder / "seed-6") == names(folder / "teacher") == RUN
@@ -104,7 +104,7 @@ def test_what_several_seeds_leave(home):
     assert all(reference.startswith(("data:image/png;base64,", "#")) for reference in page.references)
     rows = {"teacher": cells(result(folder / "teacher")), "kc-kd": cells(summary["results"])}
     assert {row[0]: row[1:] for row in page.rows[1:]} == rows
-    (by_class,) = page.by_class  # of the first seed; the digits have no names
+    (by_class,) = page.by_class  # of the first seed; the classes of digits have no names
     steps = [step for line in files.read_lines(runs[0] / "metrics.jsonl") if (step := line["condensation"])]
     assert by_class[0] == ["class", *(f"stage {step['stage']}" for step in steps)]
     assert by_class[4] == ["class 3", *(str(step["classes"][3]) for step in steps)]
@@ -122,14 +122,14 @@ def test_what_several_seeds_leave(home):
     assert np.array_equal(load(**about["data"]).train.images, load("digits").train.images)
 
 
-def test_what_a_teacher_leaves(home):
+def test_teacher_run_writes_loadable_weights(home):
     assert names(home / "teacher") == RUN | REPORT
     assert recipe(home / "teacher")["method"] == "ce" and result(home / "teacher")[0]["method"] == "teacher"
     network = models.build("cnn_large", in_channels=1, num_classes=10)
     network.load_state_dict(load_file(home / "teacher" / "student.safetensors"))
 
 
-def test_the_number_of_seeds_does_not_change_a_run(home, here, capfd):
+def test_run_is_the_same_alone_and_among_several_seeds(home, here, capfd):
     teacher = home / "two" / "teacher"
     assert cli.main(["distill", *SMALL, "--method", "kc-kd", "--seed", "6", "--teacher", str(teacher)]) == 0
     out, error = capfd.readouterr()
@@ -143,9 +143,9 @@ def test_the_number_of_seeds_does_not_change_a_run(home, here, capfd):
 
 
 @pytest.mark.slow
-def test_interrupted_runs_go_on_bit_for_bit(home, here, capfd):
+def test_killed_and_interrupted_runs_resume_bit_for_bit(home, here, capfd):
     code, out, error = stop(*TWO_SEEDS, "--resume", cwd=here, until="two/teacher/metrics.jsonl", number=signal.SIGKILL)
-    assert (code, out, error) == (-signal.SIGKILL, "", "kcd: nothing to resume in two: starting anew\n")
+    assert (code, out, error) == (-signal.SIGKILL, "", "kcd: nothing to resume in two: starting from the beginning\n")
 
     def second():
         everything = contents(here)
@@ -156,10 +156,10 @@ def test_interrupted_runs_go_on_bit_for_bit(home, here, capfd):
     code, out, error = stop(
         *TWO_SEEDS, "--resume", cwd=here, until="two/seed-5/metrics.jsonl", number=signal.SIGINT, meanwhile=second
     )
-    assert (code, out, error) == (130, "", "kcd: interrupted: --resume goes on with what is in two\n")
+    assert (code, out, error) == (130, "", "kcd: interrupted: run the command again with --resume to continue in two\n")
     everything = contents(here)
     for more, message in (
-        ([], "output two holds a teacher already: --resume goes on with a run, or choose another --output"),
+        ([], "output two already holds teacher: give --resume to continue its run, or choose another --output"),
         (["--resume", "--epochs", "5"], "two/teacher was run with epochs=4, got epochs=5: a run resumes only as"),
         (["--resume", "--seeds", "1"], "output two holds several seeds: give the same --seeds, or choose another"),
     ):
@@ -176,8 +176,8 @@ def test_interrupted_runs_go_on_bit_for_bit(home, here, capfd):
 
 
 @pytest.mark.slow
-def test_no_more_room(home, here, capfd):
-    """A limit on the size of files stands for a full disk: the teacher's are written, the condenser's state is not."""
+def test_run_resumes_after_files_could_not_grow(home, here, capfd):
+    """A limit on file sizes simulates a full disk: the teacher's files fit, the condenser's state does not."""
     shutil.copytree(home / "two" / "teacher", here / "two" / "teacher")
     before = contents(here / "two")
     done = run(*TWO_SEEDS, "--resume", cwd=here, preexec_fn=limit_files_to(20_000))
@@ -192,7 +192,7 @@ def test_no_more_room(home, here, capfd):
 
 
 @pytest.mark.slow
-def test_two_processes_are_one_command(here):
+def test_two_processes_write_one_run_and_report_errors_once(here):
     done = run("distill", *SMALL, "--output", "run", cwd=here, launcher=TORCHRUN, env=ALONE)
     assert done.returncode == 0, done.stderr
     assert names(here / "run") == RUN | REPORT | {"teacher"}
@@ -204,23 +204,23 @@ def test_two_processes_are_one_command(here):
 
     refused = run("distill", *SMALL, "--output", "run", cwd=here, launcher=TORCHRUN, env=ALONE)
     said = [line for line in refused.stderr.splitlines() if line.startswith("kcd:")]
-    assert refused.returncode != 0 and len(said) == 1 and "output run holds a config.json already" in said[0]
+    assert refused.returncode != 0 and len(said) == 1 and "output run already holds config.json" in said[0]
 
 
 # --- teachers ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_teacher_comes_in_many_ways(home, here):
+def test_teacher_is_found_as_folder_file_and_name(home, here):
     data = load("digits")
     weights = load_file(home / "teacher" / "student.safetensors")
     (here / "model.safetensors").write_bytes((home / "teacher" / "student.safetensors").read_bytes())
     torch.save(weights, here / "plain.pt")
     torch.save({"epoch": 240, "model": weights, "best_acc": torch.tensor(75.0)}, here / "repdistiller.pth")
     torch.save({"state_dict": {f"module.{name}": x for name, x in weights.items()}}, here / "parallel.pth")
-    strange = here / os.fsdecode(b"\xff")  # no text in UTF-8
+    strange = here / os.fsdecode(b"\xff")  # not valid UTF-8
     shutil.copytree(home / "teacher", strange)
     shutil.copy(here / "plain.pt", strange / "plain.pt")
-    (here / "cnn_large").mkdir()  # a name is a name, whatever lies around
+    (here / "cnn_large").mkdir()  # a network's name takes precedence over a folder
     found = {
         str(home / "teacher"): None,
         str(strange): None,
@@ -228,8 +228,8 @@ def test_a_teacher_comes_in_many_ways(home, here):
         **{str(path): "cnn_large" for path in here.iterdir() if path.is_file()},
     }
     assert len(found) == 7
-    for spec, usual in found.items():
-        state = teachers.find(spec, None, usual).build(data, seed=1).state_dict()
+    for spec, network in found.items():
+        state = teachers.find(spec, None, network).build(data, seed=1).state_dict()
         assert state.keys() == weights.keys() and all(torch.equal(state[name], weights[name]) for name in weights)
     fresh = [teachers.find("cnn_large", None, None).build(data, seed=seed).state_dict() for seed in (1, 1, 2)]
     first, same, other = (state["0.0.weight"] for state in fresh)
@@ -237,7 +237,7 @@ def test_a_teacher_comes_in_many_ways(home, here):
 
 
 @pytest.mark.slow
-def test_a_file_of_weights_teaches_as_its_run_does(home, here):
+def test_weights_file_teaches_like_the_run_it_came_from(home, here):
     torch.save({"model": load_file(home / "teacher" / "student.safetensors")}, here / "teacher.pth")
     common = ["distill", *SMALL, "--epochs", "2"]
     assert cli.main([*common, "--teacher", str(home / "teacher"), "--output", "folder"]) == 0
@@ -252,20 +252,22 @@ def test_a_file_of_weights_teaches_as_its_run_does(home, here):
 
 
 def inverted():
-    """Other images of the same kind."""
+    """Digits with inverted pixels."""
     data = load("digits")
     return split("inverted", 255 - data.train.images, data.train.labels, 0.2)
 
 
 @pytest.mark.slow
-def test_a_teacher_of_other_images_is_measured_on_these(home, here, capfd):
+def test_teacher_of_other_images_is_measured_on_the_students_images(home, here, capfd):
     other = ["--data", f"{__name__}:inverted", "--student", "cnn_small", "--teacher", str(home / "teacher")]
     assert cli.main(["distill", *SMALL, *other, "--epochs", "1", "--output", "run"]) == 0
-    told, trained_on, warned = capfd.readouterr().err.splitlines()
-    assert told.startswith(
-        f"kcd: teacher {home / 'teacher'} is given images as it was trained on them, of mean 0.3056 and"
+    normalised, trained_on, warned = capfd.readouterr().err.splitlines()
+    assert normalised.startswith(
+        f"kcd: teacher {home / 'teacher'} gets images normalised as in its training, with mean 0.3056 and"
     )
-    assert trained_on == f"kcd: warning: teacher {home / 'teacher'} was trained on digits, not on this inverted"
+    assert (
+        trained_on == f"kcd: warning: teacher {home / 'teacher'} was trained on digits, not on these images of inverted"
+    )
     data, network = inverted().test, models.build("cnn_large", in_channels=1, num_classes=10)
     network.load_state_dict(load_file(home / "teacher" / "student.safetensors"))
     x = load("digits").train.views.normalize(torch.from_numpy(data.images))
@@ -279,7 +281,7 @@ def test_a_teacher_of_other_images_is_measured_on_these(home, here, capfd):
 
 
 @pytest.mark.slow
-def test_a_method_without_a_teacher_trains_none(here):
+def test_method_without_teacher_trains_only_the_student(here):
     assert cli.main(["distill", *SMALL, "--method", "kc-ce", "--output", "run", "--condense.batch-keep", "1"]) == 0
     assert names(here / "run") == RUN | REPORT
     assert [row[0] for row in read(here / "run" / "report.html").rows[1:]] == ["kc-ce"]
@@ -288,21 +290,21 @@ def test_a_method_without_a_teacher_trains_none(here):
 # --- options ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_prefix_condenses():
-    def asked(*arguments):
+def test_prefix_kc_turns_condensation_on():
+    def parsed_recipe(*arguments):
         return parsed("distill", "--data", "digits", *arguments).study().runs[-1].recipe
 
-    assert asked("--method", "kc-pkt") == asked("--method", "pkt", "--condense.keep", "0.7")
-    assert asked("--method", "kc-pkt").label == "kc-pkt"
-    assert asked("--method", "kc-kd", "--condense.keep", "0.5").condense.keep == 0.5
-    assert asked("--method", "kc-kd", "--condense.keep", "1").condense.keep == 1
-    assert asked("--method", "kd").condense.keep == 1
+    assert parsed_recipe("--method", "kc-pkt") == parsed_recipe("--method", "pkt", "--condense.keep", "0.7")
+    assert parsed_recipe("--method", "kc-pkt").label == "kc-pkt"
+    assert parsed_recipe("--method", "kc-kd", "--condense.keep", "0.5").condense.keep == 0.5
+    assert parsed_recipe("--method", "kc-kd", "--condense.keep", "1").condense.keep == 1
+    assert parsed_recipe("--method", "kd").condense.keep == 1
     (run,) = parsed("teacher", "--data", "digits", "--method", "kc-ce").study().runs
     teacher = run.recipe
     assert (teacher.method, teacher.condense.keep, teacher.label) == ("ce", 0.7, "teacher")
 
 
-def test_options_are_read_as_the_method_takes_them():
+def test_method_options_are_converted_to_the_types_of_the_method():
     def options(method, *words):
         study = parsed("distill", "--data", "digits", "--method", method, "--options", *words).study()
         return dict(study.runs[-1].recipe.options)
@@ -318,7 +320,7 @@ def test_options_are_read_as_the_method_takes_them():
         options("kd", "kd_weight", "much")
 
 
-def test_every_field_of_a_recipe_is_an_option():
+def test_every_field_of_the_recipe_has_an_option():
     options = "--epochs 9 --batch-size 7 --gradient-accumulation 2 --lr 0.5 --momentum 0.25 --weight-decay 0.125"
     options += " --milestones 0.5 0.75 --gamma 0.2 --seed 8 --device cpu --precision bfloat16 --compile --name it"
     options += " --method crd --options dim 64 temperature 0.5 student_layer fc"
@@ -364,12 +366,12 @@ def test_every_field_of_a_recipe_is_an_option():
     ("arguments", "views"),
     [([], (0, False)), (["--padding", "2", "--flip"], (2, True)), (["--padding", "0", "--no-flip"], (0, False))],
 )
-def test_views_are_options(arguments, views):
+def test_padding_and_flip_options_set_the_views(arguments, views):
     data = parsed("distill", "--data", "digits", *arguments).study().data
     assert (data.train.views.padding, data.train.views.flip) == views
 
 
-# Teacher, student and the learning rate of the student, from the paper's tables and its recipe.
+# Teacher, student and the student's learning rate, from the paper's tables and text.
 PAPER = """
 wrn_40_2 wrn_16_2 .05, wrn_40_2 wrn_40_1 .05, resnet56 resnet20 .05, resnet32x4 resnet8x4 .05, vgg13 vgg8 .05,
 vgg13 mobilenet_v2 .01, resnet50 mobilenet_v2 .01, resnet50 vgg8 .05, resnet32x4 shufflenet_v1 .01,
@@ -378,7 +380,7 @@ resnet32x4 shufflenet_v2 .01, wrn_40_2 shufflenet_v1 .01
 
 
 @pytest.mark.slow
-def test_recipes_are_those_of_the_paper():
+def test_presets_match_the_pairs_and_recipe_of_the_paper():
     for teacher, student, lr in (pair.split() for pair in PAPER.split(",")):
         command = parsed("distill", f"cifar100-{teacher}-{student}", "--method", "kc-kd")
         assert (command.images.data, command.images.padding, command.images.flip) == ("cifar100", None, False)
@@ -392,7 +394,7 @@ def test_recipes_are_those_of_the_paper():
 
 
 @pytest.mark.slow
-def test_options_override_a_recipe(here):
+def test_options_override_those_of_the_preset(here):
     small = ["--student", "cnn_small", "--teacher", "cnn_large", "--epochs", "2", *SMALL[:2], *SMALL[4:]]
     assert (
         cli.main(
@@ -411,17 +413,17 @@ class Bomb:
 
 
 def three_channels(*, in_channels, num_classes):
-    """A network that does not take grey images."""
+    """A network that rejects grey images."""
     return torch.nn.Sequential(torch.nn.Conv2d(3, num_classes, 8), torch.nn.Flatten())
 
 
 def another(*, in_channels, num_classes):
-    """A network with the parameters of cnn_small."""
+    """A network with the same parameters as cnn_small."""
     return torch.nn.Sequential(*models.build("cnn_small", in_channels=in_channels, num_classes=num_classes))
 
 
 def needs_stages(*, in_channels, num_classes):
-    """A network whose features cannot be had: it has no linear layer."""
+    """A network without a linear layer, so that its features cannot be found."""
     return torch.nn.Sequential(torch.nn.Conv2d(in_channels, num_classes, 8), torch.nn.Flatten())
 
 
@@ -430,10 +432,10 @@ BAD = [
     (["--data", "imagenet"], "unknown data set 'imagenet'"),
     (["--data", "missing/folder"], "missing/folder"),
     (["--size", "8"], "size is for the path of a folder of images, got size=8"),
-    (["--flip", "--no-flip"], "take --flip or --no-flip, not both"),
+    (["--flip", "--no-flip"], "give --flip or --no-flip, not both"),
     (["--padding", "-1"], "padding must be an integer >= 0, got -1"),
     (["--padding", "8"], "padding must be < 8, the smaller side of the images, got 8"),
-    (["--method", "kc-"], "method must be named after kc-, as in kc-kd, got 'kc-'"),
+    (["--method", "kc-"], "method must have a name after kc-, as in kc-kd, got 'kc-'"),
     (["--method", "nothing"], "unknown method 'nothing': take ce, crd, ie-dml, iekd, kd, kr, pkt, pwkd, sskd"),
     (["--method", "kc-nothing"], "unknown method 'kc-nothing'"),
     (["--options", "warmth", "4"], "method 'kd' has no option 'warmth'; it takes temperature, "),
@@ -453,7 +455,7 @@ BAD = [
     (["--condense.selection", "infobatch", "--condense.epsilon", "0.5"], "epsilon=0.5 has no effect with selection"),
     (["--lr", "-1"], "lr must be a finite number >= 0, got -1.0"),
     (["--name", "teacher"], "name must not be 'teacher'"),
-    (["--method", "ce", "--teacher", "cnn_large"], "teacher='cnn_large' has no effect with method 'ce', which asks no"),
+    (["--method", "ce", "--teacher", "cnn_large"], "teacher='cnn_large' has no effect with method 'ce', which uses no"),
     (
         ["--method", "ce", "--teacher-network", "cnn_large"],
         "teacher_network='cnn_large' has no effect with method 'ce'",
@@ -461,12 +463,12 @@ BAD = [
     (["--method", "kc-ce", "--teacher-lr", "0.1"], "teacher_lr=0.1 has no effect with method 'ce'"),
     (
         ["--teacher", "{teacher}", "--teacher-lr", "0.1"],
-        "teacher_lr=0.1 has no effect with teacher .*, which is trained",
+        "teacher_lr=0.1 has no effect: teacher .* is already trained",
     ),
     (["--output", ""], "--output must not be empty"),
     (
         ["--condense.selection", "random"],
-        "condense.selection='random' has no effect with condense.keep=1: take --method kc-kd",
+        "condense.selection='random' has no effect with condense.keep=1: use --method kc-kd",
     ),
     (["--condense.every", "2", "--condense.batch-keep", "0.5"], "condense.every=2 has no effect with condense.keep=1"),
     (["--teacher="], "--teacher must not be empty"),
@@ -481,33 +483,33 @@ BAD = [
     (["--threads", "0"], r"threads must be an integer in \[1, 4096\], got 0"),
     (["--student", "resnet"], "unknown model 'resnet'"),
     (["--student", f"{__name__}:three_channels"], "student does not take x of torch.float32"),
-    (["--teacher", "resnet"], "unknown teacher 'resnet': no such file or folder, and no network out of cnn_large, "),
+    (["--teacher", "resnet"], "unknown teacher 'resnet': neither a file, a folder nor one of the networks cnn_large, "),
     (["--teacher", "cnn_large", "--teacher-network", "cnn_large"], "teacher_network='cnn_large' has no effect"),
-    (["--teacher", "empty"], "teacher empty is no folder of a finished run: it has no student.safetensors"),
-    (["--teacher", "{two}"], "two is no folder of a finished run"),
+    (["--teacher", "empty"], "teacher empty is not the folder of a finished run: it has no student.safetensors"),
+    (["--teacher", "{two}"], "two is not the folder of a finished run"),
     (["--teacher", "bare"], "bare/config.json"),
-    (["--teacher", "text.pt"], "text.pt cannot be read as weights: it is damaged or contains more than tensors"),
+    (["--teacher", "text.pt"], "text.pt cannot be read as weights: damaged, or more than tensors in it"),
     (["--teacher", "text.safetensors"], "text.safetensors cannot be read as weights"),
     (["--teacher", "bomb.pt"], r"bomb.pt cannot be read as weights: it names posix.mkdir, which is neither a"),
-    (["--teacher", "numbers.pt"], r"numbers.pt must contain tensors by name \(a state_dict\)"),
+    (["--teacher", "numbers.pt"], r"numbers.pt must hold tensors by name \(a state_dict\)"),
     (
         ["--teacher", "{two}/seed-5", "--teacher-network", "cnn_large"],
-        r"weights in .*/seed-5 are not of network 'cnn_large' for digits \(10 classes\): 0.0.weight has shape "
+        r"weights in .*/seed-5 do not fit network 'cnn_large' for digits \(10 classes\): 0.0.weight has shape "
         r"\(4, 1, 3, 3\), the network's has \(16, 1, 3, 3\)",
     ),
-    (["--teacher", "less.pt"], "less.pt are not of network 'cnn_large' for digits .*: they have no 7.bias"),
-    (["--teacher", "more.pt"], "more.pt are not of network .*: they have extra, which the network does not have"),
-    (["nothing"], "unknown recipe 'nothing': take cifar100-wrn_40_2-wrn_16_2, "),
+    (["--teacher", "less.pt"], "less.pt do not fit network 'cnn_large' for digits .*: they have no 7.bias"),
+    (["--teacher", "more.pt"], "more.pt do not fit network .*: they have extra, which the network has not"),
+    (["nothing"], "unknown preset 'nothing': take cifar100-wrn_40_2-wrn_16_2, "),
     (["--data", "missing.npz"], "missing.npz"),
-    (["--output", "dangling/run"], "output dangling is a link to nowhere, which is not there"),
+    (["--output", "dangling/run"], "output dangling is a broken link to nowhere"),
     (["--output", "text.pt"], "output text.pt is a file: choose another --output"),
     (["--output", "text.pt/run"], "Not a directory"),
-    (["--output", "{two}/seed-5"], "seed-5 holds a config.json already: --resume goes on"),
+    (["--output", "{two}/seed-5"], "seed-5 already holds config.json: give --resume"),
     (["--output", "{two}", "--resume"], "two holds several seeds"),
     (["--output", "{two}/seed-5", "--resume", "--seeds", "2"], "seed-5 holds a single run: give the same --seeds"),
     (
         ["--output", "{two}", "--resume", "--seed", "6", "--seeds", "2"],
-        "two holds seed-5, which is none of these runs",
+        "two holds seed-5, which is not one of these runs",
     ),
     (["--output", "{teacher}", "--resume"], "teacher was run with student='cnn_large', got student='cnn_small'"),
     ([*AGAIN, "--seed", "4"], "seed-5 was run with seed=5, got seed=4"),
@@ -522,7 +524,7 @@ BAD = [
 
 
 @pytest.mark.parametrize(("arguments", "message"), BAD)
-def test_bad_input_is_one_line_and_changes_nothing(arguments, message, home, here, capfd):
+def test_invalid_distill_option_is_one_line_and_changes_nothing(arguments, message, home, here, capfd):
     (here / "empty").mkdir()
     (here / "bare").mkdir()
     (here / "dangling").symlink_to("nowhere")
@@ -546,12 +548,12 @@ def test_bad_input_is_one_line_and_changes_nothing(arguments, message, home, her
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--method", "kd"], "method 'kd' needs a teacher: take ce, or kcd distill"),
-        (["--data", "NPZ"], "--network must be given: none goes with data 'NPZ'"),
+        (["--method", "kd"], "method 'kd' needs a teacher: use ce, or run kcd distill"),
+        (["--data", "NPZ"], "--network is required: there is no default network for data 'NPZ'"),
         (["--network", "nothing"], "unknown model 'nothing'"),
     ],
 )
-def test_bad_input_of_a_teacher(arguments, message, here, capfd):
+def test_invalid_teacher_option_is_one_line_and_changes_nothing(arguments, message, here, capfd):
     np.savez(here / "images.npz")
     assert cli.main(["teacher", *SMALL, *[a.replace("NPZ", f"{__name__}:digits") for a in arguments]]) == 2
     assert message.replace("NPZ", f"{__name__}:digits") in capfd.readouterr().err and names(here) == {"images.npz"}
@@ -565,9 +567,9 @@ def digits():
 
 
 @pytest.fixture(scope="module")
-def shelf(home, tmp_path_factory):
-    """Runs of several kinds, as copies: finished, of a demo's layout, unfinished, and begun alone."""
-    folder = tmp_path_factory.mktemp("shelf")
+def mixed_runs(home, tmp_path_factory):
+    """Copies of runs: finished, in the layout of a demo, unfinished, and started without a finished epoch."""
+    folder = tmp_path_factory.mktemp("mixed_runs")
     teacher = ["--teacher", str(home / "two" / "teacher")]
     assert cli.main(["distill", *SMALL, *teacher, "--lr", "0.04", "--output", str(folder / "kd")]) == 0
     shutil.copytree(home / "two", folder / "two")
@@ -583,21 +585,21 @@ def shelf(home, tmp_path_factory):
     return folder
 
 
-def test_a_report_compares_runs(shelf, here, capfd):
-    assert cli.main(["report", str(shelf / "two"), str(shelf / "kd"), "--output", "page.html"]) == 0
+def test_report_of_two_methods_shows_results_and_differences(mixed_runs, here, capfd):
+    assert cli.main(["report", str(mixed_runs / "two"), str(mixed_runs / "kd"), "--output", "page.html"]) == 0
     out, error = capfd.readouterr()
     assert (error, names(here)) == ("", {"page.html", "page.png"})
     page = read(here / "page.html")
-    visits = [r["sample_visits"] for r in (*result(shelf / "two"), *result(shelf / "kd"))]
+    visits = [r["sample_visits"] for r in (*result(mixed_runs / "two"), *result(mixed_runs / "kd"))]
     assert visits[0] == visits[1] < visits[2]
     rows = {row[0]: row[1:] for row in page.rows[1:4]}
-    (teacher,) = result(shelf / "two" / "teacher")  # of both
+    (teacher,) = result(mixed_runs / "two" / "teacher")  # of both
     assert rows["teacher"][:2] == cells([teacher])[:2] and rows["teacher"][4:] == cells([teacher])[4:]
     part = f"{visits[0]:,} ({100 * visits[0] / visits[2]:.1f} %)"
-    assert rows["kc-kd"] == [*cells(result(shelf / "two"))[:2], part, part, *cells(result(shelf / "two"))[4:]]
+    assert rows["kc-kd"] == [*cells(result(mixed_runs / "two"))[:2], part, part, *cells(result(mixed_runs / "two"))[4:]]
     full = f"{visits[2]:,} (100.0 %)"
-    assert rows["kd"] == [*cells(result(shelf / "kd"))[:2], full, full, *cells(result(shelf / "kd"))[4:]]
-    trained = json.loads((shelf / "kd" / "config.json").read_text())["about"]["teacher"]
+    assert rows["kd"] == [*cells(result(mixed_runs / "kd"))[:2], full, full, *cells(result(mixed_runs / "kd"))[4:]]
+    trained = json.loads((mixed_runs / "kd" / "config.json").read_text())["about"]["teacher"]
     assert page.rows[4:] == [
         ["run", "lr", "condense.keep", "teacher"],
         ["kc-kd", "0.05", "0.7", "cnn_large"],
@@ -610,27 +612,27 @@ def test_a_report_compares_runs(shelf, here, capfd):
         assert re.search(r" {2,}".join(map(re.escape, row)), out)
 
 
-def test_a_report_takes_the_folders_of_all_commands(shelf, here):
-    paths = [shelf / "demo", shelf / "two" / "seed-6", shelf / "two" / "seed-5" / ".." / "seed-6"]
+def test_report_groups_runs_of_demo_and_distill_by_seed(mixed_runs, here):
+    paths = [mixed_runs / "demo", mixed_runs / "two" / "seed-6", mixed_runs / "two" / "seed-5" / ".." / "seed-6"]
     assert cli.main(["report", *map(str, paths)]) == 0
     rows = {row[0]: row[1:] for row in read(here / "report.html").rows[1:3]}
-    assert rows.keys() == {"kc-kd", "teacher"}  # seeds 5 and 6 are of one kind, wherever they lie; 6 counts once
-    assert rows["kc-kd"] == cells(result(shelf / "two"))
+    assert rows.keys() == {"kc-kd", "teacher"}  # seeds 5 and 6 form one group whatever their folders; 6 counts once
+    assert rows["kc-kd"] == cells(result(mixed_runs / "two"))
 
 
 @pytest.mark.slow
-def test_runs_of_one_seed_stay_apart(shelf, here):
-    assert cli.main(["report", str(shelf / "two"), str(shelf / "demo")]) == 0
+def test_runs_with_equal_seed_are_listed_separately(mixed_runs, here):
+    assert cli.main(["report", str(mixed_runs / "two"), str(mixed_runs / "demo")]) == 0
     labels = [row[0] for row in read(here / "report.html").rows[1:4]]
     assert labels == [
-        f"kc-kd ({shelf / 'two'})",
+        f"kc-kd ({mixed_runs / 'two'})",
         "teacher",
-        f"kc-kd ({shelf / 'demo'})",
-    ]  # a command's runs in its order
+        f"kc-kd ({mixed_runs / 'demo'})",
+    ]  # runs keep the order of their command
 
 
-def test_a_report_follows_from_its_folders_alone(home, here):
-    """Written again it is the same, bit for bit; with another teacher beside it, or none, what was measured takes its place."""
+def test_report_depends_only_on_the_run_folders(home, here):
+    """A second report is identical. With a changed or missing teacher run it shows the measured accuracy instead."""
     shutil.copytree(home / "two", here / "two")
     before, args = contents(here), ["report", "two", "--output", "two/report.html"]
     assert cli.main(args) == 0 and contents(here) == before
@@ -642,7 +644,7 @@ def test_a_report_follows_from_its_folders_alone(home, here):
         assert read(here / "two" / "report.html").rows[1] == ["teacher", f"{accuracy:.2f}", *["-"] * 6]
 
 
-def test_a_run_of_an_older_version_is_reported_without_images(home, here):
+def test_run_of_an_older_version_is_reported_without_images(home, here):
     shutil.copytree(home / "two" / "seed-5", here / "run")
     config = json.loads((here / "run" / "config.json").read_text())
     del config["about"]["page"], config["about"]["teacher_run"], config["teacher_accuracy"]
@@ -655,7 +657,7 @@ def test_a_run_of_an_older_version_is_reported_without_images(home, here):
 
 
 @pytest.mark.slow
-def test_images_that_a_kill_has_kept_from_being_written_are_there_after_a_resume(home, here):
+def test_resume_writes_the_ranking_files_that_a_kill_left_out(home, here):
     shutil.copytree(home / "two", here / "two")
     before = contents(here)
     (here / "two" / "seed-5" / "ranking.json").unlink()
@@ -664,23 +666,23 @@ def test_images_that_a_kill_has_kept_from_being_written_are_there_after_a_resume
     assert contents(here) == before
 
 
-def test_unfinished_runs_are_called_so(shelf, here, capfd):
-    assert cli.main(["report", *(str(shelf / name) for name in ("half", "begun", "two"))]) == 0
+def test_unfinished_runs_are_reported_with_their_progress(mixed_runs, here, capfd):
+    assert cli.main(["report", *(str(mixed_runs / name) for name in ("half", "begun", "two"))]) == 0
     out = capfd.readouterr().out
     for text in (out, (here / "report.html").read_text()):
-        assert f"Unfinished: {shelf / 'half'}: 3 of 4 epochs." in text
-        assert f"Unfinished: {shelf / 'begun'}: 0 of 4 epochs." in text
+        assert f"Unfinished: {mixed_runs / 'half'}: 3 of 4 epochs." in text
+        assert f"Unfinished: {mixed_runs / 'begun'}: 0 of 4 epochs." in text
     row = read(here / "report.html").rows[2]
-    assert row[0] == f"kd ({shelf / 'half'})"
-    third = json.loads((shelf / "kd" / "metrics.jsonl").read_text().splitlines()[2])
+    assert row[0] == f"kd ({mixed_runs / 'half'})"
+    third = json.loads((mixed_runs / "kd" / "metrics.jsonl").read_text().splitlines()[2])
     assert row[1] == f"{third['accuracy']:.2f}" and row[3] == f"{third['sample_visits']:,}"
 
 
-def test_a_report_of_a_folder_of_runs_takes_names_as_they_are(shelf, here, capfd):
-    """What matplotlib would set as a formula, what no file can hold, and a data set of other size."""
+def test_report_shows_odd_names_literally(mixed_runs, here, capfd):
+    """A name that matplotlib would set as a formula, a lone surrogate, and a data set of another size."""
     runs = here / "runs"
     for source, folder in (("kd", "b"), ("two/seed-5", "c"), ("two/seed-6", "d")):
-        shutil.copytree(shelf / source, runs / folder)
+        shutil.copytree(mixed_runs / source, runs / folder)
     replaced("summary.json", '"kc-kd"', json.dumps("$\\foo$ <b>"))(runs / "c")
     replaced("summary.json", '"kc-kd"', json.dumps("\ud800"))(runs / "d")
     replaced("config.json", '"train": 1083', '"train": 3000')(runs / "b")
@@ -688,7 +690,7 @@ def test_a_report_of_a_folder_of_runs_takes_names_as_they_are(shelf, here, capfd
     error = capfd.readouterr().err
     page = read(here / "new" / "folder" / "page.html")
     assert error == "" and [row[0] for row in page.rows[1:5]] == ["teacher", "kd", "$\\foo$ <b>", "?"]
-    assert not any("%" in cell for row in page.rows[1:5] for cell in row[3:5])  # of other data there is no percentage
+    assert not any("%" in cell for row in page.rows[1:5] for cell in row[3:5])  # no percentages across data sets
     assert page.headings[1] == "Results, seeds 0, 5, 6"
     ids = re.findall(r' id="([^"]*)"', (here / "new" / "folder" / "page.html").read_text())
     assert len(ids) == len(set(ids)) > 100
@@ -703,36 +705,39 @@ def replaced(name, old, new):
     return change
 
 
-def cut(name, size):
+def truncated(name, size):
     return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:size])
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda folder: (folder / "config.json").unlink(), "is no folder of a run, of several seeds or of a demo"),
+        (lambda folder: (folder / "config.json").unlink(), "is not a run folder and contains none"),
         (lambda folder: (folder / "config.json").write_text("{"), "config.json is damaged: "),
         (lambda folder: (folder / "config.json").write_bytes(b"\xff"), "config.json is damaged: "),
         (lambda folder: (folder / "config.json").write_text("[]"), "config.json is damaged: it holds a list"),
-        (replaced("config.json", '"recipe"', '"cake"'), "is no folder of a run"),
+        (replaced("config.json", '"recipe"', '"cake"'), "is not a run folder"),
         (replaced("config.json", '"epochs": 4', '"epochs": "4"'), "config.json is damaged: epochs must be an integer"),
         (
             replaced("config.json", '"epochs": 4', '"epochs": 2'),
-            "those of epochs 1, 2, ... up to 2",
+            "its lines must be for epochs 1, 2, ... up to 2",
         ),
         (replaced("config.json", '"options": {}', '"options": 3'), "damaged: options must be an object, got int 3"),
         (replaced("metrics.jsonl", '"accuracy"', '"precision"'), "metrics.jsonl is damaged: it has no 'accuracy'"),
-        (replaced("metrics.jsonl", '"epoch": 3', '"epoch": 4'), "metrics.jsonl is damaged: its lines are not"),
+        (replaced("metrics.jsonl", '"epoch": 3', '"epoch": 4'), "metrics.jsonl is damaged: its lines must be"),
         (replaced("metrics.jsonl", '"counts"', '"count"'), "metrics.jsonl is damaged: it has no 'counts'"),
-        (lambda folder: (folder / "metrics.jsonl").write_text(""), "nothing to report: no epoch has ended in "),
+        (lambda folder: (folder / "metrics.jsonl").write_text(""), "nothing to report: no epoch has finished in "),
         (lambda folder: (folder / "ranking.json").write_text("{}"), "ranking.json is damaged: it has no 'labels'"),
-        (replaced("ranking.json", '"class 1"', "[]"), "ranking.json is damaged: labels must be names"),
+        (replaced("ranking.json", '"class 1"', "[]"), "ranking.json is damaged: labels must be strings"),
         (
             replaced("ranking.json", '"values": [', '"values": [1,'),
-            "ranking.json is damaged: it has 32 labels, 33 values",
+            "ranking.json is damaged: it has 32 labels but 33 values",
         ),
-        (replaced("metrics.jsonl", '"lr": 0.05', '"lr": 0.5'), "ranking.json is of another student: metrics.jsonl is"),
-        (cut("thumbnails.png", 200), "ranking.json is of another student: thumbnails.png is not"),
+        (
+            replaced("metrics.jsonl", '"lr": 0.05', '"lr": 0.5'),
+            "ranking.json belongs to another student: metrics.jsonl has",
+        ),
+        (truncated("thumbnails.png", 200), "ranking.json belongs to another student: thumbnails.png has"),
         (replaced("ranking.json", '"labels": [', '"label": ['), "ranking.json is damaged: it has no 'labels'"),
         (lambda folder: (folder / "summary.json").write_text("{}"), "summary.json is damaged: it has no 'results'"),
         (
@@ -741,7 +746,7 @@ def cut(name, size):
         ),
     ],
 )
-def test_a_damaged_run_is_one_line(change, message, home, here, capfd):
+def test_damaged_run_file_is_named_in_one_line(change, message, home, here, capfd):
     shutil.copytree(home / "two" / "seed-5", here / "run")
     change(here / "run")
     before = contents(here)
@@ -754,20 +759,20 @@ def test_a_damaged_run_is_one_line(change, message, home, here, capfd):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "kcd report needs the folder of a run"),
-        (["nowhere"], "nowhere is no folder of a run"),
+        ([], "kcd report needs at least one run folder"),
+        (["nowhere"], "nowhere is not a run folder"),
         (["{two}", "--output", "page"], "output must end in .html, got page"),
         (["{two}", "--output", "/proc/page.html"], "/proc/page.html"),
     ],
 )
-def test_bad_input_of_a_report(arguments, message, home, here, capfd):
+def test_invalid_report_argument_is_one_line_and_writes_nothing(arguments, message, home, here, capfd):
     assert cli.main(["report", *(argument.format(two=home / "two") for argument in arguments)]) == 2
     out, error = capfd.readouterr()
     assert (out, error.count("\n")) == ("", 1) and message in error and names(here) == set()
 
 
 @pytest.mark.parametrize("command", ["distill", "teacher", "report", "evaluate", "demo", "info"])
-def test_help_lists_the_options(command, capsys):
+def test_help_of_every_command_is_printed(command, capsys):
     assert cli.main([command, "--help"]) == 0
     out = capsys.readouterr().out
     assert out.startswith(f"usage: kcd {command}")
@@ -775,7 +780,7 @@ def test_help_lists_the_options(command, capsys):
 
 
 @pytest.mark.slow
-def test_what_the_check_and_the_run_would_warn_of_is_said_once(tmp_path):
+def test_warnings_of_check_and_run_are_printed_once(tmp_path):
     (tmp_path / "nets.py").write_text(
         "import torch\n\n\n"
         "class Pair(torch.nn.Sequential):\n"
@@ -787,5 +792,5 @@ def test_what_the_check_and_the_run_would_warn_of_is_said_once(tmp_path):
     options = [*SMALL, "--condense.keep", "0.9995", "--method", "kc-ce"]
     done = run("distill", *options, "--student", "nets:pair", "--output", "run", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    for warning in ("student gives a tuple of Tensor, Tensor", "drops less than one sample per stage"):
+    for warning in ("student gives a tuple of Tensor, Tensor", "drops less than one sample a stage"):
         assert done.stderr.count(warning) == 1

@@ -1,4 +1,4 @@
-"""The report shows what it says: every curve, bar, picture and number is compared with what it was made from."""
+"""Reports: every curve, bar, picture and number is compared with the data behind it."""
 
 import base64
 import dataclasses
@@ -27,7 +27,7 @@ LEVELS = {"teacher": 90.0, "kd": 70.0, "kc-kd": 80.0}
 
 
 def summaries(stages=True, flops=True):
-    """Three methods, two seeds, four epochs; no two quantities are alike."""
+    """Return summaries of three methods, two seeds and four epochs, with distinct numbers."""
     values = {"low": 0.0, "high": 2.0, "counts": [1, 0, 4, 3]}
     made = []
     for seed in (3, 1):
@@ -56,7 +56,7 @@ def summaries(stages=True, flops=True):
 
 
 def ranked(channels=1, count=40):
-    """The ranking of images of which the i-th is worth 4 - i/10 and has pixels of 4i, as it comes out of a folder."""
+    """Return a ranking, written and read again, in which image i has value 4 - i/10 and pixels 4i."""
 
     class Condenser:
         measure, counts = "value", torch.ones(count)
@@ -70,7 +70,7 @@ def ranked(channels=1, count=40):
 
 
 class Page(html.parser.HTMLParser):
-    """The cells of the table by row, and the pictures in their order as (section, class, caption, pixels)."""
+    """A parsed page: table cells by row, and the pictures in order as (section, class, caption, pixels)."""
 
     def __init__(self, text):
         super().__init__()
@@ -103,8 +103,8 @@ class Page(html.parser.HTMLParser):
 
 
 @pytest.fixture
-def written(tmp_path, monkeypatch):
-    """Renders a report; the page, and every axes that was drawn for it or for the picture."""
+def rendered(tmp_path, monkeypatch):
+    """Render a report. Return the page and all axes drawn for it and for the picture."""
 
     def write(summaries, ranking=None, **more):
         drawn, real = [], figures._figure
@@ -122,8 +122,8 @@ def written(tmp_path, monkeypatch):
     return write
 
 
-def test_curves(written):
-    _, drawn = written(summaries(), ranked())
+def test_curves_show_the_mean_over_seeds_after_every_epoch(rendered):
+    _, drawn = rendered(summaries(), ranked())
     by_label = {}
     for axes in drawn:
         if axes.get_ylabel() == "test accuracy, %":
@@ -133,7 +133,7 @@ def test_curves(written):
     epochs = np.arange(1, 5)
     x = {
         "sample visits": {"kd": 1000 * epochs, "kc-kd": 900 * epochs},
-        "seconds of training": {"kd": 3 * epochs + 2, "kc-kd": 2 * epochs + 2},  # seeds 3 and 1: 2 on the mean
+        "seconds of training": {"kd": 3 * epochs + 2, "kc-kd": 2 * epochs + 2},  # seeds 3 and 1: 2 on average
         flops: {"kd": 6e9 * epochs, "kc-kd": 5e9 * epochs},
     }
     for label, found in by_label.items():
@@ -148,8 +148,8 @@ def test_curves(written):
             assert [text.get_text() for text in axes.get_legend().get_texts()] == ["kd", "kc-kd", "teacher"]
 
 
-def test_histograms(written):
-    _, drawn = written(summaries(), ranked())
+def test_histograms_show_the_values_at_the_end_of_each_stage(rendered):
+    _, drawn = rendered(summaries(), ranked())
     found = [axes for axes in drawn if axes.get_ylabel() == "samples, %"]
     assert len(found) == 2
     for axes in found:
@@ -159,8 +159,8 @@ def test_histograms(written):
             assert heights.tolist() == [12.5, 0.0, 50.0, 37.5] and edges.tolist() == [0.0, 0.5, 1.0, 1.5, 2.0]
 
 
-def test_table(written):
-    shown, _ = written(summaries(), ranked())
+def test_results_table_shows_means_deviations_and_percentages(rendered):
+    shown, _ = rendered(summaries(), ranked())
     visits = "4,000 (100.0 %)", "28 (100.0 %)"
     assert shown.rows == [
         ["method", "accuracy last, %", "accuracy best, %", "sample visits", "teacher visits", *LAST_COLUMNS],
@@ -171,8 +171,8 @@ def test_table(written):
 
 
 @pytest.mark.parametrize("channels", mostly_slow([1, 2, 3, 4, 5], kept=[1, 3]))
-def test_images(written, channels):
-    made, drawn = written(summaries(), ranked(channels))
+def test_images_are_those_at_both_ends_of_the_ranking(rendered, channels):
+    made, drawn = rendered(summaries(), ranked(channels))
     shown = [("Most valuable training images", i) for i in range(16)]
     shown += [("Least valuable training images", i) for i in range(24, 40)]
     assert len(made.pictures) == 32
@@ -196,39 +196,39 @@ def test_images(written, channels):
         ((None, None), ["unknown", "unknown"]),
     ],
 )
-def test_floating_point_operations_are_in_one_unit(counts, shown):
+def test_flops_of_a_table_share_one_unit(counts, shown):
     made = [Summary(f"m{i}", 0, 1.0, 1.0, 1, 1, 1.0, flops=count) for i, count in enumerate(counts)]
     assert [row[5] for row in results_table(made)[1:]] == shown
 
 
-def test_what_there_is_none_of_is_left_out(written):
-    shown, drawn = written(summaries(stages=False, flops=None))
+def test_report_omits_sections_without_data(rendered):
+    shown, drawn = rendered(summaries(stages=False, flops=None))
     assert [h for h in shown.headings if "aluable" in h or "alues" in h or "FLOP" in h] == []
     assert not shown.pictures
     assert {axes.get_xlabel() for axes in drawn} == {"sample visits", "seconds of training"}
     assert [row[5] for row in shown.rows] == ["FLOPs", *["unknown"] * 3]
 
 
-def test_a_shorter_run_is_averaged_as_far_as_it_goes(written):
+def test_curve_ends_with_the_shortest_run(rendered):
     runs = summaries()
     shorter = [dataclasses.replace(run, history=run.history[: 4 - (run.seed == 1)]) for run in runs]
-    _, drawn = written(shorter)
+    _, drawn = rendered(shorter)
     line = next(line for axes in drawn for line in axes.lines if line.get_label() == "kd")
     assert line.get_xydata().tolist() == [[1000 * epoch, 72 + epoch] for epoch in (1, 2, 3)]
 
 
-def test_the_only_method_is_drawn_as_a_curve(written):
-    _, drawn = written([run for run in summaries() if run.method == "teacher"])
+def test_teacher_is_drawn_as_a_curve_if_it_is_the_only_method(rendered):
+    _, drawn = rendered([run for run in summaries() if run.method == "teacher"])
     assert all(len(line.get_xdata()) == 4 for axes in drawn for line in axes.lines)
 
 
-def test_what_the_caller_says_is_text(written):
-    shown, _ = written(summaries(), notes=["a <b> & c"], differences=[["method", "lr<"], ["kd", "<i>"]])
+def test_markup_in_notes_and_cells_is_escaped(rendered):
+    shown, _ = rendered(summaries(), notes=["a <b> & c"], differences=[["method", "lr<"], ["kd", "<i>"]])
     assert shown.rows[4:] == [["method", "lr<"], ["kd", "<i>"]]
     assert "What differs" in shown.headings and "a <b> & c" in shown.text
 
 
-def test_ranking_by_hand(tmp_path):
+def test_ranking_of_four_images_matches_the_hand_computed_order(tmp_path):
     class Condenser:
         values, counts = torch.tensor([0.5, 9.0, 0.1, 2.0]), torch.tensor([3, 0, 1, 2])
         measure = "value"
@@ -247,7 +247,7 @@ def test_ranking_by_hand(tmp_path):
 
 
 @pytest.mark.parametrize("shape", [(300, 200, 3), (129, 1, 1), (128, 128, 4)])
-def test_large_images_are_drawn_smaller(tmp_path, shape):
+def test_large_images_are_scaled_to_thumbnails(tmp_path, shape):
     class Condenser:
         values, counts, measure = torch.ones(2), torch.ones(2), "value"
 
@@ -258,12 +258,12 @@ def test_large_images_are_drawn_smaller(tmp_path, shape):
     assert len(found.most) == len(found.least) == 2
 
 
-# --- runs that were really made ---------------------------------------------------------------------------------------
+# --- real runs --------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """A run of InfoBatch and one that ranks by value, of six epochs on images of random numbers."""
+    """A run with InfoBatch and one that ranks by value: six epochs on random images."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     draw = np.random.default_rng(0)
@@ -286,7 +286,7 @@ def lines(folder):
 
 
 @pytest.mark.slow
-def test_a_run_that_does_not_rank_by_value_is_reported_without_a_histogram(folders, tmp_path):
+def test_run_not_ranked_by_value_is_reported_without_histogram(folders, tmp_path):
     steps = [line["condensation"] for line in lines(folders / "infobatch") if line["condensation"]]
     assert steps and all(step["values"] is None for step in steps)
     Report((folders / "infobatch", folders / "kc-kd"), tmp_path / "both.html").run()
@@ -302,13 +302,13 @@ def test_a_run_that_does_not_rank_by_value_is_reported_without_a_histogram(folde
 
 
 @pytest.mark.slow
-def test_a_selection_that_mixes_and_has_no_values_is_left_out_of_the_histograms(written):
+def test_mixing_selection_without_values_has_no_histogram(rendered):
     made = summaries()
     for run in made:
         for line in run.history:
             if line["condensation"]:
                 line["condensation"] = {**line["condensation"], "values": None}
-    shown, drawn = written(made)
+    shown, drawn = rendered(made)
     assert not [heading for heading in shown.headings if "alues" in heading]
     assert {axes.get_xlabel() for axes in drawn} == {
         "sample visits",
@@ -345,7 +345,7 @@ def test_a_selection_that_mixes_and_has_no_values_is_left_out_of_the_histograms(
         {"deep": "DEEP"},
     ],
 )
-def test_a_damaged_line_is_named(change, folders, tmp_path):
+def test_damaged_metrics_line_is_an_error_that_names_the_file(change, folders, tmp_path):
     for name in ("config.json", "metrics.jsonl"):
         (tmp_path / name).write_bytes((folders / "kc-kd" / name).read_bytes())
     found = lines(tmp_path)
@@ -355,14 +355,14 @@ def test_a_damaged_line_is_named(change, folders, tmp_path):
     else:
         line.update(change)
     text = "".join(json.dumps(line) + "\n" for line in found)
-    (tmp_path / "metrics.jsonl").write_text(text.replace('"DEEP"', "[" * 9**5))  # deeper than can be read
+    (tmp_path / "metrics.jsonl").write_text(text.replace('"DEEP"', "[" * 9**5))  # nested too deep for the parser
     with pytest.raises(ValueError) as error:
         runs.read(tmp_path)
     assert str(error.value).startswith(f"{tmp_path / 'metrics.jsonl'} is damaged: ")
     assert "\n" not in str(error.value)
 
 
-def test_of_many_classes_and_stages_the_table_shows_those_that_lost_most():
+def test_class_table_is_limited_to_the_smallest_classes_and_eight_stages():
     steps = [{"stage": s, "kept": 0, "classes": [1000 + s, *[1200 - s] * 28, 3 - s % 3]} for s in range(1, 31)]
     head, *rows, totals = kept_by_class(steps, [f"<{label}>" for label in range(30)])
     assert head == ["class", *(f"stage {s}" for s in (1, 5, 9, 13, 17, 21, 25, 30))]

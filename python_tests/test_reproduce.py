@@ -1,4 +1,4 @@
-"""benchmarks/reproduce.py: its figures against NumPy's and the published table, and the study that it plans."""
+"""benchmarks/reproduce.py: its statistics against NumPy, its constants against the paper, and the study it plans."""
 
 import importlib.util
 import json
@@ -18,9 +18,9 @@ from kcd_ext.training import Recipe
 
 SCRIPT = Path(__file__).resolve().parents[1] / "benchmarks" / "reproduce.py"
 if not SCRIPT.exists():
-    pytest.skip("benchmarks/ is a part of the source folder only", allow_module_level=True)
+    pytest.skip("benchmarks/ exists in the source folder only", allow_module_level=True)
 
-# Li et al., ECCV 2022, CIFAR-100: column by column as they stand in the paper.
+# Li et al., ECCV 2022, CIFAR-100, column by column as in the paper.
 PUBLISHED = """
 teacher  wrn_40_2 wrn_40_2 resnet56 resnet32x4 vgg13 vgg13        resnet50     resnet50 resnet32x4    resnet32x4    wrn_40_2
 student  wrn_16_2 wrn_40_1 resnet20 resnet8x4  vgg8  mobilenet_v2 mobilenet_v2 vgg8     shufflenet_v1 shufflenet_v2 shufflenet_v1
@@ -32,14 +32,14 @@ KC-KD    75.70    73.84    70.75    74.05      73.44 68.61        67.94        7
 
 @pytest.fixture(scope="module")
 def script():
-    """The file as a module; it is in no package."""
+    """The script as a module; it belongs to no package."""
     spec = importlib.util.spec_from_file_location("reproduce", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-def test_the_papers_numbers_are_those_of_its_table(script):
+def test_paper_accuracies_match_the_published_table(script):
     teachers, students, *rows = (line.split()[1:] for line in PUBLISHED.strip().splitlines())
     columns = zip(teachers, students, *rows, strict=True)
     published = {f"{teacher}-{student}": tuple(map(float, rest)) for teacher, student, *rest in columns}
@@ -47,7 +47,7 @@ def test_the_papers_numbers_are_those_of_its_table(script):
     assert list(script.PAPER) == [f"{pair.teacher}-{pair.student}" for pair in CIFAR100]
 
 
-def test_learning_rates_are_the_papers(script):
+def test_learning_rates_match_the_paper(script):
     for pair in script.PAPER:
         light = re.search("-(mobilenet|shufflenet)", pair) is not None
         assert script.lr_of(pair) == (0.01 if light else 0.05)
@@ -57,7 +57,7 @@ def test_learning_rates_are_the_papers(script):
 @pytest.mark.parametrize(
     ("kind", "method", "condenser", "sizes", "mixed"),
     [
-        # 1000 samples, six stages: equal steps of int(1000 * 0.3 / 6) samples, all 300 at once, or none at all.
+        # 1000 samples, six stages: equal steps of int(1000 * 0.3 / 6) samples, all 300 at once, or none.
         ("kd", "kd", "KnowledgeCondenser", None, None),
         ("student alone", "ce", "KnowledgeCondenser", None, None),
         ("random", "kd", "RandomCondenser", [950, 900, 850, 800, 750, 700], [0] * 6),
@@ -69,7 +69,7 @@ def test_learning_rates_are_the_papers(script):
         ("kd, half of a batch", "kd", "KnowledgeCondenser", None, None),
     ],
 )
-def test_a_kind_is_what_it_is_called(script, kind, method, condenser, sizes, mixed):
+def test_kind_selects_and_mixes_as_its_label_says(script, kind, method, condenser, sizes, mixed):
     recipe = Recipe(name=kind, **script.KINDS[kind])
     assert recipe.method == method
     condense = recipe.condense
@@ -88,13 +88,13 @@ def test_a_kind_is_what_it_is_called(script, kind, method, condenser, sizes, mix
     assert ([len(step.mixed) for step in steps] or None) == mixed
 
 
-def test_all_kinds_are_looked_at_here_and_the_baseline_is_one(script):
-    looked_at = {case[0] for case in test_a_kind_is_what_it_is_called.pytestmark[0].args[1]}
-    assert looked_at == set(script.KINDS) and script.KINDS[script.BASELINE] == {"method": "kd"}
+def test_every_kind_is_tested_and_the_baseline_is_kd(script):
+    tested = {case[0] for case in test_kind_selects_and_mixes_as_its_label_says.pytestmark[0].args[1]}
+    assert tested == set(script.KINDS) and script.KINDS[script.BASELINE] == {"method": "kd"}
 
 
 def images(classes, train=60, test=30):
-    """Small images, the classes in no order and some of them rarer."""
+    """Return small images with shuffled classes of different sizes."""
     draw = np.random.default_rng(0)
     parts = []
     for count in (train, test):
@@ -104,15 +104,15 @@ def images(classes, train=60, test=30):
 
 
 @pytest.mark.parametrize(("classes", "chosen"), [(2, [0, 5]), (3, [0, 3, 6]), (4, [0, 2, 5, 7]), (10, [*range(10)])])
-def test_a_subset_has_whole_classes_at_equal_distances(script, classes, chosen):
+def test_subset_holds_evenly_spaced_complete_classes(script, classes, chosen):
     data = images(10)
     arrays = script.subset(data, classes)
     assert arrays.keys() == {"x_train", "y_train", "x_test", "y_test"}
     for part in ("train", "test"):
-        held = getattr(data, part)
+        images_of_part = getattr(data, part)
         expected = [
             (image.tolist(), chosen.index(label))
-            for image, label in zip(held.images, held.labels.tolist(), strict=True)
+            for image, label in zip(images_of_part.images, images_of_part.labels.tolist(), strict=True)
             if label in chosen
         ]
         found = zip(arrays[f"x_{part}"].tolist(), arrays[f"y_{part}"].tolist(), strict=True)
@@ -120,7 +120,7 @@ def test_a_subset_has_whole_classes_at_equal_distances(script, classes, chosen):
 
 
 @pytest.mark.parametrize(("classes", "error"), [(1, ValueError), (11, ValueError), (2.0, TypeError)])
-def test_a_subset_that_cannot_be_is_named(script, classes, error):
+def test_invalid_number_of_classes_is_an_error(script, classes, error):
     with pytest.raises(error, match=r"classes must be an integer in \[2, 10\], got"):
         script.subset(images(10), classes)
 
@@ -138,13 +138,13 @@ def result(seed, last, best=90.0, visits=(1000, 500), seconds=8.0, condensation=
     }
 
 
-def test_a_row_by_hand(script):
+def test_table_row_matches_hand_computed_statistics(script):
     baseline = [
         result(0, 70.0, visits=(2000, 2000)),
         result(1, 74.0, visits=(2000, 2000)),
         result(2, 66.0, visits=(2000, 2000)),
     ]
-    # 1, 2 and 6 better than the run of the same seed; one took a hundred times as long.
+    # The gains are 1, 2 and 6 over the run with the same seed; one run took a hundred times as long.
     results = [
         result(0, 71.0, 72.0, (1000, 501), 10.0, 0.1, 1e15),
         result(1, 76.0, 77.0, (1001, 501), 1000.0, 20.0, 2e15),
@@ -170,8 +170,8 @@ def test_a_row_by_hand(script):
     assert alone[1:4] == ["71.00", "72.00", "-3.00"] and alone[4] == "1,000 (50.0 %)"
 
 
-def test_a_difference_is_taken_seed_by_seed(script):
-    # Both spread by ten percent points, their difference by nothing.
+def test_difference_is_paired_by_seed(script):
+    # Accuracies vary by ten points between seeds, their difference by none.
     assert script.difference(
         [result(i, 60.5 + 10 * i) for i in range(3)], [result(i, 60 + 10 * i) for i in range(3)]
     ) == ("+0.50 ± 0.00")
@@ -182,7 +182,7 @@ def test_a_difference_is_taken_seed_by_seed(script):
     ) == ("999,999 (100.0 %)")
 
 
-# --- the whole of it, with a study that trains nothing ----------------------------------------------------------------
+# --- the script, with a study that trains nothing --------------------------------------------------------------------
 
 ONLY = ("kd", "kc-kd", "kd, half of a batch")
 ACCURACIES = {"kd": 70.0, "kc-kd": 72.0, "kd, half of a batch": 69.0, "teacher": 80.0}
@@ -190,7 +190,7 @@ ACCURACIES = {"kd": 70.0, "kc-kd": 72.0, "kd, half of a batch": 69.0, "teacher":
 
 @pytest.fixture
 def studies(monkeypatch):
-    """Every study that is run; its runs leave what they would have come to, if there is time."""
+    """The studies that were run. Their runs write fixed results instead of training, if there is time."""
     made = []
 
     def run(study):
@@ -210,7 +210,7 @@ def studies(monkeypatch):
 
 @pytest.fixture
 def comparison(script, tmp_path):
-    """Options of a comparison of three kinds by two seeds, on small images."""
+    """Build a comparison of three kinds with two seeds, on small images."""
     path = tmp_path / "pixels.npz"
     store(path, images(10))
 
@@ -233,7 +233,7 @@ def table(folder):
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
 
 
-def test_every_run_is_planned_and_stands_in_the_table(comparison, studies, tmp_path, capsys):
+def test_every_run_is_planned_and_appears_in_the_table(comparison, studies, tmp_path, capsys):
     comparison(threads=3, side_by_side=2).run()
     assert "6 of 6 runs are finished" in capsys.readouterr().out
     (study,) = studies
@@ -265,7 +265,7 @@ def test_every_run_is_planned_and_stands_in_the_table(comparison, studies, tmp_p
     assert found == {(kind, seed, ACCURACIES[kind] + seed) for kind in ONLY for seed in (0, 1)}
 
 
-def test_a_trained_teacher_serves_all_runs_but_the_student_alone(comparison, tmp_path):
+def test_given_teacher_is_used_by_all_kinds_except_student_alone(comparison, tmp_path):
     folder = tmp_path / "trained"
     small = ["--data", "digits", "--network", "cnn_small", "--epochs", "1", "--threads", "1", "--device", "cpu"]
     assert cli.main(["teacher", *small, "--output", str(folder)]) == 0
@@ -278,26 +278,26 @@ def summaries(folder):
     return list((folder / "runs").rglob("summary.json"))
 
 
-def test_without_time_nothing_is_begun_and_what_is_finished_is_shown(comparison, studies, tmp_path, capsys):
+def test_no_run_starts_without_time_and_finished_ones_are_shown(comparison, studies, tmp_path, capsys):
     comparison(minutes=0).run()
     assert "0 of 6 runs are finished" in capsys.readouterr().out and not summaries(tmp_path)
     comparison().run()
-    whole = table(tmp_path / "results")
+    complete = table(tmp_path / "results")
     for seed, kind in ((1, "kc-kd"), (0, "kd")):
         capsys.readouterr()
         comparison(minutes=0).run()
         count = len(summaries(tmp_path)) - 1
         assert f"{count} of 6 runs are finished" in capsys.readouterr().out
         rows = table(tmp_path / "results")
-        assert rows == whole if count == 6 else rows[2:][1][:4] == ["kc-kd", "72.00", "90.00", "+2.00"]
+        assert rows == complete if count == 6 else rows[2:][1][:4] == ["kc-kd", "72.00", "90.00", "+2.00"]
         (tmp_path / "runs" / kind / f"seed-{seed}" / "summary.json").unlink()
     capsys.readouterr()
     comparison(minutes=0).run()
     out = capsys.readouterr().out
-    assert "4 of 6 runs are finished" in out and "no seed is finished in all kinds" in out
+    assert "4 of 6 runs are finished" in out and "no seed has finished in all kinds" in out
     comparison(minutes=5).run()
     assert 0 < studies[-1].deadline - time.monotonic() <= 300
-    assert table(tmp_path / "results") == whole
+    assert table(tmp_path / "results") == complete
 
 
 @pytest.mark.parametrize(
@@ -309,7 +309,7 @@ def test_without_time_nothing_is_begun_and_what_is_finished_is_shown(comparison,
         (50_000, 240, 50, "Smaller than the paper's setting"),
     ],
 )
-def test_the_papers_numbers_stand_beside_its_setting_alone(comparison, studies, tmp_path, train, epochs, classes, says):
+def test_paper_accuracies_are_shown_only_for_its_setting(comparison, studies, tmp_path, train, epochs, classes, says):
     store(tmp_path / "pixels.npz", images(100, train, 100))
     comparison(pair="resnet32x4-resnet8x4", epochs=epochs, classes=classes, seeds=1).run()
     (page,) = (tmp_path / "results").glob("*.md")
@@ -323,14 +323,14 @@ def test_the_papers_numbers_stand_beside_its_setting_alone(comparison, studies, 
     ("options", "message"),
     [
         ({"pair": "resnet20"}, "pair must be TEACHER-STUDENT, got 'resnet20'"),
-        ({"only": ("kd", "kc")}, "only must be out of 'kd', .*, got 'kc'"),
+        ({"only": ("kd", "kc")}, "only must be among 'kd', .*, got 'kc'"),
         ({"seeds": 0}, "seeds must be an integer >= 1, got 0"),
         ({"epochs": 0}, "epochs must be an integer >= 1, got 0"),
         ({"side_by_side": -1}, "side_by_side must be an integer >= 0, got -1"),
         ({"teacher": Path("nowhere")}, "teacher must be the folder of a finished run, got nowhere"),
     ],
 )
-def test_what_cannot_be_is_said_before_anything_is_run(comparison, studies, tmp_path, options, message):
+def test_invalid_option_is_an_error_before_anything_runs(comparison, studies, tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         comparison(**options).run()
     assert studies == [] and not (tmp_path / "runs").exists()

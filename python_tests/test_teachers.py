@@ -1,4 +1,4 @@
-"""Teachers as people save them: what is read and what is refused, how good they are, and the images that they are given."""
+"""Teachers: which weights files are read or refused, the measured accuracy, and the normalisation of their images."""
 
 import argparse
 import collections
@@ -57,25 +57,25 @@ def resnet8():
     return network
 
 
-OWN = resnet8().state_dict()
+STATE = resnet8().state_dict()
 
 
-def prefixed(prefix, state=OWN):
+def prefixed(prefix, state=STATE):
     return {prefix + name: tensor for name, tensor in state.items()}
 
 
-# --- what is read -----------------------------------------------------------------------------------------------------
+# --- files read -------------------------------------------------------------------------------------------------------
 
 
 class AttributeDict(dict):
-    """As Lightning's: a dictionary of another type."""
+    """A dictionary subclass like Lightning's."""
 
 
 AttributeDict.__module__ = "pytorch_lightning.utilities.parsing"
 
 
 def optimizer():
-    """As RepDistiller leaves it after its first step of the learning rate, which NumPy has computed."""
+    """The state of RepDistiller's optimizer after its first learning-rate step, which NumPy computes."""
     network = resnet8()
     found = torch.optim.SGD(network.parameters(), lr=0.05, momentum=0.9)
     network(torch.zeros(2, 1, 8, 8)).sum().backward()
@@ -113,84 +113,88 @@ BESIDE = {
 
 @pytest.mark.parametrize("zipped", [True, False])
 @pytest.mark.parametrize("beside", BESIDE)
-def test_plain_values_beside_the_weights(beside, zipped, here, data, monkeypatch):
-    for name in ("pytorch_lightning", AttributeDict.__module__):  # where pickle looks for it
+def test_plain_values_beside_the_weights_are_ignored(beside, zipped, here, data, monkeypatch):
+    for name in ("pytorch_lightning", AttributeDict.__module__):  # pickle imports it from there
         monkeypatch.setitem(sys.modules, name, types.SimpleNamespace(AttributeDict=AttributeDict))
-    content = {"epoch": 160, "model": OWN, "beside": BESIDE[beside]}
+    content = {"epoch": 160, "model": STATE, "beside": BESIDE[beside]}
     torch.save(content, here / "net.pth", _use_new_zipfile_serialization=zipped)
     teacher = teachers.find("net.pth", "resnet8", None)
-    assert_same(teacher.build(data, 0), OWN)
+    assert_same(teacher.build(data, 0), STATE)
     assert teacher.notes_on(data) == []
 
 
 def assert_same(network, state):
-    """All tensors, and their order."""
+    """Assert that a network has these tensors in this order."""
     found = network.state_dict()
     assert [*found] == [*state]
     assert all(torch.equal(found[name], state[name].to(found[name].dtype)) for name in found)
 
 
-HALF = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in OWN.items()}
-OTHER = {name: tensor + 1 for name, tensor in OWN.items()}
-UNTRACKED = {name: tensor for name, tensor in OWN.items() if not name.endswith("num_batches_tracked")}
+HALF = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in STATE.items()}
+OTHER = {name: tensor + 1 for name, tensor in STATE.items()}
+UNTRACKED = {name: tensor for name, tensor in STATE.items() if not name.endswith("num_batches_tracked")}
 
 
 @pytest.mark.parametrize(
-    ("content", "state", "told"),
+    ("content", "state", "notes"),
     [
-        (prefixed("module."), OWN, []),
-        (prefixed("_orig_mod."), OWN, []),
-        (prefixed("module._orig_mod."), OWN, []),
-        (prefixed("_orig_mod.module."), OWN, []),
-        ({"state_dict": prefixed("model._orig_mod.")}, OWN, []),
-        ({"state_dict": prefixed("student.")}, OWN, []),
-        ({"net": prefixed("module."), "acc": 93.1}, OWN, []),
-        ({"model_state_dict": collections.defaultdict(None, OWN)}, OWN, []),
-        ({"checkpoint": {"model": OWN}, "model": {"state_dict": OWN, "step": 3}}, OWN, []),
-        ({"my_network": OWN, "optimizer": {"state": {}, "param_groups": [{"lr": 0.1}]}}, OWN, []),
-        ({name.replace("layer1.", "layer1._orig_mod."): x for name, x in OWN.items()}, OWN, []),
-        ({**prefixed("module."), "n_averaged": torch.tensor(5)}, OWN, ["ignored 'n_averaged' among the weights"]),
+        (prefixed("module."), STATE, []),
+        (prefixed("_orig_mod."), STATE, []),
+        (prefixed("module._orig_mod."), STATE, []),
+        (prefixed("_orig_mod.module."), STATE, []),
+        ({"state_dict": prefixed("model._orig_mod.")}, STATE, []),
+        ({"state_dict": prefixed("student.")}, STATE, []),
+        ({"net": prefixed("module."), "acc": 93.1}, STATE, []),
+        ({"model_state_dict": collections.defaultdict(None, STATE)}, STATE, []),
+        ({"checkpoint": {"model": STATE}, "model": {"state_dict": STATE, "step": 3}}, STATE, []),
+        ({"my_network": STATE, "optimizer": {"state": {}, "param_groups": [{"lr": 0.1}]}}, STATE, []),
+        ({name.replace("layer1.", "layer1._orig_mod."): x for name, x in STATE.items()}, STATE, []),
+        ({**prefixed("module."), "n_averaged": torch.tensor(5)}, STATE, ["'n_averaged' left out of the weights"]),
         (
-            {**OWN, "total_ops": torch.zeros(1), "conv1.total_ops": torch.zeros(1)},
-            OWN,
-            ["ignored 'total_ops', 'conv1.total_ops' among"],
+            {**STATE, "total_ops": torch.zeros(1), "conv1.total_ops": torch.zeros(1)},
+            STATE,
+            ["'total_ops', 'conv1.total_ops' left"],
         ),
-        ({**OWN, "epoch": 3, "note": "best"}, OWN, ["ignored 'epoch', 'note' among the weights"]),
+        ({**STATE, "epoch": 3, "note": "best"}, STATE, ["'epoch', 'note' beside the weights left out"]),
         (
-            {"state_dict": OWN, "state_dict_ema": OTHER},
-            OWN,
-            ["under 'state_dict', not those under 'state_dict_ema'"],
+            {"state_dict": STATE, "state_dict_ema": OTHER},
+            STATE,
+            ["'state_dict' are taken, not those under 'state_dict_ema'"],
         ),
-        ({"model_ema": OTHER, "optimizer": {}, "model": OWN}, OWN, ["under 'model', not those under 'model_ema'"]),
-        ({"teacher": OTHER, "student": OWN}, OWN, ["under 'student', not those under 'teacher'"]),
-        ({"state_dict_ema": OWN, "arch": "resnet8"}, OWN, []),
+        (
+            {"model_ema": OTHER, "optimizer": {}, "model": STATE},
+            STATE,
+            ["'model' are taken, not those under 'model_ema'"],
+        ),
+        ({"teacher": OTHER, "student": STATE}, STATE, ["'student' are taken, not those under 'teacher'"]),
+        ({"state_dict_ema": STATE, "arch": "resnet8"}, STATE, []),
         (HALF, HALF, []),
-        ({name: nn.Parameter(x) if x.is_floating_point() else x for name, x in OWN.items()}, OWN, []),
+        ({name: nn.Parameter(x) if x.is_floating_point() else x for name, x in STATE.items()}, STATE, []),
     ],
 )
-def test_wrappers_prefixes_and_counters(content, state, told, here, data):
+def test_wrappers_prefixes_and_counters_are_removed_with_notes(content, state, notes, here, data):
     torch.save(content, here / "net.pth")
     teacher = teachers.find("net.pth", "resnet8", None)
     assert_same(teacher.build(data, 0), state)
     found = teacher.notes_on(data)
-    assert len(found) == len(told)
-    assert all(line.startswith("net.pth: ") and part in line for line, part in zip(found, told, strict=True))
+    assert len(found) == len(notes)
+    assert all(line.startswith("net.pth: ") and part in line for line, part in zip(found, notes, strict=True))
 
 
-def test_weights_from_before_batches_were_counted(here, data):
+def test_missing_batch_counters_are_zero(here, data):
     torch.save(UNTRACKED, here / "net.pth")
     found = teachers.find("net.pth", "resnet8", None).build(data, 0).state_dict()
     assert all(torch.equal(found[name], UNTRACKED[name]) for name in UNTRACKED)
-    assert [found[name].item() for name in found if name not in UNTRACKED] == [0] * (len(OWN) - len(UNTRACKED)) != []
+    assert [found[name].item() for name in found if name not in UNTRACKED] == [0] * (len(STATE) - len(UNTRACKED)) != []
 
 
-def test_safetensors_whatever_they_are_called(here, data):
+def test_safetensors_are_recognised_under_any_file_name(here, data):
     save_file(prefixed("model."), here / "net.bin")
-    assert_same(teachers.find("net.bin", "resnet8", None).build(data, 0), OWN)
+    assert_same(teachers.find("net.bin", "resnet8", None).build(data, 0), STATE)
 
 
 class Wrapped(nn.Module):
-    """Its own names begin with what is taken off others."""
+    """A network whose parameter names start with a prefix that is usually removed."""
 
     def __init__(self, in_channels, num_classes):
         super().__init__()
@@ -203,17 +207,17 @@ class Wrapped(nn.Module):
 
 
 @pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod."])
-def test_names_that_fit_are_left_alone(prefix, here, data):
+def test_prefix_is_kept_if_the_names_fit(prefix, here, data):
     torch.save(prefixed(f"{prefix}model.module."), here / "net.pth")
     network = teachers.find("net.pth", f"{__name__}:Wrapped", None).build(data, 0)
     assert_same(network, prefixed("model.module."))
 
 
-# --- what is refused --------------------------------------------------------------------------------------------------
+# --- files refused ----------------------------------------------------------------------------------------------------
 
 
 class Ran:
-    """Would show that it was unpickled."""
+    """A class that leaves a file when it is unpickled."""
 
     def __reduce__(self):
         return shutil.copyfile, ("text.pth", "executed")
@@ -224,28 +228,30 @@ class Mine:
 
 
 def files(folder):
-    """Everything that is no file of this network's weights."""
-    network, first = resnet8(), OWN["conv1.weight"]
+    """Write files that do not hold weights of this network."""
+    network, first = resnet8(), STATE["conv1.weight"]
     torch.save(network, folder / "module.pth")
     torch.save({"model": network, "epoch": 3}, folder / "inside.pt")
     torch.save(network, folder / "old.pth", _use_new_zipfile_serialization=False)
     torch.jit.save(torch.jit.script(network), folder / "scripted.pt")
-    torch.save({"model": OWN, "meter": Mine()}, folder / "mine.pth")
-    torch.save({"model": OWN, "log": Ran()}, folder / "bomb.pth")
-    torch.save({"model": {**OWN, "conv1.weight": first.to_sparse()}}, folder / "sparse.pth")
-    torch.save({**OWN, "conv1.weight": first.to("meta")}, folder / "meta.pth")
-    torch.save({**OWN, "conv1.weight": torch.quantize_per_tensor(first, 0.1, 0, torch.qint8)}, folder / "quantised.pth")
-    torch.save({**OWN, "conv1.weight": first.to(torch.int8)}, folder / "integers.pth")
-    torch.save({**OWN, "scale": torch.tensor(2.0)}, folder / "scale.pth")
-    torch.save({**OWN, "optimizer": {"state": {0: {"momentum": torch.ones(1)}}}}, folder / "mixed.pth")
-    torch.save({"generator": OWN, "critic": OTHER}, folder / "two.pth")
+    torch.save({"model": STATE, "meter": Mine()}, folder / "mine.pth")
+    torch.save({"model": STATE, "log": Ran()}, folder / "bomb.pth")
+    torch.save({"model": {**STATE, "conv1.weight": first.to_sparse()}}, folder / "sparse.pth")
+    torch.save({**STATE, "conv1.weight": first.to("meta")}, folder / "meta.pth")
+    torch.save(
+        {**STATE, "conv1.weight": torch.quantize_per_tensor(first, 0.1, 0, torch.qint8)}, folder / "quantised.pth"
+    )
+    torch.save({**STATE, "conv1.weight": first.to(torch.int8)}, folder / "integers.pth")
+    torch.save({**STATE, "scale": torch.tensor(2.0)}, folder / "scale.pth")
+    torch.save({**STATE, "optimizer": {"state": {0: {"momentum": torch.ones(1)}}}}, folder / "mixed.pth")
+    torch.save({"generator": STATE, "critic": OTHER}, folder / "two.pth")
     torch.save({**prefixed("student."), **prefixed("teacher.")}, folder / "both.pth")
     torch.save(prefixed("encoder."), folder / "encoder.pth")
-    torch.save(prefixed("module.", {n: x for n, x in OWN.items() if n != "fc.bias"}), folder / "less.pth")
-    torch.save({"model": argparse.Namespace(weights=OWN)}, folder / "attributes.pth")
-    torch.save([*OWN.values()], folder / "list.pth")
+    torch.save(prefixed("module.", {n: x for n, x in STATE.items() if n != "fc.bias"}), folder / "less.pth")
+    torch.save({"model": argparse.Namespace(weights=STATE)}, folder / "attributes.pth")
+    torch.save([*STATE.values()], folder / "list.pth")
     torch.save({}, folder / "empty.pth")
-    torch.save({"model": OWN}, folder / "protocol.pth", pickle_protocol=4)
+    torch.save({"model": STATE}, folder / "protocol.pth", pickle_protocol=4)
     (folder / "text.pth").write_text("weights")
     (folder / "cut.pth").write_bytes((folder / "mine.pth").read_bytes()[:-100])
     os.mkfifo(folder / "pipe.pth")
@@ -253,33 +259,33 @@ def files(folder):
 
 REFUSED = {
     "module.pth": r'a pickled module \(kcd_ext.models.resnet.ResNet\), .*torch.save\(model.state_dict\(\), "weights.pth"\)$',
-    "inside.pt": r"inside.pt contains a pickled module \(kcd_ext.models.resnet.ResNet\), which cannot be read without executing",
-    "old.pth": r"old.pth contains a pickled module \(kcd_ext.models.resnet.ResNet\), which cannot be read without executing",
+    "inside.pt": r"inside.pt holds a pickled module \(kcd_ext.models.resnet.ResNet\), which only executing code could read",
+    "old.pth": r"old.pth holds a pickled module \(kcd_ext.models.resnet.ResNet\), which only executing code could read",
     "scripted.pt": r'scripted.pt is TorchScript, .*torch.save\(torch.jit.load\("scripted.pt"\).state_dict\(\), "weights.pth"\)$',
     "mine.pth": rf"mine.pth cannot be read as weights: it names {__name__}.Mine, which is neither a tensor nor a plain value",
     "bomb.pth": r"bomb.pth cannot be read as weights: it names shutil.copyfile, which is neither",
-    "sparse.pth": r"sparse.pth must contain plain dense tensors, got conv1.weight, which is not dense \(torch.sparse_coo\)$",
-    "meta.pth": r"meta.pth must contain plain dense tensors, got conv1.weight, which is without data, on the meta device$",
+    "sparse.pth": r"sparse.pth must hold plain dense tensors, got conv1.weight, which is not dense \(torch.sparse_coo\)$",
+    "meta.pth": r"meta.pth must hold plain dense tensors, got conv1.weight, which is without data, on the meta device$",
     "quantised.pth": r"got conv1.weight, which is quantised \(torch.qint8\)$",
-    "integers.pth": r"conv1.weight is torch.int8, the network's is torch.float32$",
-    "scale.pth": r"they have scale, which the network does not have$",
-    "mixed.pth": r"must contain tensors by name \(a state_dict\), .* got the dict 'optimizer' among them$",
-    "two.pth": r"two.pth must contain the weights of one network, got 'generator', 'critic'",
+    "integers.pth": r"conv1.weight is of torch.int8, the network's of torch.float32$",
+    "scale.pth": r"they have scale, which the network has not$",
+    "mixed.pth": r"must hold tensors by name \(a state_dict\), .* got 'optimizer', a dict, among them$",
+    "two.pth": r"two.pth must hold the weights of one network, got 'generator', 'critic'",
     "both.pth": r"they have no conv1.weight, but 'student.conv1.weight', 'student.bn1.weight', .* and \d+ more$",
     "encoder.pth": r"they have no conv1.weight, but 'encoder.conv1.weight', .* and \d+ more$",
     "less.pth": r"they have no fc.bias$",
-    "attributes.pth": r"must contain tensors by name \(a state_dict\), .* got 'model'$",
-    "list.pth": r"must contain tensors by name \(a state_dict\), .* got a list$",
-    "empty.pth": r"must contain tensors by name \(a state_dict\), .* got an empty dictionary$",
-    "protocol.pth": r"damaged, or not pickled with torch.save's protocol, 2$",
-    "text.pth": r"text.pth cannot be read as weights: it is damaged or contains more than tensors$",
-    "cut.pth": r"cut.pth cannot be read as weights: it is damaged or contains more than tensors$",
+    "attributes.pth": r"must hold tensors by name \(a state_dict\), .* got 'model'$",
+    "list.pth": r"must hold tensors by name \(a state_dict\), .* got a list$",
+    "empty.pth": r"must hold tensors by name \(a state_dict\), .* got an empty one$",
+    "protocol.pth": r"pickled by another protocol than that of torch.save \(2\)$",
+    "text.pth": r"text.pth cannot be read as weights: damaged, or more than tensors in it$",
+    "cut.pth": r"cut.pth cannot be read as weights: damaged, or more than tensors in it$",
     "pipe.pth": r"pipe.pth: must be a regular file, is a FIFO$",
 }
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
-def test_anything_else_is_refused_in_one_line(here, data):
+def test_other_files_are_refused_in_one_line(here, data):
     files(here)
     assert {path.name for path in here.iterdir()} == REFUSED.keys()
     for name, message in REFUSED.items():
@@ -293,19 +299,19 @@ def test_anything_else_is_refused_in_one_line(here, data):
         teachers.find("run", "resnet8", None)
 
 
-def test_what_a_pickle_names_is_never_called(here):
-    """Whatever it names: in the place of each admitted name stands a class that does nothing."""
+def test_classes_named_in_a_pickle_are_never_called(here):
+    """Every admitted name is replaced by a class that does nothing."""
     admitted = [name for _, name in weights.STAND_INS]
     assert len(admitted) == len(set(admitted))
     assert {stand_in.__module__ for stand_in, _ in weights.STAND_INS} == {weights.__name__}
-    torch.save({"model": OWN, "path": pathlib.Path("a"), "opt": argparse.Namespace(a=1)}, here / "net.pth")
-    held = weights._load(here / "net.pth", (here / "net.pth").read_bytes())
-    assert [type(held[name]) for name in ("path", "opt")] == [weights._Value] * 2
+    torch.save({"model": STATE, "path": pathlib.Path("a"), "opt": argparse.Namespace(a=1)}, here / "net.pth")
+    content = weights._loaded(here / "net.pth", (here / "net.pth").read_bytes())
+    assert [type(content[name]) for name in ("path", "opt")] == [weights._Value] * 2
     assert not {*torch.serialization.get_safe_globals()} & {*weights.STAND_INS}
 
 
-def test_names_of_repdistiller(here, data):
-    """Its model_dict; our names and theirs, their order and shapes were compared by building both."""
+def test_repdistiller_names_are_accepted(here, data):
+    """The names of its model_dict. Parameter names, order and shapes were compared by building both."""
     theirs = "resnet8 resnet14 resnet20 resnet32 resnet44 resnet56 resnet110 resnet8x4 resnet32x4 ResNet50 wrn_16_1 wrn_16_2 "
     theirs += "wrn_40_1 wrn_40_2 vgg8 vgg11 vgg13 vgg16 vgg19 MobileNetV2 ShuffleV1 ShuffleV2"
     assert {models.canonical(name) for name in theirs.split()} == {
@@ -319,12 +325,13 @@ def test_names_of_repdistiller(here, data):
     (run,) = cli._parse(["teacher", *DIGITS, "--network", "MobileNetV2"]).__self__.study().runs
     assert run.network == "mobilenet_v2"
     with pytest.raises(
-        ValueError, match=r"no network out of cnn_large, .*\(or MobileNetV2, ResNet50, ShuffleV1, ShuffleV2"
+        ValueError,
+        match=r"nor one of the networks cnn_large, .*\(or, as in RepDistiller, MobileNetV2, ResNet50, ShuffleV1, ShuffleV2",
     ):
         teachers.find("ResNet49", None, None)
 
 
-# --- how good it is ---------------------------------------------------------------------------------------------------
+# --- accuracy ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -339,21 +346,21 @@ def test_names_of_repdistiller(here, data):
         (60.0, None, [100] * 10, ""),
         (91.0, 10.0, [900, 100], "where the most frequent class alone has 90.0 %"),
         (92.0, 10.0, [900, 100], ""),
-        (70.0, 10.0, [5, 5], "where the most frequent class alone has 50.0 %"),  # of ten coins seven fall so
+        (70.0, 10.0, [5, 5], "where the most frequent class alone has 50.0 %"),  # likely by chance among ten samples
         (70.0, 10.0, [500, 500], ""),
         (8.0, 1.0, [100] * 100, "where the most frequent class alone has 1.0 %"),
         (12.0, 1.0, [100] * 100, ""),
         (0.0, 0.0, [0, 0], ""),
     ],
 )
-def test_doubts(teacher, student, labels, doubt):
+def test_doubt_is_raised_near_chance_or_below_the_student(teacher, student, labels, doubt):
     said = doubt_about(teacher, student, labels)
     assert bool(said) == bool(doubt) and doubt in said and "\n" not in said
     assert not said or ("--mean" in said and "order" in said)
 
 
-class Asked(nn.Module):
-    """A teacher by the brightest of four pixels, its answers `shift` classes on; counts the rows that it is asked about."""
+class CountingTeacher(nn.Module):
+    """A teacher that predicts the brightest of four pixels, shifted by `shift` classes, and counts its rows."""
 
     def __init__(self, shift=0):
         super().__init__()
@@ -366,7 +373,7 @@ class Asked(nn.Module):
 
 
 def corners(right=1.0, count=40):
-    """Images of four pixels, of which that of the class is the brightest in this part of the test set; all in training."""
+    """Images of four pixels. The pixel of the class is the brightest in a share `right` of the test set and in training."""
     images = np.zeros((2, count, 2, 2, 1), np.uint8)
     labels = np.arange(count) % 4
     for part, wrong in ((0, 0), (1, round((1 - right) * count))):
@@ -382,9 +389,9 @@ def linear():
     return network
 
 
-def test_a_teacher_is_measured_once_and_stays_so(tmp_path):
+def test_teacher_is_measured_once_even_after_a_resume(tmp_path):
     made, recipe = corners(0.8), Recipe("kd", epochs=3, batch_size=8, device="cpu")
-    teacher, seen = Asked(), []
+    teacher, seen = CountingTeacher(), []
 
     def stop(line):
         seen.append(line)
@@ -393,17 +400,17 @@ def test_a_teacher_is_measured_once_and_stays_so(tmp_path):
 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        whole = distill(linear(), Asked(), made.train, made.test, recipe)
+        uninterrupted = distill(linear(), CountingTeacher(), made.train, made.test, recipe)
         with pytest.raises(KeyboardInterrupt):
             distill(linear(), teacher, made.train, made.test, recipe, output=tmp_path / "run", progress=stop)
-        probed = 3 + 40 + 40  # one of each set, one for its cost; the test set; an epoch
+        probed = 3 + 40 + 40  # one row of each set, one to count FLOPs; the test set; an epoch
         assert (
             teacher.rows == probed and json.loads((tmp_path / "run/config.json").read_text())["teacher_accuracy"] == 80
         )
         summary = distill(linear(), teacher, made.train, made.test, recipe, output=tmp_path / "run", resume=True)
         assert teacher.rows == probed + 3 + 2 * 40
-    assert whole.teacher_accuracy == summary.teacher_accuracy == 80
-    assert whole.teacher_visits == summary.teacher_visits == 3 * 40
+    assert uninterrupted.teacher_accuracy == summary.teacher_accuracy == 80
+    assert uninterrupted.teacher_visits == summary.teacher_visits == 3 * 40
     (entry,) = json.loads((tmp_path / "run" / "summary.json").read_text())["results"]
     assert entry["teacher_accuracy"] == 80
     alone = distill(linear(), None, made.train, made.test, Recipe("ce", epochs=1, device="cpu"))
@@ -411,14 +418,14 @@ def test_a_teacher_is_measured_once_and_stays_so(tmp_path):
 
 
 @pytest.mark.parametrize("loaded", [False, True])
-def test_a_teacher_that_knows_nothing_is_warned_of_before_it_teaches(loaded):
+def test_teacher_at_chance_is_warned_about_before_training(loaded):
     made, trained = corners(), []
     sets = made.train, made.test
     if loaded:
         sets = (
             [(x, int(y)) for x, y in zip(v(part), part.labels, strict=True)] for part, v in ((s, plain) for s in sets)
         )
-    shifted, recipe = Asked(shift=1), Recipe("kd", epochs=1, device="cpu")
+    shifted, recipe = CountingTeacher(shift=1), Recipe("kd", epochs=1, device="cpu")
     with pytest.warns(
         UserWarning, match=r"the teacher's accuracy on the test set is 0.0 %, where the .* 25.0 %"
     ) as caught:
@@ -430,11 +437,11 @@ def plain(part):
     return part.views.normalize(torch.from_numpy(part.images))
 
 
-def test_a_student_that_is_better_already_is_told():
+def test_student_better_than_its_teacher_is_warned_about():
     made = corners(0.6)
     student = nn.Sequential(nn.Flatten(), nn.Linear(4, 4))
     x, labels = plain(made.test).flatten(1), torch.from_numpy(made.test.labels)
-    with torch.no_grad():  # what the test set asks for
+    with torch.no_grad():  # fit the test set
         student[1].weight.copy_(torch.linalg.lstsq(x, nn.functional.one_hot(labels, 4).float()).solution.T)
         student[1].bias.zero_()
         better = 100 * (student(x).argmax(1) == labels).float().mean().item()
@@ -442,10 +449,10 @@ def test_a_student_that_is_better_already_is_told():
         student[1].load_state_dict({"weight": torch.eye(4), "bias": torch.zeros(4)})
         better = 60.0
     with pytest.warns(UserWarning, match=rf"is 60.0 %, no more than the student before training \({better:.1f} %\)"):
-        distill(student, Asked(), made.train, made.test, Recipe("kd", epochs=1, device="cpu"))
+        distill(student, CountingTeacher(), made.train, made.test, Recipe("kd", epochs=1, device="cpu"))
 
 
-def test_rows_of_teachers():
+def test_table_has_one_row_for_each_distinct_teacher():
     def run(method, seed=0, accuracy=50.0, teacher=None):
         return Summary(method, seed, accuracy, accuracy, 1, 1, 1.0, teacher_accuracy=teacher)
 
@@ -466,10 +473,17 @@ def test_rows_of_teachers():
 
 
 @pytest.mark.slow
-def test_reports_have_the_teacher_of_old_and_new_runs(tmp_path, capsys):
+def test_report_shows_the_teacher_if_its_accuracy_was_recorded(tmp_path, capsys):
     made = corners(0.8)
     for name in ("new", "old"):
-        distill(linear(), Asked(), made.train, made.test, Recipe("kd", epochs=1, device="cpu"), output=tmp_path / name)
+        distill(
+            linear(),
+            CountingTeacher(),
+            made.train,
+            made.test,
+            Recipe("kd", epochs=1, device="cpu"),
+            output=tmp_path / name,
+        )
     path = tmp_path / "old" / "config.json"
     config = json.loads(path.read_text())
     assert config.pop("teacher_accuracy") == 80
@@ -484,7 +498,7 @@ def test_reports_have_the_teacher_of_old_and_new_runs(tmp_path, capsys):
             page.write(tmp_path / "page.html", [tmp_path / "old"])
 
 
-# --- the images that it is given --------------------------------------------------------------------------------------
+# --- normalisation of its images --------------------------------------------------------------------------------------
 
 
 IMAGENET = Views((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -502,7 +516,7 @@ IMAGENET = Views((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
         (None, None, Views((0.5, 0.0, 1.0), (0.5, 1.0, 1.0))),
     ],
 )
-def test_mean_and_std_are_options(mean, std, views):
+def test_mean_and_std_set_the_views(mean, std, views):
     made = load(f"{__name__}:colours", mean=mean, std=std, flip=True)
     assert made.test.views == views and (made.train.views.mean, made.train.views.std) == (views.mean, views.std)
     assert made.train.views.flip and load(f"{__name__}:colours").train.views.mean == (0.5, 0.0, 1.0)
@@ -519,25 +533,25 @@ def colours():
     [
         ("--mean 0.5", "mean and std must be given together, got no std"),
         ("--std 0.5", "mean and std must be given together, got no mean"),
-        ("--mean imagenet", "mean must be one number or one per channel (1 here), got 3 numbers (images of digits)"),
+        ("--mean imagenet", "mean must hold a number for every channel, 1 or 1 for all, got 3 (images of digits)"),
         ("--mean nothing", "mean must be numbers or one of half, imagenet, got 'nothing'"),
-        ("--mean half --std 0.2", "mean='half' includes its std, got std=[0.2] too"),
-        ("--std half", "std must be numbers, got 'half': pass the names half, imagenet as mean"),
+        ("--mean half --std 0.2", "mean='half' brings its own std, got std=[0.2] beside it"),
+        ("--std half", "std must be numbers, got 'half': the names half, imagenet are given as mean"),
         ("--mean 0.5 --std 0", "std must be of pixels / 255, in (0, 1], got 0.0"),
         ("--mean 123.675 --std 58.395", "mean must be of pixels / 255, in [0, 1], got 123.675"),
-        ("--mean 0.5 0.5 --std 0.5", "mean must be one number or one per channel (1 here), got 2 numbers"),
+        ("--mean 0.5 0.5 --std 0.5", "mean must hold a number for every channel, 1 or 1 for all, got 2"),
         ("--mean nan --std 0.5", "mean must be finite numbers, got nan"),
-        ("--mean --std 0.5", "mean must be one number or one per channel, got none"),
+        ("--mean --std 0.5", "mean must be a number, or one for every channel, got none"),
     ],
 )
-def test_bad_normalisations_are_one_line(words, message, here, capfd):
+def test_invalid_normalisation_is_one_line(words, message, here, capfd):
     assert kcd("distill", *DIGITS, *words.split()) == 2
     out, error = capfd.readouterr()
     assert (out, error.count("\n")) == ("", 1) and message in error and not any(here.iterdir())
 
 
 @pytest.mark.slow
-def test_mean_and_std_between_commas_and_on_resume(here, capfd):
+def test_mean_and_std_are_split_at_commas_and_checked_on_resume(here, capfd):
     command = ["distill", *DIGITS, "--method", "ce", "--student", "cnn_small", "--output", "run"]
     assert kcd(*command, "--mean", "0.5,", "--std", "0.25") == 2
     assert kcd(*command, "--mean", "half") == 0
@@ -556,7 +570,7 @@ GIVEN, HAD = ((0.3, 0.4, 0.5), (0.2, 0.25, 0.3)), ((0.5, 0.5, 0.5), (0.5, 0.4, 0
 
 
 def coloured(count=24):
-    """Noise of three colours."""
+    """Return noise with three channels."""
     draw = np.random.default_rng(0)
     part = draw.integers(0, 256, (count, 8, 8, 3), np.uint8), np.arange(count) % 3
     return load_as(assemble("noise", part, part, 3))
@@ -568,7 +582,7 @@ def load_as(made):
 
 
 def written_out(network):
-    """The same, its layers and their names too, with the normalisation in its own forward pass."""
+    """Return the same network and layer names with the normalisation written into its forward pass."""
     kind = type(network)
 
     def forward(self, x):
@@ -583,7 +597,7 @@ def written_out(network):
 @pytest.mark.parametrize(
     "method", mostly_slow((name for name in methods.REGISTRY if methods.build(name).needs_teacher), kept=["kd"])
 )
-def test_a_renormalised_teacher_teaches_as_if_it_did_so_itself(method):
+def test_renormalised_teacher_equals_one_that_normalises_in_forward(method):
     images = coloured()
 
     def taught(renormalised):
@@ -602,8 +616,8 @@ def test_a_renormalised_teacher_teaches_as_if_it_did_so_itself(method):
 
 
 @pytest.mark.filterwarnings("ignore:the teacher's accuracy")
-def test_a_run_goes_on_only_with_the_images_that_its_teacher_had(tmp_path):
-    """The weights alone do not tell: a run's folder brings a normalisation, the file of weights in it none."""
+def test_run_resumes_only_with_the_same_teacher_normalisation(tmp_path):
+    """Equal weights can have different normalisations: a run folder has one, a weights file none."""
     images, recipe = coloured(), Recipe("kd", epochs=2, batch_size=8, lr=0.01, device="cpu")
 
     def taught(folder, own, **options):
@@ -625,7 +639,7 @@ def test_a_run_goes_on_only_with_the_images_that_its_teacher_had(tmp_path):
     assert taught("stopped", HAD, resume=True) == taught("whole", HAD)
 
 
-def test_renormalising_changes_nothing_else():
+def test_renormalise_keeps_state_layers_and_names():
     network = models.build("cnn_small", in_channels=3, num_classes=3).eval()
     state, layers = copy.deepcopy(network.state_dict()), [name for name, _ in network.named_modules()]
     images = torch.from_numpy(coloured().images)
@@ -637,24 +651,24 @@ def test_renormalising_changes_nothing_else():
     assert [*network.state_dict()] == [*state] and [name for name, _ in network.named_modules()] == layers
     double = copy.deepcopy(network).double()
     assert double(x.double()).dtype == torch.float64
-    with pytest.raises(ValueError, match="already been renormalised"):
+    with pytest.raises(ValueError, match="renormalised already"):
         models.renormalise(network, given=GIVEN, own=HAD)
-    with pytest.raises(ValueError, match="one mean and one std per channel"):
+    with pytest.raises(ValueError, match="a number for every channel"):
         models.renormalise(nn.Identity(), given=GIVEN, own=((0.5,), (0.5,)))
     with pytest.raises(TypeError, match="TorchScript"):
         models.renormalise(torch.jit.script(nn.Identity()), given=GIVEN, own=HAD)
 
 
 def write_images(path):
-    """Digits in a file of arrays: their normalisation is that of the file."""
+    """Write digits as an .npz file, whose normalisation is that of its images."""
     data = load("digits")
     parts = {"x_train": data.train.images, "y_train": data.train.labels, "x_test": data.test.images}
     np.savez(path, **parts, y_test=data.test.labels)
 
 
 @pytest.mark.slow
-def test_a_teacher_brings_its_own_normalisation(here, capfd):
-    """Trained under --mean half, it teaches a student of the file's own mean, is as good as it was, and is evaluated so."""
+def test_teacher_run_keeps_its_own_normalisation(here, capfd):
+    """A teacher trained with --mean half keeps its accuracy for a student with the file's mean, also in kcd evaluate."""
     write_images(here / "digits.npz")
     common = ["--data", "digits.npz", "--threads", 1, "--device", "cpu", "--epochs", 3]
     assert kcd("teacher", *common, "--network", "cnn_large", "--mean", "half", "--output", "taught") == 0
@@ -667,20 +681,20 @@ def test_a_teacher_brings_its_own_normalisation(here, capfd):
     assert own["accuracy_last"] > 70 and abs(result["teacher_accuracy"] - own["accuracy_last"]) < 0.2
     assert [line.split()[0] for line in out.splitlines()[2:4]] == ["teacher", "kd"]
     assert error == (
-        "kcd: teacher taught is given images as it was trained on them, of mean 0.5 and std 0.5; "
-        "the student of mean 0.3056 and std 0.376\n"
+        "kcd: teacher taught gets images normalised as in its training, with mean 0.5 and std 0.5; "
+        "the student's have mean 0.3056 and std 0.376\n"
     )
-    told = json.loads((here / "run" / "config.json").read_text())["about"]
-    assert told["teacher_normalisation"] == {"mean": [0.5], "std": [0.5]} and told["data"]["mean"] != [0.5]
+    about = json.loads((here / "run" / "config.json").read_text())["about"]
+    assert about["teacher_normalisation"] == {"mean": [0.5], "std": [0.5]} and about["data"]["mean"] != [0.5]
 
     same_weights = ["--teacher", "taught/student.safetensors", "--teacher-network", "cnn_large"]
     for more in ([], ["--teacher", "taught"], same_weights):
         assert kcd("evaluate", "run", "--threads", 1, *more) == 0
         evaluation = json.loads((here / "run" / "evaluation.json").read_text())["evaluation"]
         assert abs(evaluation["teacher"]["accuracy"] - result["teacher_accuracy"]) < 0.2
-        assert " is given images as it was trained on them, of mean 0.5" in capfd.readouterr().err
+        assert " gets images normalised as in its training, with mean 0.5" in capfd.readouterr().err
 
-    assert kcd(*command[:-4], *same_weights, "--epochs", 1, "--output", "file") == 0  # a file has none of its own
+    assert kcd(*command[:-4], *same_weights, "--epochs", 1, "--output", "file") == 0  # a file records no normalisation
     (lost,) = json.loads((here / "file" / "summary.json").read_text())["results"]
     assert lost["teacher_accuracy"] < own["accuracy_last"]
     assert kcd(*command[:-4], *same_weights, "--epochs", 1, "--mean", "half", "--output", "both") == 0
@@ -689,7 +703,7 @@ def test_a_teacher_brings_its_own_normalisation(here, capfd):
 
 
 @pytest.mark.slow
-def test_a_run_of_before_its_config_had_a_mean(here, capfd):
+def test_run_without_recorded_mean_is_evaluated_resumed_and_teaches(here, capfd):
     assert kcd("distill", *DIGITS, "--output", "run") == 0
     for path in (here / "run" / "config.json", here / "run" / "teacher" / "config.json"):
         config = json.loads(path.read_text())
@@ -706,8 +720,8 @@ def test_a_run_of_before_its_config_had_a_mean(here, capfd):
     assert "teacher/config.json is damaged: mean must be finite numbers, got str 'half'" in capfd.readouterr().err
 
 
-def test_a_teacher_as_repdistiller_saves_it(here, capfd):
-    """After its first step of the learning rate, its options beside; its true accuracy is in the table."""
+def test_repdistiller_checkpoint_teaches_with_its_true_accuracy(here, capfd):
+    """The checkpoint holds optimizer and options too; the table shows the true accuracy."""
     data = load("digits", mean="half")
     torch.manual_seed(0)
     network = models.build("cnn_large", in_channels=1, num_classes=10)
@@ -733,7 +747,7 @@ def test_a_teacher_as_repdistiller_saves_it(here, capfd):
 
 
 @pytest.mark.slow
-def test_a_warning_is_a_line_before_the_work_begins(here, capfd, monkeypatch):
+def test_teacher_warning_is_printed_before_training(here, capfd, monkeypatch):
     network = models.build("cnn_large", in_channels=1, num_classes=10)
     torch.save(network.state_dict(), here / "net.pth")
     from kcd_ext.commands import progress

@@ -1,4 +1,4 @@
-"""`kcd demo`: a teacher, and its student trained alone, distilled, and distilled from ever fewer samples."""
+"""The `kcd demo` command: a teacher and a student, trained alone, distilled, and distilled from ever fewer samples."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,7 +12,7 @@ from ..describe import describe
 from ..training.folder import WEIGHTS
 from ..training.recipe import Condense, Recipe
 from .options import checked_threads
-from .study import TEACHER, Run, Study
+from .study import TEACHER, PlannedRun, Study
 from .teachers import Teacher
 
 CONDENSED = "kc-kd"
@@ -20,42 +20,42 @@ CONDENSED = "kc-kd"
 
 @dataclass(frozen=True)
 class Demo:
-    """Distils real images in about a minute and writes a report.
+    """Distil a small network on real images in about a minute and write a report.
 
-    Trains a convolutional teacher, then a smaller student four ways, from the same weights and in the same order
-    of samples: alone, with KD, with KD on randomly chosen samples, and with KC-KD, which chooses them by their
-    knowledge value.
+    The demo trains a convolutional teacher, then a smaller student in four ways: without a teacher, with KD, with KD on
+    randomly selected samples, and with KC-KD, which selects samples by their knowledge value. All students start from the
+    same weights and see the samples in the same order.
     """
 
     data: str = "mnist5k"
-    """The images: mnist5k (28x28), digits (8x8, a few seconds), or what --data of kcd distill takes."""
+    """The images: mnist5k (28x28), digits (8x8, takes a few seconds), or any value of kcd distill --data."""
     seeds: tuple[int, ...] = (0,)
-    """Everything is run once for each; the table shows mean and standard deviation."""
+    """Seeds; every run is repeated for each. The table shows mean and standard deviation."""
     output: Path = Path("runs/demo")
-    """The folder for the results. A finished demo there is moved to OUTPUT.previous, in place of an older one."""
+    """Folder for the results. A finished demo in it is moved to OUTPUT.previous and replaces an older one there."""
     epochs: int = 24
-    """Epochs of every run. Samples are dropped after every sixth of them, rounded up to whole epochs."""
+    """Epochs of every run. Samples are dropped after each sixth of the run, rounded up to full epochs."""
     keep: float = 0.7
-    """The fraction of the samples that is left in the end, in (0, 1)."""
+    """Fraction of the samples that remains at the end, in (0, 1)."""
     schedule: str = "reference"
-    """How fast samples are dropped: reference (the authors'), cosine or immediate."""
+    """How fast samples are dropped: reference (as in the authors' code), cosine or immediate."""
     batch_size: int = 64
-    """Samples of a training step."""
+    """Samples in a training step."""
     lr: float = 0.05
-    """The learning rate at the start."""
+    """Initial learning rate."""
     teacher: str = "cnn_large"
-    """A network by name (`kcd distill --help` lists them), or module:function."""
+    """The teacher: a network's name (kcd distill --help lists them) or module:function."""
     student: str = "cnn_small"
-    """As --teacher."""
+    """The student: a name or module:function, as for --teacher."""
     device: str = "auto"
-    """auto (CUDA where there is one), cpu or cuda."""
+    """auto (CUDA if available), cpu or cuda."""
     threads: int | None = None
-    """Threads of torch on the CPU. None: those of the run that goes on, else one for every 16 GFLOPs of a training step."""
+    """Torch's CPU threads. None: as before for a resumed run, else one for every 16 GFLOPs of a training step."""
     resume: bool = False
-    """Goes on with a demo that was interrupted, given the same options."""
+    """Continue an interrupted demo that was started with the same options."""
 
     def recipes(self, seed: int) -> dict[str, Recipe]:
-        """What is run for a seed, in this order: label -> recipe. Only what the labels say differs."""
+        """Return the runs of a seed in their order, label -> recipe. They differ only in what their labels say."""
         size = {"keep": self.keep, "schedule": self.schedule}
         kinds = {
             TEACHER: {"method": "ce"},
@@ -71,12 +71,12 @@ class Demo:
         """Check everything, train, write the report and print the table.
 
         Raises:
-            TypeError, ValueError, ImportError, FileExistsError: an option does not fit; nothing has been written then.
-            OSError: a file cannot be written; what was finished before is intact.
-            KeyboardInterrupt: with a message that says how to go on.
+            TypeError, ValueError, ImportError, FileExistsError: an option is invalid; nothing has been written.
+            OSError: a file cannot be written; runs that had finished are intact.
+            KeyboardInterrupt: the run was interrupted; the message says how to resume.
         """
         if processes.world_size() > 1:
-            raise ValueError("kcd demo runs in one process: start it without torchrun and accelerate launch")
+            raise ValueError("kcd demo runs in one process: start it without torchrun or accelerate launch")
         study = self._study().checked()
         study.run()
         condensed = next(run for run in study.runs if run.recipe.label == CONDENSED)
@@ -86,11 +86,11 @@ class Demo:
         for seed in self.seeds:
             check_int("seeds", seed, 0, MAX_SEED)
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
-            raise ValueError(f"seeds must be one or more different integers, got {describe(self.seeds)}")
+            raise ValueError(f"seeds must be one or more distinct integers, got {describe(self.seeds)}")
         check_int("epochs", self.epochs, 2)
         runs = [run for seed in self.seeds for run in self._runs(seed)]
         data = load(self.data)
-        self._check_something_is_dropped(runs[-1].recipe, len(data.train))
+        self._check_drops_samples(runs[-1].recipe, len(data.train))
         return Study(
             command="kcd demo",
             options={**asdict(self), "output": str(self.output)},
@@ -104,11 +104,11 @@ class Demo:
             keeps_previous=True,
         )
 
-    def _runs(self, seed: int) -> list[Run]:
+    def _runs(self, seed: int) -> list[PlannedRun]:
         folder = self.output / "checkpoint" / f"seed-{seed}"
         taught = {"teacher": Teacher(self.teacher), "teacher_folder": folder / TEACHER}
         return [
-            Run(
+            PlannedRun(
                 network=self.teacher if label == TEACHER else self.student,
                 recipe=recipe,
                 folder=folder / label,
@@ -117,11 +117,13 @@ class Demo:
             for label, recipe in self.recipes(seed).items()
         ]
 
-    def _check_something_is_dropped(self, recipe: Recipe, samples: int) -> None:
-        """There is nothing to compare, and nothing to draw, unless a stage shrinks the set before the last epoch."""
+    def _check_drops_samples(self, recipe: Recipe, samples: int) -> None:
+        """Raise ValueError if no stage shrinks the set before the last epoch: the report would compare equal runs."""
         config = recipe.condense.build(samples, seed=0, device="cpu", epochs=self.epochs).config
         size = samples
         for stage in range(1, (self.epochs - 1) // config["every"] + 1):
             size = stage_size(config["schedule"], stage, size, samples, config["keep"], config["stages"])
         if size == samples:
-            raise ValueError(f"keep={self.keep} drops none of {samples} samples in {self.epochs} epochs: take less")
+            raise ValueError(
+                f"keep={self.keep} drops none of {samples} samples in {self.epochs} epochs: use a smaller keep"
+            )

@@ -1,4 +1,4 @@
-"""`kcd distill`: a student from a teacher, by one seed or several."""
+"""The `kcd distill` command: distil a student from a teacher, with one seed or several."""
 
 from dataclasses import dataclass, replace
 from typing import Annotated
@@ -11,45 +11,47 @@ from ..registry import unknown
 from ..training.recipe import Recipe
 from ..training.setup import build_method
 from . import presets, teachers
-from .options import ALONE, NETWORKS, Images, TrainingOptions
-from .study import TEACHER, Run, Study
+from .options import NETWORKS, TEACHER_METHOD, Images, TrainingOptions
+from .study import TEACHER, PlannedRun, Study
 from .teachers import Teacher
 
 
 @dataclass(frozen=True)
 class Distill(TrainingOptions):
-    """Distils a student from a teacher, by one seed or several, and writes a report.
+    """Distil a student from a teacher, with one seed or several, and write a report.
 
-    A teacher that is not trained yet is trained first, with cross entropy by the same schedule, and kept beside the
-    student. RECIPE is a pair of networks with the options of the paper; options given beside it override its own.
+    A teacher given by its network's name is trained first, with cross entropy and the same schedule, and saved beside the
+    student. PRESET names a pair of networks of the paper and its training options. Your options override those of PRESET.
     """
 
     preset: Annotated[
         Positional[str],
-        arg(metavar="[RECIPE]", help=f"A pair of the paper's comparison on CIFAR-100: {', '.join(presets.RECIPES)}."),
+        arg(metavar="[PRESET]", help=f"A pair of the paper's CIFAR-100 comparison: {', '.join(presets.PRESETS)}."),
     ] = ""
-    teacher: str | None = None
-    """The folder of a trained run, a file of weights (.safetensors, .pt, .pth), or a network, by name (see --student) or
-    as module:function, that is trained first. None: the recipe's, or that which goes with the data (digits, mnist5k)."""
+    teacher: Annotated[
+        str | None,
+        arg(
+            help="The teacher: a finished run's folder, a weights file (.safetensors, .pt, .pth), or a network to train first, by "
+            "name (see --student) or as module:function. None: the teacher of PRESET or the default for the data (digits, "
+            "mnist5k)."
+        ),
+    ] = None
     teacher_network: str | None = None
-    """Whose weights --teacher holds. None: what the folder says, else the network of the recipe or the data."""
+    """The network of the weights in --teacher. None: the one named in the run's folder, else that of PRESET or the data."""
     teacher_lr: float | None = None
-    """The learning rate of a teacher that is trained first. None: --lr."""
+    """Learning rate of a teacher that is trained first. None: --lr."""
     student: Annotated[
         str | None,
         arg(
-            help=f"A network: {NETWORKS}, or module:function, which takes in_channels and num_classes. None: the recipe's, or "
-            "that which goes with the data."
+            help=f"The student: {NETWORKS}, or module:function, which is called with in_channels and num_classes. None: the "
+            "student of PRESET or the default for the data."
         ),
     ] = None
     seeds: int = 1
-    """How many runs: with --seed, the one after it, and so on. They share their teacher."""
+    """Number of runs, with consecutive seeds from --seed on. They share their teacher."""
 
     def defaults(self) -> "Distill":
-        """The defaults of all options that are not given: those of RECIPE, and of kc- before the method.
-
-        Raises ValueError for a RECIPE that there is not.
-        """
+        """Return the defaults of all options: those of PRESET and of a `kc-` prefix. Raises ValueError for an unknown PRESET."""
         default = Distill(recipe=self.recipe.defaults())
         if self.preset:
             pair = self._pair
@@ -61,15 +63,15 @@ class Distill(TrainingOptions):
 
     @property
     def _pair(self) -> presets.Pair | None:
-        """The networks of RECIPE or, without one, of the data."""
+        """The networks of PRESET or, without one, the default pair for the data."""
         if not self.preset:
-            return presets.OF_DATA.get(self.images.data)
-        if self.preset not in presets.RECIPES:
-            raise unknown("recipe", self.preset, presets.RECIPES)
-        return presets.RECIPES[self.preset]
+            return presets.DEFAULT_PAIRS.get(self.images.data)
+        if self.preset not in presets.PRESETS:
+            raise unknown("preset", self.preset, presets.PRESETS)
+        return presets.PRESETS[self.preset]
 
     def study(self) -> Study:
-        """Return the students' runs, after that of their teacher if it is not trained yet. Raises as `run` does."""
+        """Return the runs of the students, preceded by that of an untrained teacher. Raises as `run` does."""
         check_int("seeds", self.seeds, 1)
         data = self.images.load()
         first = self.recipe.resolve_method()
@@ -77,40 +79,41 @@ class Distill(TrainingOptions):
         student, teacher = self._network("student"), None
         if build_method(first).needs_teacher:
             if first.label == TEACHER:
-                raise ValueError(f"name must not be {TEACHER!r}: that is what tables call the teacher")
+                raise ValueError(f"name must not be {TEACHER!r}: tables use it for the teacher")
             teacher = teachers.find(
                 self._network("teacher"), self.teacher_network, self._pair.teacher if self._pair else None
             )
         self._check_effect(first, teacher)
         seeds = dict.fromkeys((recipes[0].seed, recipes[-1].seed))
         output = self.folder(student, first.label, *seeds)
-        runs, taught = [], {"teacher": teacher}
+        runs, teaching = [], {"teacher": teacher}
         if teacher is not None and teacher.origin is None:
-            taught["teacher_folder"] = output / TEACHER
+            teaching["teacher_folder"] = output / TEACHER
             lr = first.lr if self.teacher_lr is None else self.teacher_lr
-            alone = replace(first, name=TEACHER, method=ALONE, options={}, condense=None, lr=lr)
-            runs = [Run(teacher.network, alone, output / TEACHER)]
+            supervised = replace(first, name=TEACHER, method=TEACHER_METHOD, options={}, condense=None, lr=lr)
+            runs = [PlannedRun(teacher.network, supervised, output / TEACHER)]
         for recipe in recipes:
             folder = output if self.seeds == 1 else output / f"seed-{recipe.seed}"
-            runs.append(Run(student, recipe, folder, **taught))
+            runs.append(PlannedRun(student, recipe, folder, **teaching))
         return self.study_of("kcd distill", data, runs, output)
 
     def _check_effect(self, recipe: Recipe, teacher: Teacher | None) -> None:
-        """Raises ValueError for what the user has said of a teacher that there is not, or is trained already."""
-        implied = self.defaults()
+        """Raise ValueError for teacher options if the method has no teacher, or for `teacher_lr` if it is trained already."""
+        defaults = self.defaults()
         for name in ("teacher", "teacher_network", "teacher_lr"):
-            said = getattr(self, name)
-            if said == getattr(implied, name):
+            value = getattr(self, name)
+            if value == getattr(defaults, name):
                 continue
             if teacher is None:
-                raise ValueError(f"{name}={said!r} has no effect with method {recipe.method!r}, which asks no teacher")
+                raise ValueError(f"{name}={value!r} has no effect with method {recipe.method!r}, which uses no teacher")
             if name == "teacher_lr" and teacher.origin is not None:
-                raise ValueError(f"{name}={said!r} has no effect with teacher {self.teacher!r}, which is trained")
+                raise ValueError(f"{name}={value!r} has no effect: teacher {self.teacher!r} is already trained")
 
     def _network(self, role: str) -> str:
+        """Return the network of the student or teacher, given or by default. Raises ValueError if there is no default."""
         named = getattr(self, role)
         if named is None and self._pair:
             named = getattr(self._pair, role)
         if named is None:
-            raise ValueError(f"--{role} must be given: no pair of networks goes with data {self.images.data!r}")
+            raise ValueError(f"--{role} is required: there is no default network for data {self.images.data!r}")
         return models.canonical(named) if role == "student" else named

@@ -1,4 +1,4 @@
-"""`kcd info`: what a bug report needs. It works without any extra installed."""
+"""The `kcd info` command: the facts for a bug report. It works without any extra installed."""
 
 from dataclasses import dataclass
 
@@ -7,10 +7,10 @@ from .. import environment, terminal
 
 @dataclass(frozen=True)
 class Info:
-    """Prints versions, instruction sets and devices, to paste into a bug report."""
+    """Print versions, instruction sets and devices, to paste into a bug report."""
 
     def run(self) -> None:
-        """Print one fact a line."""
+        """Print one fact per line."""
         facts = environment.describe()
         width = max(map(len, facts))
         terminal.show(*(f"{name.ljust(width)}  {fact}" for name, fact in facts.items()))

@@ -1,4 +1,4 @@
-"""Options that several commands take: images, a recipe, where its runs lie and how many threads they have."""
+"""Options that commands share: images, the recipe, the output folder and the number of threads."""
 
 import json
 import re
@@ -15,133 +15,146 @@ from ..data.images import ImageData, load
 from ..environment import MOST_THREADS
 from ..registry import unknown
 from ..training.recipe import Condense, Recipe
-from .study import Run, Study
+from .study import PlannedRun, Study
 
-CONDENSED = "kc-"  # before a method: condensed as in the paper
-ALONE = "ce"  # the method that trains a teacher
+CONDENSED_PREFIX = "kc-"  # before a method: condensed as in the paper
+TEACHER_METHOD = "ce"  # cross entropy, without a teacher
 NETWORKS = ", ".join(models.REGISTRY)
 
 
 @dataclass(frozen=True)
 class Images:
-    """A data set, and what its training images go through."""
+    """A data set and the augmentation of its training images."""
 
-    data: str = "mnist5k"
-    """The images: mnist5k, digits, cifar10, cifar100 (their archives are looked for in $KCD_DATA, else ./data), an
-    archive, .npz file or folder of images, or module:function."""
+    data: Annotated[
+        str,
+        arg(
+            help="The images: mnist5k, digits, cifar10, cifar100 (archives are searched in $KCD_DATA, else in ./data), the path of "
+            "an archive, an .npz file or a folder of images, or module:function."
+        ),
+    ] = "mnist5k"
     padding: int | None = None
-    """Training images are cropped at random out of themselves with so many pixels of black around; 0: they are not.
-    None: as is usual for the data set (4 for CIFAR)."""
+    """Random crops: pixels of black border around training images; 0: none. None: usual for the data set (CIFAR: 4)."""
     flip: Annotated[bool, FlagCreatePairsOff] = False
-    """Half of the training images are mirrored. Neither --flip nor --no-flip: as is usual for the data set."""
+    """Flip half of the training images horizontally. Without --flip and --no-flip: as usual for the data set."""
     no_flip: Annotated[bool, FlagCreatePairsOff] = False
-    """None are."""
+    """Do not flip training images."""
     size: int | None = None
-    """Images of a folder are resized to so many pixels a side. None: all must have one size."""
-    mean: Annotated[tuple[str, ...] | None, arg(metavar="NUMBER [NUMBER ...]")] = None
-    """Networks take (pixels / 255 - mean) / std: one number or one for every channel, or imagenet or half (0.5), which
-    bring their std. None: the mean and standard deviation of the training images."""
+    """Resize the images of a folder to this many pixels per side. None: all must have the same size."""
+    mean: Annotated[
+        tuple[str, ...] | None,
+        arg(
+            metavar="NUMBER [NUMBER ...]",
+            help="Networks get (pixels / 255 - mean) / std. One number, or one per channel; imagenet and half (0.5) also set std. "
+            "None: mean and standard deviation of the training images.",
+        ),
+    ] = None
     std: Annotated[tuple[str, ...] | None, arg(metavar="NUMBER [NUMBER ...]")] = None
-    """See --mean, with which it is given."""
+    """Standard deviation; give it together with --mean."""
 
     def load(self) -> ImageData:
-        """Raises TypeError, ValueError, ImportError, OSError where there are no such images."""
+        """Load the images. Raises TypeError, ValueError, ImportError or OSError if that fails."""
         if self.flip and self.no_flip:
-            raise ValueError("take --flip or --no-flip, not both")
+            raise ValueError("give --flip or --no-flip, not both")
         flip = True if self.flip else False if self.no_flip else None
-        mean, std = _numbers(self.mean), _numbers(self.std)
+        mean, std = _parse_numbers(self.mean), _parse_numbers(self.std)
         return load(self.data, padding=self.padding, flip=flip, size=self.size, mean=mean, std=std)
 
 
 @dataclass(frozen=True)
 class RecipeArgs(Recipe):
-    """A recipe as the command line says it."""
+    """A recipe as given on the command line."""
 
     options: Annotated[Mapping[str, str], arg(metavar="[NAME VALUE ...]")] = field(default_factory=dict)
-    """Arguments of the method, as: temperature 4 kd_weight 0.9. With --method, --help lists those of a method."""
+    """Options of the method, for example: temperature 4 kd_weight 0.9. List them with --method METHOD --help."""
     seed: int = 0
-    """Decides the initial weights, the order of the samples and all other randomness."""
+    """Seed of the initial weights, the order of the samples and all other randomness."""
     num_workers: Suppress[Fixed[int]] = 0
-    """There is nothing to load: all that a command trains on lies in memory."""
+    """Always 0: a command keeps its images in memory."""
 
     def defaults(self) -> "RecipeArgs":
-        """The defaults of what is not given, which the method decides."""
-        return replace(RecipeArgs(), condense=Condense()) if self.method.startswith(CONDENSED) else RecipeArgs()
+        """Return the defaults of all options, which depend on the method."""
+        return replace(RecipeArgs(), condense=Condense()) if self.method.startswith(CONDENSED_PREFIX) else RecipeArgs()
 
     @property
     def plain_method(self) -> str:
-        """The method's own name, without what goes before it. Raises ValueError for a name that is unknown."""
-        method = self.method.removeprefix(CONDENSED)
+        """The method's name without the `kc-` prefix. Raises ValueError for an unknown name."""
+        method = self.method.removeprefix(CONDENSED_PREFIX)
         if not method:
-            raise ValueError(f"method must be named after {CONDENSED}, as in {CONDENSED}kd, got {self.method!r}")
+            raise ValueError(
+                f"method must have a name after {CONDENSED_PREFIX}, as in {CONDENSED_PREFIX}kd, got {self.method!r}"
+            )
         if method not in methods.REGISTRY and ":" not in method:
-            condensed = [f"{CONDENSED}{name}" for name in methods.REGISTRY]
-            otherwise = f"write module:Class, each with {CONDENSED} before it or not"
+            condensed = [f"{CONDENSED_PREFIX}{name}" for name in methods.REGISTRY]
+            otherwise = f"write module:Class; a prefix {CONDENSED_PREFIX} turns condensation on"
             raise unknown("method", self.method, methods.REGISTRY, otherwise, condensed)
         return method
 
     def method_options(self) -> tuple[str, list[methods.Option]]:
-        """The method's name, and the options that `--options` takes for it. Raises as `methods.build` does."""
-        own = {option.name for option in fields(Condense)}  # a command has them already
+        """Return the method's name and the options that it takes after `--options`. Raises as `methods.build` does."""
+        condense_options = {option.name for option in fields(Condense)}  # they have options of the command
         found = methods.options_of(self.plain_method)
-        return self.method, [option for option in found if option.name not in own]
+        return self.method, [option for option in found if option.name not in condense_options]
 
     def check_unread(self, words: Sequence[str]) -> None:
-        """Raise ValueError if one of the words, which are no options of the command, is an option of the method."""
+        """Raise ValueError if one of the words that the command does not know is an option of the method."""
         names = [option.name for option in self.method_options()[1]] if words else []
         for word in words:
             option = word.partition("=")[0]
             name = option.lstrip("-").replace("-", "_")
             if option.startswith("--") and name in names:
                 raise ValueError(
-                    f"unrecognized option {option}: method {self.method} takes it, as --options {name} VALUE"
+                    f"unrecognized option {option}: pass it to method {self.method} as --options {name} VALUE"
                 )
 
     def resolve_method(self) -> "RecipeArgs":
-        """Return the recipe with the `kc-` prefix removed from `method`, and the method's options as it takes them."""
+        """Return the recipe with the `kc-` prefix removed from `method` and the method's options converted to their types.
+
+        Raises ValueError for an option of condensation that has no effect because nothing is condensed.
+        """
         method = self.plain_method
-        if method == self.method and not self.condense.shrinks_the_set:  # where keep is 1 because nobody gave it
+        if method == self.method and not self.condense.shrinks_the_set:  # keep=1 is the default without the prefix
             for option in fields(self.condense):
                 chosen = getattr(self.condense, option.name)
                 if option.name not in ("keep", "batch_keep") and chosen != option.default:
                     raise ValueError(
                         f"condense.{option.name}={chosen!r} has no effect with condense.keep=1: "
-                        f"take --method {CONDENSED}{method}, or a --condense.keep < 1"
+                        f"use --method {CONDENSED_PREFIX}{method} or --condense.keep < 1"
                     )
         return replace(self, method=method, options=methods.as_typed(method, self.options))
 
 
 @dataclass(frozen=True)
 class TrainingOptions:
-    """What `kcd distill` and `kcd teacher` share."""
+    """The options that `kcd distill` and `kcd teacher` share."""
 
     images: Annotated[Images, arg(name="")] = field(default_factory=Images)
     recipe: Annotated[RecipeArgs, arg(name="")] = field(default_factory=RecipeArgs)
     output: Path | None = None
-    """The folder for the results. None: one in runs/, named after the data, the network, the method or teacher, and the seed."""
+    """Folder for the results. None: runs/DATA-NETWORK-METHOD-SEED, with "teacher" as the method of kcd teacher."""
     resume: Annotated[bool, FlagCreatePairsOff] = False
-    """Goes on with what an interrupted command of the same options has left there."""
+    """Continue an interrupted command that was started with the same options."""
     threads: int | None = None
-    """Threads of torch on the CPU. None: those of the run that goes on, else one for every 16 GFLOPs of a training step."""
+    """Torch's CPU threads. None: as before for a resumed run, else one for every 16 GFLOPs of a training step."""
 
     def run(self) -> None:
         """Check everything, train, write the report and print the table.
 
         Raises:
-            TypeError, ValueError, ImportError, FileExistsError: an option does not fit; nothing has been written then.
-            OSError: a file cannot be written; what was finished before is intact.
-            KeyboardInterrupt: with a message that says how to go on.
+            TypeError, ValueError, ImportError, FileExistsError: an option is invalid; nothing has been written.
+            OSError: a file cannot be written; runs that had finished are intact.
+            KeyboardInterrupt: the run was interrupted; the message says how to resume.
         """
         with processes.report_on_rank_zero():
             study = self.study().checked()
         study.run()
 
     def study(self) -> Study:
-        """Return the runs that the options ask for. Raises as `run` does."""
+        """Return the requested runs. Raises as `run` does."""
         raise NotImplementedError
 
-    def study_of(self, command: str, data: ImageData, runs: Sequence[Run], output: Path) -> Study:
-        """Return these runs with the options of this command."""
+    def study_of(self, command: str, data: ImageData, runs: Sequence[PlannedRun], output: Path) -> Study:
+        """Return a study of these runs, with the options of this command."""
         return Study(
             command=command,
             options=json.loads(json.dumps(asdict(self), default=str)),
@@ -154,13 +167,13 @@ class TrainingOptions:
         )
 
     def folder(self, *names: object) -> Path:
-        """Return `output` or, if it is not given, a folder in runs/ named after the data and these."""
+        """Return `output` or, by default, a folder in runs/ named after the data and these names."""
         parts = (Path(self.images.data).name, *map(str, names))
         return self.output or Path("runs") / "-".join(re.sub(r"[^\w.-]+", "-", part) for part in parts)
 
 
-def _numbers(words: tuple[str, ...] | None) -> list[float] | str | None:
-    """Words, or parts of them between commas, as numbers; as text where one of them is none."""
+def _parse_numbers(words: tuple[str, ...] | None) -> list[float] | str | None:
+    """Return words, split at commas, as numbers, or as one text if one of them is not a number."""
     if words is None:
         return None
     try:
@@ -170,4 +183,5 @@ def _numbers(words: tuple[str, ...] | None) -> list[float] | str | None:
 
 
 def checked_threads(threads: int | None) -> int | None:
+    """Return `threads` if it is None or a valid number of threads. Raises TypeError or ValueError otherwise."""
     return None if threads is None else check_int("threads", threads, 1, MOST_THREADS)

@@ -1,4 +1,4 @@
-"""What a command shows while it works: a bar over the epochs of all its runs, and lines above it."""
+"""Progress of a command: a bar over the epochs of all its runs, and lines above it."""
 
 import sys
 import warnings
@@ -12,14 +12,14 @@ from ..terminal import printable, say
 
 
 class Bar:
-    """A bar over runs of `epochs` each, one after the other. It is not drawn where stderr is no terminal, nor on other ranks."""
+    """A progress bar over consecutive runs of `epochs` each, drawn on rank 0 if stderr is a terminal."""
 
     def __init__(self, runs: int, epochs: int):
         self._bar = tqdm(total=runs * epochs, unit="epoch", disable=True if processes.rank() else None)
         self._epochs, self._done = epochs, 0
 
-    def begin(self, label: str) -> Callable[[dict], None]:
-        """Begin the next run. Return what `distill` calls after each of its epochs."""
+    def start(self, label: str) -> Callable[[dict], None]:
+        """Start the next run. Return the callback that `distill` calls after each epoch."""
         self._bar.set_description(printable(label))
         before = self._done
 
@@ -28,12 +28,12 @@ class Bar:
                 self._bar.set_postfix_str(f"pretraining epoch {line['pretraining']}")
                 return
             self._bar.set_postfix_str(f"{line['accuracy']:.1f} %", refresh=False)
-            self._bar.update(before + line["epoch"] - self._bar.n)  # a resumed run does not begin with the first
+            self._bar.update(before + line["epoch"] - self._bar.n)  # a resumed run starts at a later epoch
 
         return show
 
-    def end(self) -> None:
-        """Count a run that is finished, and may have been from the beginning."""
+    def finish(self) -> None:
+        """Count a finished run, even if it had finished before this command."""
         self._done += self._epochs
         self._bar.update(self._done - self._bar.n)
 
@@ -45,7 +45,7 @@ class Bar:
 
 
 def note(text: str) -> None:
-    """Print a line on rank 0, above the bar if there is one."""
+    """Print a line on rank 0, above the progress bar if there is one."""
     if processes.rank() == 0:
         with tqdm.external_write_mode(file=sys.stderr):
             say(" ".join(text.split()))
@@ -53,7 +53,7 @@ def note(text: str) -> None:
 
 @contextmanager
 def warnings_as_notes() -> Iterator[None]:
-    """Print each warning as a line at once, each text once: some are about hours that lie ahead."""
+    """Print each distinct warning immediately: some concern hours of training that are still to come."""
     seen = set()
 
     def show(message: Warning, *_: object) -> None:

@@ -1,4 +1,4 @@
-"""`kcd report`: what runs have left, side by side."""
+"""The `kcd report` command: compare runs on one page."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,25 +13,25 @@ from ..reports.tables import as_text
 
 @dataclass(frozen=True)
 class Report:
-    """Compares runs in one page: tables, curves, values, and what their options differ in.
+    """Compare runs on one page: tables, curves, knowledge values and the options that differ.
 
-    Runs that differ in the seed alone are averaged. Those that have not finished are shown as far as they are.
+    Runs that differ only in their seed are averaged. Unfinished runs are shown up to their last epoch.
     """
 
     runs: Annotated[Positional[tuple[Path, ...]], arg(metavar="RUN [RUN ...]")]
-    """Folders of kcd distill, kcd teacher, kcd demo or kcd_ext.training.distill, or a folder of such folders."""
+    """Run folders of kcd distill, kcd teacher, kcd demo or kcd_ext.training.distill, or a folder of run folders."""
     output: Path = Path("report.html")
-    """The page. A picture of the same name is written beside it."""
+    """The HTML file. A PNG picture of the same name is written beside it."""
 
     def run(self) -> None:
         """Write the page and print its tables.
 
         Raises:
-            ValueError: there are no such runs, or a file in them is damaged; nothing is written then.
+            ValueError: there are no such runs, or one of their files is damaged; nothing has been written.
             OSError: a file cannot be read or written.
         """
         if not self.runs:
-            raise ValueError("kcd report needs the folder of a run at least")
+            raise ValueError("kcd report needs at least one run folder")
         if self.output.suffix != ".html":
             raise ValueError(f"output must end in .html, got {self.output}")
         report = page.write(self.output, self.runs)

@@ -1,4 +1,4 @@
-"""Several runs of one command: by methods and seeds, the teacher first, side by side, resumed, and one page of all."""
+"""Run several trainings as one command: the teacher first, methods and seeds, in parallel, with resume and one report."""
 
 import json
 import multiprocessing
@@ -31,215 +31,226 @@ from ..training.setup import build_method, check_run
 from . import teachers
 from .progress import Bar, note, warnings_as_notes
 from .teachers import Teacher
-from .threads import Threads, announcement, batch_flops, choose
+from .threads import Threads, announcement, batch_flops, choose_threads
 
-REPORT = ("report.html", "report.png")
+REPORT_FILES = ("report.html", "report.png")
 
 
 @dataclass(frozen=True)
-class Run:
-    """A network to be trained."""
+class PlannedRun:
+    """A network to train, with its recipe, folder and teacher."""
 
     network: str
-    """By name."""
+    """Name of the network."""
     recipe: Recipe
     folder: Path
     teacher: Teacher | None = None
     teacher_folder: Path | None = None
-    """Where the weights of the teacher are once an earlier run has trained it; None: `teacher` has them."""
+    """Folder of the earlier run that trains the teacher; None: `teacher` has its weights."""
 
 
 @dataclass(frozen=True)
 class Study:
-    """Runs that are planned: nothing is trained or written yet."""
+    """A plan of several runs. Creating it trains and writes nothing."""
 
     command: str
     options: Mapping[str, object]
-    """The command's own, JSON."""
+    """Options of the command, as JSON values."""
     data: ImageData
     data_options: Mapping[str, object]
-    """What `load` made it of: spec, size."""
-    runs: Sequence[Run]
-    """In their order: that of a teacher comes before those that it teaches."""
+    """Arguments of `load` that gave `data`: spec, size."""
+    runs: Sequence[PlannedRun]
+    """The runs in order: a teacher's run precedes those of its students."""
     output: Path
-    """The folder of the only student, or of the folders of all runs."""
+    """The run folder of a single student, or the parent of all run folders."""
     resume: bool
     threads: int | None = None
-    """Of torch's, for each run; None: as many as it needs."""
+    """Torch's CPU threads for each run; None: chosen by the rule of `choose_threads`."""
     title: str = ""
-    """Of the page; empty: each run's own."""
+    """Title of the report; empty: named after the run."""
     keeps_previous: bool = False
-    """Whether a finished study of the same command in `output` is moved to OUTPUT.previous; other files there stay."""
+    """Whether to move a finished study of the same command in `output` to OUTPUT.previous; other files in it stay."""
     side_by_side: int = 1
-    """How many runs are trained at a time, each in a process of its own if there are several."""
+    """Number of runs to train at the same time; above 1 each gets its own process."""
     deadline: float | None = None
-    """When training is interrupted, by `time.monotonic`."""
-    chosen: Mapping[Path, Threads] = field(default_factory=dict)
-    """The threads of the run in each folder, once `checked`."""
+    """Time of `time.monotonic` at which training is interrupted; None: never."""
+    chosen_threads: Mapping[Path, Threads] = field(default_factory=dict)
+    """The threads of the run in each folder; `checked` sets them."""
 
     def checked(self) -> "Study":
-        """Find out all that takes no training to find out; nothing is written. Return the study, its threads chosen.
+        """Check everything that needs no training, without writing. Return the study with its threads chosen.
 
         Raises:
             TypeError, ValueError, ImportError: data, networks, method and recipe do not fit each other.
-            FileExistsError: `output` holds a study and is not to be resumed, or something else.
+            FileExistsError: `output` holds other files, or a study while `resume` is off.
         """
         self._check_output()
         with threads(self.threads or 1), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the runs will warn of the same
-            for run in self._kinds():
+            warnings.simplefilter("ignore")  # the runs repeat these warnings
+            for run in self._one_per_label():
                 self._check_run(run)
-        return replace(self, chosen=self._choose_threads())
+        return replace(self, chosen_threads=self._choose_threads())
 
     def run(self) -> None:
         """Train, write the report and print the table.
 
         Raises:
-            FileExistsError: another command is running in `output`, or has left something there since `checked`.
-            OSError: a file cannot be written; what was finished before is intact.
-            KeyboardInterrupt: with a message that says how to go on.
+            FileExistsError: another command is running in `output`, or has written there since `checked`.
+            OSError: a file cannot be written; runs that had finished are intact.
+            KeyboardInterrupt: the study was interrupted; the message says how to resume.
         """
-        first = processes.rank() == 0
-        if first and self._has_finished():
+        is_rank_zero = processes.rank() == 0
+        if is_rank_zero and self._replaces_finished():
             self._move_aside()
-        with files.folder_lock(self.output) if first else nullcontext():
-            if first:
+        with files.folder_lock(self.output) if is_rank_zero else nullcontext():
+            if is_rank_zero:
                 self._check_output()
                 self._announce()
             try:
                 with warnings_as_notes():
                     self._train_all()
             except KeyboardInterrupt:
-                raise KeyboardInterrupt(f"--resume goes on with what is in {self.output}") from None
-            if first and any((run.folder / "metrics.jsonl").exists() for run in self.runs):
+                raise KeyboardInterrupt(f"run the command again with --resume to continue in {self.output}") from None
+            if is_rank_zero and any((run.folder / "metrics.jsonl").exists() for run in self.runs):
                 self._report()
 
     # --- before training ----------------------------------------------------------------------------------------------
 
-    def _kinds(self) -> list[Run]:
-        """Return the first run of every label: others differ from it in the seed alone."""
+    def _one_per_label(self) -> list[PlannedRun]:
+        """Return the first run of each label. The others differ only in their seed."""
         return list({run.recipe.label: run for run in reversed(self.runs)}.values())[::-1]
 
-    def _networks(self, run: Run) -> tuple[nn.Module, nn.Module | None]:
-        """Return student and teacher, the latter with weights of the seed where it is not trained yet."""
+    def _networks(self, run: PlannedRun) -> tuple[nn.Module, nn.Module | None]:
+        """Build student and teacher. A teacher that is not trained yet gets the seed's initial weights."""
         student = teachers.build(run.network, self.data, run.recipe.seed)
         teacher = run.teacher
         if run.teacher_folder is not None and (weights := run.teacher_folder / WEIGHTS).exists():
-            # As every process finds it, and every later run: the file of the first one.
+            # Read the file of the first run, so that every process and every later run gets the same weights.
             teacher = replace(teacher, weights=teachers.read(weights).tensors, origin=run.teacher_folder)
         return student, None if teacher is None else teacher.build(self.data, run.recipe.seed)
 
-    def _check_run(self, run: Run) -> None:
+    def _check_run(self, run: PlannedRun) -> None:
+        """Check that networks, data and recipe of a run fit each other. Raises as `check_run` does."""
         try:
             check_run(*self._networks(run), self.data.train, self.data.test, run.recipe)
         except (TypeError, ValueError) as error:
             if not self._is_teacher(run):
                 raise
-            raise type(error)(f"teacher {run.network}, which is trained first as a student is: {error}") from error
+            raise type(error)(f"teacher {run.network}, which this command trains first: {error}") from error
 
-    def _is_teacher(self, run: Run) -> bool:
+    def _is_teacher(self, run: PlannedRun) -> bool:
+        """Return whether another run uses this one as its teacher."""
         return run.folder in [other.teacher_folder for other in self.runs]
 
     def _choose_threads(self) -> dict[Path, Threads]:
-        """Choose the threads of the run in each folder. Raises ValueError where a config.json there is damaged."""
+        """Return the threads of the run in each folder. Raises ValueError if a config.json in it is damaged."""
         if self.threads is not None:
-            alone = self.threads * self.side_by_side  # nothing runs beside a teacher
-            return {run.folder: Threads(alone if self._is_teacher(run) else self.threads) for run in self.runs}
+            teacher_threads = self.threads * self.side_by_side  # a teacher's run has the processors to itself
+            return {
+                run.folder: Threads(teacher_threads if self._is_teacher(run) else self.threads) for run in self.runs
+            }
         flops = {}
-        for run in self._kinds():
+        for run in self._one_per_label():
             (student, teacher), recipe = self._networks(run), run.recipe
             # The backward pass is counted as two forward passes.
             passes = [(3, student), (1, teacher if build_method(recipe).needs_teacher else None)]
             flops[recipe.label] = batch_flops(passes, self.data.train, recipe.batch_size, recipe.device)
-        return choose({run.folder: run.recipe.label for run in self.runs}, flops)
+        return choose_threads({run.folder: run.recipe.label for run in self.runs}, flops)
 
     def _announce(self) -> None:
-        if self.resume and not self._taken():
-            note(f"nothing to resume in {self.output}: starting anew")
-        given = {run.teacher.origin: run.teacher for run in self.runs if run.teacher and run.teacher.origin}
-        for teacher in given.values():
+        """Print what the user should know before training: a fresh start, remarks on teachers, the threads."""
+        if self.resume and not self._existing_entries():
+            note(f"nothing to resume in {self.output}: starting from the beginning")
+        trained = {run.teacher.origin: run.teacher for run in self.runs if run.teacher and run.teacher.origin}
+        for teacher in trained.values():
             for line in teacher.notes_on(self.data):
                 note(line)
-            if of := self._other_images(teacher.origin, teacher):
-                note(f"warning: teacher {teacher.origin} was trained on {of}, not on this {self.data.name}")
-        if line := announcement((run.recipe.label, self.chosen[run.folder]) for run in self.runs):
+            if other := self._other_test_images(teacher.origin, teacher):
+                note(
+                    f"warning: teacher {teacher.origin} was trained on {other}, not on these images of {self.data.name}"
+                )
+        if line := announcement((run.recipe.label, self.chosen_threads[run.folder]) for run in self.runs):
             note(line)
 
     # --- the folder -----------------------------------------------------------------------------------------------------
 
     @property
-    def _collected(self) -> list[Run]:
-        """The runs whose results stand in the summary.json of `output`: none where a run is there itself."""
+    def _summarised_runs(self) -> list[PlannedRun]:
+        """The runs whose results the summary.json of `output` collects; empty if `output` is itself a run folder."""
         if any(run.folder == self.output for run in self.runs):
             return []
         return [run for run in self.runs if run.folder != self.output / TEACHER]
 
     def _check_output(self) -> None:
+        """Raise FileExistsError or ValueError unless this study may write to `output`."""
         if self.output.resolve().parent == self.output.resolve():
-            raise ValueError(f"output must be a folder below the root, got {self.output}")
+            raise ValueError(f"output must not be the root folder, got {self.output}")
         for path in (self.output, *self.output.parents):
             if path.is_symlink() and not path.exists():
-                raise FileExistsError(f"output {path} is a link to {os.readlink(path)}, which is not there")
+                raise FileExistsError(f"output {path} is a broken link to {os.readlink(path)}")
         otherwise = "or choose another --output"
         if self.output.exists() and not self.output.is_dir():
             raise FileExistsError(f"output {self.output} is a file: choose another --output")
-        if self._has_finished():
+        if self._replaces_finished():
             self._check_previous()
             return
-        taken = self._taken()
-        if taken and not self.resume:
+        existing = self._existing_entries()
+        if existing and not self.resume:
             raise FileExistsError(
-                f"output {self.output} holds a {taken[0]} already: --resume goes on with a run, {otherwise}"
+                f"output {self.output} already holds {existing[0]}: give --resume to continue its run, {otherwise}"
             )
         config = self.output / "config.json"
-        content = files.read_json(config) if self._collected and config.exists() else {"command": self.command}
+        content = files.read_json(config) if self._summarised_runs and config.exists() else {"command": self.command}
         if content.get("command") != self.command:
-            found = "a single run" if "recipe" in content else f"a config.json that is not of {self.command}"
+            found = "a single run" if "recipe" in content else f"a config.json that {self.command} did not write"
             raise FileExistsError(f"output {self.output} holds {found}: give the same --seeds, {otherwise}")
         folders = [run.folder for run in self.runs]
-        if others := [folder for folder in self._folders_of_runs() if folder not in folders]:
-            found = f"{others[0].relative_to(self.output)}, which is none of these runs"
+        if others := [folder for folder in self._run_folders() if folder not in folders]:
+            found = f"{others[0].relative_to(self.output)}, which is not one of these runs"
             found = "several seeds" if self.output in folders else found
             raise FileExistsError(f"output {self.output} holds {found}: give the same --seeds, {otherwise}")
         for run in self.runs:
             if (run.folder / "config.json").exists():
-                self._check_begun(run)
+                self._check_resumable(run)
 
-    def _taken(self) -> list[str]:
-        """Return what is in `output` under a name that this study would write to."""
-        names = [name for name in (*ENTRIES, TEACHER, *REPORT) if (self.output / name).exists()]
-        return names + [str(folder.relative_to(self.output)) for folder in self._folders_of_runs()]
+    def _existing_entries(self) -> list[str]:
+        """Return the entries of `output` whose names this study would write to."""
+        names = [name for name in (*ENTRIES, TEACHER, *REPORT_FILES) if (self.output / name).exists()]
+        return names + [str(folder.relative_to(self.output)) for folder in self._run_folders()]
 
-    def _folders_of_runs(self) -> list[Path]:
+    def _run_folders(self) -> list[Path]:
+        """Return the folders of all runs below `output`."""
         return sorted(config.parent for glob in RUN_GLOBS for config in self.output.glob(glob))
 
-    def _check_begun(self, run: Run) -> None:
-        """Raise ValueError where the run in a folder differs from this one in what is known before there is a teacher."""
+    def _check_resumable(self, run: PlannedRun) -> None:
+        """Raise ValueError if the run in a folder differs from this one, as far as is known before a teacher is trained."""
         config = runs.metadata_of(run.folder).config
-        there = config.get("about") or {}
-        there = {**(there.get("data") or {}), **there, **config}
+        about = config.get("about") or {}
+        recorded = {**(about.get("data") or {}), **about, **config}
         facts = {**self._about_data(), "student": run.network}
         facts |= {"train": len(self.data.train), "test": len(self.data.test)}
-        moved = there.get("spec") != facts["spec"]
-        if moved and there.get("train_samples") == digest_of_samples(self.data.train):
-            del facts["spec"]  # the same images, wherever they lie by now
-        facts = {name: fact for name, fact in facts.items() if name in there}  # not all that a library's run need say
+        moved = recorded.get("spec") != facts["spec"]
+        if moved and recorded.get("train_samples") == digest_of_samples(self.data.train):
+            del facts["spec"]  # the same images under another path
+        facts = {name: fact for name, fact in facts.items() if name in recorded}  # a library's run may record fewer
         facts |= {"processes": processes.world_size(), "recipe": run.recipe.as_json()}
-        check_same(there, json.loads(json.dumps(facts)), run.folder)
+        check_same(recorded, json.loads(json.dumps(facts)), run.folder)
 
-    def _has_finished(self) -> bool:
-        """Return whether a finished study of the same command is in `output`, to be kept while this one begins anew."""
+    def _replaces_finished(self) -> bool:
+        """Return whether this study starts again where a finished one of the same command is, which it moves aside."""
         config = self.output / "config.json"
-        if not self.keeps_previous or self.resume or not (config.exists() and (self.output / REPORT[0]).exists()):
+        if not self.keeps_previous or self.resume or not (config.exists() and (self.output / REPORT_FILES[0]).exists()):
             return False
         return files.read_json(config).get("command") == self.command
 
     @property
     def _previous(self) -> Path:
+        """The folder OUTPUT.previous."""
         output = Path(os.path.realpath(self.output))
         return output.with_name(f"{output.name}.previous")
 
     def _check_previous(self) -> None:
+        """Raise FileExistsError unless the finished study can be moved to OUTPUT.previous."""
         if Path.cwd().is_relative_to(self.output.resolve()):
             raise FileExistsError(
                 f"output {self.output} holds a finished run and is the current folder: choose another --output"
@@ -247,19 +258,22 @@ class Study:
         previous = self._previous
         found = {path.name for path in previous.iterdir()} if previous.exists() else set()
         config = previous / "config.json"
-        if foreign := sorted(found - {*ENTRIES, *REPORT, files.LOCK}):
-            raise FileExistsError(f"{previous} holds a {foreign[0]}: move it away, or choose another --output")
+        if foreign := sorted(found - {*ENTRIES, *REPORT_FILES, files.LOCK}):
+            raise FileExistsError(f"{previous} holds {foreign[0]}: move it away, or choose another --output")
         if found and not (config.exists() and files.read_json(config).get("command") == self.command):
-            raise FileExistsError(f"{previous} is not of {self.command}: move it away, or choose another --output")
+            raise FileExistsError(
+                f"{previous} was not written by {self.command}: move it away, or choose another --output"
+            )
 
     def _move_aside(self) -> None:
+        """Move the finished study in `output` to OUTPUT.previous. The user's own files stay."""
         output, previous = Path(os.path.realpath(self.output)), self._previous
         with files.folder_lock(output):
-            if not self._has_finished():  # by now: another command has moved it
+            if not self._replaces_finished():  # another command has just moved it
                 return
-            older = previous.with_name(f".{previous.name}.older")  # until its place is taken: a rename can fail
+            older = previous.with_name(f".{previous.name}.older")  # kept until it is replaced, as a rename can fail
             if previous.exists():
-                files.remove(older)  # of a command that was killed here
+                files.remove(older)  # left by a command that was killed here
                 previous.rename(older)
             try:
                 output.rename(previous)
@@ -271,48 +285,50 @@ class Study:
             (previous / files.LOCK).unlink(missing_ok=True)
             output.mkdir()
             for path in previous.iterdir():
-                if path.name not in (*ENTRIES, *REPORT):  # the user's own
+                if path.name not in (*ENTRIES, *REPORT_FILES):  # the user's own files
                     path.rename(output / path.name)
 
     # --- training -------------------------------------------------------------------------------------------------------
 
     def _train_all(self) -> None:
-        """Train the runs in their order. Side by side are those that teach nobody, if they are not finished."""
-        here = [run for run in self.runs if self.side_by_side == 1 or self._is_teacher(run)]
+        """Train the runs in order. With `side_by_side` > 1, students that are not finished are trained in parallel."""
+        sequential = [run for run in self.runs if self.side_by_side == 1 or self._is_teacher(run)]
         with Bar(len(self.runs), self.runs[0].recipe.epochs) as bar:
-            for run in here:
-                self._train(run, bar.begin(f"{run.recipe.label}, seed {run.recipe.seed}"))
-                bar.end()
-                self._collect()
-            apart = [run for run in self.runs if run not in here and self._is_due(run) and not _is_finished(run)]
-            if not apart:
+            for run in sequential:
+                self._train(run, bar.start(f"{run.recipe.label}, seed {run.recipe.seed}"))
+                bar.finish()
+                self._write_summary()
+            pending = [
+                run for run in self.runs if run not in sequential and self._is_due(run) and not _is_finished(run)
+            ]
+            if not pending:
                 return
-            # Processes of their own: the number of threads and the generators of random numbers are those of a process.
+            # Use processes, because the number of threads and the random generators are global to a process.
             context = multiprocessing.get_context("spawn")
-            with ProcessPoolExecutor(self.side_by_side, context, initializer=_end_with_parent) as pool:
-                begun: set[Future] = set()
-                while apart or begun:
-                    # No run waits in the pool: a worker would begin it after Ctrl-C.
-                    while apart and len(begun) < self.side_by_side:
-                        begun.add(pool.submit(self._train_apart, apart.pop(0)))
-                    ended, begun = wait(begun, return_when=FIRST_COMPLETED)
-                    for future in ended:
+            with ProcessPoolExecutor(self.side_by_side, context, initializer=_terminate_with_parent) as pool:
+                running: set[Future] = set()
+                while pending or running:
+                    # Queue no run in the pool: a worker would start it after Ctrl-C.
+                    while pending and len(running) < self.side_by_side:
+                        running.add(pool.submit(self._train_in_worker, pending.pop(0)))
+                    done, running = wait(running, return_when=FIRST_COMPLETED)
+                    for future in done:
                         future.result()
-                        bar.end()
-                        self._collect()
+                        bar.finish()
+                        self._write_summary()
 
-    def _train(self, run: Run, progress: Callable[[dict], None] | None = None) -> None:
-        """Train a run until the deadline or, if it is finished, check that it is this one."""
+    def _train(self, run: PlannedRun, progress: Callable[[dict], None] | None = None) -> None:
+        """Train a run until the deadline. If it is finished, only check that it is the planned one."""
         if self._is_due(run):
             deadline = None if _is_finished(run) else self.deadline
-            with threads(self.chosen[run.folder].count):
+            with threads(self.chosen_threads[run.folder].count):
                 _call_until(deadline, partial(self._distill, run, progress))
 
-    def _train_apart(self, run: Run) -> None:
+    def _train_in_worker(self, run: PlannedRun) -> None:
         with warnings_as_notes():
             self._train(run)
 
-    def _distill(self, run: Run, progress: Callable[[dict], None] | None) -> None:
+    def _distill(self, run: PlannedRun, progress: Callable[[dict], None] | None) -> None:
         summary = distill(
             *self._networks(run),
             self.data.train,
@@ -326,23 +342,23 @@ class Study:
         if processes.rank() == 0:
             ranking.write(run.folder, summary, self.data.train, self.data.class_names)
 
-    def _is_due(self, run: Run) -> bool:
-        """Return whether a run is to be begun, or looked at: there is time, and its teacher is trained."""
+    def _is_due(self, run: PlannedRun) -> bool:
+        """Return whether to train or check a run: it is finished, or there is time left and its teacher is trained."""
         if self.deadline is None or _is_finished(run):
             return True
         trained = run.teacher_folder is None or (run.teacher_folder / WEIGHTS).exists()
         return trained and time.monotonic() < self.deadline
 
-    def _collect(self) -> None:
-        """Write the command, and the results of the runs that are finished, where runs have folders of their own.
+    def _write_summary(self) -> None:
+        """Write the command and the results of all finished runs to `output`, if runs have subfolders.
 
-        Before the first run has ended another rank may still look whether `output` is free.
+        Write nothing before the first run has finished: another rank may still check whether `output` is free.
         """
-        done = [run for run in self._collected if _is_finished(run)]
+        done = [run for run in self._summarised_runs if _is_finished(run)]
         if processes.rank() > 0 or not done:
             return
-        found = [files.read_json(run.folder / "summary.json")["results"][0] for run in done]
-        seeds = list(dict.fromkeys(run.recipe.seed for run in self._collected))
+        results = [files.read_json(run.folder / "summary.json")["results"][0] for run in done]
+        seeds = list(dict.fromkeys(run.recipe.seed for run in self._summarised_runs))
         lines = [
             {"method": run.recipe.label, "seed": run.recipe.seed, **line}
             for run in done
@@ -352,24 +368,30 @@ class Study:
         config = {"command": self.command, "options": options, "versions": versions()}
         files.write_json(self.output / "config.json", config)
         files.write_lines(self.output / "metrics.jsonl", lines)
-        files.write_json(self.output / "summary.json", {"dataset": self.data.name, "seeds": seeds, "results": found})
+        files.write_json(self.output / "summary.json", {"dataset": self.data.name, "seeds": seeds, "results": results})
 
     def _report(self) -> None:
-        report = page.write(self.output / REPORT[0], [self.output])
-        terminal.show(*as_text(report.tables[0]), *report.notes, "", f"report: {self.output / REPORT[0]}")
+        """Write the report and print its table."""
+        report = page.write(self.output / REPORT_FILES[0], [self.output])
+        terminal.show(*as_text(report.tables[0]), *report.notes, "", f"report: {self.output / REPORT_FILES[0]}")
 
-    # --- what config.json says ------------------------------------------------------------------------------------------
+    # --- the content of config.json ----------------------------------------------------------------------------------------
 
-    def _about(self, run: Run) -> dict[str, object]:
-        """Return what config.json says of a run, so that it can be read without its command: `load(**data)` gives its images.
+    def _about(self, run: PlannedRun) -> dict[str, object]:
+        """Return the entry "about" of a run's config.json, from which other commands load its data and networks.
 
-        "teacher_path" is where the teacher's weights were read; None where the command has trained them beside the run.
-        "teacher_normalisation" is that of the images which the teacher was given. "teacher_run" is the fingerprint of the
-        teacher's own run on these images. "threads" are those of all runs of the command, by label, in their order: one
-        that is interrupted may go on elsewhere before it has begun them all. "page" is what reports show as it is.
+        - "data": arguments of `load` that give its images.
+        - "teacher_path": the path of the teacher's weights; None if this command trains them beside the run.
+        - "teacher_normalisation": the normalisation of the images that the teacher gets.
+        - "teacher_run": the fingerprint of the teacher's own run on these images.
+        - "threads": the threads of all runs of the command, by label and in order. An interrupted command can resume on
+          another machine before it has started them all.
+        - "page": entries that reports show unchanged.
         """
         teacher, views = run.teacher, self.data.test.views
-        given = None if teacher is None else teacher.differing(self.data) or _normalisation(self.data.train.views)
+        normalisation = None
+        if teacher is not None:
+            normalisation = teacher.different_normalisation(self.data) or _normalisation(self.data.train.views)
         return {
             "command": self.command,
             "dataset": self.data.name,
@@ -378,9 +400,9 @@ class Study:
             "teacher": None if teacher is None else str(teacher),
             "teacher_network": None if teacher is None else teacher.network,
             "teacher_path": self._teacher_path(run),
-            "teacher_normalisation": None if given is None else given._asdict(),
-            "teacher_run": {} if teacher is None else self._teacher_run(run),
-            "threads": {other.recipe.label: self.chosen[other.folder].count for other in self.runs},
+            "teacher_normalisation": None if normalisation is None else normalisation._asdict(),
+            "teacher_run": {} if teacher is None else self._teacher_fingerprint(run),
+            "threads": {other.recipe.label: self.chosen_threads[other.folder].count for other in self.runs},
             "page": {
                 "command": self.command,
                 "normalisation": {"mean": views.mean, "std": views.std},
@@ -391,29 +413,36 @@ class Study:
         }
 
     def _about_data(self) -> dict[str, object]:
+        """Return the arguments of `load` that give the images again."""
         views = self.data.train.views
         own = _normalisation(views)
-        alike = own == _normalisation(self.data.test.views)  # else no two numbers give both parts again
+        same = own == _normalisation(self.data.test.views)  # otherwise no single mean and std describes both sets
         return {
             **{"size": None, **self.data_options, "padding": views.padding, "flip": views.flip},
-            **{name: list(numbers) if alike else None for name, numbers in own._asdict().items()},
+            **{name: list(numbers) if same else None for name, numbers in own._asdict().items()},
         }
 
-    def _teacher_path(self, run: Run) -> str | None:
+    def _teacher_path(self, run: PlannedRun) -> str | None:
+        """Return the path of the teacher's weights, or None if this command trains them beside the run."""
         if run.teacher_folder in (None, run.folder / TEACHER, run.folder.parent / TEACHER):
             return str(run.teacher.origin.absolute()) if run.teacher and run.teacher.origin else None
         return str(run.teacher_folder.absolute())
 
-    def _teacher_run(self, run: Run) -> dict[str, str]:
+    def _teacher_fingerprint(self, run: PlannedRun) -> dict[str, str]:
+        """Return the fingerprint of the teacher's own run, or {} unless that run had the same test images."""
         folder = run.teacher_folder or run.teacher.origin
         is_run = (folder / "metrics.jsonl").exists()
-        return runs.fingerprint(folder) if is_run and not self._other_images(folder, run.teacher) else {}
+        return runs.fingerprint(folder) if is_run and not self._other_test_images(folder, run.teacher) else {}
 
-    def _other_images(self, folder: Path, teacher: Teacher) -> str:
-        """Return what the run in a teacher's folder was tested on, if not on these images, however normalised; else nothing."""
+    def _other_test_images(self, folder: Path, teacher: Teacher) -> str:
+        """Return the name of the test set of a teacher's run if it had other images, ignoring normalisation; else ""."""
         if not (folder / "metrics.jsonl").exists():
             return ""
-        own, images, config = teacher.differing(self.data), self.data.test, runs.metadata_of(folder).config
+        own, images, config = (
+            teacher.different_normalisation(self.data),
+            self.data.test,
+            runs.metadata_of(folder).config,
+        )
         if own is not None:
             images = ImageSet(images.images, images.labels, replace(images.views, mean=own.mean, std=own.std))
         dataset = (config.get("about") or {}).get("dataset")
@@ -425,12 +454,12 @@ def _normalisation(views: Views) -> Normalisation:
     return Normalisation(views.mean, views.std)
 
 
-def _is_finished(run: Run) -> bool:
+def _is_finished(run: PlannedRun) -> bool:
     return (run.folder / "summary.json").exists()
 
 
-def _end_with_parent() -> None:
-    """Terminate this worker of a pool once the process that started it has ended: no one would give it work, or stop it."""
+def _terminate_with_parent() -> None:
+    """Terminate this pool worker when its parent process ends. Otherwise it would train on as an orphan."""
 
     def watch() -> None:
         multiprocessing.parent_process().join()
@@ -440,7 +469,12 @@ def _end_with_parent() -> None:
 
 
 def _call_until(deadline: float | None, work: Callable[[], None]) -> None:
-    """Call `work`, and leave it as Ctrl-C does at a time of `time.monotonic`; None: never. Ctrl-C itself is raised."""
+    """Call `work` and interrupt it at the deadline, as Ctrl-C does. Raises KeyboardInterrupt only for Ctrl-C itself.
+
+    Args:
+        deadline: a time of `time.monotonic`; None: never interrupt.
+        work: the function to call.
+    """
     if deadline is None:
         return work()
     before = signal.signal(signal.SIGALRM, signal.default_int_handler)

@@ -1,4 +1,4 @@
-"""`kcd teacher`: a network trained by its labels."""
+"""The `kcd teacher` command: train a network on labels."""
 
 from dataclasses import dataclass, field, replace
 from typing import Annotated
@@ -8,35 +8,35 @@ from tyro.conf import arg
 from .. import models
 from ..training.setup import build_method
 from . import presets
-from .options import ALONE, NETWORKS, RecipeArgs, TrainingOptions
-from .study import TEACHER, Run, Study
+from .options import NETWORKS, TEACHER_METHOD, RecipeArgs, TrainingOptions
+from .study import TEACHER, PlannedRun, Study
 
 
 @dataclass(frozen=True)
 class Train(TrainingOptions):
-    """Trains a teacher with cross entropy. Its folder is what --teacher of `kcd distill` takes."""
+    """Train a teacher with cross entropy. Pass its run folder to `kcd distill --teacher`."""
 
     network: Annotated[
         str | None,
         arg(
-            help=f"A network: {NETWORKS}, or module:function, which takes in_channels and num_classes. None: that which goes "
-            "with the data (digits, mnist5k)."
+            help=f"The network: {NETWORKS}, or module:function, which is called with in_channels and num_classes. None: the "
+            "default for the data (digits, mnist5k)."
         ),
     ] = None
-    recipe: Annotated[RecipeArgs, arg(name="")] = field(default_factory=lambda: RecipeArgs(method=ALONE))
+    recipe: Annotated[RecipeArgs, arg(name="")] = field(default_factory=lambda: RecipeArgs(method=TEACHER_METHOD))
 
     def defaults(self) -> "Train":
-        """The defaults of all options that are not given."""
-        return Train(recipe=replace(self.recipe.defaults(), method=ALONE))
+        """Return the defaults of all options, which depend on the method."""
+        return Train(recipe=replace(self.recipe.defaults(), method=TEACHER_METHOD))
 
     def study(self) -> Study:
         """Return the teacher's run. Raises as `run` does."""
-        data, pair = self.images.load(), presets.OF_DATA.get(self.images.data)
+        data, pair = self.images.load(), presets.DEFAULT_PAIRS.get(self.images.data)
         network = pair.teacher if self.network is None and pair else models.canonical(self.network)
         if network is None:
-            raise ValueError(f"--network must be given: none goes with data {self.images.data!r}")
+            raise ValueError(f"--network is required: there is no default network for data {self.images.data!r}")
         recipe = replace(self.recipe.resolve_method(), name=self.recipe.name or TEACHER)
         if build_method(recipe).needs_teacher:
-            raise ValueError(f"method {recipe.method!r} needs a teacher: take {ALONE}, or kcd distill")
+            raise ValueError(f"method {recipe.method!r} needs a teacher: use {TEACHER_METHOD}, or run kcd distill")
         output = self.folder(network, TEACHER, recipe.seed)
-        return self.study_of("kcd teacher", data, [Run(network, recipe, output)], output)
+        return self.study_of("kcd teacher", data, [PlannedRun(network, recipe, output)], output)

@@ -1,4 +1,4 @@
-"""How many threads of torch's a command takes on the CPU where the user does not say it."""
+"""The number of torch's CPU threads that a command uses by default."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -13,76 +13,80 @@ from ..environment import usable_processors
 from ..networks import forward_flops
 from ..reports import runs
 
-# Measured (docs/training.md): with less than twice as many FLOPs a step, a second thread saves a tenth of the time at most on
-# an idle machine. On a busy one threads wait for each other at every operator, and small networks become many times slower.
+# Measured (docs/how-to/threads.md): below twice this many FLOPs a step, a second thread saves at most a tenth of the time
+# on an idle machine. On a busy machine threads wait for each other at every operator, and small networks become many times
+# slower.
 FLOPS_OF_A_THREAD = 16 * 10**9
 
 
 @dataclass(frozen=True)
 class Threads:
-    """A number of threads, and why it is this one; empty where the user has chosen it."""
+    """A number of threads and the reason for it; the reason is empty if the user chose the number."""
 
     count: int
-    why: str = ""
+    reason: str = ""
 
 
 def rule(flops: int | None, available: int) -> int:
-    """Return the number of threads for a batch of so many FLOPs.
+    """Return the number of threads for a batch with this many FLOPs.
 
-    One for every `FLOPS_OF_A_THREAD`, at least 1 and at most `available`; 1 where the FLOPs are not known (None).
+    That is one for every `FLOPS_OF_A_THREAD`, in [1, `available`], and 1 if the FLOPs are unknown (None).
     """
     return max(1, min((flops or 0) // FLOPS_OF_A_THREAD, available))
 
 
 def available() -> int:
-    """Return how many threads this process may have, at least 1.
+    """Return how many threads this process may use, at least 1.
 
-    The processors that it may use are divided among the processes of the command on this machine; where torch takes fewer threads
-    of its own accord, as OMP_NUM_THREADS makes it, these are all.
+    The usable processors are divided among the processes of the command on this machine. Torch's own default, which
+    `OMP_NUM_THREADS` sets, is an upper bound.
     """
     usable = len(usable_processors()) // processes.local_world_size()
     return max(1, min(usable, torch.get_num_threads()))
 
 
-def choose(labels: Mapping[Path, str], flops: Mapping[str, int | None]) -> dict[Path, Threads]:
-    """Return the threads of each run of a command: as before if it goes on, else by the rule.
+def choose_threads(labels: Mapping[Path, str], flops: Mapping[str, int | None]) -> dict[Path, Threads]:
+    """Return the threads of each run of a command: the earlier number for a resumed run, else by the rule.
 
-    As before: those of its last epoch, or those that the command before had chosen for it.
+    The earlier number is that of the last epoch or, without one, the number that the interrupted command had planned.
 
     Args:
-        labels: of the run in each folder, in the order in which they are run. A folder need not be there yet.
-        flops: of a training step, by label.
+        labels: label of the run in each folder, in the order of the runs. The folders need not exist.
+        flops: FLOPs of a training step, by label.
 
-    Raises ValueError where a config.json is damaged.
+    Raises:
+        ValueError: a config.json is damaged.
     """
     planned: dict[str, int] = {}
     for folder in labels:
-        if begun := runs.metadata_if_begun(folder):
-            planned |= begun.planned_threads
-    before = {folder: runs.threads_of(folder) or planned.get(label) for folder, label in labels.items()}
+        if metadata := runs.metadata_if_started(folder):
+            planned |= metadata.planned_threads
+    earlier = {folder: runs.last_threads(folder) or planned.get(label) for folder, label in labels.items()}
     return {
-        folder: by_rule(flops[label]) if before[folder] is None else Threads(before[folder], "as before")
+        folder: threads_for(flops[label]) if earlier[folder] is None else Threads(earlier[folder], "as before")
         for folder, label in labels.items()
     }
 
 
-def by_rule(flops: int | None, work: str = "step") -> Threads:
-    """Return the threads for `work` of so many FLOPs."""
-    return Threads(rule(flops, available()), "FLOPs unknown" if flops is None else f"{_shown(flops)}FLOPs a {work}")
+def threads_for(flops: int | None, work: str = "step") -> Threads:
+    """Return the threads, by the rule, for a `work` unit ("step" or "batch") with this many FLOPs."""
+    return Threads(
+        rule(flops, available()), "FLOPs unknown" if flops is None else f"{_abbreviate(flops)}FLOPs a {work}"
+    )
 
 
 def batch_flops(
     passes: Iterable[tuple[int, nn.Module | None]], images: ImageSet, batch_size: int, device: str
 ) -> int | None:
-    """Return an estimate of the floating-point operations that the CPU does for a batch; None: they cannot be counted.
+    """Return an estimate of the CPU's floating-point operations for a batch, or None if they cannot be counted.
 
-    An operator that torch.utils.flop_counter does not know counts nothing.
+    Operators that `torch.utils.flop_counter` does not know count as 0. On a CUDA device the estimate is 0.
 
     Args:
-        passes: how many forward passes of which network; it is moved to the CPU and called with an image of zeros.
+        passes: number of forward passes and network, each; a network is moved to the CPU and run on an image of zeros.
         images: the data set.
-        batch_size: the number of images in a batch, if there are as many.
-        device: auto, cpu or cuda. Where that is CUDA, the CPU does nothing.
+        batch_size: the number of images in a batch; capped at the size of the data set.
+        device: auto, cpu or cuda.
     """
     if device == "cuda" or (device == "auto" and torch.cuda.is_available()):
         return 0
@@ -90,7 +94,7 @@ def batch_flops(
     x = torch.zeros(1, channels, height, width)
     try:
         costs = [(times, forward_flops(network, x)) for times, network in passes if network is not None]
-    except Exception:  # of a network of the user's: one that does not work says why where it is used
+    except Exception:  # a broken custom network reports its error where it is used
         return None
     if any(cost is None for _, cost in costs):
         return None
@@ -98,21 +102,21 @@ def batch_flops(
 
 
 def announcement(chosen: Iterable[tuple[str, Threads]]) -> str:
-    """Return what a user is told of the threads of these runs, by their names; empty where there is nothing to tell."""
-    names: dict[Threads, list[str]] = {}
+    """Return the line that announces the threads of these runs, by name; empty if the user chose them all."""
+    groups: dict[Threads, list[str]] = {}
     for name, threads in chosen:
-        if threads.why:
-            names.setdefault(threads, []).append(name)
-    several = len(names) > 1
-    told = [
-        f"{threads.count}{' for ' + ', '.join(dict.fromkeys(who)) if several else ''} ({threads.why})"
-        for threads, who in names.items()
+        if threads.reason:
+            groups.setdefault(threads, []).append(name)
+    several = len(groups) > 1
+    parts = [
+        f"{threads.count}{' for ' + ', '.join(dict.fromkeys(names)) if several else ''} ({threads.reason})"
+        for threads, names in groups.items()
     ]
-    return f"threads {', '.join(told)}" if told else ""
+    return f"threads {', '.join(parts)}" if parts else ""
 
 
-def _shown(flops: int) -> str:
-    """As 24.1 M."""
+def _abbreviate(flops: int) -> str:
+    """Return a number with a unit prefix, such as "24.1 M"."""
     unit, letter = next(
         ((u, letter) for u, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")) if flops >= u), (1, "")
     )

@@ -1,1 +1,1 @@
-"""What runs have left, as tables, figures and pages."""
+"""Reports on run folders: tables, figures and pages."""

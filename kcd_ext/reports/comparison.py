@@ -1,4 +1,4 @@
-"""Compare runs: which of them differ in the seed alone, what else they differ in, and what they have in common."""
+"""Compare runs: group those that differ only in their seed, and list common and different options."""
 
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -13,74 +13,71 @@ from .runs import TEACHER, Run
 from .tables import Table
 
 BASELINE = "kd"
-APART = (
-    *RESUMABLE_CHANGES,
-    "seed",
-    "condense",
-    "options",
-)  # of a recipe: what runs of one group may differ in, and what has parts
+# Entries of a recipe that are not compared directly: runs of one group may differ in the first ones and in the seed;
+# "condense" and "options" are compared entry by entry.
+NOT_COMPARED = (*RESUMABLE_CHANGES, "seed", "condense", "options")
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """All that a report shows."""
+    """The content of a report."""
 
     title: str
-    summaries: Sequence[Summary]  # by method, which is named as in the tables; first the teacher's, where all have one
-    baseline: str  # the method whose visits are a hundred percent; empty: the runs are not of one data set
+    summaries: Sequence[Summary]  # by method, named as in the tables; a teacher that all runs share comes first
+    baseline: str  # the method whose visits are 100 %; empty: the runs have different data sets
     notes: Sequence[str]  # sentences about the runs
-    differences: Table  # what differs between the methods; empty: nothing
+    differences: Table  # the options that differ between methods; empty if none do
     ranking: Ranking | None
-    ranked: str  # the run that the ranking is of
+    ranked: str  # the run that `ranking` belongs to
     class_names: Sequence[str]
-    config: Mapping[str, object]  # what the runs have in common, JSON
-    folders: Mapping[str, Sequence[Path]]  # those of the runs, by method
+    config: Mapping[str, object]  # what the runs have in common, as JSON values
+    folders: Mapping[str, Sequence[Path]]  # run folders by method
 
 
 @dataclass
 class _Group:
-    """Runs that differ in the seed alone, of which each is there once."""
+    """Runs that differ only in their seed, each seed once."""
 
-    path: Path  # where the first of them was found
+    path: Path  # the path under which the first run was found
     settings: Mapping[str, object]
     runs: list[Run]
 
-    def takes(self, run: Run) -> bool:
-        """Return whether it is one of them."""
+    def accepts(self, run: Run) -> bool:
+        """Return whether a run belongs to this group."""
         seeds = [other.metadata.seed for other in self.runs]
         return self.settings == _settings(run) and run.metadata.seed not in seeds
 
 
 def compare(paths: Sequence[Path], outdated: Collection[Path] = ()) -> Comparison:
-    """Read runs and all that their report shows.
+    """Read runs and return the content of their report.
 
     Args:
-        paths: folders of runs, or of several runs (`runs.find`).
-        outdated: resolved folders of runs whose evaluation is about to be replaced, and is not read.
+        paths: run folders, or folders of several runs (`runs.find`).
+        outdated: resolved folders of runs whose evaluation will be replaced and is therefore not read.
 
     Raises:
-        ValueError: there are no such runs, no epoch has ended, or a file is damaged.
+        ValueError: there are no such runs, no epoch has finished, or a file is damaged.
         OSError: a file cannot be read.
     """
     groups = _grouped(paths)
-    begun = [
+    started = [
         replace(run, summary=replace(run.summary, method=label))
         for label, group in groups.items()
         for run in group.runs
         if run.summary is not None
     ]
-    if not begun:
-        raise ValueError(f"nothing to report: no epoch has ended in {', '.join(map(str, paths))}")
-    summaries = [run.summary if run.folder.resolve() in outdated else runs.with_evaluation(run) for run in begun]
+    if not started:
+        raise ValueError(f"nothing to report: no epoch has finished in {', '.join(map(str, paths))}")
+    summaries = [run.summary if run.folder.resolve() in outdated else runs.with_evaluation(run) for run in started]
     all_runs = [run for group in groups.values() for run in group.runs]
     page = _common([run.metadata.page for run in all_runs])
     class_names, of_one_command = page.pop("class_names", ()), "title" in page
     settings = [group.settings for group in groups.values()]
     sets = {(str(each.get("dataset")), each.get("train")) for each in settings}
-    ranked = _ranked(begun)
+    ranked = _run_with_images(started)
     return Comparison(
         title=page.pop("title") if of_one_command else _title(groups),
-        summaries=[*_teacher(all_runs), *summaries],
+        summaries=[*_shared_teacher(all_runs), *summaries],
         baseline=BASELINE if len(sets) == 1 else "",
         notes=[f"Unfinished: {run.unfinished}." for run in all_runs if run.unfinished],
         differences=_differences(groups),
@@ -96,8 +93,8 @@ def compare(paths: Sequence[Path], outdated: Collection[Path] = ()) -> Compariso
     )
 
 
-def _found(path: Path) -> Iterator[Run]:
-    """Yield the runs in a folder; those of one command in its order, by seed."""
+def _runs_in(path: Path) -> Iterator[Run]:
+    """Yield the runs in a folder. Runs of one command come in the order of the command, by seed."""
     for folders in runs.runs_by_report(path).values():
         found = [runs.read(folder) for folder in folders]
         order = list(found[0].metadata.planned_threads)
@@ -105,40 +102,40 @@ def _found(path: Path) -> Iterator[Run]:
 
 
 def _grouped(paths: Sequence[Path]) -> dict[str, _Group]:
-    """Return groups by label, in the order of the paths. Groups of one label are told apart by their folders."""
+    """Return groups by label, in the order of the paths. If a label is not unique, its folder is appended."""
     groups: list[_Group] = []
     seen = set()
     for path in paths:
-        for run in _found(path):
+        for run in _runs_in(path):
             if run.folder.resolve() in seen:
                 continue
             seen.add(run.folder.resolve())
-            fitting = [group for group in groups if group.takes(run)]
-            if fitting:
-                min(fitting, key=lambda group: group.path != path).runs.append(run)
+            matching = [group for group in groups if group.accepts(run)]
+            if matching:
+                min(matching, key=lambda group: group.path != path).runs.append(run)
             else:
                 groups.append(_Group(path, _settings(run), [run]))
     labels = Counter(group.runs[0].label for group in groups)
-    places = Counter((group.runs[0].label, group.path) for group in groups)
+    labels_in_path = Counter((group.runs[0].label, group.path) for group in groups)
 
     def name(group: _Group) -> str:
         label = group.runs[0].label
         if labels[label] == 1:
             return label
-        return f"{label} ({group.path if places[label, group.path] == 1 else group.runs[0].folder})"
+        return f"{label} ({group.path if labels_in_path[label, group.path] == 1 else group.runs[0].folder})"
 
     return {name(group): group for group in groups}
 
 
 def _settings(run: Run) -> dict[str, object]:
-    """Return all that decides a run's result but the seed: option -> value."""
+    """Return everything except the seed that determines a run's result: option -> value."""
     config = run.metadata.config
     recipe, about = config["recipe"], config.get("about") or {}
-    found = {"label": run.label, **{name: value for name, value in recipe.items() if name not in APART}}
+    found = {"label": run.label, **{name: value for name, value in recipe.items() if name not in NOT_COMPARED}}
     for part in ("condense", "options"):
         found |= {f"{part}.{name}": value for name, value in (recipe.get(part) or {}).items()}
     found |= {name: config.get(name) for name in ("train", "test", "precision", "processes")}
-    if not about:  # a run without a command does not say where its data and networks come from
+    if not about:  # a run of the library does not record the source of its data and networks
         return found | {
             name: config.get(name) for name in ("train_samples", "test_samples", "teacher", "teacher_input")
         }
@@ -147,18 +144,19 @@ def _settings(run: Run) -> dict[str, object]:
 
 
 def _differences(groups: Mapping[str, _Group]) -> Table:
+    """Return a table of the options that differ between groups."""
     names = list(dict.fromkeys(name for group in groups.values() for name in group.settings if name != "label"))
     differ = [name for name in names if len({str(group.settings.get(name)) for group in groups.values()}) > 1]
-    rows = [[label, *(_shown(group.settings.get(name)) for name in differ)] for label, group in groups.items()]
+    rows = [[label, *(_format_value(group.settings.get(name)) for name in differ)] for label, group in groups.items()]
     return [["run", *differ], *rows] if differ else []
 
 
-def _shown(value: object) -> str:
+def _format_value(value: object) -> str:
     return "-" if value is None else " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _common(objects: Sequence[Mapping[str, object]]) -> dict[str, object]:
-    """Return the entries that all have, of objects in them those that all have."""
+    """Return the entries that all objects share, recursively."""
     first, *others = objects
     found = {}
     for name, value in first.items():
@@ -171,25 +169,26 @@ def _common(objects: Sequence[Mapping[str, object]]) -> dict[str, object]:
 
 
 def _title(groups: Mapping[str, _Group]) -> str:
+    """Return the title of a report on several commands."""
     names = {group.settings.get("dataset") for group in groups.values()}
     on = f" on {names.pop()}" if len(names) == 1 and None not in names else ""
     return f"{', '.join(groups)}{on}"
 
 
-def _teacher(found: Sequence[Run]) -> list[Summary]:
-    """Return the summary of the run that trained the teacher, where all have the same one and it is not among them."""
-    taught = [run for run in found if run.metadata.teacher is not None]
-    if any(run.label == TEACHER for run in found) or len({str(run.metadata.teacher_run) for run in taught}) != 1:
+def _shared_teacher(found: Sequence[Run]) -> list[Summary]:
+    """Return the summary of the teacher's run if all runs share the teacher and its run is not among them."""
+    distilled = [run for run in found if run.metadata.teacher is not None]
+    if any(run.label == TEACHER for run in found) or len({str(run.metadata.teacher_run) for run in distilled}) != 1:
         return []
-    return next(([teacher.summary] for run in taught if (teacher := runs.teacher_of(run)) is not None), [])
+    return next(([teacher.summary] for run in distilled if (teacher := runs.find_teacher_run(run)) is not None), [])
 
 
-def _ranked(begun: Sequence[Run]) -> Run | None:
-    """Return the first run that has ranked its images: rather one that drops them by value, last of all a teacher."""
-    having = [run for run in begun if (run.folder / ranking.RANKING).exists()]
+def _run_with_images(started: Sequence[Run]) -> Run | None:
+    """Return the run whose images the report shows: preferably one that drops samples by value, lastly a teacher."""
+    candidates = [run for run in started if (run.folder / ranking.RANKING).exists()]
 
     def preference(run: Run) -> tuple[bool, bool]:
         steps = [line["condensation"] for line in run.summary.history if line["condensation"]]
         return any(step["mixed"] for step in steps), run.metadata.label != TEACHER
 
-    return max(having, key=preference, default=None)
+    return max(candidates, key=preference, default=None)

@@ -1,4 +1,4 @@
-"""Draw what runs have come to, and their evaluations."""
+"""Draw the figures of a report: results of runs and their evaluations."""
 
 import io
 import math
@@ -18,18 +18,18 @@ from ..terminal import printable
 from ..training.summary import Summary
 from .ranking import Ranking, Thumbnail
 from .runs import TEACHER
-from .tables import CLASSES, by_method, measured_teachers, number
+from .tables import MAX_CLASSES, by_method, measured_teachers, number
 
-# Okabe and Ito's colours, told apart by everybody: grey, blue, orange, vermilion, green, purple.
+# Okabe and Ito's colour-blind safe palette: grey, blue, orange, vermilion, green, purple.
 COLOURS = ("#7f7f7f", "#0072b2", "#e69f00", "#d55e00", "#009e73", "#cc79a7")
-LARGEST_MARKER = 300  # square points, of a bin that holds all samples
+MAX_MARKER_AREA = 300  # square points, for a bin with all samples
 NETWORKS = {"student": "#0072b2", "teacher": "#7f7f7f"}
 
 
 class Methods:
-    """The runs of a report by method, as they are drawn: averaged over seeds, epoch by epoch.
+    """The runs of a report by method, averaged over seeds for drawing.
 
-    The teacher is drawn as a level instead of a curve, unless it is the only one; so are teachers that were only measured.
+    A teacher is drawn as a horizontal line instead of a curve, unless it is the only method.
     """
 
     def __init__(self, summaries: Sequence[Summary]):
@@ -41,7 +41,7 @@ class Methods:
         self.colours = dict(zip(self.drawn, COLOURS * len(self.drawn), strict=False))
 
     def curve(self, method: str, name: str) -> np.ndarray:
-        """Return (epochs,) of a number in the lines of metrics, as far as the shortest run goes."""
+        """Return an entry of metrics.jsonl as an array (epochs,), up to the epoch of the shortest run."""
         lines = zip(*(run.history for run in self.drawn[method]), strict=False)
         return np.array([[line[name] for line in epoch] for epoch in lines], dtype=float).mean(1)
 
@@ -51,7 +51,7 @@ class Methods:
         return all(line["flops"] is not None for runs in self.drawn.values() for run in runs for line in run.history)
 
     def steps(self, entry: str) -> dict[str, list[dict]]:
-        """Return the E-steps of the first run of each method that have `entry`."""
+        """Return the condensation steps with `entry` of the first run of each method."""
         found = {
             method: [step for line in first.history if (step := line["condensation"]) and step.get(entry)]
             for method, (first, *_) in self.groups.items()
@@ -60,37 +60,37 @@ class Methods:
 
     @property
     def stages(self) -> dict[str, list[dict]]:
-        """The E-steps of methods that rank by value: they mix, and have a histogram."""
+        """The condensation steps of methods that rank by value. Their steps mix images and have a histogram."""
         return {method: steps for method, steps in self.steps("values").items() if any(s["mixed"] for s in steps)}
 
 
 def draw_accuracy(axes: Axes, methods: Methods, against: str, label: str) -> None:
-    """Draw the accuracy of every method after every epoch, against a running sum of the lines of metrics."""
+    """Draw the accuracy of every method after every epoch, against a cumulative entry of metrics.jsonl."""
     for method in methods.drawn:
         x, y = methods.curve(method, against), methods.curve(method, "accuracy")
         axes.plot(x, y, color=methods.colours[method], label=printable(method), linewidth=1.6)
     for (name, level), style in zip(methods.levels.items(), ["--", ":", "-."] * len(methods.levels), strict=False):
         axes.axhline(level, color="#333333", linestyle=style, linewidth=1, label=printable(name))
     axes.set(xlabel=label, ylabel="test accuracy, %")
-    axes.xaxis.set_major_formatter(lambda x, _position: _short(x))
-    _set_plain(axes.legend(loc="lower right", frameon=False).get_texts())
+    axes.xaxis.set_major_formatter(lambda x, _position: _abbreviate(x))
+    _disable_math(axes.legend(loc="lower right", frameon=False).get_texts())
 
 
-def _set_plain(texts: Iterable[Text]) -> None:
-    """A $ in a name is a dollar."""
+def _disable_math(texts: Iterable[Text]) -> None:
+    """Show a $ in names literally, instead of as a formula."""
     for text in texts:
         text.set_parse_math(False)
 
 
-def _short(count: float) -> str:
-    """Return 12000 as 12k."""
+def _abbreviate(count: float) -> str:
+    """Return a number with a unit, such as "12k" for 12000."""
     units = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
     unit, letter = next(((unit, letter) for unit, letter in units if count >= unit), (1, ""))
     return f"{count / unit:g}{letter}"
 
 
 def draw_values(axes: Axes, stages: Sequence[dict]) -> None:
-    """Draw how the values of all samples are spread when a stage ends, one line a stage."""
+    """Draw the histogram of the values of all samples at the end of each stage."""
     shades = matplotlib.colormaps["viridis_r"](np.linspace(0.15, 1, max(len(stages), 1)))
     for stage, shade in zip(stages, shades, strict=False):
         values = stage["values"]
@@ -106,7 +106,7 @@ def draw_values(axes: Axes, stages: Sequence[dict]) -> None:
 def _figure(
     width: float = 5.6, height: float = 3.8, columns: int = 1, rows: Sequence[float] = (1,)
 ) -> tuple[Figure, list[Axes]]:
-    """Return a figure with rows of these relative heights, made without pyplot's global state."""
+    """Return a figure with rows of these relative heights, without pyplot's global state."""
     figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
     axes = list(np.ravel(figure.subplots(len(rows), columns, height_ratios=rows)))
     for one in axes:
@@ -117,9 +117,9 @@ def _figure(
 
 
 def svg(name: str, draw: Callable[..., None], *content: object) -> Markup:
-    """Return what `draw(axes, *content)` draws as an element of a page, without the head that a file of its own has.
+    """Return the drawing of `draw(axes, *content)` as an SVG element of a page, without the XML header.
 
-    `name` keeps its ids apart from those of other figures; the same figure has the same ids.
+    `name` prefixes its ids, so that they differ from those of other figures. Ids are reproducible.
     """
     figure, (axes,) = _figure(5.6, 3.8)
     draw(axes, *content)
@@ -131,7 +131,7 @@ def svg(name: str, draw: Callable[..., None], *content: object) -> Markup:
 
 
 def picture(methods: Methods, ranking: Ranking | None) -> bytes:
-    """Return the report in one PNG: the curves, beside them the values of the first method that has any, images below."""
+    """Return the report as one PNG: curves, the values of the first method that has some, and images below."""
     stages = next(iter(methods.stages.values()), None)
     figure, axes = _figure(11, 5.2 if ranking else 3.8, columns=2, rows=(3, 1.7) if ranking else (3,))
     draw_accuracy(axes[0], methods, "sample_visits", "sample visits")
@@ -149,7 +149,7 @@ def picture(methods: Methods, ranking: Ranking | None) -> bytes:
 
 
 def _tiles(thumbnails: Sequence[Thumbnail], columns: int) -> np.ndarray:
-    """Return the images side by side, a line of white between them."""
+    """Return the images in a grid, separated by white lines."""
     images = [thumbnail.image for thumbnail in thumbnails]
     images += [np.full_like(images[0], 255)] * (-len(images) % columns)
     border = ((1, 1), (1, 1), (0, 0))[: images[0].ndim]
@@ -161,31 +161,31 @@ def _tiles(thumbnails: Sequence[Thumbnail], columns: int) -> np.ndarray:
 
 
 def draw_reliability(axes: Axes, evaluation: Evaluation) -> None:
-    """Draw accuracy against confidence, bin by bin; the area of a marker is the bin's share of the samples."""
+    """Draw accuracy against confidence for each bin. The area of a marker shows the bin's share of the samples."""
     axes.plot([0, 100], [0, 100], color="#333333", linestyle="--", linewidth=1)
     for role, colour in NETWORKS.items():
         scores = getattr(evaluation, role)
         bins = [one for one in scores.bins if one.count]
         x, y = np.array([(one.confidence, one.accuracy) for one in bins]).reshape(-1, 2).T
         axes.plot(x, y, color=colour, label=f"{role}, ECE {number(scores.ece, '.2f')}", linewidth=1.4)
-        areas = [LARGEST_MARKER * one.count / evaluation.samples for one in bins]
+        areas = [MAX_MARKER_AREA * one.count / evaluation.samples for one in bins]
         axes.scatter(x, y, s=areas, color=colour, alpha=0.75, linewidth=0, clip_on=False, label=f"_{role}")
     axes.set(xlabel="confidence, %", ylabel="accuracy, %", xlim=(0, 100), ylim=(0, 100))
     axes.legend(loc="upper left", frameon=False)
 
 
 def draw_classes(axes: Axes, evaluation: Evaluation) -> None:
-    """Draw the accuracy by class of both: of all classes, or of the 20 that lost most."""
+    """Draw the accuracy of student and teacher by class, for at most MAX_CLASSES classes, those that lost most."""
     shown = evaluation.classes
-    if len(shown) > CLASSES:
-        shown = sorted((one for one in shown if math.isfinite(one.lost)), key=lambda one: -one.lost)[:CLASSES]
+    if len(shown) > MAX_CLASSES:
+        shown = sorted((one for one in shown if math.isfinite(one.lost)), key=lambda one: -one.lost)[:MAX_CLASSES]
     for offset, (role, colour) in zip((-0.2, 0.2), NETWORKS.items(), strict=True):
         heights = [getattr(one, role) if one.count else 0 for one in shown]
         axes.bar(np.arange(len(shown)) + offset, heights, width=0.4, color=colour, label=role)
     axes.set_xticks(range(len(shown)), [one.name for one in shown], rotation=90 if len(shown) > 10 else 45, fontsize=7)
-    _set_plain(axes.get_xticklabels())
+    _disable_math(axes.get_xticklabels())
     axes.set(ylabel="accuracy, %", ylim=(0, 100))
-    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False, fontsize=8)  # above all bars
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False, fontsize=8)  # above the bars
 
 
 def draw_log_odds(axes: Axes, evaluation: Evaluation) -> None:
@@ -205,12 +205,12 @@ def draw_log_odds(axes: Axes, evaluation: Evaluation) -> None:
 
 
 def draw_layers(axes: Axes, evaluation: Evaluation) -> None:
-    """Draw linear CKA, a bar a pair of layers, the first layer on top."""
+    """Draw linear CKA, one bar for each pair of layers, with the first layer on top."""
     layers = evaluation.layers
     heights = [one.cka if math.isfinite(one.cka) else 0 for one in layers]
     axes.barh(np.arange(len(layers)), heights, color=NETWORKS["student"])
     names = [one.student if one.student == one.teacher else f"{one.student} / {one.teacher}" for one in layers]
     axes.set_yticks(range(len(layers)), names, fontsize=8)
-    _set_plain(axes.get_yticklabels())
+    _disable_math(axes.get_yticklabels())
     axes.set(xlabel="linear CKA", xlim=(0, 1))
     axes.invert_yaxis()

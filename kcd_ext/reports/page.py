@@ -1,4 +1,4 @@
-"""The report of a set of runs: one HTML file that needs nothing else, and its picture."""
+"""Write the report of a set of runs: one self-contained HTML file and its picture."""
 
 import base64
 import json
@@ -19,25 +19,26 @@ TEMPLATE = "page.html.jinja"
 
 @dataclass(frozen=True)
 class Report:
-    """What a report shows, for a terminal."""
+    """The parts of a report that a terminal shows."""
 
     tables: Sequence[tables.Table]
-    """The results, and what differs between the methods if anything; each with its header first."""
+    """The results and, if any, the options that differ between methods; each table starts with its header."""
     notes: Sequence[str]
-    """Sentences about them."""
+    """Sentences about the tables."""
 
 
 def write(page: Path, paths: Sequence[Path]) -> Report:
-    """Write the report of these runs as it follows from their folders, and its picture beside it as .png.
+    """Write the report of these runs, and beside it a picture with the suffix .png.
 
-    Runs that differ in the seed alone are averaged, up to the shortest. Folders of the page that do not exist are made.
+    The report depends only on the run folders. Runs that differ only in their seed are averaged, up to the epoch of the
+    shortest. Missing parent folders of the page are created.
 
     Args:
         page: the HTML file.
-        paths: folders of runs, or of several runs (`runs.find`).
+        paths: run folders, or folders of several runs (`runs.find`).
 
     Raises:
-        ValueError: there are no such runs, no epoch has ended, or a file is damaged; nothing is written then.
+        ValueError: there are no such runs, no epoch has finished, or a file is damaged; nothing has been written.
         OSError: a file cannot be read or written.
     """
     found = compare(paths)
@@ -51,9 +52,9 @@ def write(page: Path, paths: Sequence[Path]) -> Report:
 
 
 def render(found: Comparison, folder: Path) -> tuple[bytes, bytes]:
-    """Return the page, whose paths are seen from `folder`, and the picture."""
+    """Return the page, with paths relative to `folder`, and the picture."""
     runs = {label: [os.path.relpath(each, folder) for each in folders] for label, folders in found.folders.items()}
-    methods, evaluated = figures.Methods(found.summaries), tables.named(found.summaries)
+    methods, evaluated = figures.Methods(found.summaries), tables.evaluated_runs(found.summaries)
     evaluations = {}
     for name, summary in evaluated:
         evaluations.setdefault(summary.method, (name, summary.evaluation))
@@ -75,7 +76,7 @@ def render(found: Comparison, folder: Path) -> tuple[bytes, bytes]:
         number=tables.number,
         data_uri=_data_uri,
     )
-    return text.encode(errors="replace"), figures.picture(methods, found.ranking)  # no lone surrogates
+    return text.encode(errors="replace"), figures.picture(methods, found.ranking)  # replaces lone surrogates
 
 
 def _data_uri(image: np.ndarray) -> str:

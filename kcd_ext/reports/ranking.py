@@ -1,4 +1,4 @@
-"""The most and the least valuable training images of a run: written when it ends, shown by its report."""
+"""The most and least valuable training images of a run: written when it finishes, shown in its report."""
 
 import io
 import math
@@ -17,39 +17,39 @@ from ..training.summary import Summary
 from .runs import check_fingerprint, fingerprint
 
 RANKING, PICTURE = "ranking.json", "thumbnails.png"
-SHOWN = 16  # of the most and of the least valuable images
-SIDE = 128  # pixels of a thumbnail, at most
-BESIDE = ("metrics.jsonl", PICTURE)  # files that a ranking goes with
+NUM_SHOWN = 16  # images at each end of the ranking
+MAX_SIDE = 128  # pixels of a thumbnail
+FINGERPRINTED = ("metrics.jsonl", PICTURE)  # files whose fingerprint the ranking records
 
 
 @dataclass(frozen=True)
 class Thumbnail:
-    """A training image and what it is worth."""
+    """A training image and its knowledge value."""
 
     image: np.ndarray  # uint8 (h, w), (h, w, 3) or (h, w, 4)
     label: str
-    value: float  # mean entropy of the student over its visits, nats
+    value: float  # the student's mean entropy over its visits, in nats
 
 
 @dataclass(frozen=True)
 class Ranking:
-    """Equally many of the most and of the least valuable training images, the most valuable first."""
+    """The most and the least valuable training images, equally many of each, by decreasing value."""
 
     most: Sequence[Thumbnail]
     least: Sequence[Thumbnail]
 
 
 def write(folder: Path, summary: Summary, images: ImageSet, class_names: Sequence[str] = ()) -> None:
-    """Write ranking.json and thumbnails.png into the folder of a finished run; nothing if it kept no knowledge values.
+    """Write ranking.json and thumbnails.png into the folder of a finished run, if the run has knowledge values.
 
-    The files depend on the run alone: writing them again changes nothing. thumbnails.png holds two rows of images, the most
-    valuable above.
+    The files depend only on the run, so writing them is idempotent. thumbnails.png holds two rows of images, the most
+    valuable ones above.
 
     Args:
-        folder: that of the run.
-        summary: what `distill` returned.
-        images: its training images.
-        class_names: what the labels stand for; empty: unknown.
+        folder: the run folder.
+        summary: the result of `distill`.
+        images: the training images of the run.
+        class_names: names of the classes; empty: unknown.
 
     Raises:
         OSError: a file cannot be written.
@@ -61,7 +61,7 @@ def write(folder: Path, summary: Summary, images: ImageSet, class_names: Sequenc
     order = visited[np.argsort(-values[visited], kind="stable")]
     if not len(order):
         return
-    shown = [*order[:SHOWN], *order[-SHOWN:]]
+    shown = [*order[:NUM_SHOWN], *order[-NUM_SHOWN:]]
     tiles = np.stack([_thumbnail(images.images[i]) for i in shown])
     rows = [np.concatenate([*row], axis=1) for row in np.split(tiles, 2)]
     write_bytes(folder / PICTURE, png(np.concatenate(rows)))
@@ -69,50 +69,53 @@ def write(folder: Path, summary: Summary, images: ImageSet, class_names: Sequenc
         "samples": [int(i) for i in shown],
         "labels": [class_names[k] if class_names else f"class {k}" for k in images.labels[shown].tolist()],
         "values": [float(values[i]) for i in shown],
-        "run": fingerprint(folder, BESIDE),
+        "run": fingerprint(folder, FINGERPRINTED),
     }
     write_json(folder / RANKING, content)
 
 
 def read(folder: Path) -> Ranking | None:
-    """Return what `write` has left in a folder; None where it has not.
+    """Return the ranking that `write` left in a folder, or None if there is none.
 
-    Raises ValueError where a file is damaged, or of another student; OSError where it cannot be read.
+    Raises:
+        ValueError: a file is damaged or belongs to another student.
+        OSError: a file cannot be read.
     """
     path, picture = folder / RANKING, folder / PICTURE
     if not (path.exists() and picture.exists()):
         return None
-    labels, values, of = read_json(path, _parse)
-    check_fingerprint(path, of, fingerprint(folder, BESIDE))
+    labels, values, recorded = read_json(path, _parse)
+    check_fingerprint(path, recorded, fingerprint(folder, FINGERPRINTED))
     half, content = len(labels) // 2, read_regular(picture)
     try:
         pixels = np.asarray(Image.open(io.BytesIO(content), formats=["PNG"]))
         tiles = [tile for row in np.split(pixels, 2) for tile in np.split(row, half, axis=1)]
-    except Exception as error:  # whatever Pillow raises
+    except Exception as error:  # Pillow raises many types
         raise ValueError(f"{picture} is damaged: {one_line(error)}") from error
     thumbnails = [Thumbnail(*one) for one in zip(tiles, labels, values, strict=True)]
     return Ranking(thumbnails[:half], thumbnails[half:])
 
 
 def png(image: np.ndarray) -> bytes:
-    """Return a PNG file of pixels, uint8 (h, w), (h, w, 3) or (h, w, 4)."""
+    """Return pixels, uint8 (h, w), (h, w, 3) or (h, w, 4), as a PNG file."""
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, "PNG")
     return buffer.getvalue()
 
 
 def _thumbnail(image: np.ndarray) -> np.ndarray:
-    """Return pixels that can be drawn: RGB and RGBA as they are, of any other number of channels the first one, as grey."""
+    """Return a thumbnail in RGB or RGBA. Images with another number of channels give their first one, in grey."""
     drawn = Image.fromarray(np.ascontiguousarray(image if image.shape[-1] in (3, 4) else image[..., 0]))
-    drawn.thumbnail((SIDE, SIDE))
+    drawn.thumbnail((MAX_SIDE, MAX_SIDE))
     return np.asarray(drawn)
 
 
 def _parse(content: dict) -> tuple[list[str], list[float], dict]:
-    labels, values, of = content["labels"], content["values"], dict(content["run"])
+    """Return labels, values and fingerprint of a ranking.json. Raises KeyError, TypeError or ValueError if it is damaged."""
+    labels, values, recorded = content["labels"], content["values"], dict(content["run"])
     if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
-        raise TypeError("labels must be names")
-    count = check_int("the number of labels", len(labels), 2, 2 * SHOWN)
+        raise TypeError("labels must be strings")
+    count = check_int("the number of labels", len(labels), 2, 2 * NUM_SHOWN)
     if count % 2 or len(values) != count:
-        raise ValueError(f"it has {count} labels, {len(values)} values")
-    return labels, [check_float("values", value, "finite numbers", -math.inf) for value in values], of
+        raise ValueError(f"it has {count} labels but {len(values)} values")
+    return labels, [check_float("values", value, "finite numbers", -math.inf) for value in values], recorded

@@ -1,4 +1,4 @@
-"""Tables of runs, and sentences about them. A table is a list of rows of text, its header first."""
+"""Tables of runs and sentences about them. A table is a list of rows of text that starts with its header."""
 
 import math
 from collections import Counter
@@ -13,10 +13,10 @@ from .runs import TEACHER
 
 Table = list[list[str]]
 
-CLASSES = 20  # of a table or a drawing, at most
-STAGES = 8  # of a table, at most
-SAME = 0.5  # percentage points: two accuracies of one network on one set are no further apart, on whatever device
-RESULTS = (
+MAX_CLASSES = 20  # in a table or figure
+MAX_STAGES = 8  # in a table
+SAME_ACCURACY = 0.5  # percentage points: the largest difference for one network on one data set between devices
+RESULT_COLUMNS = (
     "method",
     "accuracy last, %",
     "accuracy best, %",
@@ -27,11 +27,11 @@ RESULTS = (
     "seconds",
     "condensation",
 )
-AGREEMENT = RESULTS.index("agreement, %")
+AGREEMENT_COLUMN = RESULT_COLUMNS.index("agreement, %")
 
 
 def by_method(summaries: Iterable[Summary]) -> dict[str, list[Summary]]:
-    """Return the summaries of each method, in the order of their first appearance."""
+    """Return the summaries of each method, in order of first appearance."""
     groups: dict[str, list[Summary]] = {}
     for summary in summaries:
         groups.setdefault(summary.method, []).append(summary)
@@ -39,11 +39,11 @@ def by_method(summaries: Iterable[Summary]) -> dict[str, list[Summary]]:
 
 
 def results_table(summaries: Iterable[Summary], baseline: str = "kd") -> Table:
-    """Return a row for each method, in the order of their first appearance: means ± sample standard deviations over seeds.
+    """Return a row for each method, in order of first appearance: mean ± sample standard deviation over seeds.
 
-    Before them is a row for each teacher that was measured and is none of the methods (`measured_teachers`). Visits are also
-    given in percent of those of `baseline`, where it was run; condensation in percent of the seconds. The agreement with the
-    teacher is left out where no run was evaluated.
+    - Teachers that were measured but are not among the methods have rows above them (`measured_teachers`).
+    - Visits are also given as a percentage of those of `baseline`, if it was run; condensation as one of the seconds.
+    - The column for agreement with the teacher is omitted if no run was evaluated.
     """
     groups = by_method(summaries)
     flops = {method: _mean_flops(group) for method, group in groups.items()}
@@ -56,46 +56,49 @@ def results_table(summaries: Iterable[Summary], baseline: str = "kd") -> Table:
         return f"{count:,.0f}" + (f" ({100 * count / full:.1f} %)" if full and count else "")
 
     measured = measured_teachers(groups).items()
-    rows = [[name, spread(accuracies, ".2f"), *["-"] * (len(RESULTS) - 2)] for name, accuracies in measured]
+    rows = [
+        [name, mean_and_deviation(accuracies, ".2f"), *["-"] * (len(RESULT_COLUMNS) - 2)]
+        for name, accuracies in measured
+    ]
     for method, group in groups.items():
         seconds = [s.seconds for s in group]
         rows.append(
             [
                 method,
-                spread([s.accuracy_last for s in group], ".2f"),
-                spread([s.accuracy_best for s in group], ".2f"),
-                _agreement(group),
+                mean_and_deviation([s.accuracy_last for s in group], ".2f"),
+                mean_and_deviation([s.accuracy_best for s in group], ".2f"),
+                _mean_agreement(group),
                 visits("sample_visits", group),
                 visits("teacher_visits", group),
                 "unknown" if flops[method] is None else f"{flops[method] / unit:.4g} {letter}",
-                spread(seconds, ".1f"),
+                mean_and_deviation(seconds, ".1f"),
                 f"{100 * sum(s.condensation_seconds for s in group) / (sum(seconds) or 1):.1f} %",
             ]
         )
-    table = [[*RESULTS], *rows]
-    if all(row[AGREEMENT] == "-" for row in rows):
-        table = [row[:AGREEMENT] + row[AGREEMENT + 1 :] for row in table]
+    table = [[*RESULT_COLUMNS], *rows]
+    if all(row[AGREEMENT_COLUMN] == "-" for row in rows):
+        table = [row[:AGREEMENT_COLUMN] + row[AGREEMENT_COLUMN + 1 :] for row in table]
     return table
 
 
 def measured_teachers(groups: Mapping[str, Sequence[Summary]]) -> dict[str, list[float]]:
-    """Return the accuracies of the teachers of these runs, as they were measured: name -> percent, those that differ.
+    """Return the distinct measured accuracies of the teachers of these runs: name -> accuracies in percent.
 
-    Left out are those that the runs called TEACHER have: they are in the table by themselves. Where methods have different
-    teachers each is named after those it taught.
+    Teachers that the runs labelled TEACHER trained are omitted, because they have their own row. If methods have different
+    teachers, each is named after its methods.
     """
     trained = [s.accuracy_last for s in groups.get(TEACHER, ())]
     found: dict[tuple[float, ...], list[str]] = {}
     for method, group in groups.items():
         accuracies = {s.teacher_accuracy for s in group if s.teacher_accuracy is not None}
-        if any(min((abs(x - y) for y in trained), default=math.inf) > SAME for x in accuracies):
+        if any(min((abs(x - y) for y in trained), default=math.inf) > SAME_ACCURACY for x in accuracies):
             found.setdefault(tuple(sorted(accuracies)), []).append(method)
-    alone = len(found) == 1 and not trained
-    return {TEACHER if alone else f"{TEACHER} of {', '.join(methods)}": [*key] for key, methods in found.items()}
+    only_one = len(found) == 1 and not trained
+    return {TEACHER if only_one else f"{TEACHER} of {', '.join(methods)}": [*key] for key, methods in found.items()}
 
 
 def as_text(table: Table) -> list[str]:
-    """Return the lines of a table for a terminal: columns padded to their widest entry, numbers to the right."""
+    """Return the lines of a table for a terminal, the first column left-aligned and the others right-aligned."""
     table = [[printable(cell) for cell in row] for row in table]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     lines = [
@@ -106,42 +109,43 @@ def as_text(table: Table) -> list[str]:
 
 
 def number(value: float, form: str) -> str:
-    """Return a number as text, a dash where it is not finite."""
+    """Return a number as text, or a dash if it is not finite."""
     if not math.isfinite(value):
         return "-"
     text = f"{value:{form}}"
-    return text if float(text) else text.lstrip("+-")  # what rounds to 0 has no sign
+    return text if float(text) else text.lstrip("+-")  # a value that rounds to 0 gets no sign
 
 
-def spread(numbers: Sequence[float], form: str) -> str:
-    """Return the mean ± the sample standard deviation, which a single number has none of."""
+def mean_and_deviation(numbers: Sequence[float], form: str) -> str:
+    """Return "mean ± sample standard deviation", or just the number if there is one."""
     if len(numbers) == 1:
         return f"{numbers[0]:{form}}"
     return f"{mean(numbers):{form}} ± {stdev(numbers):{form}}"
 
 
-def _agreement(group: Sequence[Summary]) -> str:
-    """Return that of the runs that were evaluated, and how many those are where it is not all of them."""
+def _mean_agreement(group: Sequence[Summary]) -> str:
+    """Return the agreement of the evaluated runs, with their number unless all were evaluated."""
     found = [s.evaluation.agreement for s in group if s.evaluation is not None]
     if not found:
         return "-"
-    return spread(found, ".2f") + (f" ({len(found)} of {len(group)})" if len(found) < len(group) else "")
+    return mean_and_deviation(found, ".2f") + (f" ({len(found)} of {len(group)})" if len(found) < len(group) else "")
 
 
 def _mean_flops(group: Sequence[Summary]) -> float | None:
-    """Return None where those of a run are not known."""
+    """Return the mean FLOPs, or None if those of a run are unknown."""
     counts = [s.flops for s in group]
     return None if None in counts else mean(counts)
 
 
 def kept_by_class(steps: Sequence[Mapping], class_names: Sequence[str] = ()) -> Table:
-    """Return a row for each class: the samples of it that each E-step keeps.
+    """Return a row for each class: the number of its samples that each condensation step keeps.
 
-    Of more than CLASSES classes those of which the last step keeps fewest, of more than STAGES steps that many of them.
+    The table has at most MAX_CLASSES classes, those with the fewest samples in the last step, and MAX_STAGES steps, evenly
+    spaced.
     """
-    shown = [steps[i] for i in np.unique(np.linspace(0, len(steps) - 1, min(len(steps), STAGES)).astype(int))]
+    shown = [steps[i] for i in np.unique(np.linspace(0, len(steps) - 1, min(len(steps), MAX_STAGES)).astype(int))]
     last = shown[-1]["classes"]
-    fewest = sorted(range(len(last)), key=lambda label: last[label])[:CLASSES]
+    fewest = sorted(range(len(last)), key=lambda label: last[label])[:MAX_CLASSES]
     names = class_names if len(class_names) == len(last) else [f"class {label}" for label in range(len(last))]
     rows = [[names[label], *(f"{step['classes'][label]:,}" for step in shown)] for label in sorted(fewest)]
     totals = ["all", *(f"{sum(step['classes']):,}" for step in shown)]
@@ -152,13 +156,13 @@ def kept_by_class(steps: Sequence[Mapping], class_names: Sequence[str] = ()) -> 
 
 
 def evaluation_table(summaries: Sequence[Summary]) -> Table:
-    """Return a row for each run that was evaluated: what differs between it and its teacher."""
+    """Return a row for each evaluated run: how it differs from its teacher."""
     labels = temperatures(summaries)
     head = ["run", "accuracy, %", "teacher's accuracy, %", "agreement, %"]
     head += [f"KL, T = {label}" for label in labels.values()]
     head += ["ECE, %", "teacher's ECE, %", "slope of log-odds", "halves of log-odds", "worst class, points"]
     rows = []
-    for name, evaluation in ((name, summary.evaluation) for name, summary in named(summaries)):
+    for name, evaluation in ((name, summary.evaluation) for name, summary in evaluated_runs(summaries)):
         student, teacher, log_odds = evaluation.student, evaluation.teacher, evaluation.exaggeration
         divergences = {one.temperature: one.kl for one in evaluation.divergence}
         rows.append(
@@ -176,44 +180,42 @@ def evaluation_table(summaries: Sequence[Summary]) -> Table:
 
 
 def notes_on_teachers(summaries: Sequence[Summary]) -> list[str]:
-    """Return a sentence for each teacher: which runs were compared with it, and whether it is their own."""
-    found = [(name, summary.compared_with) for name, summary in named(summaries) if summary.compared_with]
-    names: dict[str, list[str]] = {}
+    """Return a sentence for each teacher: the runs that were compared with it, and whether it is their own teacher."""
+    found = [(name, summary.compared_with) for name, summary in evaluated_runs(summaries) if summary.compared_with]
+    runs_by_teacher: dict[str, list[str]] = {}
     for name, one in found:
-        of = (
-            f"the teacher of their own, {one.network} (weights {one.weights})" if one.own else f"another teacher, {one}"
-        )
-        names.setdefault(of, []).append(name)
-    return [f"Compared with {of}: {'; '.join(runs)}." for of, runs in names.items()]
+        teacher = f"their own teacher, {one.network} (weights {one.weights})" if one.own else f"another teacher, {one}"
+        runs_by_teacher.setdefault(teacher, []).append(name)
+    return [f"Compared with {teacher}: {'; '.join(runs)}." for teacher, runs in runs_by_teacher.items()]
 
 
 def notes_on_agreement(summaries: Sequence[Summary]) -> list[str]:
-    """Return what keeps agreements from being compared: those with another teacher than the run's own, or several."""
-    found = [(name, summary) for name, summary in named(summaries) if summary.compared_with]
+    """Return sentences on agreements that are not comparable: with another teacher than the run's own, or with several."""
+    found = [(name, summary) for name, summary in evaluated_runs(summaries) if summary.compared_with]
     teachers: dict[str, set[str]] = {}
     for _, summary in found:
         teachers.setdefault(summary.method, set()).add(summary.compared_with.weights)
     others: dict[str, list[str]] = {}
     for name, summary in found:
-        if not summary.compared_with.own:  # a method by its name where that says it of all its seeds
-            who = summary.method if len(teachers[summary.method]) == 1 else name
-            others.setdefault(str(summary.compared_with), []).append(who)
+        if not summary.compared_with.own:  # name the method if this holds for all of its seeds
+            label = summary.method if len(teachers[summary.method]) == 1 else name
+            others.setdefault(str(summary.compared_with), []).append(label)
     notes = [
-        f"The agreement of {'; '.join(dict.fromkeys(names))} is with {of}, not with a teacher that it was distilled from."
-        for of, names in others.items()
+        f"The agreement of {'; '.join(dict.fromkeys(names))} is with {other}, not with the run's own teacher."
+        for other, names in others.items()
     ]
     if len(set().union(*teachers.values())) > 1:
-        notes.append("Not all agreements are with the same teacher: the evaluation says with which.")
+        notes.append("The agreements are with different teachers: see the evaluation.")
     notes += [
-        f"The agreement of {method} is the mean over different teachers."
-        for method, of in teachers.items()
-        if len(of) > 1
+        f"The agreement of {method} is averaged over different teachers."
+        for method, weights in teachers.items()
+        if len(weights) > 1
     ]
     return notes
 
 
-def named(summaries: Sequence[Summary]) -> list[tuple[str, Summary]]:
-    """Return the runs that were evaluated, each with its name: the method and, where there are several of it, the seed."""
+def evaluated_runs(summaries: Sequence[Summary]) -> list[tuple[str, Summary]]:
+    """Return the evaluated runs with their names: the method and, if it has several runs, the seed."""
     runs = Counter(summary.method for summary in summaries)
     return [
         (summary.method if runs[summary.method] == 1 else f"{summary.method}, seed {summary.seed}", summary)
@@ -223,7 +225,9 @@ def named(summaries: Sequence[Summary]) -> list[tuple[str, Summary]]:
 
 
 def temperatures(summaries: Sequence[Summary]) -> dict[float, str]:
-    """Return the temperatures of all evaluations, each with a label of as many digits as tell them apart."""
-    found = sorted({one.temperature for _, summary in named(summaries) for one in summary.evaluation.divergence})
+    """Return the temperatures of all evaluations, each with a label that has enough digits to be unique."""
+    found = sorted(
+        {one.temperature for _, summary in evaluated_runs(summaries) for one in summary.evaluation.divergence}
+    )
     labels = ([f"{temperature:.{digits}g}" for temperature in found] for digits in range(6, 18))
     return dict(zip(found, next(each for each in labels if len(set(each)) == len(each)), strict=True))
