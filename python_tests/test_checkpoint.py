@@ -291,7 +291,7 @@ def test_changed_student_file_is_refused_as_teacher(tmp_path, uninterrupted):
     assert path.read_bytes() == uninterrupted and teachers.find(str(tmp_path), "cnn_small", None).origin == tmp_path
     path.write_bytes(uninterrupted[:-3] + bytes([uninterrupted[-3] ^ 1]) + uninterrupted[-2:])  # one bit of a weight
     with pytest.raises(
-        ValueError, match=r"student\.safetensors is not as the run wrote it: its SHA-256 is not that in"
+        ValueError, match=r"student\.safetensors has changed since the run wrote it: its SHA-256 is not that in"
     ):
         teachers.find(str(tmp_path), "cnn_small", None)
     summary = json.loads((tmp_path / "summary.json").read_text())

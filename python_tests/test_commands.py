@@ -488,17 +488,17 @@ BAD = [
     (["--teacher", "empty"], "teacher empty is not the folder of a finished run: it has no student.safetensors"),
     (["--teacher", "{two}"], "two is not the folder of a finished run"),
     (["--teacher", "bare"], "bare/config.json"),
-    (["--teacher", "text.pt"], "text.pt cannot be read as weights: damaged, or more than tensors in it"),
+    (["--teacher", "text.pt"], "text.pt cannot be read as weights: it is damaged or contains more than tensors"),
     (["--teacher", "text.safetensors"], "text.safetensors cannot be read as weights"),
     (["--teacher", "bomb.pt"], r"bomb.pt cannot be read as weights: it names posix.mkdir, which is neither a"),
-    (["--teacher", "numbers.pt"], r"numbers.pt must hold tensors by name \(a state_dict\)"),
+    (["--teacher", "numbers.pt"], r"numbers.pt must contain tensors by name \(a state_dict\)"),
     (
         ["--teacher", "{two}/seed-5", "--teacher-network", "cnn_large"],
         r"weights in .*/seed-5 do not fit network 'cnn_large' for digits \(10 classes\): 0.0.weight has shape "
         r"\(4, 1, 3, 3\), the network's has \(16, 1, 3, 3\)",
     ),
     (["--teacher", "less.pt"], "less.pt do not fit network 'cnn_large' for digits .*: they have no 7.bias"),
-    (["--teacher", "more.pt"], "more.pt do not fit network .*: they have extra, which the network has not"),
+    (["--teacher", "more.pt"], "more.pt do not fit network .*: they have extra, which the network does not have"),
     (["nothing"], "unknown preset 'nothing': take cifar100-wrn_40_2-wrn_16_2, "),
     (["--data", "missing.npz"], "missing.npz"),
     (["--output", "dangling/run"], "output dangling is a broken link to nowhere"),
@@ -792,5 +792,5 @@ def test_warnings_of_check_and_run_are_printed_once(tmp_path):
     options = [*SMALL, "--condense.keep", "0.9995", "--method", "kc-ce"]
     done = run("distill", *options, "--student", "nets:pair", "--output", "run", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    for warning in ("student gives a tuple of Tensor, Tensor", "drops less than one sample a stage"):
+    for warning in ("student gives a tuple of Tensor, Tensor", "drops less than one sample per stage"):
         assert done.stderr.count(warning) == 1

@@ -689,7 +689,7 @@ def test_classes_figure_matches_accuracies(random_evaluation):
         }
     assert {bars.get_label() for bars in axes.containers} == {"student", "teacher"}
     worse = [f"name {c} ({lost[c]:.2f})" for c in order if lost[c] > 0][:10]
-    assert len(worse) > 1 and f"Lost most, percentage points: {', '.join(worse)}." in page_of(found).text
+    assert len(worse) > 1 and f"Largest losses in percentage points: {', '.join(worse)}." in page_of(found).text
     axes.figure.canvas.draw()
     assert axes.get_legend().get_window_extent().y0 >= axes.get_window_extent().y1  # above all bars
 
@@ -709,7 +709,7 @@ def test_log_odds_figure_matches_samples(random_evaluation):
     below, above = ((y - x)[part].mean() for part in (x < np.median(x), x > np.median(x)))
     note = page_of(found).text
     assert (
-        f"by {below:+.4g} where the teacher's are below their median, by {above:+.4g} where they are above it." in note
+        f"by {below:+.4g} where the teacher's are below their median and by {above:+.4g} where they are above it." in note
     )
     assert ("The student exaggerates" in note) == (below < 0 < above)
     other = dataclasses.replace(found.exaggeration, below=-0.5, above=0.25)
@@ -781,14 +781,14 @@ def test_notes_name_agreements_with_different_teachers(random_evaluation):
         return Summary(method, seed, 1.0, 1.0, 1, 1, 1.0, evaluation=random_evaluation[0], compared_with=with_whom)
 
     assert tables.notes_on_agreement([run("a", 0, "x"), run("a", 1, "x"), run("b", 0, "x")]) == []
-    several = "Not all agreements are with the same teacher: the evaluation says with which."
+    several = "The agreements are with different teachers: see the evaluation."
     assert tables.notes_on_agreement([run("a", 0, "x"), run("b", 0, "y")]) == [several]
     assert tables.notes_on_agreement([run("a", 0, "x"), run("a", 1, "y")]) == [
         several,
-        "The agreement of a is the mean over different teachers.",
+        "The agreement of a is averaged over different teachers.",
     ]
     assert tables.notes_on_agreement([run("a", 0, "x", own=False)]) == [
-        "The agreement of a is with net of at-x (weights x), not with a teacher that it was distilled from."
+        "The agreement of a is with net of at-x (weights x), not with the run's own teacher."
     ]
 
 
@@ -800,7 +800,7 @@ def test_distant_teacher_is_found_and_run_without_teacher_skipped(runs, capfd):
     assert kcd("evaluate", "shelf", "--threads", 1, "--layers", "0=2", "--temperatures", 3) == 0
     out = capfd.readouterr().out
     assert out.endswith("\nreport: shelf/kd/report.html\n") and not (runs / "shelf" / "plain" / "report.html").exists()
-    assert "left out: shelf/plain: was distilled from no teacher: --teacher says whom" in out
+    assert "skipped: shelf/plain: has no teacher: give --teacher to compare" in out
     content = read_evaluation(runs / "shelf" / "kd")
     assert content["teacher_network"] == "cnn_large" and content["teacher_path"].endswith("far/elsewhere")
     assert [one["temperature"] for one in content["evaluation"]["divergence"]] == [3]
@@ -820,7 +820,7 @@ def test_run_without_teacher_is_compared_with_named_teacher(runs, capfd):
     out, error = capfd.readouterr()
     assert (out, error) == (
         "",
-        "kcd: shelf/plain: was distilled from no teacher: --teacher says whom to compare its student with\n",
+        "kcd: shelf/plain: has no teacher: give --teacher to compare its student with one\n",
     )
     assert contents(runs) == before
     weights = runs / "weights.safetensors"
@@ -860,7 +860,7 @@ def change_weights(path):
         (
             lambda runs: change_weights(runs / "two" / "teacher" / "student.safetensors"),
             ["two"],
-            "two/teacher/student.safetensors is not as the run wrote it",
+            "two/teacher/student.safetensors has changed since the run wrote it",
         ),
         (
             lambda runs: (
@@ -870,15 +870,15 @@ def change_weights(path):
             ["two"],
             "has other weights",
         ),
-        (lambda runs: shutil.rmtree(runs / "two" / "teacher"), ["two"], "is not found, none is in "),
-        (lambda runs: None, ["two", "--teacher", "cnn_large"], "must be the folder of a trained run or a file"),
+        (lambda runs: shutil.rmtree(runs / "two" / "teacher"), ["two"], "was not found: no weights in "),
+        (lambda runs: None, ["two", "--teacher", "cnn_large"], "must be the folder of a finished run or a weights file"),
         (lambda runs: None, ["two", "--teacher", "nowhere"], "unknown teacher 'nowhere'"),
-        (lambda runs: None, ["two", "--teacher", "two/seed-5", "--teacher-network", "cnn_large"], "are not of network"),
+        (lambda runs: None, ["two", "--teacher", "two/seed-5", "--teacher-network", "cnn_large"], "do not fit network"),
         (lambda runs: None, ["two", "--teacher-network", "cnn_large"], "has no effect without teacher"),
         (
             lambda runs: None,
             ["two", "--layers", "0"],
-            "layers must be as STUDENT=TEACHER, a path in each network, got '0'",
+            "layers must be STUDENT=TEACHER, a module path in each network, got '0'",
         ),
         (
             lambda runs: None,
@@ -887,26 +887,26 @@ def change_weights(path):
         ),
         (lambda runs: None, ["two/seed-6", "--layers", "0=99"], "kcd: two/seed-6: layers must name a path in teacher."),
         (lambda runs: None, ["two", "--temperatures", "0"], "temperatures must be numbers in [0.001, 1000], got 0.0"),
-        (lambda runs: (runs / "two/seed-6/evaluation.json").mkdir(), ["two"], "two/seed-6/evaluation.json is no file"),
+        (lambda runs: (runs / "two/seed-6/evaluation.json").mkdir(), ["two"], "two/seed-6/evaluation.json must be a file, but is a folder"),
         (lambda runs: None, ["two", "--device", "gpu"], "device"),
         (lambda runs: None, ["two", "--threads", "0"], "threads must be"),
-        (lambda runs: None, [], "kcd evaluate needs the folder of a run at least"),
-        (lambda runs: None, ["far"], "nothing to evaluate: far/elsewhere: was distilled from no teacher"),
-        (lambda runs: (runs / "two/seed-6/student.safetensors").unlink(), ["two/seed-6"], "is no finished run"),
+        (lambda runs: None, [], "kcd evaluate needs at least one run folder"),
+        (lambda runs: None, ["far"], "nothing to evaluate: far/elsewhere: has no teacher"),
+        (lambda runs: (runs / "two/seed-6/student.safetensors").unlink(), ["two/seed-6"], "is not a finished run"),
         (
             lambda runs: (runs / "two/seed-6/student.safetensors").write_text("x"),
             ["two/seed-6"],
-            "two/seed-6/student.safetensors is not as the run wrote it",
+            "two/seed-6/student.safetensors has changed since the run wrote it",
         ),
         (
             lambda runs: ((runs / "two/report.png").unlink(), (runs / "two/report.png").mkdir()),
             ["two"],
-            "two/report.png is no file",
+            "two/report.png must be a file, but is a folder",
         ),
         (
             lambda runs: edit_json(runs / "two/seed-6/config.json", lambda c: c.update(test_samples="0")),
             ["two/seed-6"],
-            "two/seed-6: was tested on other images than those that 'digits' holds now",
+            "two/seed-6: was tested on other images than 'digits' contains now",
         ),
         (
             lambda runs: edit_json(runs / "two/seed-6/config.json", lambda c: c["about"]["data"].update(command="rm")),
@@ -916,7 +916,7 @@ def change_weights(path):
         (
             lambda runs: edit_json(runs / "two/seed-6/config.json", lambda c: c["about"].update(teacher_path=[1])),
             ["two/seed-6"],
-            "two/seed-6/config.json is damaged: teacher_path must be text, got list of length 1",
+            "two/seed-6/config.json is damaged: teacher_path must be a string, got list of length 1",
         ),
         (
             lambda runs: edit_json(runs / "two/seed-6/config.json", lambda c: c["about"].pop("student")),
@@ -926,7 +926,7 @@ def change_weights(path):
         (
             lambda runs: edit_json(runs / "two/seed-6/config.json", lambda c: c.update(about={})),
             ["two/seed-6"],
-            "which images the run was tested on: kcd_ext.evaluation.evaluate takes networks and images themselves",
+            "config.json does not name the data set, because no command wrote it: call kcd_ext.evaluation.evaluate with the networks",
         ),
     ],
 )
@@ -950,16 +950,16 @@ def test_runs_that_cannot_be_evaluated_are_skipped(runs, capfd):
     assert kcd("evaluate", "shelf", "--threads", 1) == 0
     out = capfd.readouterr().out
     for reason in (
-        "kd: the teacher that it was distilled from",
-        "kd-2: config.json does not say which images",
-        "teacher: was",
+        "kd: its teacher (weights ",
+        "kd-2: config.json does not name the data set",
+        "teacher: has no teacher",
     ):
-        assert f"\nleft out: shelf/{reason}" in out
+        assert f"\nskipped: shelf/{reason}" in out
     assert [path.parent.name for path in sorted((runs / "shelf").glob("*/evaluation.json"))] == ["beside"]
     (runs / "shelf" / "beside" / "evaluation.json").unlink()
     edit_json(runs / "two" / "seed-6" / "config.json", lambda c: c["about"].update(student="cnn_large"))
     assert kcd("evaluate", "two", "--threads", 1) == 0
-    assert "left out: two/seed-6: weights in " in capfd.readouterr().out
+    assert "skipped: two/seed-6: weights in " in capfd.readouterr().out
 
 
 @pytest.mark.slow
@@ -969,7 +969,7 @@ def test_evaluation_of_another_student_is_refused(name, evaluated, runs, capfd):
     (runs / "two" / "seed-6" / "evaluation.json").write_bytes(evaluation)
     assert kcd("report", "two") == 2
     assert capfd.readouterr().err.startswith(
-        "kcd: two/seed-6/evaluation.json is of another student: metrics.jsonl is not"
+        "kcd: two/seed-6/evaluation.json belongs to another student: metrics.jsonl has changed"
     )
     (runs / "two" / "seed-6" / "evaluation.json").unlink()
     (runs / "two" / "seed-5" / "evaluation.json").write_bytes(evaluation)
@@ -982,10 +982,10 @@ def test_evaluation_of_another_student_is_refused(name, evaluated, runs, capfd):
         change_weights(runs / "two" / "seed-5" / name)
     capfd.readouterr()
     assert kcd("report", "two") == 2
-    assert capfd.readouterr().err.startswith(f"kcd: two/seed-5/evaluation.json is of another student: {name} is not")
+    assert capfd.readouterr().err.startswith(f"kcd: two/seed-5/evaluation.json belongs to another student: {name} has changed")
     if name == "student.safetensors":  # looks damaged, because the digest differs
         assert kcd("evaluate", "two/seed-5", "--threads", 1) == 2
-        assert "seed-5/student.safetensors is not as the run wrote it" in capfd.readouterr().err
+        assert "seed-5/student.safetensors has changed since the run wrote it" in capfd.readouterr().err
         edit_json(runs / "two" / "seed-5" / "summary.json", lambda summary: summary.pop("sha256"))
     assert kcd("evaluate", "two", "--threads", 1) == 0  # replaces it
 
@@ -1006,12 +1006,12 @@ def test_evaluated_teacher_is_still_shown_as_teacher(runs, capfd):
 
 @pytest.mark.slow
 def test_report_names_teacher_of_each_comparison(runs, capfd):
-    notes = ("not with a teacher that it was distilled from", "Not all agreements are with the same teacher")
+    notes = ("not with the run's own teacher", "The agreements are with different teachers")
     assert kcd("evaluate", "two", "--threads", 1) == 0
     out, text = capfd.readouterr().out, (runs / "two" / "report.html").read_text()
     weights = json.loads((runs / "two" / "seed-5" / "config.json").read_text())["teacher"]
-    assert f"the teacher of their own, cnn_large (weights {weights}): kd, seed 5; kd, seed 6." in text
-    assert f"the teacher of their own, cnn_large (weights {weights}): two/seed-5; two/seed-6." in out
+    assert f"their own teacher, cnn_large (weights {weights}): kd, seed 5; kd, seed 6." in text
+    assert f"their own teacher, cnn_large (weights {weights}): two/seed-5; two/seed-6." in out
     assert "student and teacher have the same top class" in text
     assert not [note for note in notes if note in text]
     assert kcd("evaluate", "two/seed-6", "--teacher", "far/elsewhere", "--threads", 1) == 0
@@ -1019,10 +1019,10 @@ def test_report_names_teacher_of_each_comparison(runs, capfd):
     assert kcd("report", "two", "--output", "page.html") == 0
     out, pages = capfd.readouterr().out, [runs / "two" / "report.html", runs / "page.html"]
     weights = json.loads((runs / "shelf" / "kd" / "config.json").read_text())["teacher"]
-    note = f"The agreement of kd, seed 6 is with cnn_large of far/elsewhere (weights {weights}), not with a teacher that it was"
+    note = f"The agreement of kd, seed 6 is with cnn_large of far/elsewhere (weights {weights}), not with the run"
     for text in (out, *(page.read_text() for page in pages)):
-        assert note in text and "Not all agreements are with the same teacher" in text
-        assert "The agreement of kd is the mean over different teachers." in text
+        assert note in text and "The agreements are with different teachers" in text
+        assert "The agreement of kd is averaged over different teachers." in text
     assert f"another teacher, cnn_large of far/elsewhere (weights {weights}): kd, seed 6." in text
 
 
@@ -1069,4 +1069,4 @@ def test_run_is_refused_in_folder_with_evaluation(runs, capfd):
     (runs / "fresh").mkdir()
     (runs / "fresh" / "evaluation.json").write_text("{}")
     assert kcd("distill", *SMALL, "--teacher", "two/teacher", "--output", "fresh") == 2
-    assert "output fresh holds a evaluation.json already" in capfd.readouterr().err
+    assert "output fresh already holds evaluation.json" in capfd.readouterr().err

@@ -57,7 +57,7 @@ sys.exit(f"imported {found}" if (found := {"torch", "kcd_ext", "numpy", "tyro"} 
         (["--help"], 0, "usage: kcd COMMAND"),
         (["-h"], 0, "usage: kcd COMMAND"),
         (["--version"], 0, f"kcd {__version__}"),
-        ([], 2, "kcd: a command must be given: distill,"),
+        ([], 2, "kcd: missing command: use one of distill,"),
         (["help"], 2, "kcd: unknown command 'help': did you mean kcd --help?"),
         (["distil", "--epochs", "3"], 2, "kcd: unknown command 'distil': did you mean distill?"),
         (["--versio"], 2, "kcd: unrecognized option --versio: did you mean --version?"),

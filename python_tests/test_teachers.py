@@ -149,24 +149,24 @@ UNTRACKED = {name: tensor for name, tensor in STATE.items() if not name.endswith
         ({"checkpoint": {"model": STATE}, "model": {"state_dict": STATE, "step": 3}}, STATE, []),
         ({"my_network": STATE, "optimizer": {"state": {}, "param_groups": [{"lr": 0.1}]}}, STATE, []),
         ({name.replace("layer1.", "layer1._orig_mod."): x for name, x in STATE.items()}, STATE, []),
-        ({**prefixed("module."), "n_averaged": torch.tensor(5)}, STATE, ["'n_averaged' left out of the weights"]),
+        ({**prefixed("module."), "n_averaged": torch.tensor(5)}, STATE, ["ignored 'n_averaged' among the weights"]),
         (
             {**STATE, "total_ops": torch.zeros(1), "conv1.total_ops": torch.zeros(1)},
             STATE,
-            ["'total_ops', 'conv1.total_ops' left"],
+            ["ignored 'total_ops', 'conv1.total_ops' among"],
         ),
-        ({**STATE, "epoch": 3, "note": "best"}, STATE, ["'epoch', 'note' beside the weights left out"]),
+        ({**STATE, "epoch": 3, "note": "best"}, STATE, ["ignored 'epoch', 'note' among the weights"]),
         (
             {"state_dict": STATE, "state_dict_ema": OTHER},
             STATE,
-            ["'state_dict' are taken, not those under 'state_dict_ema'"],
+            ["under 'state_dict', not those under 'state_dict_ema'"],
         ),
         (
             {"model_ema": OTHER, "optimizer": {}, "model": STATE},
             STATE,
-            ["'model' are taken, not those under 'model_ema'"],
+            ["under 'model', not those under 'model_ema'"],
         ),
-        ({"teacher": OTHER, "student": STATE}, STATE, ["'student' are taken, not those under 'teacher'"]),
+        ({"teacher": OTHER, "student": STATE}, STATE, ["under 'student', not those under 'teacher'"]),
         ({"state_dict_ema": STATE, "arch": "resnet8"}, STATE, []),
         (HALF, HALF, []),
         ({name: nn.Parameter(x) if x.is_floating_point() else x for name, x in STATE.items()}, STATE, []),
@@ -259,27 +259,27 @@ def files(folder):
 
 REFUSED = {
     "module.pth": r'a pickled module \(kcd_ext.models.resnet.ResNet\), .*torch.save\(model.state_dict\(\), "weights.pth"\)$',
-    "inside.pt": r"inside.pt holds a pickled module \(kcd_ext.models.resnet.ResNet\), which only executing code could read",
-    "old.pth": r"old.pth holds a pickled module \(kcd_ext.models.resnet.ResNet\), which only executing code could read",
+    "inside.pt": r"inside.pt contains a pickled module \(kcd_ext.models.resnet.ResNet\), which cannot be read without executing",
+    "old.pth": r"old.pth contains a pickled module \(kcd_ext.models.resnet.ResNet\), which cannot be read without executing",
     "scripted.pt": r'scripted.pt is TorchScript, .*torch.save\(torch.jit.load\("scripted.pt"\).state_dict\(\), "weights.pth"\)$',
     "mine.pth": rf"mine.pth cannot be read as weights: it names {__name__}.Mine, which is neither a tensor nor a plain value",
     "bomb.pth": r"bomb.pth cannot be read as weights: it names shutil.copyfile, which is neither",
-    "sparse.pth": r"sparse.pth must hold plain dense tensors, got conv1.weight, which is not dense \(torch.sparse_coo\)$",
-    "meta.pth": r"meta.pth must hold plain dense tensors, got conv1.weight, which is without data, on the meta device$",
+    "sparse.pth": r"sparse.pth must contain plain dense tensors, got conv1.weight, which is not dense \(torch.sparse_coo\)$",
+    "meta.pth": r"meta.pth must contain plain dense tensors, got conv1.weight, which is without data, on the meta device$",
     "quantised.pth": r"got conv1.weight, which is quantised \(torch.qint8\)$",
-    "integers.pth": r"conv1.weight is of torch.int8, the network's of torch.float32$",
-    "scale.pth": r"they have scale, which the network has not$",
-    "mixed.pth": r"must hold tensors by name \(a state_dict\), .* got 'optimizer', a dict, among them$",
-    "two.pth": r"two.pth must hold the weights of one network, got 'generator', 'critic'",
+    "integers.pth": r"conv1.weight is torch.int8, the network's is torch.float32$",
+    "scale.pth": r"they have scale, which the network does not have$",
+    "mixed.pth": r"must contain tensors by name \(a state_dict\), .* got the dict 'optimizer' among them$",
+    "two.pth": r"two.pth must contain the weights of one network, got 'generator', 'critic'",
     "both.pth": r"they have no conv1.weight, but 'student.conv1.weight', 'student.bn1.weight', .* and \d+ more$",
     "encoder.pth": r"they have no conv1.weight, but 'encoder.conv1.weight', .* and \d+ more$",
     "less.pth": r"they have no fc.bias$",
-    "attributes.pth": r"must hold tensors by name \(a state_dict\), .* got 'model'$",
-    "list.pth": r"must hold tensors by name \(a state_dict\), .* got a list$",
-    "empty.pth": r"must hold tensors by name \(a state_dict\), .* got an empty one$",
-    "protocol.pth": r"pickled by another protocol than that of torch.save \(2\)$",
-    "text.pth": r"text.pth cannot be read as weights: damaged, or more than tensors in it$",
-    "cut.pth": r"cut.pth cannot be read as weights: damaged, or more than tensors in it$",
+    "attributes.pth": r"must contain tensors by name \(a state_dict\), .* got 'model'$",
+    "list.pth": r"must contain tensors by name \(a state_dict\), .* got a list$",
+    "empty.pth": r"must contain tensors by name \(a state_dict\), .* got an empty dictionary$",
+    "protocol.pth": r"damaged, or not pickled with torch.save's protocol, 2$",
+    "text.pth": r"text.pth cannot be read as weights: it is damaged or contains more than tensors$",
+    "cut.pth": r"cut.pth cannot be read as weights: it is damaged or contains more than tensors$",
     "pipe.pth": r"pipe.pth: must be a regular file, is a FIFO$",
 }
 
@@ -305,7 +305,7 @@ def test_classes_named_in_a_pickle_are_never_called(here):
     assert len(admitted) == len(set(admitted))
     assert {stand_in.__module__ for stand_in, _ in weights.STAND_INS} == {weights.__name__}
     torch.save({"model": STATE, "path": pathlib.Path("a"), "opt": argparse.Namespace(a=1)}, here / "net.pth")
-    content = weights._loaded(here / "net.pth", (here / "net.pth").read_bytes())
+    content = weights._load(here / "net.pth", (here / "net.pth").read_bytes())
     assert [type(content[name]) for name in ("path", "opt")] == [weights._Value] * 2
     assert not {*torch.serialization.get_safe_globals()} & {*weights.STAND_INS}
 
@@ -533,15 +533,15 @@ def colours():
     [
         ("--mean 0.5", "mean and std must be given together, got no std"),
         ("--std 0.5", "mean and std must be given together, got no mean"),
-        ("--mean imagenet", "mean must hold a number for every channel, 1 or 1 for all, got 3 (images of digits)"),
+        ("--mean imagenet", "mean must be one number or one per channel (1 here), got 3 numbers (images of digits)"),
         ("--mean nothing", "mean must be numbers or one of half, imagenet, got 'nothing'"),
-        ("--mean half --std 0.2", "mean='half' brings its own std, got std=[0.2] beside it"),
-        ("--std half", "std must be numbers, got 'half': the names half, imagenet are given as mean"),
+        ("--mean half --std 0.2", "mean='half' includes its std, got std=[0.2] too"),
+        ("--std half", "std must be numbers, got 'half': pass the names half, imagenet as mean"),
         ("--mean 0.5 --std 0", "std must be of pixels / 255, in (0, 1], got 0.0"),
         ("--mean 123.675 --std 58.395", "mean must be of pixels / 255, in [0, 1], got 123.675"),
-        ("--mean 0.5 0.5 --std 0.5", "mean must hold a number for every channel, 1 or 1 for all, got 2"),
+        ("--mean 0.5 0.5 --std 0.5", "mean must be one number or one per channel (1 here), got 2 numbers"),
         ("--mean nan --std 0.5", "mean must be finite numbers, got nan"),
-        ("--mean --std 0.5", "mean must be a number, or one for every channel, got none"),
+        ("--mean --std 0.5", "mean must be one number or one per channel, got none"),
     ],
 )
 def test_invalid_normalisation_is_one_line(words, message, here, capfd):
@@ -651,9 +651,9 @@ def test_renormalise_keeps_state_layers_and_names():
     assert [*network.state_dict()] == [*state] and [name for name, _ in network.named_modules()] == layers
     double = copy.deepcopy(network).double()
     assert double(x.double()).dtype == torch.float64
-    with pytest.raises(ValueError, match="renormalised already"):
+    with pytest.raises(ValueError, match="already been renormalised"):
         models.renormalise(network, given=GIVEN, own=HAD)
-    with pytest.raises(ValueError, match="a number for every channel"):
+    with pytest.raises(ValueError, match="one mean and one std per channel"):
         models.renormalise(nn.Identity(), given=GIVEN, own=((0.5,), (0.5,)))
     with pytest.raises(TypeError, match="TorchScript"):
         models.renormalise(torch.jit.script(nn.Identity()), given=GIVEN, own=HAD)
