@@ -81,7 +81,7 @@ struct State {
   int64_t bytes() const { return kCounts * 8 + rows * (value_bytes + kStatsRows * accumulator_bytes + 1); }
 };
 
-// What a row of the gradient contains before the selection is known.
+// The contents of a gradient row before the selection is known.
 enum WrittenAs : uint8_t { kNotWritten, kWrittenAsSelected, kWrittenAsUnselected };
 
 struct RowOutputs {
@@ -121,7 +121,7 @@ struct SplitRowKernels {
 struct Kernels {
   const char* name;
   // Given a gradient, also writes the gradient of rows that it reads with their teacher, from the exponentials it has just
-  // computed. It predicts whether a row will be selected and records that in `written_as`; condensed_kd_backward writes the rest.
+  // computed.  It predicts whether a row will be selected and records that in `written_as`; condensed_kd_backward writes the rest.
   void (*row_stats)(const Problem&, const RowOutputs&, const Gradient*, int64_t begin, int64_t end);
   void (*condensed_kd_backward)(const Problem&, const Gradient&, int64_t begin, int64_t end);
   const SplitRowKernels* split_row;

@@ -16,7 +16,7 @@
 namespace kcd::cpu::KCD_INSTRUCTION_SET {
 namespace {
 
-// What one pass over a row sums, and whether it stores the exponentials.  Loops check this at every vector.
+// The sums that a pass over a row computes, and whether it stores the exponentials.  Loops check this at every vector.
 //
 // - StaticPass holds it at compile time: such a loop has no branches, but costs build time.
 // - Pass holds it at run time: one loop covers the rare cases, which are float64, the teacher's entropy, and temperatures other

@@ -13,7 +13,7 @@
 #include <string>
 #include <utility>
 
-#ifdef KCD_TORCH_HEADERS   // set by -DKCD_TORCH_HEADERS=ON
+#ifdef KCD_TORCH_HEADERS   // -DKCD_TORCH_HEADERS=ON: torch's declarations
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/c/shim.h>
 #endif

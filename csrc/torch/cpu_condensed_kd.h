@@ -13,7 +13,7 @@ struct Rows {
   const uint8_t* candidate;
 };
 
-// Computes statistics, cross entropies and ranking values of all rows; given a gradient, also writes what is already known of it.
+// Computes statistics, cross entropies and ranking values of all rows; given a gradient, also writes the rows of it that it can.
 void row_stats(const CpuCall& call, const View& score, Value value, const Rows& rows, const Gradient* gradient = nullptr);
 
 void select_topk(const void* value, bool is_double, const uint8_t* candidate, int64_t rows, int64_t k, uint8_t* selected);
