@@ -1,5 +1,5 @@
-// The slice of DLPack (github.com/dmlc/dlpack, version 1) that the eager fast path (fast_path.cpp) uses: PyTorch >= 2.10 publishes
-// it as torch.Tensor.__dlpack_c_exchange_api__.  python_tests/test_extension.py compares it with torch's own header.
+// The part of DLPack 1 (github.com/dmlc/dlpack) that the eager fast path (fast_path.cpp) uses.  PyTorch >= 2.10 publishes it as
+// torch.Tensor.__dlpack_c_exchange_api__.  python_tests/test_extension.py compares it with torch's header.
 #pragma once
 #include <cstdint>
 
@@ -34,14 +34,14 @@ struct ManagedTensor {   // DLManagedTensorVersioned
   uint64_t flags;
   Array array;
 };
-// Functions return 0, or another number and set Python's error.
+// Functions return 0 on success; otherwise Python's error is set.
 struct ExchangeApi {
   Version version;
   ExchangeApi* older;
   void* allocate;
   void* to_managed;
-  int (*to_python)(ManagedTensor* tensor, void** object);   // takes over the tensor
-  int (*view)(void* object, Array* array);                  // null: not there
+  int (*to_python)(ManagedTensor* tensor, void** object);   // takes ownership of the tensor
+  int (*view)(void* object, Array* array);                  // null: not available
   void* current_stream;
 };
 

@@ -1,4 +1,4 @@
-"""The compiled extension: its ABI, its instruction sets, what importing it does to a process, and how it is built."""
+"""The compiled extension: its ABI, its instruction sets, the effects of importing it, and its build."""
 
 import contextlib
 import io
@@ -17,17 +17,17 @@ from kcd_ext import _extension, ops
 
 ROOT = Path(__file__).parents[1]
 SOURCES = ROOT / "csrc"
-PYTHON = f"-DPython_EXECUTABLE={sys.executable}"  # of cmake
+PYTHON = f"-DPython_EXECUTABLE={sys.executable}"  # an option of cmake
 
 
 def python(code: str, **env: str) -> subprocess.CompletedProcess:
-    """A fresh interpreter in a folder that holds no source."""
+    """Run code in a fresh interpreter, in a folder without sources."""
     return subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd="/", env={**os.environ, **env}
     )
 
 
-def test_build_info():
+def test_build_info_describes_the_build():
     info = ops.build_info
     assert info["version"] == kcd_ext.__version__ and info["compiler"]
     assert all(re.fullmatch(r"sm_\d+", name) for name in info["cuda_architectures"])
@@ -36,7 +36,7 @@ def test_build_info():
     assert sys.modules["kcd_ext._C"].build_info() == info
 
 
-USED = """
+USE = """
 import torch, kcd_ext
 z = torch.randn(40, 300, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
@@ -48,31 +48,31 @@ for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
 
 
 @pytest.mark.parametrize("name", ops.build_info["instruction_sets"])
-def test_the_environment_chooses_the_instruction_set(name):
-    """Which gives the numbers of the one in use; where the processor has it."""
-    done = python(f"{USED}print(kcd_ext.ops.build_info['instruction_set_in_use'])", KCD_ISA=name)
+def test_each_instruction_set_gives_the_same_results(name):
+    """KCD_ISA selects the instruction set, if the processor supports it."""
+    done = python(f"{USE}print(kcd_ext.ops.build_info['instruction_set_in_use'])", KCD_ISA=name)
     if name != "baseline" and f"got '{name}'" in done.stderr:
         pytest.skip(f"this processor has no {name}")
     *lines, in_use = done.stdout.splitlines()
     assert in_use == name and len(lines) == 4
     own = io.StringIO()
     with contextlib.redirect_stdout(own):
-        exec(USED, {})
+        exec(USE, {})
     for line, expected in zip(lines, own.getvalue().splitlines(), strict=True):
         numbers, wanted = ([float(x) for x in text.split()] for text in (line, expected))
         assert numbers == pytest.approx(wanted, rel=1e-5)
 
 
 @pytest.mark.slow
-def test_an_unknown_instruction_set_is_named():
+def test_unknown_instruction_set_raises():
     done = python("import kcd_ext", KCD_ISA="sse9")
     assert done.returncode != 0 and re.search(r"KCD_ISA must be one of .*baseline.* got 'sse9'", done.stderr)
 
 
-STATE = """
+PROCESS_STATE = """
 import ctypes, warnings, torch
 def state():
-    tiny = torch.full((200_000,), 1e-40) * torch.tensor([1.0])   # flush-to-zero, on any of torch's threads, would make it 0
+    tiny = torch.full((200_000,), 1e-40) * torch.tensor([1.0])   # flush-to-zero on any of torch's threads would make it 0
     return [torch.get_num_threads(), torch.get_num_interop_threads(), ctypes.CDLL(None).fegetround(), tiny.min().item(),
             1e-310 * 1.0, [str(f) for f in warnings.filters], str(torch.get_default_dtype()), str(torch.get_default_device()),
             torch.are_deterministic_algorithms_enabled(), torch.is_grad_enabled(), torch.backends.mkldnn.enabled,
@@ -91,12 +91,12 @@ print("same")
 
 
 @pytest.mark.slow
-def test_importing_changes_nothing_else():
-    done = python(STATE)
+def test_import_and_use_leave_process_state_unchanged():
+    done = python(PROCESS_STATE)
     assert done.stdout.strip() == "same", done.stderr
 
 
-def test_importing_needs_torch_and_numpy_alone():
+def test_import_loads_no_packages_except_torch_and_numpy():
     done = python(
         "import sys; before = set(sys.modules); import torch, numpy.random; base = set(sys.modules); import kcd_ext;"
         "print(sorted({m.split('.')[0] for m in set(sys.modules) - base} - set(sys.stdlib_module_names)))"
@@ -105,7 +105,7 @@ def test_importing_needs_torch_and_numpy_alone():
 
 
 @pytest.mark.slow
-def test_a_second_copy_is_an_error_and_no_abort(tmp_path):
+def test_second_copy_of_the_extension_raises_import_error(tmp_path):
     installed = Path(sys.modules["kcd_ext._C"].__file__)
     copy = tmp_path / installed.name
     shutil.copy(installed, copy)
@@ -124,16 +124,16 @@ print(kcd_ext.condensed_kd_loss(torch.zeros(2, 3), torch.zeros(2, 3)).item())
     )
 
 
-def sources_in(folder: Path) -> Path:
-    """Copies of csrc/ and kcd_ext/, without anything compiled."""
+def copy_sources(folder: Path) -> Path:
+    """Copy csrc/ and kcd_ext/ without compiled files; return the folder."""
     shutil.copytree(ROOT / "csrc", folder / "csrc")
     shutil.copytree(ROOT / "kcd_ext", folder / "kcd_ext", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     return folder
 
 
 @pytest.mark.parametrize("changed", [None, pytest.param("kernels.h", marks=pytest.mark.slow)])
-def test_a_clone_uses_the_installed_extension_if_the_sources_are_its_own(tmp_path, changed):
-    clone, site = sources_in(tmp_path / "clone"), tmp_path / "site"
+def test_clone_uses_installed_extension_only_if_built_from_the_same_sources(tmp_path, changed):
+    clone, site = copy_sources(tmp_path / "clone"), tmp_path / "site"
     (site / "kcd_ext").mkdir(parents=True)
     extension = Path(shutil.copy(sys.modules["kcd_ext._C"].__file__, site / "kcd_ext"))
     (site / "kcd_ext-1.dist-info").mkdir()
@@ -149,8 +149,8 @@ def test_a_clone_uses_the_installed_extension_if_the_sources_are_its_own(tmp_pat
         assert done.stdout.split() == [str(clone / "kcd_ext" / "__init__.py"), str(extension)], done.stderr
 
 
-def test_what_an_extension_was_built_from_is_known(tmp_path):
-    csrc = sources_in(tmp_path) / "csrc"
+def test_source_hash_changes_with_files_and_paths_of_sources_only(tmp_path):
+    csrc = copy_sources(tmp_path) / "csrc"
     built_from = ops.build_info["sources"]
     assert _extension._hash_of(csrc) == built_from
     (csrc / ".#kernels.h").symlink_to("nobody@nowhere")
@@ -163,21 +163,21 @@ def test_what_an_extension_was_built_from_is_known(tmp_path):
 
 
 @pytest.mark.slow
-def test_csrc_of_another_package_is_not_taken_for_sources(tmp_path):
+def test_csrc_of_another_package_is_ignored(tmp_path):
     (tmp_path / "site" / "csrc").mkdir(parents=True)
     (tmp_path / "site" / "csrc" / "kernels.h").write_text("")
     assert _extension._sources_beside(tmp_path / "site" / "kcd_ext") is None
-    assert _extension._sources_beside(sources_in(tmp_path / "clone") / "kcd_ext") == tmp_path / "clone" / "csrc"
+    assert _extension._sources_beside(copy_sources(tmp_path / "clone") / "kcd_ext") == tmp_path / "clone" / "csrc"
 
 
-def test_a_clone_without_an_installed_extension_says_how_to_install(tmp_path):
+def test_clone_without_installed_extension_explains_how_to_install(tmp_path):
     code = f"""
 import sys
 from importlib import metadata
-def nothing(name):
+def not_installed(name):
     raise metadata.PackageNotFoundError(name)
-metadata.distribution = nothing
-sys.path[:0] = [{str(sources_in(tmp_path))!r}, {str(Path(torch.__file__).parents[1])!r}]
+metadata.distribution = not_installed
+sys.path[:0] = [{str(copy_sources(tmp_path))!r}, {str(Path(torch.__file__).parents[1])!r}]
 import kcd_ext
 """
     done = subprocess.run([sys.executable, "-S", "-c", code], capture_output=True, text=True, cwd=tmp_path)
@@ -185,7 +185,7 @@ import kcd_ext
 
 
 @pytest.mark.slow
-def test_a_torch_that_is_too_old_is_named(tmp_path):
+def test_old_torch_raises_import_error_with_both_versions():
     done = python("import torch; torch.__version__ = '2.9.1+cu130'; import kcd_ext")
     assert done.stderr.splitlines()[-1].startswith(
         "ImportError: kcd_ext needs PyTorch 2.10 or newer, found 2.9.1+cu130"
@@ -200,8 +200,8 @@ TORCH_INCLUDE = Path(torch.__file__).parent / "include"
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
-def test_the_declared_abi_is_torchs_own():
-    """A conflicting declaration does not compile; a function torch does not declare would be new to the compiler."""
+def test_declared_abi_matches_torchs_headers():
+    """A conflicting declaration does not compile."""
     source = (
         "#define USE_CUDA 1\n#include <torch/csrc/inductor/aoti_torch/c/shim.h>\n#include <torch/csrc/stable/c/shim.h>\n"
         "#define KCD_TORCH_HEADERS\n#include <torch/abi.h>\n"
@@ -209,15 +209,15 @@ def test_the_declared_abi_is_torchs_own():
     compile_ = ["g++", "-std=c++20", "-fsyntax-only", "-x", "c++", "-", f"-isystem{TORCH_INCLUDE}", f"-I{SOURCES}"]
     done = subprocess.run(compile_, input=source, text=True, capture_output=True)
     assert done.returncode == 0, done.stderr
-    # The same check finds a wrong declaration: it can fail.
+    # A wrong declaration fails the same check.
     wrong = source + 'extern "C" int32_t aoti_torch_get_dim(AtenTensorHandle, int32_t*);\n'
     assert subprocess.run(compile_, input=wrong, text=True, capture_output=True).returncode != 0
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
-def test_the_declared_slice_of_dlpack_is_its_own():
-    """Sizes and offsets of every structure and number that csrc/dlpack.h declares."""
+def test_declared_dlpack_matches_torchs_header():
+    """Compare the size and offsets of every structure in csrc/dlpack.h, and every constant."""
     pairs = {
         "Version": ("DLPackVersion", {"major": "major", "minor": "minor"}),
         "Device": ("DLDevice", {"device_type": "device_type", "device_id": "device_id"}),
@@ -268,27 +268,27 @@ def declared_functions() -> set[str]:
     return set(re.findall(r"X\((\w+),", body))
 
 
-def test_every_declared_function_is_torchs_and_documented():
+def test_declared_functions_are_in_torchs_headers_and_documented():
     headers = "".join(
         (TORCH_INCLUDE / "torch" / "csrc" / path).read_text()
         for path in ("inductor/aoti_torch/c/shim.h", "stable/c/shim.h")
     )
-    document = (ROOT / "docs" / "abi.md").read_text()
+    document = (ROOT / "docs" / "internals" / "abi.md").read_text()
     functions = declared_functions()
     assert len(functions) > 15
     for function in functions:
         assert re.search(rf"\b{function}\b", headers) or function.startswith("aoti_torch_dtype_"), (
             f"{function} is not in torch's headers"
         )
-        assert f"`{function}`" in document, f"docs/abi.md does not list {function}"
-    assert set(re.findall(r"^\| `(\w+)`", document, re.M)) == functions, "docs/abi.md lists functions that are not used"
+        assert f"`{function}`" in document, f"docs/internals/abi.md does not list {function}"
+    assert set(re.findall(r"^\| `(\w+)`", document, re.M)) == functions, "docs/internals/abi.md lists unused functions"
 
 
 # ---- builds
 
 
 @pytest.mark.slow
-def test_other_platforms_stop_with_one_line(tmp_path):
+def test_build_stops_on_unsupported_platforms(tmp_path):
     if not shutil.which("cmake"):
         pytest.skip("needs cmake")
     for system, processor in (("Windows", "AMD64"), ("Darwin", "arm64"), ("Linux", "riscv64")):
@@ -327,12 +327,12 @@ exit 1
 @pytest.mark.parametrize(
     "place",
     [
-        *("PATH", "PATH, and CUDACXX is empty", "KCD_CUDA=ON", "KCD_CUDA=OFF", "ends without a word"),
-        *("CUDACXX", "CUDACXX that is not there", "CUDACXX with options", "CUDACXX with a space"),
+        *("PATH", "PATH with empty CUDACXX", "KCD_CUDA=ON", "KCD_CUDA=OFF", "PATH with silent nvcc"),
+        *("CUDACXX", "CUDACXX of a missing file", "CUDACXX with options", "CUDACXX with a space"),
     ],
 )
-def test_an_nvcc_that_does_not_work_is_no_missing_one(tmp_path, place):
-    """A warning with nvcc's first error, and an error where CUDA was asked for; anew each time that CMake runs."""
+def test_broken_nvcc_is_reported(tmp_path, place):
+    """CMake warns with nvcc's first error, or fails if CUDA was requested. It checks again in every run."""
     if not shutil.which("cmake") or not shutil.which("ninja"):
         pytest.skip("needs cmake and ninja")
     tools = tmp_path / "tools"
@@ -342,12 +342,12 @@ def test_an_nvcc_that_does_not_work_is_no_missing_one(tmp_path, place):
             (tools / tool).symlink_to(found)
     nvcc = tmp_path / ("a space" if place.endswith("space") else "") / "nvcc"
     nvcc.parent.mkdir(exist_ok=True)
-    nvcc.write_text("#!/bin/sh\nexit 3\n" if place == "ends without a word" else NVCC.format(note="nvcc: a note"))
+    nvcc.write_text("#!/bin/sh\nexit 3\n" if place == "PATH with silent nvcc" else NVCC.format(note="nvcc: a note"))
     nvcc.chmod(0o755)
     environment = {**os.environ, "PATH": str(tools)}
     if place.startswith("CUDACXX"):
         options = " -lineinfo -O1" if "options" in place else ""
-        environment["CUDACXX"] = str(tmp_path / "none" if "not there" in place else nvcc) + options
+        environment["CUDACXX"] = str(tmp_path / "none" if "missing" in place else nvcc) + options
     else:
         environment["PATH"] = f"{tmp_path}:{tools}"
         if "empty" in place:
@@ -355,24 +355,24 @@ def test_an_nvcc_that_does_not_work_is_no_missing_one(tmp_path, place):
     define = [f"-D{place}"] if place.startswith("KCD") else []
     command = [shutil.which("cmake"), "-G", "Ninja", "-S", str(ROOT), "-B", str(tmp_path / "build"), PYTHON, *define]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    said = " ".join(done.stderr.split())
-    asked = place.startswith("CUDACXX") or place == "KCD_CUDA=ON"
-    assert (done.returncode != 0) == asked, done.stdout + done.stderr
-    assert "No nvcc" not in done.stdout
+    errors = " ".join(done.stderr.split())
+    requested = place.startswith("CUDACXX") or place == "KCD_CUDA=ON"
+    assert (done.returncode != 0) == requested, done.stdout + done.stderr
+    assert "nvcc was not found" not in done.stdout
     if place == "KCD_CUDA=OFF":
-        assert "CUDA" not in done.stdout + said
+        assert "CUDA" not in done.stdout + errors
         return
-    assert ("CMake Error" if asked else "CMake Warning") in said and "nvcc (" in said
-    reason = {"CUDACXX that is not there": "o such file", "ends without a word": "it ended with: 3"}
-    assert reason.get(place, "unsupported GNU version! gcc versions later than 9") in said
+    assert ("CMake Error" if requested else "CMake Warning") in errors and "nvcc (" in errors
+    reason = {"CUDACXX of a missing file": "o such file", "PATH with silent nvcc": "it exited with: 3"}
+    assert reason.get(place, "unsupported GNU version! gcc versions later than 9") in errors
     if place == "PATH":
-        nvcc.write_text("#!/bin/sh\nexit 0\n")  # it has been mended
+        nvcc.write_text("#!/bin/sh\nexit 0\n")  # now it works
         again = subprocess.run(command, env=environment, capture_output=True, text=True)
         assert "Looking for a CUDA compiler" in again.stdout and "GNU version" not in again.stderr
 
 
 @pytest.mark.slow
-def test_the_build_against_torchs_own_headers(tmp_path):
+def test_build_with_torchs_headers_compiles(tmp_path):
     if not (shutil.which("cmake") and shutil.which("ninja")):
         pytest.skip("needs cmake and ninja")
     configure = [
@@ -395,16 +395,16 @@ def test_the_build_against_torchs_own_headers(tmp_path):
 
 @pytest.fixture(scope="module")
 def built_by_cmake(tmp_path_factory) -> Path:
-    """A build folder of cmake and ninja alone, without a network, warnings as errors."""
+    """A build folder of plain cmake and ninja, offline, with warnings as errors."""
     if not (shutil.which("cmake") and shutil.which("ninja")):
         pytest.skip("needs cmake and ninja")
     build = tmp_path_factory.mktemp("build")
-    environment = {**os.environ, "PIP_NO_INDEX": "1", "CUDAARCHS": "90-real"}  # of all the architectures one
+    environment = {**os.environ, "PIP_NO_INDEX": "1", "CUDAARCHS": "90-real"}  # one architecture, to save time
     for proxy in ("http_proxy", "https_proxy"):
         environment[proxy] = "http://127.0.0.1:9"
     for command in (
         ["cmake", "-G", "Ninja", "-S", str(ROOT), "-B", str(build), PYTHON, "-DCMAKE_CXX_FLAGS=-Werror"],
-        ["ninja", "-j", os.environ["OMP_NUM_THREADS"], "-C", str(build)],  # a share of the processors
+        ["ninja", "-j", os.environ["OMP_NUM_THREADS"], "-C", str(build)],  # this worker's share of the processors
     ):
         done = subprocess.run(command, capture_output=True, text=True, env=environment)
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
@@ -412,10 +412,10 @@ def built_by_cmake(tmp_path_factory) -> Path:
 
 
 @pytest.mark.slow
-def test_a_module_built_by_cmake_is_used_where_the_environment_names_it(built_by_cmake, tmp_path):
+def test_kcd_library_selects_a_module_built_with_cmake(built_by_cmake, tmp_path):
     (module,) = built_by_cmake.glob("_C*.so")
-    code = f"{USED}import sys; print(sys.modules['kcd_ext._C'].__file__, kcd_ext.ops.build_info['cuda_architectures'])"
-    named, own = python(code, KCD_LIBRARY=str(module)), python(USED)
+    code = f"{USE}import sys; print(sys.modules['kcd_ext._C'].__file__, kcd_ext.ops.build_info['cuda_architectures'])"
+    named, own = python(code, KCD_LIBRARY=str(module)), python(USE)
     architectures = "['sm_90']" if shutil.which("nvcc") else "[]"
     assert named.stdout == f"{own.stdout}{module} {architectures}\n", named.stderr
     done = python("import kcd_ext", KCD_LIBRARY=str(tmp_path / "none.so"))
@@ -423,8 +423,8 @@ def test_a_module_built_by_cmake_is_used_where_the_environment_names_it(built_by
 
 
 @pytest.mark.slow
-def test_no_code_for_one_processor_can_reach_another(built_by_cmake):
-    """Objects compiled for an instruction set share nothing: a weak symbol could be linked in place of the baseline's."""
+def test_instruction_sets_share_no_symbols(built_by_cmake):
+    """The linker could use a weak symbol of another instruction set for the baseline."""
     for name in ops.build_info["instruction_sets"]:
         objects = list(built_by_cmake.glob(f"csrc/CMakeFiles/kernels_{name}.dir/**/*.o"))
         assert len(objects) == 2

@@ -1,4 +1,4 @@
-"""The eager fast path (csrc/fast_path.h): it gives what the operators give, bit for bit, or leaves the call to them."""
+"""The eager fast path (csrc/fast_path.h): bitwise equal to the operators, or falls back to them."""
 
 import contextlib
 import gc
@@ -16,14 +16,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kcd_ext import condensed_kd_loss, losses, ops
 
-pytestmark = pytest.mark.skipif(not ops.HAS_FAST_PATH, reason="this torch does not publish what the fast path needs")
+pytestmark = pytest.mark.skipif(not ops.HAS_FAST_PATH, reason="this torch does not publish DLPack's C functions")
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 
 @contextlib.contextmanager
-def watched():
-    """A list that fills with whether the fast path was taken, call for call."""
+def record_fast_path():
+    """Yield a list that receives a bool for each call: whether it took the fast path."""
     taken, fast_path = [], losses._fast_path
 
     def spy(*arguments):
@@ -35,7 +35,7 @@ def watched():
         yield taken
 
 
-def by_operators():
+def fast_path_disabled():
     return mock.patch.object(ops, "HAS_FAST_PATH", False)
 
 
@@ -44,7 +44,7 @@ def logits(*shape, dtype=torch.float32, seed=0):
 
 
 def loss_and_gradient(student, teacher, factor=None, **options):
-    """Return the loss, its gradient, and with return_knowledge=True the knowledge too."""
+    """Return the loss, its gradient and, with return_knowledge=True, the knowledge."""
     leaf = student.detach().requires_grad_()
     result = condensed_kd_loss(leaf, teacher, **options)
     loss, knowledge = result if options.get("return_knowledge") else (result, ())
@@ -52,7 +52,7 @@ def loss_and_gradient(student, teacher, factor=None, **options):
     return loss.detach(), torch.autograd.grad(loss, leaf, factor)[0], *knowledge
 
 
-def same(one, other):
+def equal(one, other):
     return all(
         a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.nan_to_num(7e4), b.nan_to_num(7e4))
         for a, b in zip(one, other, strict=True)
@@ -62,7 +62,7 @@ def same(one, other):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("keep", [0.2, 0.7, 5, 1.0])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_taken_calls_are_the_operators_bit_for_bit(dtype, keep, reduction):
+def test_fast_path_equals_operators_bit_for_bit(dtype, keep, reduction):
     labels = torch.tensor([3, -100, 0, 16, 5, -100, 9, 2])
     for shape, teacher_dtype in (((8, 17), dtype), ((2, 4, 17), torch.float32), ((1, 8, 1, 17), dtype)):
         student, teacher = logits(*shape, dtype=dtype), logits(*shape, dtype=teacher_dtype, seed=1)
@@ -77,45 +77,45 @@ def test_taken_calls_are_the_operators_bit_for_bit(dtype, keep, reduction):
             options |= {"keep": keep, "reduction": reduction, "class_dim": -1}
             per_row = logits(*shape[:-1], seed=2).to(torch.float64 if dtype == torch.float64 else torch.float32)
             for factor in (None, per_row if reduction == "none" else per_row.flatten()[0]):
-                with watched() as taken:
-                    here = loss_and_gradient(student, teacher, factor, return_knowledge=True, **options)
+                with record_fast_path() as taken:
+                    fast = loss_and_gradient(student, teacher, factor, return_knowledge=True, **options)
                     without = condensed_kd_loss(student, teacher, **options)
                 assert taken == [True, True]
-                with by_operators():
-                    assert same(here, loss_and_gradient(student, teacher, factor, return_knowledge=True, **options))
-                assert same([without], here[:1]) and not without.requires_grad
+                with fast_path_disabled():
+                    assert equal(fast, loss_and_gradient(student, teacher, factor, return_knowledge=True, **options))
+                assert equal([without], fast[:1]) and not without.requires_grad
 
 
 @pytest.mark.parametrize("factor", [1.0, 0.3, 0.0, -2.0, math.inf, math.nan])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_every_factor(dtype, factor):
+def test_backward_equals_operators_for_any_incoming_gradient(dtype, factor):
     student, teacher = logits(9, 33, dtype=dtype), logits(9, 33, dtype=dtype, seed=1)
-    student[4, 4], student[6] = math.inf, -math.inf  # rows that are not numbers
+    student[4, 4], student[6] = math.inf, -math.inf  # these rows become NaN
     factor = torch.tensor(factor, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
     for keep in (0.2, 0.7):
-        here = loss_and_gradient(student, teacher, factor, keep=keep)
-        with by_operators():
-            assert same(here, loss_and_gradient(student, teacher, factor, keep=keep))
+        fast = loss_and_gradient(student, teacher, factor, keep=keep)
+        with fast_path_disabled():
+            assert equal(fast, loss_and_gradient(student, teacher, factor, keep=keep))
 
 
-def test_strides_and_dirty_memory_are_read_in_place():
+def test_strided_and_expanded_logits_take_the_fast_path():
     wide = logits(6, 2, 40)
     student, teacher = wide[:, 1, 3:20], logits(6, 50, seed=1)[:, 7:24]
-    with watched() as taken:
-        here = loss_and_gradient(student, teacher, keep=0.5)
+    with record_fast_path() as taken:
+        fast = loss_and_gradient(student, teacher, keep=0.5)
         expanded = loss_and_gradient(student, teacher[:1].expand(6, 17), keep=0.5)
     assert taken == [True, True]
-    with by_operators():
-        assert same(here, loss_and_gradient(student.clone(), teacher.clone(), keep=0.5))
-        assert same(expanded, loss_and_gradient(student.clone(), teacher[:1].repeat(6, 1), keep=0.5))
+    with fast_path_disabled():
+        assert equal(fast, loss_and_gradient(student.clone(), teacher.clone(), keep=0.5))
+        assert equal(expanded, loss_and_gradient(student.clone(), teacher[:1].repeat(6, 1), keep=0.5))
 
 
 class Subclass(torch.Tensor):
-    """A tensor whose class wants to see every call."""
+    """A tensor subclass; only the dispatcher supports it."""
 
 
-class Seen(TorchDispatchMode):
-    """Notes the names of operators."""
+class RecordOperators(TorchDispatchMode):
+    """A mode that records the names of operators."""
 
     def __init__(self):
         super().__init__()
@@ -126,11 +126,11 @@ class Seen(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_what_is_not_supported_goes_to_the_operators():
+def test_unsupported_calls_fall_back_to_operators():
     student, teacher = logits(6, 17), logits(6, 17, seed=1)
-    negative = torch.complex(student, -teacher).conj().imag  # what torch has not negated yet
+    negative = torch.complex(student, -teacher).conj().imag  # lazily negated
     assert negative.is_neg()
-    with watched() as taken:
+    with record_fast_path() as taken:
         for z, y in (
             (student.as_subclass(Subclass), teacher),
             (student, teacher.clone().requires_grad_()),
@@ -150,20 +150,20 @@ def test_what_is_not_supported_goes_to_the_operators():
             condensed_kd_loss(student[:, :1], teacher[:, :1])
         condensed_kd_loss(student, teacher, labels=torch._neg_view(-torch.arange(6)))
     assert taken == [False] * 13
-    with by_operators():
+    with fast_path_disabled():
         expected = loss_and_gradient(teacher, negative.resolve_neg().clone(), keep=0.5)
-    assert same(loss_and_gradient(teacher, negative, keep=0.5), expected)
-    with Seen() as mode, watched() as taken:
+    assert equal(loss_and_gradient(teacher, negative, keep=0.5), expected)
+    with RecordOperators() as mode, record_fast_path() as taken:
         condensed_kd_loss(student, teacher)
     assert taken == [False] and "kcd_ext.condensed_kd.default" in mode.names
-    with watched() as taken:  # a gradient of 1 MB, and of one row less
+    with record_fast_path() as taken:  # gradients just above and just below 1 MB
         loss_and_gradient(logits(257, 1024), logits(257, 1024))
         loss_and_gradient(logits(255, 1024), logits(255, 1024))
     assert taken == [False, True]
 
 
-@pytest.mark.filterwarnings("ignore")  # tracing is on its way out
-def test_who_records_operators_sees_them():
+@pytest.mark.filterwarnings("ignore")  # torch.jit.trace is deprecated
+def test_tracing_and_modes_record_the_operators():
     student, teacher, other = logits(6, 17), logits(6, 17, seed=1), logits(6, 17, seed=2)
 
     def function(z, y):
@@ -174,12 +174,12 @@ def test_who_records_operators_sees_them():
     make_fx = torch.fx.experimental.proxy_tensor.make_fx
     for options in ({}, {"pre_dispatch": True}):
         assert torch.equal(make_fx(function, **options)(student, teacher)(other, teacher), expected)
-    with watched() as taken:
+    with record_fast_path() as taken:
         condensed_kd_loss(student, teacher, labels=torch.arange(6).as_subclass(Subclass))
     assert taken == [False]
 
 
-def test_what_is_wrong_is_said_by_the_ordinary_way():
+def test_invalid_calls_raise_the_errors_of_the_operators():
     student, teacher = logits(6, 17), logits(6, 17, seed=1)
     for options, error in (
         ({"labels": torch.full((6,), 17)}, IndexError),
@@ -191,8 +191,8 @@ def test_what_is_wrong_is_said_by_the_ordinary_way():
         ({"temperature": 0}, ValueError),
     ):
         messages = []
-        for way in (contextlib.nullcontext, by_operators):
-            with way(), pytest.raises(error) as raised:
+        for context in (contextlib.nullcontext, fast_path_disabled):
+            with context(), pytest.raises(error) as raised:
                 condensed_kd_loss(student, teacher, **options)
             messages.append(str(raised.value))
         assert messages[0] == messages[1]
@@ -210,7 +210,7 @@ def test_what_is_wrong_is_said_by_the_ordinary_way():
 
 
 @pytest.mark.parametrize("keep", [0.2, 0.7])
-def test_the_graph_behaves_as_any(keep):
+def test_autograd_graph_supports_reuse_and_reports_misuse(keep):
     student, teacher = logits(9, 17).requires_grad_(), logits(9, 17, seed=1)
     loss = condensed_kd_loss(student, teacher, keep=keep)
     first, second = (torch.autograd.grad(loss, student, retain_graph=True)[0] for _ in range(2))
@@ -239,7 +239,7 @@ def test_the_graph_behaves_as_any(keep):
 
 
 @pytest.mark.parametrize("keep", [0.2, 0.7])
-def test_saved_tensors_go_through_hooks(keep):
+def test_saved_tensor_hooks_receive_the_saved_tensors(keep):
     student, teacher, packed = logits(9, 17).requires_grad_(), logits(9, 17, seed=1), []
 
     def pack(x):
@@ -250,10 +250,10 @@ def test_saved_tensors_go_through_hooks(keep):
         loss = condensed_kd_loss(student, teacher, keep=keep, labels=torch.arange(9))
     assert packed == [(9, 17), (9, 17), (9,)]
     gradients = [torch.autograd.grad(loss, student, retain_graph=True)[0] for _ in range(2)]
-    assert same(gradients[:1], gradients[1:])
+    assert equal(gradients[:1], gradients[1:])
 
 
-def every_other(x):
+def strided(x):
     wide = x.new_zeros([2 * n for n in x.shape])
     view = wide[tuple(slice(None, None, 2) for _ in x.shape)]
     return view.copy_(x)
@@ -264,16 +264,16 @@ def made_in_inference_mode(x):
         return x.clone()
 
 
-UNPACK = {  # what a hook may return of x: equal in value, size, dtype and device
-    "as it is": lambda x: x,
+UNPACK = {  # what a hook may return for x: equal in value, size, dtype and device
+    "unchanged": lambda x: x,
     "transposed": lambda x: x.t().contiguous().t() if x.dim() == 2 else x,
-    "every other": every_other,
-    "one element into its memory": lambda x: torch.cat((x.new_zeros(1), x.reshape(-1)))[1:].view(x.shape),
+    "strided": strided,
+    "offset by one element": lambda x: torch.cat((x.new_zeros(1), x.reshape(-1)))[1:].view(x.shape),
     "lazily negated": lambda x: torch._neg_view(-x),
     "imaginary part of a conjugate": lambda x: torch.complex(x, -x).conj().imag if x.dtype in DTYPES[:2] else x,
     "parameter": lambda x: torch.nn.Parameter(x) if x.is_floating_point() else x,
     "subclass": lambda x: x.as_subclass(Subclass),
-    "made in inference mode": made_in_inference_mode,
+    "inference tensor": made_in_inference_mode,
 }
 
 
@@ -283,8 +283,8 @@ UNPACK = {  # what a hook may return of x: equal in value, size, dtype and devic
     [pytest.param(9, 17, id="small"), pytest.param(300, 1000, id="large", marks=pytest.mark.slow)],
 )
 @pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
-def test_saved_tensors_are_unpacked_once_in_any_layout(unpack, rows, classes, dtype):
-    """Small calls, and those of the operators: one backward pass each, with every way that an incoming gradient can have."""
+def test_hooks_unpack_saved_tensors_once_in_any_layout(unpack, rows, classes, dtype):
+    """On the fast path and in the operators, for several incoming gradients."""
     labels = torch.arange(rows) % classes
     for options in (
         {"keep": 0.2},
@@ -300,28 +300,28 @@ def test_saved_tensors_are_unpacked_once_in_any_layout(unpack, rows, classes, dt
                 lambda x, unpacked=unpacked: unpacked.append(1) or unpack(x),
             ):
                 loss = condensed_kd_loss(leaf * 1.0, teacher, **options)
-            (loss.sum() * factor).backward()  # of reduction "none" the gradient is an expanded number
-            assert len(unpacked) in (0, len(packed))  # none where the gradient is at hand
+            (loss.sum() * factor).backward()  # with reduction "none" the incoming gradient is an expanded scalar
+            assert len(unpacked) in (0, len(packed))  # 0: the forward pass has computed the gradient
             (expected,) = torch.autograd.grad(
                 condensed_kd_loss(leaf, teacher, **{**options, "inplace": False}).sum() * factor, leaf
             )
-            assert same([leaf.grad], [expected])
+            assert equal([leaf.grad], [expected])
 
 
 @pytest.mark.parametrize("rows, classes", [(8, 10), (300, 1000)])
 @pytest.mark.parametrize(
     "options", [{}, {"keep": 0.1}, {"reduction": "none"}, {"reduction": "none", "keep": 0.5}], ids=str
 )
-def test_activation_checkpointing(rows, classes, options):
-    """Also where a mode sees the forward pass and not its recomputation, or the other way round."""
+def test_activation_checkpointing_gives_the_same_gradient(rows, classes, options):
+    """A dispatch mode may be active in the forward pass, in the recomputation, in both or in neither."""
     x, teacher, weight = logits(rows, 16), logits(rows, classes, seed=1), logits(16, classes, seed=2).requires_grad_()
 
     def loss(weight, x):
         return condensed_kd_loss(x @ weight, teacher, **options).sum()
 
     (expected,) = torch.autograd.grad(loss(weight, x), weight)
-    for forward_mode in (contextlib.nullcontext, Seen):
-        for backward_mode in (contextlib.nullcontext, Seen):
+    for forward_mode in (contextlib.nullcontext, RecordOperators):
+        for backward_mode in (contextlib.nullcontext, RecordOperators):
             with forward_mode():
                 again = torch.utils.checkpoint.checkpoint(loss, weight, x, use_reentrant=False)
             with backward_mode():
@@ -331,8 +331,8 @@ def test_activation_checkpointing(rows, classes, options):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("rows, classes", [(8, 10), (300, 1000)])
 @pytest.mark.parametrize("keep", [0.1, 0.7])
-def test_who_records_a_backward_pass_sees_the_incoming_gradient(rows, classes, keep):
-    """A factor is an input of what is recorded, never a constant: of a forward pass that is recorded too, and of one before."""
+def test_traced_backward_keeps_the_incoming_gradient_as_an_input(rows, classes, keep):
+    """make_fx traces both passes, or the backward pass of an earlier forward pass."""
     make_fx = torch.fx.experimental.proxy_tensor.make_fx
     student, teacher = logits(rows, classes).requires_grad_(), logits(rows, classes, seed=1)
     two, three = torch.tensor(2.0), torch.tensor(3.0)
@@ -348,13 +348,13 @@ def test_who_records_a_backward_pass_sees_the_incoming_gradient(rows, classes, k
     assert torch.allclose(make_fx(both)(student, two)(student, three), expected, atol=1e-6)
     loss = condensed_kd_loss(student, teacher, keep=keep)
     assert torch.allclose(make_fx(backward)(two)(three), expected, atol=1e-6)
-    # What torch says of logits that are not among the inputs.
+    # Torch rejects logits that are not inputs of the trace.
     with pytest.raises(RuntimeError, match="requires grad as a constant"):
         torch.jit.trace(backward, (two,))
 
 
 @pytest.mark.parametrize("keep", [0.2, 0.7])
-def test_an_incoming_gradient_that_is_lazily_negated(keep):
+def test_lazily_negated_incoming_gradient_is_supported(keep):
     student, teacher = logits(8, 10).requires_grad_(), logits(8, 10, seed=1)
     (expected,) = torch.autograd.grad(condensed_kd_loss(student, teacher, keep=keep), student)
     for factor in (torch.tensor(0.5j).conj().imag, torch._neg_view(torch.tensor(0.5))):
@@ -364,20 +364,20 @@ def test_an_incoming_gradient_that_is_lazily_negated(keep):
 
 
 @pytest.mark.parametrize("keep", [0.2, 0.7])
-def test_constants_made_in_inference_mode(keep):
+def test_inference_tensors_take_the_fast_path(keep):
     student = logits(9, 17)
     with torch.inference_mode():
         teacher, labels = logits(9, 17, seed=1), torch.arange(9)
-    with watched() as taken:
-        here = loss_and_gradient(student, teacher, labels=labels, keep=keep)
+    with record_fast_path() as taken:
+        fast = loss_and_gradient(student, teacher, labels=labels, keep=keep)
     assert taken == [True]
-    assert same(here, loss_and_gradient(student, teacher.clone(), labels=labels.clone(), keep=keep))
+    assert equal(fast, loss_and_gradient(student, teacher.clone(), labels=labels.clone(), keep=keep))
     leaf = student.requires_grad_()
     loss = condensed_kd_loss(leaf, teacher, labels=labels, keep=keep)
-    assert all(torch.equal(torch.autograd.grad(loss, leaf, retain_graph=True)[0], here[1]) for _ in range(2))
+    assert all(torch.equal(torch.autograd.grad(loss, leaf, retain_graph=True)[0], fast[1]) for _ in range(2))
 
 
-def test_nothing_is_held_longer_than_the_graph():
+def test_graph_releases_its_tensors_when_freed():
     student, teacher = logits(9, 17).requires_grad_(), logits(9, 17, seed=1)
     with torch.inference_mode():
         frozen = logits(9, 17, seed=1)
@@ -390,38 +390,38 @@ def test_nothing_is_held_longer_than_the_graph():
         assert ended() is None and sys.getrefcount(constant) <= references
     gradient = torch.autograd.grad(condensed_kd_loss(student, teacher), student)[0]
     copy = gradient.clone()
-    for _ in range(50):  # nobody else is given its memory
+    for _ in range(50):  # its memory is not reused
         torch.autograd.grad(condensed_kd_loss(student * 2, teacher), student)
     assert torch.equal(gradient, copy)
 
 
-def test_threads_at_once():
+def test_concurrent_threads_get_correct_gradients():
     pairs = [(logits(64, 33, seed=i), logits(64, 33, seed=i + 50)) for i in range(8)]
     expected = [loss_and_gradient(*pair, keep=0.7) for pair in pairs]
     wrong = []
 
     def work(i):
         for _ in range(300):
-            if not same(loss_and_gradient(*pairs[i], keep=0.7), expected[i]):
+            if not equal(loss_and_gradient(*pairs[i], keep=0.7), expected[i]):
                 wrong.append(i)
 
-    leaf = logits(200, 1000).requires_grad_()  # one graph, kept: its gradient is handed over once
+    leaf = logits(200, 1000).requires_grad_()  # a graph shared by threads: only one takes the stored gradient
     loss = condensed_kd_loss(leaf, logits(200, 1000, seed=1), keep=0.7)
     factor = torch.tensor(3.0)
-    whole = torch.autograd.grad(condensed_kd_loss(leaf, logits(200, 1000, seed=1), keep=0.7), leaf)[0]
+    unscaled = torch.autograd.grad(condensed_kd_loss(leaf, logits(200, 1000, seed=1), keep=0.7), leaf)[0]
 
     def work_on_one_graph(_):
         nonlocal loss
         for _ in range(60):
             (gradient,) = torch.autograd.grad(loss, leaf, factor, retain_graph=True)
-            if not torch.allclose(gradient, 3 * whole, rtol=1e-5, atol=1e-10):
+            if not torch.allclose(gradient, 3 * unscaled, rtol=1e-5, atol=1e-10):
                 wrong.append("one graph")
             loss = condensed_kd_loss(leaf, logits(200, 1000, seed=1), keep=0.7)
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(len(pairs))]
     threads += [threading.Thread(target=work_on_one_graph, args=(i,)) for i in range(4)]
     interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)  # threads take turns wherever they can
+    sys.setswitchinterval(1e-6)  # switch threads as often as possible
     try:
         for thread in threads:
             thread.start()

@@ -1,4 +1,4 @@
-// Pieces of a row to and from the accumulator's type.  The loops vectorise by themselves.
+// Converts pieces of a row to and from the accumulator's type.  The compiler vectorises the scalar loops.
 #pragma once
 #include <type_traits>
 
@@ -11,11 +11,11 @@
 
 namespace kcd {
 
-namespace {   // like the vectors' types
+namespace {   // as in vector.h
 
 // ---- a vector of 16-bit numbers, to and from float32
 
-// (gcc 12 would make one conversion of two halves.)
+// (Intrinsics, because gcc 12 splits the generic conversion into two halves.)
 #if defined(__AVX512F__)
 KCD_INLINE Vector<float> widen(const bfloat16* p) {
   const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
@@ -34,14 +34,14 @@ KCD_INLINE Vector<float> widen(const bfloat16* p) {
   return (Vector<float>)(__builtin_convertvector(halves, Bits<float>) << 16);
 }
 #endif
-// Round to nearest, ties to even; NaN stays NaN: to_bfloat16, lane by lane.
+// to_bfloat16 for each lane: rounds to nearest, ties to even; NaN stays NaN.
 #if defined(__AVX512BW__)
-// NaN is cut off unrounded: what arithmetic gives is quiet, so that the upper half of its bits is a NaN by itself.
+// NaN is truncated without rounding.  Arithmetic yields quiet NaN, whose upper 16 bits are a NaN too.
 KCD_INLINE __m256i narrow(Vector<float> x, bfloat16) {
   const __m512i bits = (__m512i)x;
-  const __mmask16 number = _mm512_cmp_ps_mask((__m512)x, (__m512)x, _CMP_ORD_Q);
-  const __mmask16 odd = _mm512_mask_test_epi32_mask(number, bits, _mm512_set1_epi32(0x10000));
-  const __m512i half_up = _mm512_mask_add_epi32(bits, number, bits, _mm512_set1_epi32(0x7fff));
+  const __mmask16 not_nan = _mm512_cmp_ps_mask((__m512)x, (__m512)x, _CMP_ORD_Q);
+  const __mmask16 odd = _mm512_mask_test_epi32_mask(not_nan, bits, _mm512_set1_epi32(0x10000));
+  const __m512i half_up = _mm512_mask_add_epi32(bits, not_nan, bits, _mm512_set1_epi32(0x7fff));
   const __m512i rounded = _mm512_mask_sub_epi32(half_up, odd, half_up, _mm512_set1_epi32(-1));
   alignas(64) static constexpr uint16_t upper_halves[32] = {1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31};
   return _mm512_castsi512_si256(_mm512_permutexvar_epi16(_mm512_load_si512(upper_halves), rounded));
@@ -88,7 +88,7 @@ KCD_INLINE void store(Half* p, int64_t n, Vector<float> x) {
   const auto halves = narrow(x, Half{});
   __builtin_memcpy(p, &halves, static_cast<size_t>(n) * sizeof(Half));
 }
-// Half a vector, to an address that is a multiple of its size.
+// Streams half a vector to an address that is a multiple of its size.
 template <class Half, class = std::enable_if_t<sizeof(Half) == 2>>
 KCD_INLINE void stream(Half* p, Vector<float> x) {
 #if defined(__AVX512F__)
@@ -109,20 +109,21 @@ KCD_INLINE void widen(const Half* in, int64_t n, float* out) {
   for (; j < n; ++j) out[j] = to_float(in[j]);
 }
 
-// Whether logits of that type are read where they lie.
+// Whether this is the accumulator's type; kernels read such logits in place.
 template <class Real>
-KCD_INLINE bool is_type(Type type) {
+KCD_INLINE bool is_accumulator_type(Type type) {
   return type == (sizeof(Real) == sizeof(double) ? Type::float64 : Type::float32);
 }
 
-// Logits of the accumulator's type where they lie; null: no row.
+// The address of a logit of the accumulator's type; null without a row.
 template <class Real>
-KCD_INLINE const Real* in_memory(const char* row, int64_t first) {
+KCD_INLINE const Real* logits_at(const char* row, int64_t first) {
   return row ? reinterpret_cast<const Real*>(row) + first : nullptr;
 }
 
-// Logits [first, first + n) of a row as the accumulator's type: where they lie if they are of that type, else in `scratch`.
-KCD_INLINE const float* piece(Type type, const char* row, int64_t first, int64_t n, float* scratch) {
+// Returns logits [first, first + n) of a row in the accumulator's type: in place if they have that type, else converted into
+// `scratch`.
+KCD_INLINE const float* load_piece(Type type, const char* row, int64_t first, int64_t n, float* scratch) {
   switch (type) {
     case Type::float32:
       return reinterpret_cast<const float*>(row) + first;
@@ -140,23 +141,23 @@ KCD_INLINE const float* piece(Type type, const char* row, int64_t first, int64_t
   }
   return scratch;
 }
-KCD_INLINE const double* piece(Type type, const char* row, int64_t first, int64_t n, double* scratch) {
+KCD_INLINE const double* load_piece(Type type, const char* row, int64_t first, int64_t n, double* scratch) {
   if (type == Type::float64) return reinterpret_cast<const double*>(row) + first;
-  float single[kPiece];
-  const float* x = piece(type, row, first, n, single);
+  float float_scratch[kPiece];
+  const float* x = load_piece(type, row, first, n, float_scratch);
   for (int64_t j = 0; j < n; ++j) scratch[j] = static_cast<double>(x[j]);
   return scratch;
 }
 
-// piece(), and the greatest of the logits.
+// load_piece(), and the greatest of the logits.
 template <class Half>
 KCD_INLINE const float* widen_and_maximum(const char* row, int64_t first, int64_t n, float* scratch, float& max) {
   const Half* in = reinterpret_cast<const Half*>(row) + first;
-  const int64_t whole = n / kLanes<float> * kLanes<float>;
-  widen(in + whole, n - whole, scratch + whole);
-  const Vector<float> rest = load(scratch + whole, n - whole, -Limits<float>::infinity());
+  const int64_t full = n / kLanes<float> * kLanes<float>;
+  widen(in + full, n - full, scratch + full);
+  const Vector<float> rest = load(scratch + full, n - full, -Limits<float>::infinity());
   Vector<float> greatest = greater_of(rest, broadcast(-Limits<float>::infinity()));
-  for (int64_t j = 0; j < whole; j += kLanes<float>) {
+  for (int64_t j = 0; j < full; j += kLanes<float>) {
     const Vector<float> x = widen(in + j);
     store(scratch + j, x);
     greatest = greater_of(x, greatest);
@@ -165,28 +166,29 @@ KCD_INLINE const float* widen_and_maximum(const char* row, int64_t first, int64_
   return scratch;
 }
 template <class Real>
-KCD_INLINE const Real* piece_and_maximum(Type type, const char* row, int64_t first, int64_t n, Real* scratch, Real& max) {
+KCD_INLINE const Real* load_piece_and_maximum(Type type, const char* row, int64_t first, int64_t n, Real* scratch, Real& max) {
   if constexpr (sizeof(Real) == sizeof(float)) {
     if (type == Type::bfloat16) return widen_and_maximum<bfloat16>(row, first, n, scratch, max);
     if (type == Type::float16) return widen_and_maximum<float16>(row, first, n, scratch, max);
   }
-  const Real* x = piece(type, row, first, n, scratch);
+  const Real* x = load_piece(type, row, first, n, scratch);
   max = maximum(x, n);
   return x;
 }
 
-// Where the logits lie that are wanted later.  The hardware's own prefetcher stops at every page; asking for what comes after this
-// piece, or row, while this one is summed hides most of the way to memory.
-struct Ahead {
-  const char* address;
-  int64_t bytes_a_lane;
-  KCD_MEMBER void fetch(int64_t j) const { __builtin_prefetch(address + j * bytes_a_lane); }
-};
+// Prefetches the logits of the next piece or row while this one is summed, which hides most of the memory latency.  The hardware
+// prefetcher stops at every page.
+class Prefetcher {
+ public:
+  KCD_MEMBER Prefetcher(const Logits& logits, const char* row, int64_t first)
+      : address_(row + first * size_of(logits.type) + kDistance), logit_bytes_(size_of(logits.type)) {}
+  KCD_MEMBER void fetch(int64_t j) const { __builtin_prefetch(address_ + j * logit_bytes_); }
 
-KCD_INLINE Ahead ahead(const Logits& logits, const char* row, int64_t first) {
-  constexpr int64_t kDistance = 8192;   // bytes; measured: 4096 to 8192 are alike, less is slower
-  return {row + first * size_of(logits.type) + kDistance, size_of(logits.type)};
-}
+ private:
+  static constexpr int64_t kDistance = 8192;   // bytes; measured: 4096 to 8192 perform alike, less is slower
+  const char* address_;
+  int64_t logit_bytes_;
+};
 
 }   // namespace
 }   // namespace kcd

@@ -1,12 +1,12 @@
-// Integer keys that order as the ranking does: greater value, greater key.
+// Integer keys in the order of the ranking: a greater value has a greater key.
 #pragma once
 #include "math/portable.h"
 
 namespace kcd {
 
-// A float's bits, read as an unsigned number, grow with positive floats and shrink with negative ones: setting the sign bit of the
-// former and inverting the latter makes one increasing scale.  -0 is +0; NaN of either sign is the one greatest key.
-// No value has key 0: it stands for a row that is no candidate.
+// Read as an unsigned integer, a float's bits increase with positive floats and decrease with negative ones.  Setting the sign bit
+// of positive floats and inverting negative ones gives one increasing scale.  -0 equals +0; NaN of either sign has the greatest
+// key. No value has key 0, which stands for a row that is not a candidate.
 KCD_INLINE uint32_t order_key(float x) {
   if (x != x) return 0xffffffffu;
   const uint32_t bits = bit_cast<uint32_t>(x == 0.0f ? 0.0f : x);

@@ -1,7 +1,7 @@
-// What the formulas need from the language, on the host and on the device.
+// Language and library features that the formulas need, on host and device.
 //
-// Everything here and in the other files of this folder is `static inline`: they are compiled once for each instruction set, and a
-// shared out-of-line copy would let the linker hand AVX-512 code to a machine without it.
+// Everything in this folder is `static inline`, because it is compiled once for each instruction set.  With shared out-of-line
+// copies the linker could pick AVX-512 code for a machine without AVX-512.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -12,14 +12,14 @@
 #else
 #define KCD_INLINE static KCD_MEMBER
 #define KCD_MEMBER inline KCD_LAMBDA
-#define KCD_LAMBDA __attribute__((always_inline))   // after the parameters of one
+#define KCD_LAMBDA __attribute__((always_inline))   // goes after a lambda's parameters
 #endif
 
 namespace kcd {
 
 template <class To, class From>
 KCD_INLINE To bit_cast(const From& from) {
-  static_assert(sizeof(To) == sizeof(From), "a bit cast keeps the size");
+  static_assert(sizeof(To) == sizeof(From), "bit_cast needs types of equal size");
   To to;
   __builtin_memcpy(&to, &from, sizeof to);
   return to;

@@ -1,4 +1,4 @@
-// What the forward pass says of a row in the end.
+// The outputs of the forward pass for a row, from its sums.
 #pragma once
 #include "kernels.h"
 #include "math/row_stats.h"
@@ -7,10 +7,11 @@ namespace kcd {
 
 template <class Real>
 struct RowResults {
-  Real entropy, kl, cross_entropy, teacher_entropy;   // of a row that was not read NaN, NaN (0 without a teacher), 0, 0
+  Real entropy, kl, cross_entropy, teacher_entropy;   // if not read: NaN, NaN (0 without a teacher), 0, 0
 };
 
-// with_teacher: the teacher's row was read.  label_logit: the student's logit of the label; NaN where there is no such class.
+// Writes the outputs of row i and returns them.  with_teacher: whether the teacher's row was read.  label_logit: the student's
+// logit of the label; NaN if there is no such class.
 template <class Real>
 KCD_INLINE RowResults<Real> write_row(const Problem& problem, const RowOutputs& outputs, int64_t i, bool with_teacher,
                                       const RowSums<Real>& sums, Real label_logit, const Units<Real>& units) {

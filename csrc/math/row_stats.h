@@ -1,26 +1,26 @@
-// The formulas of one row: sums over its classes, how sums of two pieces merge, and what they say in the end.
+// The formulas of one row: the sums over its classes, how the sums of two pieces merge, and the statistics that follow from them.
 //
 // Student logits z, teacher logits y, temperature T, p = softmax(y/T), q = softmax(z/T), pi = softmax(z), psi = softmax(y).
-// Every sum is taken relative to the maxima m_z, m_y of its piece, dz = z - m_z <= 0, dy = y - m_y <= 0, so that nothing overflows
-// and logits of any offset keep all their digits:
+// All sums are relative to the maxima m_z, m_y of their piece: dz = z - m_z <= 0, dy = y - m_y <= 0.  So nothing overflows, and
+// logits keep all their digits at any offset:
 //
 //   KL(p||q)  = sum p (log p - log q),  log p = dy/T - log(sum e^(dy/T)),  log q = dz/T - log(sum e^(dz/T))
 //             = cross / (T * teacher sum) + log(student sum / teacher sum)
 //   H(pi)     = log(Z) - dot / Z,  Z = sum e^dz,  dot = sum e^dz dz
 //
-// Every sum of exponentials is kept as two numbers: how often the maximum itself occurs (each time it adds 1), and the tail of all
-// other classes.  Where one class dominates, the others are far below the last digit of 1: added to it one by one they would be
-// lost, and with them the digits of the entropy of confident rows, which log1p(tail) keeps.
+// Every sum of exponentials is stored as two numbers: how often the maximum occurs (it adds 1 each time), and the tail of all other
+// classes.  If one class dominates, the others are far below the last digit of 1 and would be lost if added to it.  With the tail,
+// log1p(tail) keeps the digits of the entropy of confident rows.
 #pragma once
 #include "math/portable.h"
 
 namespace kcd {
 
-// One network's classes.
+// The sums over the classes of one network.
 template <class Real>
 struct ClassSums {
-  Real max;      // -inf over a piece without any finite logit
-  Real ones;     // classes at the maximum
+  Real max;      // -inf if no logit is finite
+  Real ones;     // number of classes at the maximum
   Real tail;     // sum e^(dx/T) over the others
   Real tail_1;   // sum e^dx over the others
   Real dot_1;    // sum e^dx dx
@@ -35,34 +35,34 @@ struct RowSums {
   Real cross;   // sum e^(dy/T) (dy - dz), times Units::difference_scale
 };
 
-// What a row's sums are measured in.
+// The units of a row's sums.
 template <class Real>
 struct Units {
   Real inverse_temperature;
-  // A student's mask of the most negative finite number makes differences near the end of the type's range, whose sums over a piece
-  // must not leave it where the whole row's do not.  A power of two sees to that; 1: the kernel has another way.
+  // A student masked with the most negative finite number has differences near the end of the type's range.  Their sums over a
+  // piece must not overflow if those over the row do not, so differences are scaled by a power of two.  1: the kernel recomputes
+  // instead.
   Real difference_scale;
 };
 constexpr double kDifferenceScale = 1.0 / 18446744073709551616.0;   // 2^-64
 
-// log2 of the smallest number that float64 tells from 0.  A class below it has no probability in any type: it adds nothing, whether
-// it was ruled out by -inf or by a mask of large negative logits.
+// log2 of the bound below which float64 rounds to 0.  A class below it has no probability in any type and adds nothing, whether it
+// was masked with -inf or with a large negative logit.
 constexpr double kVanishing = -1075.0;
 
-// The number subtracted from every logit of a piece: its maximum, or 0 where all its logits are -inf (e^-inf is 0 either way, while
-// -inf - -inf would not be).
+// The number subtracted from every logit of a piece: its maximum, or 0 if all logits are -inf, since -inf - -inf would be NaN.
 template <class Real>
 KCD_INLINE Real reference(Real maximum) {
   return maximum == -Limits<Real>::infinity() ? Real(0) : maximum;
 }
 
-// By how much a piece's relative logits fall when it moves to the maximum of the whole; 0 for a piece that has none.
+// The distance from a row's maximum to a piece's, <= 0.  0 for a piece without a finite logit.
 template <class Real>
-KCD_INLINE Real shift(Real own, Real whole) {
-  return own == -Limits<Real>::infinity() ? Real(0) : own - whole;
+KCD_INLINE Real shift(Real piece_max, Real row_max) {
+  return piece_max == -Limits<Real>::infinity() ? Real(0) : piece_max - row_max;
 }
 
-// Moves sums to a greater maximum: with dx' = dx + d, sum e^dx' dx' = e^d (sum e^dx dx + d sum e^dx), and likewise for the others.
+// Rebases sums on a greater maximum.  With dx' = dx + d: sum e^dx' dx' = e^d (sum e^dx dx + d sum e^dx), the others likewise.
 template <class Real>
 KCD_INLINE ClassSums<Real> rebase(const ClassSums<Real>& s, Real max, Real inverse_temperature) {
   const Real d = shift(s.max, max);
@@ -80,7 +80,7 @@ KCD_INLINE RowSums<Real> rebase(const RowSums<Real>& s, Real student_max, Real t
   Real cross;
   if (dy * inverse_temperature < static_cast<Real>(kVanishing * kLn2))
     cross = 0;
-  else if (scale == 0)   // in float32 alone: what is finite vanishes, an infinite divergence stays
+  else if (scale == 0)   // only in float32: finite sums vanish, an infinite divergence stays
     cross = s.cross - s.cross == 0 ? Real(0) : s.cross;
   else
     cross = scale * (s.cross + (dy - dz) * units.difference_scale * s.teacher.sum());
@@ -92,7 +92,7 @@ KCD_INLINE ClassSums<Real> add(const ClassSums<Real>& a, const ClassSums<Real>& 
   return {a.max, a.ones + b.ones, a.tail + b.tail, a.tail_1 + b.tail_1, a.dot_1 + b.dot_1};
 }
 
-// The sums of two pieces of a row.
+// Merges the sums of two pieces of a row.
 template <class Real>
 KCD_INLINE RowSums<Real> merge(const RowSums<Real>& first, const RowSums<Real>& second, const Units<Real>& units) {
   const Real student_max = second.student.max > first.student.max ? second.student.max : first.student.max;
@@ -102,7 +102,7 @@ KCD_INLINE RowSums<Real> merge(const RowSums<Real>& first, const RowSums<Real>& 
   return {add(a.student, b.student), add(a.teacher, b.teacher), a.cross + b.cross};
 }
 
-// log Z; log1p where it matters: it takes three times as long as a logarithm.
+// log Z.  Uses log1p only if it matters, since it takes three times as long as log.
 template <class Real>
 KCD_INLINE Real log_sum_1(const ClassSums<Real>& s) {
   return s.ones == 1 && s.tail_1 < Real(0.5) ? log_of_1_plus(s.tail_1) : logarithm(s.sum_1());
@@ -115,7 +115,7 @@ KCD_INLINE Real entropy(const ClassSums<Real>& s) {
 
 template <class Real>
 KCD_INLINE Real kl(const RowSums<Real>& s, const Units<Real>& units) {
-  // One product and one sum, which a compiler fuses or not in all places alike, whether it knows the units there or not.
+  // One product and one sum: so the compiler fuses them in every kernel alike, whether it knows the units at compile time or not.
   const Real per_difference = units.inverse_temperature / units.difference_scale;
   return per_difference * (s.cross / s.teacher.sum()) + logarithm(s.student.sum() / s.teacher.sum());
 }

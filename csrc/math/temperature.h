@@ -1,4 +1,4 @@
-// How e^x follows from e^(x/T): the T-th power by squaring where T is 1, 2 or 4, else another exponential.
+// How to get e^x from e^(x/T): by squaring if T is 1, 2 or 4, else with another exponential.
 #pragma once
 #include "math/portable.h"
 

@@ -1,7 +1,7 @@
-// The slice of libtorch's stable C ABI (torch/csrc/stable/c/shim.h, PyTorch >= 2.10) that kcd_ext uses, and thin wrappers of it.
+// The part of libtorch's stable C ABI (torch/csrc/stable/c/shim.h, PyTorch >= 2.10) that kcd_ext uses, with thin wrappers.
 //
-// Declared here, so that building needs no torch; python_tests/test_extension.py compiles this file after torch's own headers,
-// where any disagreement is a compile error.  docs/abi.md lists the functions and what PyTorch promises about them.
+// Declaring it here lets kcd_ext build without torch.  python_tests/test_extension.py compiles this file after torch's headers, so
+// that any mismatch is a compile error.  docs/internals/abi.md lists the functions and PyTorch's promises about them.
 #pragma once
 #include <array>
 #include <cstddef>
@@ -13,7 +13,7 @@
 #include <string>
 #include <utility>
 
-#ifdef KCD_TORCH_HEADERS   // -DKCD_TORCH_HEADERS=ON: torch's own declarations
+#ifdef KCD_TORCH_HEADERS   // -DKCD_TORCH_HEADERS=ON: torch's declarations
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/c/shim.h>
 #endif
@@ -27,7 +27,7 @@ using TorchLibraryHandle = TorchLibraryOpaque*;
 using CUDAGuardHandle = CUDAGuardOpaque*;
 using StableIValue = uint64_t;
 
-// One list for two readers: here it declares, in stub.cpp it defines the link-time stand-in.
+// One list, expanded twice: to declarations here, to the definitions of the link-time stand-in in stub.cpp.
 #define KCD_TORCH_ABI(X)                                                                                                           \
   X(aoti_torch_library_init_def, (const char* ns, const char* file, uint32_t line, TorchLibraryHandle* library))                   \
   X(aoti_torch_library_init_impl, (const char* ns, const char* key, const char* file, uint32_t line, TorchLibraryHandle* library)) \
@@ -55,13 +55,13 @@ using StableIValue = uint64_t;
   X(torch_get_num_threads, (uint32_t* threads))                                                                                    \
   X(torch_parallel_for, (int64_t begin, int64_t end, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context))
 
-// What a torch without CUDA lacks: null then.
+// Functions for CUDA; null in a torch without CUDA.
 #define KCD_TORCH_CUDA_ABI(X)                                                     \
   X(aoti_torch_get_current_cuda_stream, (int32_t device_index, void** stream))    \
   X(aoti_torch_create_cuda_guard, (int32_t device_index, CUDAGuardHandle* guard)) \
   X(aoti_torch_delete_cuda_guard, (CUDAGuardHandle guard))
 
-// What came with PyTorch 2.11: null before.
+// Functions that PyTorch 2.11 added; null in older versions.
 #define KCD_TORCH_2_11_ABI(X)                                                                                               \
   X(torch_from_blob, (void* data, int64_t dim, const int64_t* sizes, const int64_t* strides, int64_t offset, int32_t dtype, \
                       int32_t device_type, int32_t device_index, AtenTensorHandle* tensor, int32_t layout,                  \
@@ -81,12 +81,12 @@ namespace kcd {
 constexpr uint64_t kTorchVersion = (uint64_t{2} << 56) | (uint64_t{10} << 48);   // the ABI of PyTorch 2.10
 
 inline void check_torch(int32_t error, const char* call) {
-  if (error != 0) throw std::runtime_error(std::string("kcd_ext: ") + call + " failed; libtorch printed why");
+  if (error != 0) throw std::runtime_error(std::string("kcd_ext: ") + call + " failed; libtorch printed the reason");
 }
 #define KCD_CALL(name, ...) ::kcd::check_torch(name(__VA_ARGS__), #name)
 
-// The C ABI does not say why an allocation failed.  kcd_ext/ops.py finds it out: it knows this message, repeats the allocation and
-// so raises what torch raises, torch.OutOfMemoryError on CUDA.
+// The C ABI does not report why an allocation failed.  kcd_ext/ops.py recognises this message and repeats the allocation in Python,
+// which raises torch's exception, torch.OutOfMemoryError on CUDA.
 inline void check_allocation(int32_t error, const int64_t* sizes, int64_t dim, int32_t dtype, int32_t device_type,
                              int32_t device_index) {
   if (error == 0) return;
@@ -100,7 +100,7 @@ inline void check_allocation(int32_t error, const int64_t* sizes, int64_t dim, i
                            (device_type == kCpu ? "the CPU" : "device " + std::to_string(device_index)) + " failed");
 }
 
-// What a call needs to know of a tensor that somebody else keeps alive.
+// A non-owning view of a tensor.
 class View {
  public:
   View(const void* data, const int64_t* sizes, const int64_t* strides, int64_t dim, int32_t dtype, int32_t device_type,
@@ -137,7 +137,7 @@ class View {
   int32_t dtype_, device_type_, device_index_;
 };
 
-// An owned handle of a tensor.
+// An owning handle of a tensor.
 class Tensor : public View {
  public:
   explicit Tensor(StableIValue value) : Tensor(reinterpret_cast<AtenTensorHandle>(value)) {}
@@ -147,24 +147,24 @@ class Tensor : public View {
     if (handle_) aoti_torch_delete_tensor_object(handle_);
   }
 
-  // A contiguous tensor on the device of `like`.
+  // Returns an uninitialised contiguous tensor on the device of `like`.
   static Tensor empty(const int64_t* sizes, int64_t dim, int32_t dtype, const View& like) {
     const Strides strides(sizes, dim);
     AtenTensorHandle handle;
-    check_allocation(aoti_torch_empty_strided(dim, sizes, strides.of, dtype, like.device_type(), like.device_index(), &handle),
+    check_allocation(aoti_torch_empty_strided(dim, sizes, strides.data, dtype, like.device_type(), like.device_index(), &handle),
                      sizes, dim, dtype, like.device_type(), like.device_index());
     return Tensor(handle);
   }
-  // The same over memory of one's own, which `deleter` is called with when torch gives it up.
-  static Tensor over(void* data, const int64_t* sizes, int64_t dim, int32_t dtype, const View& like, void (*deleter)(void*, void*),
-                     void* context) {
+  // As empty, but over existing memory.  Torch calls deleter(data, context) when it releases the tensor.
+  static Tensor from_blob(void* data, const int64_t* sizes, int64_t dim, int32_t dtype, const View& like,
+                          void (*deleter)(void*, void*), void* context) {
     const Strides strides(sizes, dim);
     AtenTensorHandle handle;
-    KCD_CALL(torch_from_blob, data, dim, sizes, strides.of, 0, dtype, like.device_type(), like.device_index(), &handle, 0, nullptr,
-             0, deleter, context);
+    KCD_CALL(torch_from_blob, data, dim, sizes, strides.data, 0, dtype, like.device_type(), like.device_index(), &handle, 0,
+             nullptr, 0, deleter, context);
     return Tensor(handle);
   }
-  static bool can_be_over_memory() { return torch_from_blob != nullptr; }
+  static bool has_from_blob() { return torch_from_blob != nullptr; }
   static Tensor empty(std::initializer_list<int64_t> sizes, int32_t dtype, const View& like) {
     return empty(sizes.begin(), static_cast<int64_t>(sizes.size()), dtype, like);
   }
@@ -190,13 +190,13 @@ class Tensor : public View {
   }
 
   struct Strides {                           // of a contiguous tensor
-    static constexpr int64_t kMaxDim = 64;   // torch's own limit
-    int64_t of[kMaxDim] = {};
+    static constexpr int64_t kMaxDim = 64;   // torch's limit
+    int64_t data[kMaxDim] = {};
     Strides(const int64_t* sizes, int64_t dim) {
-      if (dim > kMaxDim) throw std::runtime_error("kcd_ext: more than 64 dimensions");
+      if (dim > kMaxDim) throw std::runtime_error("kcd_ext: tensors must have at most 64 dimensions, got " + std::to_string(dim));
       int64_t step = 1;
       for (int64_t i = dim - 1; i >= 0; --i) {
-        of[i] = step;
+        data[i] = step;
         step *= sizes[i] > 0 ? sizes[i] : 1;
       }
     }
@@ -205,18 +205,18 @@ class Tensor : public View {
   template <class T>
   T get(int32_t (*getter)(AtenTensorHandle, T*)) const {
     T value;
-    check_torch(getter(handle_, &value), "a query of a tensor");
+    check_torch(getter(handle_, &value), "querying a tensor");
     return value;
   }
   AtenTensorHandle handle_;
 };
 
-// The arguments of a boxed call, in the order of its schema.  The callee owns the tensors: they live as long as this does.
-class Arguments {
+// Reads the arguments of a boxed call, in the order of the schema, and owns its tensors.
+class BoxedArguments {
  public:
-  explicit Arguments(StableIValue* stack) : next_(stack) {}
+  explicit BoxedArguments(StableIValue* stack) : next_(stack) {}
   const Tensor& tensor() { return tensors_[count_++].emplace(*next_++); }
-  const Tensor& operator[](size_t i) const { return *tensors_[i]; }   // of those already taken
+  const Tensor& operator[](size_t i) const { return *tensors_[i]; }   // a tensor that has been read already
   double real() { return scalar<double>(); }
   bool boolean() { return scalar<bool>(); }
   int64_t integer() { return scalar<int64_t>(); }
@@ -229,11 +229,11 @@ class Arguments {
     return value;
   }
   StableIValue* next_;
-  std::array<std::optional<Tensor>, 7> tensors_;   // no schema has more
+  std::array<std::optional<Tensor>, 7> tensors_;   // the most in any schema
   size_t count_ = 0;
 };
 
-// Replaces a boxed call's arguments by its results.
+// Replaces a boxed call's arguments with its results.
 template <class... Tensors>
 void return_results(StableIValue* stack, Tensors&... results) {
   ((*stack++ = results.release()), ...);
@@ -245,7 +245,7 @@ inline int64_t number_of_threads() {
   return threads;
 }
 
-// Work on torch's own threads.
+// Runs body(begin, end) over [0, n) on torch's threads.
 template <class Body>
 void parallel_for(int64_t n, int64_t grain, const Body& body) {
   KCD_CALL(

@@ -14,10 +14,10 @@ class CudaCall : public Call {
   CudaCall(const Call& call, const View& student) : Call(call), device_(student) {
     constexpr int64_t kMax = int64_t{1} << 30;
     require(problem.rows <= kMax && problem.classes <= kMax, "the CUDA kernels support at most 2^30 rows and 2^30 classes");
-    if (!rows_are_named) return;
+    if (!has_row_indices) return;
     teacher_row_.emplace(Tensor::empty({problem.rows}, dtypes().int64, student));
     int64_t* teacher_row = teacher_row_->mutable_data<int64_t>();
-    cuda::launch_map_rows(named_rows, teacher_rows, teacher_row, problem.rows, context());
+    cuda::launch_map_rows(row_indices, teacher_rows, teacher_row, problem.rows, context());
     problem.teacher_row = teacher_row;
   }
 
@@ -32,7 +32,7 @@ class CudaCall : public Call {
 Tensor allocate_bytes(size_t n, const View& like) { return Tensor::empty({static_cast<int64_t>(n)}, dtypes().boolean, like); }
 
 cuda::LossSumParams loss_sum_params(const Call& call, const LossOptions& options, const View& row_weight) {
-  return {row_weight_of(call, row_weight), options.kd_weight * options.temperature * options.temperature, options.ce_weight,
+  return {check_row_weight(call, row_weight), options.kd_weight * options.temperature * options.temperature, options.ce_weight,
           options.reduction, options.ranks};
 }
 
@@ -56,13 +56,13 @@ void run_row_stats(const cuda::RowStatsParams& params, const View& like, const c
 }
 
 void condensed_kd(StableIValue* stack, uint64_t, uint64_t) {
-  Arguments arguments(stack);
-  const ForwardCall a = ForwardCall::of(arguments);
+  BoxedArguments arguments(stack);
+  const CondensedKDArguments a = CondensedKDArguments::from(arguments);
   require(!a.with_gradient, "`with_gradient` is supported on the CPU only");
-  const CudaCall call(a.call(), a.student);
-  Tensor loss = loss_like(call, a.options, a.student), state = state_like(call, a.score, a.student);
+  const CudaCall call(a.check(), a.student);
+  Tensor loss = empty_loss(call, a.options, a.student), state = empty_state(call, a.score, a.student);
   Tensor gradient = Tensor::empty({0}, a.student.dtype(), a.student);
-  const State rows = state_of(call, ranks_by_double(call, a.score), state.mutable_data<void>());
+  const State rows = make_state(call, ranks_by_double(call, a.score), state.mutable_data<void>());
   const cuda::FusedLoss fused_loss{keep_params(a.keep), loss_sum_params(call, a.options, a.row_weight), rows.selected(),
                                    loss.mutable_data<void>(), rows.counts()};
   cuda::RowStatsParams params = row_stats_params(call, a.score, a.value, rows);
@@ -72,12 +72,12 @@ void condensed_kd(StableIValue* stack, uint64_t, uint64_t) {
 }
 
 void row_stats(StableIValue* stack, uint64_t, uint64_t) {
-  Arguments arguments(stack);
-  const RowStatsCall a(arguments);
-  const CudaCall call(a.call(), a.student);
-  Tensor state = state_like(call, a.score, a.student), cross_entropy = cross_entropy_like(call, a.student);
-  Tensor candidate = call.per_row(dtypes().boolean, a.student);
-  const State rows = state_of(call, ranks_by_double(call, a.score), state.mutable_data<void>());
+  BoxedArguments arguments(stack);
+  const RowStatsArguments a(arguments);
+  const CudaCall call(a.check(), a.student);
+  Tensor state = empty_state(call, a.score, a.student), cross_entropy = empty_cross_entropy(call, a.student);
+  Tensor candidate = call.empty_per_row(dtypes().boolean, a.student);
+  const State rows = make_state(call, ranks_by_double(call, a.score), state.mutable_data<void>());
   cuda::clear_state(rows, call.context());   // nothing is selected yet
   cuda::RowStatsParams params = row_stats_params(call, a.score, a.value, rows);
   if (call.problem.with_labels) params.outputs.cross_entropy = cross_entropy.mutable_data<void>();
@@ -87,8 +87,8 @@ void row_stats(StableIValue* stack, uint64_t, uint64_t) {
 }
 
 void select_topk(StableIValue* stack, uint64_t, uint64_t) {
-  Arguments arguments(stack);
-  const SelectCall a(arguments);
+  BoxedArguments arguments(stack);
+  const SelectTopkArguments a(arguments);
   const DeviceScope device(a.value);
   Tensor selected = Tensor::empty(a.value.sizes(), a.value.dim(), dtypes().boolean, a.value);
   const cuda::SelectTopkParams params{a.value.data<void>(), a.is_double(),       a.candidate.data<uint8_t>(),
@@ -99,11 +99,11 @@ void select_topk(StableIValue* stack, uint64_t, uint64_t) {
 }
 
 void reduce_rows(StableIValue* stack, uint64_t, uint64_t) {
-  Arguments arguments(stack);
-  const ReduceCall a(arguments);
-  const CudaCall call(a.call(), a.student);
-  Tensor loss = loss_like(call, a.options, a.student);
-  const State state = given_state(call, a.state);
+  BoxedArguments arguments(stack);
+  const ReduceRowsArguments a(arguments);
+  const CudaCall call(a.check(), a.student);
+  Tensor loss = empty_loss(call, a.options, a.student);
+  const State state = check_state(call, a.state);
   const cuda::ReduceRowsParams params{call.problem,
                                       state.stats() + kKl * call.problem.rows * call.accumulator_bytes(),
                                       a.cross_entropy.data<void>(),
@@ -116,14 +116,14 @@ void reduce_rows(StableIValue* stack, uint64_t, uint64_t) {
   return_results(stack, loss);
 }
 
-void write_gradient(const BackwardCall& a, const CudaCall& call, const Logits& out) {
-  const State state = given_state(call, a.state);
+void write_gradient(const CondensedKDBackwardArguments& a, const CudaCall& call, const Logits& out) {
+  const State state = check_state(call, a.state);
   const cuda::BackwardParams params{call.problem,
                                     state.stats(),
                                     state.selected(),
-                                    row_weight_of(call, a.row_weight),
+                                    check_row_weight(call, a.row_weight),
                                     a.grad_output.data<void>(),
-                                    a.one_for_all() ? 0 : 1,
+                                    a.has_scalar_grad_output() ? 0 : 1,
                                     state.counts(),
                                     a.options.kd_weight * a.options.temperature,
                                     a.options.ce_weight,
@@ -134,18 +134,19 @@ void write_gradient(const BackwardCall& a, const CudaCall& call, const Logits& o
 }
 
 void condensed_kd_backward(StableIValue* stack, uint64_t, uint64_t) {
-  Arguments arguments(stack);
-  const BackwardCall a = BackwardCall::of(arguments);
-  const CudaCall call(a.call(), a.student);
-  Tensor out = call.like_student(a.student);
-  write_gradient(a, call, logits_of(out, out.mutable_data<void>()));
+  BoxedArguments arguments(stack);
+  const CondensedKDBackwardArguments a = CondensedKDBackwardArguments::from(arguments);
+  const CudaCall call(a.check(), a.student);
+  Tensor out = call.empty_like_student(a.student);
+  write_gradient(a, call, make_logits(out, out.mutable_data<void>()));
   return_results(stack, out);
 }
 
 void condensed_kd_backward_(StableIValue* stack, uint64_t, uint64_t) {
-  Arguments arguments(stack);
-  const BackwardCall a = BackwardCall::of(arguments);
-  write_gradient(a, CudaCall(a.call(), a.student), logits_of(a.student, arguments[BackwardCall::kStudent].mutable_data<void>()));
+  BoxedArguments arguments(stack);
+  const CondensedKDBackwardArguments a = CondensedKDBackwardArguments::from(arguments);
+  write_gradient(a, CudaCall(a.check(), a.student),
+                 make_logits(a.student, arguments[CondensedKDBackwardArguments::kStudent].mutable_data<void>()));
 }
 
 }   // namespace

@@ -1,4 +1,4 @@
-// The operators' names and schemas.
+// The names and schemas of the operators.  kcd_ext/ops.py registers the derivative.
 #pragma once
 
 #define KCD_LOSS_OPTIONS "float temperature, float kd_weight, float ce_weight, int ignore_index, int reduction, float ranks"
@@ -6,8 +6,11 @@
   "(Tensor grad_output, " student            \
   " student, Tensor teacher, Tensor labels, Tensor row_weight, Tensor rows, Tensor state, " KCD_LOSS_OPTIONS ") -> " result
 
-// state: laid out as in kernels.h.  The gradient of condensed_kd is empty unless `with_gradient`, which the CPU alone takes: it is
-// that of the loss, for an incoming gradient of 1.  kcd_ext/ops.py registers the derivative.
+// - kernels.h describes the layout of `state`.
+// - An empty tensor of dtype bool stands for an absent tensor.
+// - `gradient` of condensed_kd is the gradient of the loss for an incoming gradient of 1.  It is empty unless `with_gradient`,
+// which
+//   only the CPU supports.
 #define KCD_OPERATORS(X)                                                                                                    \
   X(condensed_kd,                                                                                                           \
     "(Tensor student, Tensor teacher, Tensor labels, Tensor score, Tensor row_weight, Tensor rows, float keep_fraction, "   \

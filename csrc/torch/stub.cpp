@@ -1,5 +1,5 @@
-// Link-time stand-in for libtorch.so: never installed, never loaded.  With it the linker checks every libtorch symbol that kcd_ext
-// uses, and records the dependency, on a machine without torch.
+// A stand-in for libtorch.so at link time, never installed or loaded.  With it the linker checks every libtorch symbol that kcd_ext
+// uses and records the dependency, on a machine without torch.
 #include "torch/abi.h"
 
 #define X(name, args) \

@@ -1,4 +1,4 @@
-#include "cpu/reduce.h"
+#include "cpu/reduce_rows.h"
 
 namespace kcd::cpu {
 

@@ -1,24 +1,24 @@
-// From rows to the loss: what rows are ranked by, how many are selected, the sums.  O(rows), in a fixed order.
+// From rows to the loss: candidates, ranking values, sums.  O(rows), in a fixed order.
 #pragma once
 #include "kernels.h"
 #include "math/loss.h"
 
 namespace kcd::cpu {
 
-// candidate[i]: row i is valid and the teacher holds it (where there is a teacher).  Returns how many are.
+// Sets candidate[i] if row i is valid and, in a call with a teacher, has a teacher row.  Returns the number of candidates.
 int64_t mark_candidates(const Problem& problem, uint8_t* candidate);
 
 int64_t count_valid(const Problem& problem);
 
 template <class Score, class Real>
-void rank(const Score* value, const Real* entropy, const Real* kl, const uint8_t* candidate, int64_t rows, Score* ranked) {
-  for (int64_t i = 0; i < rows; ++i) ranked[i] = kcd::ranked(candidate[i] != 0, value[i], entropy[i], kl[i]);
+void rank_rows(const Score* value, const Real* entropy, const Real* kl, const uint8_t* candidate, int64_t rows, Score* ranking) {
+  for (int64_t i = 0; i < rows; ++i) ranking[i] = ranked(candidate[i] != 0, value[i], entropy[i], kl[i]);
 }
 
-// loss: one number, or one a row for Reduction::none.  Sums run over the rows in order, in double.
+// loss: one number, or one for each row with Reduction::none.  Sums the rows in order, in double.
 template <class Real>
-void loss(const Problem& problem, const Real* kl, const Real* cross_entropy, const Real* row_weight, const uint8_t* selected,
-          const LossFactors& factors, Reduction reduction, Real* loss) {
+void reduce_rows(const Problem& problem, const Real* kl, const Real* cross_entropy, const Real* row_weight, const uint8_t* selected,
+                 const LossFactors& factors, Reduction reduction, Real* loss) {
   double kd_sum = 0, ce_sum = 0;
   for (int64_t i = 0; i < problem.rows; ++i) {
     const double kd =
