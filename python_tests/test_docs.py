@@ -14,13 +14,37 @@ from torch import nn
 from kcd_ext import cli
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+RUN = ("bash", "run")
 NAMES = {page: page.relative_to(ROOT).as_posix() for page in (README, *PAGES)}
 
 
-def of_pages(condition) -> pytest.MarkDecorator:
-    """Parametrize a test over the pages that have a block for which `condition` holds."""
-    pages = [page for page in NAMES if page != README and any(map(condition, blocks(page)))]
+def pages_with_python() -> pytest.MarkDecorator:
+    """Parametrize a test over the pages with Python blocks. Pages with commands to run are slow."""
+    pages = []
+    for page in PAGES:
+        kinds = {(block.language, block.title) for block in blocks(page)}
+        if "python" in {language for language, _ in kinds}:
+            pages.append(pytest.param(page, marks=[pytest.mark.slow] * (RUN in kinds)))
     return pytest.mark.parametrize("page", pages, ids=NAMES.get)
+
+
+def write_files(page, folder) -> None:
+    """Write the blocks whose title is the name of a module, and make `folder` the place to import it from."""
+    for block in blocks(page):
+        if block.language == "python" and block.title:
+            assert re.fullmatch(r"\w+\.py", block.title)
+            (folder / block.title).write_text(block.code)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """Work in an empty folder. Forget the modules that were imported from it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield tmp_path
+    for name, module in [*sys.modules.items()]:
+        if (getattr(module, "__file__", None) or "").startswith(str(tmp_path)):
+            del sys.modules[name]
 
 
 def execute(code: str, names: dict, page: str) -> None:
@@ -28,36 +52,25 @@ def execute(code: str, names: dict, page: str) -> None:
     exec(compile(code, f"<{page}>", "exec"), names)
 
 
-@of_pages(lambda block: block.language == "python")
-def test_blocks_of_page_run(page, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(tmp_path)
-    imported = set(sys.modules)
+@pages_with_python()
+def test_blocks_of_page_run(page, folder):
     torch.manual_seed(0)
     names = {"__name__": "__main__"}
-    try:
-        for block in blocks(page):
-            if block.language == "python" and block.title:
-                assert re.fullmatch(r"\w+\.py", block.title)
-                (tmp_path / block.title).write_text(block.code)
-            elif block.language in ("python", "setup"):
-                execute(block.code, names, NAMES[page])
-    finally:
-        for name in set(sys.modules) - imported:
-            if (getattr(sys.modules[name], "__file__", None) or "").startswith(str(tmp_path)):
-                del sys.modules[name]
+    write_files(page, folder)
     for block in blocks(page):
-        if (block.language, block.title) == ("bash", "run"):
-            for command in commands(block):
-                assert command.startswith("kcd ")
-                done = run(*shlex.split(command)[1:], cwd=tmp_path)
-                assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
+        if block.language in ("python", "setup") and not block.title:
+            execute(block.code, names, NAMES[page])
+    for block in blocks(page):
+        for command in commands(block) if (block.language, block.title) == RUN else ():
+            assert command.startswith("kcd ")
+            done = run(*shlex.split(command)[1:], cwd=folder)
+            assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
 
 
 @pytest.mark.parametrize("page", NAMES, ids=NAMES.get)
-def test_commands_of_page_have_valid_options(page, tmp_path, monkeypatch):
-    """Parse every command that the page shows. A file for a module, a teacher or a run need not exist."""
-    monkeypatch.chdir(tmp_path)
+def test_commands_of_page_have_valid_options(page, folder):
+    """Parse every command that the page shows. Its data, teachers and runs need not exist."""
+    write_files(page, folder)
     for block in blocks(page):
         for command in commands(block) if block.language == "bash" else ():
             words = shlex.split(re.sub(r"^.*-m kcd_ext\.cli", "kcd", command))[1:]
@@ -86,7 +99,7 @@ def test_links_of_page_exist(page):
         assert (ROOT / name).exists(), name
 
 
-# The README's claims, beyond running.
+# What the README claims, beyond running
 
 PYTHON = [block.code for block in blocks(README) if block.language == "python"]
 

@@ -709,7 +709,8 @@ def test_log_odds_figure_matches_samples(random_evaluation):
     below, above = ((y - x)[part].mean() for part in (x < np.median(x), x > np.median(x)))
     note = page_of(found).text
     assert (
-        f"by {below:+.4g} where the teacher's are below their median and by {above:+.4g} where they are above it." in note
+        f"by {below:+.4g} where the teacher's are below their median and by {above:+.4g} where they are above it."
+        in note
     )
     assert ("The student exaggerates" in note) == (below < 0 < above)
     other = dataclasses.replace(found.exaggeration, below=-0.5, above=0.25)
@@ -871,7 +872,11 @@ def change_weights(path):
             "has other weights",
         ),
         (lambda runs: shutil.rmtree(runs / "two" / "teacher"), ["two"], "was not found: no weights in "),
-        (lambda runs: None, ["two", "--teacher", "cnn_large"], "must be the folder of a finished run or a weights file"),
+        (
+            lambda runs: None,
+            ["two", "--teacher", "cnn_large"],
+            "must be the folder of a finished run or a weights file",
+        ),
         (lambda runs: None, ["two", "--teacher", "nowhere"], "unknown teacher 'nowhere'"),
         (lambda runs: None, ["two", "--teacher", "two/seed-5", "--teacher-network", "cnn_large"], "do not fit network"),
         (lambda runs: None, ["two", "--teacher-network", "cnn_large"], "has no effect without teacher"),
@@ -887,7 +892,11 @@ def change_weights(path):
         ),
         (lambda runs: None, ["two/seed-6", "--layers", "0=99"], "kcd: two/seed-6: layers must name a path in teacher."),
         (lambda runs: None, ["two", "--temperatures", "0"], "temperatures must be numbers in [0.001, 1000], got 0.0"),
-        (lambda runs: (runs / "two/seed-6/evaluation.json").mkdir(), ["two"], "two/seed-6/evaluation.json must be a file, but is a folder"),
+        (
+            lambda runs: (runs / "two/seed-6/evaluation.json").mkdir(),
+            ["two"],
+            "two/seed-6/evaluation.json must be a file, but is a folder",
+        ),
         (lambda runs: None, ["two", "--device", "gpu"], "device"),
         (lambda runs: None, ["two", "--threads", "0"], "threads must be"),
         (lambda runs: None, [], "kcd evaluate needs at least one run folder"),
@@ -982,7 +991,9 @@ def test_evaluation_of_another_student_is_refused(name, evaluated, runs, capfd):
         change_weights(runs / "two" / "seed-5" / name)
     capfd.readouterr()
     assert kcd("report", "two") == 2
-    assert capfd.readouterr().err.startswith(f"kcd: two/seed-5/evaluation.json belongs to another student: {name} has changed")
+    assert capfd.readouterr().err.startswith(
+        f"kcd: two/seed-5/evaluation.json belongs to another student: {name} has changed"
+    )
     if name == "student.safetensors":  # looks damaged, because the digest differs
         assert kcd("evaluate", "two/seed-5", "--threads", 1) == 2
         assert "seed-5/student.safetensors has changed since the run wrote it" in capfd.readouterr().err
