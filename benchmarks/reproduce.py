@@ -222,7 +222,7 @@ same seed (same initial weights, same initial order of samples) ± its standard 
         write_bytes(self.results / f"{name}.md", text.encode())
         content = {
             "command": command(),
-            "environment": {name: fact for name, fact in environment.describe().items() if name != "executable"},
+            "environment": {name: fact for name, fact in environment.facts().items() if name != "executable"},
             "pair": self.pair,
             "epochs": self.epochs,
             "data": {"name": data.name, "classes": self.classes or data.num_classes},

@@ -24,13 +24,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from harness import candidates, guard, memory, places, plot, report
+from harness import candidates, cases, guard, memory, plot, report
+from harness.cases import FULL, SHORT, Case, Shape
+from harness.constants import BOTH, FORWARD, MEASURED
 from harness.device import Device
 from harness.devices import DEVICES
 from harness.loop import Benchmark
 from harness.machine import commit, write_json
-from harness.names import BOTH, FORWARD, MEASURED
-from harness.places import FULL, SHORT, Place, Shape
 
 import kcd_ext
 from kcd_ext.ops import build_info
@@ -64,11 +64,11 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument(
         "--labels",
-        type=argparse_type(places.fraction),
+        type=argparse_type(cases.fraction),
         metavar="FRACTION",
         help="add labels to every shape, with this fraction of rows ignored",
     )
-    parser.add_argument("--sweep", nargs="+", choices=places.SWEEPS, default=[], help="add a table for each")
+    parser.add_argument("--sweep", nargs="+", choices=cases.SWEEPS, default=[], help="add a table for each")
     parser.add_argument(
         "--memory",
         **shape,
@@ -146,7 +146,7 @@ class Run:
     def _select(self, everyone: list[candidates.Candidate], compiled: bool) -> list[candidates.Candidate]:
         return [candidate for candidate in everyone if compiled or not candidate.compiles]
 
-    def _benchmark(self, cases: list[Place], everyone: list[candidates.Candidate], compiled: bool) -> dict:
+    def _benchmark(self, cases: list[Case], everyone: list[candidates.Candidate], compiled: bool) -> dict:
         """Return the figures of the candidates; torch.compile's only if `compiled`."""
         benchmark = Benchmark(
             self.device,
@@ -164,12 +164,12 @@ class Run:
     def _main_table(self) -> None:
         compiled = self.options.compile != NEVER
         everyone = [*self.candidates, candidates.autograd_overhead()]  # autograd is a floor of small calls
-        figures = self._benchmark([Place(shape) for shape in self.options.shapes], everyone, compiled)
+        figures = self._benchmark([Case(shape) for shape in self.options.shapes], everyone, compiled)
         self.result |= {"ratios": report.ratios(figures), "figures": figures}
         for direction in (BOTH, FORWARD):
             self.add(f"## {direction.capitalize()}, µs")
             self.add(report.times(figures, direction))
-        self.add(self.device.about_ceilings())
+        self.add(self.device.explain_ceilings())
         self.add("## Errors")
         self.add(report.errors(figures))
         if any(row["status"] != MEASURED for row in figures["rows"]):
@@ -179,15 +179,15 @@ class Run:
     def _overhead(self) -> None:
         compiled = self.options.compile == EVERYWHERE or (self.options.compile == TABLE and not self.options.short)
         everyone = [candidate for candidate in self.candidates if not candidate.inplace]
-        figures = self._benchmark([Place(SMALL)], [*everyone, candidates.autograd_overhead()], compiled)
+        figures = self._benchmark([Case(SMALL)], [*everyone, candidates.autograd_overhead()], compiled)
         self.result["overhead"] = figures
         self.add(f"## The cost of a call: {SMALL.rows} × {SMALL.classes}, µs")
         self.add(report.overhead(figures))
 
     def _sweep(self, name: str) -> dict:
         everyone = [candidate for candidate in self.candidates if not candidate.inplace]
-        cases = places.SWEEPS[name](self.device.threads or 1)
-        figures = self._benchmark(cases, everyone, self.options.compile == EVERYWHERE)
+        swept = cases.SWEEPS[name](self.device.threads or 1)
+        figures = self._benchmark(swept, everyone, self.options.compile == EVERYWHERE)
         self.add(f"## Over {name}: forward + backward, µs")
         self.add(report.times(figures, BOTH))
         return figures
@@ -209,7 +209,7 @@ class Run:
             if importlib.util.find_spec("matplotlib") is None:
                 print("No plot: matplotlib is not installed (pip install kcd-ext[train])", file=sys.stderr)
             else:
-                plot.draw(rows, f"{self.device.name}, keep {places.KEEP}", Path(f"{base}.svg"))
+                plot.draw(rows, f"{self.device.name}, keep {cases.KEEP}", Path(f"{base}.svg"))
         write_json(Path(f"{base}.json"), self.result)
         guard.record(folder, self.result)
         Path(f"{base}.md").write_text("\n\n".join(self.paragraphs) + "\n")

@@ -16,7 +16,7 @@ DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 VALUES = ("entropy", "teacher_entropy", "kl", "cross_entropy")
 REDUCTIONS = ("mean", "sum", "none")
 FLOAT32_MAX = float(torch.finfo(torch.float32).max)
-TEMPERATURES = 1e-18, 1e18  # keeps T, 1/T and T² normal numbers in float32
+TEMPERATURE_RANGE = 1e-18, 1e18  # keeps T, 1/T and T² normal numbers in float32
 
 
 class Keep(NamedTuple):
@@ -223,11 +223,11 @@ def check_float32(name: str, x: float) -> float:
 
 
 def check_temperature(temperature: float) -> float:
-    """Return a temperature in TEMPERATURES as a float."""
+    """Return a temperature in TEMPERATURE_RANGE as a float."""
     temperature = check_float32("temperature", temperature)
     if temperature <= 0:
         raise ValueError(f"temperature must be > 0, got {temperature}")
-    low, high = TEMPERATURES
+    low, high = TEMPERATURE_RANGE
     if not low <= temperature <= high:
         raise ValueError(f"temperature must be in [{low:g}, {high:g}], got {temperature}")
     return temperature

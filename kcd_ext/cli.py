@@ -19,9 +19,9 @@ from importlib import metadata
 from typing import Any, NamedTuple
 
 from . import processes, terminal
-from .describe import LENGTH, brief, did_you_mean, one_line
+from .describe import MAX_LENGTH, brief, did_you_mean, one_line
 from .processes import BAD_INPUT
-from .registry import unknown
+from .registry import unknown_name_error
 
 DESCRIPTION = """Knowledge Condensation Distillation: distil only what the student still has to learn.
 
@@ -31,8 +31,8 @@ Run kcd COMMAND --help for the options of a command and kcd --version for the ve
 class _Command(NamedTuple):
     """The location of a command, and the first line of its docstring, which `kcd --help` shows without importing it."""
 
-    kind: str
-    sentence: str
+    target: str
+    summary: str
 
 
 COMMANDS = {
@@ -100,7 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt as interrupt:
         if processes.rank() == 0:
-            terminal.say("interrupted", str(interrupt))
+            terminal.print_error("interrupted", str(interrupt))
         return EXIT_INTERRUPTED
     except OSError as error:
         return _fail(error, f"{error.strerror or error}", str(error.filename or ""))
@@ -112,7 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # When a process ends, torch's backends raise long messages of several types on the others.
         return _fail(error, "another process of this command may have ended", type(error).__name__, one_line(error))
     for text in dict.fromkeys(str(warning.message) for warning in caught if processes.rank() == 0):
-        terminal.say("warning", " ".join(text.split()))
+        terminal.print_error("warning", " ".join(text.split()))
     return 0
 
 
@@ -120,7 +120,7 @@ def _fail(error: Exception, *parts: str) -> int:
     """Print an error in one line. With KCD_TRACEBACK, raise it instead."""
     if os.environ.get("KCD_TRACEBACK"):
         raise error
-    terminal.say(*parts)
+    terminal.print_error(*parts)
     return BAD_INPUT
 
 
@@ -174,7 +174,7 @@ def _check_no_empty_argument(arguments: list[str]) -> None:
 
 def _load_command(command: str) -> type:
     """Import and return the class of a command. Raises ImportError if a package is missing."""
-    module, _, name = COMMANDS[command].kind.partition(":")
+    module, _, name = COMMANDS[command].target.partition(":")
     try:
         return getattr(importlib.import_module(module), name)
     except ModuleNotFoundError as error:
@@ -224,7 +224,7 @@ def _show_help(name: str, kind: type, command: Any, given: dict[str, object]) ->
     lines = _method_help(name, *command.recipe.method_options()) if hasattr(command, "recipe") else []
     with suppress(SystemExit):
         _parse_with_tyro(name, kind, ["--help"], **given)
-    terminal.show(*lines)
+    terminal.print_lines(*lines)
 
 
 def _method_help(command: str, method: str, options: Sequence[Any]) -> list[str]:
@@ -239,8 +239,8 @@ def _method_help(command: str, method: str, options: Sequence[Any]) -> list[str]
 def _show_overview() -> None:
     """Print the help of `kcd` itself, with one sentence for each command."""
     description = [line for paragraph in DESCRIPTION.splitlines() for line in _wrap(paragraph)]
-    commands = _definition_list({name: command.sentence for name, command in COMMANDS.items()}, 12)
-    terminal.show("usage: kcd COMMAND [OPTIONS]", "", *description, "", "commands:", *commands)
+    commands = _definition_list({name: command.summary for name, command in COMMANDS.items()}, 12)
+    terminal.print_lines("usage: kcd COMMAND [OPTIONS]", "", *description, "", "commands:", *commands)
 
 
 def _definition_list(texts: Mapping[str, str], column: int) -> list[str]:
@@ -280,9 +280,9 @@ def _unknown_command(name: str, options: Sequence[str]) -> ValueError:
         return ValueError(f"--version takes no arguments, got {brief(options[0])}")
     if name.startswith("-"):
         nearest = did_you_mean(name, (*HELP_FLAGS, "--version")) or ": put the command before its options"
-        option = name if len(name) <= LENGTH else f"{name[:LENGTH]}..."
+        option = name if len(name) <= MAX_LENGTH else f"{name[:MAX_LENGTH]}..."
         return ValueError(f"unrecognized option {option}{nearest} (see kcd --help)")
-    return ValueError(f"{unknown('command', name, COMMANDS)} (see kcd --help)")
+    return ValueError(f"{unknown_name_error('command', name, COMMANDS)} (see kcd --help)")
 
 
 def _show_version() -> None:
@@ -291,7 +291,7 @@ def _show_version() -> None:
         version = metadata.version("kcd-ext")
     except metadata.PackageNotFoundError:  # run from a source folder
         from kcd_ext import __version__ as version
-    terminal.show(f"kcd {version}")
+    terminal.print_lines(f"kcd {version}")
 
 
 @contextmanager

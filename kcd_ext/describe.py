@@ -4,7 +4,7 @@ import difflib
 import sys
 from collections.abc import Collection, Iterable
 
-LENGTH = 60  # characters of a value that a message shows
+MAX_LENGTH = 60  # characters of a value that a message shows
 _ARRAY_TYPES = (("torch", "Tensor", "tensor"), ("numpy", "ndarray", "array"))
 
 
@@ -31,7 +31,7 @@ def brief(x: object) -> str:
     if summary is not None:
         return summary
     if isinstance(x, str):
-        return repr(x) if len(x) <= LENGTH else f"{x[:LENGTH]!r}... ({len(x)} characters)"
+        return repr(x) if len(x) <= MAX_LENGTH else f"{x[:MAX_LENGTH]!r}... ({len(x)} characters)"
     name = getattr(x, "__qualname__", None)
     if isinstance(name, str):  # a class or a function, whose repr contains an address
         return name
@@ -41,7 +41,7 @@ def brief(x: object) -> str:
         return type(x).__name__
     if "\n" in value or value.startswith("<"):
         return type(x).__name__
-    return value if len(value) <= LENGTH else f"{value[:LENGTH]}..."
+    return value if len(value) <= MAX_LENGTH else f"{value[:MAX_LENGTH]}..."
 
 
 def _summary(x: object) -> str | None:
@@ -93,7 +93,7 @@ def describe_error(error: BaseException) -> str:
     return f"{type(error).__name__}: {one_line(error)}"
 
 
-def some(names: Iterable[str], limit: int = 4) -> str:
+def join_names(names: Iterable[str], limit: int = 4) -> str:
     """Return the first `limit` names and the number of the others, for a message."""
     names = [*names]
     rest = len(names) - limit

@@ -14,7 +14,7 @@ import torch
 
 from .ops import build_info
 
-MOST_THREADS = 4096  # the largest number of torch threads that options accept
+MAX_THREADS = 4096  # the largest number of torch threads that options accept
 
 
 def versions() -> dict[str, str]:
@@ -28,7 +28,7 @@ def versions() -> dict[str, str]:
     }
 
 
-def describe() -> dict[str, str]:
+def facts() -> dict[str, str]:
     """Return everything that `kcd info` prints, in order: name -> fact."""
     build = {name.replace("_", " ").replace("cuda", "CUDA"): _to_text(fact) for name, fact in build_info.items()}
     if not build_info["cuda_architectures"]:

@@ -23,9 +23,9 @@ import torch
 from torch import Tensor, nn
 
 from .checks import check_float, check_int, check_percent
-from .describe import describe, some
+from .describe import describe, join_names
 from .methods.features import Tap, stages_of
-from .networks import check_network, evaluation_mode, logits_alone, usual_modes
+from .networks import check_network, evaluation_mode, logits_only, usual_modes
 
 TEMPERATURES = (1.0, 4.0)
 MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-3, 1e3  # beyond, only the top class has a probability, or all have the same
@@ -207,7 +207,7 @@ def evaluate(
 
     Args:
         student: a network that maps x to logits (b, classes), on the device of the batches. If it returns more than logits,
-            the logits are used, with a UserWarning (`kcd_ext.networks.LogitsAlone`). It runs in the precision of its weights:
+            the logits are used, with a UserWarning (`kcd_ext.networks.LogitsOnly`). It runs in the precision of its weights:
             your autocast, gradient and inference modes, default dtype and default device have no effect.
         teacher: the same.
         batches: (x, labels, ...), such as a `Batch`; labels are (b,) int64 in [0, classes). Each sample once.
@@ -228,7 +228,7 @@ def evaluate(
             infinite; a label is not a class.
         RuntimeError: a layer did not run, or its output is not one feature vector per sample.
     """
-    temperatures = checked_temperatures(temperatures)
+    temperatures = check_temperatures(temperatures)
     logits, labels = ([], []), []
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
@@ -236,7 +236,7 @@ def evaluate(
         for network in (student, teacher):
             stack.enter_context(evaluation_mode(network))
         outputs = [
-            stack.enter_context(logits_alone(name, network))
+            stack.enter_context(logits_only(name, network))
             for name, network in (("student", student), ("teacher", teacher))
         ]
         networks = [output.network.eval() for output in outputs]
@@ -603,7 +603,7 @@ def _check_layers(networks: dict[str, nn.Module], layers: Sequence[tuple[str, st
                 shallow = sorted(paths, key=lambda path: path.count("."))
                 raise ValueError(
                     f"layers must name a path in {role}.named_modules(), {PENULTIMATE} or {LOGITS}; the {role} has no "
-                    f"{path!r}, only {some(shallow, MAX_LISTED_PATHS)}"
+                    f"{path!r}, only {join_names(shallow, MAX_LISTED_PATHS)}"
                 )
             if not _has_linear(network):
                 raise ValueError(
@@ -614,7 +614,7 @@ def _check_layers(networks: dict[str, nn.Module], layers: Sequence[tuple[str, st
 # --- checks -----------------------------------------------------------------------------------------------------------
 
 
-def checked_temperatures(temperatures: Sequence[float]) -> tuple[float, ...]:
+def check_temperatures(temperatures: Sequence[float]) -> tuple[float, ...]:
     """Return one or more distinct numbers in [0.001, 1000]. Raises TypeError or ValueError for others."""
     takes = f"numbers in [{MIN_TEMPERATURE}, {MAX_TEMPERATURE:g}]"
     checked = tuple(check_float("temperatures", t, takes, MIN_TEMPERATURE, MAX_TEMPERATURE) for t in temperatures)
@@ -652,7 +652,7 @@ def _check_samples(student: Tensor, teacher: Tensor, labels: Tensor, class_names
 def _check_consistent(found: Evaluation) -> None:
     """Raise ValueError if the parts of an evaluation from a file contradict each other."""
     temperatures = [one.temperature for one in found.divergence]
-    checked_temperatures(temperatures)
+    check_temperatures(temperatures)
     if not found.samples or not found.layers or not found.classes:
         raise ValueError("evaluation must have samples, layers and classes")
     if sum(one.count for one in found.classes) != found.samples:

@@ -279,7 +279,7 @@ def _gradient_in_forward(student: Tensor, options: LossOptions) -> bool:
     below that the backward pass is cheaper. Not in float16: such a gradient may underflow unless the backward pass scales it.
     """
     scaled_per_row = options.operators[-2] == ops.REDUCTION_NONE
-    if scaled_per_row or student.dtype == torch.float16 or not ops.writes_gradient_ahead(student):
+    if scaled_per_row or student.dtype == torch.float16 or not ops.supports_gradient_in_forward(student):
         return False
     fraction, count = options.keep
     return 4 * count >= student.numel() // max(1, student.shape[-1]) if count else fraction >= 0.25
@@ -300,7 +300,7 @@ def _run_over_group(
     state, cross_entropy, candidate = ops.row_stats(
         student, teacher, labels, score, rows, options.temperature, value_kind, options.ignore_index
     )
-    local_value = ops.arrays_of(state, student, ops.value_dtype(student, score)).value
+    local_value = ops.unpack_state(state, student, ops.value_dtype(student, score)).value
     valid = torch.ones_like(candidate) if labels.dtype == torch.bool else labels != options.ignore_index
 
     local = torch.stack([x.reshape(-1).to(local_value.dtype) for x in (local_value, candidate, valid)])
@@ -319,7 +319,7 @@ def _run_over_group(
 
 def _knowledge(state: Tensor, student: Tensor, value: str | Tensor) -> Knowledge:
     """Return copies of the state's arrays: the caller may modify them, but autograd still needs the state."""
-    row_value, *rest = ops.arrays_of(state, student, _score_dtype(value, student))
+    row_value, *rest = ops.unpack_state(state, student, _score_dtype(value, student))
     return Knowledge(row_value.to(value.dtype) if isinstance(value, Tensor) else row_value, *rest)
 
 
@@ -405,7 +405,7 @@ def select_rows(
         else (_prepare_score(value, student), _SCORE_KIND)
     )
     state, _, candidate = ops.row_stats(student, absent, labels, score, absent, 1.0, value_kind, ignore_index)
-    row_value = ops.arrays_of(state, student, ops.value_dtype(student, score)).value
+    row_value = ops.unpack_state(state, student, ops.value_dtype(student, score)).value
     selected = ops.select_topk(row_value, candidate, *checked_keep)
     # A stable sort puts the selected rows first, in order. The length depends on the number of rows only.
     order = torch.sort(selected.reshape(-1), descending=True, stable=True).indices[: checked_keep.of(selected.numel())]

@@ -73,7 +73,7 @@ def _is_expanded(tensor: Tensor) -> bool:
 
 
 @contextmanager
-def undone(*roots: nn.Module) -> Iterator[None]:
+def restored(*roots: nn.Module) -> Iterator[None]:
     """Restore modules and their submodules at the end of the context: tensors, gradients, modes and attributes.
 
     Attributes are restored with their contents if they are tensors, arrays, lists, tuples, dictionaries, sets, deques or random

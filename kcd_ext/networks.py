@@ -79,7 +79,7 @@ def hookable(network: nn.Module) -> nn.Module:
     return _ScriptWrapper(network) if isinstance(network, torch.jit.ScriptModule) else network
 
 
-class LogitsAlone:
+class LogitsOnly:
     """A forward hook that reduces the output of a network to its logits.
 
     - A mapping or an object with `logits` (a `ModelOutput` of transformers, a named tuple of torchvision) is reduced to these.
@@ -122,7 +122,7 @@ class LogitsAlone:
             )
         return logits
 
-    def act_where_found(self) -> bool:
+    def restrict_to_found_modes(self) -> bool:
         """Restrict the hook to the modes in which the network returned more than logits. Return whether one is new."""
         previous, self.acts_in = self.acts_in, set(self.found)
         return not self.acts_in <= previous
@@ -142,7 +142,7 @@ class LogitsAlone:
             self._hook.remove()
             self._hook = None
 
-    def __deepcopy__(self, memo: dict) -> "LogitsAlone":
+    def __deepcopy__(self, memo: dict) -> "LogitsOnly":
         return self
 
     def __reduce__(self):
@@ -150,9 +150,9 @@ class LogitsAlone:
 
 
 @contextmanager
-def logits_alone(name: str, network: nn.Module) -> Iterator[LogitsAlone]:
-    """Register a `LogitsAlone` hook inside the context."""
-    hook = LogitsAlone(name, network)
+def logits_only(name: str, network: nn.Module) -> Iterator[LogitsOnly]:
+    """Register a `LogitsOnly` hook inside the context."""
+    hook = LogitsOnly(name, network)
     try:
         yield hook
     finally:

@@ -81,7 +81,7 @@ def has_kernels_for(logits: Tensor) -> bool:
     return logits.is_cpu or (_WITH_CUDA and logits.is_cuda)
 
 
-def writes_gradient_ahead(logits: Tensor) -> bool:
+def supports_gradient_in_forward(logits: Tensor) -> bool:
     """Return whether `condensed_kd` supports `with_gradient` for these logits: plain tensors on the CPU, no fake ones."""
     return logits.is_cpu and type(logits) in _PLAIN_TYPES
 
@@ -133,7 +133,7 @@ class StateArrays(NamedTuple):
     """Number of selected rows, an int64 scalar."""
 
 
-def arrays_of(state: Tensor, student: Tensor, value_dtype: torch.dtype) -> StateArrays:
+def unpack_state(state: Tensor, student: Tensor, value_dtype: torch.dtype) -> StateArrays:
     """Return copies of the arrays in the state that `condensed_kd` or `row_stats` computed for these logits.
 
     Copies, so that the caller may modify them or keep one without the others. `view_copy`, because torch.jit.trace cannot

@@ -28,7 +28,7 @@ def resolve(kind: str, name: str, registry: Mapping[str, str]) -> object:
         raise TypeError(f"{kind} must be a name or module:attribute, got {describe(name)}")
     module_name, colon, attribute = registry.get(name, name).partition(":")
     if not colon or not module_name or not attribute:
-        raise unknown(kind, name, sorted(registry), "write module:attribute")
+        raise unknown_name_error(kind, name, sorted(registry), "write module:attribute")
     try:
         with nullcontext() if name in registry else resolving():
             found = importlib.import_module(module_name)
@@ -73,7 +73,7 @@ def call(kind: str, name: str, registry: Mapping[str, str], /, **arguments: obje
         raise ValueError(f"{kind} {name!r} raised {describe_error(error)}") from error
 
 
-def unknown(
+def unknown_name_error(
     kind: str, name: str, names: Iterable[str], otherwise: str = "", variants: Iterable[str] = ()
 ) -> ValueError:
     """Return the error for an unknown name. It suggests the nearest name, lists all names, and mentions `otherwise`.

@@ -19,13 +19,13 @@ def printable(text: str) -> str:
     return UNPRINTABLE.sub(lambda found: repr(found[0])[1:-1], text)
 
 
-def show(*lines: str) -> None:
+def print_lines(*lines: str) -> None:
     """Print lines on stdout, with `UNPRINTABLE` characters escaped."""
     for line in lines:
         print(printable(line))
 
 
-def say(*parts: str) -> None:
+def print_error(*parts: str) -> None:
     """Print one line on stderr: `kcd`, with the rank if it is not 0, and the non-empty parts, joined by colons."""
     name = f"kcd: process {processes.rank()}" if processes.rank() else "kcd"
     line = ": ".join([name, *filter(None, parts)])

@@ -11,7 +11,7 @@ from torch import Tensor
 import kcd_ext
 
 
-def there(x, device: str):
+def copy_to_device(x, device: str):
     """Copy a tensor to the device with its memory layout and the surrounding memory. Return other objects unchanged.
 
     `Tensor.to` would turn strided or misaligned rows into a contiguous tensor.
@@ -25,12 +25,12 @@ def there(x, device: str):
 def _run(
     function, device: str, student: Tensor, teacher: Tensor, grad_output: Tensor | None, options: dict
 ) -> dict[str, Tensor]:
-    leaf = there(student.detach(), device).requires_grad_()
+    leaf = copy_to_device(student.detach(), device).requires_grad_()
     # With inplace the gradient overwrites the logits, which must not be a leaf.
     logits = leaf.clone() if options.get("inplace") else leaf
-    options = {name: there(option, device) for name, option in options.items()}
-    loss, knowledge = function(logits, there(teacher, device), return_knowledge=True, **options)
-    grad_output = torch.ones_like(loss) if grad_output is None else there(grad_output, device)
+    options = {name: copy_to_device(option, device) for name, option in options.items()}
+    loss, knowledge = function(logits, copy_to_device(teacher, device), return_knowledge=True, **options)
+    grad_output = torch.ones_like(loss) if grad_output is None else copy_to_device(grad_output, device)
     (grad,) = torch.autograd.grad(loss, leaf, grad_output)
     return {name: x.detach().cpu() for name, x in {"loss": loss, "grad": grad, **knowledge._asdict()}.items()}
 
@@ -54,7 +54,7 @@ def _run_simt(student: Tensor, teacher: Tensor, grad_output: Tensor | None, opti
 
 def _run_two_pass(student: Tensor, teacher: Tensor, grad_output: Tensor | None, options: dict) -> dict[str, Tensor]:
     """Compute the gradient in the backward pass, as happens for few selected rows and under torch.compile."""
-    with mock.patch.multiple(kcd_ext.ops, HAS_FAST_PATH=False, writes_gradient_ahead=lambda logits: False):
+    with mock.patch.multiple(kcd_ext.ops, HAS_FAST_PATH=False, supports_gradient_in_forward=lambda logits: False):
         return _run(kcd_ext.condensed_kd_loss, "cpu", student, teacher, grad_output, options)
 
 

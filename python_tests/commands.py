@@ -14,8 +14,8 @@ TIMEOUT = 180  # seconds; only a hang takes that long
 MODULE = ("-m", "kcd_ext.cli")
 TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node", "2", *MODULE)
 # The environment of a process without a launcher.
-ALONE = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
-ALONE["OMP_NUM_THREADS"] = "1"
+NO_LAUNCHER_ENV = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+NO_LAUNCHER_ENV["OMP_NUM_THREADS"] = "1"
 
 
 def run(*arguments, cwd: Path, launcher=MODULE, **options) -> subprocess.CompletedProcess:

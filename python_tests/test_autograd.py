@@ -10,7 +10,7 @@ import textwrap
 
 import pytest
 import torch
-from backends import DEVICES, on_gpu, there
+from backends import DEVICES, copy_to_device, on_gpu
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -41,7 +41,7 @@ OPTIONS = [
 def test_gradient_passes_gradcheck(device, options):
     # Fixed scores: a step of gradcheck must not change the selection.
     options = {"value": torch.arange(5.0).roll(2), **options}
-    options = {name: there(x, device) for name, x in options.items()}
+    options = {name: copy_to_device(x, device) for name, x in options.items()}
     student, teacher = logits(5, 6, 0, device).requires_grad_(), logits(5, 6, 1, device)
     assert torch.autograd.gradcheck(lambda z: condensed_kd_loss(z, teacher, **options), (student,))
 
@@ -49,7 +49,7 @@ def test_gradient_passes_gradcheck(device, options):
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_reference_is_twice_differentiable(device, options):
     options = {"value": torch.arange(5.0).roll(2), **options}
-    options = {name: there(x, device) for name, x in options.items()}
+    options = {name: copy_to_device(x, device) for name, x in options.items()}
     student, teacher = logits(5, 6, 0, device).requires_grad_(), logits(5, 6, 1, device)
     assert torch.autograd.gradgradcheck(lambda z: reference.condensed_kd_loss(z, teacher, **options), (student,))
     got, want = (f(student, teacher, **options) for f in (condensed_kd_loss, reference.condensed_kd_loss))

@@ -40,9 +40,9 @@ def harness():
 )
 def test_work_equals_bytes_and_exponentials_counted_by_hand(shape, keep, backward, one_pass, two_passes):
     from harness import floors
-    from harness.places import Place, Shape
+    from harness.cases import Case, Shape
 
-    job = Place(Shape.parse(shape), keep).job(backward=backward)
+    job = Case(Shape.parse(shape), keep).job(backward=backward)
     assert floors.one_pass(job) == one_pass
     assert floors.two_passes(job) == two_passes
 
@@ -56,7 +56,7 @@ def test_floor_is_the_larger_of_bytes_and_exponentials():
 
 
 def test_shape_parses_its_own_text_and_refuses_other_text():
-    from harness.places import Shape
+    from harness.cases import Shape
 
     shape = Shape.parse("512x128256:bfloat16:labels=0.1")
     assert shape == (512, 128256, torch.bfloat16, 0.1, None) and shape.n_ignored == 51
@@ -67,16 +67,16 @@ def test_shape_parses_its_own_text_and_refuses_other_text():
 
 
 def test_candidates_take_turns_in_changing_order_and_summary_has_quartiles():
-    from harness.timing import Deadline, in_turns, summary
+    from harness.timing import Deadline, interleave, summary
 
     order = []
     functions = {name: lambda name=name: order.append(name) or (1e-6 * len(order),) for name in "abc"}
-    samples = in_turns(functions, Deadline(0), (7, 9))  # past the deadline: a warm-up round, then the fewest rounds
+    samples = interleave(functions, Deadline(0), (7, 9))  # past the deadline: a warm-up round, then the fewest rounds
     assert order[:3] == ["a", "b", "c"] and len(order) == 3 * 8
     rounds = [order[i : i + 3] for i in range(3, 24, 3)]
     assert all(sorted(each) == ["a", "b", "c"] for each in rounds) and len(set(map(tuple, rounds))) > 1
     assert samples["b"] == [(1e-6 * (3 + 3 * i + each.index("b") + 1),) for i, each in enumerate(rounds)]
-    assert len(in_turns(functions, Deadline(60), (2, 5))["a"]) == 5
+    assert len(interleave(functions, Deadline(60), (2, 5))["a"]) == 5
     microseconds = np.array([7.0, 1, 2, 4, 3, 6, 5])
     low, median, high = np.quantile(microseconds, (0.25, 0.5, 0.75), method="weibull")
     assert summary((microseconds * 1e-6).tolist()) == {"median_us": median, "low_us": low, "high_us": high}
@@ -85,8 +85,8 @@ def test_candidates_take_turns_in_changing_order_and_summary_has_quartiles():
 @pytest.mark.parametrize("ignored", [None, 0.0, 0.3])
 def test_eager_and_exact_losses_equal_the_reference(ignored):
     from harness import candidates
+    from harness.cases import Shape
     from harness.inputs import Rotation
-    from harness.places import Shape
 
     import kcd_ext.reference
 
@@ -128,7 +128,7 @@ def test_committed_ratios_are_the_lowest_of_the_instruction_set(tmp_path):
 
 def test_every_measured_cpu_has_its_table_and_its_ratios_committed():
     from harness import guard
-    from harness.places import SHORT
+    from harness.cases import SHORT
 
     folder = BENCHMARKS / "results"
     machines = json.loads((folder / guard.FILE).read_text())
@@ -207,7 +207,7 @@ def test_small_run_writes_table_figures_plot_and_ratios(tmp_path):
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="cannot reset the process's peak memory")
 def test_peak_memory_excludes_the_inputs():
     from harness import candidates, memory
-    from harness.places import Shape
+    from harness.cases import Shape
 
     cpu = types.SimpleNamespace(kind="cpu", threads=1)
     rows = memory.peaks(cpu, Shape(512, 2048), candidates.common_candidates()[:3])
@@ -219,9 +219,9 @@ def test_peak_memory_excludes_the_inputs():
 
 
 def test_each_sweep_varies_one_quantity():
-    from harness.places import SWEEPS
+    from harness.cases import SWEEPS
 
-    swept = {name: places(6) for name, places in SWEEPS.items()}
+    swept = {name: cases(6) for name, cases in SWEEPS.items()}
     assert [place.shape.threads for place in swept["threads"]] == [1, 2, 4, 6]
     assert [place.keep for place in swept["keep"]] == [1.0, 0.7, 0.2] and len({p.shape for p in swept["keep"]}) == 1
     assert [p.shape.classes for p in swept["classes"]] == [10, 64, 256, 1024, 4096, 16384, 65536, 262144]

@@ -246,7 +246,7 @@ def test_demo_fails_in_one_line_when_the_disk_is_full(tmp_path):
 
 def constant():
     images = np.zeros((60, 8, 8, 1), np.uint8)
-    part = ImageSet(images, np.arange(60) % 4, Views.of(images))
+    part = ImageSet(images, np.arange(60) % 4, Views.from_images(images))
     return ImageData("constant", part, part, 4)
 
 

@@ -10,7 +10,7 @@ from statistics import mean, stdev
 import numpy as np
 import pytest
 import torch
-from commands import ALONE, TORCHRUN, Page, contents, limit_files_to, run, stop
+from commands import NO_LAUNCHER_ENV, TORCHRUN, Page, contents, limit_files_to, run, stop
 from safetensors.torch import load_file
 
 from kcd_ext import cli, files, models
@@ -193,7 +193,7 @@ def test_run_resumes_after_files_could_not_grow(home, here, capfd):
 
 @pytest.mark.slow
 def test_two_processes_write_one_run_and_report_errors_once(here):
-    done = run("distill", *SMALL, "--output", "run", cwd=here, launcher=TORCHRUN, env=ALONE)
+    done = run("distill", *SMALL, "--output", "run", cwd=here, launcher=TORCHRUN, env=NO_LAUNCHER_ENV)
     assert done.returncode == 0, done.stderr
     assert names(here / "run") == RUN | REPORT | {"teacher"}
     config = json.loads((here / "run" / "config.json").read_text())
@@ -202,7 +202,7 @@ def test_two_processes_write_one_run_and_report_errors_once(here):
     assert len(re.findall(r"^kd ", done.stdout, re.MULTILINE)) == 1 and done.stdout.count("report: ") == 1
     assert result(here / "run")[0]["teacher_accuracy"] == lines(here / "run" / "teacher")[-1]["accuracy"] > 80
 
-    refused = run("distill", *SMALL, "--output", "run", cwd=here, launcher=TORCHRUN, env=ALONE)
+    refused = run("distill", *SMALL, "--output", "run", cwd=here, launcher=TORCHRUN, env=NO_LAUNCHER_ENV)
     said = [line for line in refused.stderr.splitlines() if line.startswith("kcd:")]
     assert refused.returncode != 0 and len(said) == 1 and "output run already holds config.json" in said[0]
 

@@ -88,7 +88,7 @@ def views_oracle(views, images, index, seed, epoch):
 @pytest.mark.parametrize(("seed", "epoch"), [(0, 0), (2**64 - 1, 3), (7, 2**63)])
 def test_views_equal_the_oracle(padding, flip, shape, seed, epoch):
     images = random_images(33, *shape)
-    views = Views.of(images, padding=padding, flip=flip)
+    views = Views.from_images(images, padding=padding, flip=flip)
     index = torch.cat([torch.arange(29), torch.tensor([2**31, 2**40, 2**63 - 1, -1])])
     got = views(torch.from_numpy(images), index, seed=seed, epoch=epoch)
     assert got.dtype == torch.float32 and got.is_contiguous()
@@ -154,7 +154,7 @@ def test_windows_and_flips_are_uniform_and_independent():
 
 def test_views_depend_only_on_seed_epoch_and_index():
     images, index = torch.from_numpy(random_images(50, 9, 6, 3)), torch.arange(50) * 977
-    views = Views.of(images.numpy(), padding=2, flip=True)
+    views = Views.from_images(images.numpy(), padding=2, flip=True)
     expected = views(images, index, seed=3, epoch=8)
     order = torch.randperm(50, generator=torch.Generator().manual_seed(0))
     assert torch.equal(views(images[order], index[order], seed=3, epoch=8), expected[order])
@@ -184,7 +184,7 @@ def test_views_do_not_synchronise():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_views_on_cuda_equal_the_cpu_bit_for_bit():
     images, index = torch.from_numpy(random_images(64, 32, 32, 3)), torch.arange(64) + 2**33
-    views = Views.of(images.numpy(), padding=4, flip=True)
+    views = Views.from_images(images.numpy(), padding=4, flip=True)
     on_cpu = views(images, index, seed=2**64 - 1, epoch=5)
     images, index = images.cuda(), index.cuda()
     torch.cuda.set_sync_debug_mode("error")
@@ -199,12 +199,12 @@ def test_views_are_normalised_by_mean_and_std_of_each_channel():
     images = random_images(7, 401, 333, 3)  # more pixels than are counted at a time
     images[..., 1] //= 3
     images[..., 2] = 77
-    views = Views.of(images, padding=1, flip=True)
+    views = Views.from_images(images, padding=1, flip=True)
     wide = images.astype(np.float64) / 255
     np.testing.assert_allclose(views.mean, wide.mean((0, 1, 2)), rtol=1e-9)
     np.testing.assert_allclose(views.std[:2], wide.std((0, 1, 2))[:2], rtol=1e-9)
     assert views.std[2] == 1.0 and (views.padding, views.flip) == (1, True)
-    assert views == Views.of(images[::-1], padding=1, flip=True)
+    assert views == Views.from_images(images[::-1], padding=1, flip=True)
 
 
 @pytest.mark.parametrize(
@@ -248,7 +248,7 @@ def test_views_refuse_bad_batches(changes, error, message, padding):
 
 def test_views_of_no_images_are_refused():
     with pytest.raises(ValueError, match="images must be uint8"):
-        Views.of(np.zeros((0, 2, 2, 1), dtype=np.uint8))
+        Views.from_images(np.zeros((0, 2, 2, 1), dtype=np.uint8))
 
 
 # --- image sets -------------------------------------------------------------------------------------------------------
@@ -256,7 +256,7 @@ def test_views_of_no_images_are_refused():
 
 def test_image_set_shares_contiguous_arrays_and_copies_others():
     images, labels = random_images(6, 4, 5, 3), np.arange(6, dtype=np.uint8)
-    image_set = ImageSet(images, labels, Views.of(images))
+    image_set = ImageSet(images, labels, Views.from_images(images))
     assert len(image_set) == 6 and image_set.labels.dtype == np.int64
     image, label = image_set[3]
     assert np.array_equal(image, images[3]) and type(label) is int and label == 3
@@ -545,7 +545,9 @@ class Tiny:
         assert data.class_names == tuple(self.class_names) and data.num_classes == self.edition.classes
         assert data.name == self.edition.data_set
         assert (data.train.views.padding, data.train.views.flip) == (4, True)
-        assert data.test.views == replace(data.train.views, padding=0, flip=False) == Views.of(data.train.images)
+        assert (
+            data.test.views == replace(data.train.views, padding=0, flip=False) == Views.from_images(data.train.images)
+        )
 
 
 # Checksums of the archives as their authors publish them, and of the Python versions' files as torchvision checks them.
@@ -793,7 +795,7 @@ def test_npz_is_read_with_and_without_class_names(shape, save, tmp_path):
     for part, name in ((data.train, "train"), (data.test, "test")):
         assert np.array_equal(part.images, content[f"x_{name}"].reshape(-1, 5, 4, data.in_channels))
         assert part.labels.tolist() == content[f"y_{name}"].tolist()
-    assert data.train.views == data.test.views == Views.of(data.train.images)
+    assert data.train.views == data.test.views == Views.from_images(data.train.images)
     save(path, **content, class_names=np.array(["a", "bb", "ccc", "ä", "none"]))
     named, notes = load_with_warnings(path, padding=1)
     assert notes == [

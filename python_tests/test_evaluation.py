@@ -666,7 +666,9 @@ def test_reliability_figure_matches_bins(random_evaluation):
         np.testing.assert_allclose(areas / areas.sum(), [count / len(y) for count in counts if count])
         assert lines[role].get_label() == f"{role}, ECE {ece:.2f}"
         colours = (lines[role].get_color(), marks[f"_{role}"].get_facecolor()[0][:3])
-        assert colours[0] == figures.NETWORKS[role] and figures.matplotlib.colors.to_hex(colours[1]) == colours[0]
+        assert (
+            colours[0] == figures.NETWORK_COLOURS[role] and figures.matplotlib.colors.to_hex(colours[1]) == colours[0]
+        )
 
 
 def test_classes_figure_matches_accuracies(random_evaluation):
@@ -685,7 +687,7 @@ def test_classes_figure_matches_accuracies(random_evaluation):
         heights = [0 if np.isnan(x) else x for x in (rates[bars.get_label()][c] for c in shown)]
         np.testing.assert_allclose([bar.get_height() for bar in bars], heights, rtol=1e-9)
         assert {figures.matplotlib.colors.to_hex(bar.get_facecolor()) for bar in bars} == {
-            figures.NETWORKS[bars.get_label()]
+            figures.NETWORK_COLOURS[bars.get_label()]
         }
     assert {bars.get_label() for bars in axes.containers} == {"student", "teacher"}
     worse = [f"name {c} ({lost[c]:.2f})" for c in order if lost[c] > 0][:10]
@@ -761,7 +763,7 @@ def test_numbers_that_round_to_zero_have_no_sign(random_evaluation):
     same = evaluate(nn.Identity(), Fixed(random_evaluation[1]), [(random_evaluation[1], random_evaluation[3])])
     assert str(same.worst_class_change) == "0.0" and json.dumps(same.as_json()).count('"worst_class_change": 0.0') == 1
     cells = tables.evaluation_table([Summary("kd", 0, 1.0, 1.0, 1, 1, 1.0, evaluation=same)])[1]
-    assert cells[-2:] == ["0 / 0", "0.00"] and [tables.number(x, "+.2f") for x in (-0.001, 0.001, -1)] == [
+    assert cells[-2:] == ["0 / 0", "0.00"] and [tables.format_number(x, "+.2f") for x in (-0.001, 0.001, -1)] == [
         "0.00",
         "0.00",
         "-1.00",
@@ -935,7 +937,8 @@ def change_weights(path):
         (
             lambda runs: edit_json(runs / "two/seed-6/config.json", lambda c: c.update(about={})),
             ["two/seed-6"],
-            "config.json does not name the data set, because no command wrote it: call kcd_ext.evaluation.evaluate with the networks",
+            "config.json does not name the data set, because no command wrote it: "
+            "call kcd_ext.evaluation.evaluate with the networks",
         ),
     ],
 )

@@ -40,7 +40,7 @@ VARIANTS = {
 }
 EVERY = [
     *((name, {}) for name in methods.REGISTRY),
-    *((name, {"batch_keep": 0.4}) for name in methods.REGISTRY if not methods.unknown_of(name, ["batch_keep"])[0]),
+    *((name, {"batch_keep": 0.4}) for name in methods.REGISTRY if not methods.unknown_options(name, ["batch_keep"])[0]),
     *VARIANTS.items(),
 ]
 every_method = pytest.mark.parametrize("name", methods.REGISTRY)

@@ -40,8 +40,8 @@ def test_folder_is_locked_for_other_threads_and_left_clean(tmp_path):
         with raises_locked:
             in_another_thread(lambda: enter(files.folder_lock(folder)))
         with raises_locked:
-            in_another_thread(lambda: enter(RunFolder.opened(folder, {}, resume=True, writes=True)))
-        assert in_another_thread(lambda: enter(RunFolder.opened(folder, {}, resume=True, writes=False)))  # another rank
+            in_another_thread(lambda: enter(RunFolder.locked(folder, {}, resume=True, writes=True)))
+        assert in_another_thread(lambda: enter(RunFolder.locked(folder, {}, resume=True, writes=False)))  # another rank
         assert enter(files.folder_lock(folder / "teacher")) and folder.exists()
         assert enter(files.folder_lock(folder / ".." / "run"))
     assert list(tmp_path.iterdir()) == []

@@ -263,7 +263,7 @@ class Kit:
         import fake_cuda
         from gpu import benchmark, cases, graphs, large, process, profiled, sections
         from harness import candidates, cuda
-        from harness.places import Place, Shape
+        from harness.cases import Case, Shape
 
         fake_cuda.install()
         small = {
@@ -287,7 +287,7 @@ class Kit:
             (profiled, "SHAPES"): ((8, 40, torch.bfloat16), (8, 30, torch.float32), (64, 10, torch.float32)),
             (benchmark, "SHAPES"): (Shape(16, 100), Shape(8, 300, torch.float64)),
             (benchmark, "KEEPS"): (0.7, 1.0),
-            (benchmark, "TAIL"): (Place(Shape(64, 10), 1.0),),
+            (benchmark, "TAIL"): (Case(Shape(64, 10), 1.0),),
             (benchmark, "MOST_SECONDS"): 0.01,
             (benchmark, "wanted"): lambda candidate, place, wanted=benchmark.wanted: (
                 wanted(candidate, place) and not candidate.compiles
@@ -297,7 +297,7 @@ class Kit:
             (cuda, "REPLAY_SAMPLES"): 2,
             (cuda.Cuda, "rounds"): (7, 7),
             (cuda, "launches"): lambda call: call() is not None and cuda.Launches(2.0, 1.0, 0.0, 5.5),
-            (candidates, "ligers"): mock.Mock(side_effect=ImportError("no Liger-Kernel")),
+            (candidates, "liger_candidates"): mock.Mock(side_effect=ImportError("no Liger-Kernel")),
         }
         for (module, name), value in small.items():
             setattr(module, name, value)
@@ -747,11 +747,11 @@ def test_script_header_names_every_section(kit):
 
 
 def test_moved_tensors_keep_their_layout():
-    from backends import there
+    from backends import copy_to_device
 
     memory = torch.arange(40.0)
     for x in (memory.view(5, 8)[:, 1:4], memory[3:].as_strided((4, 3), (2, 1)), memory[:1].expand(3), torch.empty(0)):
-        moved = there(x, "meta")
+        moved = copy_to_device(x, "meta")
         assert (moved.shape, moved.stride(), moved.storage_offset()) == (x.shape, x.stride(), x.storage_offset())
         assert moved.untyped_storage().nbytes() == x.untyped_storage().nbytes()
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from backends import parameters, there
+from backends import copy_to_device, parameters
 from processes import Crew
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -66,7 +66,7 @@ def inputs_of(case: dict, ranks: range, device: str):
     if options.get("rows"):
         options["rows"] = torch.tensor([rank * ROWS + i for rank in range(len(ranks)) for i in (5, 0, 9, 2)])
         teacher = teacher[options["rows"]]
-    options = {name: there(option, device) for name, option in options.items()}
+    options = {name: copy_to_device(option, device) for name, option in options.items()}
     return model.to(device), x.to(device), teacher.to(device), options
 
 

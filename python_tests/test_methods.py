@@ -832,7 +832,7 @@ class UnresolvedAnnotation(kd.KnowledgeDistillation):
 
 
 def test_text_options_are_converted_by_annotation():
-    read = partial(methods.as_typed, f"{__name__}:TypedOptions")
+    read = partial(methods.convert_options, f"{__name__}:TypedOptions")
     assert read({"plain": "2", "scale": "2.5", "on": "false"}) == {"plain": 2, "scale": 2.5, "on": False}
     assert read({"plain": "x", "anything": "True", "layer": "1.10"}) == {
         "plain": "x",
@@ -840,8 +840,8 @@ def test_text_options_are_converted_by_annotation():
         "layer": "1.10",
     }
     assert read({"scale": 3, "other": "4"}) == {"scale": 3, "other": 4}
-    assert methods.as_typed(f"{__name__}:UnresolvedAnnotation", {"scale": "2"}) == {"scale": 2}
-    assert methods.as_typed("sskd", {"head_epochs": "2.5", "head_milestones": "0.5,1"}) == {
+    assert methods.convert_options(f"{__name__}:UnresolvedAnnotation", {"scale": "2"}) == {"scale": 2}
+    assert methods.convert_options("sskd", {"head_epochs": "2.5", "head_milestones": "0.5,1"}) == {
         "head_epochs": 2.5,
         "head_milestones": "0.5,1",
     }

@@ -22,11 +22,11 @@ from torch.utils.data import DataLoader, TensorDataset
 from kcd_ext import IndexedDataset, methods, models
 from kcd_ext.evaluation import evaluate
 from kcd_ext.methods import Batch, Method, Outcome
-from kcd_ext.module_state import undone
-from kcd_ext.networks import LogitsAlone, logits_alone, usual_modes
+from kcd_ext.module_state import restored
+from kcd_ext.networks import LogitsOnly, logits_only, usual_modes
 from kcd_ext.randomness import seeded
 from kcd_ext.training import Condense, Recipe, checkpoint, distill
-from kcd_ext.training.batches import LoadedFeed
+from kcd_ext.training.batches import LoadedBatches
 from kcd_ext.training.rehearsal import Rehearsal
 from kcd_ext.training.setup import check_run
 
@@ -92,7 +92,7 @@ def skip_trial_step(rehearsal, layouts):
 @pytest.mark.parametrize("method", methods.REGISTRY)
 def test_trial_step_leaves_result_unchanged(method, changes, monkeypatch):
     """Compares with a run without the trial step: batch statistics, memory banks, heads and generators are equal."""
-    if changes.get("condense") and methods.unknown_of(method, ["batch_keep"])[0]:
+    if changes.get("condense") and methods.unknown_options(method, ["batch_keep"])[0]:
         changes = {"condense": Condense(every=1)}
     found = []
     for patched in (False, True):
@@ -147,7 +147,7 @@ def test_undone_restores_tensors_gradients_modes_and_attributes(fails):
         return parameters, modes, module.steps, module.eager, hasattr(module, "cached"), module.last
 
     before, tensors = state(), copy.deepcopy(module.state_dict())
-    with pytest.raises(KeyError) if fails else nullcontext(), undone(module):
+    with pytest.raises(KeyError) if fails else nullcontext(), restored(module):
         module.train()
         module(torch.randn(4, 3)).sum().backward()
         module.eager = True
@@ -192,7 +192,7 @@ class Mutable(nn.Module):
 def test_undone_restores_contents_of_attributes():
     module, untouched = Mutable(), Mutable()
     attributes = {name: value for name, value in vars(module).items() if not name.startswith("_")}
-    with undone(module):
+    with restored(module):
         module(torch.randn(4, 3)).sum().backward()
     assert module.head is None and not module._forward_hooks and [*module._modules] == ["fc"]
     assert vars(module).keys() == vars(untouched).keys() and all(
@@ -210,7 +210,7 @@ def test_undone_restores_contents_of_attributes():
 def test_undone_makes_buffer_a_leaf_again():
     module = nn.Linear(3, 2)
     module.register_buffer("mean", torch.zeros(2))
-    with undone(module):
+    with restored(module):
         module.mean.add_(module(torch.ones(4, 3)).mean(0))
         assert module.mean.requires_grad
     assert module.mean.is_leaf and not module.mean.requires_grad and not module.mean.any()
@@ -716,7 +716,7 @@ def test_scripted_networks_may_return_tuples_and_use_view(monkeypatch):
     for patched in (False, True):
         if patched:
             monkeypatch.setattr(Rehearsal, "choose_layouts", lambda rehearsal, layouts: None)
-            monkeypatch.setattr(LogitsAlone, "act_where_found", lambda hook: False)
+            monkeypatch.setattr(LogitsOnly, "restrict_to_found_modes", lambda hook: False)
         with pytest.warns(UserWarning, match="^student gives a tuple of Tensor, Tensor in evaluation mode: its first"):
             student = scripted()
             run(student, Net(2))
@@ -738,12 +738,12 @@ def test_evaluate_accepts_structured_outputs():
 def test_copies_share_the_hook_until_it_is_removed():
     network = Net(0, KINDS["tuple"])
     x = torch.zeros(2, 1, 6, 6)
-    with logits_alone("student", network):
+    with logits_only("student", network):
         twin = copy.deepcopy(network)
         assert isinstance(network(x), torch.Tensor) and isinstance(twin(x), torch.Tensor)
     assert isinstance(network(x), tuple) and isinstance(twin(x), tuple)
     with pytest.raises(TypeError, match=r"student must be a torch.nn.Module, got int"):
-        LogitsAlone("student", 3)
+        LogitsOnly("student", 3)
 
 
 # --- the caller's modes -----------------------------------------------------------------------------------------------
@@ -834,7 +834,7 @@ def test_passes_equal_those_of_a_new_data_loader(workers):
     """
     entries = [(i, i) for i in range(24)]
     parts = [slice(i, i + 5) for i in range(0, 24, 5)]
-    feed = LoadedFeed(SHAKEN, torch.device("cpu"), workers)
+    feed = LoadedBatches(SHAKEN, torch.device("cpu"), workers)
     pids, drawn = set(), []
     try:
         for epoch in range(3):
@@ -906,7 +906,7 @@ def test_spawned_workers_load_the_same_as_forked_ones():
         found = []
         for method in ("fork", "spawn"):
             multiprocessing.set_start_method(method, force=True)
-            feed = LoadedFeed(SHAKEN, torch.device("cpu"), 1)
+            feed = LoadedBatches(SHAKEN, torch.device("cpu"), 1)
             with seeded(1):
                 entries = [(0, 0), (1, (1, (2, 3, 0.5), 0.25))]
                 passes = [list(feed.epoch(entries, [slice(0, 2)], 0, epoch)) for epoch in range(2)]
@@ -986,7 +986,7 @@ def test_diverged_teacher_training_suggests_smaller_lr():
 def test_student_with_non_finite_test_logits_warns():
     student = Fails(lambda net, x, y: y if net.training else y.where((x.amax((1, 2, 3)) < 50)[:, None], math.nan))
     with pytest.warns(
-        RuntimeWarning, match=r"^after epoch 1 1 test samples have no finite logits: the student .* test\[3\]"
+        RuntimeWarning, match=r"^1 test samples have no finite logits after epoch 1: the student .* test\[3\]"
     ):
         run(student, Net(2), test=with_number(3, 100.0), epochs=1)
 

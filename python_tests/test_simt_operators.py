@@ -9,7 +9,7 @@ from contextlib import nullcontext
 import oracle
 import pytest
 import torch
-from backends import parameters, run, there
+from backends import copy_to_device, parameters, run
 from simt import operators
 from test_conformance import logits
 
@@ -100,9 +100,9 @@ def test_simt_operators_of_a_process_group_match_the_cpu(backend, dtype, reducti
     options = (3.0, 0.7, 0.4, -100, reduction, 2.0)
 
     def results(device):
-        student, teacher, labels, weight, counts, absent = (there(x, device) for x in given)
+        student, teacher, labels, weight, counts, absent = (copy_to_device(x, device) for x in given)
         state, cross_entropy, candidate = ops.row_stats(student, teacher, labels, absent, absent, options[0], 2, -100)
-        rows = ops.arrays_of(state, student, dtype)
+        rows = ops.unpack_state(state, student, dtype)
         selected = ops.select_topk(rows.value, candidate, 0.3, 0)
         state = ops.with_selection(state, counts, selected)
         loss = ops.reduce_rows(student, labels, weight, state, cross_entropy, *options)

@@ -22,7 +22,7 @@ MALLOC_SETTINGS = {"MALLOC_TRIM_THRESHOLD_": "2147483647", "MALLOC_MMAP_THRESHOL
 @pytest.mark.speed
 def test_no_ratio_to_eager_falls_below_half_of_the_committed_one_twice(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(BENCHMARKS)
-    from harness import guard, places
+    from harness import cases, guard
 
     instruction_set, processors = build_info["instruction_set_in_use"], len(os.sched_getaffinity(0))
     committed = guard.committed(BENCHMARKS / "results", instruction_set)
@@ -38,4 +38,4 @@ def test_no_ratio_to_eager_falls_below_half_of_the_committed_one_twice(monkeypat
         subprocess.run(command, cwd=tmp_path, env=os.environ | MALLOC_SETTINGS, check=True, timeout=300)
         return guard.committed(Path(folder), instruction_set).get(threads, {})
 
-    assert guard.fallen_twice(measure, map(str, places.SHORT.shapes), committed[threads]) == []
+    assert guard.fallen_twice(measure, map(str, cases.SHORT.shapes), committed[threads]) == []

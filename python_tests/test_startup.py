@@ -72,9 +72,9 @@ def test_help_version_and_wrong_commands_import_no_torch(arguments, code, expect
 
 @pytest.mark.parametrize("command", cli.COMMANDS)
 def test_overview_shows_first_line_of_command_docstring(command):
-    place = cli.COMMANDS[command]
-    module, _, name = place.kind.partition(":")
-    assert place.sentence == inspect.getdoc(getattr(importlib.import_module(module), name)).partition("\n")[0]
+    command = cli.COMMANDS[command]
+    module, _, name = command.target.partition(":")
+    assert command.summary == inspect.getdoc(getattr(importlib.import_module(module), name)).partition("\n")[0]
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +148,7 @@ GIGA = 10**9
     ],
 )
 def test_number_of_threads_follows_flops(flops, available, count):
-    assert threads.rule(flops, available) == count
+    assert threads.threads_for_flops(flops, available) == count
 
 
 @pytest.mark.parametrize(
@@ -169,7 +169,7 @@ def test_available_threads_are_shared_by_local_ranks(usable, of_torch, launched,
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(usable)))
     monkeypatch.setattr(torch, "get_num_threads", lambda: of_torch)
-    assert threads.available() == count
+    assert threads.available_threads() == count
 
 
 def test_batch_flops_count_student_and_teacher():
@@ -189,12 +189,12 @@ def small(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     images, labels = np.random.default_rng(0).integers(0, 256, (20, 8, 8), np.uint8), np.arange(20) % 2
     np.savez("x.npz", x_train=images, y_train=labels, x_test=images, y_test=labels)
-    monkeypatch.setattr(threads, "FLOPS_OF_A_THREAD", 2)
+    monkeypatch.setattr(threads, "FLOPS_PER_THREAD", 2)
     options = ["--data", "x.npz", "--epochs", "2", "--batch-size", "10", "--device", "cpu"]
     networks = ["--teacher", "cnn_large", "--student", "cnn_small"]
 
     def set_available(count):
-        monkeypatch.setattr(threads, "available", lambda: count)
+        monkeypatch.setattr(threads, "available_threads", lambda: count)
 
     set_available(2)
     return [*options, *networks], set_available
@@ -269,7 +269,7 @@ def test_damaged_number_of_threads_is_named(wrong, small, capfd):
 @pytest.mark.slow
 def test_every_run_of_a_demo_chooses_its_threads(small, monkeypatch, capfd):
     options, _ = small
-    monkeypatch.setattr(threads, "FLOPS_OF_A_THREAD", 5 * 10**6)  # only a step of the teacher has more FLOPs
+    monkeypatch.setattr(threads, "FLOPS_PER_THREAD", 5 * 10**6)  # only a step of the teacher has more FLOPs
     assert cli.main(["demo", *options, "--keep", "0.5", "--output", "demo"]) == 0
     pattern = (
         r"kcd: threads 2 for teacher \(10.*\), 1 for student \(.*\), 1 for kd, random, kc-kd \(.* MFLOPs a step\)\n"

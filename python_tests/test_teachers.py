@@ -28,7 +28,7 @@ from kcd_ext.models import weights
 from kcd_ext.reports import page
 from kcd_ext.reports.tables import results_table
 from kcd_ext.training import Recipe, distill
-from kcd_ext.training.diagnosis import doubt_about
+from kcd_ext.training.diagnosis import teacher_warning
 from kcd_ext.training.summary import Summary
 
 DIGITS = ["--data", "digits", "--epochs", "1", "--threads", "1", "--device", "cpu"]
@@ -354,7 +354,7 @@ def test_repdistiller_names_are_accepted(here, data):
     ],
 )
 def test_doubt_is_raised_near_chance_or_below_the_student(teacher, student, labels, doubt):
-    said = doubt_about(teacher, student, labels)
+    said = teacher_warning(teacher, student, labels)
     assert bool(said) == bool(doubt) and doubt in said and "\n" not in said
     assert not said or ("--mean" in said and "order" in said)
 

@@ -364,7 +364,7 @@ def test_worker_processes_and_images_in_memory_give_the_same_weights():
     """Worker processes mix raw uint8 images by the mix trees that come with the indices, new ones at every stage. Images in
     memory are mixed all at once, to the same pixels."""
     images = np.random.default_rng(0).integers(0, 256, (41, 8, 8, 1), dtype=np.uint8)
-    resident = ImageSet(images, np.arange(41) % 10, Views.of(images))
+    resident = ImageSet(images, np.arange(41) % 10, Views.from_images(images))
     loaded = IndexedDataset(resident, lambda image: resident.views.normalize(torch.from_numpy(image)[None])[0])
     weights = []
     for num_workers, train in ((0, loaded), (2, loaded), (0, resident)):

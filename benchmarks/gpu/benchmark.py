@@ -12,10 +12,10 @@ from functools import partial
 import torch
 from harness import cuda
 from harness.candidates import Candidate
+from harness.cases import Case, Shape
+from harness.constants import BOTH, EAGER, MEASURED, OURS
 from harness.loop import Benchmark
 from harness.machine import write_json
-from harness.names import BOTH, EAGER, MEASURED, OWN
-from harness.places import Place, Shape
 from harness.timing import Deadline
 
 from kcd_ext.describe import one_line
@@ -32,43 +32,43 @@ SHAPES = (  # in order of importance; the last ones are skipped if time runs out
 KEEPS = (0.7, 1.0, 0.2)  # in order of importance
 # Few classes and all rows kept: the time grows with the rows like the end of a launch, that is selection and sums.  These take a
 # second in total, and come first.
-TAIL = tuple(Place(Shape(rows, 10), 1.0) for rows in (1024, 4096, 8192, 65_536))
+TAIL = tuple(Case(Shape(rows, 10), 1.0) for rows in (1024, 4096, 8192, 65_536))
 MOST_SECONDS = 4.0  # per shape, keep and direction
 LAUNCHES_SHARE = 0.15  # share of the time that counts launches
 REPLAYS_SHARE = 0.05  # share of the time that replays graphs
 FEW = 2**23  # logits; below this the host may take longer than the device
 
 
-def places() -> list[Place]:
+def cases() -> list[Case]:
     """Return everything to measure, in order."""
-    return [*TAIL, *(Place(shape, keep) for shape in SHAPES for keep in KEEPS)]
+    return [*TAIL, *(Case(shape, keep) for shape in SHAPES for keep in KEEPS)]
 
 
-def wanted(candidate: Candidate, place: Place) -> bool:
-    """Return whether to measure a candidate at a place."""
-    return candidate.name == OWN if place in TAIL else place.keep == KEEPS[0] or not candidate.compiles
+def wanted(candidate: Candidate, case: Case) -> bool:
+    """Return whether to measure a candidate at a case."""
+    return candidate.name == OURS if case in TAIL else case.keep == KEEPS[0] or not candidate.compiles
 
 
 def replay(benchmark: Benchmark, end: Deadline) -> None:
     """Replay kcd_ext and eager PyTorch from CUDA graphs, for few logits, until the time is over.  A failure is noted in its row."""
-    for place in places():
-        if place.shape.rows * place.shape.classes > FEW:
+    for case in cases():
+        if case.shape.rows * case.shape.classes > FEW:
             continue
         chosen = [
             (direction, candidate)
-            for direction, candidate in _measured(benchmark, place)
-            if candidate.name in (OWN, EAGER)
+            for direction, candidate in _measured(benchmark, case)
+            if candidate.name in (OURS, EAGER)
         ]
-        inputs = benchmark.rotation(place.shape, benchmark.device.sets(place.shape)) if chosen else None
+        inputs = benchmark.rotation(case.shape, benchmark.device.sets(case.shape)) if chosen else None
         for direction, candidate in chosen if inputs else []:
             if end.left() == 0:
                 return
             try:
-                seconds = cuda.replayed(inputs, candidate, place.keep, backward=direction == BOTH)
+                seconds = cuda.replayed(inputs, candidate, case.keep, backward=direction == BOTH)
                 figure: object = round(seconds * 1e6, 2)
             except (RuntimeError, torch.OutOfMemoryError) as error:
                 figure = f"failed: {one_line(error)}"
-            benchmark.rows[place, direction, candidate.name]["replay_us"] = figure
+            benchmark.rows[case, direction, candidate.name]["replay_us"] = figure
             benchmark.write()
 
 
@@ -76,41 +76,41 @@ def failed_replays(benchmark: Benchmark) -> list[str]:
     """Return the replays of kcd_ext that have no valid time."""
     figures = {key: row["replay_us"] for key, row in benchmark.rows.items() if "replay_us" in row}
     return [
-        f"{name} at {place}, {direction}, replayed: {figure}"
-        for (place, direction, name), figure in figures.items()
-        if name == OWN and not (isinstance(figure, float) and 0 < figure < math.inf)
+        f"{name} at {case}, {direction}, replayed: {figure}"
+        for (case, direction, name), figure in figures.items()
+        if name == OURS and not (isinstance(figure, float) and 0 < figure < math.inf)
     ]
 
 
 def count_launches(benchmark: Benchmark, end: Deadline) -> None:
     """Count the launches of every timed candidate, until the time is over.  Later calls are slower."""
-    for place in sorted(places(), key=lambda place: KEEPS.index(place.keep)):
+    for case in sorted(cases(), key=lambda case: KEEPS.index(case.keep)):
         inputs = None  # free the previous inputs before creating the next
-        measured = _measured(benchmark, place)
-        inputs = benchmark.rotation(place.shape, sets=1) if measured else None
+        measured = _measured(benchmark, case)
+        inputs = benchmark.rotation(case.shape, sets=1) if measured else None
         for direction, candidate in measured if inputs else []:
             if end.left() == 0:
                 return
             backward = direction == BOTH
             try:
                 with torch.set_grad_enabled(backward):
-                    launches = cuda.launches(partial(inputs.call, candidate, place.keep, backward=backward))
+                    launches = cuda.launches(partial(inputs.call, candidate, case.keep, backward=backward))
             except torch.OutOfMemoryError:
                 continue
             except RuntimeError as error:  # the profiler does not work on this machine
                 benchmark.figures["launches"] = f"not counted: {one_line(error)}"
                 benchmark.write()
                 return
-            benchmark.rows[place, direction, candidate.name].update(launches._asdict())
+            benchmark.rows[case, direction, candidate.name].update(launches._asdict())
             benchmark.write()
 
 
-def _measured(benchmark: Benchmark, place: Place) -> list[tuple[str, Candidate]]:
+def _measured(benchmark: Benchmark, case: Case) -> list[tuple[str, Candidate]]:
     return [
         (direction, candidate)
         for (direction,) in benchmark.device.passes
         for candidate in benchmark.candidates
-        if benchmark.rows.get((place, direction, candidate.name), {}).get("status") == MEASURED
+        if benchmark.rows.get((case, direction, candidate.name), {}).get("status") == MEASURED
     ]
 
 
@@ -125,7 +125,7 @@ def main() -> int:
     (bandwidth, exponentials), clock = device.reached
     benchmark = Benchmark(
         device,
-        places(),
+        cases(),
         candidates,
         absent=absent,
         wanted=wanted,
@@ -136,7 +136,7 @@ def main() -> int:
             "copy_bytes_per_second": bandwidth,
             "clock_under_load_hz": clock,
             "exponentials_per_second": exponentials,
-            "ceilings": device.about_ceilings(),
+            "ceilings": device.explain_ceilings(),
         },
         written=lambda figures: write_json(options.data, figures),
         report=lambda line: print(line, flush=True),

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from functools import partial
 
-from harness.names import BOTH, FORWARD
+from harness.constants import BOTH, FORWARD
 from harness.report import by_place, errors, facts, not_measured, number, table, times
 
 from .ncu import dominant

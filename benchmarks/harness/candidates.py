@@ -10,8 +10,8 @@ from torch import Tensor
 
 import kcd_ext
 
+from .constants import COMPILE, EAGER, LEAST, LIGER, OURS, OURS_INPLACE
 from .floors import num_selected
-from .names import COMPILE, EAGER, LEAST, LIGER, OWN, OWN_INPLACE
 
 TEMPERATURE = 4.0
 KD_WEIGHT, CE_WEIGHT, IGNORED = 0.9, 0.1, -100  # kcd_ext's defaults with labels
@@ -88,8 +88,8 @@ def exact(student: Tensor, teacher: Tensor, labels: Tensor | None, keeps: tuple[
 def common_candidates() -> list[Candidate]:
     """Return the candidates of every device: kcd_ext's first, then PyTorch's."""
     return [
-        Candidate(OWN, ours, tolerance=1e-4),
-        Candidate(OWN_INPLACE, partial(ours, inplace=True), inplace=True, tolerance=1e-4),
+        Candidate(OURS, ours, tolerance=1e-4),
+        Candidate(OURS_INPLACE, partial(ours, inplace=True), inplace=True, tolerance=1e-4),
         Candidate(EAGER, eager, tolerance=0.1),  # half precision rounds every step
         Candidate(COMPILE, lambda *arguments: _compiled()(*arguments), compiles=True, tolerance=0.1),
     ]
@@ -108,7 +108,7 @@ def autograd_overhead() -> Candidate:
     return Candidate(LEAST, lambda student, *_: student.sum())
 
 
-def ligers() -> list[Candidate]:
+def liger_candidates() -> list[Candidate]:
     """Return Liger-Kernel's losses of log-softmaxes. They select no rows and return no entropies, so they do less work.
 
     Raises:

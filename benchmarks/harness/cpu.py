@@ -15,13 +15,13 @@ from kcd_ext.ops import build_info
 
 from . import candidates, floors
 from .candidates import Candidate
+from .cases import Case, Shape
 from .ceilings import Compiled, NoCompilerError
+from .constants import BOTH, FORWARD
 from .device import Device
 from .floors import Ceilings, Job, Work
 from .inputs import Rotation
 from .machine import processor, processors, slug
-from .names import BOTH, FORWARD
-from .places import Place, Shape
 from .timing import Seconds
 
 TRIADS = 5
@@ -79,12 +79,12 @@ class Cpu(Device):
         return 1
 
     def sample(
-        self, inputs: Rotation, candidate: Candidate, place: Place, directions: tuple[str, ...], calls: int
+        self, inputs: Rotation, candidate: Candidate, case: Case, directions: tuple[str, ...], calls: int
     ) -> Seconds:
         """Return the seconds of the forward pass, and of forward and backward."""
         inputs.free_gradient()
         start = time.perf_counter()
-        loss = inputs.loss(candidate, place.keep, backward=True)
+        loss = inputs.loss(candidate, case.keep, backward=True)
         forward = time.perf_counter() - start
         loss.backward()
         return forward, time.perf_counter() - start
@@ -130,7 +130,7 @@ class Cpu(Device):
             self._rates[in_double, threads] = rate
         return self._rates[in_double, threads]
 
-    def about_ceilings(self) -> str:
+    def explain_ceilings(self) -> str:
         """Explain the triad, the exponential and the counts."""
         rate = self._rate(False, self.threads)
         exponentials = (
@@ -151,7 +151,7 @@ logits takes two exponentials, because at T = 4 e^z follows from e^(z/4); the gr
   pass writes the gradient too.
 - malloc keeps its defaults. Whether it returns intermediates of some MB to the system or keeps them changes eager's time by up to
   half from one process to the next.
-- In place, the student's logits are copied back before each call, so they are in the caches.
+- In case, the student's logits are copied back before each call, so they are in the caches.
 - `student.sum()` and its backward pass compute next to nothing. For small batches their time is the cost of autograd, which every
   loss pays."""
 

@@ -14,12 +14,12 @@ from torch.autograd import DeviceType
 
 from . import candidates, floors
 from .candidates import Candidate
+from .cases import Case, Shape
+from .constants import BOTH, FORWARD, LIGER
 from .device import Device
 from .floors import Ceilings, Job, Work
 from .inputs import Rotation
 from .machine import gpu, nvidia_smi, slug
-from .names import BOTH, FORWARD, LIGER
-from .places import Place, Shape
 from .timing import Seconds
 
 EXPONENTIALS_PER_CLOCK = 16  # per multiprocessor: its special function units, compute capability 7.0 to 10.0
@@ -68,7 +68,7 @@ class Cuda(Device):
         """Return the common candidates, and Liger-Kernel's if it is installed."""
         common = candidates.common_candidates()
         try:
-            return common + candidates.ligers(), {}
+            return common + candidates.liger_candidates(), {}
         except ImportError as error:
             return common, dict.fromkeys(LIGER, f"not installed: {error}")
 
@@ -90,11 +90,11 @@ class Cuda(Device):
         return min(calls, len(inputs)) if candidate.inplace else calls
 
     def sample(
-        self, inputs: Rotation, candidate: Candidate, place: Place, directions: tuple[str, ...], calls: int
+        self, inputs: Rotation, candidate: Candidate, case: Case, directions: tuple[str, ...], calls: int
     ) -> Seconds:
         """Return the seconds of a call, from the events around `calls` calls."""
         backward = BOTH in directions
-        return (elapsed(lambda: inputs.call(candidate, place.keep, backward=backward), calls),)
+        return (elapsed(lambda: inputs.call(candidate, case.keep, backward=backward), calls),)
 
     def peak_bytes(self, call: Callable[[], object]) -> int:
         """Return the peak that torch's allocator counts."""
@@ -117,7 +117,7 @@ class Cuda(Device):
         """Return the rates from a large copy, for any shape."""
         return self.reached.ceilings
 
-    def about_ceilings(self) -> str:
+    def explain_ceilings(self) -> str:
         """Explain the copy, the clock and the counts."""
         (bandwidth, rate), clock = self.reached
         copied = f"A large copy on the device reads and writes {bandwidth / 1e12:.2f} TB/s."

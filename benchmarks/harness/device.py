@@ -4,9 +4,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 from .candidates import Candidate
+from .cases import Case, Shape
 from .floors import Ceilings, Job, Work
 from .inputs import Rotation
-from .places import Place, Shape
 from .timing import Seconds
 
 
@@ -49,7 +49,7 @@ class Device(ABC):
 
     @abstractmethod
     def sample(
-        self, inputs: Rotation, candidate: Candidate, place: Place, directions: tuple[str, ...], calls: int
+        self, inputs: Rotation, candidate: Candidate, case: Case, directions: tuple[str, ...], calls: int
     ) -> Seconds:
         """Time `calls` calls and return the seconds of one call in each direction."""
 
@@ -74,5 +74,5 @@ class Device(ABC):
         """Return the rates that the device reaches at a shape; None before `measure_bandwidth`, if it depends on that."""
 
     @abstractmethod
-    def about_ceilings(self) -> str:
+    def explain_ceilings(self) -> str:
         """Return a paragraph that explains how the floors were found."""

@@ -4,8 +4,8 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
+from .constants import EAGER
 from .machine import write_json
-from .names import EAGER
 
 FILE = "ratios.json"
 LEAST = 0.5  # the smallest acceptable fraction of a committed ratio

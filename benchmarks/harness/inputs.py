@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .candidates import IGNORED, Candidate
-from .places import Shape
+from .cases import Shape
 
 
 class Produced(torch.autograd.Function):

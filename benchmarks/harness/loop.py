@@ -10,12 +10,12 @@ import torch
 from kcd_ext.describe import describe_error
 
 from .candidates import Candidate, exact
+from .cases import Case, Shape
+from .constants import BOTH, FORWARD, MEASURED, NOT_REACHED, OUT_OF_MEMORY
 from .device import Device
 from .floors import floor
 from .inputs import Rotation
-from .names import BOTH, FORWARD, MEASURED, NOT_REACHED, OUT_OF_MEMORY
-from .places import Place, Shape
-from .timing import Deadline, Seconds, in_turns, summary
+from .timing import Deadline, Seconds, interleave, summary
 
 COMPILE_SECONDS = 40.0  # assumed time of torch.compile until one was measured
 
@@ -25,10 +25,10 @@ Directions = tuple[str, ...]
 Row = dict[str, object]
 
 
-def is_supported(candidate: Candidate, place: Place, directions: Directions) -> bool:
+def is_supported(candidate: Candidate, case: Case, directions: Directions) -> bool:
     """Return whether a candidate can be measured on a case in these directions."""
-    keeps = candidate.only_keep in (None, place.keep)
-    labels = candidate.takes_labels or place.shape.ignored is None
+    keeps = candidate.only_keep in (None, case.keep)
+    labels = candidate.takes_labels or case.shape.ignored is None
     return keeps and labels and (BOTH in directions or not candidate.inplace)
 
 
@@ -37,7 +37,7 @@ class Benchmark:
     """The measurements of candidates on cases."""
 
     device: Device
-    places: Sequence[Place]
+    cases: Sequence[Case]
     """The cases in order of importance. When time runs out, the last ones are skipped."""
     candidates: Sequence[Candidate]
     """The first is kcd_ext's."""
@@ -46,7 +46,7 @@ class Benchmark:
     """Most seconds for one case and pass. The fewest rounds are run even past it."""
     absent: Mapping[str, str] = field(default_factory=dict)
     """Unavailable candidates: name -> reason."""
-    wanted: Callable[[Candidate, Place], bool] = lambda candidate, place: True
+    wanted: Callable[[Candidate, Case], bool] = lambda candidate, case: True
     """Returns whether to measure a candidate on a case that it supports."""
     deadline: Deadline = field(default_factory=lambda: Deadline(math.inf))
     """The deadline of all measurements."""
@@ -61,15 +61,15 @@ class Benchmark:
 
     def __post_init__(self) -> None:
         self._compile_seconds = COMPILE_SECONDS
-        self.rows: dict[tuple[Place, str, str], Row] = {
-            (place, direction, candidate.name): self._row(place, direction, candidate.name)
-            for place in self.places
+        self.rows: dict[tuple[Case, str, str], Row] = {
+            (case, direction, candidate.name): self._row(case, direction, candidate.name)
+            for case in self.cases
             for directions in self.device.passes
             for direction in directions
-            for candidate in self._candidates_of(place, directions)
+            for candidate in self._candidates_of(case, directions)
         }
-        for place in self.places:
-            self._set_floors(place, [])
+        for case in self.cases:
+            self._set_floors(case, [])
         self.figures = {
             **self.facts,
             "directions": [FORWARD, BOTH],
@@ -79,32 +79,32 @@ class Benchmark:
         }
         self.write()
 
-    def _candidates_of(self, place: Place, directions: Directions) -> list[Candidate]:
+    def _candidates_of(self, case: Case, directions: Directions) -> list[Candidate]:
         return [
             candidate
             for candidate in self.candidates
-            if is_supported(candidate, place, directions) and self.wanted(candidate, place)
+            if is_supported(candidate, case, directions) and self.wanted(candidate, case)
         ]
 
-    def _row(self, place: Place, direction: str, name: str) -> Row:
-        shape = place.shape
+    def _row(self, case: Case, direction: str, name: str) -> Row:
+        shape = case.shape
         return {
             **shape._asdict(),
             "dtype": shape.dtype_name,
             "threads": shape.threads or self.device.threads,
-            "keep": place.keep,
+            "keep": case.keep,
             "direction": direction,
             "candidate": name,
             "status": NOT_REACHED,
         }
 
-    def _set_floors(self, place: Place, measured: list[float]) -> None:
-        ceilings = self.device.ceilings(place.shape, measured)
+    def _set_floors(self, case: Case, measured: list[float]) -> None:
+        ceilings = self.device.ceilings(case.shape, measured)
         if ceilings is None:
             return
         for (other, direction, _), row in self.rows.items():
-            if other == place:
-                low = floor(self.device.work(place.job(backward=direction == BOTH)), ceilings)
+            if other == case:
+                low = floor(self.device.work(case.job(backward=direction == BOTH)), ceilings)
                 row.update(floor_us=round(low.seconds * 1e6, 2), floor_bound=low.bound)
 
     def write(self) -> None:
@@ -113,12 +113,12 @@ class Benchmark:
 
     def measure(self) -> None:
         """Measure times, and memory if requested, of every case until the deadline."""
-        groups: dict[Shape, list[Place]] = {}  # cases that share their inputs
-        for place in self.places:
-            groups.setdefault(place.shape, []).append(place)
-        for i, (shape, places) in enumerate(groups.items()):
+        groups: dict[Shape, list[Case]] = {}  # cases that share their inputs
+        for case in self.cases:
+            groups.setdefault(case.shape, []).append(case)
+        for i, (shape, cases) in enumerate(groups.items()):
             if self.deadline.left() > 0:
-                self._measure_shape(shape, places, Deadline(self.deadline.left() / (len(groups) - i)))
+                self._measure_shape(shape, cases, Deadline(self.deadline.left() / (len(groups) - i)))
 
     def rotation(self, shape: Shape, sets: int) -> Rotation | None:
         """Return inputs, or None if they do not fit into memory. The rows then get that status."""
@@ -126,34 +126,34 @@ class Benchmark:
         try:
             return Rotation(shape, sets, self.device.kind)
         except torch.OutOfMemoryError:
-            for (place, _, _), row in self.rows.items():
-                if place.shape == shape and row["status"] == NOT_REACHED:
+            for (case, _, _), row in self.rows.items():
+                if case.shape == shape and row["status"] == NOT_REACHED:
                     row["status"] = OUT_OF_MEMORY
             return None
 
-    def _measure_shape(self, shape: Shape, places: list[Place], deadline: Deadline) -> None:
+    def _measure_shape(self, shape: Shape, cases: list[Case], deadline: Deadline) -> None:
         self.device.configure(shape)
         inputs = self.rotation(shape, self.device.sets(shape))
         if inputs is None:
             return
-        keeps = tuple(place.keep for place in places)
+        keeps = tuple(case.keep for case in cases)
         expected = exact(inputs.students[0], inputs.teachers[0], inputs.labels[0], keeps)
-        remaining = [(place, directions) for place in places for directions in self.device.passes]
+        remaining = [(case, directions) for case in cases for directions in self.device.passes]
         while remaining and self.deadline.left() > 0:
-            place, directions = remaining.pop(0)
+            case, directions = remaining.pop(0)
             with torch.set_grad_enabled(BOTH in directions):
                 ready = [
                     candidate
-                    for candidate in self._candidates_of(place, directions)
-                    if self._prepare(candidate, place, directions, inputs, expected[place.keep])
+                    for candidate in self._candidates_of(case, directions)
+                    if self._prepare(candidate, case, directions, inputs, expected[case.keep])
                 ]
                 seconds = min(self.seconds, deadline.left() / (len(remaining) + 1))
-                self._time(ready, place, directions, inputs, seconds)
+                self._time(ready, case, directions, inputs, seconds)
             inputs.forget_original()
             self.write()
 
     def _prepare(
-        self, candidate: Candidate, place: Place, directions: Directions, inputs: Rotation, expected: float
+        self, candidate: Candidate, case: Case, directions: Directions, inputs: Rotation, expected: float
     ) -> bool:
         """Return whether a candidate is ready to be timed. If not, the status of its rows says why."""
         if candidate.compiles and self.deadline.left() < 2 * self._compile_seconds:
@@ -162,7 +162,7 @@ class Benchmark:
         try:
             if candidate.inplace:
                 inputs.keep_original()
-            found = self._first_calls(candidate, place, directions, inputs, expected)
+            found = self._first_calls(candidate, case, directions, inputs, expected)
         except torch.OutOfMemoryError:
             found = {"status": OUT_OF_MEMORY}
             self.device.release()
@@ -171,7 +171,7 @@ class Benchmark:
         finally:
             inputs.restore()
         for direction in directions:
-            self.rows[place, direction, candidate.name].update(found)
+            self.rows[case, direction, candidate.name].update(found)
         if "status" in found:
             return False
         if candidate.compiles:
@@ -179,7 +179,7 @@ class Benchmark:
         return True
 
     def _first_calls(
-        self, candidate: Candidate, place: Place, directions: Directions, inputs: Rotation, expected: float
+        self, candidate: Candidate, case: Case, directions: Directions, inputs: Rotation, expected: float
     ) -> Row:
         """Compile, warm up, compare the loss with the exact one, and find how many calls a sample needs.
 
@@ -192,7 +192,7 @@ class Benchmark:
         """
 
         def call() -> torch.Tensor:
-            return inputs.call(candidate, place.keep, backward=BOTH in directions)
+            return inputs.call(candidate, case.keep, backward=BOTH in directions)
 
         inputs.rewind()  # the exact loss belongs to the first set
         start = time.monotonic()
@@ -212,7 +212,7 @@ class Benchmark:
     def _time(
         self,
         ready: list[Candidate],
-        place: Place,
+        case: Case,
         directions: Directions,
         inputs: Rotation,
         seconds: float,
@@ -220,22 +220,22 @@ class Benchmark:
         """Time the candidates in turn for about `seconds` seconds."""
 
         def sample(candidate: Candidate) -> Seconds:
-            calls = self.rows[place, directions[0], candidate.name]["calls"]
-            taken = self.device.sample(inputs, candidate, place, directions, calls)
+            calls = self.rows[case, directions[0], candidate.name]["calls"]
+            taken = self.device.sample(inputs, candidate, case, directions, calls)
             if candidate.inplace:
                 inputs.restore()
             return taken
 
         functions = {candidate.name: lambda candidate=candidate: sample(candidate) for candidate in ready}
-        bandwidth = self.device.measure_bandwidth(place.shape)
-        samples = in_turns(functions, Deadline(seconds), self.device.rounds)
-        self._set_floors(place, bandwidth + self.device.measure_bandwidth(place.shape))
+        bandwidth = self.device.measure_bandwidth(case.shape)
+        samples = interleave(functions, Deadline(seconds), self.device.rounds)
+        self._set_floors(case, bandwidth + self.device.measure_bandwidth(case.shape))
         for name, taken in samples.items():
             for i, direction in enumerate(directions):
-                row = self.rows[place, direction, name]
+                row = self.rows[case, direction, name]
                 row.update(status=MEASURED, rounds=len(taken), **summary([each[i] for each in taken]))
                 row["of_floor"] = round(row["floor_us"] / row["median_us"], 3)
-                self.report(f"{place}, {direction}: {name} {row['median_us']} us, {row['of_floor']:.0%} of the floor")
+                self.report(f"{case}, {direction}: {name} {row['median_us']} us, {row['of_floor']:.0%} of the floor")
 
     def verdict(self) -> tuple[bool, str]:
         """Return whether the benchmark succeeded, and a summary.
@@ -244,13 +244,13 @@ class Benchmark:
         """
         statuses = [row["status"] for row in self.rows.values()]
         faults = [
-            f"{name} at {place}, {direction}: {row['status']}"
-            for (place, direction, name), row in self.rows.items()
+            f"{name} at {case}, {direction}: {row['status']}"
+            for (case, direction, name), row in self.rows.items()
             if name.startswith(self.candidates[0].name) and row["status"].startswith("failed")
         ]
         faults += [
-            f"{name} at {place}, {direction}: {figure} is {row[figure]}"
-            for (place, direction, name), row in self.rows.items()
+            f"{name} at {case}, {direction}: {figure} is {row[figure]}"
+            for (case, direction, name), row in self.rows.items()
             for figure in POSITIVE_FIGURES
             if figure in row and not 0 < row[figure] < math.inf
         ]

@@ -12,12 +12,12 @@ import torch
 from kcd_ext.describe import describe_error
 
 from .candidates import Candidate
+from .cases import Case, Shape
+from .constants import BOTH, FORWARD
 from .device import Device
 from .devices import DEVICES
 from .inputs import Rotation
 from .loop import is_supported
-from .names import BOTH, FORWARD
-from .places import Place, Shape
 
 WARM_UP = Shape(4096, 128)  # enough rows to start all threads; 2 MB in float32
 
@@ -27,10 +27,10 @@ def peaks(device: Device, shape: Shape, candidates: Sequence[Candidate]) -> list
 
     A row has shape, candidate, direction, logits_bytes, and peak_bytes or the status of a failure.
     """
-    place, rows = Place(shape), []
+    case, rows = Case(shape), []
     for candidate in candidates:
         for direction in (FORWARD, BOTH):
-            if is_supported(candidate, place, (direction,)):
+            if is_supported(candidate, case, (direction,)):
                 row = {"shape": str(shape), "candidate": candidate.name, "direction": direction}
                 row["logits_bytes"] = shape.rows * shape.classes * shape.dtype.itemsize
                 rows.append(row | _in_fresh_process(device, shape, candidate.name, direction))
@@ -56,14 +56,14 @@ def _measure(kind: str, threads: int | None, shape: Shape, name: str, direction:
     """
     if threads is not None:
         torch.set_num_threads(threads)
-    device, place, backward = DEVICES[kind](), Place(shape), direction == BOTH
+    device, case, backward = DEVICES[kind](), Case(shape), direction == BOTH
     (candidate,) = (each for each in device.candidates()[0] if each.name == name)
     inputs = Rotation(shape, 1, kind)
     warm_up = WARM_UP._replace(dtype=shape.dtype, ignored=shape.ignored)
     first = inputs if candidate.compiles else Rotation(warm_up, 1, kind)
     with torch.set_grad_enabled(backward):
-        first.call(candidate, place.keep, backward=backward)
+        first.call(candidate, case.keep, backward=backward)
         del first
         gc.collect()
         device.release()
-        return device.peak_bytes(lambda: inputs.call(candidate, place.keep, backward=backward))
+        return device.peak_bytes(lambda: inputs.call(candidate, case.keep, backward=backward))

@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .names import BOTH, COMPILE, EAGER, LEAST, MEASURED, OWN, OWN_INPLACE
-from .places import DTYPES
+from .cases import DTYPES
+from .constants import BOTH, COMPILE, EAGER, LEAST, MEASURED, OURS, OURS_INPLACE
 from .report import shape_key
 
 if TYPE_CHECKING:
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 LINE_DTYPE = "float32"
 
-COLOURS = {OWN: "#0072b2", OWN_INPLACE: "#56b4e9", EAGER: "#d55e00", COMPILE: "#e69f00", LEAST: "#999999"}
+COLOURS = {OURS: "#0072b2", OURS_INPLACE: "#56b4e9", EAGER: "#d55e00", COMPILE: "#e69f00", LEAST: "#999999"}
 
 
 def draw(rows: list[dict], title: str, path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from .names import BOTH, COMPILE, EAGER, FORWARD, LEAST, MEASURED, OWN
+from .constants import BOTH, COMPILE, EAGER, FORWARD, LEAST, MEASURED, OURS
 
 COMPARED = (EAGER, COMPILE)
 
@@ -11,12 +11,12 @@ Row = dict[str, object]
 
 def times(figures: dict, direction: str) -> str:
     """Return a table with a line for each case: medians and quartiles, ratios, the floor."""
-    others = [name for name in figures["candidates"] if name != OWN]
+    others = [name for name in figures["candidates"] if name != OURS]
     compared = [name for name in COMPARED if name in others]
-    head = [OWN, *others, *(f"× {name}" for name in compared), "floor", f"{OWN} of the floor"]
+    head = [OURS, *others, *(f"× {name}" for name in compared), "floor", f"{OURS} of the floor"]
 
     def cells(by_name: dict[str, Row]) -> list[str]:
-        own = by_name.get(OWN, {})
+        own = by_name.get(OURS, {})
         return [
             _time(own),
             *(figures["absent"].get(name, _time(by_name.get(name))).partition(":")[0] for name in others),
@@ -43,10 +43,10 @@ def not_measured(figures: dict) -> str:
     reasons: dict[str, list[str]] = {}
     for row in figures["rows"]:
         if row["status"] != MEASURED:
-            place = f"{row['candidate']} at {shape_text(row)}, keep {row['keep']}, {row['direction']}"
-            reasons.setdefault(row["status"], []).append(place)
+            case = f"{row['candidate']} at {shape_text(row)}, keep {row['keep']}, {row['direction']}"
+            reasons.setdefault(row["status"], []).append(case)
     lines = [f"- {name}: {reason}" for name, reason in figures["absent"].items()]
-    lines += [f"- {status}: {'; '.join(places)}" for status, places in reasons.items()]
+    lines += [f"- {status}: {'; '.join(cases)}" for status, cases in reasons.items()]
     return "\n".join(lines) or "Everything was measured."
 
 
@@ -82,9 +82,9 @@ def ratios(figures: dict) -> dict[str, dict[str, float]]:
         if row["direction"] == BOTH and row["status"] == MEASURED:
             medians.setdefault(shape_key(row), {})[row["candidate"]] = row["median_us"]
     return {
-        shape: {name: round(median / by_name[OWN], 2) for name, median in by_name.items() if name in COMPARED}
+        shape: {name: round(median / by_name[OURS], 2) for name, median in by_name.items() if name in COMPARED}
         for shape, by_name in medians.items()
-        if OWN in by_name
+        if OURS in by_name
     }
 
 
@@ -107,13 +107,11 @@ def by_place(figures: dict, direction: str, head: list[str], cells: Callable[[di
     """
     rows = [row for row in figures["rows"] if row["direction"] == direction]
     threads = ["threads"] if len({row.get("threads") for row in rows}) > 1 else []
-    places: dict[tuple[str, ...], dict[str, Row]] = {}
+    cases: dict[tuple[str, ...], dict[str, Row]] = {}
     for row in rows:
-        place = (shape_text(row), *(str(row[name]) for name in ("keep", *threads)))
-        places.setdefault(place, {})[row["candidate"]] = row
-    return table(
-        ["rows × classes", "keep", *threads, *head], [[*place, *cells(some)] for place, some in places.items()]
-    )
+        case = (shape_text(row), *(str(row[name]) for name in ("keep", *threads)))
+        cases.setdefault(case, {})[row["candidate"]] = row
+    return table(["rows × classes", "keep", *threads, *head], [[*case, *cells(some)] for case, some in cases.items()])
 
 
 def _time(row: Row | None) -> str:

@@ -20,7 +20,7 @@ class Deadline:
         return max(0.0, self._end - time.monotonic())
 
 
-def in_turns(
+def interleave(
     functions: dict[str, Callable[[], Seconds]], deadline: Deadline, rounds: tuple[int, int]
 ) -> dict[str, list[Seconds]]:
     """Return the results of every function over rounds that call each function once, in a new random order.

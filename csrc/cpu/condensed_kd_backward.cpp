@@ -33,7 +33,7 @@ void write_gradient_row(const Problem& problem, const Gradient& gradient, const 
                               kd * stats[kStudentInverseSum * problem.rows + i], kd * stats[kTeacherInverseSum * problem.rows + i],
                               ce * stats[kStudentInverseSum1 * problem.rows + i]};
   const GradientRow<Real> row{problem.student.type, gradient.streaming, out, with_ce ? problem.labels[i] : -1, ce};
-  dispatch_terms<Real>(Terms{with_kd, with_ce, power_of(problem.temperature)}, [&](const auto& terms) {
+  dispatch_terms<Real>(Terms{with_kd, with_ce, power_for(problem.temperature)}, [&](const auto& terms) {
     for (int64_t j = first; j < end; j += kPiece)
       write_from_logits(terms, problem, student, teacher, j, std::min(kPiece, end - j), factors, scale, row);
   });

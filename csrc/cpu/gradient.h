@@ -26,8 +26,9 @@ struct Factors {
   KCD_MEMBER Factors relative_to_piece(Real piece_student_max, Real piece_teacher_max, Real inverse_temperature) const {
     const Real student_shift = shift(piece_student_max, student_max), teacher_shift = shift(piece_teacher_max, teacher_max);
     if (student_shift == 0 && teacher_shift == 0) return *this;
-    return {reference(piece_student_max), reference(piece_teacher_max), student * exponential(student_shift * inverse_temperature),
-            teacher * exponential(teacher_shift * inverse_temperature), ce * exponential(student_shift)};
+    return {piece_reference(piece_student_max), piece_reference(piece_teacher_max),
+            student * exponential(student_shift * inverse_temperature), teacher * exponential(teacher_shift * inverse_temperature),
+            ce * exponential(student_shift)};
   }
 };
 

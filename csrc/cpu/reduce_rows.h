@@ -12,7 +12,7 @@ int64_t count_valid(const Problem& problem);
 
 template <class Score, class Real>
 void rank_rows(const Score* value, const Real* entropy, const Real* kl, const uint8_t* candidate, int64_t rows, Score* ranking) {
-  for (int64_t i = 0; i < rows; ++i) ranking[i] = ranked(candidate[i] != 0, value[i], entropy[i], kl[i]);
+  for (int64_t i = 0; i < rows; ++i) ranking[i] = ranking_value(candidate[i] != 0, value[i], entropy[i], kl[i]);
 }
 
 // loss: one number, or one for each row with Reduction::none.  Sums the rows in order, in double.
@@ -24,11 +24,11 @@ void reduce_rows(const Problem& problem, const Real* kl, const Real* cross_entro
     const double kd =
         selected[i] ? weighted(static_cast<double>(kl[i]), row_weight ? static_cast<double>(row_weight[i]) : 1.0) : 0.0;
     const double ce = factors.ce != 0 && problem.valid(i) ? static_cast<double>(cross_entropy[i]) : 0.0;
-    if (reduction == Reduction::none) loss[i] = static_cast<Real>(loss_of_row(kd, ce, factors));
+    if (reduction == Reduction::none) loss[i] = static_cast<Real>(row_loss(kd, ce, factors));
     kd_sum += kd;
     ce_sum += ce;
   }
-  if (reduction != Reduction::none) *loss = static_cast<Real>(loss_of_sums(kd_sum, ce_sum, factors));
+  if (reduction != Reduction::none) *loss = static_cast<Real>(total_loss(kd_sum, ce_sum, factors));
 }
 
 }   // namespace kcd::cpu

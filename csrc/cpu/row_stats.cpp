@@ -98,11 +98,11 @@ class GradientWriter {
         next_(problem.classes) {}
 
   void start_row(int64_t i, const RowPair& row, const RowSums<Real>& sums, const Exponentials<Real>& exponentials, bool selected) {
-    terms_ = {selected, with_ce_, power_of(problem_.temperature)};
+    terms_ = {selected, with_ce_, power_for(problem_.temperature)};
     const Real* row_weight = static_cast<const Real*>(gradient_.row_weight);
     const Real kd = static_cast<Real>(gradient_.kd_factor * (row_weight ? static_cast<double>(row_weight[i]) : 1.0));
     const Real ce = static_cast<Real>(gradient_.ce_factor);
-    factors_ = {reference(sums.student.max), reference(sums.teacher.max), kd * (1 / sums.student.sum()),
+    factors_ = {piece_reference(sums.student.max), piece_reference(sums.teacher.max), kd * (1 / sums.student.sum()),
                 kd * (1 / sums.teacher.sum()), ce * (1 / sums.student.sum_1())};
     out_ = {problem_.student.type, gradient_.streaming, const_cast<char*>(gradient_.out.row(i)), with_ce_ ? problem_.labels[i] : -1,
             ce};
@@ -182,7 +182,7 @@ template <bool with_next, class PassType, class Real>
 KCD_INLINE RowSums<Real> sum_piece(PassType pass, const Piece<Real>& piece, int64_t n, const Scale<Real>& scale,
                                    Prefetcher prefetch_z, Prefetcher prefetch_y, Real* e, Real* f, Piece<Real>& next) {
   const Real lowest = -Limits<Real>::infinity();
-  const Vector<Real> m_z = broadcast(reference(piece.student_max)), m_y = broadcast(reference(piece.teacher_max));
+  const Vector<Real> m_z = broadcast(piece_reference(piece.student_max)), m_y = broadcast(piece_reference(piece.teacher_max));
   Vector<Real> next_m_z = broadcast(lowest), next_m_y = next_m_z;
   LaneSums<Real> sums;
   int64_t j = 0;
@@ -300,9 +300,9 @@ double cross_of_row(const Problem& problem, const char* student, const char* tea
     const double* z = load_piece(problem.student.type, student, first, n, z_scratch);
     const double* y = load_piece(problem.teacher.type, teacher, first, n, y_scratch);
     for (int64_t j = 0; j < n; ++j) {
-      const double log_teacher = (y[j] - reference(teacher_max)) / problem.temperature;
+      const double log_teacher = (y[j] - piece_reference(teacher_max)) / problem.temperature;
       if (log_teacher < kVanishing * kLn2) continue;
-      const double difference = (y[j] - reference(teacher_max)) - (z[j] - reference(student_max));
+      const double difference = (y[j] - piece_reference(teacher_max)) - (z[j] - piece_reference(student_max));
       if (difference == Limits<double>::infinity()) return difference;
       cross += exponential(log_teacher) * difference;
     }
@@ -411,7 +411,7 @@ void sum_rows(const PassType& pass, const Problem& problem, const RowOutputs& ou
     const RowPair row = row_pair(problem, i), next_row = row.student ? next_row_pair(problem, i + 1, end) : RowPair{};
     const RowSums<Real> sums = row.teacher ? sum_row_with_fallback<Real>(pass, {problem, scale, row, next_row, {}}, prefetched).sums
                                            : sum_student_row(problem, row, next_row, prefetched);
-    write_row(problem, outputs, i, row.teacher != nullptr, sums, label_logit<Real>(problem, row.student, i), scale.units);
+    write_row_outputs(problem, outputs, i, row.teacher != nullptr, sums, label_logit<Real>(problem, row.student, i), scale.units);
   }
 }
 
@@ -432,14 +432,14 @@ void sum_rows_and_write_gradients(const PassType& pass, const Problem& problem, 
     gradient.written_as[i] = kNotWritten;
     if (!row.teacher) {
       const RowSums<Real> sums = sum_student_row(problem, row, next_row, prefetched);
-      write_row(problem, outputs, i, false, sums, label_logit<Real>(problem, row.student, i), scale.units);
+      write_row_outputs(problem, outputs, i, false, sums, label_logit<Real>(problem, row.student, i), scale.units);
       continue;
     }
     const Exponentials<Real>& row_exponentials = exponentials[free_slot];
     const auto [sums, in_range] =
         sum_row_with_fallback<Real>(pass, {problem, scale, row, next_row, row_exponentials, &previous_gradient}, prefetched);
     previous_gradient.finish();
-    write_row(problem, outputs, i, true, sums, label_logit<Real>(problem, row.student, i), scale.units);
+    write_row_outputs(problem, outputs, i, true, sums, label_logit<Real>(problem, row.student, i), scale.units);
     // Rows with infinities or NaN are left to the backward pass.
     if (!in_range || !finite(sums.cross + sums.student.sum() + sums.teacher.sum() + sums.student.max + sums.teacher.max)) continue;
     const bool selected = !value || predictor.predict(value[i]);
@@ -453,7 +453,7 @@ void sum_rows_and_write_gradients(const PassType& pass, const Problem& problem, 
 
 template <class Real>
 void row_stats_as(const Problem& problem, const RowOutputs& outputs, const Gradient* gradient, int64_t begin, int64_t end) {
-  const Power power = power_of(problem.temperature);
+  const Power power = power_for(problem.temperature);
   const bool teacher_entropy = outputs.teacher_entropy;
   if (gradient)
     return dispatch_pass<Real>(Pass<true>{power, true, teacher_entropy}, [&](auto pass) {
@@ -471,7 +471,7 @@ struct SplitRowPass {
   Pass<false> pass;
   Scale<Real> scale;
   SplitRowPass(const Problem& problem, const RowOutputs& outputs, bool with_teacher)
-      : pass(with_teacher ? Pass<false>{power_of(problem.temperature), true, outputs.teacher_entropy != nullptr} : kStudentOnly),
+      : pass(with_teacher ? Pass<false>{power_for(problem.temperature), true, outputs.teacher_entropy != nullptr} : kStudentOnly),
         scale(with_teacher ? problem.temperature : 1.0) {}
 };
 
@@ -505,7 +505,7 @@ void merge_pieces(const Problem& problem, const RowOutputs& outputs, int64_t i, 
     if (!in_range) merged = recompute_in_double(split.pass, problem, row, split.scale, merged);
   }
   const Units<Real> units = Scale<Real>(problem.temperature).units;
-  write_row(problem, outputs, i, row.teacher != nullptr, merged, label_logit<Real>(problem, row.student, i), units);
+  write_row_outputs(problem, outputs, i, row.teacher != nullptr, merged, label_logit<Real>(problem, row.student, i), units);
 }
 
 void sum_pieces(const Problem& problem, const RowOutputs& outputs, int64_t i, int64_t begin, int64_t end, void* sums) {

@@ -18,7 +18,7 @@ template <class Real>
 Scale<Real> scale_of(double temperature) {
   return {static_cast<Real>(kLog2E / temperature),
           static_cast<Real>(kLog2E),
-          power_of(temperature),
+          power_for(temperature),
           {static_cast<Real>(1 / temperature), static_cast<Real>(kDifferenceScale)}};
 }
 

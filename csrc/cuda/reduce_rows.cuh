@@ -38,7 +38,7 @@ KCD_DEVICE LossSums loss_sums(const Problem& problem, const LossArguments& a, in
     const double weight = row_weight ? static_cast<double>(row_weight[i]) : 1.0;
     const double kd = selected ? weighted(static_cast<double>(static_cast<const Real*>(a.kl)[i]), weight) : 0.0;
     const double ce = valid && a.ce_weight != 0 ? static_cast<double>(static_cast<const Real*>(a.cross_entropy)[i]) : 0.0;
-    if (a.reduction == Reduction::none) static_cast<Real*>(a.loss)[i] = static_cast<Real>(loss_of_row(kd, ce, factors));
+    if (a.reduction == Reduction::none) static_cast<Real*>(a.loss)[i] = static_cast<Real>(row_loss(kd, ce, factors));
     sums.kd += kd;
     sums.ce += ce;
     sums.selected += selected;
@@ -61,7 +61,7 @@ KCD_DEVICE void write_loss(const LossArguments& a, const LossSums& sums) {
   const bool mean = a.reduction == Reduction::mean;
   const LossFactors factors{a.kd_factor, a.ce_weight, mean ? static_cast<double>(selected) / a.ranks : 1.0,
                             mean ? static_cast<double>(valid) / a.ranks : 1.0};
-  *static_cast<Real*>(a.loss) = static_cast<Real>(loss_of_sums(sums.kd, sums.ce, factors));
+  *static_cast<Real*>(a.loss) = static_cast<Real>(total_loss(sums.kd, sums.ce, factors));
 }
 
 template <class Real>

@@ -89,7 +89,7 @@ struct RowAccumulator {
 
   // Subtracts the maxima in place.  Logits that do not exist are -inf and add nothing.
   KCD_DEVICE_MEMBER void subtract_maxima(Real (&z)[kQuad], Real (&y)[kQuad]) const {
-    const Real m_z = reference(sums.student.max), m_y = reference(sums.teacher.max);
+    const Real m_z = piece_reference(sums.student.max), m_y = piece_reference(sums.teacher.max);
 #pragma unroll
     for (int j = 0; j < kQuad; ++j) {
       z[j] -= m_z;
@@ -254,8 +254,8 @@ KCD_DEVICE Real recompute_cross(const RowStatsArguments<Real>& a, int64_t i, con
     load_quad(teacher, c, classes - c, y);
 #pragma unroll
     for (int j = 0; j < kQuad; ++j) {
-      z[j] -= reference(sums.student.max);
-      y[j] -= reference(sums.teacher.max);
+      z[j] -= piece_reference(sums.student.max);
+      y[j] -= piece_reference(sums.teacher.max);
     }
     exponentials(y, a.scale, e);
     cross += masked_cross(z, y, e, a.scale);
@@ -273,12 +273,12 @@ KCD_DEVICE void finish_row(const RowStatsArguments<Real>& a, int64_t i, const Ro
   Real label_logit = Limits<Real>::nan();
   if (valid && p.with_labels && p.labels[i] >= 0 && p.labels[i] < p.classes)
     label_logit = load_logit<Real>(row_of(p.student, i).at(static_cast<int>(p.labels[i])), p.student.type);
-  const RowResults<Real> row = write_row(p, a.outputs, i, with_teacher, sums, label_logit, a.scale.units);
+  const RowResults<Real> row = write_row_outputs(p, a.outputs, i, with_teacher, sums, label_logit, a.scale.units);
   if (a.candidate) a.candidate[i] = candidate;
   if (a.value == Value::score) {
     const auto copy = [&](auto* out) {
       using Score = std::remove_reference_t<decltype(*out)>;
-      out[i] = ranked(candidate, static_cast<const Score*>(a.score)[i], row.entropy, row.kl);
+      out[i] = ranking_value(candidate, static_cast<const Score*>(a.score)[i], row.entropy, row.kl);
     };
     a.ranking.is_double ? copy(static_cast<double*>(a.ranked)) : copy(static_cast<float*>(a.ranked));
     return;
@@ -287,7 +287,7 @@ KCD_DEVICE void finish_row(const RowStatsArguments<Real>& a, int64_t i, const Ro
                      : a.value == Value::cross_entropy   ? row.cross_entropy
                      : a.value == Value::teacher_entropy ? row.teacher_entropy
                                                          : row.entropy;
-  static_cast<Real*>(a.ranked)[i] = ranked(candidate, value, row.entropy, row.kl);
+  static_cast<Real*>(a.ranked)[i] = ranking_value(candidate, value, row.entropy, row.kl);
 }
 
 // The row of a thread, and the threads of its warp that share the row.

@@ -15,7 +15,7 @@ KCD_INLINE int64_t number_to_keep(double fraction, int64_t count, int64_t n) {
 // The ranking value of a row; NaN if it is not a candidate.  A candidate whose entropy or KL is NaN gets NaN too: it ranks first,
 // whatever the ranking value, so that the NaN reaches the loss.
 template <class Score, class Real>
-KCD_INLINE Score ranked(bool candidate, Score value, Real entropy, Real kl) {
+KCD_INLINE Score ranking_value(bool candidate, Score value, Real entropy, Real kl) {
   return candidate && entropy == entropy && kl == kl ? value : Limits<Score>::nan();
 }
 
@@ -27,12 +27,10 @@ struct LossFactors {
   double selected, valid;   // divisors of the two sums; 0 if there are no rows: the term is then 0
 };
 
-KCD_INLINE double loss_of_row(double kd, double ce, const LossFactors& factors) {
-  return factors.ce * ce + weighted(kd, factors.kd);
-}
+KCD_INLINE double row_loss(double kd, double ce, const LossFactors& factors) { return factors.ce * ce + weighted(kd, factors.kd); }
 
 // The loss from the sums over the selected and over the valid rows.
-KCD_INLINE double loss_of_sums(double kd_sum, double ce_sum, const LossFactors& factors) {
+KCD_INLINE double total_loss(double kd_sum, double ce_sum, const LossFactors& factors) {
   const double ce = factors.valid > 0 ? weighted(ce_sum / factors.valid, factors.ce) : 0.0;
   return ce + (factors.selected > 0 ? weighted(kd_sum / factors.selected, factors.kd) : 0.0);
 }

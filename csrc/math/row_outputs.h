@@ -13,8 +13,8 @@ struct RowResults {
 // Writes the outputs of row i and returns them.  with_teacher: whether the teacher's row was read.  label_logit: the student's
 // logit of the label; NaN if there is no such class.
 template <class Real>
-KCD_INLINE RowResults<Real> write_row(const Problem& problem, const RowOutputs& outputs, int64_t i, bool with_teacher,
-                                      const RowSums<Real>& sums, Real label_logit, const Units<Real>& units) {
+KCD_INLINE RowResults<Real> write_row_outputs(const Problem& problem, const RowOutputs& outputs, int64_t i, bool with_teacher,
+                                              const RowSums<Real>& sums, Real label_logit, const Units<Real>& units) {
   const bool valid = problem.valid(i);
   const Real nan = Limits<Real>::nan();
   RowResults<Real> row{nan, problem.with_teacher ? nan : 0, 0, 0};
@@ -31,9 +31,9 @@ KCD_INLINE RowResults<Real> write_row(const Problem& problem, const RowOutputs& 
   Real* stats = static_cast<Real*>(outputs.stats) + i;
   stats[kEntropy * problem.rows] = row.entropy;
   stats[kKl * problem.rows] = row.kl;
-  stats[kStudentMax * problem.rows] = reference(sums.student.max);
+  stats[kStudentMax * problem.rows] = piece_reference(sums.student.max);
   stats[kStudentInverseSum * problem.rows] = 1 / sums.student.sum();
-  stats[kTeacherMax * problem.rows] = reference(sums.teacher.max);
+  stats[kTeacherMax * problem.rows] = piece_reference(sums.teacher.max);
   stats[kTeacherInverseSum * problem.rows] = 1 / sums.teacher.sum();
   stats[kStudentInverseSum1 * problem.rows] = 1 / sums.student.sum_1();
   return row;

@@ -52,7 +52,7 @@ constexpr double kVanishing = -1075.0;
 
 // The number subtracted from every logit of a piece: its maximum, or 0 if all logits are -inf, since -inf - -inf would be NaN.
 template <class Real>
-KCD_INLINE Real reference(Real maximum) {
+KCD_INLINE Real piece_reference(Real maximum) {
   return maximum == -Limits<Real>::infinity() ? Real(0) : maximum;
 }
 
@@ -123,7 +123,7 @@ KCD_INLINE Real kl(const RowSums<Real>& s, const Units<Real>& units) {
 // -log pi[label]
 template <class Real>
 KCD_INLINE Real cross_entropy(const ClassSums<Real>& student, Real label_logit) {
-  return log_sum_1(student) - (label_logit - reference(student.max));
+  return log_sum_1(student) - (label_logit - piece_reference(student.max));
 }
 
 }   // namespace kcd

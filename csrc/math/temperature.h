@@ -6,7 +6,7 @@ namespace kcd {
 
 enum class Power : int32_t { one, two, four, other };
 
-KCD_INLINE Power power_of(double temperature) {
+KCD_INLINE Power power_for(double temperature) {
   return temperature == 1 ? Power::one : temperature == 2 ? Power::two : temperature == 4 ? Power::four : Power::other;
 }
 

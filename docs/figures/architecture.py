@@ -1,4 +1,4 @@
-"""Draw architecture.svg, the rooms of kcd_ext from top to bottom: `python docs/figures/architecture.py`."""
+"""Draw architecture.svg, the layers of kcd_ext from top to bottom: `python docs/figures/architecture.py`."""
 
 from pathlib import Path
 

@@ -7,7 +7,7 @@ from tyro.conf import Positional, arg
 
 from .. import models
 from ..checks import check_int
-from ..registry import unknown
+from ..registry import unknown_name_error
 from ..training.recipe import Recipe
 from ..training.setup import build_method
 from . import presets, teachers
@@ -67,7 +67,7 @@ class Distill(TrainingOptions):
         if not self.preset:
             return presets.DEFAULT_PAIRS.get(self.images.data)
         if self.preset not in presets.PRESETS:
-            raise unknown("preset", self.preset, presets.PRESETS)
+            raise unknown_name_error("preset", self.preset, presets.PRESETS)
         return presets.PRESETS[self.preset]
 
     def study(self) -> Study:

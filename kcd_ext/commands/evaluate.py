@@ -15,12 +15,13 @@ from .. import files, terminal
 from ..checks import check_int
 from ..data.images import ImageData, load
 from ..describe import one_line
-from ..environment import MOST_THREADS, threads, versions
-from ..evaluation import TEMPERATURES, Evaluation, checked_temperatures, evaluate
+from ..environment import MAX_THREADS, threads, versions
+from ..evaluation import TEMPERATURES, Evaluation, check_temperatures, evaluate
+from ..models.weights import load_weights
 from ..reports import page, runs, tables
 from ..reports.comparison import compare
 from ..reports.tables import as_text
-from ..training.batches import feed_of
+from ..training.batches import batch_source
 from ..training.distributed import accelerator_on
 from ..training.fingerprint import digest, digest_of_samples
 from ..training.folder import WEIGHTS
@@ -110,19 +111,19 @@ class Evaluate:
             for folder in report_dirs:
                 page.write(folder / REPORT_FILES[0], [folder])
             summaries = [replace(runs.with_evaluation(plans[each].run), method=_display_name(each)) for each in done]
-        terminal.show(*as_text(tables.evaluation_table(summaries)), "")
-        terminal.show(*tables.notes_on_teachers(summaries), *(f"skipped: {reason}" for reason in skipped))
-        terminal.show(*(f"report: {folder / REPORT_FILES[0]}" for folder in report_dirs))
+        terminal.print_lines(*as_text(tables.evaluation_table(summaries)), "")
+        terminal.print_lines(*tables.notes_on_teachers(summaries), *(f"skipped: {reason}" for reason in skipped))
+        terminal.print_lines(*(f"report: {folder / REPORT_FILES[0]}" for folder in report_dirs))
 
     def _layers(self) -> list[tuple[str, str]] | None:
         """Return the pairs of layers. Raises TypeError or ValueError for an option that is invalid for any run."""
-        checked_temperatures(self.temperatures)
+        check_temperatures(self.temperatures)
         if not self.runs:
             raise ValueError("kcd evaluate needs at least one run folder")
         if self.teacher_network is not None and self.teacher is None:
             raise ValueError(f"teacher_network={self.teacher_network!r} has no effect without teacher")
         if self.threads is not None:
-            check_int("threads", self.threads, 1, MOST_THREADS)
+            check_int("threads", self.threads, 1, MAX_THREADS)
         for text in self.layers:
             if text.count("=") != 1:
                 raise ValueError(f"layers must be STUDENT=TEACHER, a module path in each network, got {text!r}")
@@ -176,7 +177,7 @@ class Evaluate:
         runs.check_weights(folder)
         if metadata.student is None:
             raise ValueError("config.json does not say which network was trained, so its weights cannot be loaded")
-        student = Teacher(metadata.student, teachers.read(weights).tensors, weights)
+        student = Teacher(metadata.student, load_weights(weights).tensors, weights)
         if self.teacher is None:
             teacher = _find_own_teacher(run, data, find_teacher)
         else:
@@ -218,7 +219,7 @@ class _EvaluationPlan:
             evaluation = evaluate(
                 self.student.to(device),
                 self.teacher.to(device),
-                feed_of(self.data.test, None, device, 0).eval_batches(MIN_EVAL_BATCH_SIZE),
+                batch_source(self.data.test, None, device, 0).eval_batches(MIN_EVAL_BATCH_SIZE),
                 temperatures=temperatures,
                 layers=layers,
                 class_names=self.data.class_names,

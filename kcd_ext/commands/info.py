@@ -11,6 +11,6 @@ class Info:
 
     def run(self) -> None:
         """Print one fact per line."""
-        facts = environment.describe()
+        facts = environment.facts()
         width = max(map(len, facts))
-        terminal.show(*(f"{name.ljust(width)}  {fact}" for name, fact in facts.items()))
+        terminal.print_lines(*(f"{name.ljust(width)}  {fact}" for name, fact in facts.items()))

@@ -12,8 +12,8 @@ from tyro.conf import Fixed, FlagCreatePairsOff, Suppress, arg
 from .. import methods, models, processes
 from ..checks import check_int
 from ..data.images import ImageData, load
-from ..environment import MOST_THREADS
-from ..registry import unknown
+from ..environment import MAX_THREADS
+from ..registry import unknown_name_error
 from ..training.recipe import Condense, Recipe
 from .study import PlannedRun, Study
 
@@ -87,7 +87,7 @@ class RecipeArgs(Recipe):
         if method not in methods.REGISTRY and ":" not in method:
             condensed = [f"{CONDENSED_PREFIX}{name}" for name in methods.REGISTRY]
             otherwise = f"write module:Class; a prefix {CONDENSED_PREFIX} turns condensation on"
-            raise unknown("method", self.method, methods.REGISTRY, otherwise, condensed)
+            raise unknown_name_error("method", self.method, methods.REGISTRY, otherwise, condensed)
         return method
 
     def method_options(self) -> tuple[str, list[methods.Option]]:
@@ -113,7 +113,7 @@ class RecipeArgs(Recipe):
         Raises ValueError for an option of condensation that has no effect because nothing is condensed.
         """
         method = self.plain_method
-        if method == self.method and not self.condense.shrinks_the_set:  # keep=1 is the default without the prefix
+        if method == self.method and not self.condense.drops_samples:  # keep=1 is the default without the prefix
             for option in fields(self.condense):
                 chosen = getattr(self.condense, option.name)
                 if option.name not in ("keep", "batch_keep") and chosen != option.default:
@@ -121,7 +121,7 @@ class RecipeArgs(Recipe):
                         f"condense.{option.name}={chosen!r} has no effect with condense.keep=1: "
                         f"use --method {CONDENSED_PREFIX}{method} or --condense.keep < 1"
                     )
-        return replace(self, method=method, options=methods.as_typed(method, self.options))
+        return replace(self, method=method, options=methods.convert_options(method, self.options))
 
 
 @dataclass(frozen=True)
@@ -184,4 +184,4 @@ def _parse_numbers(words: tuple[str, ...] | None) -> list[float] | str | None:
 
 def checked_threads(threads: int | None) -> int | None:
     """Return `threads` if it is None or a valid number of threads. Raises TypeError or ValueError otherwise."""
-    return None if threads is None else check_int("threads", threads, 1, MOST_THREADS)
+    return None if threads is None else check_int("threads", threads, 1, MAX_THREADS)

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from tqdm import tqdm
 
 from .. import processes
-from ..terminal import printable, say
+from ..terminal import print_error, printable
 
 
 class Bar:
@@ -48,7 +48,7 @@ def note(text: str) -> None:
     """Print a line on rank 0, above the progress bar if there is one."""
     if processes.rank() == 0:
         with tqdm.external_write_mode(file=sys.stderr):
-            say(" ".join(text.split()))
+            print_error(" ".join(text.split()))
 
 
 @contextmanager

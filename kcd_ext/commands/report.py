@@ -36,5 +36,5 @@ class Report:
             raise ValueError(f"output must end in .html, got {self.output}")
         report = page.write(self.output, self.runs)
         for table in report.tables:
-            terminal.show(*as_text(table), "")
-        terminal.show(*report.notes, f"report: {self.output}")
+            terminal.print_lines(*as_text(table), "")
+        terminal.print_lines(*report.notes, f"report: {self.output}")

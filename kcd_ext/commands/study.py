@@ -20,10 +20,11 @@ from .. import files, processes, terminal
 from ..data.images import ImageData, ImageSet
 from ..data.views import Views
 from ..environment import threads, versions
+from ..models.weights import load_weights
 from ..reports import page, ranking, runs
 from ..reports.runs import RUN_GLOBS, TEACHER, Normalisation
 from ..reports.tables import as_text
-from ..training.fingerprint import check_same, digest_of_samples
+from ..training.fingerprint import check_same_run, digest_of_samples
 from ..training.folder import ENTRIES, WEIGHTS
 from ..training.loop import distill
 from ..training.recipe import Recipe
@@ -126,7 +127,7 @@ class Study:
         teacher = run.teacher
         if run.teacher_folder is not None and (weights := run.teacher_folder / WEIGHTS).exists():
             # Read the file of the first run, so that every process and every later run gets the same weights.
-            teacher = replace(teacher, weights=teachers.read(weights).tensors, origin=run.teacher_folder)
+            teacher = replace(teacher, weights=load_weights(weights).tensors, origin=run.teacher_folder)
         return student, None if teacher is None else teacher.build(self.data, run.recipe.seed)
 
     def _check_run(self, run: PlannedRun) -> None:
@@ -234,7 +235,7 @@ class Study:
             del facts["spec"]  # the same images under another path
         facts = {name: fact for name, fact in facts.items() if name in recorded}  # a library's run may record fewer
         facts |= {"processes": processes.world_size(), "recipe": run.recipe.as_json()}
-        check_same(recorded, json.loads(json.dumps(facts)), run.folder)
+        check_same_run(recorded, json.loads(json.dumps(facts)), run.folder)
 
     def _replaces_finished(self) -> bool:
         """Return whether this study starts again where a finished one of the same command is, which it moves aside."""
@@ -373,7 +374,7 @@ class Study:
     def _report(self) -> None:
         """Write the report and print its table."""
         report = page.write(self.output / REPORT_FILES[0], [self.output])
-        terminal.show(*as_text(report.tables[0]), *report.notes, "", f"report: {self.output / REPORT_FILES[0]}")
+        terminal.print_lines(*as_text(report.tables[0]), *report.notes, "", f"report: {self.output / REPORT_FILES[0]}")
 
     # --- the content of config.json ----------------------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from .. import models
 from ..data.images import ImageData
 from ..describe import did_you_mean
-from ..models.weights import fitted, read
+from ..models.weights import load_weights, match_weights
 from ..randomness import seeded
 from ..reports.runs import Normalisation, check_weights, metadata_if_started
 from ..training.folder import WEIGHTS
@@ -56,7 +56,7 @@ class Teacher:
         network, notes = build(self.network, data, seed), []
         if self.weights is not None:
             error = f"weights in {self.origin} do not fit network {self.network!r} for {data.name} ({data.num_classes} classes)"
-            state = fitted(error, network.state_dict(), self.weights)
+            state = match_weights(error, network.state_dict(), self.weights)
             network.load_state_dict(state.tensors)
             notes += [f"{self.origin}: {note}" for note in state.notes]
         own, views = self.different_normalisation(data), data.test.views
@@ -107,7 +107,7 @@ def find(spec: str, network: str | None, default_network: str | None) -> Teacher
         if not weights.exists():
             raise ValueError(f"teacher {spec} is not the folder of a finished run: it has no {WEIGHTS}")
         check_weights(path)
-        found, metadata = read(weights), metadata_if_started(path)
+        found, metadata = load_weights(weights), metadata_if_started(path)
         network = network or (metadata and metadata.student)
         if network is None:
             raise ValueError(f"{path / 'config.json'} does not say which network was trained: give --teacher-network")
@@ -119,5 +119,5 @@ def find(spec: str, network: str | None, default_network: str | None) -> Teacher
         )
     if network is None and default_network is None:
         raise ValueError(f"--teacher-network is required: it names the network of the weights in {spec}")
-    found = read(path)
+    found = load_weights(path)
     return Teacher(network or default_network, found.tensors, path, notes=found.notes)

@@ -16,7 +16,7 @@ from ..reports import runs
 # Measured (docs/how-to/threads.md): below twice this many FLOPs a step, a second thread saves at most a tenth of the time
 # on an idle machine. On a busy machine threads wait for each other at every operator, and small networks become many times
 # slower.
-FLOPS_OF_A_THREAD = 16 * 10**9
+FLOPS_PER_THREAD = 16 * 10**9
 
 
 @dataclass(frozen=True)
@@ -27,15 +27,15 @@ class Threads:
     reason: str = ""
 
 
-def rule(flops: int | None, available: int) -> int:
+def threads_for_flops(flops: int | None, available: int) -> int:
     """Return the number of threads for a batch with this many FLOPs.
 
-    That is one for every `FLOPS_OF_A_THREAD`, in [1, `available`], and 1 if the FLOPs are unknown (None).
+    That is one for every `FLOPS_PER_THREAD`, in [1, `available`], and 1 if the FLOPs are unknown (None).
     """
-    return max(1, min((flops or 0) // FLOPS_OF_A_THREAD, available))
+    return max(1, min((flops or 0) // FLOPS_PER_THREAD, available))
 
 
-def available() -> int:
+def available_threads() -> int:
     """Return how many threads this process may use, at least 1.
 
     The usable processors are divided among the processes of the command on this machine. Torch's own default, which
@@ -71,7 +71,8 @@ def choose_threads(labels: Mapping[Path, str], flops: Mapping[str, int | None]) 
 def threads_for(flops: int | None, work: str = "step") -> Threads:
     """Return the threads, by the rule, for a `work` unit ("step" or "batch") with this many FLOPs."""
     return Threads(
-        rule(flops, available()), "FLOPs unknown" if flops is None else f"{_abbreviate(flops)}FLOPs a {work}"
+        threads_for_flops(flops, available_threads()),
+        "FLOPs unknown" if flops is None else f"{_abbreviate(flops)}FLOPs a {work}",
     )
 
 

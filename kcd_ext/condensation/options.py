@@ -65,14 +65,14 @@ class Condense:
         self.example()  # the condenser checks its own options
 
     @property
-    def shrinks_the_set(self) -> bool:
+    def drops_samples(self) -> bool:
         """Whether epochs visit fewer than all samples."""
         return self.keep < 1
 
     def interval(self, epochs: int) -> int:
         """Return the number of epochs between two condensation steps in a run of `epochs`."""
         # A set that does not shrink gets an interval longer than the run.
-        return self.every or (-(-epochs // self.stages) if self.shrinks_the_set else epochs + 1)
+        return self.every or (-(-epochs // self.stages) if self.drops_samples else epochs + 1)
 
     def build(
         self, num_samples: int, *, seed: int, device: object, epochs: int, labels: object = None

@@ -11,7 +11,7 @@ from ..checks import check_bool, check_int
 from .condenser import KnowledgeCondenser
 from .mixing import MixTree
 from .random_keys import MAX_SEED, ORDER, random_keys
-from .table import SKIP
+from .table import PADDING_INDEX
 
 
 class CondensedSampler(Sampler):
@@ -128,7 +128,7 @@ class CondensedSampler(Sampler):
         positions = np.arange(self._first_position, self._samples_per_rank() * self._world_size, self._world_size)
         sample = self._shuffled().take(positions, mode="wrap")  # after the last sample the first ones are repeated
         index = sample.copy()
-        index[self._unpadded_length() :] = SKIP
+        index[self._unpadded_length() :] = PADDING_INDEX
         return index, sample
 
     def _samples_per_rank(self) -> int:

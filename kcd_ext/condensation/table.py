@@ -10,7 +10,7 @@ from ..describe import describe
 # Values of larger magnitude count as not finite. So no sum of up to 2^53 visits can overflow to infinity.
 LARGEST_VALUE = 2.0**960
 
-SKIP = -1  # the index of an entry that must not be counted: a padding repeat of the sampler
+PADDING_INDEX = -1  # the index of an entry that must not be counted: a padding repeat of the sampler
 
 STATE = ("values", "counts", "non_finite", "pending")
 
@@ -38,7 +38,7 @@ class ValueTable:
         self._counts = torch.zeros(num_samples, dtype=torch.int64, device=initial_device)
         self._non_finite = torch.zeros(num_samples, dtype=torch.int64, device=initial_device)
         # One row per sample: sum of values, number of entries, number of values left out. The last two rows collect
-        # entries that belong to no sample: those out of range, and those at SKIP.
+        # entries that belong to no sample: those out of range, and those at PADDING_INDEX.
         self._pending = torch.zeros(num_samples + 2, 3, dtype=torch.float64, device=initial_device)
 
     @property
@@ -78,7 +78,7 @@ class ValueTable:
         value = value.detach().to(device, torch.float64, non_blocking=non_blocking)
 
         if not in_range:
-            index = torch.where(index < SKIP, self.num_samples, index).clamp(max=self.num_samples)
+            index = torch.where(index < PADDING_INDEX, self.num_samples, index).clamp(max=self.num_samples)
         usable = value.abs() <= LARGEST_VALUE  # False for NaN and infinities
         visit = torch.stack((torch.where(usable, value, 0.0), torch.ones_like(value), ~usable), dim=1)
         # With repeated rows, this way of adding sums in a fixed order on the CPU and on CUDA.
@@ -209,8 +209,8 @@ def _check_batch(index: object, value: object, num_samples: int) -> bool:
         raise ValueError(f"value must have the shape of index, {tuple(index.shape)}, got {tuple(value.shape)}")
     if index.device.type == "cpu" and index.numel():
         low, high = (int(bound) for bound in index.aminmax())
-        if low < SKIP or high >= num_samples:
+        if low < PADDING_INDEX or high >= num_samples:
             raise IndexError(
-                f"index must be in [0, {num_samples}), or {SKIP} for an entry to skip; got values from {low} to {high}"
+                f"index must be in [0, {num_samples}), or {PADDING_INDEX} for an entry to skip; got values from {low} to {high}"
             )
     return index.device.type == "cpu"

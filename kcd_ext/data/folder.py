@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from ..checks import check_int
-from ..describe import one_line, some
+from ..describe import join_names, one_line
 from ..files import check_regular
 from .images import ImageData, assemble, check_class_names
 
@@ -68,7 +68,7 @@ class SkippedEntries:
                 name if count == 1 else f"{name} ({count} times)"
                 for name, count in sorted(names.items(), key=lambda item: (-item[1], item[0]))
             ]
-            notes.append(f"{reason}: {some(shown)}")
+            notes.append(f"{reason}: {join_names(shown)}")
         if notes:
             warnings.warn(f"{path}: skipped {'; '.join(notes)}", stacklevel=2)
 
@@ -148,7 +148,7 @@ def _find_part(path: Path, names: Sequence[str]) -> Path:
     folders = sorted(entry.name for entry in path.iterdir() if entry.is_dir())
     found = sorted((name for name in folders if name.lower() in names), key=lambda name: names.index(name.lower()))
     if not found:
-        has = f"it has the folders {some(list(map(repr, folders)))}" if folders else "it has no folders"
+        has = f"it has the folders {join_names(list(map(repr, folders)))}" if folders else "it has no folders"
         raise ValueError(
             f"{path}: must have a folder {names[0]} (or {', '.join(names[1:])}); {has}; "
             "the layout is train/<class>/<images> and test/<class>/<images>"
@@ -190,10 +190,10 @@ def _check_classes(
         return
     folded = set(map(_fold_name, unknown))
     similar = [repr(name) for name in sorted(train_classes) if _fold_name(name) in folded]
-    hint = f"; it has {some(similar)}: names must agree in case and spaces" if similar else ""
+    hint = f"; it has {join_names(similar)}: names must agree in case and spaces" if similar else ""
     raise ValueError(
         f"{test}: every class must have a folder in {train.name} too, which has none for "
-        f"{some(list(map(repr, unknown)))}{hint}"
+        f"{join_names(list(map(repr, unknown)))}{hint}"
     )
 
 

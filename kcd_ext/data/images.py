@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..checks import check_int
-from ..describe import describe, some
+from ..describe import describe, join_names
 from ..registry import call
 from .views import Views, check_normalisation
 
@@ -156,7 +156,7 @@ def assemble(
         flip: whether to flip training images at random, as in `Views`.
     """
     name = name.encode(errors="backslashreplace").decode()
-    views = Views.of(train[0], padding=padding, flip=flip)
+    views = Views.from_images(train[0], padding=padding, flip=flip)
     test_views = replace(views, padding=0, flip=False)
     return ImageData(name, ImageSet(*train, views), ImageSet(*test, test_views), num_classes, class_names)
 
@@ -228,7 +228,7 @@ def load(
     _warn_about_classes_without_images(data)
     if normalisation is not None:
         try:
-            train, test = (part.views.normalised_by(*normalisation) for part in (data.train, data.test))
+            train, test = (part.views.with_normalisation(*normalisation) for part in (data.train, data.test))
         except ValueError as error:
             raise ValueError(f"{error} (images of {spec})") from error
         data = replace(data, train=_with_views(data.train, train), test=_with_views(data.test, test))
@@ -251,7 +251,7 @@ def _warn_about_classes_without_images(data: ImageData) -> None:
     for part, images in (("training", data.train), ("test", data.test)):
         counts = np.bincount(images.labels, minlength=data.num_classes)
         if empty := [names[label] for label in np.flatnonzero(counts == 0)]:
-            notes.append(f"{len(empty)} of {data.num_classes} classes have no {part} images: {some(empty)}")
+            notes.append(f"{len(empty)} of {data.num_classes} classes have no {part} images: {join_names(empty)}")
     if notes:
         warnings.warn(f"data set {data.name!r}: {'; '.join(notes)}", stacklevel=3)
 

@@ -59,7 +59,7 @@ class Views:
         check_bool("flip", self.flip)
 
     @classmethod
-    def of(cls, images: np.ndarray, *, padding: int = 0, flip: bool = False) -> "Views":
+    def from_images(cls, images: np.ndarray, *, padding: int = 0, flip: bool = False) -> "Views":
         """Return views normalised by the mean and standard deviation of these images' channels.
 
         The std of a constant channel is set to 1. Sums are exact, so the order of the images does not matter.
@@ -83,7 +83,7 @@ class Views:
             deviations.append(math.sqrt(size * squares - total**2) / (255 * size) or 1.0)
         return cls(tuple(means), tuple(deviations), padding, flip)
 
-    def normalised_by(self, mean: tuple[float, ...], std: tuple[float, ...]) -> "Views":
+    def with_normalisation(self, mean: tuple[float, ...], std: tuple[float, ...]) -> "Views":
         """Return the same views with another mean and std.
 
         Args:

@@ -7,8 +7,8 @@ from typing import get_args
 
 from ..describe import brief, did_you_mean
 from ..registry import call, resolve
-from .documented import Option
-from .documented import options_of as _options_of
+from .method_options import Option
+from .method_options import options_of as _options_of
 from .protocol import Batch, Method, Outcome, Pretraining, entropy
 
 REGISTRY = {
@@ -45,7 +45,7 @@ def build(name: str, options: Mapping[str, object] | None = None) -> Method:
 
 def _check_names(name: str, options: Mapping[str, object]) -> None:
     """Raise TypeError for an option that the method does not take. The message lists those that it takes."""
-    unknown, takes = unknown_of(name, options)
+    unknown, takes = unknown_options(name, options)
     if unknown:
         nearest = did_you_mean(unknown[0], takes)
         raise TypeError(
@@ -54,7 +54,7 @@ def _check_names(name: str, options: Mapping[str, object]) -> None:
         )
 
 
-def unknown_of(name: str, options: Iterable[str]) -> tuple[list[str], list[str]]:
+def unknown_options(name: str, options: Iterable[str]) -> tuple[list[str], list[str]]:
     """Return the options that the method does not take, and the names of all that it takes.
 
     Both lists are empty if the method takes `**kwargs` or has no readable signature. Raises as `build` does for an unknown
@@ -86,7 +86,7 @@ def _parameters(name: str) -> Mapping[str, inspect.Parameter] | None:
     return None
 
 
-def as_typed(name: str, options: Mapping[str, object]) -> dict[str, object]:
+def convert_options(name: str, options: Mapping[str, object]) -> dict[str, object]:
     """Convert options given as text, as on the command line, to the types that the method's annotations ask for.
 
     A layer's name stays text even if it looks like a number ("1.10"). A parameter without a known annotation becomes a
@@ -122,9 +122,9 @@ __all__ = [
     "Option",
     "Outcome",
     "Pretraining",
-    "as_typed",
     "build",
+    "convert_options",
     "entropy",
     "options_of",
-    "unknown_of",
+    "unknown_options",
 ]

@@ -13,7 +13,7 @@ from torch.nn import functional
 from ..checks import check_bool, check_int, check_non_negative, check_unit_interval, check_used
 from ..describe import one_line
 from ..registry import resolve
-from . import REGISTRY, as_typed, build, unknown_of
+from . import REGISTRY, build, convert_options, unknown_options
 from .features import at_least_float32, full_precision
 from .protocol import Batch, Method, Outcome, Pretraining
 from .slimmable import SLIMMABLE, check_widths, slimmable
@@ -136,7 +136,7 @@ class PartialToWholeDistillation(Method):
             default = inspect.signature(type(self)).parameters[option].default
             check_used(option, getattr(self, option), default, not partial, "partial=False, which pretrains nothing")
         self._check_options(base, base_options)
-        self.base = build(base, as_typed(base, base_options))
+        self.base = build(base, convert_options(base, base_options))
         if not self.base.needs_teacher:
             raise ValueError(f"base must be a method that needs a teacher, got {base!r}, which needs none")
         for overridden, meaning in (
@@ -153,7 +153,7 @@ class PartialToWholeDistillation(Method):
     def _check_options(self, base: str, options: Iterable[str]) -> None:
         """Raise ValueError for an unknown base, TypeError for an option that neither pwkd nor the base takes."""
         resolve("base", base, REGISTRY)
-        unknown, takes = unknown_of(base, options)
+        unknown, takes = unknown_options(base, options)
         if unknown:
             own = [p.name for p in inspect.signature(type(self)).parameters.values() if p.kind is not p.VAR_KEYWORD]
             theirs = [option for option in takes if option != "batch_keep"]  # set with condense.batch_keep

@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from ..describe import some
+from ..describe import join_names
 from ..files import read_regular
 
 # Keys under which checkpoints store the weights; the first one with weights is used. Moving averages come last, because
@@ -127,7 +127,7 @@ class Weights:
     notes: tuple[str, ...] = ()
 
 
-def read(path: Path) -> Weights:
+def load_weights(path: Path) -> Weights:
     """Return the weights in a file, on the CPU, without executing anything in the file.
 
     Args:
@@ -280,13 +280,13 @@ def _check_plain(path: Path, name: str, tensor: Tensor) -> None:
 
 
 def _quoted(names: Iterable[object]) -> str:
-    return some(map(repr, names), 3)
+    return join_names(map(repr, names), 3)
 
 
 # --- matching them to a network ---------------------------------------------------------------------------------------
 
 
-def fitted(what: str, own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> Weights:
+def match_weights(what: str, own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> Weights:
     """Return weights under the names of a network's state_dict, complete and ready for `load_state_dict`.
 
     If the names do not match, prefixes that torch and outer modules add are removed (INSERTED, OUTER). Counters that are

@@ -18,12 +18,12 @@ from ..terminal import printable
 from ..training.summary import Summary
 from .ranking import Ranking, Thumbnail
 from .runs import TEACHER
-from .tables import MAX_CLASSES, by_method, measured_teachers, number
+from .tables import MAX_CLASSES, by_method, format_number, measured_teachers
 
 # Okabe and Ito's colour-blind safe palette: grey, blue, orange, vermilion, green, purple.
 COLOURS = ("#7f7f7f", "#0072b2", "#e69f00", "#d55e00", "#009e73", "#cc79a7")
 MAX_MARKER_AREA = 300  # square points, for a bin with all samples
-NETWORKS = {"student": "#0072b2", "teacher": "#7f7f7f"}
+NETWORK_COLOURS = {"student": "#0072b2", "teacher": "#7f7f7f"}
 
 
 class Methods:
@@ -163,11 +163,11 @@ def _tiles(thumbnails: Sequence[Thumbnail], columns: int) -> np.ndarray:
 def draw_reliability(axes: Axes, evaluation: Evaluation) -> None:
     """Draw accuracy against confidence for each bin. The area of a marker shows the bin's share of the samples."""
     axes.plot([0, 100], [0, 100], color="#333333", linestyle="--", linewidth=1)
-    for role, colour in NETWORKS.items():
+    for role, colour in NETWORK_COLOURS.items():
         scores = getattr(evaluation, role)
         bins = [one for one in scores.bins if one.count]
         x, y = np.array([(one.confidence, one.accuracy) for one in bins]).reshape(-1, 2).T
-        axes.plot(x, y, color=colour, label=f"{role}, ECE {number(scores.ece, '.2f')}", linewidth=1.4)
+        axes.plot(x, y, color=colour, label=f"{role}, ECE {format_number(scores.ece, '.2f')}", linewidth=1.4)
         areas = [MAX_MARKER_AREA * one.count / evaluation.samples for one in bins]
         axes.scatter(x, y, s=areas, color=colour, alpha=0.75, linewidth=0, clip_on=False, label=f"_{role}")
     axes.set(xlabel="confidence, %", ylabel="accuracy, %", xlim=(0, 100), ylim=(0, 100))
@@ -179,7 +179,7 @@ def draw_classes(axes: Axes, evaluation: Evaluation) -> None:
     shown = evaluation.classes
     if len(shown) > MAX_CLASSES:
         shown = sorted((one for one in shown if math.isfinite(one.lost)), key=lambda one: -one.lost)[:MAX_CLASSES]
-    for offset, (role, colour) in zip((-0.2, 0.2), NETWORKS.items(), strict=True):
+    for offset, (role, colour) in zip((-0.2, 0.2), NETWORK_COLOURS.items(), strict=True):
         heights = [getattr(one, role) if one.count else 0 for one in shown]
         axes.bar(np.arange(len(shown)) + offset, heights, width=0.4, color=colour, label=role)
     axes.set_xticks(range(len(shown)), [one.name for one in shown], rotation=90 if len(shown) > 10 else 45, fontsize=7)
@@ -194,7 +194,7 @@ def draw_log_odds(axes: Axes, evaluation: Evaluation) -> None:
     points = [point for point in found.points if all(map(math.isfinite, point))]
     x, y = np.array(points, dtype=float).reshape(-1, 2).T
     if len(x):
-        axes.plot(x, y, ".", color=NETWORKS["student"], markersize=3)
+        axes.plot(x, y, ".", color=NETWORK_COLOURS["student"], markersize=3)
         ends = np.array([x.min(), x.max()])
         axes.plot(ends, ends, color="#333333", linestyle="--", linewidth=1, label="as sure as the teacher")
         if math.isfinite(found.slope) and math.isfinite(found.intercept):
@@ -208,7 +208,7 @@ def draw_layers(axes: Axes, evaluation: Evaluation) -> None:
     """Draw linear CKA, one bar for each pair of layers, with the first layer on top."""
     layers = evaluation.layers
     heights = [one.cka if math.isfinite(one.cka) else 0 for one in layers]
-    axes.barh(np.arange(len(layers)), heights, color=NETWORKS["student"])
+    axes.barh(np.arange(len(layers)), heights, color=NETWORK_COLOURS["student"])
     names = [one.student if one.student == one.teacher else f"{one.student} / {one.teacher}" for one in layers]
     axes.set_yticks(range(len(layers)), names, fontsize=8)
     _disable_math(axes.get_yticklabels())

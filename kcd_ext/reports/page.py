@@ -73,7 +73,7 @@ def render(found: Comparison, folder: Path) -> tuple[bytes, bytes]:
         first_evaluations=dict(evaluations.values()),
         tables=tables,
         figures=figures,
-        number=tables.number,
+        number=tables.format_number,
         data_uri=_data_uri,
     )
     return text.encode(errors="replace"), figures.picture(methods, found.ranking)  # replaces lone surrogates

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from ..checks import check_float, check_int, check_percent
 from ..condensation.random_keys import MAX_SEED
 from ..describe import describe
-from ..environment import MOST_THREADS
+from ..environment import MAX_THREADS
 from ..evaluation import Evaluation
 from ..files import read_json, read_lines, read_regular
 from ..training import checkpoint
@@ -275,7 +275,7 @@ def last_threads(folder: Path) -> int | None:
     For a run without a checkpoint it is the number of its last start. Raises ValueError if config.json is damaged.
     """
     metadata = metadata_if_started(folder)
-    found = checkpoint.facts_of(folder / "checkpoint")
+    found = checkpoint.read_run_json(folder / "checkpoint")
     try:
         return _check_threads(found["threads"]) if "threads" in found else metadata and metadata.threads
     except (TypeError, ValueError) as error:
@@ -343,7 +343,7 @@ def _parse_condensation(found: dict) -> dict:
 
 
 def _check_threads(count: object) -> int:
-    return check_int("threads", count, 1, MOST_THREADS)
+    return check_int("threads", count, 1, MAX_THREADS)
 
 
 def _parse_normalisation(found: Mapping) -> Normalisation:

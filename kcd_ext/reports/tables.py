@@ -108,7 +108,7 @@ def as_text(table: Table) -> list[str]:
     return [lines[0], "-" * len(lines[0]), *lines[1:]]
 
 
-def number(value: float, form: str) -> str:
+def format_number(value: float, form: str) -> str:
     """Return a number as text, or a dash if it is not finite."""
     if not math.isfinite(value):
         return "-"
@@ -168,12 +168,12 @@ def evaluation_table(summaries: Sequence[Summary]) -> Table:
         rows.append(
             [
                 name,
-                *(number(x, ".2f") for x in (student.accuracy, teacher.accuracy, evaluation.agreement)),
-                *(number(divergences.get(t, math.nan), ".4g") for t in labels),
-                *(number(x, ".2f") for x in (student.ece, teacher.ece)),
-                number(log_odds.slope, ".4g"),
-                " / ".join(number(x, "+.4g") for x in (log_odds.below, log_odds.above)),
-                number(evaluation.worst_class_change, "+.2f"),
+                *(format_number(x, ".2f") for x in (student.accuracy, teacher.accuracy, evaluation.agreement)),
+                *(format_number(divergences.get(t, math.nan), ".4g") for t in labels),
+                *(format_number(x, ".2f") for x in (student.ece, teacher.ece)),
+                format_number(log_odds.slope, ".4g"),
+                " / ".join(format_number(x, "+.4g") for x in (log_odds.below, log_odds.above)),
+                format_number(evaluation.worst_class_change, "+.2f"),
             ]
         )
     return [head, *rows]

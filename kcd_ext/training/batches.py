@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..condensation import CondensedSampler, KnowledgeCondenser
-from ..condensation.table import SKIP
+from ..condensation.table import PADDING_INDEX
 from ..data import IndexedDataset
 from ..data.images import ImageSet
 from ..data.loading import Loader
@@ -16,7 +16,7 @@ from ..methods import Batch
 from ..randomness import seeded
 
 
-def feed_of(
+def batch_source(
     dataset: IndexedDataset | ImageSet,
     condenser: KnowledgeCondenser | None,
     device: torch.device,
@@ -43,7 +43,7 @@ def feed_of(
     if mixes:
         with seeded(0):  # the data set may draw random numbers: keep them out of the run's generators
             dataset = dataset.for_mixing()
-    return LoadedFeed(dataset, device, num_workers, name)
+    return LoadedBatches(dataset, device, num_workers, name)
 
 
 class Samples:
@@ -94,7 +94,7 @@ def flatten_labels(label: Tensor) -> Tensor:
     return label.squeeze(1) if label.dim() == 2 and label.shape[1] == 1 else label
 
 
-class LoadedFeed:
+class LoadedBatches:
     """Batches of a data set that is loaded item by item."""
 
     def __init__(self, dataset: IndexedDataset, device: torch.device, num_workers: int, name: str = "the data set"):
@@ -139,7 +139,7 @@ class LoadedFeed:
 class ResidentBatches:
     """Batches of images that are all on the device. Each batch is cropped, flipped and normalised there.
 
-    It has the methods of `LoadedFeed`.
+    It has the methods of `LoadedBatches`.
     """
 
     def __init__(self, dataset: ImageSet, condenser: KnowledgeCondenser | None, device: torch.device):
@@ -165,7 +165,7 @@ class ResidentBatches:
             yield Batch(x, self.labels[chosen], index[part])
 
     def eval_batches(self, batch_size: int, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
-        """Yield samples as `LoadedFeed.eval_batches` does, neither cropped nor flipped."""
+        """Yield samples as `LoadedBatches.eval_batches` does, neither cropped nor flipped."""
         index, sample = self._on_device(_shard_indices(len(self.labels), rank, world_size))
         for start in range(0, len(index), batch_size):
             part = slice(start, start + batch_size)
@@ -184,10 +184,10 @@ class ResidentBatches:
         return index, sample
 
 
-BatchSource = LoadedFeed | ResidentBatches
+BatchSource = LoadedBatches | ResidentBatches
 
 
 def _shard_indices(count: int, rank: int, world_size: int) -> tuple[np.ndarray, np.ndarray]:
     """Return a rank's (index, sample), int64. Past the last sample the first ones repeat, with index -1."""
     position = np.arange(rank, -(-count // world_size) * world_size, world_size)
-    return np.where(position < count, position, SKIP), position % count
+    return np.where(position < count, position, PADDING_INDEX), position % count

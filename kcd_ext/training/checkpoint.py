@@ -107,7 +107,7 @@ def report_damage(folder: Path | None) -> Iterator[None]:
         raise ValueError(f"checkpoint {folder} is damaged ({reason}): remove it to start over") from error
 
 
-def facts_of(directory: Path) -> Mapping[str, object]:
+def read_run_json(directory: Path) -> Mapping[str, object]:
     """Return the unchecked content of the last checkpoint's run.json, or an empty mapping if it cannot be read."""
     folders = _folders(directory)
     try:

@@ -13,7 +13,7 @@ from ..data.loading import load_item
 from ..describe import one_line
 from ..methods import Batch, Method, Outcome
 from ..module_state import is_dense
-from ..networks import OutputError, check_network, logits_alone
+from ..networks import OutputError, check_network, logits_only
 from .batches import flatten_labels
 from .recipe import Recipe
 
@@ -166,7 +166,7 @@ def _first_sample(part: str, dataset: IndexedDataset | ImageSet) -> tuple[Tensor
 
 def _count_classes(name: str, network: nn.Module, x: Tensor, part: str) -> int:
     try:
-        with torch.no_grad(), logits_alone(name, network.to(x.device)) as output:
+        with torch.no_grad(), logits_only(name, network.to(x.device)) as output:
             logits = output.network.eval()(x)
     except OutputError as error:
         raise ValueError(f"{error} for x of {x.dtype} {tuple(x.shape)} from {part}") from error

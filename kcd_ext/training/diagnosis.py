@@ -85,7 +85,7 @@ def check_test_logits(run: "Run", non_finite: int, epoch: int) -> None:
     # On every rank: the student may be sharded.
     cause = first_non_finite("test", run.test_batches(), {"student": run.student})
     if run.is_main:
-        text = f"after epoch {epoch + 1} {non_finite} test samples have no finite logits: {cause}"
+        text = f"{non_finite} test samples have no finite logits after epoch {epoch + 1}: {cause}"
         warnings.warn(text, RuntimeWarning, stacklevel=4)  # the caller of distill
 
 
@@ -135,7 +135,7 @@ def _all_finite(tensors: Iterable[Tensor]) -> bool:
     return bool(torch.stack([full_state_dict(tensor.detach()).isfinite().all() for tensor in tensors]).all())
 
 
-def doubt_about(teacher: float, student: float | None, labels: Sequence[float]) -> str:
+def teacher_warning(teacher: float, student: float | None, labels: Sequence[float]) -> str:
     """Return a warning about a teacher that can teach little, in one line, or an empty string.
 
     Chance is the share of the most frequent class, and at least one over the number of classes. A teacher is near

@@ -42,7 +42,7 @@ def fingerprint(
     }
 
 
-def check_same(saved: Mapping, mine: Mapping, path: object) -> None:
+def check_same_run(saved: Mapping, mine: Mapping, path: object) -> None:
     """Raise ValueError, naming the first difference, unless the run in `path` may resume as this one."""
     free = RESUMABLE_CHANGES if saved.get("processes") == mine["processes"] else RESUMABLE_CHANGES + STEP_SIZE_FIELDS
     recipe = saved["recipe"] if isinstance(saved.get("recipe"), Mapping) else {}

@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import files
 from ..environment import versions
 from . import checkpoint
-from .fingerprint import check_same
+from .fingerprint import check_same_run
 from .summary import Summary, results
 
 WEIGHTS = "student.safetensors"
@@ -45,13 +45,13 @@ class RunFolder:
             )
         self._found = checkpoint.load(path / "checkpoint") if resume else None
         if self._found is not None:
-            check_same(self._found.run, self.fingerprint, path)
+            check_same_run(self._found.run, self.fingerprint, path)
         elif existing:
             self._check_unfinished(existing)
 
     @classmethod
     @contextmanager
-    def opened(cls, path: Path, fingerprint: dict, resume: bool, writes: bool) -> Iterator["RunFolder"]:
+    def locked(cls, path: Path, fingerprint: dict, resume: bool, writes: bool) -> Iterator["RunFolder"]:
         """Yield the folder of a run. The process that `writes` locks it until the context ends.
 
         Raises:
@@ -103,4 +103,4 @@ class RunFolder:
             )
         if "checkpoint" in existing and not (self.path / "checkpoint").is_dir():
             raise FileExistsError(f"output {self.path} holds a checkpoint that is not a folder: choose another folder")
-        check_same(config, self.fingerprint, self.path)
+        check_same_run(config, self.fingerprint, self.path)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from ..randomness import seeded
-from .diagnosis import check_test_logits, doubt_about, has_finite_maximum
+from .diagnosis import check_test_logits, has_finite_maximum, teacher_warning
 from .distributed import autocast, broadcast_buffers, gradient_sync, optimizer_step, reshard, sum_over_ranks
 from .phases import Phase
 from .recipe import Recipe
@@ -94,7 +94,7 @@ def measure_teacher(run: Run) -> None:
     classes = labels[(labels >= 0) & (labels < run.classes)].bincount(minlength=run.classes)
     student = evaluate(run, networks["student"])[0] if not run.has_metrics else None
     reshard(*networks.values())
-    doubt = doubt_about(run.teacher_accuracy, student, sum_over_ranks(run.accelerator, classes))
+    doubt = teacher_warning(run.teacher_accuracy, student, sum_over_ranks(run.accelerator, classes))
     if doubt and run.is_main:
         warnings.warn(doubt, stacklevel=3)  # the caller of distill
 

@@ -211,7 +211,7 @@ class StudentPhase(Phase):
         self.sample_weight = run.condenser.sample_weight
         self.visits: list[tuple[Tensor, Tensor]] = []
         # The first epoch sees every label of a data set that is loaded item by item.
-        collects = run.recipe.condense.shrinks_the_set and run.condenser.labels is None and epoch == 0
+        collects = run.recipe.condense.drops_samples and run.condenser.labels is None and epoch == 0
         self.labels: list[tuple[Tensor, Tensor]] | None = [] if collects else None
 
     def record(self, batch: Batch, outcome: Outcome) -> Tensor:

@@ -93,7 +93,7 @@ class Recipe:
             object.__setattr__(self, "condense", Condense(keep=1.0))
         if not isinstance(self.condense, Condense):
             raise TypeError(f"condense must be a Condense or None, got {type(self.condense).__name__}")
-        if self.condense.shrinks_the_set:
+        if self.condense.drops_samples:
             if self.epochs == 1:
                 raise ValueError("epochs must be > 1 if condense.keep < 1, got 1: nothing would be condensed")
             if (self.condense.every or 1) >= self.epochs:
@@ -112,7 +112,7 @@ class Recipe:
     @property
     def label(self) -> str:
         """The name of the run in tables and files."""
-        if self.name or not self.condense.shrinks_the_set:
+        if self.name or not self.condense.drops_samples:
             return self.name or self.method
         if self.condense.selection == "value":
             return f"kc-{self.method}"

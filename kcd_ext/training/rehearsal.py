@@ -10,8 +10,8 @@ from torch import nn
 
 from ..describe import describe_error
 from ..methods import Batch, Outcome
-from ..module_state import Layout, undone
-from ..networks import LogitsAlone, OutputError
+from ..module_state import Layout, restored
+from ..networks import LogitsOnly, OutputError
 from ..randomness import seeded
 from .batches import batches_of_steps, with_sample_weight
 from .checks import check_outcome
@@ -84,7 +84,7 @@ class Rehearsal:
             stack.enter_context(seeded(run.recipe.seed, REHEARSAL_SEED, device=run.device))
             batch = with_sample_weight(self._first(run.train_source, size), run.condenser.sample_weight)
             tested = self._first(run.test_source, size) if validate else None
-            stack.enter_context(undone(*roots))
+            stack.enter_context(restored(*roots))
             stack.callback(reshard, *roots)
             running = stack.enter_context(_track_running(networks))
             try:
@@ -145,13 +145,13 @@ class Rehearsal:
             scaled = run.accelerator.scaler is not None  # float16 gradients may overflow, and the step is then skipped
             check_first_step(outcome, batch, {} if scaled else gradients, run.module.student, run.teacher, method)
 
-    def _find_failure(self, size: int, outputs: Sequence[LogitsAlone]) -> Exception | None:
+    def _find_failure(self, size: int, outputs: Sequence[LogitsOnly]) -> Exception | None:
         """Return the error of the step, tried also with outputs reduced to logits, or None if it succeeds."""
         while True:
             try:
                 self.take_step(size)
             except (TypeError, ValueError) as error:
-                if not any([output.act_where_found() for output in outputs]):
+                if not any([output.restrict_to_found_modes() for output in outputs]):
                     return error
             else:
                 return None

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..condensation import CondensedSampler, KnowledgeCondenser
 from ..methods import Batch, Method
-from ..networks import LogitsAlone
+from ..networks import LogitsOnly
 from .batches import BatchSource, batches_of_steps, with_sample_weight
 from .checkpoint import Checkpoint, report_damage
 from .checks import check_same_state
@@ -32,7 +32,7 @@ class Run:
     recipe: Recipe
     accelerator: Accelerator
     method: Method
-    outputs: Mapping[str, LogitsAlone]  # the hooks on the given student and teacher
+    outputs: Mapping[str, LogitsOnly]  # the hooks on the given student and teacher
     classes: int
     condenser: KnowledgeCondenser
     train_source: BatchSource

@@ -15,9 +15,9 @@ from ..data import IndexedDataset
 from ..data.images import ImageSet
 from ..methods import Method
 from ..module_state import Layout
-from ..networks import forward_flops, hookable, logits_alone, usual_modes
+from ..networks import forward_flops, hookable, logits_only, usual_modes
 from ..randomness import seeded
-from .batches import BatchSource, Samples, feed_of
+from .batches import BatchSource, Samples, batch_source
 from .checks import as_indexed, check_method, check_networks, check_storable
 from .distributed import Accelerator, accelerator_on, gather_labels, is_sharded, reshard
 from .fingerprint import fingerprint
@@ -82,7 +82,7 @@ def _set_up(
         raise ValueError(f"teacher must be a torch.nn.Module for method {recipe.method!r}, got None")
     given = {"student": student} | ({} if teacher is None else {"teacher": teacher})
     stack.enter_context(usual_modes())
-    outputs = {name: stack.enter_context(logits_alone(name, network)) for name, network in given.items()}
+    outputs = {name: stack.enter_context(logits_only(name, network)) for name, network in given.items()}
     networks = {name: output.network for name, output in outputs.items()}
     layouts = {name: Layout(network) for name, network in given.items() if not is_sharded(network)}
     for layout in layouts.values():
@@ -91,12 +91,12 @@ def _set_up(
     stack.enter_context(seeded(recipe.seed, SETUP_SEED, device=accelerator.device))
     classes = check_networks(networks["student"], networks.get("teacher"), train, test, accelerator.device)
     for hook in outputs.values():
-        hook.act_where_found()
+        hook.restrict_to_found_modes()
     folder = None
     if output is not None:
         check_storable("student", student)
         facts = fingerprint(recipe, teacher, train, test, accelerator)
-        opened = RunFolder.opened(Path(output), facts, resume, accelerator.is_main_process)
+        opened = RunFolder.locked(Path(output), facts, resume, accelerator.is_main_process)
         folder = stack.enter_context(opened)
     stack.callback(method.release)
 
@@ -165,20 +165,20 @@ def _build_data(
     """Return the condenser of the training set, and the sources of both sets, which `stack` closes."""
     condense, device, workers = recipe.condense, accelerator.device, recipe.num_workers
     labels = None
-    if condense.shrinks_the_set and isinstance(train, ImageSet):
+    if condense.drops_samples and isinstance(train, ImageSet):
         labels = train.labels
-    elif condense.shrinks_the_set and condense.min_per_class:  # load all items once
-        with closing(feed_of(train, None, device, workers, name="train")) as source:
+    elif condense.drops_samples and condense.min_per_class:  # load all items once
+        with closing(batch_source(train, None, device, workers, name="train")) as source:
             batches = source.eval_batches(recipe.batch_size, accelerator.process_index, accelerator.num_processes)
             labels = gather_labels([(batch.index, batch.label) for batch in batches], len(train), accelerator)
     # Without condensation the condenser keeps all samples. So all runs of a seed begin with the same sample order.
     condenser = condense.build(len(train), seed=recipe.seed, device=device, epochs=recipe.epochs, labels=labels)
     if labels is not None:
         condenser.set_labels(labels)
-    mixes = condense.shrinks_the_set and condenser.config.get("epsilon", 0) > 0
+    mixes = condense.drops_samples and condenser.config.get("epsilon", 0) > 0
     sources = {
-        "train": feed_of(train, condenser, device, workers, name="train", mixes=mixes),
-        "test": feed_of(test, None, device, workers, name="test"),
+        "train": batch_source(train, condenser, device, workers, name="train", mixes=mixes),
+        "test": batch_source(test, None, device, workers, name="test"),
     }
     for source in sources.values():
         stack.callback(source.close)

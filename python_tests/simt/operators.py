@@ -57,5 +57,5 @@ def in_place(machine: tuple[int, int] = MACHINE, schedule: tuple[str, int, int] 
     module().set_device(*machine)
     module().set_schedule(*schedule)
     operators = {name: getattr(torch.ops.kcd_ext_simt, name).default for name in OPERATORS}
-    with mock.patch.multiple(ops, **operators, HAS_FAST_PATH=False, writes_gradient_ahead=lambda logits: False):
+    with mock.patch.multiple(ops, **operators, HAS_FAST_PATH=False, supports_gradient_in_forward=lambda logits: False):
         yield

@@ -59,7 +59,7 @@ class Shape(NamedTuple):
         return f"{self.rows}x{self.classes}:{self.dtype_name}{labels}"
 
 
-class Place(NamedTuple):
+class Case(NamedTuple):
     """A shape, and the fraction of its rows to select."""
 
     shape: Shape
@@ -125,21 +125,21 @@ _BASE = Shape(4096, 1000)
 _LOGITS, _MOST_ROWS = 2**22, 2**16
 
 
-def _classes(_: int) -> list[Place]:
+def _classes(_: int) -> list[Case]:
     """Return shapes with the same number of logits, as far as `_MOST_ROWS` allows."""
-    return [Place(Shape(min(_MOST_ROWS, _LOGITS // n), n)) for n in (10, *(4**i for i in range(3, 10)))]
+    return [Case(Shape(min(_MOST_ROWS, _LOGITS // n), n)) for n in (10, *(4**i for i in range(3, 10)))]
 
 
-def _threads(most: int) -> list[Place]:
+def _threads(most: int) -> list[Case]:
     """Return one case for each power of two, and one for all threads."""
     powers = [2**i for i in range(most.bit_length()) if 2**i < most]
-    return [Place(_BASE._replace(threads=n)) for n in (*powers, most)]
+    return [Case(_BASE._replace(threads=n)) for n in (*powers, most)]
 
 
 SWEEPS = {
-    "rows": lambda _: [Place(Shape(rows, 1000)) for rows in (1, 8, 64, 512, 4096, 16384)],
+    "rows": lambda _: [Case(Shape(rows, 1000)) for rows in (1, 8, 64, 512, 4096, 16384)],
     "classes": _classes,
-    "dtype": lambda _: [Place(_BASE._replace(dtype=dtype)) for dtype in DTYPES.values()],
-    "keep": lambda _: [Place(_BASE, keep) for keep in (1.0, 0.7, 0.2)],
+    "dtype": lambda _: [Case(_BASE._replace(dtype=dtype)) for dtype in DTYPES.values()],
+    "keep": lambda _: [Case(_BASE, keep) for keep in (1.0, 0.7, 0.2)],
     "threads": _threads,
 }

@@ -8,8 +8,8 @@ import pytest
 
 import kcd_ext
 
-# From top to bottom. A room is a package or module of kcd_ext. It may import only those after it, also inside functions.
-ROOMS = (
+# From top to bottom. A layer is a package or module of kcd_ext. It may import only those after it, also inside functions.
+LAYERS = (
     "__main__",
     "cli",
     "kcd_command",
@@ -45,8 +45,8 @@ NAMED = re.compile(r"kcd_ext(\.\w+)+(:\w+)?")  # a string that registries and im
 
 
 def room_of(module):
-    """Return the room of a module, which is given as the names after kcd_ext, such as ("methods", "kd")."""
-    return module[0] if module and module[0] in ROOMS else "__init__"
+    """Return the layer of a module, which is given as the names after kcd_ext, such as ("methods", "kd")."""
+    return module[0] if module and module[0] in LAYERS else "__init__"
 
 
 def imported(path, root):
@@ -73,12 +73,12 @@ def is_ours(module):
 
 
 def upward(root):
-    """Return a line `file:line: room imports room` for every import that points up."""
+    """Return a line `file:line: layer imports layer` for every import that points up."""
     found = []
     for path in sorted(root.rglob("*.py")):
         module_path = path.relative_to(root).with_suffix("").parts
         for line, module in imported(path, root):
-            if ROOMS.index(room_of(module)) < ROOMS.index(room_of(module_path)):
+            if LAYERS.index(room_of(module)) < LAYERS.index(room_of(module_path)):
                 found.append(f"{path.relative_to(root)}:{line}: {room_of(module_path)} imports {room_of(module)}")
     return found
 
@@ -90,7 +90,7 @@ def test_no_import_points_up():
 def test_every_module_is_listed():
     root = Path(kcd_ext.__file__).parent
     modules = {path.relative_to(root).with_suffix("").parts[0] for path in root.rglob("*.py")}
-    assert sorted(ROOMS) == sorted(modules)
+    assert sorted(LAYERS) == sorted(modules)
 
 
 @pytest.mark.parametrize(
