@@ -698,8 +698,8 @@ def test_invalid_option_is_refused(name, options, error, message):
         methods.build(name, options)
 
 
-def test_probing_restores_modes_and_statistics():
-    """A teacher in training mode stays in it, with unchanged statistics."""
+def test_feature_probe_restores_modes_and_keeps_statistics():
+    """`prepare` probes both networks in evaluation mode: a teacher in training mode returns to it, with unchanged statistics."""
     student, teacher = (nn.Sequential(nn.Flatten(), nn.BatchNorm1d(50), nn.Linear(50, n)) for n in (4, 4))
     student.eval()
     method = methods.build("pkt")

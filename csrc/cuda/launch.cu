@@ -15,7 +15,7 @@
 namespace kcd::cuda {
 namespace {
 
-// Lays out the workspace of a call.  The first arrays start as zeros.  With a null base it only counts bytes.
+// Lays out the workspace of a call.  Take the arrays that start as zeros first.  With a null base it only counts bytes.
 class Workspace {
  public:
   explicit Workspace(void* base) : base_(static_cast<char*>(base)) {}

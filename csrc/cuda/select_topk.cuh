@@ -19,8 +19,7 @@ struct Ranking {
   const uint8_t* candidate;   // bool, one per row
   int64_t rows;
 
-  // The key of row i; 0 if it is no candidate.  float32 keys use the upper half, so that only the number of digits depends on the
-  // type.
+  // The key of row i; 0 if it is not a candidate.  float32 keys use the upper half: only the number of digits depends on the type.
   KCD_DEVICE_MEMBER uint64_t key(int64_t i) const {
     if (!candidate[i]) return 0;
     return is_double ? order_key(static_cast<const double*>(value)[i])

@@ -72,7 +72,7 @@ class Demo:
 
         Raises:
             TypeError, ValueError, ImportError, FileExistsError: an option is invalid; nothing has been written.
-            OSError: a file cannot be written; runs that had finished are intact.
+            OSError: a file cannot be written; finished runs and the last checkpoint are intact.
             KeyboardInterrupt: the run was interrupted; the message says how to resume.
         """
         if processes.world_size() > 1:

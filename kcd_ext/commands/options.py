@@ -142,7 +142,7 @@ class TrainingOptions:
 
         Raises:
             TypeError, ValueError, ImportError, FileExistsError: an option is invalid; nothing has been written.
-            OSError: a file cannot be written; runs that had finished are intact.
+            OSError: a file cannot be written; finished runs and the last checkpoint are intact.
             KeyboardInterrupt: the run was interrupted; the message says how to resume.
         """
         with processes.report_on_rank_zero():

@@ -173,13 +173,13 @@ class KnowledgeRepresenting(Method):
 def representing_loss(
     student_maps: Sequence[Tensor], teacher_maps: Sequence[Tensor], tau: float = 0.1, ratio: float = 0.5
 ) -> Tensor:
-    """Return L_g of one group: (), at least float32, differentiable in all maps. The support is a constant.
+    """Return L_g of one group, a scalar of at least float32. Gradients reach all maps; the support is a constant.
 
     Args:
-        student_maps: at least one map (b, c, h, w), of any channels and sizes.
+        student_maps: at least one map (b, c, h, w). Channels and sizes may differ between maps.
         teacher_maps: the same, with the same b.
-        tau: > 0.
-        ratio: in (0, 1].
+        tau: temperature of the softmax over positions, > 0.
+        ratio: fraction of the positions in the support, in (0, 1].
     """
     height, width = (min(x.shape[side] for x in (*student_maps, *teacher_maps)) for side in (2, 3))
     with full_precision(student_maps[0]):
