@@ -1,4 +1,4 @@
-"""Did the distillation work? How closely a student matches its teacher, and how good the predictions of both are.
+"""The evaluation of a distillation: how closely a student matches its teacher, and how good the predictions of both are.
 
     evaluation = evaluate(student, teacher, held_out_batches)
     evaluation.agreement, evaluation.worst_class_change
@@ -619,7 +619,7 @@ def check_temperatures(temperatures: Sequence[float]) -> tuple[float, ...]:
     takes = f"numbers in [{MIN_TEMPERATURE}, {MAX_TEMPERATURE:g}]"
     checked = tuple(check_float("temperatures", t, takes, MIN_TEMPERATURE, MAX_TEMPERATURE) for t in temperatures)
     if not checked or len(set(checked)) < len(checked):
-        raise ValueError(f"temperatures must be one or more distinct numbers, got {describe(checked)}")
+        raise ValueError(f"temperatures must be one or more distinct numbers, got {list(checked) or 'none'}")
     return checked
 
 
