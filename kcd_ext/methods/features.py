@@ -18,7 +18,7 @@ LENGTH_OFFSET = 1e-7  # added to a row's length before the row is divided by it,
 
 
 class LayerError(ValueError, RuntimeError):
-    """A tapped layer did not run, or its features have the wrong shape. Found when the network runs."""
+    """The error for a tapped layer that did not run or whose features have the wrong shape. Raised when the network runs."""
 
 
 class Tap:
@@ -33,7 +33,7 @@ class Tap:
     Args:
         network: the network to tap.
         path: the layer's name in `network.named_modules()`. None or "": the last `torch.nn.Linear` in their order, the
-            classifier, whose input are the penultimate features.
+            classifier, whose input is the penultimate features.
         name: the network's name in errors. The option that sets `path` is f"{name}_layer".
         output: capture the layer's output instead of its input.
 
@@ -80,11 +80,11 @@ class Tap:
         return features
 
     def listen(self) -> None:
-        """Capture the next forward pass. Forgets what an earlier one left."""
+        """Capture the next forward pass and forget the features of an earlier one."""
         self._capture.features, self._capture.listening = None, True
 
     def _pop(self) -> object:
-        """Return what was captured, of any type, and keep listening. Raises RuntimeError if it has changed in place."""
+        """Return the captured object, of any type, and keep listening. Raises RuntimeError if it has changed in place."""
         features, self._capture.features = self._capture.features, None
         if features is not None and self._capture.version is not None and features._version != self._capture.version:
             raise LayerError(
@@ -254,7 +254,7 @@ def unit_rows(x: Tensor, offset: float = LENGTH_OFFSET) -> Tensor:
 
     Args:
         x: (r, d).
-        offset: >= 0.
+        offset: a number >= 0.
     """
     x = at_least_float32(x)
     largest = x.detach().abs().amax(1, keepdim=True)

@@ -80,7 +80,7 @@ def distill_rows(
 
     Returns:
         The loss, ce_weight * CE + kd_weight * T^2 * KL; the entropies (b,), detached; the mean KL () in nats over the rows
-        that the teacher ran on, detached.
+            that the teacher ran on, detached.
     """
     loss, knowledge = kd_loss(logits, teacher_logits, labels=label, rows=rows, return_knowledge=True, **options)
     return loss, knowledge.entropy.detach(), take_rows(knowledge.kl, rows).detach().mean()

@@ -47,11 +47,11 @@ class KnowledgeRepresenting(Method):
     - A map of zeros has no direction: its a_l is zeros and passes no gradient.
 
     Args:
-        temperature: T of the KL term, > 0; refused if kd_weight is 0.
+        temperature: T of the KL term, > 0. If kd_weight is 0, other numbers than 4 are refused.
         ce_weight: weight of the cross entropy, finite.
         kd_weight: weight of the KL term, finite. 0: no KL is computed.
         kr_weight: weight of the sum of all L_g, the activation term, finite.
-        tau: > 0, temperature of the softmax over positions.
+        tau: temperature of the softmax over positions, > 0.
         ratio: fraction of the positions to compare (the support), in (0, 1]: the max(1, int(ratio * positions)) where the
             teacher's A_g is largest. Ties go to the lower index, counted row by row.
         batch_keep: fraction of each batch that the teacher runs on and whose maps are compared, in (0, 1]: the rows of
@@ -178,8 +178,8 @@ def representing_loss(
     Args:
         student_maps: at least one map (b, c, h, w), of any channels and sizes.
         teacher_maps: the same, with the same b.
-        tau: > 0.
-        ratio: in (0, 1].
+        tau: temperature of the softmax over positions, > 0.
+        ratio: fraction of the positions to compare, in (0, 1].
     """
     height, width = (min(x.shape[side] for x in (*student_maps, *teacher_maps)) for side in (2, 3))
     with full_precision(student_maps[0]):

@@ -18,7 +18,7 @@ def features(network: nn.Module, x: Tensor) -> list[Tensor]:
 
     Returns:
         A map `(b, channels, height, width)` per stage, the `(b, width)` input of the last linear layer, and the
-        `(b, classes)` output of the network. These are the tensors that the network computes with, not copies.
+            `(b, classes)` output of the network. These are the tensors that the network computes with, not copies.
 
     Raises:
         TypeError: the network has no `stages`, or no linear layer.
