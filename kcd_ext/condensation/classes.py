@@ -62,7 +62,7 @@ def keep_class_minimum(order: Tensor, size: int, labels: Tensor, minimum: int) -
         order: `(N,)` int64 sample indices, highest rank first.
         size: how many samples to keep; the minima of all classes must fit into it.
         labels: `(N,)` int64 class of every sample.
-        minimum: samples to keep of every class.
+        minimum: least number of samples to keep of every class.
 
     Returns:
         `(N,)` bool over the positions of `order`.

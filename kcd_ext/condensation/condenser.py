@@ -69,17 +69,21 @@ class KnowledgeCondenser:
             run of the same length has fewer stages and keeps more in the end.
         labels: `(N,)` integers >= 0, the class of every sample, as a tensor, array or list. None: unknown. Used by
             `min_per_class`, `kept_per_class` and the warning about a class that is no longer kept.
-        min_per_class: samples to keep of every class, those of highest score; all of a class that has fewer. They replace
-            the lowest-ranked others, so the sizes stay those of the schedule. 0: no minimum.
-        seed: seed of rankings that draw random numbers (`RandomCondenser`). Ranking by value draws none.
+        min_per_class: least number of samples to keep of every class, those of highest score; all of a class that has
+            fewer. They replace the lowest-ranked others, so the sizes stay those of the schedule. 0: no minimum.
+        seed: seed of rankings that draw random numbers (`RandomCondenser`), in [0, 2^64). Ranking by value draws none.
         device: device of the value table. None: that of the first values passed to `update`.
         group: the `torch.distributed` process group that `step` sums over. None: the default group if one is initialised,
             because ranks that silently diverge are worse than one collective too many. To keep a condenser local, pass
             a group of this rank only.
 
     Raises:
-        TypeError, ValueError: an argument is out of range; names it, what it takes and what it got. `min_per_class` is
-            given without `labels`, or is so large that the classes of `labels` need more than the final size.
+        TypeError: an argument has the wrong type.
+        ValueError: an argument is out of range. `min_per_class` is given without `labels`, or is so large that the
+            classes of `labels` need more than the final size.
+
+    Warns:
+        RuntimeWarning: the schedule drops less than one sample per stage, so nothing is ever condensed.
 
     **To rank differently** at the same sizes, override `score` in a subclass, and nothing else (see `RandomCondenser`).
 
@@ -160,7 +164,8 @@ class KnowledgeCondenser:
                 ±2^960) is left out and counted in `non_finite`.
 
         Raises:
-            TypeError, ValueError: a shape or dtype differs.
+            TypeError: an argument is not a tensor or has the wrong dtype.
+            ValueError: a shape differs.
             IndexError: an index is neither -1 nor in [0, N). Only checked if `index` is on the CPU, because reading it
                 on a GPU would synchronise. On a GPU such an entry is left out, and the next `step` warns.
         """
@@ -177,8 +182,8 @@ class KnowledgeCondenser:
 
         Returns:
             The result of the condensation step. None between condensation steps, and if `select` changes nothing. At the
-            final size nothing is dropped or mixed any more, but all N samples are ranked again, so the kept set can
-            still change.
+                final size nothing is dropped or mixed any more, but all N samples are ranked again, so the kept set can
+                still change.
 
         Warns:
             RuntimeWarning: values were not finite (once); samples were never visited (at the first condensation step);
@@ -218,7 +223,7 @@ class KnowledgeCondenser:
 
         Returns:
             `Condensation.kept`, at least one sample, and `Condensation.dropped`: int64 original indices on the CPU,
-            most valuable first, none in both. None: the kept set does not change.
+                most valuable first, none in both. None: the kept set does not change.
         """
         order, before = self.ranking(), len(self._kept)
         size = stage_size(self._schedule, self._stage + 1, before, self._num_samples, self._keep, self._stages)
@@ -263,8 +268,9 @@ class KnowledgeCondenser:
             labels: `(N,)` integers >= 0.
 
         Raises:
-            TypeError, ValueError: `labels` have another shape or kind, or differ from the known ones. Nothing has
-                changed then.
+            TypeError: `labels` are not integers. Nothing has changed then.
+            ValueError: `labels` have another shape, are negative, or differ from the known ones. Nothing has changed
+                then.
         """
         labels = check_labels(labels, self._num_samples)
         if self._labels is not None and not torch.equal(labels, self._labels):
@@ -379,7 +385,8 @@ class KnowledgeCondenser:
             state: the state of a condenser with the same arguments.
 
         Raises:
-            TypeError, ValueError: the arguments differ, or `state` is damaged. Nothing has changed then.
+            TypeError: `state` is not a mapping, or an entry has the wrong type. Nothing has changed then.
+            ValueError: the arguments differ, or `state` is damaged. Nothing has changed then.
         """
         if not isinstance(state, Mapping):
             raise TypeError(f"state_dict must be a mapping, got {type(state).__name__}")

@@ -56,7 +56,8 @@ class InfoBatch(KnowledgeCondenser):
         group: process group, as for `KnowledgeCondenser`.
 
     Raises:
-        TypeError, ValueError: an argument is out of range; names it, what it takes and what it got.
+        TypeError: an argument has the wrong type.
+        ValueError: an argument is out of range.
 
     Warns:
         RuntimeWarning: the run is so short that nothing is ever pruned.

@@ -42,7 +42,8 @@ class CondensedSampler(Sampler):
         shuffle: False yields the kept samples by ascending index.
 
     Raises:
-        TypeError, ValueError: an argument is out of range.
+        TypeError: an argument has the wrong type.
+        ValueError: an argument is out of range.
     """
 
     def __init__(
@@ -89,7 +90,8 @@ class CondensedSampler(Sampler):
             consumed: in [0, samples of the epoch on this rank]. None: 0, and the call could come from a library.
 
         Raises:
-            TypeError, ValueError: an argument is not an integer or is out of range. Nothing has changed then.
+            TypeError: an argument is not an integer. Nothing has changed then.
+            ValueError: an argument is out of range. Nothing has changed then.
         """
         epoch = check_int("epoch", epoch, 0, MAX_SEED)
         choice = epoch, 0 if consumed is None else check_int("consumed", consumed, 0, self._samples_per_rank())

@@ -115,7 +115,8 @@ class ValueTable:
         """Check that `load_state_dict` can load `state`.
 
         Raises:
-            TypeError, ValueError: it cannot; names the entry.
+            TypeError: an entry is not a dense tensor with data; names it.
+            ValueError: an entry has another dtype or shape, or a bad number; names it.
         """
         for name in STATE:
             check_tensor(name, state[name], getattr(self, f"_{name}").dtype, tuple(getattr(self, f"_{name}").shape))

@@ -37,7 +37,9 @@ class ImageSet(Dataset):
         views: converts batches of images to float tensors; must be for c channels.
 
     Raises:
-        TypeError, ValueError: an argument is of another kind.
+        TypeError: an argument has the wrong type.
+        ValueError: an array has the wrong dtype or shape, a label does not fit int64, or `views` are for another number of
+            channels.
     """
 
     def __init__(self, images: np.ndarray, labels: np.ndarray, views: Views):
@@ -74,9 +76,9 @@ class ImageData:
     """A data set ready for `distill`: raw training and test images, each with its views.
 
     Raises:
-        TypeError, ValueError: a part is of another kind or empty, a label is outside [0, num_classes), the images of the
-            two parts differ in shape, the views of the test images are random, or `class_names` are given but are not
-            `num_classes` strings.
+        TypeError: a part is not an `ImageSet`, `num_classes` is not an integer, or `class_names` is not a tuple of strings.
+        ValueError: a part is empty, a label is outside [0, num_classes), the images of the two parts differ in shape, the
+            views of the test images are random, or `class_names` are given but are not `num_classes` names in UTF-8.
     """
 
     name: str
@@ -207,11 +209,13 @@ def load(
         std: one number in (0, 1], or one per channel. None: the data set's, as for `mean`.
 
     Warns:
-        UserWarning: a class has no training or no test images, or entries of a folder are skipped; names them.
+        UserWarning: a class has no training or no test images, entries of a folder are skipped, or a folder has several
+            parts of the same kind, such as `test` and `val`; names them.
 
     Raises:
         ValueError: the name is unknown, the function fails, a file has the wrong content, `padding` is not smaller than
-            the images, or `mean` or `std` is missing, out of range or for another number of channels.
+            the images, `size` is given for anything but a folder of images, or `mean` or `std` is missing, out of range
+            or for another number of channels.
         OSError: a file or folder is missing or cannot be read.
         ImportError: the package that contains or reads the images is not installed; names the extra that installs it.
         TypeError: an argument is of another kind, or the function returns something else.

@@ -26,7 +26,7 @@ ADVICE = (
 
 
 class MismatchedItemsError(ValueError):
-    """Raw items to mix differ in shape, dtype or kind."""
+    """The error for raw items to mix that differ in shape, dtype or kind."""
 
 
 class IndexedDataset(Dataset):
@@ -66,7 +66,8 @@ class IndexedDataset(Dataset):
         """Return a copy that requires every raw item to be of the first one's kind, so that any two can be mixed.
 
         Raises:
-            TypeError, ValueError: the first item cannot be mixed.
+            TypeError: the first item is of a kind or dtype that cannot be mixed.
+            ValueError: the first item is a PIL image of a mode that cannot be mixed.
             MismatchedItemsError: on access: an item differs from the first one in shape, dtype or kind.
         """
         first, _ = self._item(0)

@@ -34,9 +34,11 @@ class Views:
     Results are contiguous, on the device of the images. They are computed without synchronising with it.
 
     Raises:
-        TypeError, ValueError: `mean` and `std` are not tuples of equally many numbers, a `std` is not > 0, or `padding`
-            or `flip` is of another kind. On call: images are not uint8 `(b, h, w, c)` with that many channels, `index`
-            is not int64 `(b,)` on their device, or `seed` or `epoch` is outside [0, 2^64).
+        TypeError: `mean` or `std` is not a tuple of numbers, `padding` or, on call, `seed` or `epoch` is not an integer,
+            or `flip` is not a bool.
+        ValueError: `mean` and `std` are not equally many finite numbers, a `std` is not > 0, or `padding` is negative. On
+            call: images are not uint8 `(b, h, w, c)` with that many channels, `index` is not int64 `(b,)` on their
+            device, or `seed` or `epoch` is outside [0, 2^64).
     """
 
     mean: tuple[float, ...]
@@ -165,7 +167,8 @@ def check_normalisation(
         std: finite numbers; None if `mean` is a key (or the same key).
 
     Raises:
-        TypeError, ValueError: an argument is of another kind, or only one of the two is given.
+        TypeError: an argument is neither numbers nor a string.
+        ValueError: a number is not finite, a name is unknown, or only one of the two is given.
     """
     names = ", ".join(NORMALISATIONS)
     if isinstance(mean, str):

@@ -36,7 +36,7 @@ class ContrastiveRepresentationDistillation(FeatureMethod):
     - Negatives are drawn uniformly with replacement, because noise-contrastive estimation assumes independent draws of its
       noise. RepDistiller draws without replacement while there are enough.
     - h is a logistic function of a/T - log(Z K/N), which cannot overflow. RepDistiller adds 1e-7 to denominators.
-    - Rows with index -1, which only pad, are ignored. If a batch holds a sample more than once, its last row is remembered;
+    - Rows with index -1, which only pad, are ignored. If a batch contains a sample more than once, its last row is remembered;
       in RepDistiller that depends on the device.
     - With several ranks (torch.distributed's default group), each rank remembers the rows of all ranks, and Z is the mean
       over all ranks. So their banks are equal. Every rank must call with the same number of rows.
@@ -45,8 +45,8 @@ class ContrastiveRepresentationDistillation(FeatureMethod):
     absorbs the rows that are not remembered. `log_z` (2,) is NaN before the first batch.
 
     Args:
-        dimension: size of the embeddings.
-        negatives: K, the number of negatives for each sample.
+        dimension: size of the embeddings, >= 1.
+        negatives: K, the number of negatives for each sample, >= 1.
         temperature: T of the scores, > 0.
         momentum: share of the old memory in the new one, in [0, 1].
         ce_weight: weight of the cross entropy, finite; 1 in RepDistiller's comparison, which KCD builds on.

@@ -227,9 +227,9 @@ class InheritanceExplorationDistillation(_FactorMethod):
 
     Rebuilt, or our own:
 
-    - There are half as many factors as channels, for any number of channels. Their configurations of factor transfer have 32.
+    - There are half as many factors as channels, for any even number of channels. Their configurations of factor transfer have 32.
     - Factors of maps of different sizes are averaged (adaptive average pooling) to the smaller height and width; theirs must
-      have the same size. An odd number of channels is refused.
+      have the same size.
     - A sample of zeros gets no gradient, and its 1 - cos is 1/2; theirs is 1. A length below 1e-12 divides unchanged; theirs
       is raised to 1e-12.
     - The permuted order depends on `split_seed` only.
@@ -243,12 +243,12 @@ class InheritanceExplorationDistillation(_FactorMethod):
         inheritance_weight: weight of inheritance (INH), finite.
         exploration_weight: weight of exploration (EXP), finite.
         kd_weight: weight of KD = T^2 * mean KL(teacher || student); finite. 0: no KD.
-        temperature: T of KD, > 0; refused if kd_weight is 0.
+        temperature: T of KD, > 0. If kd_weight is 0, other numbers than 4 are refused.
         distance: "l1" or "cosine".
         split: "natural", the first half of the channels inherits and the second explores, or "permuted", in a fixed random
             order.
         split_seed: seed of the permuted order, >= 0; refused with the natural split.
-        factor_epochs: epochs of the auto-encoder, with the momentum and weight decay of the run.
+        factor_epochs: epochs of the auto-encoder, >= 1, with the momentum and weight decay of the run.
         factor_lr: its constant learning rate, >= 0.
         batch_keep: fraction of each batch that the teacher runs on and whose factors are compared, in (0, 1]: the rows of
             highest student entropy (`selection.select_batch_rows`). 1: all rows.
@@ -418,8 +418,9 @@ class InheritanceExplorationMutualLearning(_FactorMethod):
         """Build the peer, tap both networks, and build their auto-encoders and encoders. `teacher` is ignored.
 
         Raises:
-            TypeError, ValueError: the peer cannot be built or does not fit.
-            ValueError: a layer does not exist, or has an odd number of channels.
+            TypeError: as `kcd_ext.models.build`.
+            ValueError: as `kcd_ext.models.build`; the peer's logits have another shape than the student's; the copied
+                student cannot be redrawn; a layer does not exist, or has an odd number of channels.
             RuntimeError: a layer did not run, or its output is not a map.
         """
         self.release()
@@ -484,12 +485,12 @@ def _directions(x: Tensor) -> Tensor:
 
 
 def _to_channels_last(part: nn.Module, device: torch.device) -> nn.Module:
-    """Move to the device, in channels-last layout like the networks' maps."""
+    """Move a part to the device, in channels-last layout like the networks' maps."""
     return part.to(device, memory_format=torch.channels_last)
 
 
 def _to_working_layout(network: nn.Module, x: Tensor) -> nn.Module:
-    """Move to the device in channels-last layout; if the network does not run in it, in its own layout."""
+    """Move a network to the device in channels-last layout, or in its own layout if it runs only in that."""
     original = copy.deepcopy(network)
     moved = _to_channels_last(network, x.device)
     try:

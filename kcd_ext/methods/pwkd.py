@@ -36,7 +36,7 @@ class PartialToWhole:
     epochs: int
     """The number of epochs of the run."""
     lr_min: float = 0.0
-    """The end of each stage's cosine, as a fraction of its start, in [0, 1]."""
+    """The factor that each stage's cosine approaches at its end, in [0, 1]. It starts at 1."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "widths", check_widths("widths", self.widths))
@@ -90,11 +90,11 @@ class PartialToWholeDistillation(Method):
     Args:
         base: a method that needs a teacher, by name or `module:Class`. Its own pretraining follows that of the teacher.
         widths: ascending fractions in (0, 1], the last one 1; see `slimmable`. On the command line: "0.25,0.5,0.75,1".
-        teacher_epochs: epochs of the teacher's pretraining.
-        teacher_lr: learning rate of the teacher's pretraining, which drops to a tenth at 50 % and 75 % of its epochs.
+        teacher_epochs: epochs of the teacher's pretraining, >= 1.
+        teacher_lr: learning rate of the teacher's pretraining, >= 0. It drops to a tenth at 50 % and 75 % of its epochs.
         lr_min: end of the cosine, as a fraction of the recipe's `lr`, in [0, 1].
         in_place: narrow widths learn from the full one instead of the labels.
-        widths_a_step: number of widths in each step of the teacher's pretraining: the full one, the narrowest, and others
+        widths_a_step: number of widths in each step of the teacher's pretraining, >= 2: the full one, the narrowest, and others
             drawn at random in each step. None: all widths.
         partial: False for the control, which uses the unchanged teacher in all stages, with the same learning rates. Then only
             the number of widths counts, and options of the teacher's pretraining are refused.

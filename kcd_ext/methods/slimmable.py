@@ -163,7 +163,7 @@ def _check_layer(path: str, layer: nn.Module) -> None:
 
 
 class _Convolution(nn.Conv2d):
-    """Attributes: `width_channels` at each width, the current `width_index`, and `path`, the layer's name for errors."""
+    """A convolution with `width_channels` at each width, the current `width_index`, and `path`, its name in errors."""
 
     def forward(self, x: Tensor) -> Tensor:
         if self.width_index == len(self.width_channels) - 1:
@@ -190,7 +190,7 @@ class _Convolution(nn.Conv2d):
 
 
 class _Linear(nn.Linear):
-    """Attributes as in `_Convolution`."""
+    """A linear layer with the attributes of `_Convolution`."""
 
     def forward(self, x: Tensor) -> Tensor:
         if self.width_index == len(self.width_channels) - 1:
@@ -200,7 +200,7 @@ class _Linear(nn.Linear):
 
 
 class _Normalisation:
-    """Normalises with the layer itself at full width, else with the entry of `narrow` for the current `width_index`."""
+    """A normalisation by the layer itself at full width, else by the entry of `narrow` for the current `width_index`."""
 
     def forward(self, x: Tensor) -> Tensor:
         if self.width_index == len(self.narrow):

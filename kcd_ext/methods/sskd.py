@@ -55,10 +55,10 @@ class SelfSupervisedKnowledgeDistillation(FeatureMethod):
         kd_weight: weight of the normal views' KL (KD), finite; 0.9 as published.
         transformed_weight: weight of the transformed views' KL (TF), finite; 2.7 as published.
         similarity_weight: weight of the similarities' KL (SS), finite; 10 as published.
-        transformed_ratio: of TF's rows where the teacher is wrong, the fraction to keep, in [0, 1].
-        similarity_ratio: of SS's rows where the teacher is wrong, the fraction to keep, in [0, 1].
-        head_epochs: epochs for the teacher's head.
-        head_lr: learning rate for the teacher's head.
+        transformed_ratio: fraction to keep of those TF rows where the teacher is wrong, in [0, 1].
+        similarity_ratio: fraction to keep of those SS rows where the teacher is wrong, in [0, 1].
+        head_epochs: epochs for the teacher's head, >= 1.
+        head_lr: learning rate for the teacher's head, >= 0.
         head_milestones: fractions of `head_epochs` at which `head_lr` drops to a tenth. On the command line, write several
             as "0.5,0.75", and none as "".
         batch_keep: fraction of each batch that the teacher runs on, in (0, 1]: the images whose normal views have the

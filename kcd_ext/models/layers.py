@@ -15,7 +15,8 @@ def blocks_per_stage(depth: int, extra_layers: int) -> int:
         extra_layers: layers outside the blocks.
 
     Raises:
-        TypeError, ValueError: the number is not an integer >= 1.
+        TypeError: `depth` is not an integer.
+        ValueError: the number is not an integer >= 1.
     """
     blocks, rest = divmod(check_int("depth", depth, 6 + extra_layers) - extra_layers, 6)
     if rest:
