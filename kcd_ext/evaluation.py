@@ -206,27 +206,27 @@ def evaluate(
     all samples are kept on the CPU; everything else is processed batch by batch.
 
     Args:
-        student: a network that maps x to logits (b, classes), on the device of the batches. If it returns more than logits,
+        student: A network that maps x to logits (b, classes), on the device of the batches. If it returns more than logits,
             the logits are used, with a UserWarning (`kcd_ext.networks.LogitsOnly`). It runs in the precision of its weights:
             your autocast, gradient and inference modes, default dtype and default device have no effect.
-        teacher: the same.
+        teacher: The same.
         batches: (x, labels, ...), such as a `Batch`; labels are (b,) int64 in [0, classes). Each sample once.
-        temperatures: for the divergence and the quality of the probabilities; distinct numbers in [0.001, 1000].
-        layers: pairs (student's layer, teacher's layer) whose outputs are compared: a name in `named_modules()`,
+        temperatures: For the divergence and the quality of the probabilities; distinct numbers in [0.001, 1000].
+        layers: Pairs (student's layer, teacher's layer) whose outputs are compared: a name in `named_modules()`,
             `penultimate` (the input of the last linear layer) or `logits`. Maps (b, c, h, w) are averaged over h and w, other
             outputs flattened. None: the stages of both networks (`kcd_ext.models.features`), paired from the last one
             backwards, then the penultimate features and the logits. Networks without stages or without a linear layer skip
             these.
-        class_names: one name per label; empty: `class 0` and so on.
+        class_names: One name per label; empty: `class 0` and so on.
 
     Returns:
         All metrics, over all samples.
 
     Raises:
-        TypeError: an argument has the wrong type.
-        ValueError: an argument is invalid; there is no sample; a network's logits have the wrong shape, or are NaN or
+        TypeError: An argument has the wrong type.
+        ValueError: An argument is invalid; there is no sample; a network's logits have the wrong shape, or are NaN or
             infinite; a label is not a class.
-        RuntimeError: a layer did not run, or its output is not one feature vector per sample.
+        RuntimeError: A layer did not run, or its output is not one feature vector per sample.
     """
     temperatures = check_temperatures(temperatures)
     logits, labels = ([], []), []

@@ -24,8 +24,8 @@ class Condense:
     batch (`batch_keep` < 1).
 
     Raises:
-        TypeError: an option has the wrong type.
-        ValueError: an option is out of range or has no effect with this selection.
+        TypeError: An option has the wrong type.
+        ValueError: An option is out of range or has no effect with this selection.
     """
 
     keep: float = 0.7
@@ -81,15 +81,15 @@ class Condense:
         """Return the condenser of a training set.
 
         Args:
-            num_samples: size of the training set.
-            seed: seed of a selection that draws random numbers.
-            device: device of the value table.
-            epochs: length of the run.
-            labels: class of every sample, as `KnowledgeCondenser` takes them. Required if `min_per_class` > 0.
+            num_samples: Size of the training set.
+            seed: Seed of a selection that draws random numbers.
+            device: Device of the value table.
+            epochs: Length of the run.
+            labels: Class of every sample, as `KnowledgeCondenser` takes them. Required if `min_per_class` > 0.
 
         Raises:
-            TypeError: an option or `labels` has the wrong type.
-            ValueError: an option is out of range, has no effect with this selection, or does not fit `labels`.
+            TypeError: An option or `labels` has the wrong type.
+            ValueError: An option is out of range, has no effect with this selection, or does not fit `labels`.
         """
         condenser, options = self._resolve(epochs)
         if self.min_per_class:

@@ -68,8 +68,8 @@ class Views:
 
         Args:
             images: uint8 `(n, h, w, c)`, at least one.
-            padding: as the field `padding`.
-            flip: as the field `flip`.
+            padding: As the field `padding`.
+            flip: As the field `flip`.
         """
         if images.dtype != np.uint8 or images.ndim != 4 or not images.size:
             raise ValueError(f"images must be uint8 (n, h, w, c), not empty, got {images.dtype} {images.shape}")
@@ -89,11 +89,11 @@ class Views:
         """Return the same views with another mean and std.
 
         Args:
-            mean: numbers in [0, 1], in units of pixels / 255: one per channel, or one for all.
-            std: as `mean`, in (0, 1].
+            mean: Numbers in [0, 1], in units of pixels / 255: one per channel, or one for all.
+            std: As `mean`, in (0, 1].
 
         Raises:
-            ValueError: there is neither one number nor one per channel; or a number is out of range and differs from
+            ValueError: There is neither one number nor one per channel; or a number is out of range and differs from
                 the present one.
         """
         channels, changed = len(self.mean), {}
@@ -163,12 +163,12 @@ def check_normalisation(
     """Return `mean` and `std` as tuples of one number, or one per channel; None if both are None.
 
     Args:
-        mean: finite numbers, or a key of NORMALISATIONS, which includes the std.
-        std: finite numbers; None if `mean` is a key (or the same key).
+        mean: Finite numbers, or a key of NORMALISATIONS, which includes the std.
+        std: Finite numbers; None if `mean` is a key (or the same key).
 
     Raises:
-        TypeError: an argument is neither numbers nor a string.
-        ValueError: a number is not finite, a name is unknown, or only one of the two is given.
+        TypeError: An argument is neither numbers nor a string.
+        ValueError: A number is not finite, a name is unknown, or only one of the two is given.
     """
     names = ", ".join(NORMALISATIONS)
     if isinstance(mean, str):

@@ -28,12 +28,12 @@ def build(name: str, options: Mapping[str, object] | None = None) -> Method:
     """Build a method by name.
 
     Args:
-        name: a key of `REGISTRY`, or `module:Class`.
-        options: keyword arguments of the method. None: its defaults.
+        name: A key of `REGISTRY`, or `module:Class`.
+        options: Keyword arguments of the method. None: its defaults.
 
     Raises:
-        ValueError: the name is unknown, or an option is out of range.
-        TypeError: an option is unknown or of the wrong type, or the result is not a `Method`.
+        ValueError: The name is unknown, or an option is out of range.
+        TypeError: An option is unknown or of the wrong type, or the result is not a `Method`.
     """
     options = dict(options or {})
     _check_names(name, options)

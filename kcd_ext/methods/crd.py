@@ -45,21 +45,21 @@ class ContrastiveRepresentationDistillation(FeatureMethod):
     absorbs the rows that are not remembered. `log_z` (2,) is NaN before the first batch.
 
     Args:
-        dimension: size of the embeddings, >= 1.
+        dimension: Size of the embeddings, >= 1.
         negatives: K, the number of negatives for each sample, >= 1.
         temperature: T of the scores, > 0.
-        momentum: share of the old memory in the new one, in [0, 1].
-        ce_weight: weight of the cross entropy, finite; 1 in RepDistiller's comparison, which KCD builds on.
-        crd_weight: weight of the contrastive term, CRD, finite; 0.8 in the same comparison.
-        batch_keep: fraction of each batch that the teacher runs on, and that is contrasted and remembered, in (0, 1]: the
+        momentum: Share of the old memory in the new one, in [0, 1].
+        ce_weight: Weight of the cross entropy, finite; 1 in RepDistiller's comparison, which KCD builds on.
+        crd_weight: Weight of the contrastive term, CRD, finite; 0.8 in the same comparison.
+        batch_keep: Fraction of each batch that the teacher runs on, and that is contrasted and remembered, in (0, 1]: the
             rows of highest student entropy (`selection.select_batch_rows`). 1: all rows.
-        student_layer: the student's layer whose input is embedded, a name in `named_modules()` (`features.Tap`). None: the last
+        student_layer: The student's layer whose input is embedded, a name in `named_modules()` (`features.Tap`). None: the last
             linear layer.
-        teacher_layer: the same for the teacher.
+        teacher_layer: The same for the teacher.
 
     Raises:
-        TypeError: an argument has the wrong type.
-        ValueError: an argument is out of range.
+        TypeError: An argument has the wrong type.
+        ValueError: An argument is out of range.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class ContrastiveRepresentationDistillation(FeatureMethod):
         """Build embeddings and memory, and index the samples by class.
 
         Raises:
-            ValueError: all samples have one class, or `samples` does not yield each sample once by ascending index.
+            ValueError: All samples have one class, or `samples` does not yield each sample once by ascending index.
         """
         super().prepare(student, teacher, samples)
         label = _all_labels(samples)

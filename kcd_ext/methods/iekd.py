@@ -239,26 +239,26 @@ class InheritanceExplorationDistillation(_FactorMethod):
     In training mode, maps of one pixel need at least two selected samples, for batch normalisation.
 
     Args:
-        ce_weight: weight of the cross entropy, finite.
-        inheritance_weight: weight of inheritance (INH), finite.
-        exploration_weight: weight of exploration (EXP), finite.
-        kd_weight: weight of KD = T^2 * mean KL(teacher || student); finite. 0: no KD.
+        ce_weight: Weight of the cross entropy, finite.
+        inheritance_weight: Weight of inheritance (INH), finite.
+        exploration_weight: Weight of exploration (EXP), finite.
+        kd_weight: Weight of KD = T^2 * mean KL(teacher || student); finite. 0: no KD.
         temperature: T of KD, > 0. If kd_weight is 0, other numbers than 4 are refused.
         distance: "l1" or "cosine".
         split: "natural", the first half of the channels inherits and the second explores, or "permuted", in a fixed random
             order.
-        split_seed: seed of the permuted order, >= 0; refused with the natural split.
-        factor_epochs: epochs of the auto-encoder, >= 1, with the momentum and weight decay of the run.
-        factor_lr: its constant learning rate, >= 0.
-        batch_keep: fraction of each batch that the teacher runs on and whose factors are compared, in (0, 1]: the rows of
+        split_seed: Seed of the permuted order, >= 0; refused with the natural split.
+        factor_epochs: Epochs of the auto-encoder, >= 1, with the momentum and weight decay of the run.
+        factor_lr: Its constant learning rate, >= 0.
+        batch_keep: Fraction of each batch that the teacher runs on and whose factors are compared, in (0, 1]: the rows of
             highest student entropy (`selection.select_batch_rows`). 1: all rows.
-        student_layer: the student's layer whose output (b, c, h, w) is compared, a name in `named_modules()`. None: the last
+        student_layer: The student's layer whose output (b, c, h, w) is compared, a name in `named_modules()`. None: the last
             of its `stages`, which every network in `kcd_ext.models` has.
-        teacher_layer: the same for the teacher.
+        teacher_layer: The same for the teacher.
 
     Raises:
-        TypeError: an argument has the wrong type.
-        ValueError: an argument is out of range, or has no effect.
+        TypeError: An argument has the wrong type.
+        ValueError: An argument is out of range, or has no effect.
     """
 
     def __init__(
@@ -295,8 +295,8 @@ class InheritanceExplorationDistillation(_FactorMethod):
         """Tap both networks and build the auto-encoder and the two encoders.
 
         Raises:
-            ValueError: a layer does not exist, or has an odd number of channels.
-            RuntimeError: a layer did not run, or its output is not a map.
+            ValueError: A layer does not exist, or has an odd number of channels.
+            RuntimeError: A layer did not run, or its output is not a map.
         """
         self.release()
         x = next(iter(samples)).x[:1]
@@ -362,25 +362,25 @@ class InheritanceExplorationMutualLearning(_FactorMethod):
       are averaged as in IE-KD. We do not claim the paper's numbers.
 
     Args:
-        ce_weight: weight of the cross entropy, finite.
-        kl_weight: weight of the KL divergence, finite.
-        inheritance_weight: weight of inheritance (INH), finite.
-        exploration_weight: weight of exploration (EXP), finite.
+        ce_weight: Weight of the cross entropy, finite.
+        kl_weight: Weight of the KL divergence, finite.
+        inheritance_weight: Weight of inheritance (INH), finite.
+        exploration_weight: Weight of exploration (EXP), finite.
         temperature: T of the KL divergence, > 0.
         distance: "l1" or "cosine".
         split: "natural", the first half of the channels inherits and the second explores, or "permuted", in a fixed random
             order. The channels of both networks are split.
-        split_seed: seed of the permuted order, >= 0; refused with the natural split.
-        peer: a network by name or `module:function`, built by `kcd_ext.models.build` for the student's input channels and
+        split_seed: Seed of the permuted order, >= 0; refused with the natural split.
+        peer: A network by name or `module:function`, built by `kcd_ext.models.build` for the student's input channels and
             classes. None: a copy of the student, with all weights redrawn from torch's generator by the `reset_parameters` of
             its modules; all of them are trained.
-        student_layer: the student's layer whose output (b, c, h, w) is compared, a name in `named_modules()`. None: the last
+        student_layer: The student's layer whose output (b, c, h, w) is compared, a name in `named_modules()`. None: the last
             of its `stages`, which every network in `kcd_ext.models` has.
-        peer_layer: the same for the peer.
+        peer_layer: The same for the peer.
 
     Raises:
-        TypeError: an argument has the wrong type.
-        ValueError: an argument is out of range, or has no effect.
+        TypeError: An argument has the wrong type.
+        ValueError: An argument is out of range, or has no effect.
     """
 
     needs_teacher = False
@@ -418,10 +418,10 @@ class InheritanceExplorationMutualLearning(_FactorMethod):
         """Build the peer, tap both networks, and build their auto-encoders and encoders. `teacher` is ignored.
 
         Raises:
-            TypeError: as `kcd_ext.models.build`.
-            ValueError: as `kcd_ext.models.build`; the peer's logits have another shape than the student's; the copied
+            TypeError: As `kcd_ext.models.build`.
+            ValueError: As `kcd_ext.models.build`; the peer's logits have another shape than the student's; the copied
                 student cannot be redrawn; a layer does not exist, or has an odd number of channels.
-            RuntimeError: a layer did not run, or its output is not a map.
+            RuntimeError: A layer did not run, or its output is not a map.
         """
         self.release()
         x = next(iter(samples)).x[:1]

@@ -25,17 +25,17 @@ class ProbabilisticKnowledgeTransfer(FeatureMethod):
     So PKT is the batch's mean KL divergence divided by b, and the published weight of 30000 belongs to that.
 
     Args:
-        ce_weight: weight of the cross entropy, finite; 1 in RepDistiller's comparison, which KCD builds on.
-        pkt_weight: weight of the similarity term, PKT, finite; 30000 in the same comparison.
-        batch_keep: fraction of each batch that the teacher runs on and whose features are compared, in (0, 1]: the rows of
+        ce_weight: Weight of the cross entropy, finite; 1 in RepDistiller's comparison, which KCD builds on.
+        pkt_weight: Weight of the similarity term, PKT, finite; 30000 in the same comparison.
+        batch_keep: Fraction of each batch that the teacher runs on and whose features are compared, in (0, 1]: the rows of
             highest student entropy (`selection.select_batch_rows`). 1: all rows.
-        student_layer: the student's layer whose input is compared, a name in `named_modules()` (`features.Tap`). None: the last
+        student_layer: The student's layer whose input is compared, a name in `named_modules()` (`features.Tap`). None: the last
             linear layer.
-        teacher_layer: the same for the teacher.
+        teacher_layer: The same for the teacher.
 
     Raises:
-        TypeError: an argument has the wrong type.
-        ValueError: an argument is out of range.
+        TypeError: An argument has the wrong type.
+        ValueError: An argument is out of range.
     """
 
     def __init__(

@@ -94,14 +94,14 @@ def slimmable(module: nn.Module, widths: Sequence[float] | float | str) -> Slimm
       channels are used, and all start equal to the module's.
 
     Args:
-        module: may contain Conv2d, Linear, BatchNorm1d and BatchNorm2d, of exactly these types, and layers without
+        module: May contain Conv2d, Linear, BatchNorm1d and BatchNorm2d, of exactly these types, and layers without
             parameters. It is not modified. `momentum=None`, `affine=False` and `track_running_stats=False` mean what they
             do in torch.
-        widths: ascending fractions in (0, 1], the last one 1.
+        widths: Ascending fractions in (0, 1], the last one 1.
 
     Raises:
         TypeError: `module` is not a `torch.nn.Module`, or `widths` are not numbers.
-        ValueError: a width is out of range; a layer has another type or is TorchScript; there is no linear layer. In a
+        ValueError: A width is out of range; a layer has another type or is TorchScript; there is no linear layer. In a
             forward pass: a grouped convolution receives a number of channels that its groups do not divide.
     """
     widths = check_widths("widths", widths)
