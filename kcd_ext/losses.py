@@ -47,7 +47,8 @@ def condensed_kd_loss(
     highest, and distils only those:
 
         loss = ce_weight * mean of CE_i over the valid rows
-             + kd_weight * T² * mean of row_weight_i * KL(p_i || q_i) over the selected rows
+             + kd_weight * T² * mean of row_weight_i * KL(p_i || q_i)
+               over the selected rows
 
     - A *row* is one leading index of the logits: a sample, a token or a pixel.
     - `p = softmax(teacher_logits / T)` and `q = softmax(student_logits / T)`, with `T = temperature`.

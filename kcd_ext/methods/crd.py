@@ -23,7 +23,8 @@ class ContrastiveRepresentationDistillation(FeatureMethod):
     negatives j from the samples of other classes. With h(a) = e^(a/T) / (e^(a/T) + Z K/N) (Eq. 19; K/N is K times the
     density of the noise),
 
-        CRD = mean_i -log h(s_i . teacher_memory_i) - sum_j log(1 - h(s_i . teacher_memory_j))
+        CRD = mean_i (-log h(s_i . teacher_memory_i)
+                      - sum_j log(1 - h(s_i . teacher_memory_j)))
             + the same of t_i and student_memory.
 
     Each direction has its own Z: N times the mean of e^(a/T) over the first batch, constant afterwards. (If that batch is

@@ -189,7 +189,8 @@ class _FactorMethod(FeatureMethod):
 class InheritanceExplorationDistillation(_FactorMethod):
     """Inheritance and exploration (IE-KD), arXiv 2107.00181: half of the student's channels follow the teacher, half differ.
 
-        loss = ce_weight * CE + inheritance_weight * INH + exploration_weight * EXP + kd_weight * KD
+        loss = ce_weight * CE + kd_weight * KD
+             + inheritance_weight * INH + exploration_weight * EXP
 
     The knowledge value is the student's entropy.
 
@@ -198,11 +199,14 @@ class InheritanceExplorationDistillation(_FactorMethod):
     2. Split the channels of the student's maps of one layer in two halves. Two encoders, trained with the student, turn them
        into factors F_inh and F_exp (`SplitEncoder`).
 
-    INH and EXP are means over the samples. With a sample's factors as vectors a and b of n entries:
+    INH compares F_inh with F_T, EXP compares F_exp with F_T. Both are means over the samples. With a sample's factors as
+    vectors a and b of n entries:
 
-        distance    INH, F_inh against F_T                 EXP, F_exp against F_T      range of EXP
-        l1          d(a, b) = mean |a/||a|| - b/||b|||     -d(a, b)                    [-2 / sqrt(n), 0]
-        cosine      1 - cos(a, b)                          |cos(a, b)|                 [0, 1]
+        d(a, b) = mean |a/||a|| - b/||b|||
+
+        distance    INH              EXP            range of EXP
+        l1          d(a, b)          -d(a, b)       [-2 / sqrt(n), 0]
+        cosine      1 - cos(a, b)    |cos(a, b)|    [0, 1]
 
     So exploration, which moves away from the teacher, is bounded.
 
@@ -340,12 +344,14 @@ class InheritanceExplorationDistillation(_FactorMethod):
 class InheritanceExplorationMutualLearning(_FactorMethod):
     """Mutual learning with inheritance and exploration (IE-DML): the student and a peer learn from each other, no teacher.
 
-        loss = L(student, peer) + L(peer, student) + both auto-encoders' reconstruction
+        loss = L(student, peer) + L(peer, student)
+             + both auto-encoders' reconstruction
 
     The knowledge value is the student's entropy. In L(A, B), A's logits and maps are differentiable and B's are constant:
 
         L(A, B) = ce_weight * CE(A) + kl_weight * T^2 * mean KL(B || A)
-                + inheritance_weight * INH(A_inh, F_B) + exploration_weight * EXP(A_exp, F_B)
+                + inheritance_weight * INH(A_inh, F_B)
+                + exploration_weight * EXP(A_exp, F_B)
 
     INH and EXP are those of `InheritanceExplorationDistillation`. Each network has an auto-encoder of its maps, which computes
     F. It trains beside the network, with the maps as constants, so no reconstruction loss reaches a network.

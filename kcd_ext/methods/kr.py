@@ -20,18 +20,20 @@ EXAMPLE = "layer1.0+layer1.1,layer2"  # two groups, for error messages
 class KnowledgeRepresenting(Method):
     """Knowledge representing (KR), after arXiv 1911.05329: where in the image each stage of the networks is active.
 
-        loss = ce_weight * CE + kr_weight * sum_g L_g + kd_weight * T^2 * KL(teacher || student)
+        loss = ce_weight * CE + kr_weight * sum_g L_g
+             + kd_weight * T^2 * KL(teacher || student)
 
     The knowledge value is the student's entropy. For each group g of layers, whose outputs are maps F_l (b, c, h, w) of any
     size:
 
-        a_l = mean_c F_l^2, pooled to the group's size, flattened and divided by its length,
+        a_l = mean_c F_l^2, pooled to the group's size, flattened
+              and divided by its length,
         A_g = mean_l a_l,    P_g = softmax(A_g / tau),
-        L_g = mean over the batch of -sum_i P~_i log Q~_i,    P: the teacher's, Q: the student's.
+        L_g = mean over the batch of -sum_i P~_i log Q~_i.
 
-    i runs over the support: the fraction `ratio` of all positions where the teacher's P_g is largest. P~ and Q~ are P_g and
-    Q_g restricted to the support and scaled to the sum 1. L_g is smallest, but not 0, when the student equals the teacher:
-    then it is the entropy of P~.
+    P is the teacher's, Q the student's. The index i runs over the support: the fraction `ratio` of all positions where the
+    teacher's P_g is largest. P~ and Q~ are P_g and Q_g restricted to the support and scaled to the sum 1. L_g is smallest,
+    but not 0, when the student equals the teacher: then it is the entropy of P~.
 
     - From the paper's abstract: knowledge of several layers is aggregated to a more abstract level, the student learns it
       with penalised gradients ("sparse recoding"), and both are combined with distilled logits.

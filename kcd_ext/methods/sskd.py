@@ -25,7 +25,8 @@ VIEWS = 4  # rotations by 0, 90, 180 and 270 degrees; the first is the normal vi
 class SelfSupervisedKnowledgeDistillation(FeatureMethod):
     """Self-supervised knowledge distillation (SSKD), Xu et al., ECCV 2020.
 
-        loss = ce_weight * CE + kd_weight * KD + transformed_weight * TF + similarity_weight * SS
+        loss = ce_weight * CE + kd_weight * KD
+             + transformed_weight * TF + similarity_weight * SS
 
     The knowledge value of a sample is the student's entropy on its normal view. Each of KD, TF and SS is
     T^2 * mean KL(teacher || student) with its own temperature T:
