@@ -71,6 +71,7 @@ class Scores:
     ece: float
     """The expected calibration error, in percentage points."""
     bins: tuple[Bin, ...]
+    """The bins of the calibration error, in order of confidence."""
     quality: tuple[Quality, ...]
     """One entry per temperature."""
 
@@ -118,7 +119,9 @@ class Exaggeration:
     count: int
     """The number of samples with finite log-odds in both networks. All other fields use only these."""
     slope: float
+    """The slope of the least-squares fit of the student's log-odds on the teacher's."""
     intercept: float
+    """The intercept of the same fit."""
     median: float
     """The median of the teacher's log-odds."""
     below: float
@@ -139,17 +142,21 @@ class Evaluation:
     """The comparison of a student with its teacher on held-out data."""
 
     samples: int
+    """The number of samples."""
     agreement: float
     """The share of samples with the same top class in both networks, in percent."""
     divergence: tuple[Divergence, ...]
     """One entry per temperature."""
     student: Scores
+    """The student's scores."""
     teacher: Scores
+    """The teacher's scores."""
     layers: tuple[LayerSimilarity, ...]
     """In order, from the first layer to the last."""
     classes: tuple[ClassAccuracy, ...]
     """In order of the labels."""
     exaggeration: Exaggeration
+    """The confidence of the student compared with the teacher's."""
 
     @property
     def lost_most(self) -> tuple[ClassAccuracy, ...]:

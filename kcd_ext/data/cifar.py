@@ -242,7 +242,7 @@ def _edition_of_folder(path: Path, editions: Sequence[Edition]) -> Edition | Non
 
 
 def _edition_of_archive(path: Path, file: BinaryIO, editions: Sequence[Edition]) -> Edition:
-    """Return the edition of an archive by its checksum, whatever the file's name."""
+    """Return the edition of an archive by its checksum, under any file name."""
     digest = hashlib.md5(usedforsecurity=False)
     while block := file.read(1 << 20):
         digest.update(block)

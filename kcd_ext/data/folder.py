@@ -226,7 +226,7 @@ def _list_entries(folder: Path, skipped: SkippedEntries) -> tuple[list[Path], li
 
 
 def _list_files(folder: Path, part: Path, skipped: SkippedEntries) -> list[Path]:
-    """Return all files below a class folder by relative path. Each folder is read once, whatever links lead to it."""
+    """Return all files below a class folder by relative path. Each folder is read once, even if several links lead to it."""
     root, seen = Path(os.path.realpath(part)), set()
     found, waiting = [], deque([folder])
     while waiting:

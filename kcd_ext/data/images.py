@@ -82,11 +82,15 @@ class ImageData:
     """
 
     name: str
+    """The name of the data set, for messages and reports."""
     train: ImageSet
+    """The training images."""
     test: ImageSet
+    """The test images; their views neither crop nor flip."""
     num_classes: int
+    """The number of classes, at least 1."""
     class_names: tuple[str, ...] = ()
-    """Names of the classes, by label. Empty: unknown."""
+    """The names of the classes, by label. Empty: unknown."""
 
     def __post_init__(self) -> None:
         check_int(f"data set {self.name!r}: num_classes", self.num_classes, 1)

@@ -42,7 +42,9 @@ class Views:
     """
 
     mean: tuple[float, ...]
+    """The mean of every channel, in units of pixels / 255."""
     std: tuple[float, ...]
+    """The standard deviation of every channel, in the same units."""
     padding: int = 0
     """Black pixels added around the image, before a window of the original size is cropped at random. 0: no crop."""
     flip: bool = False

@@ -87,7 +87,7 @@ def _parameters(name: str) -> Mapping[str, inspect.Parameter] | None:
 
 
 def convert_options(name: str, options: Mapping[str, object]) -> dict[str, object]:
-    """Convert options given as text, as on the command line, to the types that the method's annotations ask for.
+    """Convert options given as text, as on the command line, to the types in the method's annotations.
 
     A layer's name stays text even if it looks like a number ("1.10"). A parameter without a known annotation becomes a
     number or a bool if the text is one. Raises as `build` does for an unknown name.

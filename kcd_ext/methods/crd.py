@@ -140,7 +140,7 @@ class ContrastiveRepresentationDistillation(FeatureMethod):
     # All scores of a sample against the memory come from one matrix product; negatives are counted among them. For each
     # direction that reads 4 N dimension bytes and touches a few times 4 N b: 26 and 13 MB for CIFAR-100's 50,000 samples and
     # batches of 64. Published code gathers the negatives' vectors: it writes 4 b (K + 1) dimension bytes and reads them twice,
-    # 537 MB each time, whatever N is. The two break even near a million samples. Also, every sum here has a fixed order, in
+    # 537 MB each time, for any N. The two break even near a million samples. Also, every sum here has a fixed order, in
     # the backward pass too; with gathered vectors, gradients of a sample drawn twice would be added in any order.
 
     def _crd_loss(self, embeddings: tuple[Tensor, Tensor], index: Tensor, label: Tensor) -> Tensor:
