@@ -1085,7 +1085,7 @@ def test_folders_with_bad_layout_or_files_are_refused(tmp_path):
     assert refuses("must have 8 bits per channel, got I;16", path)
     path.unlink()
     path.symlink_to(tmp_path / "nowhere.png")
-    assert refuses(f"is a link to {tmp_path}/nowhere.png, where there is nothing", path)
+    assert refuses(f"is a broken link to {tmp_path}/nowhere.png", path)
     path.unlink()
     write_images(tmp_path, "more", classes=("Bee",))
     (tmp_path / "more" / "Bee" / "0.png").rename(path)

@@ -296,7 +296,7 @@ def test_named_layers_are_compared():
 
 
 class Pooling(nn.Module):
-    """Classifies the mean of its last stage. With `parts` the classifier's input differs from it for some samples."""
+    """A classifier of the mean of its last stage. With `parts` the classifier's input differs from it for some samples."""
 
     stages = ("conv",)
 

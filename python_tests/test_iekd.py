@@ -577,7 +577,7 @@ def test_default_peer_has_newly_drawn_weights():
 
 
 class Unresettable(Network):
-    """Has a parameter that no `reset_parameters` redraws."""
+    """A network with a parameter that no `reset_parameters` redraws."""
 
     def __init__(self, **options):
         super().__init__(**options)
@@ -585,13 +585,13 @@ class Unresettable(Network):
 
 
 class OtherStages(Network):
-    """Uses the attribute `stages` for something else."""
+    """A network that uses the attribute `stages` for something else."""
 
     stages = nn.Identity()
 
 
 class TooFewClasses(Network):
-    """Ignores the requested number of classes."""
+    """A network that ignores the requested number of classes."""
 
     def __init__(self, **options):
         super().__init__(**{**options, "num_classes": 2})

@@ -24,7 +24,8 @@ class Condense:
     batch (`batch_keep` < 1).
 
     Raises:
-        TypeError, ValueError: an option is out of range or has no effect with this selection.
+        TypeError: An option has the wrong type.
+        ValueError: An option is out of range or has no effect with this selection.
     """
 
     keep: float = 0.7
@@ -50,7 +51,7 @@ class Condense:
     """No condensation step before the end of this epoch, as the authors' --warmup. Steps at earlier multiples of `every`
     are skipped, so `keep` may not be reached."""
     min_per_class: int = 0
-    """Training samples to keep of every class; all of a class that has fewer."""
+    """Least number of training samples to keep of every class; all of a class that has fewer."""
     batch_keep: float = 1.0
     """Fraction of every batch to run the teacher on, in (0, 1]: the rows with the highest student entropy."""
 
@@ -80,14 +81,15 @@ class Condense:
         """Return the condenser of a training set.
 
         Args:
-            num_samples: size of the training set.
-            seed: seed of a selection that draws random numbers.
-            device: device of the value table.
-            epochs: length of the run.
-            labels: class of every sample, as `KnowledgeCondenser` takes them. Required if `min_per_class` > 0.
+            num_samples: Size of the training set.
+            seed: Seed of a selection that draws random numbers.
+            device: Device of the value table.
+            epochs: Length of the run.
+            labels: Class of every sample, as `KnowledgeCondenser` takes them. Required if `min_per_class` > 0.
 
         Raises:
-            TypeError, ValueError: an option is out of range, has no effect with this selection, or does not fit `labels`.
+            TypeError: An option or `labels` has the wrong type.
+            ValueError: An option is out of range, has no effect with this selection, or does not fit `labels`.
         """
         condenser, options = self._resolve(epochs)
         if self.min_per_class:

@@ -83,9 +83,9 @@ class Method(nn.Module):
         methods do not need this.
 
         Args:
-            student: the student.
-            teacher: the teacher, or None.
-            samples: the whole training set as batches, on every rank, on the training device. Each sample comes once, by
+            student: The student.
+            teacher: The teacher, or None.
+            samples: The whole training set as batches, on every rank, on the training device. Each sample comes once, by
                 ascending index, unmixed. You can iterate as often as you like. Images of an `ImageSet` are neither cropped
                 nor flipped; items of other data sets pass through their own transforms, which may augment. If all labels
                 are in memory, `samples.labels` holds them, (n,) int64 by index, so you need not load any sample for them.

@@ -94,14 +94,14 @@ def slimmable(module: nn.Module, widths: Sequence[float] | float | str) -> Slimm
       channels are used, and all start equal to the module's.
 
     Args:
-        module: may contain Conv2d, Linear, BatchNorm1d and BatchNorm2d, of exactly these types, and layers without
+        module: May contain Conv2d, Linear, BatchNorm1d and BatchNorm2d, of exactly these types, and layers without
             parameters. It is not modified. `momentum=None`, `affine=False` and `track_running_stats=False` mean what they
             do in torch.
-        widths: ascending fractions in (0, 1], the last one 1.
+        widths: Ascending fractions in (0, 1], the last one 1.
 
     Raises:
         TypeError: `module` is not a `torch.nn.Module`, or `widths` are not numbers.
-        ValueError: a width is out of range; a layer has another type or is TorchScript; there is no linear layer. In a
+        ValueError: A width is out of range; a layer has another type or is TorchScript; there is no linear layer. In a
             forward pass: a grouped convolution receives a number of channels that its groups do not divide.
     """
     widths = check_widths("widths", widths)
@@ -163,7 +163,7 @@ def _check_layer(path: str, layer: nn.Module) -> None:
 
 
 class _Convolution(nn.Conv2d):
-    """Attributes: `width_channels` at each width, the current `width_index`, and `path`, the layer's name for errors."""
+    """A convolution with `width_channels` at each width, the current `width_index`, and `path`, its name in errors."""
 
     def forward(self, x: Tensor) -> Tensor:
         if self.width_index == len(self.width_channels) - 1:
@@ -190,7 +190,7 @@ class _Convolution(nn.Conv2d):
 
 
 class _Linear(nn.Linear):
-    """Attributes as in `_Convolution`."""
+    """A linear layer with the attributes of `_Convolution`."""
 
     def forward(self, x: Tensor) -> Tensor:
         if self.width_index == len(self.width_channels) - 1:
@@ -200,7 +200,7 @@ class _Linear(nn.Linear):
 
 
 class _Normalisation:
-    """Normalises with the layer itself at full width, else with the entry of `narrow` for the current `width_index`."""
+    """A normalisation by the layer itself at full width, else by the entry of `narrow` for the current `width_index`."""
 
     def forward(self, x: Tensor) -> Tensor:
         if self.width_index == len(self.narrow):
