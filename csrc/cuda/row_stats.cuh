@@ -55,10 +55,10 @@ KCD_DEVICE Real masked_cross(const Real (&dz)[kQuad], const Real (&dy)[kQuad], c
 // With at_maximum = false no class is at the maximum, and the comparison is skipped.
 template <bool at_maximum, class Real>
 KCD_DEVICE void add_tail(const Real (&dx)[kQuad], const Real (&e)[kQuad], Real& tail) {
-  Real beside[kQuad];
+  Real below_max[kQuad];
 #pragma unroll
-  for (int j = 0; j < kQuad; ++j) beside[j] = at_maximum && dx[j] == 0 ? Real(0) : e[j];
-  tail += sum(beside);
+  for (int j = 0; j < kQuad; ++j) below_max[j] = at_maximum && dx[j] == 0 ? Real(0) : e[j];
+  tail += sum(below_max);
 }
 template <bool at_maximum, class Real>
 KCD_DEVICE void count_maxima(const Real (&dx)[kQuad], Real& ones) {

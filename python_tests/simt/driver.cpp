@@ -2,10 +2,11 @@
 //
 //   driver <schedules> <case>...
 //
-// schedules: "forward", "reverse" or "random:<seed>:<resident blocks>", separated by spaces.  A case: "name=value" options, see
-// Case.
-// Prints one line per case, schedule and array: the case's index, the schedule, the array's name and its digest, in which all NaNs
-// are equal.
+// - schedules: "forward", "reverse" or "random:<seed>:<resident blocks>", separated by spaces
+// - case: "name=value" options, see Case
+//
+// Prints one line per case, schedule and array: the case's index, the schedule, the array's name and its digest.  All NaNs have the
+// same digest.
 //
 // Arrays are allocated at exactly their size; outputs and workspace start as garbage.  Exit status: 0; kFailedLaunch if a launch
 // failed (message on stderr); kUsageError for wrong arguments; otherwise a sanitizer's.
@@ -59,15 +60,15 @@ class Options {
     }
   }
 
-  std::string text(const std::string& name, const std::string& otherwise) {
+  std::string text(const std::string& name, const std::string& default_value) {
     const auto found = values_.find(name);
-    if (found == values_.end()) return otherwise;
+    if (found == values_.end()) return default_value;
     const std::string value = found->second;
     values_.erase(found);
     return value;
   }
-  double number(const std::string& name, double otherwise) { return std::stod(text(name, std::to_string(otherwise))); }
-  int64_t integer(const std::string& name, int64_t otherwise) { return std::stoll(text(name, std::to_string(otherwise))); }
+  double number(const std::string& name, double default_value) { return std::stod(text(name, std::to_string(default_value))); }
+  int64_t integer(const std::string& name, int64_t default_value) { return std::stoll(text(name, std::to_string(default_value))); }
 
   // Returns the index in `names` of the option's value; by default the first.
   int choice(const std::string& name, Names names) {
@@ -520,7 +521,7 @@ void run_step(const Case& c, const Report& report) {
   const Memory grad_output = make_array(real, c.loss_size(), [](int64_t i) { return 1 + 0.5 * static_cast<double>(i % 3); });
   const Tensor gradient = tensor(c.student, c.rows, c.classes, c.rows, 0, 0);
   const Tensor& out = c.in_place ? student : gradient;
-  cuda::launch_backward(
+  cuda::launch_condensed_kd_backward(
       {problem, stats.data(), selected.data<uint8_t>(), c.weights ? row_weight.data() : nullptr, grad_output.data(),
        c.reduction == Reduction::none, counts.data<int64_t>(), 0.25 * c.temperature, c.ce_weight(), c.reduction, 1, out.logits},
       c.context);
