@@ -194,14 +194,14 @@ struct RowStatsArguments {
   int row_threads, parts;
   int32_t with_teacher_entropy;   // bool
 
-  Value value;          // what rows are ranked by
+  Value value;          // the value that ranks the rows
   void* ranked;         // out: those values
   uint8_t* candidate;   // null: not requested
   const void* score;    // for Value::score
 
   RowSums<Real>* pieces;     // (rows, parts), if parts > 1
   unsigned* parts_arrived;   // one counter per row, initially 0
-  bool fused_loss;           // the last block selects and reduces
+  bool fused_loss;           // whether the last block selects and reduces
   Ranking ranking;
   Selection selection;
   LossArguments loss;

@@ -12,7 +12,7 @@ namespace kcd::cuda {
 
 constexpr int kBuckets = 256;
 
-// What rows are ranked by.
+// The values that rank the rows.
 struct Ranking {
   const void* value;   // float32 or float64
   bool is_double;

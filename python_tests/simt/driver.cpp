@@ -270,23 +270,23 @@ Tensor tensor(Type type, int64_t rows, int64_t classes, int64_t inner, int64_t g
   return {std::move(memory), logits};
 }
 
-double masked(int64_t row, int64_t c, int64_t classes, Type type, double usual) {
+double masked(int64_t row, int64_t c, int64_t classes, Type type, double logit) {
   const double infinity = std::numeric_limits<double>::infinity();
   switch (row % 8) {
     case 1:
-      return c % 2 == 0 ? -infinity : usual;
+      return c % 2 == 0 ? -infinity : logit;
     case 2:
       return -infinity;
     case 3:
-      return c == classes / 2 ? std::numeric_limits<double>::quiet_NaN() : usual;
+      return c == classes / 2 ? std::numeric_limits<double>::quiet_NaN() : logit;
     case 4:
-      return c > classes / 3 ? lowest(type) : usual;
+      return c > classes / 3 ? lowest(type) : logit;
     case 5:
       return 1;
     case 6:
-      return usual + 1e4;
+      return logit + 1e4;
     default:
-      return usual;
+      return logit;
   }
 }
 
@@ -296,8 +296,8 @@ Tensor make_logits(const Case& c, Type type, int64_t rows, int64_t offset, uint6
     char* const row = x.row(i);
     Random random(seed + (c.content == Content::equal ? 0 : static_cast<uint64_t>(i) * 0x100000000u));
     for (int64_t j = 0; j < c.classes; ++j) {
-      const double usual = 12 * random.uniform() - 6;
-      put(row, type, j, c.content == Content::masked ? masked(i, j, c.classes, type, usual) : usual);
+      const double logit = 12 * random.uniform() - 6;
+      put(row, type, j, c.content == Content::masked ? masked(i, j, c.classes, type, logit) : logit);
     }
     const char* const end = row + c.classes * size_of(type);
     if (i + 1 < rows) poison(end, x.row(i + 1) - end);
