@@ -112,7 +112,7 @@ namespace cpu {
 struct SplitRowKernels {
   int64_t piece_classes;
   int64_t piece_bytes;   // size of a piece's sums, with double accumulators
-  // Sums pieces [begin, end) of row i, which must be one that is read.  `sums` has room for all pieces of the row.
+  // Sums pieces [begin, end) of row i; does nothing if the row is not read.  `sums` has room for all pieces of the row.
   void (*sum_pieces)(const Problem&, const RowOutputs&, int64_t i, int64_t begin, int64_t end, void* sums);
   void (*merge_pieces)(const Problem&, const RowOutputs&, int64_t i, const void* sums);
 };
