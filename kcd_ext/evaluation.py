@@ -36,7 +36,7 @@ MAX_FEATURES = 8192  # of a layer: a pair of layers keeps three sums of products
 BLOCK_SIZE = 512  # features whose products are summed at once; of a symmetric sum only one half is computed
 PENULTIMATE, LOGITS = "penultimate", "logits"  # layers that any network has, in addition to its own paths
 MAX_LISTED_PATHS = 8  # in an error
-MAX_JSON_NUMBER = 1e100  # float32 logits stay far below, and computations for figures stay finite
+MAX_JSON_NUMBER = 1e100  # read from JSON; float32 logits stay far below, and computations for figures stay finite
 
 
 @dataclass(frozen=True)
@@ -222,8 +222,8 @@ def evaluate(
         layers: Pairs (student's layer, teacher's layer) whose outputs are compared: a name in `named_modules()`,
             `penultimate` (the input of the last linear layer) or `logits`. Maps (b, c, h, w) are averaged over h and w, other
             outputs flattened. None: the stages of both networks (`kcd_ext.models.features`), paired from the last one
-            backwards, then the penultimate features and the logits. Networks without stages or without a linear layer skip
-            these.
+            backwards as far as both have stages, then the penultimate features and the logits. Stages or penultimate
+            features that one of the networks lacks are skipped; with a TorchScript network only the logits are compared.
         class_names: One name per label; empty: `class 0` and so on.
 
     Returns:
@@ -231,9 +231,9 @@ def evaluate(
 
     Raises:
         TypeError: An argument has the wrong type.
-        ValueError: An argument is invalid; there is no sample; a network's logits have the wrong shape, or are NaN or
-            infinite; a label is not a class.
-        RuntimeError: A layer did not run, or its output is not one feature vector per sample.
+        ValueError: An argument is invalid; there is no sample; a network's logits have the wrong shape, are NaN or
+            +inf, or are -inf for all classes of a sample; a label is not a class.
+        RuntimeError: A layer did not run, or its output is not a tensor (b, ...) of features of the batch's b samples.
     """
     temperatures = check_temperatures(temperatures)
     logits, labels = ([], []), []

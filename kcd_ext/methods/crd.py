@@ -174,7 +174,7 @@ class ContrastiveRepresentationDistillation(FeatureMethod):
 
     @torch.no_grad()
     def _update_memory(self, index: Tensor, student: Tensor, teacher: Tensor) -> None:
-        """Move the memory of samples `index` (b,) towards the embeddings (b, dimension) of all ranks."""
+        """Move the memory of samples `index` (b,) towards their embeddings (b, dimension): on each rank, those of all ranks."""
         index, student, teacher = (_all_gather(x).flatten(0, 1) for x in (index, student, teacher))
         superseded = (index[:, None] == index).triu(1).any(1)  # the sample appears again in a later row
         remembered = (index >= 0) & ~superseded

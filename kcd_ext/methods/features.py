@@ -120,7 +120,10 @@ class _Capture:
 
 
 def _version(x: object) -> int | None:
-    """Return how often a tensor has been changed in place. None if torch does not count, as in compiled code on copies."""
+    """Return how often a tensor has been changed in place.
+
+    None if torch does not count, as in compiled code, which changes copies, or for tensors of inference mode.
+    """
     counted = isinstance(x, Tensor) and not torch.compiler.is_compiling() and not x.is_inference()
     return x._version if counted else None
 
@@ -216,7 +219,7 @@ class FeatureMethod(Method):
     def teacher_forward(self, teacher: nn.Module | None, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the teacher's logits (b, classes) and features (b, d), both constant. d is at least `teacher_width`.
 
-        If the teacher now has fewer features, as the partial teachers of `pwkd`, zeros fill the last ones.
+        If the teacher now has fewer features than in `prepare`, as the partial teachers of `pwkd`, zeros fill the last ones.
         """
         with torch.no_grad():
             logits, features = self._run("teacher", teacher, x)

@@ -247,13 +247,13 @@ class InheritanceExplorationDistillation(_FactorMethod):
         inheritance_weight: Weight of inheritance (INH), finite.
         exploration_weight: Weight of exploration (EXP), finite.
         kd_weight: Weight of KD = T^2 * mean KL(teacher || student); finite. 0: no KD.
-        temperature: T of KD, > 0. If kd_weight is 0, other numbers than 4 are refused.
+        temperature: T of KD, > 0; any value but the default is refused if kd_weight is 0.
         distance: "l1" or "cosine".
         split: "natural", the first half of the channels inherits and the second explores, or "permuted", in a fixed random
             order.
-        split_seed: Seed of the permuted order, >= 0; refused with the natural split.
+        split_seed: Seed of the permuted order, >= 0; any value but 0 is refused with the natural split.
         factor_epochs: Epochs of the auto-encoder, >= 1, with the momentum and weight decay of the run.
-        factor_lr: Its constant learning rate, >= 0.
+        factor_lr: Constant learning rate of the auto-encoder, >= 0.
         batch_keep: Fraction of each batch that the teacher runs on and whose factors are compared, in (0, 1]: the rows of
             highest student entropy (`selection.select_batch_rows`). 1: all rows.
         student_layer: The student's layer whose output (b, c, h, w) is compared, a name in `named_modules()`. None: the last
@@ -376,7 +376,7 @@ class InheritanceExplorationMutualLearning(_FactorMethod):
         distance: "l1" or "cosine".
         split: "natural", the first half of the channels inherits and the second explores, or "permuted", in a fixed random
             order. The channels of both networks are split.
-        split_seed: Seed of the permuted order, >= 0; refused with the natural split.
+        split_seed: Seed of the permuted order, >= 0; any value but 0 is refused with the natural split.
         peer: A network by name or `module:function`, built by `kcd_ext.models.build` for the student's input channels and
             classes. None: a copy of the student, with all weights redrawn from torch's generator by the `reset_parameters` of
             its modules; all of them are trained.

@@ -41,15 +41,15 @@ class KnowledgeRepresenting(Method):
 
     Also our choice:
 
-    - A group has one size, the smallest height and width of all its maps in both networks. Larger maps are averaged (adaptive
-      average pooling); none is enlarged.
+    - A group has one size, the smallest height and the smallest width of all its maps in both networks. Larger maps are
+      averaged (adaptive average pooling); none is enlarged.
     - The gradient with respect to the student's A_g is exactly zero off the support. (The length of an a_l covers all
       positions, so a feature off the support still moves the others through it.)
     - A support of one position, as for maps of fewer than four positions at ratio 0.5, has the loss 0 and teaches nothing.
     - A map of zeros has no direction: its a_l is zeros and passes no gradient.
 
     Args:
-        temperature: T of the KL term, > 0. If kd_weight is 0, other numbers than 4 are refused.
+        temperature: T of the KL term, > 0; any value but the default is refused if kd_weight is 0.
         ce_weight: Weight of the cross entropy, finite.
         kd_weight: Weight of the KL term, finite. 0: no KL is computed.
         kr_weight: Weight of the sum of all L_g, the activation term, finite.
@@ -229,7 +229,10 @@ def _parse_groups(option: str, text: str | None) -> list[list[str]] | None:
 
 
 def _block_paths(path: str, stage: nn.Module) -> list[str]:
-    """Return the paths of a stage's blocks if it is a sequence of blocks, else its own. Unwraps a sequence of one block."""
+    """Return the paths of a stage's blocks if it is a sequence of blocks, else its own.
+
+    If its only child is itself a sequence of blocks, return the paths of that child's blocks.
+    """
     children = dict(stage.named_children()) if isinstance(stage, nn.Sequential) else {}
     if not children or any(next(child.children(), None) is None for child in children.values()):
         return [path]

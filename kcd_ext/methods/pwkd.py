@@ -36,7 +36,7 @@ class PartialToWhole:
     epochs: int
     """The number of epochs of the run."""
     lr_min: float = 0.0
-    """The factor that each stage's cosine approaches at its end, in [0, 1]. It starts at 1."""
+    """The end of each stage's cosine, as a fraction of its start, in [0, 1]. The epoch after the stage would reach it."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "widths", check_widths("widths", self.widths))
@@ -200,7 +200,7 @@ class PartialToWholeDistillation(Method):
             ) from error
 
     def teacher_of(self, teacher: nn.Module | None) -> nn.Module | None:
-        """Return the network that runs at several widths, of the teacher's type and names; for the control, the teacher."""
+        """Return the slimmable teacher, with the type, names and attributes of the teacher; for the control, the teacher."""
         return teacher if self.slimmable is None else self.slimmable.network
 
     def pretraining(self) -> tuple[Pretraining, ...]:

@@ -35,7 +35,7 @@ class Slimmable(nn.Module):
     """
 
     def __init__(self, network: nn.Module, widths: tuple[float, ...]):
-        """Wrap `network`, whose layers are those of `SLIMMABLE`."""
+        """Wrap `network`, whose layers are already the slimmable ones, the values of `SLIMMABLE`."""
         super().__init__()
         self.network = network
         self.widths = widths
@@ -71,7 +71,8 @@ class Slimmable(nn.Module):
     def zero_for_other_widths(self, widths: Sequence[float]) -> Tensor | float:
         """Return 0 (), with gradient 0 for the normalisations of all narrow widths that are not in `widths`.
 
-        Adding it to the loss gives every parameter a gradient on every rank, even if the ranks draw different widths.
+        Adding it to the loss gives every parameter a gradient on every rank, even if the ranks draw different widths. So no
+        rank waits for a gradient that another one does not have.
         """
         others = [i for i, width in enumerate(self.widths[:-1]) if width not in widths]
         norms = [layer.narrow for layer in self.network.modules() if isinstance(layer, _Normalisation)]

@@ -41,7 +41,7 @@ class SelfSupervisedKnowledgeDistillation(FeatureMethod):
     TF and SS are means over selected rows: all rows where the teacher is right, and a given ratio of those where it is wrong.
     These are the rows of lowest error level, the number of classes (TF) or images (SS) that the teacher ranks above the truth.
     Ties go to the lower row. Rows are ordered by image, then by angle. (The authors' first code kept the ratio of the right
-    rows by mistake, and was corrected. The number of kept rows is rounded down, as there.)
+    rows by mistake, and was corrected. The number of wrong rows kept is rounded down, as there.)
 
     Two differences from the authors' code: all views are rotations of one augmented image, while theirs crops each view on
     its own; and a mean over no rows is 0, while theirs is NaN.
@@ -230,7 +230,7 @@ def select_least_wrong(score: Tensor, truth: Tensor, ratio: float) -> tuple[Tens
     Args:
         score: (r, c). A row whose truth has the score NaN counts as right, so that it reaches the loss.
         truth: int64 (r,).
-        ratio: In [0, 1]; the number of rows is rounded down.
+        ratio: In [0, 1]; the number of other rows selected is rounded down.
 
     Returns:
         A mask, bool (r,), and the number of selected rows, int64 ().
