@@ -964,7 +964,7 @@ def test_runs_that_cannot_be_evaluated_are_skipped(runs, capfd):
     for reason in (
         "kd: its teacher (weights ",
         "kd-2: config.json does not name the data set",
-        "teacher: has no teacher",
+        "teacher: the run has no teacher",
     ):
         assert f"\nskipped: shelf/{reason}" in out
     assert [path.parent.name for path in sorted((runs / "shelf").glob("*/evaluation.json"))] == ["beside"]
