@@ -1,4 +1,4 @@
-"""The `kcd demo` command: a teacher and a student, trained alone, distilled, and distilled from ever fewer samples."""
+"""The `kcd demo` command: train a teacher, then a student without it, with KD and with KD on fewer and fewer samples."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path

@@ -23,13 +23,20 @@ class Condense:
     There are two ways to condense, and they combine: over the data set (`keep` < 1), as in the paper, and within every
     batch (`batch_keep` < 1).
 
+    `selection` names how samples are selected:
+
+    - `value`: by the student's entropy.
+    - `random`: sets of the same sizes, as a control.
+    - `infobatch` (Qin et al., 2024): redrawn every epoch; `keep` is the probability that a sample of low loss stays.
+    - `module:Class`: a custom selection.
+
     Raises:
         TypeError: An option has the wrong type.
         ValueError: An option is out of range or has no effect with this selection.
     """
 
     keep: float = 0.7
-    """Fraction of the training set kept in the end, in (0, 1]. 1: keep all."""
+    """Fraction of the training set kept in the end, in (0, 1]. 1: keep all. infobatch: probability that a low-loss sample stays."""
     every: int | None = None
     """Epochs between two condensation steps. None: `stages` equal parts of the run (40 of 240 epochs)."""
     stages: int = 6
@@ -45,11 +52,9 @@ class Condense:
     convex: bool = True
     """Mix (1 - e) kept + e dropped, as in the authors' code. False: kept + e dropped, as in the paper."""
     selection: str = "value"
-    """How samples are selected: value (the student's entropy), random (same sizes, as a control), infobatch (Qin et al.,
-    2024: redrawn every epoch; `keep` is the probability that a sample of low loss stays) or module:Class."""
+    """How samples are selected: value (the student's entropy), random (same sizes, as a control), infobatch or module:Class."""
     warmup: int = 0
-    """No condensation step before the end of this epoch, as the authors' --warmup. Steps at earlier multiples of `every`
-    are skipped, so `keep` may not be reached."""
+    """Skip condensation steps before the end of this epoch (the authors' --warmup), so `keep` may not be reached."""
     min_per_class: int = 0
     """Least number of training samples to keep of every class; all of a class that has fewer."""
     batch_keep: float = 1.0
