@@ -398,7 +398,7 @@ def test_missing_package_names_the_extra(name, package, monkeypatch):
 def test_unknown_names_and_paths_are_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for spec, error, message in (
-        ("imagenet", ValueError, "unknown data set 'imagenet': take cifar10, cifar100, digits, mnist5k"),
+        ("imagenet", ValueError, "unknown data set 'imagenet': choose from cifar10, cifar100, digits, mnist5k"),
         ("", ValueError, "unknown data set ''"),
         (3, TypeError, "data set must be a name"),
         ("./digits", FileNotFoundError, "there is no file or folder digits"),
