@@ -125,7 +125,7 @@ def _fail(error: Exception, *parts: str) -> int:
 
 
 def _current_folder_importable() -> Any:
-    """Return a context in which the package can import the user's modules from the current folder."""
+    """Return a context in which the package, if it is imported, finds the user's modules in the current folder."""
     package = sys.modules.get("kcd_ext.import_path")
     try:
         return nullcontext() if package is None else package.searching(os.getcwd())
@@ -296,7 +296,7 @@ def _show_version() -> None:
 
 @contextmanager
 def _unwrap_interrupts() -> Iterator[None]:
-    """Raise KeyboardInterrupt if it is behind another error: an import turns Ctrl-C into an error of its own."""
+    """Raise KeyboardInterrupt if it is behind another error: an import can turn Ctrl-C into an error of its own."""
     try:
         yield
     except Exception as error:

@@ -90,7 +90,7 @@ class Cpu(Device):
         return forward, time.perf_counter() - start
 
     def peak_bytes(self, call: Callable[[], object]) -> int:
-        """Return the growth of the process's peak resident memory, which Linux resets before the call."""
+        """Return how far the process's resident memory, as Linux counts it, rises in the call; the peak is reset before."""
         Path("/proc/self/clear_refs").write_text("5")
         before = _status("VmRSS")
         call()
@@ -151,7 +151,7 @@ logits takes two exponentials, because at T = 4 e^z follows from e^(z/4); the gr
   pass writes the gradient too.
 - malloc keeps its defaults. Whether it returns intermediates of some MB to the system or keeps them changes eager's time by up to
   half from one process to the next.
-- In case, the student's logits are copied back before each call, so they are in the caches.
+- In place, the student's logits are copied back before each call, so they are in the caches.
 - `student.sum()` and its backward pass compute next to nothing. For small batches their time is the cost of autograd, which every
   loss pays."""
 
