@@ -4,10 +4,10 @@
 #   benchmarks/gpu_check.sh [--wheels FOLDER] [--out FOLDER] [--only SECTION,...] [--minutes 8.5]
 #
 # Requirements: an NVIDIA GPU with its driver, nvcc, cmake, ninja, and a Python with its headers, PyTorch for CUDA and pybind11
-# (python3, or the one named by the environment variable PYTHON).  No network, no scikit-build-core.  The checkout may be read-only.
+# (python3, or the one named by the environment variable PYTHON). No network, no scikit-build-core. The checkout may be read-only.
 #
-# Sections: build, conformance, training, sanitizers, graphs, large, ncu, benchmarks, reproduction.  Each runs in its own process
-# within its share of the minutes, which count from the start of this script.  If one fails or hangs, the others still run.
+# Sections: build, conformance, training, sanitizers, graphs, large, ncu, benchmarks, reproduction. Each runs in its own process
+# within its share of the minutes, which count from the start of this script. If one fails or hangs, the others still run.
 #
 #   build         compile for this GPU with cmake and ninja, or load the module that the variable KCD_LIBRARY names; one call must
 #                 match the reference
@@ -22,11 +22,11 @@
 #   reproduction  the paper's comparison with a short schedule, if KCD_CIFAR100 is set
 #
 # The folder of --out (default: $OUT if set, else benchmarks/results) gets three files named after the GPU: .json with everything,
-# .md to read, .log with all output.  They replace those of an earlier run.
+# .md to read, .log with all output. They replace those of an earlier run.
 #
-# Exit status: 0 if every section passed or cannot run here, 1 if one failed, 2 if a common requirement is missing.  The last line
-# names what failed and what cannot run here.  Whatever can be fixed on the machine is a failure: a missing Python module, tool or
-# test, or a timeout.  What the machine forbids is not: its performance counters (ERR_NVGPUCTRPERM), or a device that a sanitizer
+# Exit status: 0 if every section passed or cannot run here, 1 if one failed, 2 if a common requirement is missing. The last line
+# names what failed and what cannot run here. Whatever can be fixed on the machine is a failure: a missing Python module, tool or
+# test, or a timeout. What the machine forbids is not: its performance counters (ERR_NVGPUCTRPERM), or a device that a sanitizer
 # does not support.
 #
 # If the machine lacks Python modules, or Liger-Kernel (whose losses are measured for comparison), download wheels elsewhere, for

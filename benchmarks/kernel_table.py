@@ -1,6 +1,6 @@
 """Print the resources of the CUDA kernels and their cost per pair of logits: python benchmarks/kernel_table.py
 
-The figures come from the compiled code, without a GPU (see python_tests/static_checks.py).  Needs nvcc and nvdisasm.  Prints the
+The figures come from the compiled code, without a GPU (see python_tests/static_checks.py). Needs nvcc and nvdisasm. Prints the
 Markdown tables of docs/internals/cuda-kernels.md.
 """
 

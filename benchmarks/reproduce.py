@@ -100,7 +100,7 @@ class Reproduce:
     threads: int = 1
     """CPU threads of each run."""
     side_by_side: int = 0
-    """Runs to train at the same time; 0: processors / threads on a CPU, at least one; four on a GPU."""
+    """Runs to train at the same time; 0: four on a GPU, on a CPU as many as leave each run its --threads."""
     minutes: float | None = None
     """Time limit. Finished runs are shown; the same command continues interrupted ones. None: no limit."""
     output: Path = Path("runs/reproduce")

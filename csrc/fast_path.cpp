@@ -83,8 +83,8 @@ NewTensor make_tensor(const int64_t* sizes, int64_t dim, uint8_t code, int64_t e
   return {py::reinterpret_steal<py::object>(static_cast<PyObject*>(object)), data};
 }
 
-// Calls with one class need the dispatcher's warning.  Large gradients need the memory of cpu/gradient_memory.h, and large calls
-// hide the dispatcher's cost anyway.
+// Calls with one class need a warning, which the other path gives.  Large gradients need the memory of cpu/gradient_memory.h, and
+// the dispatcher's cost hardly matters in large calls.
 void require_small(const Problem& p) {
   const int64_t bytes = p.rows * p.classes * size_of(p.student.type);
   require_supported(p.classes > 1 && bytes > 0 && static_cast<size_t>(bytes) < cpu::kLargeBytes);

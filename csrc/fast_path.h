@@ -1,5 +1,5 @@
 // The eager fast path: the operators for small CPU tensors without torch's dispatcher, which takes longer than such a call
-// computes. DLPack's C functions read and create the tensors.
+// computes.  DLPack's C functions read and create the tensors.
 #pragma once
 #include <pybind11/pybind11.h>
 

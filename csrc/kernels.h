@@ -112,7 +112,7 @@ namespace cpu {
 struct SplitRowKernels {
   int64_t piece_classes;
   int64_t piece_bytes;   // size of a piece's sums, with double accumulators
-  // Sums pieces [begin, end) of row i, which must be one that is read.  `sums` has room for all pieces of the row.
+  // Sums pieces [begin, end) of row i; does nothing if the row is not read.  `sums` has room for all pieces of the row.
   void (*sum_pieces)(const Problem&, const RowOutputs&, int64_t i, int64_t begin, int64_t end, void* sums);
   void (*merge_pieces)(const Problem&, const RowOutputs&, int64_t i, const void* sums);
 };
@@ -120,8 +120,9 @@ struct SplitRowKernels {
 // The kernels of one instruction set.  A call processes rows [begin, end) on the calling thread.
 struct Kernels {
   const char* name;
-  // Given a gradient, also writes the gradient of rows that it reads with their teacher, from the exponentials it has just
-  // computed.  It predicts whether a row will be selected and records that in `written_as`; condensed_kd_backward writes the rest.
+  // Given a gradient, also writes the gradient of each row that it reads with a teacher, from the exponentials it has just
+  // computed.  Rows with overflow or NaN are left out.  It predicts whether a row will be selected and records that in
+  // `written_as`; condensed_kd_backward writes the rest.
   void (*row_stats)(const Problem&, const RowOutputs&, const Gradient*, int64_t begin, int64_t end);
   void (*condensed_kd_backward)(const Problem&, const Gradient&, int64_t begin, int64_t end);
   const SplitRowKernels* split_row;

@@ -27,7 +27,11 @@ def _check_torch() -> None:
 
 
 def load() -> ModuleType:
-    """Load and return the compiled module, which registers `torch.ops.kcd_ext.*`."""
+    """Load and return the compiled module, which registers `torch.ops.kcd_ext.*`.
+
+    Raises:
+        ImportError: torch is too old, no module fits this Python, or the sources of a clone have changed since the build.
+    """
     _check_torch()
     if path := os.environ.get("KCD_LIBRARY"):
         return _load_from_path(path)

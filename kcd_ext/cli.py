@@ -198,9 +198,8 @@ def _bind(name: str, kind: type, options: list[str]) -> Callable[[], None]:
     except (SystemExit, ValueError, TypeError):
         if not shows_help:
             raise
-        command, unread = _parse_with_tyro(
-            name, kind, [], return_unknown_args=True
-        )  # `--epochs --help` still shows the help
+        # `--epochs --help` still shows the help.
+        command, unread = _parse_with_tyro(name, kind, [], return_unknown_args=True)
     given = {"default": command.defaults()} if hasattr(command, "defaults") and not unread else {}
     if shows_help:
         return partial(_show_help, name, kind, command, given)
@@ -296,7 +295,7 @@ def _show_version() -> None:
 
 @contextmanager
 def _unwrap_interrupts() -> Iterator[None]:
-    """Raise KeyboardInterrupt if it is behind another error: an import can turn Ctrl-C into an error of its own."""
+    """Raise KeyboardInterrupt if it is behind another error: an import can turn Ctrl-C into another error."""
     try:
         yield
     except Exception as error:

@@ -1,4 +1,4 @@
-"""Did the distillation work? How closely a student matches its teacher, and how good the predictions of both are.
+"""The evaluation of a distillation: how closely a student matches its teacher, and how good the predictions of both are.
 
     evaluation = evaluate(student, teacher, held_out_batches)
     evaluation.agreement, evaluation.worst_class_change
@@ -36,7 +36,7 @@ MAX_FEATURES = 8192  # of a layer: a pair of layers keeps three sums of products
 BLOCK_SIZE = 512  # features whose products are summed at once; of a symmetric sum only one half is computed
 PENULTIMATE, LOGITS = "penultimate", "logits"  # layers that any network has, in addition to its own paths
 MAX_LISTED_PATHS = 8  # in an error
-MAX_JSON_NUMBER = 1e100  # float32 logits stay far below, and computations for figures stay finite
+MAX_JSON_NUMBER = 1e100  # read from JSON; float32 logits stay far below, and computations for figures stay finite
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,7 @@ class Scores:
     ece: float
     """The expected calibration error, in percentage points."""
     bins: tuple[Bin, ...]
+    """The bins of the calibration error, in order of confidence."""
     quality: tuple[Quality, ...]
     """One entry per temperature."""
 
@@ -118,7 +119,9 @@ class Exaggeration:
     count: int
     """The number of samples with finite log-odds in both networks. All other fields use only these."""
     slope: float
+    """The slope of the least-squares fit of the student's log-odds on the teacher's."""
     intercept: float
+    """The intercept of the same fit."""
     median: float
     """The median of the teacher's log-odds."""
     below: float
@@ -139,17 +142,21 @@ class Evaluation:
     """The comparison of a student with its teacher on held-out data."""
 
     samples: int
+    """The number of samples."""
     agreement: float
     """The share of samples with the same top class in both networks, in percent."""
     divergence: tuple[Divergence, ...]
     """One entry per temperature."""
     student: Scores
+    """The student's scores."""
     teacher: Scores
+    """The teacher's scores."""
     layers: tuple[LayerSimilarity, ...]
     """In order, from the first layer to the last."""
     classes: tuple[ClassAccuracy, ...]
     """In order of the labels."""
     exaggeration: Exaggeration
+    """The confidence of the student compared with the teacher's."""
 
     @property
     def lost_most(self) -> tuple[ClassAccuracy, ...]:
@@ -206,27 +213,27 @@ def evaluate(
     all samples are kept on the CPU; everything else is processed batch by batch.
 
     Args:
-        student: a network that maps x to logits (b, classes), on the device of the batches. If it returns more than logits,
+        student: A network that maps x to logits (b, classes), on the device of the batches. If it returns more than logits,
             the logits are used, with a UserWarning (`kcd_ext.networks.LogitsOnly`). It runs in the precision of its weights:
             your autocast, gradient and inference modes, default dtype and default device have no effect.
-        teacher: the same.
+        teacher: The same.
         batches: (x, labels, ...), such as a `Batch`; labels are (b,) int64 in [0, classes). Each sample once.
-        temperatures: for the divergence and the quality of the probabilities; distinct numbers in [0.001, 1000].
-        layers: pairs (student's layer, teacher's layer) whose outputs are compared: a name in `named_modules()`,
+        temperatures: For the divergence and the quality of the probabilities; distinct numbers in [0.001, 1000].
+        layers: Pairs (student's layer, teacher's layer) whose outputs are compared: a name in `named_modules()`,
             `penultimate` (the input of the last linear layer) or `logits`. Maps (b, c, h, w) are averaged over h and w, other
             outputs flattened. None: the stages of both networks (`kcd_ext.models.features`), paired from the last one
-            backwards, then the penultimate features and the logits. Networks without stages or without a linear layer skip
-            these.
-        class_names: one name per label; empty: `class 0` and so on.
+            backwards as far as both have stages, then the penultimate features and the logits. Stages or penultimate
+            features that one of the networks lacks are skipped; with a TorchScript network only the logits are compared.
+        class_names: One name per label; empty: `class 0` and so on.
 
     Returns:
         All metrics, over all samples.
 
     Raises:
-        TypeError: an argument has the wrong type.
-        ValueError: an argument is invalid; there is no sample; a network's logits have the wrong shape, or are NaN or
-            infinite; a label is not a class.
-        RuntimeError: a layer did not run, or its output is not one feature vector per sample.
+        TypeError: An argument has the wrong type.
+        ValueError: An argument is invalid; there is no sample; a network's logits have the wrong shape, are NaN or
+            +inf, or are -inf for all classes of a sample; a label is not a class.
+        RuntimeError: A layer did not run, or its output is not a tensor (b, ...) of features of the batch's b samples.
     """
     temperatures = check_temperatures(temperatures)
     logits, labels = ([], []), []
@@ -619,7 +626,7 @@ def check_temperatures(temperatures: Sequence[float]) -> tuple[float, ...]:
     takes = f"numbers in [{MIN_TEMPERATURE}, {MAX_TEMPERATURE:g}]"
     checked = tuple(check_float("temperatures", t, takes, MIN_TEMPERATURE, MAX_TEMPERATURE) for t in temperatures)
     if not checked or len(set(checked)) < len(checked):
-        raise ValueError(f"temperatures must be one or more distinct numbers, got {describe(checked)}")
+        raise ValueError(f"temperatures must be one or more distinct numbers, got {list(checked) or 'none'}")
     return checked
 
 

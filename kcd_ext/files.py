@@ -36,7 +36,7 @@ def check_regular(path: str | os.PathLike) -> None:
     except FileNotFoundError as error:
         if not os.path.islink(path):
             raise
-        raise ValueError(f"{path}: is a link to {os.readlink(path)}, where there is nothing") from error
+        raise ValueError(f"{path}: is a broken link to {os.readlink(path)}") from error
     _check_mode(mode, path)
 
 

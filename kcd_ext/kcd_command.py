@@ -1,7 +1,7 @@
 """The launcher of `kcd`, which is installed as the module `kcd_command` beside the package and does not import torch.
 
-`kcd --help`, `kcd --version` and a wrong command therefore respond at once. `import kcd_ext` imports torch and registers the
-operators.
+`kcd --help`, `kcd --version` and the error for a wrong command therefore appear at once. `import kcd_ext` would first import
+torch and register the operators.
 """
 
 import os

@@ -47,7 +47,8 @@ def condensed_kd_loss(
     highest, and distils only those:
 
         loss = ce_weight * mean of CE_i over the valid rows
-             + kd_weight * T² * mean of row_weight_i * KL(p_i || q_i) over the selected rows
+             + kd_weight * T² * mean of row_weight_i * KL(p_i || q_i)
+               over the selected rows
 
     - A *row* is one leading index of the logits: a sample, a token or a pixel.
     - `p = softmax(teacher_logits / T)` and `q = softmax(student_logits / T)`, with `T = temperature`.
@@ -97,7 +98,7 @@ def condensed_kd_loss(
 
     Returns:
         The loss in float64 if the student's logits are float64, else in float32. It is a scalar, or has shape `(...)` with
-            `reduction="none"`. It is 0 if no row is valid. With `return_knowledge=True`, the pair `(loss, knowledge)`.
+            `reduction="none"`. A mean over no rows counts 0. With `return_knowledge=True`, the pair `(loss, knowledge)`.
 
     Raises:
         TypeError: An argument has the wrong type or dtype.
@@ -132,7 +133,7 @@ def condensed_kd_loss(
     Notes:
         **NaN and infinity.** A candidate whose student or teacher logits contain NaN or +inf, or are all -inf, has value NaN.
         It ranks first, so that the loss shows it. A class adds nothing to the KL divergence if its teacher probability is 0
-        even in float64, because the logit is -inf or a large negative mask. An infinite KL divergence counts 0 where
+        even in float64, because the logit is -inf or a large negative mask. An infinite KL divergence counts 0 if
         `row_weight` or `kd_weight` is 0; NaN stays NaN.
 
         **CUDA.** Checking indices would synchronise with the device. A label out of range makes the cross entropy and the

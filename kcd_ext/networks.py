@@ -1,4 +1,4 @@
-"""Calls of networks: in torch's default modes, whatever the caller's modes, and for the logits only."""
+"""Calls of networks: in torch's default modes, independent of the caller's, and for the logits only."""
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping

@@ -83,4 +83,4 @@ def unknown_name_error(
     names = list(names)
     nearest = did_you_mean(name, [*names, *variants])
     others = ", ".join(names) + (f", or {otherwise}" if otherwise else "")
-    return ValueError(f"unknown {kind} {brief(name)}{f'{nearest} Else' if nearest else ':'} take {others}")
+    return ValueError(f"unknown {kind} {brief(name)}{f'{nearest} Choose' if nearest else ': choose'} from {others}")

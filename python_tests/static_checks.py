@@ -272,7 +272,7 @@ def shortest_path(loop: Blocks, least: Mapping[str, int]) -> list[Instruction] |
         length, state, previous = heapq.heappop(ahead)
         block, before = state
         if any(all(map(operator.ge, other, before)) for other in reversed(counted_at[block])):
-            continue  # a path that is no longer reached this block with as many
+            continue  # a path of at most this length reached this block with at least these counts
         counted_at[block].append(before)
         came_from[state] = previous
         if block == back:

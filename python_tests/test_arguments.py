@@ -227,9 +227,9 @@ def test_raw_operators_refuse_arguments_that_read_out_of_bounds():
             (dict(temperature=0.0), "temperature must be > 0"),
             (dict(temperature=float("inf")), "temperature must be > 0 and finite"),
             (dict(ce=1.0), "ce_weight needs labels"),
-            (dict(fraction=2.0), "keep_fraction must lie in"),
-            (dict(fraction=float("nan")), "keep_fraction must lie in"),
-            (dict(count=-1), "keep_fraction must lie in"),
+            (dict(fraction=2.0), "keep_fraction must be in .0, 1., got 2"),
+            (dict(fraction=float("nan")), "keep_fraction must be in .0, 1., got nan"),
+            (dict(count=-1), "keep_count must be >= 0, got -1"),
         ],
     )
     score = torch.arange(10.0)

@@ -209,7 +209,7 @@ def test_run_resumes_in_its_pretraining(tmp_path, uninterrupted):
 
 
 class WithTwoPretrainings(WithPretraining):
-    """Pretrains two parts."""
+    """A method that pretrains two parts."""
 
     plan = (2, 1)  # epochs of each part
 

@@ -276,7 +276,7 @@ def three_channels(*, in_channels, num_classes):
     [
         (
             ["--data", "imagenet"],
-            "unknown data set 'imagenet': take cifar10, cifar100, digits, mnist5k, or write module:attribute",
+            "unknown data set 'imagenet': choose from cifar10, cifar100, digits, mnist5k, or write module:attribute",
         ),
         (["--keep", "0"], r"keep must be a number in \(0, 1\], got 0.0"),
         (["--keep", "1"], "keep=1.0 drops none of 1083 samples in 24 epochs: use a smaller keep"),
@@ -296,7 +296,7 @@ def three_channels(*, in_channels, num_classes):
         (["--seeds", "-1"], r"seeds must be an integer in \[0, 18446744073709551615\], got -1"),
         (["--threads", "0"], r"threads must be an integer in \[1, 4096\], got 0"),
         (["--lr", "inf"], "lr must be a finite number"),
-        (["--student", "resnet"], "unknown model 'resnet': did you mean resnet8. Else take cnn_large, cnn_small, "),
+        (["--student", "resnet"], "unknown model 'resnet': did you mean resnet8. Choose from cnn_large, cnn_small, "),
         (["--student", f"{__name__}:three_channels"], r"student does not take x of torch.float32 \(1, 1, 8, 8\)"),
         (["--teacher", f"{__name__}:ENTRIES"], "'set' object is not callable"),
         (["--output", "file"], "is a file: choose another --output"),

@@ -1,5 +1,6 @@
 """The command line: wrong arguments, `--help`, control characters in names, and imports from the current folder."""
 
+import ast
 import html
 import importlib
 import inspect
@@ -9,7 +10,9 @@ import re
 import shutil
 import subprocess
 import sys
+import textwrap
 import unicodedata
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -18,11 +21,16 @@ import torch
 
 from kcd_ext import cli, methods, models, terminal
 from kcd_ext.commands import presets
-from kcd_ext.condensation.options import SELECTIONS
+from kcd_ext.commands.demo import Demo
+from kcd_ext.commands.distill import Distill
+from kcd_ext.commands.evaluate import Evaluate
+from kcd_ext.commands.options import Images, RecipeArgs, TrainingOptions
+from kcd_ext.commands.report import Report
+from kcd_ext.condensation.options import SELECTIONS, Condense
 from kcd_ext.condensation.schedules import SCHEDULES
 from kcd_ext.data import images
 from kcd_ext.data.images import load
-from kcd_ext.training.recipe import PRECISIONS
+from kcd_ext.training.recipe import PRECISIONS, Recipe
 
 TIMEOUT = 180
 
@@ -37,7 +45,7 @@ def constant():
     ("arguments", "message"),
     [
         ([], r"missing command: use one of distill, teacher, report, evaluate, demo, info \(see kcd --help\)"),
-        (["distil"], r"unknown command 'distil': did you mean distill\? Else take distill, .*\(see kcd --help\)"),
+        (["distil"], r"unknown command 'distil': did you mean distill\? Choose from distill, .*\(see kcd --help\)"),
         (["help", "demo"], r"unknown command 'help': did you mean kcd demo --help\?"),
         (["--versio"], r"unrecognized option --versio: did you mean --version\? \(see kcd --help\)"),
         (["--version", "x"], "--version takes no arguments, got 'x'"),
@@ -51,10 +59,10 @@ def constant():
         (["distill", "--lr", "-1"], "lr must be a finite number >= 0, got -1.0"),
         (
             ["distill", "cifar100-vgg13-vgg9"],
-            r"unknown preset '.*': did you mean cifar100-vgg13-vgg8\? Else take cifar",
+            r"unknown preset '.*': did you mean cifar100-vgg13-vgg8\? Choose from cifar",
         ),
         (["distill", ""], "the argument after distill must not be empty"),
-        (["distill", "--method", "kc-kdd"], r"unknown method 'kc-kdd': did you mean kc-kd\? Else take ce, crd, "),
+        (["distill", "--method", "kc-kdd"], r"unknown method 'kc-kdd': did you mean kc-kd\? Choose from ce, crd, "),
         (["distill", "--data", "digits", "--student", "resnet8x5"], r"unknown model '.*': did you mean resnet8x4\?"),
         (["distill", "--data", "digits", "--teacher", "resnet8x5"], r"unknown teacher .* did you mean resnet8x4\?"),
         (["distill", "--data", "cifar-100"], r"unknown data set 'cifar-100': did you mean cifar100\?"),
@@ -153,9 +161,8 @@ def test_help_lists_the_options_of_the_method_with_defaults(command, name, capfd
 
 
 def test_help_shows_the_defaults_of_preset_and_method(capfd):
-    assert "(default: 0.01)" in help_of(
-        "distill", "cifar100-vgg13-mobilenet_v2", capfd=capfd
-    )  # the learning rate of the preset
+    text = help_of("distill", "cifar100-vgg13-mobilenet_v2", capfd=capfd)
+    assert "(default: 0.01)" in text  # the learning rate of the preset
     assert "(default: 0.7)" in help_of("distill", "--method", "kc-kd", capfd=capfd)
     assert "--epochs" in help_of("distill", "--epochs", "many", capfd=capfd)
     assert cli.main(["distill", "--method", "crdd", "--help"]) == 2
@@ -176,6 +183,17 @@ def test_help_lists_all_methods_networks_and_data_sets(capfd, monkeypatch):
     ):
         assert names.keys() <= words
     assert models.REGISTRY.keys() <= set(re.findall(r"[\w-]+", help_of("teacher", capfd=capfd)))
+
+
+@pytest.mark.parametrize(
+    "kind", [Recipe, RecipeArgs, Condense, Images, TrainingOptions, Distill, Evaluate, Demo, Report]
+)
+def test_help_text_of_every_option_is_one_line(kind):
+    """tyro keeps the line breaks of a docstring, so a second line would break a sentence on the screen."""
+    body = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0].body
+    options = [(option, text) for option, text in pairwise(body) if isinstance(option, ast.AnnAssign)]
+    texts = [text.value.value for _, text in options if isinstance(text, ast.Expr)]
+    assert texts and not [text for text in texts if "\n" in text]
 
 
 @pytest.mark.parametrize("width", [40, 80, 200])
@@ -284,11 +302,8 @@ class Loss(KnowledgeDistillation):
         import package.inner
         return super().forward(*arguments)
 """
-AS_INSTALLED = (
-    "-P",
-    "-c",
-    "import sys; from kcd_ext.cli import main; sys.exit(main())",
-)  # without adding a folder to sys.path
+# -P adds no folder to sys.path.
+AS_INSTALLED = ("-P", "-c", "import sys; from kcd_ext.cli import main; sys.exit(main())")
 
 
 @pytest.mark.slow

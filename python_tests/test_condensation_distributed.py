@@ -24,7 +24,7 @@ pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this torch has 
 
 
 class CollectiveCounter(TorchDispatchMode):
-    """Counts every collective operator below torch.distributed's Python functions."""
+    """A counter of every collective operator below torch.distributed's Python functions."""
 
     def __init__(self):
         super().__init__()

@@ -398,7 +398,7 @@ def test_missing_package_names_the_extra(name, package, monkeypatch):
 def test_unknown_names_and_paths_are_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for spec, error, message in (
-        ("imagenet", ValueError, "unknown data set 'imagenet': take cifar10, cifar100, digits, mnist5k"),
+        ("imagenet", ValueError, "unknown data set 'imagenet': choose from cifar10, cifar100, digits, mnist5k"),
         ("", ValueError, "unknown data set ''"),
         (3, TypeError, "data set must be a name"),
         ("./digits", FileNotFoundError, "there is no file or folder digits"),
@@ -1085,7 +1085,7 @@ def test_folders_with_bad_layout_or_files_are_refused(tmp_path):
     assert refuses("must have 8 bits per channel, got I;16", path)
     path.unlink()
     path.symlink_to(tmp_path / "nowhere.png")
-    assert refuses(f"is a link to {tmp_path}/nowhere.png, where there is nothing", path)
+    assert refuses(f"is a broken link to {tmp_path}/nowhere.png", path)
     path.unlink()
     write_images(tmp_path, "more", classes=("Bee",))
     (tmp_path / "more" / "Bee" / "0.png").rename(path)

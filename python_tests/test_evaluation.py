@@ -296,7 +296,7 @@ def test_named_layers_are_compared():
 
 
 class Pooling(nn.Module):
-    """Classifies the mean of its last stage. With `parts` the classifier's input differs from it for some samples."""
+    """A classifier of the mean of its last stage. With `parts` the classifier's input differs from it for some samples."""
 
     stages = ("conv",)
 
@@ -803,7 +803,7 @@ def test_distant_teacher_is_found_and_run_without_teacher_skipped(runs, capfd):
     assert kcd("evaluate", "shelf", "--threads", 1, "--layers", "0=2", "--temperatures", 3) == 0
     out = capfd.readouterr().out
     assert out.endswith("\nreport: shelf/kd/report.html\n") and not (runs / "shelf" / "plain" / "report.html").exists()
-    assert "skipped: shelf/plain: has no teacher: give --teacher to compare" in out
+    assert "skipped: shelf/plain: the run has no teacher: give --teacher to compare" in out
     content = read_evaluation(runs / "shelf" / "kd")
     assert content["teacher_network"] == "cnn_large" and content["teacher_path"].endswith("far/elsewhere")
     assert [one["temperature"] for one in content["evaluation"]["divergence"]] == [3]
@@ -823,7 +823,7 @@ def test_run_without_teacher_is_compared_with_named_teacher(runs, capfd):
     out, error = capfd.readouterr()
     assert (out, error) == (
         "",
-        "kcd: shelf/plain: has no teacher: give --teacher to compare its student with one\n",
+        "kcd: shelf/plain: the run has no teacher: give --teacher to compare its student with one\n",
     )
     assert contents(runs) == before
     weights = runs / "weights.safetensors"
@@ -902,8 +902,8 @@ def change_weights(path):
         (lambda runs: None, ["two", "--device", "gpu"], "device"),
         (lambda runs: None, ["two", "--threads", "0"], "threads must be"),
         (lambda runs: None, [], "kcd evaluate needs at least one run folder"),
-        (lambda runs: None, ["far"], "nothing to evaluate: far/elsewhere: has no teacher"),
-        (lambda runs: (runs / "two/seed-6/student.safetensors").unlink(), ["two/seed-6"], "is not a finished run"),
+        (lambda runs: None, ["far"], "nothing to evaluate: far/elsewhere: the run has no teacher"),
+        (lambda runs: (runs / "two/seed-6/student.safetensors").unlink(), ["two/seed-6"], "the run is not finished"),
         (
             lambda runs: (runs / "two/seed-6/student.safetensors").write_text("x"),
             ["two/seed-6"],
@@ -917,7 +917,7 @@ def change_weights(path):
         (
             lambda runs: edit_json(runs / "two/seed-6/config.json", lambda c: c.update(test_samples="0")),
             ["two/seed-6"],
-            "two/seed-6: was tested on other images than 'digits' contains now",
+            "two/seed-6: the run was tested on other images than 'digits' contains now",
         ),
         (
             lambda runs: edit_json(runs / "two/seed-6/config.json", lambda c: c["about"]["data"].update(command="rm")),
@@ -964,7 +964,7 @@ def test_runs_that_cannot_be_evaluated_are_skipped(runs, capfd):
     for reason in (
         "kd: its teacher (weights ",
         "kd-2: config.json does not name the data set",
-        "teacher: has no teacher",
+        "teacher: the run has no teacher",
     ):
         assert f"\nskipped: shelf/{reason}" in out
     assert [path.parent.name for path in sorted((runs / "shelf").glob("*/evaluation.json"))] == ["beside"]

@@ -577,7 +577,7 @@ def test_default_peer_has_newly_drawn_weights():
 
 
 class Unresettable(Network):
-    """Has a parameter that no `reset_parameters` redraws."""
+    """A network with a parameter that no `reset_parameters` redraws."""
 
     def __init__(self, **options):
         super().__init__(**options)
@@ -585,13 +585,13 @@ class Unresettable(Network):
 
 
 class OtherStages(Network):
-    """Uses the attribute `stages` for something else."""
+    """A network that uses the attribute `stages` for something else."""
 
     stages = nn.Identity()
 
 
 class TooFewClasses(Network):
-    """Ignores the requested number of classes."""
+    """A network that ignores the requested number of classes."""
 
     def __init__(self, **options):
         super().__init__(**{**options, "num_classes": 2})
@@ -698,8 +698,8 @@ def test_invalid_option_is_refused(name, options, error, message):
         methods.build(name, options)
 
 
-def test_probing_restores_modes_and_statistics():
-    """A teacher in training mode stays in it, with unchanged statistics."""
+def test_feature_probe_restores_modes_and_keeps_statistics():
+    """`prepare` probes both networks in evaluation mode: a teacher in training mode returns to it, with unchanged statistics."""
     student, teacher = (nn.Sequential(nn.Flatten(), nn.BatchNorm1d(50), nn.Linear(50, n)) for n in (4, 4))
     student.eval()
     method = methods.build("pkt")

@@ -75,7 +75,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class LookupNetwork(nn.Module):
-    """Looks up rows of features, so that their gradients can be compared with those of a formula."""
+    """A network that looks up rows of features, so that their gradients can be compared with those of a formula."""
 
     def __init__(self, features, classes=CLASSES, seed=0):
         super().__init__()
@@ -89,7 +89,7 @@ class LookupNetwork(nn.Module):
 
 
 class ImageNetwork(nn.Module):
-    """Takes square images (b, 2, h, h). Its features are element-wise, so autocast leaves them in float32."""
+    """A network for square images (b, 2, h, h). Its features are element-wise, so autocast leaves them in float32."""
 
     def __init__(self, seed, classes=CLASSES, normalised=False):
         super().__init__()
@@ -323,7 +323,7 @@ def test_unit_rows_keeps_zeros_and_propagates_nan():
 
 
 class Replay:
-    """CRD again in float64: it gathers the negatives' vectors, row by row."""
+    """A replay of CRD in float64. It gathers the negatives' vectors, row by row."""
 
     def __init__(self, method, momentum=0.5, temperature=0.07):
         self.momentum, self.temperature, self.n = momentum, temperature, SAMPLES
@@ -371,7 +371,7 @@ def crd_formula(replay, embeddings, which, features, bias, index, negatives, wei
 
 
 class RecordedWrites(TorchDispatchMode):
-    """Records the indices that `index_copy_` writes to."""
+    """A mode that records the indices that `index_copy_` writes to."""
 
     def __init__(self):
         super().__init__()

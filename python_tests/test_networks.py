@@ -130,7 +130,7 @@ class Restless(nn.Module):
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_undone_restores_tensors_gradients_modes_and_attributes(fails):
+def test_restored_undoes_changes_of_tensors_gradients_modes_and_attributes(fails):
     module = Restless()
     module.fc.weight.grad = torch.full((2, 3), 7.0)
     module.norm.eval()
@@ -189,7 +189,7 @@ class Mutable(nn.Module):
         return y
 
 
-def test_undone_restores_contents_of_attributes():
+def test_restored_undoes_changes_inside_attributes():
     module, untouched = Mutable(), Mutable()
     attributes = {name: value for name, value in vars(module).items() if not name.startswith("_")}
     with restored(module):
@@ -207,7 +207,7 @@ def test_undone_restores_contents_of_attributes():
     assert drawn[0] == drawn[1]
 
 
-def test_undone_makes_buffer_a_leaf_again():
+def test_restored_makes_buffer_a_leaf_again():
     module = nn.Linear(3, 2)
     module.register_buffer("mean", torch.zeros(2))
     with restored(module):

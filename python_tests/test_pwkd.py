@@ -677,7 +677,7 @@ def test_invalid_option_is_refused(options, error, message):
 
 
 class TwoHeads(nn.Module):
-    """Has two linear layers with logits. The first one, which is used, gets sliced."""
+    """A network with two linear layers for logits. The first one, which is used, gets sliced."""
 
     def __init__(self):
         super().__init__()

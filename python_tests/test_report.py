@@ -225,7 +225,7 @@ def test_teacher_is_drawn_as_a_curve_if_it_is_the_only_method(rendered):
 def test_markup_in_notes_and_cells_is_escaped(rendered):
     shown, _ = rendered(summaries(), notes=["a <b> & c"], differences=[["method", "lr<"], ["kd", "<i>"]])
     assert shown.rows[4:] == [["method", "lr<"], ["kd", "<i>"]]
-    assert "What differs" in shown.headings and "a <b> & c" in shown.text
+    assert "Options that differ" in shown.headings and "a <b> & c" in shown.text
 
 
 def test_ranking_of_four_images_matches_the_hand_computed_order(tmp_path):

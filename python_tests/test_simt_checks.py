@@ -444,8 +444,8 @@ FAULTS = (
     Fault(
         "counting starts before the histogram is zero",
         "cuda/select_topk.cuh",
-        "__syncthreads();\n  const uint64_t known",
-        f"{SYNCTHREADS}\n  const uint64_t known",
+        "__syncthreads();\n  const uint64_t prefix_mask",
+        f"{SYNCTHREADS}\n  const uint64_t prefix_mask",
         "tsan",
         "rows_in_a_warp",
     ),
@@ -577,7 +577,7 @@ FAULTS = (
 
 
 def build_driver(kernels):
-    """Build the driver, in parallel. Return by kind the program, or the reason why it cannot be built."""
+    """Build the driver of every kind, in parallel. Return by kind the program, or the reason why it cannot be built."""
 
     def make(kind):
         available = build.available(kind)
@@ -639,7 +639,7 @@ def test_separate_selection_gives_the_same_bits(execute):
     fused = digests(execute("plain", cases, ["forward"]))
     separate = digests(execute("plain", [f"run=separate {case}" for case in cases], ["forward"]))
     assert len(cases) > 1
-    for key in ((place, name) for place in range(len(cases)) for name in ("stats", "ranked", "selected", "counts")):
+    for key in ((index, name) for index in range(len(cases)) for name in ("stats", "ranked", "selected", "counts")):
         assert fused[key] == separate[key], key
 
 
@@ -678,10 +678,8 @@ def simt_operators():
 
 def test_operators_support_huge_strides(simt_operators):
     """Call the operators, in place, on sequences of tokens whose rows are more than 2^32 elements apart."""
-    shape, options = (
-        (2, 3, 40),
-        (2.0, 0.5, 0.25, -100, 0, 1.0),
-    )  # temperature, kd_weight, ce_weight, ignore_index, mean, ranks
+    shape = (2, 3, 40)
+    options = (2.0, 0.5, 0.25, -100, 0, 1.0)  # temperature, kd_weight, ce_weight, ignore_index, mean, ranks
     generator = torch.Generator().manual_seed(1)
     labels, absent = torch.randint(40, (2, 3), generator=generator), torch.empty(0, dtype=torch.bool)
 

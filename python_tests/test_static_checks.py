@@ -9,8 +9,9 @@ from static_checks import EXPONENTIAL, PAIRS, STREAMED, VECTOR_LOAD, VECTORS, Wo
 
 pytestmark = pytest.mark.cuda_on_cpu
 
-# Register limits per thread, on every architecture.  A multiprocessor has 65536 registers; a warp gets them in units of 256.
-# 80: 768 threads per multiprocessor, as three blocks of 256 or as one large block that ranks many rows.  64: four blocks of 256.
+# Register limits per thread, on every architecture. A multiprocessor has 65536 registers; a warp gets them in units of 256.
+# 80: 768 threads per multiprocessor, as three blocks of 256 or as one large block that ranks many rows.
+# 64: four blocks of 256.
 # 168 (float64): one block of 256; on most GPUs its arithmetic, not its loads, takes the time.
 # 48: five blocks of 256; their loads are scattered, so only other warps can hide the latency.
 # 32: all 2048 threads of a multiprocessor.
@@ -27,8 +28,8 @@ REGISTERS = {
     "map_rows": 32,
 }
 
-# Per pair of logits: the exponentials, and the instruction limits for 2-byte and for 4-byte logits.  The limits are about a quarter
-# above the counts when this was written.  An H200 (132 multiprocessors of 128 lanes, 1.98 GHz) executes 28 instructions in the time
+# Per pair of logits: the exponentials, and the instruction limits for 2-byte and for 4-byte logits. The limits are about a quarter
+# above the counts when this was written. An H200 (132 multiprocessors of 128 lanes, 1.98 GHz) executes 28 instructions in the time
 # in which 4.8 TB/s deliver a pair of 2-byte logits, and 56 for 4 bytes; the gradient moves half as many bytes again.
 FORWARD, BACKWARD = "forward_rows<float>", "backward_rows<float>"
 PAIR = {
@@ -45,8 +46,8 @@ PAIR = {
     Work(BACKWARD, 4, True): (2, 30, 28),
     Work(BACKWARD, 0, True): (3, 32, 30),
 }
-# All exponentials in a hot loop's code, per pair.  Forward: e^(z/T), e^(y/T), e^z and e^y on three paths (new maximum, no new
-# maximum, masks).  Backward: e^(z/T), e^(y/T) and e^z.
+# All exponentials in a hot loop's code, per pair. Forward: e^(z/T), e^(y/T), e^z and e^y on three paths (new maximum, no new
+# maximum, masks). Backward: e^(z/T), e^(y/T) and e^z.
 TOTAL_EXPONENTIALS = {FORWARD: 12, BACKWARD: 3}
 RECOMPUTED = 0.1  # exponentials that a compiler short of registers may recompute
 

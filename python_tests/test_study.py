@@ -41,9 +41,8 @@ def plan(output, data, side_by_side, epochs=2):
 def test_parallel_runs_equal_sequential_runs(tmp_path, capfd):
     data = load("digits")
     plan(tmp_path / "alone", data, 1).checked().run()
-    shutil.copytree(
-        tmp_path / "alone" / "teacher", tmp_path / "beside" / "teacher"
-    )  # a teacher run in parallel would have two threads
+    # Copy the teacher: trained in the parallel study, it would have two threads.
+    shutil.copytree(tmp_path / "alone" / "teacher", tmp_path / "beside" / "teacher")
     plan(tmp_path / "beside", data, 2).checked().run()
     for run in ("seed-0", "seed-1"):
         one, other = ((tmp_path / name / run / WEIGHTS).read_bytes() for name in ("alone", "beside"))

@@ -338,17 +338,17 @@ def test_repdistiller_names_are_accepted(here, data):
     ("teacher", "student", "labels", "doubt"),
     [
         (97.8, 10.0, [100] * 10, ""),
-        (9.0, 10.0, [100] * 10, "9.0 %, where the most frequent class alone has 10.0 %"),
-        (13.0, 10.0, [100] * 10, "13.0 %, where the most frequent class alone has 10.0 %"),
+        (9.0, 10.0, [100] * 10, "9.0 %, and always guessing the most frequent class gives 10.0 %"),
+        (13.0, 10.0, [100] * 10, "13.0 %, and always guessing the most frequent class gives 10.0 %"),
         (19.1, 10.0, [100] * 10, ""),
         (60.0, 61.0, [100] * 10, "no more than the student before training (61.0 %)"),
         (60.0, 60.0, [100] * 10, "no more than the student before training (60.0 %)"),
         (60.0, None, [100] * 10, ""),
-        (91.0, 10.0, [900, 100], "where the most frequent class alone has 90.0 %"),
+        (91.0, 10.0, [900, 100], "and always guessing the most frequent class gives 90.0 %"),
         (92.0, 10.0, [900, 100], ""),
-        (70.0, 10.0, [5, 5], "where the most frequent class alone has 50.0 %"),  # likely by chance among ten samples
+        (70.0, 10.0, [5, 5], "and always guessing the most frequent class gives 50.0 %"),  # ten samples: may be chance
         (70.0, 10.0, [500, 500], ""),
-        (8.0, 1.0, [100] * 100, "where the most frequent class alone has 1.0 %"),
+        (8.0, 1.0, [100] * 100, "and always guessing the most frequent class gives 1.0 %"),
         (12.0, 1.0, [100] * 100, ""),
         (0.0, 0.0, [0, 0], ""),
     ],
@@ -427,7 +427,7 @@ def test_teacher_at_chance_is_warned_about_before_training(loaded):
         )
     shifted, recipe = CountingTeacher(shift=1), Recipe("kd", epochs=1, device="cpu")
     with pytest.warns(
-        UserWarning, match=r"the teacher's accuracy on the test set is 0.0 %, where the .* 25.0 %"
+        UserWarning, match=r"the teacher's accuracy on the test set is 0.0 %, and always guessing .* 25.0 %"
     ) as caught:
         summary = distill(linear(), shifted, *sets, recipe, progress=lambda line: trained.append(len(caught)))
     assert summary.teacher_accuracy == 0 and trained == [1] and caught[0].filename == __file__
@@ -634,7 +634,7 @@ def test_run_resumes_only_with_the_same_teacher_normalisation(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         taught("stopped", HAD, progress=stop)
     for other in (None, (HAD[1], HAD[0])):
-        with pytest.raises(ValueError, match=r"was run with teacher_input.*: a run resumes only as it began"):
+        with pytest.raises(ValueError, match=r"was run with teacher_input.*: a resumed run must not change it"):
             taught("stopped", other, resume=True)
     assert taught("stopped", HAD, resume=True) == taught("whole", HAD)
 

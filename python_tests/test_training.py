@@ -157,7 +157,7 @@ def test_training_equals_a_hand_written_loop(condense):
 
 
 class Warm(Method):
-    """Pretrains two parts, one after the other; the student then learns from the second."""
+    """A method that pretrains two parts, one after the other. The student then learns from the second."""
 
     def prepare(self, student, teacher, samples):
         with torch.random.fork_rng():
@@ -270,14 +270,14 @@ def test_leftover_gradients_of_the_caller_are_ignored():
 
 
 class FirstOnes(KnowledgeCondenser):
-    """Ranks the lowest index first."""
+    """A selection that ranks the lowest index first."""
 
     def score(self):
         return -torch.arange(self.num_samples, dtype=torch.float64)
 
 
 class Uneven(Blobs):
-    """Has more samples of class 1, and they come first."""
+    """A data set with more samples of class 1, which come first."""
 
     def __init__(self, size, seed=0):
         super().__init__(size, seed)
@@ -379,7 +379,7 @@ def test_worker_processes_and_images_in_memory_give_the_same_weights():
 
 
 class Hint(Method):
-    """Trains a layer that it builds in `prepare`."""
+    """A method that trains a layer built in `prepare`."""
 
     def __init__(self, weight=1.0):
         super().__init__()
@@ -438,7 +438,7 @@ def test_split_evenly_covers_all_samples_in_order_with_equal_sizes(size, batch_s
 
 
 class Keeper(Method):
-    """Makes the teacher a part of itself, as a method that trains with the teacher's classifier would."""
+    """A method that contains the teacher, as one that trains with the teacher's classifier would."""
 
     def prepare(self, student, teacher, loader):
         self.teacher = teacher
@@ -459,7 +459,7 @@ def test_method_that_contains_the_teacher_does_not_train_it():
 
 
 class Tunes(Keeper):
-    """Trains a copy of the teacher."""
+    """A method that trains a copy of the teacher."""
 
     def prepare(self, student, teacher, samples):
         self.teacher = copy.deepcopy(teacher)
@@ -480,7 +480,7 @@ def test_method_can_train_a_copy_of_the_teacher():
 
 
 class Brings(Method):
-    """Makes its own teacher."""
+    """A method that makes its own teacher."""
 
     needs_teacher = False
 
@@ -505,7 +505,7 @@ def test_torchscript_teacher_is_called_and_counted():
 
 
 class Returns(Method):
-    """Returns what `outcome` makes of a valid outcome."""
+    """A method that passes a valid outcome through `outcome`."""
 
     outcome = staticmethod(lambda outcome, step: outcome)
 
@@ -745,7 +745,7 @@ def test_resume_names_the_first_difference_of_the_student(tmp_path):
 
 
 class Narrow(nn.Module):
-    """Has no weights."""
+    """A network without weights."""
 
     def forward(self, x):
         return x[:, :CLASSES]

@@ -30,8 +30,8 @@ SHAPES = (  # in order of importance; the last ones are skipped if time runs out
     Shape(8192, 151_936, torch.bfloat16),
 )
 KEEPS = (0.7, 1.0, 0.2)  # in order of importance
-# Few classes and all rows kept: the time grows with the rows like the end of a launch, that is selection and sums.  These take a
-# second in total, and come first.
+# With few classes and all rows kept, the time grows with the rows as the end of a launch does: its selection and sums. These
+# cases take a second in total and come first.
 TAIL = tuple(Case(Shape(rows, 10), 1.0) for rows in (1024, 4096, 8192, 65_536))
 MOST_SECONDS = 4.0  # per shape, keep and direction
 LAUNCHES_SHARE = 0.15  # share of the time that counts launches
@@ -50,7 +50,7 @@ def wanted(candidate: Candidate, case: Case) -> bool:
 
 
 def replay(benchmark: Benchmark, end: Deadline) -> None:
-    """Replay kcd_ext and eager PyTorch from CUDA graphs, for few logits, until the time is over.  A failure is noted in its row."""
+    """Replay kcd_ext and eager PyTorch from CUDA graphs, for few logits, until the time is over. A failure is noted in its row."""
     for case in cases():
         if case.shape.rows * case.shape.classes > FEW:
             continue
@@ -83,7 +83,7 @@ def failed_replays(benchmark: Benchmark) -> list[str]:
 
 
 def count_launches(benchmark: Benchmark, end: Deadline) -> None:
-    """Count the launches of every timed candidate, until the time is over.  Later calls are slower."""
+    """Count the launches of every timed candidate, until the time is over. Later calls are slower."""
     for case in sorted(cases(), key=lambda case: KEEPS.index(case.keep)):
         inputs = None  # free the previous inputs before creating the next
         measured = _measured(benchmark, case)

@@ -17,10 +17,8 @@ HEAD_START = 100_000_000  # clock cycles, about 50 ms: both streams queue their 
 SMALL = Case(64, 1000, torch.float32, keep=0.7, labelled=True)
 PAIRS = (
     (SMALL, SMALL),  # the same kernels twice: state shared between calls would show
-    (
-        Case(2, 200_003, torch.bfloat16),
-        Case(70_001, 3, torch.float32, keep=0.3),
-    ),  # split rows; selection by several blocks
+    # split rows; selection by several blocks
+    (Case(2, 200_003, torch.bfloat16), Case(70_001, 3, torch.float32, keep=0.3)),
     (Case(33, 4097, torch.bfloat16, keep=0.5, inplace=True, labelled=True), Case(64, 1000, keep=9, reduction="none")),
 )
 UNSYNCHRONISED = (

@@ -1,7 +1,7 @@
 """Section ncu: why the warps of the kernels stall, from Nsight Compute's counters over the program of `profiled`.
 
 A machine that forbids its counters (ERR_NVGPUCTRPERM: only the administrator may read them, or a virtual machine lacks them) is no
-failure, because the kit cannot change that.  A missing ncu is a failure, because it can be installed.
+failure, because the kit cannot change that. A missing ncu is a failure, because it can be installed.
 """
 
 import csv

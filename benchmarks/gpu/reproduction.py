@@ -1,6 +1,6 @@
 """Section reproduction: benchmarks/reproduce.py on the first pair of the paper's table, with a shorter schedule.
 
-Runs as many trainings as the time allows.  It fails if no seed finished in all kinds, because then there is nothing to compare.
+Runs as many trainings as the time allows. It fails if no seed finished in all kinds, because then there is nothing to compare.
 """
 
 import json

@@ -22,9 +22,8 @@ def check(case: "Case", device: str) -> list[str]:
 
     given = cases.inputs(case, seed=1)
     results = cases.call(case, cases.on_device(given, device))
-    return expected.faults(
-        case, given, cases.on_device(results, "cpu")
-    )  # copy all results, so that initcheck sees them
+    # Copy all results, so that initcheck sees them.
+    return expected.faults(case, given, cases.on_device(results, "cpu"))
 
 
 def main() -> int:

@@ -13,7 +13,7 @@ from .process import UNAVAILABLE, output_of, section_options, tool_of_cuda
 from .sanitized import READY
 from .sections import FAILED, NOT_AVAILABLE, PASSED, TIMED_OUT
 
-# API errors: torch itself probes for optional features.  Padding: an overrun must not reach the next allocation.
+# API errors: torch itself probes for optional features. Padding: an overrun must not reach the next allocation.
 TOOLS = {
     "memcheck": ("--report-api-errors", "no", "--padding", "512"),
     "racecheck": (),

@@ -83,7 +83,7 @@ def _tests(*names: str, parallel: bool) -> Callable[[Run], Sequence[str]]:
     """Return the command for the tests of these files that are marked gpu, counted by `tally`."""
 
     def command(run: Run) -> list[str]:
-        # Override the pytest options of pyproject.toml.  Run in another folder: pytest and hypothesis write to the current
+        # Override the pytest options of pyproject.toml. Run in another folder: pytest and hypothesis write to the current
         # one, and the checkout may be read-only.
         options = ["-o", "addopts=", "-m", "gpu", "-q", "-rs", "-p", "no:cacheprovider", "--rootdir", str(TESTS.parent)]
         options += ["-c", str(CHECKOUT / "pyproject.toml"), "-o", "faulthandler_timeout=60"]
@@ -149,7 +149,7 @@ def limit(section: Section, after: Iterable[Section], left: float) -> float:
 
 
 def execute(section: Section, seconds: float, folder: Path, build: Path, out: Path, log: IO[str]) -> Outcome:
-    """Run one section with a time limit and its output in the log.  Never raises: an error becomes an outcome.
+    """Run one section with a time limit and its output in the log. Never raises: an error becomes an outcome.
 
     Args:
         section: the section to run.

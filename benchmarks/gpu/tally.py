@@ -1,7 +1,7 @@
 """A pytest plugin for the sections that run tests: it fails if a test was left out.
 
-Every test marked gpu must run, and every CPU case must have a CUDA twin.  The counts go to the file of --tally and to the last line
-that pytest prints.  With pytest-xdist the workers collect, and the controller counts.
+Every test marked gpu must run, and every CPU case must have a CUDA twin. The counts go to the file of --tally and to the last line
+that pytest prints. With pytest-xdist the workers collect, and the controller counts.
 """
 
 from collections import Counter

@@ -1,4 +1,4 @@
-"""Compiles `ceilings.cpp` with the kernels' flags for the instruction set in use, and calls it."""
+"""Compile `ceilings.cpp` with the kernels' flags for the instruction set in use, and call it."""
 
 import ctypes
 import os
@@ -16,7 +16,7 @@ REPETITIONS = 3
 
 
 class NoCompilerError(Exception):
-    """ceilings.cpp cannot be compiled on this machine."""
+    """The error if ceilings.cpp cannot be compiled on this machine."""
 
 
 def compiler_flags(instruction_set: str, cmake: str) -> list[str]:

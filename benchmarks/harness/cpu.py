@@ -131,7 +131,7 @@ class Cpu(Device):
         return self._rates[in_double, threads]
 
     def explain_ceilings(self) -> str:
-        """Explain the triad, the exponential and the counts."""
+        """Return an explanation of the triad, the exponential and the counts."""
         rate = self._rate(False, self.threads)
         exponentials = (
             "Floors count bytes only, at the speed of torch's addition: the rate of exponentials was not measured"
@@ -151,7 +151,7 @@ logits takes two exponentials, because at T = 4 e^z follows from e^(z/4); the gr
   pass writes the gradient too.
 - malloc keeps its defaults. Whether it returns intermediates of some MB to the system or keeps them changes eager's time by up to
   half from one process to the next.
-- In place, the student's logits are copied back before each call, so they are in the caches.
+- For in-place calls the student's logits are copied back before each call, so they are in the caches.
 - `student.sum()` and its backward pass compute next to nothing. For small batches their time is the cost of autograd, which every
   loss pays."""
 

@@ -118,7 +118,7 @@ class Cuda(Device):
         return self.reached.ceilings
 
     def explain_ceilings(self) -> str:
-        """Explain the copy, the clock and the counts."""
+        """Return an explanation of the copy, the clock and the counts."""
         (bandwidth, rate), clock = self.reached
         copied = f"A large copy on the device reads and writes {bandwidth / 1e12:.2f} TB/s."
         exponentials = (

@@ -1,4 +1,4 @@
-"""Compares ratios to eager with the committed ones, which `ratios.json` holds for every machine that was measured."""
+"""Compare ratios to eager with the committed ones: `ratios.json` holds those of every machine that was measured."""
 
 import json
 from collections.abc import Callable, Iterable, Mapping

@@ -36,7 +36,7 @@ KCD_INLINE Vector<float> widen(const bfloat16* p) {
 #endif
 // to_bfloat16 for each lane: rounds to nearest, ties to even; NaN stays NaN.
 #if defined(__AVX512BW__)
-// NaN is truncated without rounding.  Arithmetic yields quiet NaN, whose upper 16 bits are a NaN too.
+// NaN is truncated, not rounded.  Arithmetic yields quiet NaNs, whose upper 16 bits are a NaN too.
 KCD_INLINE __m256i narrow(Vector<float> x, bfloat16) {
   const __m512i bits = (__m512i)x;
   const __mmask16 not_nan = _mm512_cmp_ps_mask((__m512)x, (__m512)x, _CMP_ORD_Q);
@@ -149,7 +149,6 @@ KCD_INLINE const double* load_piece(Type type, const char* row, int64_t first, i
   return scratch;
 }
 
-// load_piece(), and the greatest of the logits.
 template <class Half>
 KCD_INLINE const float* widen_and_maximum(const char* row, int64_t first, int64_t n, float* scratch, float& max) {
   const Half* in = reinterpret_cast<const Half*>(row) + first;
@@ -165,6 +164,7 @@ KCD_INLINE const float* widen_and_maximum(const char* row, int64_t first, int64_
   max = maximum(greatest);
   return scratch;
 }
+// As load_piece(), but also sets `max` to the greatest of the logits.
 template <class Real>
 KCD_INLINE const Real* load_piece_and_maximum(Type type, const char* row, int64_t first, int64_t n, Real* scratch, Real& max) {
   if constexpr (sizeof(Real) == sizeof(float)) {

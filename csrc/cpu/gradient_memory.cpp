@@ -14,8 +14,8 @@ namespace kcd::cpu {
 namespace {
 
 constexpr size_t kHugePage = size_t{2} << 20;
-// Cached buffers up to this size are not offered to the system.  malloc would hold back as much, and getting the pages back takes
-// 0.5 ms, which is much for a gradient of this size.
+// Cached buffers up to this size are not offered to the system.  malloc would keep as much, and giving the pages up and getting
+// them back takes 0.5 ms, which is long for a gradient of this size.
 constexpr size_t kMaxResidentBytes = size_t{32} << 20;
 
 Memory requested_memory() {

@@ -18,10 +18,8 @@ namespace {
 
 // The sums that a pass over a row computes, and whether it stores the exponentials.  Loops check this at every vector.
 //
-// - StaticPass holds it at compile time: such a loop has no branches, but costs build time.
-// - Pass holds it at run time: one loop covers the rare cases, which are float64, the teacher's entropy, and temperatures other
-// than
-//   1 and 4.
+// - A StaticPass is known at compile time.  Its loop has no branches, but costs build time.
+// - A Pass is known at run time.  One loop covers the rare cases: float64, the teacher's entropy, temperatures other than 1 and 4.
 template <bool store_exponentials>
 struct Pass {
   Power power;
@@ -46,7 +44,7 @@ KCD_INLINE auto dispatch_pass(const Pass<store>& pass, const Run& run) {
   return run(pass);
 }
 
-// ClassSums in every lane.
+// ClassSums for each lane.
 template <class Real>
 struct ClassLanes {
   Vector<Real> others{}, tail{}, tail_1{}, dot_1{};   // others: number of classes below the maximum

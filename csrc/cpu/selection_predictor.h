@@ -7,7 +7,7 @@ namespace {
 
 // Tracks the value that a given fraction of the rows exceeds, one row at a time: Robbins and Monro's stochastic approximation of a
 // quantile, t += a ([v > t] - fraction) with a = 3 E|v - t| / n.  (3 E|v - t| approximates the inverse density of a bell curve
-// there.) A prediction decides when the gradient of a row is written, never what it contains.
+// there.)  A prediction decides when the gradient of a row is written, never what it contains.
 template <class Real>
 class SelectionPredictor {
  public:

@@ -24,7 +24,7 @@ struct BackwardArguments {
   Logits out;   // the student's type; may be the student's own memory
 };
 
-// d = ce pi + student q - teacher p, each factor already multiplied by its inverse sum; minus ce_label at the label.
+// d = ce e^dz + student e^(dz/T) - teacher e^(dy/T), minus ce_label at the label.  A factor includes the inverse of its sum.
 template <class Real>
 struct RowFactors {
   Real student_max, teacher_max;

@@ -74,8 +74,8 @@ KCD_DEVICE Slice block_slice(int64_t rows) {
   return {begin < rows ? begin : rows, begin + share < rows ? begin + share : rows};
 }
 
-// Counts this block as arrived.  Returns true, to all its threads, in the last of `blocks` blocks; that one sees all writes of the
-// others.
+// Counts this block as arrived.  Returns true, to all its threads, in the last of `blocks` blocks.  That block sees all writes of
+// the others.
 KCD_DEVICE bool is_last_block(unsigned* arrived, unsigned blocks) {
   SHARED(bool, last, 1);
   __syncthreads();   // all threads of the block have written

@@ -15,7 +15,7 @@
 namespace kcd::cuda {
 namespace {
 
-// Lays out the workspace of a call.  The first arrays start as zeros.  With a null base it only counts bytes.
+// Lays out the workspace of a call.  Take the arrays that start as zeros first.  With a null base it only counts bytes.
 class Workspace {
  public:
   explicit Workspace(void* base) : base_(static_cast<char*>(base)) {}
@@ -23,9 +23,9 @@ class Workspace {
   template <class T>
   T* take(int64_t n) {
     constexpr size_t kAlignment = 16;
-    const size_t at = (bytes_ + kAlignment - 1) / kAlignment * kAlignment;
-    bytes_ = at + static_cast<size_t>(n) * sizeof(T);
-    return base_ ? reinterpret_cast<T*>(base_ + at) : nullptr;
+    const size_t offset = (bytes_ + kAlignment - 1) / kAlignment * kAlignment;
+    bytes_ = offset + static_cast<size_t>(n) * sizeof(T);
+    return base_ ? reinterpret_cast<T*>(base_ + offset) : nullptr;
   }
   size_t bytes() const { return bytes_; }
   void* base() const { return base_; }
@@ -50,7 +50,7 @@ LaunchShape problem_shape(const Problem& p, const DeviceContext& context) {
   return choose_shape(p.rows, p.classes, context.num_sms, context.block_threads, p.student.type == Type::float64);
 }
 
-// ---- selection
+// ---- select_topk
 
 // Blocks that share a pass over many rows.
 int64_t slice_blocks(int64_t rows, const DeviceContext& context) {
@@ -100,7 +100,7 @@ SelectPlan plan(const SelectTopkParams& params, const DeviceContext& context, Wo
   return plan;
 }
 
-// ---- loss
+// ---- reduce_rows
 
 LossArguments loss_arguments(const LossSumParams& sum, const void* kl, const void* cross_entropy, const uint8_t* selected,
                              void* loss) {
@@ -130,7 +130,7 @@ void launch_reduce_rows(const Problem& problem, const LossArguments& loss, const
              "CUDA kernel reduce_rows", rows, 0);
 }
 
-// ---- row statistics
+// ---- row_stats and, with a FusedLoss, condensed_kd
 
 template <class Real>
 struct RowStatsPlan {
@@ -202,10 +202,10 @@ void launch_row_stats(const RowStatsParams& params, const DeviceContext& context
   launch_reduce_rows<Real>(p, a.loss, planned.reduction, context);
 }
 
-// ---- backward
+// ---- condensed_kd_backward
 
 template <class Real>
-void launch_backward(const BackwardParams& params, const DeviceContext& context) {
+void launch_condensed_kd_backward(const CondensedKDBackwardParams& params, const DeviceContext& context) {
   const Problem& p = params.problem;
   if (p.rows == 0) return;
   const LaunchShape shape = problem_shape(p, context);
@@ -233,10 +233,8 @@ void launch_backward(const BackwardParams& params, const DeviceContext& context)
 
 bool is_double(const Problem& p) { return p.student.type == Type::float64; }
 
-}   // namespace
-
-namespace {
 std::string version(int number) { return std::to_string(number / 1000) + "." + std::to_string(number % 1000 / 10); }
+
 }   // namespace
 
 std::string version_problem(int driver, int runtime) {
@@ -344,8 +342,9 @@ void launch_row_stats(const RowStatsParams& params, const DeviceContext& context
                             : launch_row_stats<float>(params, context, Workspace(workspace));
 }
 
-void launch_backward(const BackwardParams& params, const DeviceContext& context) {
-  is_double(params.problem) ? launch_backward<double>(params, context) : launch_backward<float>(params, context);
+void launch_condensed_kd_backward(const CondensedKDBackwardParams& params, const DeviceContext& context) {
+  is_double(params.problem) ? launch_condensed_kd_backward<double>(params, context)
+                            : launch_condensed_kd_backward<float>(params, context);
 }
 
 void launch_select_topk(const SelectTopkParams& params, const DeviceContext& context, void* memory) {

@@ -40,7 +40,7 @@ struct LossSumParams {
   double ranks;   // processes whose rows the counts include
 };
 
-// Selection and loss, computed by the same call as the row statistics.
+// Selection and loss, computed by the same call as the row statistics: with it, launch_row_stats is condensed_kd.
 struct FusedLoss {
   Keep keep;
   LossSumParams sum;
@@ -60,7 +60,7 @@ struct RowStatsParams {
   const FusedLoss* loss;   // null: row statistics only
 };
 
-struct BackwardParams {
+struct CondensedKDBackwardParams {
   Problem problem;
   const void* stats;
   const uint8_t* selected;
@@ -97,14 +97,14 @@ size_t workspace_bytes(const SelectTopkParams&, const DeviceContext&);
 size_t workspace_bytes(const ReduceRowsParams&, const DeviceContext&);
 
 void launch_row_stats(const RowStatsParams&, const DeviceContext&, void* workspace);
-void launch_backward(const BackwardParams&, const DeviceContext&);
+void launch_condensed_kd_backward(const CondensedKDBackwardParams&, const DeviceContext&);
 void launch_select_topk(const SelectTopkParams&, const DeviceContext&, void* workspace);
 void launch_reduce_rows(const ReduceRowsParams&, const DeviceContext&, void* workspace);
 
 void clear_state(const State&, const DeviceContext&);
 
-// Inverts rows[0..n), which gives the student's row of each teacher's row: teacher_row[i] is the teacher's row of the student's row
-// i, or -1 if there is none.
+// Inverts rows[0..n), which maps the teacher's rows to the student's.  teacher_row[i] becomes the teacher's row for the student's
+// row i, or -1 if no teacher row belongs to it.
 void launch_map_rows(const int64_t* rows, int64_t n, int64_t* teacher_row, int64_t student_rows, const DeviceContext&);
 
 }   // namespace kcd::cuda

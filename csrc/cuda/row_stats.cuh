@@ -55,10 +55,10 @@ KCD_DEVICE Real masked_cross(const Real (&dz)[kQuad], const Real (&dy)[kQuad], c
 // With at_maximum = false no class is at the maximum, and the comparison is skipped.
 template <bool at_maximum, class Real>
 KCD_DEVICE void add_tail(const Real (&dx)[kQuad], const Real (&e)[kQuad], Real& tail) {
-  Real beside[kQuad];
+  Real below_max[kQuad];
 #pragma unroll
-  for (int j = 0; j < kQuad; ++j) beside[j] = at_maximum && dx[j] == 0 ? Real(0) : e[j];
-  tail += sum(beside);
+  for (int j = 0; j < kQuad; ++j) below_max[j] = at_maximum && dx[j] == 0 ? Real(0) : e[j];
+  tail += sum(below_max);
 }
 template <bool at_maximum, class Real>
 KCD_DEVICE void count_maxima(const Real (&dx)[kQuad], Real& ones) {
@@ -194,14 +194,14 @@ struct RowStatsArguments {
   int row_threads, parts;
   int32_t with_teacher_entropy;   // bool
 
-  Value value;          // what rows are ranked by
+  Value value;          // the value that ranks the rows
   void* ranked;         // out: those values
   uint8_t* candidate;   // null: not requested
   const void* score;    // for Value::score
 
   RowSums<Real>* pieces;     // (rows, parts), if parts > 1
   unsigned* parts_arrived;   // one counter per row, initially 0
-  bool fused_loss;           // the last block selects and reduces
+  bool fused_loss;           // whether the last block selects and reduces
   Ranking ranking;
   Selection selection;
   LossArguments loss;

@@ -12,15 +12,14 @@ namespace kcd::cuda {
 
 constexpr int kBuckets = 256;
 
-// What rows are ranked by.
+// The values that rank the rows.
 struct Ranking {
   const void* value;   // float32 or float64
   bool is_double;
   const uint8_t* candidate;   // bool, one per row
   int64_t rows;
 
-  // The key of row i; 0 if it is no candidate.  float32 keys use the upper half, so that only the number of digits depends on the
-  // type.
+  // The key of row i; 0 if it is not a candidate.  float32 keys use the upper half: only the number of digits depends on the type.
   KCD_DEVICE_MEMBER uint64_t key(int64_t i) const {
     if (!candidate[i]) return 0;
     return is_double ? order_key(static_cast<const double*>(value)[i])
@@ -73,9 +72,9 @@ KCD_DEVICE void for_each_key(const Ranking& ranking, int64_t begin, int64_t end,
 KCD_DEVICE void count_digit(const Ranking& ranking, int64_t begin, int64_t end, int digit, uint64_t prefix, unsigned* count) {
   for (int d = static_cast<int>(threadIdx.x); d < kBuckets; d += static_cast<int>(blockDim.x)) count[d] = 0;
   __syncthreads();
-  const uint64_t known = digit == 0 ? 0 : ~uint64_t{0} << (digit_shift(digit) + 8);
+  const uint64_t prefix_mask = digit == 0 ? 0 : ~uint64_t{0} << (digit_shift(digit) + 8);
   for_each_key(ranking, begin, end, [&](int64_t, uint64_t key) {
-    if (key != 0 && (key & known) == prefix) atomicAdd(&count[key >> digit_shift(digit) & (kBuckets - 1)], 1u);
+    if (key != 0 && (key & prefix_mask) == prefix) atomicAdd(&count[key >> digit_shift(digit) & (kBuckets - 1)], 1u);
   });
   __syncthreads();
 }

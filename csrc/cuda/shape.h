@@ -14,7 +14,7 @@ constexpr int64_t kMaxRowsOneBlock = 65536;   // the most rows that one block ra
 
 struct LaunchShape {
   int block_threads;
-  int row_threads;      // threads per row in a block: 4 to 32 lanes of a warp, or whole warps; a power of two
+  int row_threads;      // threads per row in a block: 4 to 32 lanes of a warp, or warps up to the block; a power of two
   int parts;            // blocks per row; more than 1 only if row_threads == block_threads
   int64_t row_blocks;   // grid size along the rows
 
@@ -22,7 +22,7 @@ struct LaunchShape {
 };
 
 // Returns how many blocks should share a row that fills a block.  Blocks run in waves of `block_slots`; a part costs its chunks
-// plus a fixed overhead.  Of all layouts within 5 % of the shortest time, this one has the fewest parts.
+// plus a fixed overhead.  Of all numbers within 5 % of the shortest time, returns the smallest.
 inline int choose_parts(int64_t rows, int64_t chunks, int64_t block_slots, int block_threads) {
   constexpr double kFixedCost = 2;   // start and end of a block, in chunks per thread
   const int64_t useful_parts = chunks / block_threads, max_parts = useful_parts < kMaxParts ? useful_parts : kMaxParts;
@@ -45,7 +45,7 @@ inline LaunchShape choose_shape(int64_t rows, int64_t classes, int num_sms, int 
   while (row_threads < base_threads && row_threads < chunks &&
          (row_threads * kChunksPerThread < chunks || rows * row_threads < block_slots * base_threads))
     row_threads *= 2;
-  // The last block ranks all rows, so many rows call for a large block.  It costs nothing where blocks hold several rows anyway.
+  // The last block ranks all rows, so many rows call for a large block.  It costs nothing if blocks process several rows anyway.
   const bool large_block = rows > kLargeBlockRows && row_threads < base_threads && !wide_accumulator;
   const int block_threads = large_block ? 3 * base_threads : base_threads;
   const int parts = row_threads == block_threads ? choose_parts(rows, chunks, block_slots, base_threads) : 1;

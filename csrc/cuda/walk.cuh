@@ -36,8 +36,8 @@ KCD_DEVICE int first_class_of(int quad, int first_class, int second_class) {
 }
 
 // Visits the chunks in [first, end).  Calls visit.vectors<type>(student's, teacher's, first_class, second_class, end) equally often
-// in every thread. The vectors start at classes `first_class` and `second_class`; vectors at or past `end` do not exist and contain
-// -inf.  `aligned`: all vectors of both rows are aligned.
+// in every thread.  The vectors start at classes `first_class` and `second_class`; vectors at or past `end` do not exist and
+// contain -inf.  `aligned`: all vectors of both rows are aligned.
 template <Type kType, class Visit>
 KCD_DEVICE void walk_vectors(const Row& student, const Row& teacher, int first, int end, bool aligned, int threads,
                              const Visit& visit) {

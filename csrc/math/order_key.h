@@ -6,7 +6,7 @@ namespace kcd {
 
 // Read as an unsigned integer, a float's bits increase with positive floats and decrease with negative ones.  Setting the sign bit
 // of positive floats and inverting negative ones gives one increasing scale.  -0 equals +0; NaN of either sign has the greatest
-// key. No value has key 0, which stands for a row that is not a candidate.
+// key.  No value has key 0, which stands for a row that is not a candidate.
 KCD_INLINE uint32_t order_key(float x) {
   if (x != x) return 0xffffffffu;
   const uint32_t bits = bit_cast<uint32_t>(x == 0.0f ? 0.0f : x);

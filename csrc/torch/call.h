@@ -3,6 +3,7 @@
 #pragma once
 #include <algorithm>
 #include <cmath>
+#include <sstream>
 #include <stdexcept>
 #include <string>
 
@@ -37,8 +38,13 @@ inline View absent_view() {
   return {nullptr, &size, &stride, 1, dtypes().boolean, 0, 0};
 }
 
-inline void require(bool condition, const char* message) {
-  if (!condition) throw std::invalid_argument(std::string("kcd_ext: ") + message);
+// Throws std::invalid_argument with the message, whose parts are written one after another, unless the condition holds.
+template <class... Parts>
+void require(bool condition, const Parts&... message) {
+  if (condition) return;
+  std::ostringstream text;
+  (text << "kcd_ext: " << ... << message);
+  throw std::invalid_argument(text.str());
 }
 
 inline bool contiguous(const View& x) {
@@ -52,7 +58,9 @@ inline bool contiguous(const View& x) {
 
 // Returns the data of a tensor that must be contiguous and have n elements.
 inline const void* contiguous_data(const View& x, int32_t dtype, int64_t n, const char* message) {
-  require(x.dtype() == dtype && x.numel() == n && (n == 0 || contiguous(x)), message);
+  require(x.dtype() == dtype, message, "; got another dtype");
+  require(x.numel() == n, message, "; got ", x.numel(), " elements instead of ", n);
+  require(n == 0 || contiguous(x), message, "; got a tensor that is not contiguous");
   return x.data<void>();
 }
 
@@ -61,9 +69,9 @@ inline const void* contiguous_data(const View& x, int32_t dtype, int64_t n, cons
 // Describes (..., classes) as rows of contiguous classes with two strides.
 inline Logits make_logits(const View& x, const void* data) {
   const int64_t dim = x.dim(), *sizes = x.sizes(), *strides = x.strides();
-  require(dim >= 1, "logits must have shape (..., classes)");
+  require(dim >= 1, "logits must have shape (..., classes), got a scalar");
   if (x.numel() == 0) return {data, type_of(x), 1, 0, 0};
-  require(sizes[dim - 1] <= 1 || strides[dim - 1] == 1, "the classes of a row must be contiguous");
+  require(sizes[dim - 1] <= 1 || strides[dim - 1] == 1, "the classes of a row must be contiguous, got stride ", strides[dim - 1]);
   // Merges the leading dimensions, innermost first, into at most two runs.  Within a run each stride is the previous dimension's
   // size times its stride.
   int64_t size[2] = {1, 1}, stride[2] = {0, 0};
@@ -113,8 +121,8 @@ class Call {
     problem.rows = count_rows(student);
     problem.classes = sizes_[leading_dim_];
     require(problem.classes > 0, "logits must have at least one class");
-    require(problem.rows < kMaxRows, "logits must have fewer than 2^56 rows");
-    require(temperature > 0 && std::isfinite(temperature), "temperature must be > 0 and finite");
+    require(problem.rows < kMaxRows, "logits must have fewer than 2^56 rows, got ", problem.rows);
+    require(temperature > 0 && std::isfinite(temperature), "temperature must be > 0 and finite, got ", temperature);
     problem.temperature = temperature;
     problem.ignore_index = ignore_index;
     problem.with_labels = !is_absent(labels);
@@ -124,11 +132,14 @@ class Call {
     if (!teacher || is_absent(*teacher)) return;
     problem.teacher = make_logits(*teacher, teacher->data<void>());
     problem.with_teacher = true;
-    require(teacher->sizes()[teacher->dim() - 1] == problem.classes, "student and teacher must have the same number of classes");
+    const int64_t teacher_classes = teacher->sizes()[teacher->dim() - 1];
+    require(teacher_classes == problem.classes, "student and teacher must have the same number of classes, got ", problem.classes,
+            " and ", teacher_classes);
     teacher_rows = count_rows(*teacher);
     has_row_indices = !is_absent(*rows);
     if (!has_row_indices)
-      require(teacher_rows == problem.rows, "student and teacher must have the same number of rows");
+      require(teacher_rows == problem.rows, "student and teacher must have the same number of rows, got ", problem.rows, " and ",
+              teacher_rows);
     else
       row_indices = static_cast<const int64_t*>(
           contiguous_data(*rows, dtypes().int64, teacher_rows, "rows must be int64 and contiguous, one per teacher row"));
@@ -158,7 +169,8 @@ struct KeepOptions {
   double fraction;
   int64_t count;
   KeepOptions(double fraction, int64_t count) : fraction(fraction), count(count) {
-    require(fraction > 0 && fraction <= 1 && count >= 0, "keep_fraction must lie in (0, 1] and keep_count must be >= 0");
+    require(fraction > 0 && fraction <= 1, "keep_fraction must be in (0, 1], got ", fraction);
+    require(count >= 0, "keep_count must be >= 0, got ", count);
   }
   static KeepOptions from(BoxedArguments& args) { return {args.real(), args.integer()}; }
 };
@@ -177,7 +189,7 @@ struct LossOptions {
         ignore_index(ignore_index),
         reduction(static_cast<Reduction>(reduction)),
         ranks(ranks) {
-    require(reduction >= 0 && reduction <= static_cast<int64_t>(Reduction::none), "reduction must be 0 to 2");
+    require(reduction >= 0 && reduction <= static_cast<int64_t>(Reduction::none), "reduction must be 0 to 2, got ", reduction);
   }
   static LossOptions from(BoxedArguments& args) {
     return {args.real(), args.real(), args.real(), args.integer(), args.integer(), args.real()};
@@ -196,7 +208,7 @@ inline const void* check_row_weight(const Call& call, const View& row_weight) {
 
 inline void check_value(const Call& call, const View& score, Value value) {
   const Problem& p = call.problem;
-  require(value >= Value::entropy && value <= Value::score, "value must be 0 to 4");
+  require(value >= Value::entropy && value <= Value::score, "value must be 0 to 4, got ", static_cast<int64_t>(value));
   require((value == Value::score) == !is_absent(score), "a score must be passed with value 4, and only then");
   require(value != Value::cross_entropy || p.with_labels, "value 3 (cross entropy) needs labels");
   require(p.with_teacher || (value != Value::kl && value != Value::teacher_entropy),
@@ -246,7 +258,7 @@ struct CondensedKDArguments {
     check_same_device(student, {}, {&teacher, &labels, &score, &row_weight, &rows});
     const Call call(student, &teacher, labels, &rows, options.temperature, options.ignore_index);
     require(call.problem.with_teacher, "teacher logits are missing");
-    require(options.ce_weight == 0 || call.problem.with_labels, "ce_weight needs labels");
+    require(options.ce_weight == 0 || call.problem.with_labels, "ce_weight needs labels, got ce_weight ", options.ce_weight);
     check_value(call, score, value);
     check_row_weight(call, row_weight);
     require(!with_gradient || options.reduction != Reduction::none, "with_gradient needs reduction mean or sum");
@@ -307,7 +319,7 @@ struct ReduceRowsArguments {
     check_state(call, state);
     if (call.problem.with_labels)
       contiguous_data(cross_entropy, call.accumulator(), call.problem.rows, "cross_entropy must come from row_stats");
-    require(options.ce_weight == 0 || call.problem.with_labels, "ce_weight needs labels");
+    require(options.ce_weight == 0 || call.problem.with_labels, "ce_weight needs labels, got ce_weight ", options.ce_weight);
     check_row_weight(call, row_weight);
     return call;
   }

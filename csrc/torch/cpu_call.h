@@ -15,8 +15,7 @@ class CpuCall : public Call {
     if (has_row_indices) map_teacher_rows();
   }
 
-  // Runs body(begin, end) over the rows on torch's threads.  A thread is worth waking for `task_classes` classes, about 10 us of
-  // work.
+  // Runs body(begin, end) over the rows on torch's threads.  A thread gets at least `task_classes` classes, about 10 us of work.
   template <class Body>
   void over_rows(int64_t task_classes, const Body& body) const {
     constexpr int64_t kRowOverhead = 128;   // the fixed cost of a row, in classes
@@ -45,7 +44,7 @@ class CpuCall : public Call {
   void check_labels() const;
   void map_teacher_rows();
 
-  std::vector<int64_t> teacher_row_;   // a move keeps its address, which problem.teacher_row holds
+  std::vector<int64_t> teacher_row_;   // problem.teacher_row points to its data, which a move keeps
 };
 
 }   // namespace kcd

@@ -38,7 +38,7 @@ void sum_split_rows(const CpuCall& call, const RowOutputs& outputs) {
   for (int64_t i = 0; i < p.rows; ++i) split.merge_pieces(p, outputs, i, row_sums(i));
 }
 
-// Where the ranking values are once the rows have been read.
+// Returns the array that contains the ranking values once the rows have been read.
 const void* ranking_source(const CpuCall& call, const View& score, Value value, const Rows& rows) {
   const char* stats = static_cast<const char*>(rows.stats);
   const int64_t stats_row = call.problem.rows * call.accumulator_bytes();

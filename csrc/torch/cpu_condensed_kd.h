@@ -9,7 +9,7 @@ namespace kcd::cpu {
 struct Rows {
   void* value;           // ranking values, in the scores' dtype or the accumulator's
   void* stats;           // (kStatsRows, rows) in the accumulator's dtype
-  void* cross_entropy;   // accumulator's dtype; not null if there are labels
+  void* cross_entropy;   // accumulator's dtype; null only without labels
   const uint8_t* candidate;
 };
 

@@ -13,7 +13,8 @@ class CudaCall : public Call {
  public:
   CudaCall(const Call& call, const View& student) : Call(call), device_(student) {
     constexpr int64_t kMax = int64_t{1} << 30;
-    require(problem.rows <= kMax && problem.classes <= kMax, "the CUDA kernels support at most 2^30 rows and 2^30 classes");
+    require(problem.rows <= kMax && problem.classes <= kMax, "the CUDA kernels support at most 2^30 rows and 2^30 classes, got ",
+            problem.rows, " and ", problem.classes);
     if (!has_row_indices) return;
     teacher_row_.emplace(Tensor::empty({problem.rows}, dtypes().int64, student));
     int64_t* teacher_row = teacher_row_->mutable_data<int64_t>();
@@ -118,19 +119,19 @@ void reduce_rows(StableIValue* stack, uint64_t, uint64_t) {
 
 void write_gradient(const CondensedKDBackwardArguments& a, const CudaCall& call, const Logits& out) {
   const State state = check_state(call, a.state);
-  const cuda::BackwardParams params{call.problem,
-                                    state.stats(),
-                                    state.selected(),
-                                    check_row_weight(call, a.row_weight),
-                                    a.grad_output.data<void>(),
-                                    a.has_scalar_grad_output() ? 0 : 1,
-                                    state.counts(),
-                                    a.options.kd_weight * a.options.temperature,
-                                    a.options.ce_weight,
-                                    a.options.reduction,
-                                    a.options.ranks,
-                                    out};
-  cuda::launch_backward(params, call.context());
+  const cuda::CondensedKDBackwardParams params{call.problem,
+                                               state.stats(),
+                                               state.selected(),
+                                               check_row_weight(call, a.row_weight),
+                                               a.grad_output.data<void>(),
+                                               a.has_scalar_grad_output() ? 0 : 1,
+                                               state.counts(),
+                                               a.options.kd_weight * a.options.temperature,
+                                               a.options.ce_weight,
+                                               a.options.reduction,
+                                               a.options.ranks,
+                                               out};
+  cuda::launch_condensed_kd_backward(params, call.context());
 }
 
 void condensed_kd_backward(StableIValue* stack, uint64_t, uint64_t) {

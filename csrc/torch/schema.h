@@ -8,9 +8,12 @@
 
 // - kernels.h describes the layout of `state`.
 // - An empty tensor of dtype bool stands for an absent tensor.
-// - `gradient` of condensed_kd is the gradient of the loss for an incoming gradient of 1.  It is empty unless `with_gradient`,
-// which
-//   only the CPU supports.
+// - `gradient` of condensed_kd is the gradient of the loss for an incoming gradient of 1.  Only the CPU supports `with_gradient`;
+//   without it, `gradient` is empty.
+//
+// Files in cpu/ and cuda/ have the operators' names.  condensed_kd is row_stats, select_topk and reduce_rows in one call: CPUs run
+// it in torch/cpu_condensed_kd.cpp, GPUs in cuda/launch.cu (launch_row_stats with a FusedLoss).  condensed_kd_backward_ shares the
+// files of condensed_kd_backward.
 #define KCD_OPERATORS(X)                                                                                                    \
   X(condensed_kd,                                                                                                           \
     "(Tensor student, Tensor teacher, Tensor labels, Tensor score, Tensor row_weight, Tensor rows, float keep_fraction, "   \

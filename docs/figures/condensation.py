@@ -1,4 +1,4 @@
-"""Draws condensation.svg: how many samples are kept over the paper's 240 epochs, from `KnowledgeCondenser` itself.
+"""Draw condensation.svg: how many samples are kept over the paper's 240 epochs, from `KnowledgeCondenser` itself.
 
 Run `python docs/figures/condensation.py` after a change of the schedules.
 """
@@ -86,7 +86,7 @@ def draw() -> str:
         label = f"{schedule}: {share:.1f} % of visits"
         labels.append(text(x(label_epoch), y(label_height), label, "end", colour))
     halo = ' paint-order="stroke" stroke="#fff" stroke-width="4"'
-    parts += [label.replace("<text", f'<text font-weight="bold"{halo}') for label in labels]
+    parts += [label.replace("<text", f'<text font-weight="bold" font-size="13"{halo}') for label in labels]
     return "\n".join([*parts, "</svg>", ""])
 
 

@@ -1,4 +1,4 @@
-"""The `kcd demo` command: a teacher and a student, trained alone, distilled, and distilled from ever fewer samples."""
+"""The `kcd demo` command: train a teacher, then a student without it, with KD and with KD on fewer and fewer samples."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -72,7 +72,7 @@ class Demo:
 
         Raises:
             TypeError, ValueError, ImportError, FileExistsError: an option is invalid; nothing has been written.
-            OSError: a file cannot be written; runs that had finished are intact.
+            OSError: a file cannot be written; finished runs and the last checkpoint are intact.
             KeyboardInterrupt: the run was interrupted; the message says how to resume.
         """
         if processes.world_size() > 1:

@@ -35,13 +35,8 @@ from .threads import Threads, announcement, batch_flops, threads_for
 Result = TypeVar("Result")
 
 SEED = 0  # for initial weights, which the stored ones replace
-EVALUATION_ERRORS = (
-    TypeError,
-    ValueError,
-    RuntimeError,
-    ImportError,
-    OSError,
-)  # raised by a run that cannot be evaluated
+# Raised for a run that cannot be evaluated.
+EVALUATION_ERRORS = (TypeError, ValueError, RuntimeError, ImportError, OSError)
 
 
 @dataclass(frozen=True)
@@ -163,9 +158,9 @@ class Evaluate:
         run, weights = runs.read(folder), folder / WEIGHTS
         metadata = run.metadata
         if run.summary is None or run.unfinished or not weights.is_file():
-            raise ValueError(f"is not a finished run: it has no {WEIGHTS} or fewer epochs than planned")
+            raise ValueError(f"the run is not finished: it has no {WEIGHTS} or fewer epochs than planned")
         if self.teacher is None and metadata.teacher is None:
-            raise ValueError("has no teacher: give --teacher to compare its student with one")
+            raise ValueError("the run has no teacher: give --teacher to compare its student with one")
         if "spec" not in metadata.data:
             raise ValueError(
                 "config.json does not name the data set, because no command wrote it: call kcd_ext.evaluation.evaluate with "
@@ -173,7 +168,7 @@ class Evaluate:
             )
         data = load_data(**metadata.data)
         if metadata.config.get("test_samples") != digest_of_samples(data.test):
-            raise ValueError(f"was tested on other images than {metadata.data['spec']!r} contains now")
+            raise ValueError(f"the run was tested on other images than {metadata.data['spec']!r} contains now")
         runs.check_weights(folder)
         if metadata.student is None:
             raise ValueError("config.json does not say which network was trained, so its weights cannot be loaded")
@@ -188,9 +183,8 @@ class Evaluate:
                 )
         network = teacher.build(data, SEED)
         if metadata.teacher_normalisation is not None and digest(network.state_dict()) == metadata.teacher:
-            teacher = replace(
-                teacher, normalisation=metadata.teacher_normalisation
-            )  # it gets images normalised as when it taught the student
+            # The teacher gets its images normalised as when it taught the student.
+            teacher = replace(teacher, normalisation=metadata.teacher_normalisation)
             network = teacher.build(data, SEED)
         return _EvaluationPlan(run, data, teacher, student.build(data, SEED), network, self.threads)
 

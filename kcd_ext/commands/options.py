@@ -29,12 +29,12 @@ class Images:
     data: Annotated[
         str,
         arg(
-            help="The images: mnist5k, digits, cifar10, cifar100 (archives are searched in $KCD_DATA, else in ./data), the path of "
-            "an archive, an .npz file or a folder of images, or module:function."
+            help="The images: mnist5k, digits, cifar10, cifar100 (archives are looked up in $KCD_DATA, else in ./data), the path "
+            "of an archive, an .npz file or a folder of images, or module:function."
         ),
     ] = "mnist5k"
     padding: int | None = None
-    """Random crops: pixels of black border around training images; 0: none. None: usual for the data set (CIFAR: 4)."""
+    """Random crops: pixels of black border around training images; 0: none. None: as usual for the data set (CIFAR: 4)."""
     flip: Annotated[bool, FlagCreatePairsOff] = False
     """Flip half of the training images horizontally. Without --flip and --no-flip: as usual for the data set."""
     no_flip: Annotated[bool, FlagCreatePairsOff] = False
@@ -142,7 +142,7 @@ class TrainingOptions:
 
         Raises:
             TypeError, ValueError, ImportError, FileExistsError: an option is invalid; nothing has been written.
-            OSError: a file cannot be written; runs that had finished are intact.
+            OSError: a file cannot be written; finished runs and the last checkpoint are intact.
             KeyboardInterrupt: the run was interrupted; the message says how to resume.
         """
         with processes.report_on_rank_zero():

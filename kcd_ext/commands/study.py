@@ -97,7 +97,7 @@ class Study:
 
         Raises:
             FileExistsError: another command is running in `output`, or has written there since `checked`.
-            OSError: a file cannot be written; runs that had finished are intact.
+            OSError: a file cannot be written; finished runs and the last checkpoint are intact.
             KeyboardInterrupt: the study was interrupted; the message says how to resume.
         """
         is_rank_zero = processes.rank() == 0

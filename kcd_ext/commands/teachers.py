@@ -88,7 +88,7 @@ def find(spec: str, network: str | None, default_network: str | None) -> Teacher
 
     Args:
         spec: a network's name or `module:function`, for a network to train; the folder of a finished run, whose student
-            becomes the teacher; or a weights file (`load_weights`).
+            becomes the teacher; or a weights file (`models.weights.load_weights`).
         network: the network of the weights, if the user named it.
         default_network: the network of a weights file otherwise.
 

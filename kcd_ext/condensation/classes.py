@@ -15,7 +15,7 @@ def check_labels(labels: Tensor | np.ndarray | Sequence[int], num_samples: int) 
 
     Raises:
         TypeError: `labels` are not integers.
-        ValueError: their number is not `num_samples`, or one is outside [0, 2^63).
+        ValueError: Their number is not `num_samples`, or one is outside [0, 2^63).
     """
     takes = f"labels must be {num_samples} integers >= 0, shape ({num_samples},)"
     if isinstance(labels, Tensor):
@@ -40,7 +40,7 @@ def largest_minimum(labels: Tensor, size: int) -> int:
 
     Args:
         labels: `(N,)` int64.
-        size: the number of samples to keep.
+        size: The number of samples to keep.
 
     Returns:
         The minimum; 2^63 - 1 if all N samples fit, because every minimum then fits.
@@ -60,9 +60,9 @@ def keep_class_minimum(order: Tensor, size: int, labels: Tensor, minimum: int) -
 
     Args:
         order: `(N,)` int64 sample indices, highest rank first.
-        size: how many samples to keep; the minima of all classes must fit into it.
+        size: How many samples to keep; the minima of all classes must fit into it.
         labels: `(N,)` int64 class of every sample.
-        minimum: samples to keep of every class.
+        minimum: Least number of samples to keep of every class.
 
     Returns:
         `(N,)` bool over the positions of `order`.

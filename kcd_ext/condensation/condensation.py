@@ -23,8 +23,8 @@ class Condensation:
         mix: `(m,)` float64 mixing strength e_i = epsilon·i/|K0| (Eq. 15).
         weight: `(m,)` float64: e_i in the single precision used for pixels (`mixing.pixel_weight`).
         convex: True if the kept image is weighted with 1 - e_i, False if with 1.
-        stage: number of this condensation step, from 1.
-        epoch: number of epochs completed, including this one.
+        stage: Number of this condensation step, from 1.
+        epoch: Number of epochs completed, including this one.
     """
 
     kept: Tensor

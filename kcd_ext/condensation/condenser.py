@@ -48,38 +48,42 @@ class KnowledgeCondenser:
 
     Args:
         num_samples: N, the size of the data set.
-        keep: fraction of samples kept in the end, in (0, 1]. 1 ranks but drops nothing: no condensation.
-        every: epochs from one condensation step (the paper's E-step) to the next.
-        stages: condensation steps over which the set shrinks.
-        schedule: how fast the set shrinks (see `kcd_ext.condensation.schedules`):
+        keep: Fraction of samples kept in the end, in (0, 1]. 1 ranks but drops nothing: no condensation.
+        every: Epochs from one condensation step (the paper's E-step) to the next.
+        stages: Condensation steps over which the set shrinks.
+        schedule: How fast the set shrinks (see `kcd_ext.condensation.schedules`):
 
             - "reference": the authors' equal steps. They reach `keep` only after the last of `stages` stages, so 240
               epochs cost 87.5 %, not 70 %, of full training.
             - "cosine": half a cosine, which reaches `keep` at stage `stages`.
             - "immediate": `keep` from the first stage on.
-        alpha: exponent of the number of visits in the score V·F^alpha (Eq. 13), >= 0.
-        epsilon: largest share of a dropped image in a mix (Eq. 15), in [0, 1]. 0 mixes nothing; raw items may then
+        alpha: Exponent of the number of visits in the score V·F^alpha (Eq. 13), >= 0.
+        epsilon: Largest share of a dropped image in a mix (Eq. 15), in [0, 1]. 0 mixes nothing; raw items may then
             differ in shape.
         accumulate: True: mixes of several stages pile up, as in the authors' code, which overwrites its images. A sample
             that was mixed, dropped and kept again is still mixed. False: every condensation step mixes the raw images
             again.
         convex: True: (1 - e)·kept + e·dropped (the authors' code). False: kept + e·dropped (the paper's Eq. 14).
-        warmup: no condensation step before the end of epoch `warmup` (the first epoch is 1), as the authors' `--warmup`.
+        warmup: No condensation step before the end of epoch `warmup` (the first epoch is 1), as the authors' `--warmup`.
             Steps stay at the multiples of `every`; earlier ones are skipped, and the first that is not is stage 1. So a
             run of the same length has fewer stages and keeps more in the end.
         labels: `(N,)` integers >= 0, the class of every sample, as a tensor, array or list. None: unknown. Used by
             `min_per_class`, `kept_per_class` and the warning about a class that is no longer kept.
-        min_per_class: samples to keep of every class, those of highest score; all of a class that has fewer. They replace
-            the lowest-ranked others, so the sizes stay those of the schedule. 0: no minimum.
-        seed: seed of rankings that draw random numbers (`RandomCondenser`). Ranking by value draws none.
-        device: device of the value table. None: that of the first values passed to `update`.
-        group: the `torch.distributed` process group that `step` sums over. None: the default group if one is initialised,
+        min_per_class: Least number of samples to keep of every class, those of highest score; all of a class that has
+            fewer. They replace the lowest-ranked others, so the sizes stay those of the schedule. 0: no minimum.
+        seed: Seed of rankings that draw random numbers (`RandomCondenser`), in [0, 2^64). Ranking by value draws none.
+        device: Device of the value table. None: that of the first values passed to `update`.
+        group: The `torch.distributed` process group that `step` sums over. None: the default group if one is initialised,
             because ranks that silently diverge are worse than one collective too many. To keep a condenser local, pass
             a group of this rank only.
 
     Raises:
-        TypeError, ValueError: an argument is out of range; names it, what it takes and what it got. `min_per_class` is
-            given without `labels`, or is so large that the classes of `labels` need more than the final size.
+        TypeError: An argument has the wrong type.
+        ValueError: An argument is out of range. `min_per_class` is given without `labels`, or is so large that the
+            classes of `labels` need more than the final size.
+
+    Warns:
+        RuntimeWarning: The schedule drops less than one sample per stage, so nothing is ever condensed.
 
     **To rank differently** at the same sizes, override `score` in a subclass, and nothing else (see `RandomCondenser`).
 
@@ -160,8 +164,9 @@ class KnowledgeCondenser:
                 ±2^960) is left out and counted in `non_finite`.
 
         Raises:
-            TypeError, ValueError: a shape or dtype differs.
-            IndexError: an index is neither -1 nor in [0, N). Only checked if `index` is on the CPU, because reading it
+            TypeError: An argument is not a tensor or has the wrong dtype.
+            ValueError: A shape differs.
+            IndexError: An index is neither -1 nor in [0, N). Only checked if `index` is on the CPU, because reading it
                 on a GPU would synchronise. On a GPU such an entry is left out, and the next `step` warns.
         """
         # In every mode of the caller the table keeps ordinary tensors, which the next call can modify in place.
@@ -177,11 +182,11 @@ class KnowledgeCondenser:
 
         Returns:
             The result of the condensation step. None between condensation steps, and if `select` changes nothing. At the
-            final size nothing is dropped or mixed any more, but all N samples are ranked again, so the kept set can
-            still change.
+                final size nothing is dropped or mixed any more, but all N samples are ranked again, so the kept set can
+                still change.
 
         Warns:
-            RuntimeWarning: values were not finite (once); samples were never visited (at the first condensation step);
+            RuntimeWarning: Values were not finite (once); samples were never visited (at the first condensation step);
                 a condensation step keeps no sample of a class, if `labels` are known (once); indices on a GPU were out
                 of range.
         """
@@ -218,7 +223,7 @@ class KnowledgeCondenser:
 
         Returns:
             `Condensation.kept`, at least one sample, and `Condensation.dropped`: int64 original indices on the CPU,
-            most valuable first, none in both. None: the kept set does not change.
+                most valuable first, none in both. None: the kept set does not change.
         """
         order, before = self.ranking(), len(self._kept)
         size = stage_size(self._schedule, self._stage + 1, before, self._num_samples, self._keep, self._stages)
@@ -263,8 +268,9 @@ class KnowledgeCondenser:
             labels: `(N,)` integers >= 0.
 
         Raises:
-            TypeError, ValueError: `labels` have another shape or kind, or differ from the known ones. Nothing has
-                changed then.
+            TypeError: `labels` are not integers. Nothing has changed then.
+            ValueError: `labels` have another shape, are negative, or differ from the known ones. Nothing has changed
+                then.
         """
         labels = check_labels(labels, self._num_samples)
         if self._labels is not None and not torch.equal(labels, self._labels):
@@ -302,7 +308,7 @@ class KnowledgeCondenser:
 
         Raises:
             TypeError: `images` is not a tensor, or its dtype cannot be mixed.
-            ValueError: the number of images is not N.
+            ValueError: The number of images is not N.
         """
         if not isinstance(images, Tensor):
             raise TypeError(f"images must be a tensor of shape (N, ...), got {type(images).__name__}")
@@ -376,10 +382,11 @@ class KnowledgeCondenser:
         """Load what `state_dict` returned; the run continues as if it had never stopped.
 
         Args:
-            state: the state of a condenser with the same arguments.
+            state: The state of a condenser with the same arguments.
 
         Raises:
-            TypeError, ValueError: the arguments differ, or `state` is damaged. Nothing has changed then.
+            TypeError: `state` is not a mapping, or an entry has the wrong type. Nothing has changed then.
+            ValueError: The arguments differ, or `state` is damaged. Nothing has changed then.
         """
         if not isinstance(state, Mapping):
             raise TypeError(f"state_dict must be a mapping, got {type(state).__name__}")

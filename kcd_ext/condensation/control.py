@@ -16,7 +16,7 @@ class RandomCondenser(KnowledgeCondenser):
     """A `KnowledgeCondenser` that ranks at random: the same sizes at every stage, nothing mixed.
 
     The ranking is redrawn at every stage and is a pure function of `(seed, stage)`. Value table and state are those of
-    `KnowledgeCondenser`, and so are the arguments.
+    `KnowledgeCondenser`, which also describes the arguments.
     """
 
     ranks_by_value = False

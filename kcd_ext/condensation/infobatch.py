@@ -48,18 +48,19 @@ class InfoBatch(KnowledgeCondenser):
 
     Args:
         num_samples: N, the size of the data set.
-        keep: probability that a sample of low loss stays, in (0, 1]; r = 1 - keep. 1 prunes nothing.
-        epochs: length of the run, of which `anneal` is a fraction.
-        anneal: fraction of the run, at its end, that uses all samples, in [0, 1].
-        seed: seed of the selection, in [0, 2^64).
-        device: device of the value table, as for `KnowledgeCondenser`.
-        group: process group, as for `KnowledgeCondenser`.
+        keep: Probability that a sample of low loss stays, in (0, 1]; r = 1 - keep. 1 prunes nothing.
+        epochs: Length of the run, of which `anneal` is a fraction.
+        anneal: Fraction of the run, at its end, that uses all samples, in [0, 1].
+        seed: Seed of the selection, in [0, 2^64).
+        device: Device of the value table, as for `KnowledgeCondenser`.
+        group: Process group, as for `KnowledgeCondenser`.
 
     Raises:
-        TypeError, ValueError: an argument is out of range; names it, what it takes and what it got.
+        TypeError: An argument has the wrong type.
+        ValueError: An argument is out of range.
 
     Warns:
-        RuntimeWarning: the run is so short that nothing is ever pruned.
+        RuntimeWarning: The run is so short that nothing is ever pruned.
     """
 
     measure = "losses"

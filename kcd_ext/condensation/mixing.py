@@ -78,14 +78,14 @@ def blend(first: Tensor, second: Tensor, weight: float | Tensor, first_weight: f
     and bfloat16 are computed in float32; float32 and float64 in their own precision.
 
     Args:
-        first: one item.
-        second: the other item, of the same shape and dtype.
-        weight: a number, or a float64 tensor that broadcasts against the items. Rounded to the dtype of the computation.
-        first_weight: as `weight`. None: 1 - weight.
+        first: One item.
+        second: The other item, of the same shape and dtype.
+        weight: A number, or a float64 tensor that broadcasts against the items. Rounded to the dtype of the computation.
+        first_weight: As `weight`. None: 1 - weight.
 
     Raises:
-        ValueError: shapes or dtypes differ.
-        TypeError: the dtype cannot be blended.
+        ValueError: Shapes or dtypes differ.
+        TypeError: The dtype cannot be blended.
     """
     if first.shape != second.shape or first.dtype != second.dtype:
         raise ValueError(
@@ -116,14 +116,14 @@ def mix_images(images: np.ndarray | Tensor, condensation: Condensation) -> np.nd
 
     Args:
         images: uint8, `(n, h, w, c)` or any other `(n, ...)`, a NumPy array or a tensor. Not modified.
-        condensation: the result of `KnowledgeCondenser.step`.
+        condensation: The result of `KnowledgeCondenser.step`.
 
     Returns:
         A new array or tensor in which `images[mixed[i]]` is blended with `images[partner[i]]`; the rest is copied.
 
     Raises:
         TypeError: `images` is not a uint8 array or tensor.
-        ValueError: there are too few images.
+        ValueError: There are too few images.
     """
     if not isinstance(images, np.ndarray | Tensor) or images.dtype not in (np.uint8, torch.uint8):
         got = f"{type(images).__name__} of {getattr(images, 'dtype', 'no dtype')}"
@@ -147,7 +147,7 @@ def mix_in_place(images: Tensor, mixed: Tensor, partner: Tensor, weight: Tensor,
         mixed: `(m,)` int64 on the CPU, the samples to overwrite.
         partner: `(m,)` int64 on the CPU.
         weight: `(m,)` float64 on the CPU, the partner's weight.
-        convex: whether the sample's own image has the weight 1 - weight; otherwise 1.
+        convex: Whether the sample's own image has the weight 1 - weight; otherwise 1.
     """
     first_weight = 1 - weight if convex else torch.ones_like(weight)
     for part in _independent_slices(mixed.tolist(), partner.tolist()):

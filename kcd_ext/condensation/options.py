@@ -23,12 +23,20 @@ class Condense:
     There are two ways to condense, and they combine: over the data set (`keep` < 1), as in the paper, and within every
     batch (`batch_keep` < 1).
 
+    `selection` names how samples are selected:
+
+    - `value`: by the student's entropy.
+    - `random`: sets of the same sizes, as a control.
+    - `infobatch` (Qin et al., 2024): redrawn every epoch; `keep` is the probability that a sample of low loss stays.
+    - `module:Class`: a custom selection.
+
     Raises:
-        TypeError, ValueError: an option is out of range or has no effect with this selection.
+        TypeError: An option has the wrong type.
+        ValueError: An option is out of range or has no effect with this selection.
     """
 
     keep: float = 0.7
-    """Fraction of the training set kept in the end, in (0, 1]. 1: keep all."""
+    """Fraction of the training set kept in the end, in (0, 1]. 1: keep all. infobatch: probability that a low-loss sample stays."""
     every: int | None = None
     """Epochs between two condensation steps. None: `stages` equal parts of the run (40 of 240 epochs)."""
     stages: int = 6
@@ -44,13 +52,11 @@ class Condense:
     convex: bool = True
     """Mix (1 - e) kept + e dropped, as in the authors' code. False: kept + e dropped, as in the paper."""
     selection: str = "value"
-    """How samples are selected: value (the student's entropy), random (same sizes, as a control), infobatch (Qin et al.,
-    2024: redrawn every epoch; `keep` is the probability that a sample of low loss stays) or module:Class."""
+    """How samples are selected: value (the student's entropy), random (same sizes, as a control), infobatch or module:Class."""
     warmup: int = 0
-    """No condensation step before the end of this epoch, as the authors' --warmup. Steps at earlier multiples of `every`
-    are skipped, so `keep` may not be reached."""
+    """Skip condensation steps before the end of this epoch (the authors' --warmup), so `keep` may not be reached."""
     min_per_class: int = 0
-    """Training samples to keep of every class; all of a class that has fewer."""
+    """Least number of training samples to keep of every class; all of a class that has fewer."""
     batch_keep: float = 1.0
     """Fraction of every batch to run the teacher on, in (0, 1]: the rows with the highest student entropy."""
 
@@ -80,14 +86,15 @@ class Condense:
         """Return the condenser of a training set.
 
         Args:
-            num_samples: size of the training set.
-            seed: seed of a selection that draws random numbers.
-            device: device of the value table.
-            epochs: length of the run.
-            labels: class of every sample, as `KnowledgeCondenser` takes them. Required if `min_per_class` > 0.
+            num_samples: Size of the training set.
+            seed: Seed of a selection that draws random numbers.
+            device: Device of the value table.
+            epochs: Length of the run.
+            labels: Class of every sample, as `KnowledgeCondenser` takes them. Required if `min_per_class` > 0.
 
         Raises:
-            TypeError, ValueError: an option is out of range, has no effect with this selection, or does not fit `labels`.
+            TypeError: An option or `labels` has the wrong type.
+            ValueError: An option is out of range, has no effect with this selection, or does not fit `labels`.
         """
         condenser, options = self._resolve(epochs)
         if self.min_per_class:

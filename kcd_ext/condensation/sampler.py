@@ -35,14 +35,15 @@ class CondensedSampler(Sampler):
     counts, so every pass has its own order. See `set_epoch` for the rule.
 
     Args:
-        condenser: its kept set and mix trees are read whenever an iterator is created or a length is requested.
-        seed: seed of the order, in [0, 2^64).
-        rank: rank of this process. Keep the default if something else shards (Accelerate does).
-        world_size: number of processes. Keep the default if something else shards.
+        condenser: Its kept set and mix trees are read whenever an iterator is created or a length is requested.
+        seed: Seed of the order, in [0, 2^64).
+        rank: Rank of this process. Keep the default if something else shards (Accelerate does).
+        world_size: Number of processes. Keep the default if something else shards.
         shuffle: False yields the kept samples by ascending index.
 
     Raises:
-        TypeError, ValueError: an argument is out of range.
+        TypeError: An argument has the wrong type.
+        ValueError: An argument is out of range.
     """
 
     def __init__(
@@ -85,11 +86,12 @@ class CondensedSampler(Sampler):
         that no iterator has used, give both arguments: `set_epoch(0, consumed=0)`.
 
         Args:
-            epoch: in [0, 2^64).
-            consumed: in [0, samples of the epoch on this rank]. None: 0, and the call could come from a library.
+            epoch: In [0, 2^64).
+            consumed: In [0, samples of the epoch on this rank]. None: 0, and the call could come from a library.
 
         Raises:
-            TypeError, ValueError: an argument is not an integer or is out of range. Nothing has changed then.
+            TypeError: An argument is not an integer. Nothing has changed then.
+            ValueError: An argument is out of range. Nothing has changed then.
         """
         epoch = check_int("epoch", epoch, 0, MAX_SEED)
         choice = epoch, 0 if consumed is None else check_int("consumed", consumed, 0, self._samples_per_rank())

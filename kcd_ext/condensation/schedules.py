@@ -45,12 +45,12 @@ def stage_size(schedule: str, stage: int, now: int, num_samples: int, keep: floa
     """Return how many samples condensation step `stage` keeps.
 
     Args:
-        schedule: a key of `SCHEDULES`.
-        stage: number of the condensation step, from 1.
-        now: samples kept before it.
+        schedule: A key of `SCHEDULES`.
+        stage: Number of the condensation step, from 1.
+        now: Samples kept before it.
         num_samples: N, the size of the data set.
-        keep: the fraction to keep in the end.
-        stages: condensation steps over which the set shrinks.
+        keep: The fraction to keep in the end.
+        stages: Condensation steps over which the set shrinks.
 
     Returns:
         The size, never above `now` and never below the final size.

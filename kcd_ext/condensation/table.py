@@ -23,7 +23,7 @@ class ValueTable:
 
     Args:
         num_samples: N, the size of the data set.
-        device: device of the table. None: that of the first values.
+        device: Device of the table. None: that of the first values.
     """
 
     quantity = "knowledge values"  # what the table records, as a warning calls it
@@ -90,7 +90,7 @@ class ValueTable:
         If the collective fails, nothing has changed.
 
         Args:
-            group: a process group. None: this process only.
+            group: A process group. None: this process only.
 
         Returns:
             The warnings for the user.
@@ -115,7 +115,8 @@ class ValueTable:
         """Check that `load_state_dict` can load `state`.
 
         Raises:
-            TypeError, ValueError: it cannot; names the entry.
+            TypeError: An entry is not a dense tensor with data; names it.
+            ValueError: An entry has another dtype or shape, or a bad number; names it.
         """
         for name in STATE:
             check_tensor(name, state[name], getattr(self, f"_{name}").dtype, tuple(getattr(self, f"_{name}").shape))
@@ -181,8 +182,8 @@ def check_tensor(name: str, tensor: object, dtype: torch.dtype, shape: tuple[int
     """Check that state entry `name` is a tensor of `dtype` and `shape`, in which None stands for any size.
 
     Raises:
-        TypeError: it is not a dense tensor with data.
-        ValueError: its dtype or shape differs.
+        TypeError: It is not a dense tensor with data.
+        ValueError: Its dtype or shape differs.
     """
     takes = f"a {dtype} tensor of shape {tuple('any' if size is None else size for size in shape)}"
     if not isinstance(tensor, Tensor):

@@ -185,8 +185,8 @@ def find(data_set: str, editions: Sequence[Edition] = EDITIONS) -> ImageData:
     """Return the first edition of a data set found in the folder $KCD_DATA, or in `./data` if KCD_DATA is not set.
 
     Raises:
-        FileNotFoundError: no edition is there; names the files, the folder that was searched, and their source.
-        ValueError, OSError: as `read`.
+        FileNotFoundError: No edition is there; names the files, the folder that was searched, and their source.
+        ValueError, OSError: As `read`.
     """
     editions = [edition for edition in editions if edition.data_set == data_set]
     variable = os.environ.get("KCD_DATA")
@@ -206,13 +206,13 @@ def read(path: Path, editions: Sequence[Edition] = EDITIONS) -> ImageData:
     """Return the data set in an archive or extracted folder.
 
     Args:
-        path: the archive, under any file name, or the folder.
-        editions: the supported editions, with their checksums.
+        path: The archive, under any file name, or the folder.
+        editions: The supported editions, with their checksums.
 
     Raises:
         ValueError: `path` is none of the editions, differs from the published files, or cannot be decoded; names the
             file.
-        OSError: a file is missing or cannot be read.
+        OSError: A file is missing or cannot be read.
     """
     if path.is_dir():
         edition = _edition_of_folder(path, editions)
@@ -242,7 +242,7 @@ def _edition_of_folder(path: Path, editions: Sequence[Edition]) -> Edition | Non
 
 
 def _edition_of_archive(path: Path, file: BinaryIO, editions: Sequence[Edition]) -> Edition:
-    """Return the edition of an archive by its checksum, whatever the file's name."""
+    """Return the edition of an archive by its checksum, under any file name."""
     digest = hashlib.md5(usedforsecurity=False)
     while block := file.read(1 << 20):
         digest.update(block)

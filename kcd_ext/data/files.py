@@ -10,12 +10,12 @@ def read(path: Path, size: int | None = None) -> ImageData:
     """Return the data set at `path`.
 
     Args:
-        path: an `.npz` file, a CIFAR archive or its folder, or a folder of images by class.
-        size: height and width to scale a folder of images to. Not allowed for other kinds.
+        path: An `.npz` file, a CIFAR archive or its folder, or a folder of images by class.
+        size: Height and width to scale a folder of images to. Not allowed for other kinds.
 
     Raises:
         FileNotFoundError: `path` does not exist.
-        ValueError, OSError, ImportError: the kind is not supported, or as its reader raises.
+        ValueError, OSError, ImportError: The kind is not supported, or as its reader raises.
     """
     if not path.exists():
         raise FileNotFoundError(f"there is no file or folder {path}")

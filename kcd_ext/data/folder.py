@@ -102,15 +102,15 @@ def read(path: Path, size: int | None = None) -> ImageData:
       keep their stored colours, even if they are fully transparent.
 
     Args:
-        path: the folder.
-        size: height and width in pixels to scale every image to (bilinear). None: all must have one size.
+        path: The folder.
+        size: Height and width in pixels to scale every image to (bilinear). None: all must have one size.
 
     Raises:
-        ValueError: names the folder or file. A part is missing or has no images; the test part has a class that the
+        ValueError: Names the folder or file. A part is missing or has no images; the test part has a class that the
             training part lacks; two names are equal in form NFC, or are not UTF-8; a link is broken; an entry is neither
             a file nor a folder; an image is damaged, has 16 bits per channel or more (PNG, TIFF), or more pixels than
             PIL.Image.MAX_IMAGE_PIXELS; images differ in size.
-        OSError: a file or folder cannot be opened.
+        OSError: A file or folder cannot be opened.
         ImportError: Pillow is not installed; names the extra that installs it.
     """
     if size is not None:
@@ -206,7 +206,7 @@ def _list_entries(folder: Path, skipped: SkippedEntries) -> tuple[list[Path], li
     """Return the folders and the files in a folder, each sorted by name.
 
     Raises:
-        ValueError: an entry is neither, or a broken link.
+        ValueError: An entry is neither, or a broken link.
     """
     folders, files = [], []
     with os.scandir(folder) as entries:
@@ -226,7 +226,7 @@ def _list_entries(folder: Path, skipped: SkippedEntries) -> tuple[list[Path], li
 
 
 def _list_files(folder: Path, part: Path, skipped: SkippedEntries) -> list[Path]:
-    """Return all files below a class folder by relative path. Each folder is read once, whatever links lead to it."""
+    """Return all files below a class folder by relative path. Each folder is read once, even if several links lead to it."""
     root, seen = Path(os.path.realpath(part)), set()
     found, waiting = [], deque([folder])
     while waiting:
@@ -300,10 +300,10 @@ def _load_pixels(files: list[ImageFile], mode: str, size: tuple[int, int], first
     """Return the pixels of all files, `(n, h, w, c)` uint8.
 
     Args:
-        files: the images.
+        files: The images.
         mode: PIL mode to convert them to.
-        size: width and height.
-        first: the file that has this size, which all must have. None: scale all to `size`.
+        size: Width and height.
+        first: The file that has this size, which all must have. None: scale all to `size`.
     """
     from PIL.Image import Resampling
 

@@ -34,10 +34,12 @@ class ImageSet(Dataset):
     Args:
         images: `(n, h, w, c)` uint8.
         labels: `(n,)` integers from 0 to the number of classes - 1; stored as int64.
-        views: converts batches of images to float tensors; must be for c channels.
+        views: Converts batches of images to float tensors; must be for c channels.
 
     Raises:
-        TypeError, ValueError: an argument is of another kind.
+        TypeError: An argument has the wrong type.
+        ValueError: An array has the wrong dtype or shape, a label does not fit int64, or `views` are for another number of
+            channels.
     """
 
     def __init__(self, images: np.ndarray, labels: np.ndarray, views: Views):
@@ -74,17 +76,21 @@ class ImageData:
     """A data set ready for `distill`: raw training and test images, each with its views.
 
     Raises:
-        TypeError, ValueError: a part is of another kind or empty, a label is outside [0, num_classes), the images of the
-            two parts differ in shape, the views of the test images are random, or `class_names` are given but are not
-            `num_classes` strings.
+        TypeError: A part is not an `ImageSet`, `num_classes` is not an integer, or `class_names` is not a tuple of strings.
+        ValueError: A part is empty, a label is outside [0, num_classes), the images of the two parts differ in shape, the
+            views of the test images are random, or `class_names` are given but are not `num_classes` names in UTF-8.
     """
 
     name: str
+    """The name of the data set, for messages and reports."""
     train: ImageSet
+    """The training images."""
     test: ImageSet
+    """The test images; their views neither crop nor flip."""
     num_classes: int
+    """The number of classes, at least 1."""
     class_names: tuple[str, ...] = ()
-    """Names of the classes, by label. Empty: unknown."""
+    """The names of the classes, by label. Empty: unknown."""
 
     def __post_init__(self) -> None:
         check_int(f"data set {self.name!r}: num_classes", self.num_classes, 1)
@@ -147,13 +153,13 @@ def assemble(
     """Return `ImageData` from arrays, normalised by the training images.
 
     Args:
-        name: name of the data set. Bytes of a file name that are not UTF-8 are escaped, so that a report can contain it.
-        train: images `(n, h, w, c)` uint8 and labels `(n,)`.
-        test: as `train`.
-        num_classes: number of classes.
-        class_names: names of the classes. Empty: unknown.
-        padding: pixels around training images for random crops, as in `Views`.
-        flip: whether to flip training images at random, as in `Views`.
+        name: Name of the data set. Bytes of a file name that are not UTF-8 are escaped, so that a report can contain it.
+        train: Images `(n, h, w, c)` uint8 and labels `(n,)`.
+        test: As `train`.
+        num_classes: Number of classes.
+        class_names: Names of the classes. Empty: unknown.
+        padding: Pixels around training images for random crops, as in `Views`.
+        flip: Whether to flip training images at random, as in `Views`.
     """
     name = name.encode(errors="backslashreplace").decode()
     views = Views.from_images(train[0], padding=padding, flip=flip)
@@ -189,32 +195,34 @@ def load(
     """Return the data set that `spec` names.
 
     Args:
-        spec: one of
+        spec: One of
 
             - a key of `REGISTRY`. `cifar10` and `cifar100` are searched for in the folder that the environment variable
               KCD_DATA names, or in `./data` if it is not set.
             - `module:function`, a function that returns an `ImageData`.
             - the path of a CIFAR archive or the folder in it (`cifar.py`), of an `.npz` file (`npz.py`), or of a folder
               of images by class (`folder.py`).
-        padding: pixels around training images for random crops (`Views`). None: the data set's, which is 4 for CIFAR and
+        padding: Pixels around training images for random crops (`Views`). None: the data set's, which is 4 for CIFAR and
             0 for all others here.
-        flip: whether to flip training images at random (`Views`). None: the data set's, which is True for CIFAR and False
+        flip: Whether to flip training images at random (`Views`). None: the data set's, which is True for CIFAR and False
             for all others here.
-        size: height and width in pixels to scale a folder of images to. None: all images must have one size.
-        mean: networks take (pixels / 255 - mean) / std. One number in [0, 1], or one per channel; or "imagenet"
+        size: Height and width in pixels to scale a folder of images to. None: all images must have one size.
+        mean: Networks take (pixels / 255 - mean) / std. One number in [0, 1], or one per channel; or "imagenet"
             (0.485, 0.456, 0.406 and 0.229, 0.224, 0.225) or "half" (0.5 and 0.5), which include the std. None: the data
             set's, which is the mean of its training images for all here.
-        std: one number in (0, 1], or one per channel. None: the data set's, as for `mean`.
+        std: One number in (0, 1], or one per channel. None: the data set's, as for `mean`.
 
     Warns:
-        UserWarning: a class has no training or no test images, or entries of a folder are skipped; names them.
+        UserWarning: A class has no training or no test images, entries of a folder are skipped, or a folder has several
+            parts of the same kind, such as `test` and `val`; names them.
 
     Raises:
-        ValueError: the name is unknown, the function fails, a file has the wrong content, `padding` is not smaller than
-            the images, or `mean` or `std` is missing, out of range or for another number of channels.
-        OSError: a file or folder is missing or cannot be read.
-        ImportError: the package that contains or reads the images is not installed; names the extra that installs it.
-        TypeError: an argument is of another kind, or the function returns something else.
+        ValueError: The name is unknown, the function fails, a file has the wrong content, `padding` is not smaller than
+            the images, `size` is given for anything but a folder of images, or `mean` or `std` is missing, out of range
+            or for another number of channels.
+        OSError: A file or folder is missing or cannot be read.
+        ImportError: The package that contains or reads the images is not installed; names the extra that installs it.
+        TypeError: An argument is of another kind, or the function returns something else.
     """
     normalisation = check_normalisation(mean, std)
     if _is_path(spec):

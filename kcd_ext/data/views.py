@@ -34,13 +34,17 @@ class Views:
     Results are contiguous, on the device of the images. They are computed without synchronising with it.
 
     Raises:
-        TypeError, ValueError: `mean` and `std` are not tuples of equally many numbers, a `std` is not > 0, or `padding`
-            or `flip` is of another kind. On call: images are not uint8 `(b, h, w, c)` with that many channels, `index`
-            is not int64 `(b,)` on their device, or `seed` or `epoch` is outside [0, 2^64).
+        TypeError: `mean` or `std` is not a tuple of numbers, `padding` or, on call, `seed` or `epoch` is not an integer,
+            or `flip` is not a bool.
+        ValueError: `mean` and `std` are not equally many finite numbers, a `std` is not > 0, or `padding` is negative. On
+            call: images are not uint8 `(b, h, w, c)` with that many channels, `index` is not int64 `(b,)` on their
+            device, or `seed` or `epoch` is outside [0, 2^64).
     """
 
     mean: tuple[float, ...]
+    """The mean of every channel, in units of pixels / 255."""
     std: tuple[float, ...]
+    """The standard deviation of every channel, in the same units."""
     padding: int = 0
     """Black pixels added around the image, before a window of the original size is cropped at random. 0: no crop."""
     flip: bool = False
@@ -66,8 +70,8 @@ class Views:
 
         Args:
             images: uint8 `(n, h, w, c)`, at least one.
-            padding: as the field `padding`.
-            flip: as the field `flip`.
+            padding: As the field `padding`.
+            flip: As the field `flip`.
         """
         if images.dtype != np.uint8 or images.ndim != 4 or not images.size:
             raise ValueError(f"images must be uint8 (n, h, w, c), not empty, got {images.dtype} {images.shape}")
@@ -87,11 +91,11 @@ class Views:
         """Return the same views with another mean and std.
 
         Args:
-            mean: numbers in [0, 1], in units of pixels / 255: one per channel, or one for all.
-            std: as `mean`, in (0, 1].
+            mean: Numbers in [0, 1], in units of pixels / 255: one per channel, or one for all.
+            std: As `mean`, in (0, 1].
 
         Raises:
-            ValueError: there is neither one number nor one per channel; or a number is out of range and differs from
+            ValueError: There is neither one number nor one per channel; or a number is out of range and differs from
                 the present one.
         """
         channels, changed = len(self.mean), {}
@@ -161,11 +165,12 @@ def check_normalisation(
     """Return `mean` and `std` as tuples of one number, or one per channel; None if both are None.
 
     Args:
-        mean: finite numbers, or a key of NORMALISATIONS, which includes the std.
-        std: finite numbers; None if `mean` is a key (or the same key).
+        mean: Finite numbers, or a key of NORMALISATIONS, which includes the std.
+        std: Finite numbers; None if `mean` is a key (or the same key).
 
     Raises:
-        TypeError, ValueError: an argument is of another kind, or only one of the two is given.
+        TypeError: An argument is neither numbers nor a string.
+        ValueError: A number is not finite, a name is unknown, or only one of the two is given.
     """
     names = ", ".join(NORMALISATIONS)
     if isinstance(mean, str):

@@ -28,12 +28,12 @@ def build(name: str, options: Mapping[str, object] | None = None) -> Method:
     """Build a method by name.
 
     Args:
-        name: a key of `REGISTRY`, or `module:Class`.
-        options: keyword arguments of the method. None: its defaults.
+        name: A key of `REGISTRY`, or `module:Class`.
+        options: Keyword arguments of the method. None: its defaults.
 
     Raises:
-        ValueError: the name is unknown, or an option is out of range.
-        TypeError: an option is unknown or of the wrong type, or the result is not a `Method`.
+        ValueError: The name is unknown, or an option is out of range.
+        TypeError: An option is unknown or of the wrong type, or the result is not a `Method`.
     """
     options = dict(options or {})
     _check_names(name, options)
@@ -87,7 +87,7 @@ def _parameters(name: str) -> Mapping[str, inspect.Parameter] | None:
 
 
 def convert_options(name: str, options: Mapping[str, object]) -> dict[str, object]:
-    """Convert options given as text, as on the command line, to the types that the method's annotations ask for.
+    """Convert options given as text, as on the command line, to the types in the method's annotations.
 
     A layer's name stays text even if it looks like a number ("1.10"). A parameter without a known annotation becomes a
     number or a bool if the text is one. Raises as `build` does for an unknown name.

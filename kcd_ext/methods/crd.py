@@ -23,7 +23,8 @@ class ContrastiveRepresentationDistillation(FeatureMethod):
     negatives j from the samples of other classes. With h(a) = e^(a/T) / (e^(a/T) + Z K/N) (Eq. 19; K/N is K times the
     density of the noise),
 
-        CRD = mean_i -log h(s_i . teacher_memory_i) - sum_j log(1 - h(s_i . teacher_memory_j))
+        CRD = mean_i (-log h(s_i . teacher_memory_i)
+                      - sum_j log(1 - h(s_i . teacher_memory_j)))
             + the same of t_i and student_memory.
 
     Each direction has its own Z: N times the mean of e^(a/T) over the first batch, constant afterwards. (If that batch is
@@ -36,7 +37,7 @@ class ContrastiveRepresentationDistillation(FeatureMethod):
     - Negatives are drawn uniformly with replacement, because noise-contrastive estimation assumes independent draws of its
       noise. RepDistiller draws without replacement while there are enough.
     - h is a logistic function of a/T - log(Z K/N), which cannot overflow. RepDistiller adds 1e-7 to denominators.
-    - Rows with index -1, which only pad, are ignored. If a batch holds a sample more than once, its last row is remembered;
+    - Rows with index -1, which only pad, are ignored. If a batch contains a sample more than once, its last row is remembered;
       in RepDistiller that depends on the device.
     - With several ranks (torch.distributed's default group), each rank remembers the rows of all ranks, and Z is the mean
       over all ranks. So their banks are equal. Every rank must call with the same number of rows.
@@ -45,21 +46,21 @@ class ContrastiveRepresentationDistillation(FeatureMethod):
     absorbs the rows that are not remembered. `log_z` (2,) is NaN before the first batch.
 
     Args:
-        dimension: size of the embeddings.
-        negatives: K, the number of negatives for each sample.
+        dimension: Size of the embeddings, >= 1.
+        negatives: K, the number of negatives for each sample, >= 1.
         temperature: T of the scores, > 0.
-        momentum: share of the old memory in the new one, in [0, 1].
-        ce_weight: weight of the cross entropy, finite; 1 in RepDistiller's comparison, which KCD builds on.
-        crd_weight: weight of the contrastive term, CRD, finite; 0.8 in the same comparison.
-        batch_keep: fraction of each batch that the teacher runs on, and that is contrasted and remembered, in (0, 1]: the
+        momentum: Share of the old memory in the new one, in [0, 1].
+        ce_weight: Weight of the cross entropy, finite; 1 in RepDistiller's comparison, which KCD builds on.
+        crd_weight: Weight of the contrastive term, CRD, finite; 0.8 in the same comparison.
+        batch_keep: Fraction of each batch that the teacher runs on, and that is contrasted and remembered, in (0, 1]: the
             rows of highest student entropy (`selection.select_batch_rows`). 1: all rows.
-        student_layer: the student's layer whose input is embedded, a name in `named_modules()` (`features.Tap`). None: the last
+        student_layer: The student's layer whose input is embedded, a name in `named_modules()` (`features.Tap`). None: the last
             linear layer.
-        teacher_layer: the same for the teacher.
+        teacher_layer: The same for the teacher.
 
     Raises:
-        TypeError: an argument has the wrong type.
-        ValueError: an argument is out of range.
+        TypeError: An argument has the wrong type.
+        ValueError: An argument is out of range.
     """
 
     def __init__(
@@ -88,7 +89,7 @@ class ContrastiveRepresentationDistillation(FeatureMethod):
         """Build embeddings and memory, and index the samples by class.
 
         Raises:
-            ValueError: all samples have one class, or `samples` does not yield each sample once by ascending index.
+            ValueError: All samples have one class, or `samples` does not yield each sample once by ascending index.
         """
         super().prepare(student, teacher, samples)
         label = _all_labels(samples)
@@ -139,7 +140,7 @@ class ContrastiveRepresentationDistillation(FeatureMethod):
     # All scores of a sample against the memory come from one matrix product; negatives are counted among them. For each
     # direction that reads 4 N dimension bytes and touches a few times 4 N b: 26 and 13 MB for CIFAR-100's 50,000 samples and
     # batches of 64. Published code gathers the negatives' vectors: it writes 4 b (K + 1) dimension bytes and reads them twice,
-    # 537 MB each time, whatever N is. The two break even near a million samples. Also, every sum here has a fixed order, in
+    # 537 MB each time, for any N. The two break even near a million samples. Also, every sum here has a fixed order, in
     # the backward pass too; with gathered vectors, gradients of a sample drawn twice would be added in any order.
 
     def _crd_loss(self, embeddings: tuple[Tensor, Tensor], index: Tensor, label: Tensor) -> Tensor:
@@ -173,7 +174,7 @@ class ContrastiveRepresentationDistillation(FeatureMethod):
 
     @torch.no_grad()
     def _update_memory(self, index: Tensor, student: Tensor, teacher: Tensor) -> None:
-        """Move the memory of samples `index` (b,) towards the embeddings (b, dimension) of all ranks."""
+        """Move the memory of samples `index` (b,) towards their embeddings (b, dimension): on each rank, those of all ranks."""
         index, student, teacher = (_all_gather(x).flatten(0, 1) for x in (index, student, teacher))
         superseded = (index[:, None] == index).triu(1).any(1)  # the sample appears again in a later row
         remembered = (index >= 0) & ~superseded

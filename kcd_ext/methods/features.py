@@ -18,7 +18,7 @@ LENGTH_OFFSET = 1e-7  # added to a row's length before the row is divided by it,
 
 
 class LayerError(ValueError, RuntimeError):
-    """A tapped layer did not run, or its features have the wrong shape. Found when the network runs."""
+    """The error for a tapped layer that did not run or whose features have the wrong shape. Raised when the network runs."""
 
 
 class Tap:
@@ -31,14 +31,14 @@ class Tap:
     - Between `pop` and the next `listen` nothing is captured, so a validation in between holds no memory.
 
     Args:
-        network: the network to tap.
-        path: the layer's name in `network.named_modules()`. None or "": the last `torch.nn.Linear` in their order, the
-            classifier, whose input are the penultimate features.
-        name: the network's name in errors. The option that sets `path` is f"{name}_layer".
-        output: capture the layer's output instead of its input.
+        network: The network to tap.
+        path: The layer's name in `network.named_modules()`. None or "": the last `torch.nn.Linear` in their order, the
+            classifier, whose input is the penultimate features.
+        name: The network's name in errors. The option that sets `path` is f"{name}_layer".
+        output: Capture the layer's output instead of its input.
 
     Raises:
-        ValueError: the layer does not exist, or it is TorchScript, which takes no hooks.
+        ValueError: The layer does not exist, or it is TorchScript, which takes no hooks.
     """
 
     def __init__(self, network: nn.Module, path: str | None, name: str, output: bool = False):
@@ -53,7 +53,7 @@ class Tap:
         `network` is the tapped network or a module around it.
 
         Raises:
-            RuntimeError: the layer did not run, or its features are not a tensor with at least two dimensions.
+            RuntimeError: The layer did not run, or its features are not a tensor with at least two dimensions.
         """
         self.listen()
         return network(x), self.pop()
@@ -80,11 +80,11 @@ class Tap:
         return features
 
     def listen(self) -> None:
-        """Capture the next forward pass. Forgets what an earlier one left."""
+        """Capture the next forward pass and forget the features of an earlier one."""
         self._capture.features, self._capture.listening = None, True
 
     def _pop(self) -> object:
-        """Return what was captured, of any type, and keep listening. Raises RuntimeError if it has changed in place."""
+        """Return the captured object, of any type, and keep listening. Raises RuntimeError if it has changed in place."""
         features, self._capture.features = self._capture.features, None
         if features is not None and self._capture.version is not None and features._version != self._capture.version:
             raise LayerError(
@@ -120,7 +120,10 @@ class _Capture:
 
 
 def _version(x: object) -> int | None:
-    """Return how often a tensor has been changed in place. None if torch does not count, as in compiled code on copies."""
+    """Return how often a tensor has been changed in place.
+
+    None if torch does not count, as in compiled code, which changes copies, or for tensors of inference mode.
+    """
     counted = isinstance(x, Tensor) and not torch.compiler.is_compiling() and not x.is_inference()
     return x._version if counted else None
 
@@ -171,9 +174,9 @@ class FeatureMethod(Method):
     After `prepare`, `student_width` and `teacher_width` are the features' numbers of dimensions.
 
     Args:
-        student_layer: the student's layer to tap; `path` of `Tap`.
-        teacher_layer: the teacher's.
-        batch_keep: fraction of each batch that the teacher runs on, in (0, 1].
+        student_layer: The student's layer to tap; `path` of `Tap`.
+        teacher_layer: The teacher's.
+        batch_keep: Fraction of each batch that the teacher runs on, in (0, 1].
     """
 
     def __init__(self, student_layer: str | None = None, teacher_layer: str | None = None, batch_keep: float = 1.0):
@@ -187,8 +190,8 @@ class FeatureMethod(Method):
         """Tap both networks and run one sample through them, in evaluation mode and without gradients.
 
         Raises:
-            ValueError: a layer does not exist.
-            RuntimeError: a layer did not run.
+            ValueError: A layer does not exist.
+            RuntimeError: A layer did not run.
         """
         self.release()
         x = self.network_input(next(iter(samples)).x[:1])
@@ -216,7 +219,7 @@ class FeatureMethod(Method):
     def teacher_forward(self, teacher: nn.Module | None, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the teacher's logits (b, classes) and features (b, d), both constant. d is at least `teacher_width`.
 
-        If the teacher now has fewer features, as the partial teachers of `pwkd`, zeros fill the last ones.
+        If the teacher now has fewer features than in `prepare`, as the partial teachers of `pwkd`, zeros fill the last ones.
         """
         with torch.no_grad():
             logits, features = self._run("teacher", teacher, x)
@@ -254,7 +257,7 @@ def unit_rows(x: Tensor, offset: float = LENGTH_OFFSET) -> Tensor:
 
     Args:
         x: (r, d).
-        offset: >= 0.
+        offset: A number >= 0.
     """
     x = at_least_float32(x)
     largest = x.detach().abs().amax(1, keepdim=True)

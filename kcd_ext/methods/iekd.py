@@ -189,7 +189,8 @@ class _FactorMethod(FeatureMethod):
 class InheritanceExplorationDistillation(_FactorMethod):
     """Inheritance and exploration (IE-KD), arXiv 2107.00181: half of the student's channels follow the teacher, half differ.
 
-        loss = ce_weight * CE + inheritance_weight * INH + exploration_weight * EXP + kd_weight * KD
+        loss = ce_weight * CE + kd_weight * KD
+             + inheritance_weight * INH + exploration_weight * EXP
 
     The knowledge value is the student's entropy.
 
@@ -198,11 +199,14 @@ class InheritanceExplorationDistillation(_FactorMethod):
     2. Split the channels of the student's maps of one layer in two halves. Two encoders, trained with the student, turn them
        into factors F_inh and F_exp (`SplitEncoder`).
 
-    INH and EXP are means over the samples. With a sample's factors as vectors a and b of n entries:
+    INH compares F_inh with F_T, EXP compares F_exp with F_T. Both are means over the samples. With a sample's factors as
+    vectors a and b of n entries:
 
-        distance    INH, F_inh against F_T                 EXP, F_exp against F_T      range of EXP
-        l1          d(a, b) = mean |a/||a|| - b/||b|||     -d(a, b)                    [-2 / sqrt(n), 0]
-        cosine      1 - cos(a, b)                          |cos(a, b)|                 [0, 1]
+        d(a, b) = mean |a/||a|| - b/||b|||
+
+        distance    INH              EXP            range of EXP
+        l1          d(a, b)          -d(a, b)       [-2 / sqrt(n), 0]
+        cosine      1 - cos(a, b)    |cos(a, b)|    [0, 1]
 
     So exploration, which moves away from the teacher, is bounded.
 
@@ -227,9 +231,9 @@ class InheritanceExplorationDistillation(_FactorMethod):
 
     Rebuilt, or our own:
 
-    - There are half as many factors as channels, for any number of channels. Their configurations of factor transfer have 32.
+    - There are half as many factors as channels, for any even number of channels. Their configurations of factor transfer have 32.
     - Factors of maps of different sizes are averaged (adaptive average pooling) to the smaller height and width; theirs must
-      have the same size. An odd number of channels is refused.
+      have the same size.
     - A sample of zeros gets no gradient, and its 1 - cos is 1/2; theirs is 1. A length below 1e-12 divides unchanged; theirs
       is raised to 1e-12.
     - The permuted order depends on `split_seed` only.
@@ -239,26 +243,26 @@ class InheritanceExplorationDistillation(_FactorMethod):
     In training mode, maps of one pixel need at least two selected samples, for batch normalisation.
 
     Args:
-        ce_weight: weight of the cross entropy, finite.
-        inheritance_weight: weight of inheritance (INH), finite.
-        exploration_weight: weight of exploration (EXP), finite.
-        kd_weight: weight of KD = T^2 * mean KL(teacher || student); finite. 0: no KD.
-        temperature: T of KD, > 0; refused if kd_weight is 0.
+        ce_weight: Weight of the cross entropy, finite.
+        inheritance_weight: Weight of inheritance (INH), finite.
+        exploration_weight: Weight of exploration (EXP), finite.
+        kd_weight: Weight of KD = T^2 * mean KL(teacher || student); finite. 0: no KD.
+        temperature: T of KD, > 0; any value but the default is refused if kd_weight is 0.
         distance: "l1" or "cosine".
         split: "natural", the first half of the channels inherits and the second explores, or "permuted", in a fixed random
             order.
-        split_seed: seed of the permuted order, >= 0; refused with the natural split.
-        factor_epochs: epochs of the auto-encoder, with the momentum and weight decay of the run.
-        factor_lr: its constant learning rate, >= 0.
-        batch_keep: fraction of each batch that the teacher runs on and whose factors are compared, in (0, 1]: the rows of
+        split_seed: Seed of the permuted order, >= 0; any value but 0 is refused with the natural split.
+        factor_epochs: Epochs of the auto-encoder, >= 1, with the momentum and weight decay of the run.
+        factor_lr: Constant learning rate of the auto-encoder, >= 0.
+        batch_keep: Fraction of each batch that the teacher runs on and whose factors are compared, in (0, 1]: the rows of
             highest student entropy (`selection.select_batch_rows`). 1: all rows.
-        student_layer: the student's layer whose output (b, c, h, w) is compared, a name in `named_modules()`. None: the last
+        student_layer: The student's layer whose output (b, c, h, w) is compared, a name in `named_modules()`. None: the last
             of its `stages`, which every network in `kcd_ext.models` has.
-        teacher_layer: the same for the teacher.
+        teacher_layer: The same for the teacher.
 
     Raises:
-        TypeError: an argument has the wrong type.
-        ValueError: an argument is out of range, or has no effect.
+        TypeError: An argument has the wrong type.
+        ValueError: An argument is out of range, or has no effect.
     """
 
     def __init__(
@@ -295,8 +299,8 @@ class InheritanceExplorationDistillation(_FactorMethod):
         """Tap both networks and build the auto-encoder and the two encoders.
 
         Raises:
-            ValueError: a layer does not exist, or has an odd number of channels.
-            RuntimeError: a layer did not run, or its output is not a map.
+            ValueError: A layer does not exist, or has an odd number of channels.
+            RuntimeError: A layer did not run, or its output is not a map.
         """
         self.release()
         x = next(iter(samples)).x[:1]
@@ -340,12 +344,14 @@ class InheritanceExplorationDistillation(_FactorMethod):
 class InheritanceExplorationMutualLearning(_FactorMethod):
     """Mutual learning with inheritance and exploration (IE-DML): the student and a peer learn from each other, no teacher.
 
-        loss = L(student, peer) + L(peer, student) + both auto-encoders' reconstruction
+        loss = L(student, peer) + L(peer, student)
+             + both auto-encoders' reconstruction
 
     The knowledge value is the student's entropy. In L(A, B), A's logits and maps are differentiable and B's are constant:
 
         L(A, B) = ce_weight * CE(A) + kl_weight * T^2 * mean KL(B || A)
-                + inheritance_weight * INH(A_inh, F_B) + exploration_weight * EXP(A_exp, F_B)
+                + inheritance_weight * INH(A_inh, F_B)
+                + exploration_weight * EXP(A_exp, F_B)
 
     INH and EXP are those of `InheritanceExplorationDistillation`. Each network has an auto-encoder of its maps, which computes
     F. It trains beside the network, with the maps as constants, so no reconstruction loss reaches a network.
@@ -362,25 +368,25 @@ class InheritanceExplorationMutualLearning(_FactorMethod):
       are averaged as in IE-KD. We do not claim the paper's numbers.
 
     Args:
-        ce_weight: weight of the cross entropy, finite.
-        kl_weight: weight of the KL divergence, finite.
-        inheritance_weight: weight of inheritance (INH), finite.
-        exploration_weight: weight of exploration (EXP), finite.
+        ce_weight: Weight of the cross entropy, finite.
+        kl_weight: Weight of the KL divergence, finite.
+        inheritance_weight: Weight of inheritance (INH), finite.
+        exploration_weight: Weight of exploration (EXP), finite.
         temperature: T of the KL divergence, > 0.
         distance: "l1" or "cosine".
         split: "natural", the first half of the channels inherits and the second explores, or "permuted", in a fixed random
             order. The channels of both networks are split.
-        split_seed: seed of the permuted order, >= 0; refused with the natural split.
-        peer: a network by name or `module:function`, built by `kcd_ext.models.build` for the student's input channels and
+        split_seed: Seed of the permuted order, >= 0; any value but 0 is refused with the natural split.
+        peer: A network by name or `module:function`, built by `kcd_ext.models.build` for the student's input channels and
             classes. None: a copy of the student, with all weights redrawn from torch's generator by the `reset_parameters` of
             its modules; all of them are trained.
-        student_layer: the student's layer whose output (b, c, h, w) is compared, a name in `named_modules()`. None: the last
+        student_layer: The student's layer whose output (b, c, h, w) is compared, a name in `named_modules()`. None: the last
             of its `stages`, which every network in `kcd_ext.models` has.
-        peer_layer: the same for the peer.
+        peer_layer: The same for the peer.
 
     Raises:
-        TypeError: an argument has the wrong type.
-        ValueError: an argument is out of range, or has no effect.
+        TypeError: An argument has the wrong type.
+        ValueError: An argument is out of range, or has no effect.
     """
 
     needs_teacher = False
@@ -418,9 +424,10 @@ class InheritanceExplorationMutualLearning(_FactorMethod):
         """Build the peer, tap both networks, and build their auto-encoders and encoders. `teacher` is ignored.
 
         Raises:
-            TypeError, ValueError: the peer cannot be built or does not fit.
-            ValueError: a layer does not exist, or has an odd number of channels.
-            RuntimeError: a layer did not run, or its output is not a map.
+            TypeError: As `kcd_ext.models.build`.
+            ValueError: As `kcd_ext.models.build`; the peer's logits have another shape than the student's; the copied
+                student cannot be redrawn; a layer does not exist, or has an odd number of channels.
+            RuntimeError: A layer did not run, or its output is not a map.
         """
         self.release()
         x = next(iter(samples)).x[:1]
@@ -484,12 +491,12 @@ def _directions(x: Tensor) -> Tensor:
 
 
 def _to_channels_last(part: nn.Module, device: torch.device) -> nn.Module:
-    """Move to the device, in channels-last layout like the networks' maps."""
+    """Move a part to the device, in channels-last layout like the networks' maps."""
     return part.to(device, memory_format=torch.channels_last)
 
 
 def _to_working_layout(network: nn.Module, x: Tensor) -> nn.Module:
-    """Move to the device in channels-last layout; if the network does not run in it, in its own layout."""
+    """Move a network to the device in channels-last layout, or in its own layout if it runs only in that."""
     original = copy.deepcopy(network)
     moved = _to_channels_last(network, x.device)
     try:

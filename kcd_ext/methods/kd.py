@@ -27,14 +27,14 @@ class KnowledgeDistillation(Method):
 
     Args:
         temperature: T of the softened probabilities, > 0; 4 in KCD's recipe.
-        kd_weight: weight of the KL term, finite; 0.9 in KCD's recipe.
-        ce_weight: weight of the cross entropy, finite; 0.1 in KCD's recipe.
-        batch_keep: fraction of each batch that the teacher runs on, in (0, 1]: the rows of highest student entropy
+        kd_weight: Weight of the KL term, finite; 0.9 in KCD's recipe.
+        ce_weight: Weight of the cross entropy, finite; 0.1 in KCD's recipe.
+        batch_keep: Fraction of each batch that the teacher runs on, in (0, 1]: the rows of highest student entropy
             (`selection.select_batch_rows`). 1: all rows.
 
     Raises:
-        TypeError: an argument has the wrong type.
-        ValueError: an argument is out of range.
+        TypeError: An argument has the wrong type.
+        ValueError: An argument is out of range.
     """
 
     weighs_samples = True
@@ -76,11 +76,11 @@ def distill_rows(
         teacher_logits: (k, classes), constants, for the rows in `rows`.
         label: (b,) int64.
         rows: (k,) indices of the rows that the teacher ran on. None: all b rows.
-        options: arguments of `kcd_ext.condensed_kd_loss`.
+        options: Arguments of `kcd_ext.condensed_kd_loss`.
 
     Returns:
         The loss, ce_weight * CE + kd_weight * T^2 * KL; the entropies (b,), detached; the mean KL () in nats over the rows
-        that the teacher ran on, detached.
+            that the teacher ran on, detached.
     """
     loss, knowledge = kd_loss(logits, teacher_logits, labels=label, rows=rows, return_knowledge=True, **options)
     return loss, knowledge.entropy.detach(), take_rows(knowledge.kl, rows).detach().mean()

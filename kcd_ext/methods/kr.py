@@ -20,18 +20,20 @@ EXAMPLE = "layer1.0+layer1.1,layer2"  # two groups, for error messages
 class KnowledgeRepresenting(Method):
     """Knowledge representing (KR), after arXiv 1911.05329: where in the image each stage of the networks is active.
 
-        loss = ce_weight * CE + kr_weight * sum_g L_g + kd_weight * T^2 * KL(teacher || student)
+        loss = ce_weight * CE + kr_weight * sum_g L_g
+             + kd_weight * T^2 * KL(teacher || student)
 
     The knowledge value is the student's entropy. For each group g of layers, whose outputs are maps F_l (b, c, h, w) of any
     size:
 
-        a_l = mean_c F_l^2, pooled to the group's size, flattened and divided by its length,
+        a_l = mean_c F_l^2, pooled to the group's size, flattened
+              and divided by its length,
         A_g = mean_l a_l,    P_g = softmax(A_g / tau),
-        L_g = mean over the batch of -sum_i P~_i log Q~_i,    P: the teacher's, Q: the student's.
+        L_g = mean over the batch of -sum_i P~_i log Q~_i.
 
-    i runs over the support: the fraction `ratio` of all positions where the teacher's P_g is largest. P~ and Q~ are P_g and
-    Q_g restricted to the support and scaled to the sum 1. L_g is smallest, but not 0, when the student equals the teacher:
-    then it is the entropy of P~.
+    P is the teacher's, Q the student's. The index i runs over the support: the fraction `ratio` of all positions where the
+    teacher's P_g is largest. P~ and Q~ are P_g and Q_g restricted to the support and scaled to the sum 1. L_g is smallest,
+    but not 0, when the student equals the teacher: then it is the entropy of P~.
 
     - From the paper's abstract: knowledge of several layers is aggregated to a more abstract level, the student learns it
       with penalised gradients ("sparse recoding"), and both are combined with distilled logits.
@@ -39,33 +41,33 @@ class KnowledgeRepresenting(Method):
 
     Also our choice:
 
-    - A group has one size, the smallest height and width of all its maps in both networks. Larger maps are averaged (adaptive
-      average pooling); none is enlarged.
+    - A group has one size, the smallest height and the smallest width of all its maps in both networks. Larger maps are
+      averaged (adaptive average pooling); none is enlarged.
     - The gradient with respect to the student's A_g is exactly zero off the support. (The length of an a_l covers all
       positions, so a feature off the support still moves the others through it.)
     - A support of one position, as for maps of fewer than four positions at ratio 0.5, has the loss 0 and teaches nothing.
     - A map of zeros has no direction: its a_l is zeros and passes no gradient.
 
     Args:
-        temperature: T of the KL term, > 0; refused if kd_weight is 0.
-        ce_weight: weight of the cross entropy, finite.
-        kd_weight: weight of the KL term, finite. 0: no KL is computed.
-        kr_weight: weight of the sum of all L_g, the activation term, finite.
-        tau: > 0, temperature of the softmax over positions.
-        ratio: fraction of the positions to compare (the support), in (0, 1]: the max(1, int(ratio * positions)) where the
+        temperature: T of the KL term, > 0; any value but the default is refused if kd_weight is 0.
+        ce_weight: Weight of the cross entropy, finite.
+        kd_weight: Weight of the KL term, finite. 0: no KL is computed.
+        kr_weight: Weight of the sum of all L_g, the activation term, finite.
+        tau: Temperature of the softmax over positions, > 0.
+        ratio: Fraction of the positions to compare (the support), in (0, 1]: the max(1, int(ratio * positions)) where the
             teacher's A_g is largest. Ties go to the lower index, counted row by row.
-        batch_keep: fraction of each batch that the teacher runs on and whose maps are compared, in (0, 1]: the rows of
+        batch_keep: Fraction of each batch that the teacher runs on and whose maps are compared, in (0, 1]: the rows of
             highest student entropy (`selection.select_batch_rows`). 1: all rows.
-        student_layers: the student's layers whose outputs are the maps, names in `named_modules()`. Write commas between
+        student_layers: The student's layers whose outputs are the maps, names in `named_modules()`. Write commas between
             groups and + between the layers of a group, e.g. layer1.0+layer1.1,layer2. Both networks need the same number of
             groups. None: one group for each of the network's `stages`, which all networks in `kcd_ext.models` have. A stage
             that is a `torch.nn.Sequential` of blocks contributes its blocks, any other stage itself. (A child without children,
             such as a convolution, is not a block.)
-        teacher_layers: the same for the teacher.
+        teacher_layers: The same for the teacher.
 
     Raises:
-        TypeError: an argument has the wrong type.
-        ValueError: an argument is out of range, or has no effect.
+        TypeError: An argument has the wrong type.
+        ValueError: An argument is out of range, or has no effect.
     """
 
     def __init__(
@@ -97,9 +99,9 @@ class KnowledgeRepresenting(Method):
         """Tap both networks and run one sample through them, in evaluation mode and without gradients.
 
         Raises:
-            ValueError: a layer does not exist or takes no hooks, a network has no `stages` and no layers were named, or the
+            ValueError: A layer does not exist or takes no hooks, a network has no `stages` and no layers were named, or the
                 networks have different numbers of groups.
-            RuntimeError: a layer did not run, or its output is not a map (b, c, h, w).
+            RuntimeError: A layer did not run, or its output is not a map (b, c, h, w).
         """
         self.release()
         networks = {"student": student, "teacher": teacher}
@@ -173,13 +175,13 @@ class KnowledgeRepresenting(Method):
 def representing_loss(
     student_maps: Sequence[Tensor], teacher_maps: Sequence[Tensor], tau: float = 0.1, ratio: float = 0.5
 ) -> Tensor:
-    """Return L_g of one group: (), at least float32, differentiable in all maps. The support is a constant.
+    """Return L_g of one group, a scalar of at least float32. Gradients reach all maps; the support is a constant.
 
     Args:
-        student_maps: at least one map (b, c, h, w), of any channels and sizes.
-        teacher_maps: the same, with the same b.
-        tau: > 0.
-        ratio: in (0, 1].
+        student_maps: At least one map (b, c, h, w), of any channels and sizes.
+        teacher_maps: The same, with the same b.
+        tau: Temperature of the softmax over positions, > 0.
+        ratio: Fraction of the positions to compare, in (0, 1].
     """
     height, width = (min(x.shape[side] for x in (*student_maps, *teacher_maps)) for side in (2, 3))
     with full_precision(student_maps[0]):
@@ -227,7 +229,10 @@ def _parse_groups(option: str, text: str | None) -> list[list[str]] | None:
 
 
 def _block_paths(path: str, stage: nn.Module) -> list[str]:
-    """Return the paths of a stage's blocks if it is a sequence of blocks, else its own. Unwraps a sequence of one block."""
+    """Return the paths of a stage's blocks if it is a sequence of blocks, else its own.
+
+    If its only child is itself a sequence of blocks, return the paths of that child's blocks.
+    """
     children = dict(stage.named_children()) if isinstance(stage, nn.Sequential) else {}
     if not children or any(next(child.children(), None) is None for child in children.values()):
         return [path]

@@ -19,23 +19,24 @@ class ProbabilisticKnowledgeTransfer(FeatureMethod):
     The knowledge value is the student's entropy. For the features f of a batch, let K_ij = (1 + cos(f_i, f_j)) / 2 (Eq. 6
     with the cosine kernel, i = j included), and P_ij = K_ij / sum_j K_ij. Then
 
-        PKT = mean_ij P_ij * log((P_ij + 1e-7) / (Q_ij + 1e-7)),    P: the teacher's, Q: the student's.
+        PKT = mean_ij P_ij * log((P_ij + 1e-7) / (Q_ij + 1e-7)).
 
-    The mean runs over all b * b pairs, as in the published code (RepDistiller's, after the authors'); it is not a sum over j.
-    So PKT is the batch's mean KL divergence divided by b, and the published weight of 30000 belongs to that.
+    P is the teacher's, Q the student's. The mean runs over all b * b pairs, as in the published code (RepDistiller's, after
+    the authors'); it is not a sum over j. So PKT is the batch's mean KL divergence divided by b, and the published weight of
+    30000 belongs to that.
 
     Args:
-        ce_weight: weight of the cross entropy, finite; 1 in RepDistiller's comparison, which KCD builds on.
-        pkt_weight: weight of the similarity term, PKT, finite; 30000 in the same comparison.
-        batch_keep: fraction of each batch that the teacher runs on and whose features are compared, in (0, 1]: the rows of
+        ce_weight: Weight of the cross entropy, finite; 1 in RepDistiller's comparison, which KCD builds on.
+        pkt_weight: Weight of the similarity term, PKT, finite; 30000 in the same comparison.
+        batch_keep: Fraction of each batch that the teacher runs on and whose features are compared, in (0, 1]: the rows of
             highest student entropy (`selection.select_batch_rows`). 1: all rows.
-        student_layer: the student's layer whose input is compared, a name in `named_modules()` (`features.Tap`). None: the last
+        student_layer: The student's layer whose input is compared, a name in `named_modules()` (`features.Tap`). None: the last
             linear layer.
-        teacher_layer: the same for the teacher.
+        teacher_layer: The same for the teacher.
 
     Raises:
-        TypeError: an argument has the wrong type.
-        ValueError: an argument is out of range.
+        TypeError: An argument has the wrong type.
+        ValueError: An argument is out of range.
     """
 
     def __init__(

@@ -65,14 +65,17 @@ class Method(nn.Module):
     weighs_samples = False
     """True: `forward` applies `batch.weight` and sets `Outcome.losses`."""
     flops_known = True
-    """False: a row costs more than one teacher forward pass and one student step."""
+    """False: a row costs more, or less, than one forward pass of the teacher and one step of the student."""
     compiles_teacher = True
     """False: a recipe's `compile` does not compile the teacher."""
     batch_keep = 1.0
     """The fraction of each batch that the teacher runs on."""
 
     def set_options(self, check: Callable[[str, object], object], **options: object) -> None:
-        """Set each option as an attribute, after `check(name, value)`, a function of `kcd_ext.checks`, has validated it."""
+        """Set each option as an attribute, to the value that `check(name, value)` returns.
+
+        `check` is a function of `kcd_ext.checks`. It raises for values that are not allowed.
+        """
         for name, value in options.items():
             setattr(self, name, check(name, value))
 
@@ -83,9 +86,9 @@ class Method(nn.Module):
         methods do not need this.
 
         Args:
-            student: the student.
-            teacher: the teacher, or None.
-            samples: the whole training set as batches, on every rank, on the training device. Each sample comes once, by
+            student: The student.
+            teacher: The teacher, or None.
+            samples: Batches on the training device, of the whole training set on every rank. Each sample comes once, by
                 ascending index, unmixed. You can iterate as often as you like. Images of an `ImageSet` are neither cropped
                 nor flipped; items of other data sets pass through their own transforms, which may augment. If all labels
                 are in memory, `samples.labels` holds them, (n,) int64 by index, so you need not load any sample for them.

@@ -27,8 +27,8 @@ class PartialToWhole:
     differ by at most one epoch.
 
     Raises:
-        TypeError: a field has the wrong type.
-        ValueError: a field is out of range, or there are fewer epochs than stages.
+        TypeError: A field has the wrong type.
+        ValueError: A field is out of range, or there are fewer epochs than stages.
     """
 
     widths: Sequence[float]
@@ -36,7 +36,7 @@ class PartialToWhole:
     epochs: int
     """The number of epochs of the run."""
     lr_min: float = 0.0
-    """The end of each stage's cosine, as a fraction of its start, in [0, 1]."""
+    """The end of each stage's cosine, as a fraction of its start, in [0, 1]. The epoch after the stage would reach it."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "widths", check_widths("widths", self.widths))
@@ -88,21 +88,21 @@ class PartialToWholeDistillation(Method):
     Methods that compare features get zeros for the features that a partial teacher lacks (`FeatureMethod.teacher_forward`).
 
     Args:
-        base: a method that needs a teacher, by name or `module:Class`. Its own pretraining follows that of the teacher.
-        widths: ascending fractions in (0, 1], the last one 1; see `slimmable`. On the command line: "0.25,0.5,0.75,1".
-        teacher_epochs: epochs of the teacher's pretraining.
-        teacher_lr: learning rate of the teacher's pretraining, which drops to a tenth at 50 % and 75 % of its epochs.
-        lr_min: end of the cosine, as a fraction of the recipe's `lr`, in [0, 1].
-        in_place: narrow widths learn from the full one instead of the labels.
-        widths_a_step: number of widths in each step of the teacher's pretraining: the full one, the narrowest, and others
+        base: A method that needs a teacher, by name or `module:Class`. Its own pretraining follows that of the teacher.
+        widths: Ascending fractions in (0, 1], the last one 1; see `slimmable`. On the command line: "0.25,0.5,0.75,1".
+        teacher_epochs: Epochs of the teacher's pretraining, >= 1.
+        teacher_lr: Learning rate of the teacher's pretraining, >= 0. It drops to a tenth at 50 % and 75 % of its epochs.
+        lr_min: End of the cosine, as a fraction of the recipe's `lr`, in [0, 1].
+        in_place: Narrow widths learn from the full one instead of the labels.
+        widths_a_step: Number of widths in each step of the teacher's pretraining, >= 2: the full one, the narrowest, and others
             drawn at random in each step. None: all widths.
         partial: False for the control, which uses the unchanged teacher in all stages, with the same learning rates. Then only
             the number of widths counts, and options of the teacher's pretraining are refused.
-        base_options: the options of `base`, as values or as text.
+        base_options: The options of `base`, as values or as text.
 
     Raises:
-        TypeError: an argument, or one for `base`, has the wrong type.
-        ValueError: an argument, or one for `base`, is out of range; or `base` needs no teacher, chooses the teacher itself, or
+        TypeError: An argument, or one for `base`, has the wrong type.
+        ValueError: An argument, or one for `base`, is out of range; or `base` needs no teacher, chooses the teacher itself, or
             has its own learning rates.
     """
 
@@ -200,7 +200,7 @@ class PartialToWholeDistillation(Method):
             ) from error
 
     def teacher_of(self, teacher: nn.Module | None) -> nn.Module | None:
-        """Return the network that runs at several widths, of the teacher's type and names; for the control, the teacher."""
+        """Return the slimmable teacher, with the type, names and attributes of the teacher; for the control, the teacher."""
         return teacher if self.slimmable is None else self.slimmable.network
 
     def pretraining(self) -> tuple[Pretraining, ...]:

@@ -16,7 +16,7 @@ def select_batch_rows(student_logits: Tensor, batch_keep: float) -> Tensor | Non
 
     Args:
         student_logits: (b, classes); not differentiated.
-        batch_keep: the fraction to select, in (0, 1]. 1: all rows.
+        batch_keep: The fraction to select, in (0, 1]. 1: all rows.
 
     Returns:
         int64 (max(1, int(batch_keep * b)),), ascending; None for all rows.

@@ -35,7 +35,7 @@ class Slimmable(nn.Module):
     """
 
     def __init__(self, network: nn.Module, widths: tuple[float, ...]):
-        """Wrap `network`, whose layers are those of `SLIMMABLE`."""
+        """Wrap `network`, whose layers are already the slimmable ones, the values of `SLIMMABLE`."""
         super().__init__()
         self.network = network
         self.widths = widths
@@ -71,7 +71,8 @@ class Slimmable(nn.Module):
     def zero_for_other_widths(self, widths: Sequence[float]) -> Tensor | float:
         """Return 0 (), with gradient 0 for the normalisations of all narrow widths that are not in `widths`.
 
-        Adding it to the loss gives every parameter a gradient on every rank, even if the ranks draw different widths.
+        Adding it to the loss gives every parameter a gradient on every rank, even if the ranks draw different widths. So no
+        rank waits for a gradient that another one does not have.
         """
         others = [i for i, width in enumerate(self.widths[:-1]) if width not in widths]
         norms = [layer.narrow for layer in self.network.modules() if isinstance(layer, _Normalisation)]
@@ -94,14 +95,14 @@ def slimmable(module: nn.Module, widths: Sequence[float] | float | str) -> Slimm
       channels are used, and all start equal to the module's.
 
     Args:
-        module: may contain Conv2d, Linear, BatchNorm1d and BatchNorm2d, of exactly these types, and layers without
+        module: May contain Conv2d, Linear, BatchNorm1d and BatchNorm2d, of exactly these types, and layers without
             parameters. It is not modified. `momentum=None`, `affine=False` and `track_running_stats=False` mean what they
             do in torch.
-        widths: ascending fractions in (0, 1], the last one 1.
+        widths: Ascending fractions in (0, 1], the last one 1.
 
     Raises:
         TypeError: `module` is not a `torch.nn.Module`, or `widths` are not numbers.
-        ValueError: a width is out of range; a layer has another type or is TorchScript; there is no linear layer. In a
+        ValueError: A width is out of range; a layer has another type or is TorchScript; there is no linear layer. In a
             forward pass: a grouped convolution receives a number of channels that its groups do not divide.
     """
     widths = check_widths("widths", widths)
@@ -163,7 +164,7 @@ def _check_layer(path: str, layer: nn.Module) -> None:
 
 
 class _Convolution(nn.Conv2d):
-    """Attributes: `width_channels` at each width, the current `width_index`, and `path`, the layer's name for errors."""
+    """A convolution with `width_channels` at each width, the current `width_index`, and `path`, its name in errors."""
 
     def forward(self, x: Tensor) -> Tensor:
         if self.width_index == len(self.width_channels) - 1:
@@ -190,7 +191,7 @@ class _Convolution(nn.Conv2d):
 
 
 class _Linear(nn.Linear):
-    """Attributes as in `_Convolution`."""
+    """A linear layer with the attributes of `_Convolution`."""
 
     def forward(self, x: Tensor) -> Tensor:
         if self.width_index == len(self.width_channels) - 1:
@@ -200,7 +201,7 @@ class _Linear(nn.Linear):
 
 
 class _Normalisation:
-    """Normalises with the layer itself at full width, else with the entry of `narrow` for the current `width_index`."""
+    """A normalisation by the layer itself at full width, else by the entry of `narrow` for the current `width_index`."""
 
     def forward(self, x: Tensor) -> Tensor:
         if self.width_index == len(self.narrow):

@@ -25,7 +25,8 @@ VIEWS = 4  # rotations by 0, 90, 180 and 270 degrees; the first is the normal vi
 class SelfSupervisedKnowledgeDistillation(FeatureMethod):
     """Self-supervised knowledge distillation (SSKD), Xu et al., ECCV 2020.
 
-        loss = ce_weight * CE + kd_weight * KD + transformed_weight * TF + similarity_weight * SS
+        loss = ce_weight * CE + kd_weight * KD
+             + transformed_weight * TF + similarity_weight * SS
 
     The knowledge value of a sample is the student's entropy on its normal view. Each of KD, TF and SS is
     T^2 * mean KL(teacher || student) with its own temperature T:
@@ -40,7 +41,7 @@ class SelfSupervisedKnowledgeDistillation(FeatureMethod):
     TF and SS are means over selected rows: all rows where the teacher is right, and a given ratio of those where it is wrong.
     These are the rows of lowest error level, the number of classes (TF) or images (SS) that the teacher ranks above the truth.
     Ties go to the lower row. Rows are ordered by image, then by angle. (The authors' first code kept the ratio of the right
-    rows by mistake, and was corrected. The number of kept rows is rounded down, as there.)
+    rows by mistake, and was corrected. The number of wrong rows kept is rounded down, as there.)
 
     Two differences from the authors' code: all views are rotations of one augmented image, while theirs crops each view on
     its own; and a mean over no rows is 0, while theirs is NaN.
@@ -51,26 +52,26 @@ class SelfSupervisedKnowledgeDistillation(FeatureMethod):
         temperature: T of the normal views' KL (KD), > 0.
         transformed_temperature: T of the transformed views' KL (TF), > 0.
         similarity_temperature: T of the similarities' KL (SS), > 0.
-        ce_weight: weight of the cross entropy, finite; 0.1 as published.
-        kd_weight: weight of the normal views' KL (KD), finite; 0.9 as published.
-        transformed_weight: weight of the transformed views' KL (TF), finite; 2.7 as published.
-        similarity_weight: weight of the similarities' KL (SS), finite; 10 as published.
-        transformed_ratio: of TF's rows where the teacher is wrong, the fraction to keep, in [0, 1].
-        similarity_ratio: of SS's rows where the teacher is wrong, the fraction to keep, in [0, 1].
-        head_epochs: epochs for the teacher's head.
-        head_lr: learning rate for the teacher's head.
-        head_milestones: fractions of `head_epochs` at which `head_lr` drops to a tenth. On the command line, write several
+        ce_weight: Weight of the cross entropy, finite; 0.1 as published.
+        kd_weight: Weight of the normal views' KL (KD), finite; 0.9 as published.
+        transformed_weight: Weight of the transformed views' KL (TF), finite; 2.7 as published.
+        similarity_weight: Weight of the similarities' KL (SS), finite; 10 as published.
+        transformed_ratio: Fraction to keep of those TF rows where the teacher is wrong, in [0, 1].
+        similarity_ratio: Fraction to keep of those SS rows where the teacher is wrong, in [0, 1].
+        head_epochs: Epochs for the teacher's head, >= 1.
+        head_lr: Learning rate for the teacher's head, >= 0.
+        head_milestones: Fractions of `head_epochs` at which `head_lr` drops to a tenth. On the command line, write several
             as "0.5,0.75", and none as "".
-        batch_keep: fraction of each batch that the teacher runs on, in (0, 1]: the images whose normal views have the
+        batch_keep: Fraction of each batch that the teacher runs on, in (0, 1]: the images whose normal views have the
             highest student entropy (`selection.select_batch_rows`). KD, TF and SS use all views of these images and no
             others. 1: all images.
-        student_layer: the student's layer whose input is embedded, a name in `named_modules()` (`features.Tap`). None: the last
+        student_layer: The student's layer whose input is embedded, a name in `named_modules()` (`features.Tap`). None: the last
             linear layer.
-        teacher_layer: the same for the teacher.
+        teacher_layer: The same for the teacher.
 
     Raises:
-        TypeError: an argument has the wrong type.
-        ValueError: an argument is out of range.
+        TypeError: An argument has the wrong type.
+        ValueError: An argument is out of range.
     """
 
     def __init__(
@@ -208,10 +209,10 @@ def _selected_kl(student: Tensor, teacher: Tensor, *, truth: Tensor, ratio: floa
     """Return the mean KL divergence () at this temperature, in nats, over the rows of `select_least_wrong`.
 
     Args:
-        student: scores (r, c).
-        teacher: scores (r, c).
+        student: Scores (r, c).
+        teacher: Scores (r, c).
         truth: (r,).
-        ratio: see `select_least_wrong`.
+        ratio: See `select_least_wrong`.
         temperature: T > 0.
     """
     if student.shape[1] == 1:  # a batch of one image has one similarity
@@ -229,7 +230,7 @@ def select_least_wrong(score: Tensor, truth: Tensor, ratio: float) -> tuple[Tens
     Args:
         score: (r, c). A row whose truth has the score NaN counts as right, so that it reaches the loss.
         truth: int64 (r,).
-        ratio: in [0, 1]; the number of rows is rounded down.
+        ratio: In [0, 1]; the number of other rows selected is rounded down.
 
     Returns:
         A mask, bool (r,), and the number of selected rows, int64 ().

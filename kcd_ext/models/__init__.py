@@ -55,13 +55,13 @@ def build(name: str, *, in_channels: int, num_classes: int) -> nn.Module:
     """Return a new network, initialised from torch's generator.
 
     Args:
-        name: a key of REGISTRY or ALIASES, or `module:function`, which is called with the same two keyword arguments.
-        in_channels: channels of the images.
-        num_classes: number of logits.
+        name: A key of REGISTRY or ALIASES, or `module:function`, which is called with the same two keyword arguments.
+        in_channels: Channels of the images.
+        num_classes: Number of logits.
 
     Raises:
-        ValueError: the name is unknown, or the function fails.
-        TypeError: the function does not take these arguments, or does not return a `torch.nn.Module`.
+        ValueError: The name is unknown, or the function fails.
+        TypeError: The function does not take these arguments, or does not return a `torch.nn.Module`.
     """
     arguments = {"in_channels": in_channels, "num_classes": num_classes}
     try:

@@ -17,10 +17,10 @@ def cnn(in_channels: int, num_classes: int, widths: tuple[int, ...], strides: tu
     It maps `(b, c, h, w)` to logits `(b, classes)`. A stage ends before the next stride, after the activation.
 
     Args:
-        in_channels: channels of the images.
-        num_classes: number of logits.
-        widths: output channels of every convolution.
-        strides: stride of every convolution.
+        in_channels: Channels of the images.
+        num_classes: Number of logits.
+        widths: Output channels of every convolution.
+        strides: Stride of every convolution.
     """
     before = (in_channels, *widths[:-1])
     convolutions = [_convolution(a, b, s) for a, b, s in zip(before, widths, strides, strict=True)]

@@ -11,11 +11,12 @@ def blocks_per_stage(depth: int, extra_layers: int) -> int:
     """Return the number of two-convolution blocks in each of three stages of a network of `depth` layers.
 
     Args:
-        depth: total number of layers.
-        extra_layers: layers outside the blocks.
+        depth: Total number of layers.
+        extra_layers: Layers outside the blocks.
 
     Raises:
-        TypeError, ValueError: the number is not an integer >= 1.
+        TypeError: `depth` is not an integer.
+        ValueError: The number is not an integer >= 1.
     """
     blocks, rest = divmod(check_int("depth", depth, 6 + extra_layers) - extra_layers, 6)
     if rest:

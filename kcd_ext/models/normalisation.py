@@ -21,16 +21,16 @@ def renormalise(
     and `state_dict` do not change. Copies of the network (`copy.deepcopy`) do the same.
 
     Args:
-        network: takes x `(b, c, ...)`. Modified in place, with a forward pre-hook.
-        given: mean and std of the images that it will receive, each one number per channel, in units of pixels / 255.
-        own: mean and std of the images that it was trained on, in the same form.
+        network: Takes x `(b, c, ...)`. Modified in place, with a forward pre-hook.
+        given: Mean and std of the images that it will receive, each one number per channel, in units of pixels / 255.
+        own: Mean and std of the images that it was trained on, in the same form.
 
     Returns:
         The network.
 
     Raises:
-        TypeError: the network is a TorchScript module, which takes no hooks.
-        ValueError: the tuples differ in length, or the network has already been renormalised.
+        TypeError: The network is a TorchScript module, which takes no hooks.
+        ValueError: The tuples differ in length, or the network has already been renormalised.
     """
     if isinstance(network, torch.jit.ScriptModule):
         raise TypeError("network must be a torch.nn.Module that takes hooks, got a TorchScript module")

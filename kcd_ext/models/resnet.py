@@ -33,7 +33,8 @@ class ResNet(nn.Module):
     The stages have full, half and quarter size, all after the activation.
 
     Raises:
-        TypeError, ValueError: `depth` is not 6 n + 2 for an integer n >= 1.
+        TypeError: `depth` is not an integer.
+        ValueError: `depth` is not 6 n + 2 for an integer n >= 1.
     """
 
     stages = ("layer1", "layer2", "layer3")

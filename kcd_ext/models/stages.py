@@ -10,7 +10,7 @@ def features(network: nn.Module, x: Tensor) -> list[Tensor]:
     """Run one forward pass and return the map of every stage, the pooled vector and the logits, all differentiable.
 
     Args:
-        network: a network with `stages` that ends in a `torch.nn.Linear`. `stages` is a tuple of the paths
+        network: A network with `stages` that ends in a `torch.nn.Linear`. `stages` is a tuple of the paths
             (`network.get_submodule(path)`) of the modules whose outputs are the feature maps, in execution order. Every
             network of this package qualifies, but not after torch.compile or in a wrapper for several processes. The
             docstring of each network says whether its maps are before or after the activation.
@@ -18,11 +18,11 @@ def features(network: nn.Module, x: Tensor) -> list[Tensor]:
 
     Returns:
         A map `(b, channels, height, width)` per stage, the `(b, width)` input of the last linear layer, and the
-        `(b, classes)` output of the network. These are the tensors that the network computes with, not copies.
+            `(b, classes)` output of the network. These are the tensors that the network computes with, not copies.
 
     Raises:
-        TypeError: the network has no `stages`, or no linear layer.
-        ValueError: the stages and then the linear layer did not run once each, in that order.
+        TypeError: The network has no `stages`, or no linear layer.
+        ValueError: The stages and then the linear layer did not run once each, in that order.
     """
     name = type(network).__name__
     if not hasattr(network, "stages"):

@@ -14,8 +14,9 @@ from .layers import initialise_convolutions, initialise_linear
 class VGG(nn.Module):
     """Five blocks of 3x3 convolutions and one linear layer: `(b, c, h, w)` to logits `(b, classes)`.
 
-    Images need at least 8 pixels a side: each of the first three blocks halves them. The first block is the stem and not
-    in `stages`. The others have a half, a quarter, an eighth and an eighth of the size, all after the activation.
+    Images need at least 8 pixels a side: pooling halves them after each of the first three blocks. The first block is the
+    stem and not in `stages`. The outputs of the others, after the activation, have a half, a quarter, an eighth and an
+    eighth of the image's size.
     """
 
     stages = ("block1", "block2", "block3", "block4")

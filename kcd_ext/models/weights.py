@@ -131,13 +131,13 @@ def load_weights(path: Path) -> Weights:
     """Return the weights in a file, on the CPU, without executing anything in the file.
 
     Args:
-        path: a .safetensors file, or a state_dict written by `torch.save`, alone or in a checkpoint. A checkpoint may
+        path: A .safetensors file, or a state_dict written by `torch.save`, alone or in a checkpoint. A checkpoint may
             contain plain values too (VALUES). Its weights may be under one of WRAPPERS, or under any other key if only
             one entry is a dictionary of tensors.
 
     Raises:
-        ValueError: the file is not a regular file, is damaged, has no weights, or contains other than plain values.
-        OSError: the file cannot be read.
+        ValueError: The file is not a regular file, is damaged, has no weights, or contains other than plain values.
+        OSError: The file cannot be read.
     """
     content = read_regular(path)  # as bytes: the readers raise other errors, and refuse a path that is not UTF-8
     notes: list[str] = []
@@ -231,7 +231,7 @@ def _select_tensors(path: Path, content: object, notes: list[str]) -> dict[str, 
     """Return the tensors among these entries and drop plain values.
 
     Raises:
-        ValueError: there are no tensors, or entries that are neither tensors nor plain values.
+        ValueError: There are no tensors, or entries that are neither tensors nor plain values.
     """
     takes = f"{path} must contain tensors by name (a state_dict), directly or under one of {', '.join(WRAPPERS)}"
     if not isinstance(content, Mapping):
@@ -293,12 +293,12 @@ def match_weights(what: str, own: Mapping[str, Tensor], weights: Mapping[str, Te
     not parameters (COUNTERS, integers) are left out. A missing `num_batches_tracked` keeps the network's value.
 
     Args:
-        what: start of an error message.
-        own: the network's state_dict.
-        weights: tensors by name.
+        what: Start of an error message.
+        own: The network's state_dict.
+        weights: Tensors by name.
 
     Raises:
-        ValueError: names the first difference that remains, in one line; torch's message has a line for each.
+        ValueError: Names the first difference that remains, in one line; torch's message has a line for each.
     """
     candidates = [dict(zip(names, weights.values(), strict=True)) for names in _renamings(weights)]
     candidates = [renamed for renamed in candidates if len(renamed) == len(weights)]

@@ -38,7 +38,8 @@ class WideResNet(nn.Module):
     last is after both, because that map is pooled; its sum is the output of `block3`.
 
     Raises:
-        TypeError, ValueError: `depth` is not 6 n + 4 for an integer n >= 1.
+        TypeError: `depth` is not an integer.
+        ValueError: `depth` is not 6 n + 4 for an integer n >= 1.
     """
 
     stages = ("block1", "block2", "relu")

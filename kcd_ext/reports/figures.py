@@ -27,10 +27,10 @@ NETWORK_COLOURS = {"student": "#0072b2", "teacher": "#7f7f7f"}
 
 
 class Methods:
-    """The runs of a report by method, averaged over seeds for drawing.
+    """The runs of a report by method. Curves are averaged over seeds, epoch by epoch.
 
-    A teacher is drawn as a horizontal line instead of a curve, unless it is the only method. A teacher that was only measured
-    is always drawn as a line.
+    A trained teacher is drawn as a horizontal line instead of a curve, unless it is the only method. Teachers that were only
+    measured are always lines.
     """
 
     def __init__(self, summaries: Sequence[Summary]):

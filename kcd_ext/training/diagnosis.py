@@ -153,7 +153,7 @@ def teacher_warning(teacher: float, student: float | None, labels: Sequence[floa
     chance = max(max(labels) / samples, 1 / len(labels))
     near = chance + max(0.1 * (1 - chance), 2 * math.sqrt(chance * (1 - chance) / samples))
     if teacher <= 100 * near:
-        comparison = f"where the most frequent class alone has {100 * chance:.1f} %"
+        comparison = f"and always guessing the most frequent class gives {100 * chance:.1f} %"
     elif student is not None and teacher <= student:
         comparison = f"no more than the student before training ({student:.1f} %)"
     else:

@@ -83,7 +83,7 @@ def prepare(accelerator: Accelerator, module: nn.Module) -> nn.Module:
 
 
 def gradient_sync(accelerator: Accelerator, module: nn.Module, last: bool) -> AbstractContextManager:
-    """Reduce gradients over the ranks only in the last backward pass of a step."""
+    """Return a context that reduces gradients over the ranks only in the last backward pass of a step."""
     skip = not last and accelerator.num_processes > 1 and not is_sharded(module)
     return accelerator.no_sync(module) if skip else nullcontext()
 

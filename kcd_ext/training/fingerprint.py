@@ -52,7 +52,7 @@ def check_same_run(saved: Mapping, mine: Mapping, path: object) -> None:
         if old != new:
             key, old, new = _first_difference(key, old, new)
             raise ValueError(
-                f"{path} was run with {key}={brief(old)}, got {key}={brief(new)}: a run resumes only as it began"
+                f"{path} was run with {key}={brief(old)}, got {key}={brief(new)}: a resumed run must not change it"
             )
 
 

@@ -114,8 +114,8 @@ def distill(
     """Train the student in place, as the recipe says, and validate it after every epoch.
 
     Before it writes anything, `distill` takes one training step on the first samples, in the precision of the run, and
-    undoes it. So what does not fit fails at once, in one line that names the student, the teacher or the method. The
-    step also decides in which memory layout each network runs.
+    undoes it. So an argument that does not fit fails at once, in one line that names the student, the teacher or the
+    method. The step also decides in which memory layout each network runs.
 
     **Your process.** Afterwards the generators of Python, NumPy and torch, and torch's settings, are as they were
     before. Your autocast, gradient and inference modes, default dtype and default device have no effect inside.

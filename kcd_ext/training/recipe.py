@@ -47,10 +47,9 @@ class Recipe:
     momentum: float = 0.9
     """Momentum of stochastic gradient descent."""
     weight_decay: float = 5e-4
-    """L2 penalty: this times a weight is added to its gradient."""
+    """L2 penalty: each weight times this number is added to the weight's gradient."""
     milestones: tuple[float, ...] = (0.625, 0.75, 0.875)
-    """Fractions of `epochs` at which the learning rate is multiplied by `gamma` (150, 180 and 210 of 240). A method with
-    its own schedule (pwkd) takes none."""
+    """Fractions of `epochs` at which `gamma` multiplies the learning rate (150, 180, 210 of 240). Not for pwkd."""
     gamma: float = 0.1
     """Factor of the learning rate at a milestone."""
     seed: int = 0
@@ -58,17 +57,13 @@ class Recipe:
     device: str = "auto"
     """auto (CUDA if available), cpu or cuda."""
     precision: str = "auto"
-    """Autocast of the networks: float32, bfloat16 or float16. auto: the precision that accelerate was launched with, else
-    float32."""
+    """Autocast of the networks: float32, bfloat16 or float16. auto: that of accelerate launch, else float32."""
     compile: bool = False
-    """Whether to compile student and teacher with torch.compile, for any batch size. The growing teacher of pwkd is not
-    compiled."""
+    """Compile student and teacher with torch.compile, for any batch size; not the growing teacher of pwkd."""
     num_workers: int = 0
-    """Worker processes that load data item by item: this many for training and as many for testing, started once per run.
-    The random numbers that transforms draw depend on it."""
+    """Workers that load items: as many for training as for testing, started once per run. Random transforms depend on it."""
     name: str = ""
-    """Name of the run in tables and files. Empty: the method, with the prefix kc- if samples are condensed by value, or
-    with another selection's name (random, random-crd)."""
+    """Name of the run in tables and files. Empty: from method and selection, such as kd, kc-kd, random or random-crd."""
 
     def __post_init__(self) -> None:
         for name, least in (("epochs", 1), ("batch_size", 1), ("gradient_accumulation", 1), ("num_workers", 0)):
@@ -111,7 +106,11 @@ class Recipe:
 
     @property
     def label(self) -> str:
-        """The name of the run in tables and files."""
+        """The name of the run in tables and files.
+
+        It is `name` or, if that is empty, the method. If samples are dropped by value, the method gets the prefix `kc-`. With
+        another selection the label is that selection's name, followed by the method unless it is `kd`.
+        """
         if self.name or not self.condense.drops_samples:
             return self.name or self.method
         if self.condense.selection == "value":

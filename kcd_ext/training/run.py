@@ -213,7 +213,7 @@ class Run:
         if done > planned or (self.history and done < planned):
             raise ValueError(
                 f"{found.source} has {done} epochs of pretraining, method {self.recipe.method!r} plans {planned} now: "
-                "a run resumes only as it began"
+                "a resumed run must not change its pretraining"
             )
         with report_damage(found.source):
             self.condenser.load_state_dict(found.training["condenser"])

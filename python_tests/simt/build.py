@@ -1,4 +1,4 @@
-"""Compile tests of CUDA kernels for the CPU, with the shim, and optionally with a sanitizer.
+"""Builds of CUDA kernels and their tests for the CPU, with the shim and optionally with a sanitizer.
 
 Results are cached by preprocessed source, flags and compiler, in the folder of the environment variable `KCD_TEST_CACHE`. The
 default is a folder of the user in the temporary directory.
@@ -168,7 +168,7 @@ def _cache_folder() -> Path:
     folder = Path(given) if given else Path(tempfile.gettempdir()) / f"kcd_ext-simt-{os.getuid()}"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     if folder.stat().st_uid != os.getuid():
-        raise BuildError(f"{folder} belongs to another user: set KCD_TEST_CACHE to a folder of your own")
+        raise BuildError(f"{folder} belongs to another user: set KCD_TEST_CACHE to a folder that you own")
     return folder
 
 

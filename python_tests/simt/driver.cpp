@@ -2,10 +2,11 @@
 //
 //   driver <schedules> <case>...
 //
-// schedules: "forward", "reverse" or "random:<seed>:<resident blocks>", separated by spaces.  A case: "name=value" options, see
-// Case.
-// Prints one line per case, schedule and array: the case's index, the schedule, the array's name and its digest, in which all NaNs
-// are equal.
+// - schedules: "forward", "reverse" or "random:<seed>:<resident blocks>", separated by spaces
+// - case: "name=value" options, see Case
+//
+// Prints one line per case, schedule and array: the case's index, the schedule, the array's name and its digest.  All NaNs have the
+// same digest.
 //
 // Arrays are allocated at exactly their size; outputs and workspace start as garbage.  Exit status: 0; kFailedLaunch if a launch
 // failed (message on stderr); kUsageError for wrong arguments; otherwise a sanitizer's.
@@ -59,15 +60,15 @@ class Options {
     }
   }
 
-  std::string text(const std::string& name, const std::string& otherwise) {
+  std::string text(const std::string& name, const std::string& default_value) {
     const auto found = values_.find(name);
-    if (found == values_.end()) return otherwise;
+    if (found == values_.end()) return default_value;
     const std::string value = found->second;
     values_.erase(found);
     return value;
   }
-  double number(const std::string& name, double otherwise) { return std::stod(text(name, std::to_string(otherwise))); }
-  int64_t integer(const std::string& name, int64_t otherwise) { return std::stoll(text(name, std::to_string(otherwise))); }
+  double number(const std::string& name, double default_value) { return std::stod(text(name, std::to_string(default_value))); }
+  int64_t integer(const std::string& name, int64_t default_value) { return std::stoll(text(name, std::to_string(default_value))); }
 
   // Returns the index in `names` of the option's value; by default the first.
   int choice(const std::string& name, Names names) {
@@ -269,23 +270,23 @@ Tensor tensor(Type type, int64_t rows, int64_t classes, int64_t inner, int64_t g
   return {std::move(memory), logits};
 }
 
-double masked(int64_t row, int64_t c, int64_t classes, Type type, double usual) {
+double masked(int64_t row, int64_t c, int64_t classes, Type type, double logit) {
   const double infinity = std::numeric_limits<double>::infinity();
   switch (row % 8) {
     case 1:
-      return c % 2 == 0 ? -infinity : usual;
+      return c % 2 == 0 ? -infinity : logit;
     case 2:
       return -infinity;
     case 3:
-      return c == classes / 2 ? std::numeric_limits<double>::quiet_NaN() : usual;
+      return c == classes / 2 ? std::numeric_limits<double>::quiet_NaN() : logit;
     case 4:
-      return c > classes / 3 ? lowest(type) : usual;
+      return c > classes / 3 ? lowest(type) : logit;
     case 5:
       return 1;
     case 6:
-      return usual + 1e4;
+      return logit + 1e4;
     default:
-      return usual;
+      return logit;
   }
 }
 
@@ -295,8 +296,8 @@ Tensor make_logits(const Case& c, Type type, int64_t rows, int64_t offset, uint6
     char* const row = x.row(i);
     Random random(seed + (c.content == Content::equal ? 0 : static_cast<uint64_t>(i) * 0x100000000u));
     for (int64_t j = 0; j < c.classes; ++j) {
-      const double usual = 12 * random.uniform() - 6;
-      put(row, type, j, c.content == Content::masked ? masked(i, j, c.classes, type, usual) : usual);
+      const double logit = 12 * random.uniform() - 6;
+      put(row, type, j, c.content == Content::masked ? masked(i, j, c.classes, type, logit) : logit);
     }
     const char* const end = row + c.classes * size_of(type);
     if (i + 1 < rows) poison(end, x.row(i + 1) - end);
@@ -520,7 +521,7 @@ void run_step(const Case& c, const Report& report) {
   const Memory grad_output = make_array(real, c.loss_size(), [](int64_t i) { return 1 + 0.5 * static_cast<double>(i % 3); });
   const Tensor gradient = tensor(c.student, c.rows, c.classes, c.rows, 0, 0);
   const Tensor& out = c.in_place ? student : gradient;
-  cuda::launch_backward(
+  cuda::launch_condensed_kd_backward(
       {problem, stats.data(), selected.data<uint8_t>(), c.weights ? row_weight.data() : nullptr, grad_output.data(),
        c.reduction == Reduction::none, counts.data<int64_t>(), 0.25 * c.temperature, c.ce_weight(), c.reduction, 1, out.logits},
       c.context);

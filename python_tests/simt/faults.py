@@ -1,4 +1,4 @@
-"""Plant faults in copies of the CUDA kernels. One build contains all faults; an environment variable activates one of them."""
+"""Faults planted in copies of the CUDA kernels. One build contains all faults; an environment variable activates one of them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,7 +1,6 @@
 // Stacks, and switching between them.  Included only by simt.cpp.
 //
-// swapcontext would make a system call per switch, for the signal mask.  The sanitizers follow the switches through their fiber
-// functions.
+// swapcontext would make a system call per switch, for the signal mask.  The sanitizers offer functions to follow the switches.
 #pragma once
 #include <sys/mman.h>
 #include <unistd.h>
@@ -228,14 +227,14 @@ class Fiber {
 #endif
   }
 
-  // Calls `last_words` as this fiber, which is suspended and will not run again; called by the host.
+  // Calls `report` as this fiber, which is suspended and will not run again; called by the host.
   template <class Function>
-  void abandon(Fiber& host, Function last_words) {
+  void abandon(Fiber& host, Function report) {
     host.announce(*this, Exit::suspend);
 #ifdef SIMT_ASAN
     __sanitizer_finish_switch_fiber(fake_stack_, nullptr, nullptr);
 #endif
-    last_words();
+    report();
     announce(host, Exit::finish);
 #ifdef SIMT_ASAN
     __sanitizer_finish_switch_fiber(host.fake_stack_, nullptr, nullptr);

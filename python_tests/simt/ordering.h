@@ -29,8 +29,7 @@ struct Tag {
 inline void release(Tag* tag) { __tsan_release(tag); }
 inline void acquire(Tag* tag) { __tsan_acquire(tag); }
 
-// Static, because TSan would see an allocation as an access by the running CUDA thread.  Reuse may hide a race, but never invents
-// one.
+// Static, because TSan would see an allocation as an access by the running CUDA thread.  Reuse may hide a race, not invent one.
 inline Tag* new_tag() {
   static Tag tags[1 << 16];
   static unsigned next = 0;
@@ -46,8 +45,7 @@ class Publications {
     std::fill(std::begin(newest_), std::end(newest_), kNone);
   }
   size_t count() const { return entries_.size(); }
-  // Adding once is enough, because a later reader finds the first entry too.  A full table loses orderings, so TSan reports too
-  // much.
+  // Adding once is enough, because a later reader finds the first entry too.  A full table loses orderings: TSan reports too much.
   void add(const void* address, Tag* fence) {
     uint32_t& newest = newest_[bucket(address)];
     for (uint32_t i = newest; i != kNone; i = entries_[i].older)

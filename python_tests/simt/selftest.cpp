@@ -218,7 +218,7 @@ std::vector<unsigned> tickets(simt::Order order, unsigned seed) {
   return ticket;
 }
 
-void a_seed_is_a_schedule() {
+void seed_determines_schedule() {
   const auto forward = tickets(simt::Order::forward, 1), reverse = tickets(simt::Order::reverse, 1);
   for (unsigned i = 0; i < 192; ++i) EXPECT(forward[i] == i && reverse[i] == 191 - i);
   EXPECT(tickets(simt::Order::random, 5) == tickets(simt::Order::random, 5));
@@ -280,7 +280,7 @@ __global__ void all_lanes() { __shfl_xor_sync(kAll, 1, 1); }
 __global__ void lane_outside_mask() { __shfl_sync(0x1u, 1, 1); }
 __global__ void caller_outside_mask() { __any_sync(0x1u, 1); }
 __global__ void odd_width() { __shfl_sync(kAll, 1, 1, 12); }
-__global__ void lane_that_never_comes() {
+__global__ void missing_lane() {
   if (threadIdx.x != 7) __syncwarp();
 }
 __global__ void too_much_static() {
@@ -435,7 +435,7 @@ const std::map<std::string, std::function<void()>> kCases = {
     {"host_side", host_side},
     {"limits", limits},
     {"schedules_agree", schedules_agree},
-    {"a_seed_is_a_schedule", a_seed_is_a_schedule},
+    {"seed_determines_schedule", seed_determines_schedule},
     {"resident_blocks_interleave", resident_blocks_interleave},
     {"huge_grid", huge_grid},
     {"host_threads", host_threads},
@@ -447,7 +447,7 @@ const std::map<std::string, std::function<void()>> kCases = {
     {"lane_outside_mask", [] { run(lane_outside_mask, 1, 1); }},
     {"caller_outside_mask", [] { run(caller_outside_mask, 1, 2); }},
     {"odd_width", [] { run(odd_width, 1, 32); }},
-    {"lane_that_never_comes", [] { run(lane_that_never_comes, 1, 32); }},
+    {"missing_lane", [] { run(missing_lane, 1, 32); }},
     {"too_much_static", [] { run(too_much_static, 1, 32); }},
     {"launch_inside", [] { run(launch_inside, 1, 32); }},
     {"static_within", [] { run(write_static, 1, 1, 7); }},

@@ -197,14 +197,14 @@ Thread& self() {
 
 // ---- switching fibers, on a CUDA thread
 
-void leave_for(Thread* next, Fiber::Exit exit_kind) {   // null: the host
+void switch_to(Thread* next, Fiber::Exit exit_kind) {   // null: the host
   Thread& thread = self();
   if (next == &thread) return;
   current = next;
   thread.fiber.switch_to(next ? next->fiber : simulator.host, exit_kind);
 }
 
-void run_next() { leave_for(simulator.schedule.pop(), Fiber::Exit::suspend); }
+void run_next() { switch_to(simulator.schedule.pop(), Fiber::Exit::suspend); }
 
 void wait(Operation operation, unsigned mask, Location location) {
   Thread& thread = self();
@@ -228,7 +228,7 @@ void thread_entry() {
   release(&simulator.end);
   thread.done = true;
   const bool last = ++thread.block->exited == thread.block->threads;
-  leave_for(last ? nullptr : simulator.schedule.pop(), Fiber::Exit::finish);
+  switch_to(last ? nullptr : simulator.schedule.pop(), Fiber::Exit::finish);
 }
 
 // ---- blocks, on the host
@@ -496,7 +496,7 @@ void fail(const char* format, ...) {
   simulator.failed = true;
   thread.done = true;
   release(&simulator.end);
-  leave_for(nullptr, Fiber::Exit::finish);
+  switch_to(nullptr, Fiber::Exit::finish);
   std::abort();   // not reached: no fiber switches back
 }
 
