@@ -1033,7 +1033,9 @@ def test_report_names_teacher_of_each_comparison(runs, capfd):
     assert kcd("report", "two", "--output", "page.html") == 0
     out, pages = capfd.readouterr().out, [runs / "two" / "report.html", runs / "page.html"]
     weights = json.loads((runs / "shelf" / "kd" / "config.json").read_text())["teacher"]
-    note = f"The agreement of kd, seed 6 is with cnn_large of far/elsewhere (weights {weights}), not with a teacher that"
+    note = (
+        f"The agreement of kd, seed 6 is with cnn_large of far/elsewhere (weights {weights}), not with a teacher that"
+    )
     for text in (out, *(page.read_text() for page in pages)):
         assert note in text and "The agreements are with different teachers" in text
         assert "The agreement of kd is averaged over different teachers." in text
