@@ -46,7 +46,7 @@ WORK = (
 
 
 def occupancy_table(builds: dict[str, Build], architecture: str) -> str:
-    """Return the table of registers, shared memory and resident blocks on one architecture."""
+    """Return the table of registers, shared memory and resident blocks on one architecture, and most registers on any."""
     multiprocessor = static_checks.MULTIPROCESSORS[architecture]
     head = ["kernel", f"registers, sm_{architecture}", "maximum on any", "static shared memory, bytes"]
     head += ["threads per block", "blocks resident", "occupancy"]

@@ -125,7 +125,7 @@ def _fail(error: Exception, *parts: str) -> int:
 
 
 def _current_folder_importable() -> Any:
-    """Return a context in which the package can import the user's modules from the current folder."""
+    """Return a context in which the package, if it is imported, finds the user's modules in the current folder."""
     package = sys.modules.get("kcd_ext.import_path")
     try:
         return nullcontext() if package is None else package.searching(os.getcwd())

@@ -791,7 +791,7 @@ def test_notes_name_agreements_with_different_teachers(random_evaluation):
         "The agreement of a is averaged over different teachers.",
     ]
     assert tables.notes_on_agreement([run("a", 0, "x", own=False)]) == [
-        "The agreement of a is with net of at-x (weights x), not with the run's own teacher."
+        "The agreement of a is with net of at-x (weights x), not with a teacher that the run was distilled from."
     ]
 
 
@@ -1020,7 +1020,7 @@ def test_evaluated_teacher_is_still_shown_as_teacher(runs, capfd):
 
 @pytest.mark.slow
 def test_report_names_teacher_of_each_comparison(runs, capfd):
-    notes = ("not with the run's own teacher", "The agreements are with different teachers")
+    notes = ("not with a teacher that the run was distilled from", "The agreements are with different teachers")
     assert kcd("evaluate", "two", "--threads", 1) == 0
     out, text = capfd.readouterr().out, (runs / "two" / "report.html").read_text()
     weights = json.loads((runs / "two" / "seed-5" / "config.json").read_text())["teacher"]
@@ -1033,7 +1033,9 @@ def test_report_names_teacher_of_each_comparison(runs, capfd):
     assert kcd("report", "two", "--output", "page.html") == 0
     out, pages = capfd.readouterr().out, [runs / "two" / "report.html", runs / "page.html"]
     weights = json.loads((runs / "shelf" / "kd" / "config.json").read_text())["teacher"]
-    note = f"The agreement of kd, seed 6 is with cnn_large of far/elsewhere (weights {weights}), not with the run"
+    note = (
+        f"The agreement of kd, seed 6 is with cnn_large of far/elsewhere (weights {weights}), not with a teacher that"
+    )
     for text in (out, *(page.read_text() for page in pages)):
         assert note in text and "The agreements are with different teachers" in text
         assert "The agreement of kd is averaged over different teachers." in text

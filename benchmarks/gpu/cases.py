@@ -75,7 +75,7 @@ def call(case: Case, given: Inputs) -> dict[str, Tensor]:
     """Run a call on the device of its inputs. Return loss, gradient and knowledge."""
     options = {"value": case.value, **given}
     memory, teacher = options.pop("memory").detach().requires_grad_(), options.pop("teacher")
-    if case.inplace:  # the gradient must not overwrite a leaf
+    if case.inplace:  # the gradient must not overwrite a leaf or a part of one
         memory = memory.clone()
     logits = memory[:, case.shift : case.shift + case.classes]
     loss, knowledge = kcd_ext.condensed_kd_loss(

@@ -19,7 +19,7 @@ def faults(case: Case, given: Inputs, got: dict[str, Tensor]) -> list[str]:
     """Return how the results of a call on the device differ from the reference.
 
     Rounding decides between nearly equal values, so the reference uses the device's selection. A separate check makes sure that no
-    row with a higher value was left out.
+    row with a higher value, by the values that the device returned, was left out.
 
     Args:
         given: the inputs, on the CPU.

@@ -1,4 +1,4 @@
-"""Section large: logits with offsets beyond 2³¹ elements, whose rows must give the same results as in a small call."""
+"""Section large: logits with offsets beyond 2³¹ elements, some rows of which must give the same results as in a small call."""
 
 import sys
 from collections.abc import Callable

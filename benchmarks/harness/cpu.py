@@ -90,7 +90,7 @@ class Cpu(Device):
         return forward, time.perf_counter() - start
 
     def peak_bytes(self, call: Callable[[], object]) -> int:
-        """Return the growth of the process's peak resident memory, which Linux resets before the call."""
+        """Return how far the process's resident memory, as Linux counts it, rises in the call; the peak is reset before."""
         Path("/proc/self/clear_refs").write_text("5")
         before = _status("VmRSS")
         call()

@@ -225,7 +225,7 @@ def launches(function: Callable[[], object]) -> Launches:
             function()
         torch.cuda.synchronize()
     on_device = [event for event in profiler.events() if event.device_type == DeviceType.CUDA]
-    seen = [event for event in on_device if not event.name.endswith(" Sync")]  # the host waits
+    seen = [event for event in on_device if not event.name.endswith(" Sync")]  # these record that the host waits
     if not seen:
         raise RuntimeError("torch's profiler saw nothing on the device")
     memsets, copies = (sum(event.name.startswith(name) for event in seen) for name in ("Memset", "Memcpy"))

@@ -19,7 +19,7 @@ from .timing import Deadline, Seconds, interleave, summary
 
 COMPILE_SECONDS = 40.0  # assumed time of torch.compile until one was measured
 
-POSITIVE_FIGURES = ("median_us", "low_us", "high_us", "floor_us")  # must be finite and positive
+POSITIVE_FIGURES = ("median_us", "low_us", "high_us", "floor_us")  # finite and positive in every row that has them
 
 Directions = tuple[str, ...]
 Row = dict[str, object]
@@ -240,7 +240,7 @@ class Benchmark:
     def verdict(self) -> tuple[bool, str]:
         """Return whether the benchmark succeeded, and a summary.
 
-        It succeeds if at least one row was measured and no row of kcd_ext failed.
+        It succeeds if at least one row was measured, no row of kcd_ext failed, and all `POSITIVE_FIGURES` are finite and positive.
         """
         statuses = [row["status"] for row in self.rows.values()]
         faults = [

@@ -20,7 +20,7 @@ from .teachers import Teacher
 class Distill(TrainingOptions):
     """Distil a student from a teacher, with one seed or several, and write a report.
 
-    A teacher given by its network's name is trained first, with cross entropy and the same schedule, and saved beside the
+    A teacher that is not trained yet is trained first, with cross entropy and the same schedule, and saved beside the
     student. PRESET names a pair of networks of the paper and its training options. Your options override those of PRESET.
     """
 
@@ -37,7 +37,7 @@ class Distill(TrainingOptions):
         ),
     ] = None
     teacher_network: str | None = None
-    """The network of the weights in --teacher. None: the one named in the run's folder, else that of PRESET or the data."""
+    """The network of the weights in --teacher. None: the one named in the run's folder; for a file that of PRESET or the data."""
     teacher_lr: float | None = None
     """Learning rate of a teacher that is trained first. None: --lr."""
     student: Annotated[

@@ -111,7 +111,7 @@ class Evaluate:
         terminal.print_lines(*(f"report: {folder / REPORT_FILES[0]}" for folder in report_dirs))
 
     def _layers(self) -> list[tuple[str, str]] | None:
-        """Return the pairs of layers. Raises TypeError or ValueError for an option that is invalid for any run."""
+        """Return the pairs of layers. Raises TypeError or ValueError for an option that is invalid whatever the runs are."""
         check_temperatures(self.temperatures)
         if not self.runs:
             raise ValueError("kcd evaluate needs at least one run folder")
@@ -183,7 +183,7 @@ class Evaluate:
                 )
         network = teacher.build(data, SEED)
         if metadata.teacher_normalisation is not None and digest(network.state_dict()) == metadata.teacher:
-            # The teacher gets its images normalised as in its training.
+            # The teacher gets its images normalised as when it taught the student.
             teacher = replace(teacher, normalisation=metadata.teacher_normalisation)
             network = teacher.build(data, SEED)
         return _EvaluationPlan(run, data, teacher, student.build(data, SEED), network, self.threads)

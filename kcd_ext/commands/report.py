@@ -15,7 +15,7 @@ from ..reports.tables import as_text
 class Report:
     """Compare runs on one page: tables, curves, knowledge values and the options that differ.
 
-    Runs that differ only in their seed are averaged. Unfinished runs are shown up to their last epoch.
+    Runs that differ only in their seed are averaged. Unfinished runs are shown up to their last finished epoch.
     """
 
     runs: Annotated[Positional[tuple[Path, ...]], arg(metavar="RUN [RUN ...]")]

@@ -39,7 +39,7 @@ def available_threads() -> int:
     """Return how many threads this process may use, at least 1.
 
     The usable processors are divided among the processes of the command on this machine. Torch's own default, which
-    `OMP_NUM_THREADS` sets, is an upper bound.
+    `OMP_NUM_THREADS` can lower, is an upper bound.
     """
     usable = len(usable_processors()) // processes.local_world_size()
     return max(1, min(usable, torch.get_num_threads()))

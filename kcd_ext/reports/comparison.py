@@ -176,7 +176,7 @@ def _title(groups: Mapping[str, _Group]) -> str:
 
 
 def _shared_teacher(found: Sequence[Run]) -> list[Summary]:
-    """Return the summary of the teacher's run if all runs share the teacher and its run is not among them."""
+    """Return the summary of the teacher's run if all distilled runs share it and it is not among them."""
     distilled = [run for run in found if run.metadata.teacher is not None]
     if any(run.label == TEACHER for run in found) or len({str(run.metadata.teacher_run) for run in distilled}) != 1:
         return []
@@ -184,7 +184,7 @@ def _shared_teacher(found: Sequence[Run]) -> list[Summary]:
 
 
 def _run_with_images(started: Sequence[Run]) -> Run | None:
-    """Return the run whose images the report shows: preferably one that drops samples by value, lastly a teacher."""
+    """Return the first run with a ranking: preferably one that drops samples by value, a teacher's last; None: no ranking."""
     candidates = [run for run in started if (run.folder / ranking.RANKING).exists()]
 
     def preference(run: Run) -> tuple[bool, bool]:

@@ -201,7 +201,7 @@ def notes_on_agreement(summaries: Sequence[Summary]) -> list[str]:
             label = summary.method if len(teachers[summary.method]) == 1 else name
             others.setdefault(str(summary.compared_with), []).append(label)
     notes = [
-        f"The agreement of {'; '.join(dict.fromkeys(names))} is with {other}, not with the run's own teacher."
+        f"The agreement of {'; '.join(dict.fromkeys(names))} is with {other}, not with a teacher that the run was distilled from."
         for other, names in others.items()
     ]
     if len(set().union(*teachers.values())) > 1:
