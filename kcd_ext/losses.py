@@ -58,7 +58,7 @@ def condensed_kd_loss(
     The default selects by the student's entropy, as Knowledge Condensation Distillation does
     ([Li et al., ECCV 2022](https://arxiv.org/abs/2207.05409), Eq. 7).
 
-    The operator reads every logit once. The backward pass reads only selected rows, and with labels all valid ones. On the
+    The forward pass reads the logits once. The backward pass reads only selected rows, and with labels all valid ones. On the
     CPU, if at least a quarter of the rows are selected, the forward pass already computes the gradient.
 
     Args:
@@ -97,7 +97,8 @@ def condensed_kd_loss(
 
     Returns:
         The loss in float64 if the student's logits are float64, else in float32. It is a scalar, or has shape `(...)` with
-            `reduction="none"`. It is 0 if no row is valid. With `return_knowledge=True`, the pair `(loss, knowledge)`.
+            `reduction="none"`. Without a valid row its cross entropy is 0, without a candidate its distillation term. With
+            `return_knowledge=True`, the pair `(loss, knowledge)`.
 
     Raises:
         TypeError: An argument has the wrong type or dtype.
@@ -525,7 +526,7 @@ class CondensedKDLoss(nn.Module):
 
 
 def _prepare_score(value: Tensor, student: Tensor) -> Tensor:
-    """Return scores as the operators take them: contiguous, and never narrower than the accumulator."""
+    """Return scores as the operators take them: contiguous, and never narrower than the accumulator, so that none is rounded."""
     return value.detach().to(_score_dtype(value, student)).contiguous()
 
 
