@@ -97,8 +97,7 @@ def condensed_kd_loss(
 
     Returns:
         The loss in float64 if the student's logits are float64, else in float32. It is a scalar, or has shape `(...)` with
-            `reduction="none"`. Without a valid row its cross entropy is 0, without a candidate its distillation term. With
-            `return_knowledge=True`, the pair `(loss, knowledge)`.
+            `reduction="none"`. A mean over no rows counts 0. With `return_knowledge=True`, the pair `(loss, knowledge)`.
 
     Raises:
         TypeError: An argument has the wrong type or dtype.
