@@ -315,7 +315,7 @@ def check_loss_options(temperature, keep, kd_weight, ce_weight, with_labels, ign
         return _loss_options(*options)
     try:
         return _cached_loss_options(*options)
-    except TypeError:  # an unhashable argument; the uncached check reports its real error
+    except TypeError:  # of a wrong type, or not hashable: the uncached checks report the real error
         pass
     return _loss_options(*options)
 

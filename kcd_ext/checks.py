@@ -42,7 +42,7 @@ def check_int(name: str, value: object, low: int, high: int | None = None) -> in
 def check_float(name: str, value: object, takes: str, low: float, high: float = math.inf) -> float:
     """Return `value` as a finite float in [low, high]. Messages describe the range as `takes`.
 
-    The checks below raise the same errors.
+    The checks of ranges below raise the same errors.
 
     Raises:
         TypeError: `value` is not a number.

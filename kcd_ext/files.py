@@ -83,10 +83,10 @@ _LOCKS_UNSUPPORTED = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSY
 
 @contextmanager
 def folder_lock(folder: Path) -> Iterator[None]:
-    """Lock a folder against other processes and threads. Create it if necessary, and remove it if it stays empty.
+    """Lock a folder against other processes and threads. Create it if necessary, and then remove it if it stays empty.
 
     The lock is re-entrant: a command locks the folder, then its run does. The kernel releases the lock of a killed process. On file
-    systems without locks this is a no-op.
+    systems without locks everyone may enter.
 
     Raises:
         FileExistsError: Another process or thread has locked the folder.

@@ -29,7 +29,7 @@ def searching(folder: str) -> Iterator[None]:
 
 @contextmanager
 def resolving() -> Iterator[None]:
-    """Append the folder of `searching` to `sys.path`, also for child processes. A no-op outside `searching`."""
+    """Append the folder of `searching` to `sys.path`, also for processes started inside. A no-op outside `searching`."""
     folder = _folder.get()
     if folder is None:
         yield

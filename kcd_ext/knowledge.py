@@ -11,8 +11,8 @@ class Knowledge(NamedTuple):
     The shape `(...)` is that of the logits without the class dimension. No field carries a gradient. All are copies, which you may
     modify.
 
-    Rows that are not candidates (ignored, or without a teacher) have `value` and `kl` NaN and are never selected. Ignored rows have
-    `entropy` NaN, too.
+    Rows that are not candidates (ignored, or not among the teacher's rows) have `value` and `kl` NaN and are never selected.
+    Ignored rows have `entropy` NaN, too.
     """
 
     value: Tensor

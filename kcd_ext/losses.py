@@ -59,7 +59,7 @@ def condensed_kd_loss(
     The default selects by the student's entropy, as Knowledge Condensation Distillation does
     ([Li et al., ECCV 2022](https://arxiv.org/abs/2207.05409), Eq. 7).
 
-    The operator reads every logit once. The backward pass reads only selected rows, and with labels all valid ones. On the
+    The forward pass reads the logits once. The backward pass reads only selected rows, and with labels all valid ones. On the
     CPU, if at least a quarter of the rows are selected, the forward pass already computes the gradient.
 
     Args:
@@ -526,7 +526,7 @@ class CondensedKDLoss(nn.Module):
 
 
 def _prepare_score(value: Tensor, student: Tensor) -> Tensor:
-    """Return scores as the operators take them: contiguous, and never narrower than the accumulator."""
+    """Return scores as the operators take them: contiguous, and never narrower than the accumulator, so that none is rounded."""
     return value.detach().to(_score_dtype(value, student)).contiguous()
 
 

@@ -317,7 +317,7 @@ _apply = super(torch.autograd.Function, CondensedKDFunction).apply
 
 
 def _pop_gradient(ctx, ready_gradient: list[Tensor], grad_output: Tensor) -> Tensor:
-    """Return the gradient of the forward pass. A second backward pass recomputes it, with the same bits."""
+    """Return the gradient of the forward pass. Further backward passes recompute it, with the same bits."""
     try:
         return ready_gradient.pop()
     except IndexError:

@@ -61,7 +61,7 @@ def call(kind: str, name: str, registry: Mapping[str, str], /, **arguments: obje
 
     Raises:
         TypeError: As `resolve`, or raised by the callable; likewise ImportError and OSError.
-        ValueError: As `resolve`, or the callable raised any other error, which the message names.
+        ValueError: As `resolve`, or raised by the callable. Any other error of the callable becomes one that names it.
     """
     function = resolve(kind, name, registry)
     try:

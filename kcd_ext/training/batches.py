@@ -95,7 +95,7 @@ def flatten_labels(label: Tensor) -> Tensor:
 
 
 class LoadedBatches:
-    """Batches of a data set that is loaded item by item."""
+    """Batches, on the training device, of a data set that is loaded item by item. Labels (b, 1) become (b,)."""
 
     def __init__(self, dataset: IndexedDataset, device: torch.device, num_workers: int, name: str = "the data set"):
         self.loader = Loader(dataset, num_workers, name=name, pin_memory=device.type == "cuda")
@@ -150,7 +150,7 @@ class ResidentBatches:
         self._current, self._stage = self.images, 0
 
     def entries(self, sampler: CondensedSampler) -> tuple[Tensor, Tensor]:
-        """Return this rank's (index, sample), (n,) int64 each. Mixes the images if a new stage has begun."""
+        """Return this rank's (index, sample), (n,) int64 each, with padding repeats. Mixes the images if a new stage has begun."""
         if self._stage != self.condenser.stage:
             self._stage, self._current = self.condenser.stage, self.images  # free the last stage's images first
             self._current = self.condenser.mix(self.images)

@@ -41,8 +41,8 @@ class OtherVersionError(ValueError):
 def save(directory: Path, checkpoint: Checkpoint) -> None:
     """Write `directory/epoch-NNNN`, then remove the older checkpoints.
 
-    The folder is filled under a temporary name and then renamed. So a process that is killed at any moment leaves a
-    complete checkpoint.
+    The folder is filled under a temporary name and then renamed. So a process that is killed at any moment leaves the
+    newest complete checkpoint in place.
 
     Raises:
         OSError: The checkpoint cannot be written. The older one is intact.
@@ -97,7 +97,7 @@ def load(directory: Path) -> Checkpoint | None:
 
 @contextmanager
 def report_damage(folder: Path | None) -> Iterator[None]:
-    """Turn every exception inside the context into one ValueError that calls this checkpoint damaged."""
+    """Turn every exception inside the context, except OtherVersionError, into a ValueError that calls the checkpoint damaged."""
     try:
         yield
     except OtherVersionError:
@@ -108,7 +108,7 @@ def report_damage(folder: Path | None) -> Iterator[None]:
 
 
 def read_run_json(directory: Path) -> Mapping[str, object]:
-    """Return the unchecked content of the last checkpoint's run.json, or an empty mapping if it cannot be read."""
+    """Return the unchecked content of the last checkpoint's run.json, or an empty mapping if there is none that can be read."""
     folders = _folders(directory)
     try:
         return read_json(folders[max(folders)] / "run.json") if folders else {}

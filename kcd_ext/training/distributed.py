@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 def accelerator_on(device: str, mixed_precision: str | None = None) -> Iterator[Accelerator]:
     """Yield an Accelerator on this device that leaves gradient accumulation to the trainer.
 
-    A process that had no Accelerator before has none afterwards. An Accelerator of the caller accumulates gradients
+    A single process that had no Accelerator before has none afterwards. An Accelerator of the caller accumulates gradients
     afterwards as it did before.
 
     Args:

@@ -36,7 +36,7 @@ def fingerprint(
         "train_samples": digest_of_samples(train),
         "test_samples": digest_of_samples(test),
         "teacher": None if teacher is None else digest(full_state_dict(teacher.state_dict())),
-        "teacher_input": None if teacher is None else renormalisation(teacher),  # how its input is normalised
+        "teacher_input": None if teacher is None else renormalisation(teacher),  # its weights do not show this
         "precision": accelerator.mixed_precision,
         "processes": accelerator.num_processes,
     }

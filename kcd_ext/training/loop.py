@@ -134,9 +134,10 @@ def distill(
             - *Modes.* All of it is trained in training mode, whatever its mode is now, except parameters with
               `requires_grad=False`. A part that must stay in evaluation mode overrides `train`. It ends in evaluation
               mode.
-            - *Outputs.* If it gives more than logits, the logits in its output are used, with a `UserWarning`: the
-              entry or attribute `logits` of a mapping, a named tuple or a transformers `ModelOutput`, or the first
-              element of another tuple or list. A method that uses the full output in training mode gets it.
+            - *Outputs.* If it gives more than logits, always or only in training mode, the logits in its output are
+              used, with a `UserWarning`: the entry or attribute `logits` of a mapping, a named tuple or a transformers
+              `ModelOutput`, or the first element of another tuple or list. A method that uses the full output in
+              training mode gets it.
             - *Memory.* It ends on the training device, in its original memory layout. During training its convolutions
               are channels-last, unless it cannot run so. A student that `fully_shard` (FSDP) has sharded is trained
               sharded.
@@ -149,12 +150,12 @@ def distill(
               whole run.
             - *An `IndexedDataset`* is used unchanged, so that raw items can be mixed before they are transformed. They
               must share one shape and dtype, unless `condense.epsilon` is 0.
-            - *An `ImageSet`* (from `kcd_ext.data.images.load`, for example) is moved to the training device and needs
-              no loader. Its images are mixed, cropped, flipped and normalised there, one batch at a time.
+            - *An `ImageSet`* (from `kcd_ext.data.images.load`, for example) is moved to the training device as a
+              whole and needs no loader. Its images are mixed, cropped, flipped and normalised there, one batch at a time.
         test: A data set as `train`, for validation.
         recipe: All numbers of the run.
-        output: The run folder, for config.json, metrics.jsonl and checkpoint/, written after every epoch, and
-            student.safetensors (the last epoch's student) and summary.json, written at the end. All processes must see
+        output: The run folder. config.json is written before the first epoch, metrics.jsonl and checkpoint/ after every
+            epoch, student.safetensors (the last epoch's student) and summary.json at the end. All processes must see
             the same folder. None: nothing is written.
         resume: Resume from the checkpoint in `output`, if there is one. On the CPU the result is bit for bit that of an
             uninterrupted run. Recipe, teacher, data and precision must not change. The student's weights come from the
@@ -170,7 +171,7 @@ def distill(
 
     Raises:
         TypeError, ValueError: An argument does not fit, or the student, the teacher or the method fails in the first
-            step. Raised before anything is written.
+            step. What this step shows is raised before anything is written.
         FileExistsError: `output` holds a run and `resume` is False, or it holds other files, or another process is
             running there.
         FloatingPointError: The loss, a weight or a sample is not finite. The last checkpoint is intact.
@@ -178,7 +179,7 @@ def distill(
 
     Warns:
         UserWarning: Before training, if the teacher is hardly better on `test` than the most frequent class, or no
-            better than the untrained student. Its images are then probably normalised differently than in its training,
+            better than the student already is. Its images are then probably normalised differently than in its training,
             or its classes are in another order.
     """
     with open_run(student, teacher, train, test, recipe, output, resume) as run:

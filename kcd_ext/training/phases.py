@@ -262,7 +262,7 @@ class StudentPhase(Phase):
 
 
 def condensation_metrics(condensation: Condensation, condenser: KnowledgeCondenser, classes: int) -> dict[str, object]:
-    """Return the metrics of a condensation step: sizes, samples kept per class, histogram of all knowledge values.
+    """Return the metrics of a condensation step: sizes, samples kept per class, histogram of all knowledge values so far.
 
     The histogram has the same bins at every stage, from 0 to the largest possible entropy, log(classes). Values outside
     count in the outer bins. It is None if samples are not selected by knowledge value.

@@ -37,7 +37,7 @@ class Recipe:
     condense: Condense = field(default_factory=lambda: Condense(keep=1.0))
     """Knowledge condensation. By default, or with None, every epoch visits the complete training set."""
     epochs: int = 240
-    """Passes over the kept set."""
+    """Passes over the training set, or over what condensation keeps of it."""
     batch_size: int = 64
     """Largest number of samples per batch and process. Batch sizes of an epoch differ by at most one."""
     gradient_accumulation: int = 1
