@@ -1172,7 +1172,9 @@ def test_other_files_and_system_folders_are_skipped_with_one_warning(tmp_path):
         for place in places:
             plant(place, name)
         data, notes = load_with_warnings(tmp_path)
-        assert notes == [f"{tmp_path}: skipped hidden entries and files that are not images: {name} (5 times)"]
+        assert notes == [
+            f"{tmp_path}: skipped hidden entries, system folders and files that are not images: {name} (5 times)"
+        ]
         assert data.class_names == clean.class_names == ("Bee", "ant", "cat")
         for part, same in ((data.train, clean.train), (data.test, clean.test)):
             assert np.array_equal(part.images, same.images) and np.array_equal(part.labels, same.labels)
@@ -1185,7 +1187,8 @@ def test_other_files_and_system_folders_are_skipped_with_one_warning(tmp_path):
     (note,) = load_with_warnings(tmp_path)[1]
     assert note == (
         f"{tmp_path}: skipped images outside the class folders: test/stray.png; "
-        "hidden entries and files that are not images: README (2 times), $RECYCLE.BIN, .DS_Store, ._0.png and 17 more"
+        "hidden entries, system folders and files that are not images: "
+        "README (2 times), $RECYCLE.BIN, .DS_Store, ._0.png and 17 more"
     )
 
 

@@ -53,7 +53,7 @@ def largest_minimum(labels: Tensor, size: int) -> int:
 
 
 def keep_class_minimum(order: Tensor, size: int, labels: Tensor, minimum: int) -> Tensor:
-    """Return a mask of the samples to keep: the first `size`, adjusted so that every class keeps `minimum`.
+    """Return a mask of the samples to keep: the first `size`, adjusted so that every class keeps at least `minimum`.
 
     The first samples of each class are kept. They replace the last samples of `order` that no class needs.
     A class with fewer than `minimum` samples keeps all of them.
@@ -62,7 +62,7 @@ def keep_class_minimum(order: Tensor, size: int, labels: Tensor, minimum: int) -
         order: `(N,)` int64 sample indices, highest rank first.
         size: How many samples to keep; the minima of all classes must fit into it.
         labels: `(N,)` int64 class of every sample.
-        minimum: Least number of samples to keep of every class.
+        minimum: Samples to keep of every class at least.
 
     Returns:
         `(N,)` bool over the positions of `order`.

@@ -69,9 +69,9 @@ class KnowledgeCondenser:
             run of the same length has fewer stages and keeps more in the end.
         labels: `(N,)` integers >= 0, the class of every sample, as a tensor, array or list. None: unknown. Used by
             `min_per_class`, `kept_per_class` and the warning about a class that is no longer kept.
-        min_per_class: Least number of samples to keep of every class, those of highest score; all of a class that has
-            fewer. They replace the lowest-ranked others, so the sizes stay those of the schedule. 0: no minimum.
-        seed: Seed of rankings that draw random numbers (`RandomCondenser`), in [0, 2^64). Ranking by value draws none.
+        min_per_class: Samples to keep of every class at least, those of highest score; all of a class that has fewer. They
+            replace the lowest-ranked others, so the sizes stay those of the schedule. 0: no minimum.
+        seed: Seed of rankings that draw random numbers (`RandomCondenser`). Ranking by value draws none.
         device: Device of the value table. None: that of the first values passed to `update`.
         group: The `torch.distributed` process group that `step` sums over. None: the default group if one is initialised,
             because ranks that silently diverge are worse than one collective too many. To keep a condenser local, pass
@@ -354,7 +354,7 @@ class KnowledgeCondenser:
 
     @property
     def config(self) -> dict[str, int | float | str | bool]:
-        """The arguments of this condenser without device and group: a resumed run must use the same."""
+        """The arguments of this condenser without labels, device and group: a resumed run must use the same."""
         return {name: getattr(self, f"_{name}") for name in self._arguments}
 
     def state_dict(self) -> dict[str, Tensor | int | float | str | bool]:

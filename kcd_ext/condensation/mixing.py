@@ -10,8 +10,8 @@ It consists of plain Python ints, floats and tuples. So it travels with the inde
 
 Pixels are those of the authors' code, which computes in single precision. The kept image has the weight
 ε·((|K0| - i)/|K0|) + (1 - ε), each operation rounded to float32, and e is 1 minus that. Two products and a sum in
-float32 are then truncated to uint8. The order of operations matters: in float64, (1 - e)·a + e·b darkens about 5 % of
-the pixels on which both images agree by one level, again at every stage. In the authors' arithmetic these pixels do
+float32 are then truncated to uint8. The order of operations matters: in float64, (1 - e)·a + e·b makes about 5 % of
+the pixels on which both images agree darker by one level, again at every stage. In the authors' arithmetic these pixels do
 not change.
 """
 
@@ -28,7 +28,7 @@ from .condensation import Condensation
 
 MixTree: TypeAlias = "int | tuple[MixTree, MixTree, float] | tuple[MixTree, MixTree, float, float]"
 
-BLEND_BLOCK_SIZE = 2**17  # numbers of many images that are blended at a time
+BLEND_BLOCK_SIZE = 2**17  # numbers that are blended at a time, in entire images: at least one
 
 # Which dtypes can be blended, and the dtype each is computed in.
 _ARITHMETIC = {

@@ -56,7 +56,7 @@ class Condense:
     warmup: int = 0
     """Skip condensation steps before the end of this epoch (the authors' --warmup), so `keep` may not be reached."""
     min_per_class: int = 0
-    """Least number of training samples to keep of every class; all of a class that has fewer."""
+    """Training samples to keep of every class at least; all of a class that has fewer."""
     batch_keep: float = 1.0
     """Fraction of every batch to run the teacher on, in (0, 1]: the rows with the highest student entropy."""
 

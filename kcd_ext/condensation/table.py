@@ -170,7 +170,7 @@ class ValueTable:
 
 
 class LastLossTable(ValueTable):
-    """A table without memory: every sample's loss in its last epoch; the mean if it had several in that epoch."""
+    """A table without memory: every sample's loss in the last epoch that had one; if that had several, the mean."""
 
     quantity = "losses"
 

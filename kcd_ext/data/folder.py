@@ -42,7 +42,7 @@ SYSTEM_FOLDERS = frozenset(
     )
 )
 # Reasons why an entry is skipped.
-NOT_AN_IMAGE = "hidden entries and files that are not images"
+NOT_AN_IMAGE = "hidden entries, system folders and files that are not images"
 OUTSIDE_CLASSES = "images outside the class folders"
 REPEATED = "links to folders that were already read or contain the data set"
 ORIENTATION = 0x0112  # EXIF tag
@@ -237,7 +237,7 @@ def _list_files(folder: Path, part: Path, skipped: SkippedEntries) -> list[Path]
             continue
         seen.add(real)
         folders, files = _list_entries(current, skipped)
-        waiting.extendleft(path for path in folders if path.is_symlink())  # after all real folders
+        waiting.extendleft(path for path in folders if path.is_symlink())  # after real folders, if not read by then
         waiting.extend(path for path in reversed(folders) if not path.is_symlink())
         found += files
     depth = len(folder.parts)

@@ -28,8 +28,8 @@ PATHS = "kcd_ext.data.files:read"
 class ImageSet(Dataset):
     """Images and labels as arrays, and the views that networks are trained on.
 
-    Item i is the raw `(image, label)`, for `IndexedDataset` to mix. Arrays that are not contiguous or not writable are
-    copied; others are used without a copy.
+    Item i is the raw `(image, label)`, for `IndexedDataset` to mix. Images that are not contiguous or not writable
+    are copied; others are used without a copy.
 
     Args:
         images: `(n, h, w, c)` uint8.

@@ -28,7 +28,7 @@ class Views:
     Normalisation is (x / 255 - mean) / std by channel.
 
     The view of a sample is a pure function of `(seed, epoch, index)`. It is the same on every device, in every batch, on
-    every rank and in a resumed run, and never changes between releases. Flip and both offsets are independent. The
+    every rank and in a resumed run. Its random numbers never change between releases. Flip and both offsets are independent. The
     windows of a crop are equally likely to within one part in 2^31 / (2·padding + 1).
 
     Results are contiguous, on the device of the images. They are computed without synchronising with it.

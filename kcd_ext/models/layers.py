@@ -27,7 +27,7 @@ def blocks_per_stage(depth: int, extra_layers: int) -> int:
 def stack_blocks(
     block: Callable[[int, int, int], nn.Module], in_channels: int, out_channels: int, stride: int, count: int
 ) -> nn.Sequential:
-    """Return a sequence of `count` blocks, of which only the first changes channels and size."""
+    """Return `count` blocks, each `block(in_channels, out_channels, stride)`; only the first changes channels and size."""
     first = block(in_channels, out_channels, stride)
     return nn.Sequential(first, *(block(out_channels, out_channels, 1) for _ in range(count - 1)))
 

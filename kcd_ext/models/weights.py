@@ -36,9 +36,8 @@ WRAPPERS = (
 DEPTH = 4  # levels of nested wrappers
 # Prefixes of all names if a module around the network was saved: torch's DataParallel, torch.compile, others.
 OUTER = ("module.", "_orig_mod.", "model.", "student.", "net.", "network.", "backbone.")
-INSERTED = re.compile(
-    r"(?:^|(?<=\.))(?:module|_orig_mod)\."
-)  # in the middle of a name, if torch wraps a part of the network
+# Also inside a name, if torch wraps a part of the network.
+INSERTED = re.compile(r"(?:^|(?<=\.))(?:module|_orig_mod)\.")
 # Entries that profilers, averages and training loops add to the parameters, by the last part of their name.
 COUNTERS = {
     *("total_ops", "total_params", "n_averaged", "epoch", "step", "iteration", "global_step", "lr"),
@@ -136,7 +135,7 @@ def load_weights(path: Path) -> Weights:
             one entry is a dictionary of tensors.
 
     Raises:
-        ValueError: The file is not a regular file, is damaged, has no weights, or contains other than plain values.
+        ValueError: The file is not a regular file, is damaged, has no weights, or contains more than weights and plain values.
         OSError: The file cannot be read.
     """
     content = read_regular(path)  # as bytes: the readers raise other errors, and refuse a path that is not UTF-8
@@ -290,7 +289,7 @@ def match_weights(what: str, own: Mapping[str, Tensor], weights: Mapping[str, Te
     """Return weights under the names of a network's state_dict, complete and ready for `load_state_dict`.
 
     If the names do not match, prefixes that torch and outer modules add are removed (INSERTED, OUTER). Counters that are
-    not parameters (COUNTERS, integers) are left out. A missing `num_batches_tracked` keeps the network's value.
+    not parameters (names in COUNTERS, integer scalars) are left out. A missing `num_batches_tracked` keeps the network's value.
 
     Args:
         what: Start of an error message.
