@@ -49,7 +49,7 @@ class Recipe:
     weight_decay: float = 5e-4
     """L2 penalty: each weight times this number is added to the weight's gradient."""
     milestones: tuple[float, ...] = (0.625, 0.75, 0.875)
-    """Fractions of `epochs` at which `gamma` multiplies the learning rate (150, 180, 210 of 240). Not for pwkd."""
+    """Fractions of `epochs` at which `gamma` multiplies the learning rate (150, 180, 210 of 240). Not if the method has its own."""
     gamma: float = 0.1
     """Factor of the learning rate at a milestone."""
     seed: int = 0
