@@ -8,6 +8,18 @@ ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
 
+# What a reader of the README has before the first two snippets: networks, logits, labels, a data set, an optimizer.
+READER = """
+import torch
+from torch import nn
+torch.manual_seed(0)
+student, teacher = (nn.Sequential(nn.Flatten(), nn.Linear(12, 10)) for _ in range(2))
+x, labels = torch.randn(32, 3, 4), torch.arange(32) % 10
+student_logits, teacher_logits = student(x), teacher(x).detach()
+dataset = [(torch.full((3, 4), i % 10, dtype=torch.uint8), i % 10) for i in range(40)]
+transform, optimizer = lambda image: image.float() / 10, torch.optim.SGD(student.parameters(), lr=0.1)
+"""
+
 FENCE = re.compile(
     r"^<!-- test setup\n(?P<setup>.*?)^-->$"
     r'|^(?P<indent> *)(?P<fence>```+|~~~+)(?P<language>\w*)(?: title="(?P<title>[^"]*)")?[^\n]*\n'
@@ -43,3 +55,8 @@ def commands(block: Block) -> list[str]:
     return [
         line.partition(" #")[0].strip() for line in lines if re.match(r" *(kcd|torchrun .* -m kcd_ext\.cli) ", line)
     ]
+
+
+def snippets(page: Path) -> list[str]:
+    """Return the Python blocks of a page that are not files."""
+    return [block.code for block in blocks(page) if block.language == "python" and not block.title]

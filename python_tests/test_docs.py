@@ -8,8 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from commands import run
-from pages import PAGES, README, ROOT, blocks, commands
-from torch import nn
+from pages import PAGES, READER, README, ROOT, blocks, commands, snippets
 
 from kcd_ext import cli
 
@@ -101,28 +100,14 @@ def test_links_of_page_exist(page):
 
 # What the README claims, beyond running
 
-PYTHON = [block.code for block in blocks(README) if block.language == "python"]
-
-
-def network():
-    return nn.Sequential(nn.Flatten(), nn.Linear(12, 10))
+PYTHON = snippets(README)
 
 
 @pytest.fixture
 def names():
-    """What a reader of the README has already: networks, logits, labels, a data set, an optimizer."""
-    torch.manual_seed(0)
-    student, teacher, x = network(), network(), torch.randn(32, 3, 4)
-    return {
-        "student": student,
-        "teacher": teacher,
-        "labels": torch.arange(32) % 10,
-        "student_logits": student(x),
-        "teacher_logits": teacher(x).detach(),
-        "dataset": [(torch.full((3, 4), i % 10, dtype=torch.uint8), i % 10) for i in range(40)],
-        "transform": lambda image: image.float() / 10,
-        "optimizer": torch.optim.SGD(student.parameters(), lr=0.1),
-    }
+    names = {}
+    execute(READER, names, "README")
+    return names
 
 
 def test_readme_is_at_most_100_lines():

