@@ -46,7 +46,7 @@ def main() -> int:
             "minutes": options.minutes,
             "machine": machine.facts(),
             "wheels": wheels,
-            "not_asked_for": [name for name in NAMES if name not in {BUILD.name, *options.only}],
+            "not_requested": [name for name in NAMES if name not in {BUILD.name, *options.only}],
             "sections": [],
         }
         base = options.out / slug(results["machine"]["GPU"])

@@ -22,6 +22,7 @@ def faults(case: Case, given: Inputs, got: dict[str, Tensor]) -> list[str]:
     row with a higher value, by the values that the device returned, was left out.
 
     Args:
+        case: the call.
         given: the inputs, on the CPU.
         got: loss, gradient and knowledge, on the CPU.
     """

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from functools import partial
 
 from harness.constants import BOTH, FORWARD
-from harness.report import by_place, errors, facts, not_measured, number, table, times
+from harness.report import by_case, errors, facts, not_measured, number, table, times
 
 from .ncu import dominant
 from .sections import FAILED, NOT_AVAILABLE, NOT_REACHED, PASSED, TIMED_OUT
@@ -56,7 +56,7 @@ def _sections(results: dict) -> str:
         [section["name"], section["status"], _tests(section), f"{section['seconds']:.0f}", section["summary"]]
         for section in results["sections"]
     ]
-    lines += [[name, "not requested", "", "", ""] for name in results["not_asked_for"]]
+    lines += [[name, "not requested", "", "", ""] for name in results["not_requested"]]
     text = f"## Sections\n\n{table(['section', 'result', 'tests', 'seconds', 'summary'], lines)}"
     refused = results["wheels"]["refused"]
     return text + (f"\n\nWheels that could not be installed: {', '.join(refused)}." if refused else "")
@@ -85,7 +85,7 @@ def _by_candidate(figures: dict, direction: str, name: str, cell: Callable[[dict
     def cells(by_name: dict[str, dict]) -> list[str]:
         return [cell(by_name[column]) if name in by_name.get(column, {}) else "" for column in columns]
 
-    return by_place(figures, direction, columns, cells)
+    return by_case(figures, direction, columns, cells)
 
 
 def _replays(figures: dict, direction: str) -> str:

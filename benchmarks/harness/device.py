@@ -75,4 +75,4 @@ class Device(ABC):
 
     @abstractmethod
     def explain_ceilings(self) -> str:
-        """Return a paragraph that explains how the floors were found."""
+        """Return an explanation of how the floors were found, in Markdown."""

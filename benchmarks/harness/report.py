@@ -25,7 +25,7 @@ def times(figures: dict, direction: str) -> str:
             f"{own['of_floor']:.0%}" if "of_floor" in own else "",
         ]
 
-    return by_place(figures, direction, head, cells)
+    return by_case(figures, direction, head, cells)
 
 
 def errors(figures: dict) -> str:
@@ -100,7 +100,7 @@ def shape_text(row: Row) -> str:
     return f"{row['rows']} × {row['classes']} {row['dtype']}{labels}"
 
 
-def by_place(figures: dict, direction: str, head: list[str], cells: Callable[[dict[str, Row]], list[str]]) -> str:
+def by_case(figures: dict, direction: str, head: list[str], cells: Callable[[dict[str, Row]], list[str]]) -> str:
     """Return a table with a line for each case; `cells` maps candidate -> row to its cells.
 
     A column shows the number of threads if it differs between rows.
