@@ -64,6 +64,8 @@ def test_shape_parses_its_own_text_and_refuses_other_text():
     for text in ("4", "4x", "0x5", "4x5x6", "4x5:int8", "4x5:labels=1", "4x-5"):
         with pytest.raises(ValueError):
             Shape.parse(text)
+    with pytest.raises(ValueError, match=r"the fraction of ignored labels must be in \[0, 1\), got many"):
+        Shape.parse("4x5:labels=many")
 
 
 def test_candidates_take_turns_in_changing_order_and_summary_has_quartiles():

@@ -1,5 +1,6 @@
 """The cases to measure: shapes of logits with fractions of rows to keep, the extents of a run, and its sweeps."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -81,7 +82,10 @@ def fraction(text: str) -> float:
     Raises:
         ValueError: `text` is anything else.
     """
-    number = float(text)
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
     if not 0 <= number < 1:
         raise ValueError(f"the fraction of ignored labels must be in [0, 1), got {text}")
     return number
