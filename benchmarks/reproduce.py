@@ -204,7 +204,7 @@ class Reproduce:
                 *paper
             )
             if paper
-            else "Smaller than the paper's setting; do not compare with its numbers.\n"
+            else "Not the paper's setting; do not compare with its numbers.\n"
         )
         part = "" if self.classes is None else f"-{self.classes}-classes"
         name = f"reproduce-{data.name}{part}-{self.pair}-{self.epochs}-epochs"
