@@ -363,7 +363,7 @@ def test_broken_nvcc_is_reported(tmp_path, place):
         assert "CUDA" not in done.stdout + errors
         return
     assert ("CMake Error" if requested else "CMake Warning") in errors and "nvcc (" in errors
-    reason = {"CUDACXX of a missing file": "o such file", "PATH with silent nvcc": "it exited with: 3"}
+    reason = {"CUDACXX of a missing file": "o such file", "PATH with silent nvcc": "it failed with: 3"}
     assert reason.get(place, "unsupported GNU version! gcc versions later than 9") in errors
     if place == "PATH":
         nvcc.write_text("#!/bin/sh\nexit 0\n")  # now it works
