@@ -326,9 +326,8 @@ def calibration(logits: Tensor, labels: Tensor, bins: int = NUM_BINS) -> tuple[f
     edges = torch.arange(bins + 1, dtype=torch.float64) / bins
     bin_index = torch.bucketize(confidence, edges[1:-1])
     counts = torch.bincount(bin_index, minlength=bins)
-    means = [
-        100 * torch.bincount(bin_index, weights=x, minlength=bins) / counts for x in (confidence, right)
-    ]  # 0/0: NaN
+    # NaN for an empty bin, from 0/0.
+    means = [100 * torch.bincount(bin_index, weights=x, minlength=bins) / counts for x in (confidence, right)]
     gaps = (means[0] - means[1]).abs()
     error = (counts * gaps)[counts > 0].sum() / len(labels)
     edges = (100 * edges).tolist()
@@ -398,9 +397,8 @@ def exaggeration(student: Tensor, teacher: Tensor) -> Exaggeration:
 
 def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
     logits = logits.double()
-    return ((logits - logits.amax(-1, keepdim=True)) / temperature).log_softmax(
-        -1
-    )  # the largest is 0, so no T makes it infinite
+    centred = logits - logits.amax(-1, keepdim=True)  # the largest is 0, so no T makes it infinite
+    return (centred / temperature).log_softmax(-1)
 
 
 def _percent(true: Tensor) -> float:
@@ -701,8 +699,6 @@ def _decode(kind: type, found: object) -> object:
         return found
     if kind is int:
         return check_int("a count", found, 0)
-    return (
-        math.nan
-        if found is None
-        else check_float("a number", found, "finite or null", -MAX_JSON_NUMBER, MAX_JSON_NUMBER)
-    )
+    if found is None:
+        return math.nan
+    return check_float("a number", found, "finite or null", -MAX_JSON_NUMBER, MAX_JSON_NUMBER)

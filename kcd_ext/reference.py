@@ -227,11 +227,8 @@ def condensed_kd_loss(
         score[~candidate | entropy.isnan() | kl.isnan()] = torch.nan
 
         selected = select(_gather(score, group), _gather(candidate, group), options.keep)
-        n_valid, n_selected, world_size = (
-            _gather(valid, group).sum(),
-            selected.sum(),
-            1 if group is None else group.size(),
-        )
+        n_valid, n_selected = _gather(valid, group).sum(), selected.sum()
+        world_size = 1 if group is None else group.size()
         if group is not None:
             selected = selected[group.rank() * n : (group.rank() + 1) * n]
 

@@ -431,9 +431,8 @@ class InheritanceExplorationMutualLearning(_FactorMethod):
         """
         self.release()
         x = next(iter(samples)).x[:1]
-        peer = (
-            _reinitialised_copy(student) if self.peer is None else None
-        )  # copied before the student is tapped, so without a hook
+        # Copied before the student is tapped, so without a hook.
+        peer = _reinitialised_copy(student) if self.peer is None else None
         logits, maps = self.probe("student", student, x)
         if peer is None:
             peer = models.build(self.peer, in_channels=x.shape[1], num_classes=logits.shape[1])
