@@ -110,7 +110,7 @@ class SelfSupervisedKnowledgeDistillation(FeatureMethod):
         self.head_epochs = check_int("head_epochs", head_epochs, 1)
         self.set_options(check_non_negative, head_lr=head_lr)
         self.head_milestones = check_fractions(
-            "head_milestones", head_milestones, "fractions of head_epochs in [0, 1], as 0.5,0.75"
+            "head_milestones", head_milestones, "fractions of head_epochs in [0, 1], such as 0.5,0.75"
         )
 
     def prepare(self, student: nn.Module, teacher: nn.Module | None, samples: Iterable[Batch]) -> None:

@@ -197,7 +197,7 @@ def draw_log_odds(axes: Axes, evaluation: Evaluation) -> None:
     if len(x):
         axes.plot(x, y, ".", color=NETWORK_COLOURS["student"], markersize=3)
         ends = np.array([x.min(), x.max()])
-        axes.plot(ends, ends, color="#333333", linestyle="--", linewidth=1, label="as sure as the teacher")
+        axes.plot(ends, ends, color="#333333", linestyle="--", linewidth=1, label="as confident as the teacher")
         if math.isfinite(found.slope) and math.isfinite(found.intercept):
             line = found.intercept + found.slope * ends
             axes.plot(ends, line, color="#d55e00", linewidth=1.4, label=f"slope {found.slope:.4g}")
