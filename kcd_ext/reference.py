@@ -96,7 +96,7 @@ def _check_indices(labels: Tensor | None, rows: Tensor | None, classes: int, n: 
         bad = (rows < -1) | (rows >= n)
         if bad.any():
             i = int(bad.nonzero()[0])
-            raise IndexError(f"rows[{i}] is {int(rows[i])}: it must be in [0, {n}), or -1 to be skipped")
+            raise IndexError(f"rows[{i}] is {int(rows[i])}: it must be in [0, {n}), or be -1 to be skipped")
         counts = torch.bincount(rows[rows >= 0], minlength=n)
         if (counts > 1).any():
             raise ValueError(f"rows names row {int((counts > 1).nonzero()[0])} more than once")

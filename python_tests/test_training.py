@@ -299,7 +299,7 @@ def test_metrics_count_the_kept_samples_of_every_class(tmp_path, selection, load
         method="ce", condense=Condense(0.5, every=1, stages=2, selection=selection, min_per_class=least), epochs=4
     )
     vanish = selection != "random" and not least
-    with pytest.warns(RuntimeWarning, match="1 of 3 classes .*3") if vanish else nullcontext():
+    with pytest.warns(RuntimeWarning, match=r"1 of 3 classes .*\(labels 3\)") if vanish else nullcontext():
         summary = distill(student, None, data, data, settings, output=tmp_path)
     labels = torch.as_tensor(data.y if loaded else data.labels)
     steps = [line["condensation"] for line in summary.history]
@@ -967,8 +967,8 @@ def test_selection_by_losses_refuses_batch_keep():
     [
         ({"keep": 0.0}, ValueError, "keep must be a number in"),
         ({"keep": 1.5}, ValueError, "keep must be a number in"),
-        ({"schedule": "linear"}, ValueError, "schedule must be"),
-        ({"selection": "best"}, ValueError, "unknown selection 'best'.*infobatch, random, value"),
+        ({"schedule": "linear"}, ValueError, "schedule must be one of"),
+        ({"selection": "best"}, ValueError, "unknown selection 'best': choose from infobatch, random, value"),
         ({"selection": "random", "epsilon": 0.1}, ValueError, "epsilon=0.1 has no effect with selection 'random'"),
         ({"selection": "infobatch", "stages": 3}, ValueError, "stages=3 has no effect with selection 'infobatch'"),
         (
@@ -1065,16 +1065,16 @@ class Broken(nn.Linear):
         ({"test": [(torch.zeros(6), torch.tensor([1, 0]))]}, {}, ValueError, r"test must give labels .* \(1, 2\)"),
         ({"train": [(torch.zeros(6), np.int32(1))]}, {}, ValueError, r"train must give labels .* torch.int32 \(1,\)"),
         ({"train": [(torch.zeros(6), 4)]}, {}, ValueError, r"train must give labels in \[0, 4\), got 4"),
-        ({"train": IndexedDataset(Blobs(9), {}.__getitem__)}, {}, ValueError, r"train\[0\] "),
-        ({"student": nn.Unflatten(1, (2, 3))}, {}, ValueError, r"student must (give|return) logits \(b, classes\)"),
+        ({"train": IndexedDataset(Blobs(9), {}.__getitem__)}, {}, ValueError, r"train\[0\] cannot be loaded: "),
+        ({"student": nn.Unflatten(1, (2, 3))}, {}, ValueError, r"student must give logits \(b, classes\)"),
         ({"student": "resnet"}, {}, TypeError, "student must be a torch.nn.Module, got str"),
-        ({"train": 5}, {}, TypeError, "train: dataset must"),
+        ({"train": 5}, {}, TypeError, "train: dataset must have a length"),
         ({"test": []}, {}, ValueError, "test must hold at least one sample"),
         (
             {},
             {"method": "pkd"},
             ValueError,
-            "unknown method 'pkd': did you mean pwkd.* ce, crd, ie-dml, iekd, kd, kr, pkt, pwkd, sskd",
+            "unknown method 'pkd': did you mean pwkd\\? Choose from ce, crd, ie-dml, iekd, kd, kr, pkt, pwkd, sskd",
         ),
         ({}, {"precision": "float16"}, ValueError, "precision 'float16' needs CUDA, but the device is cpu"),
         ({}, {"options": {"temperature": 0.0}}, ValueError, "temperature must be a finite number > 0"),
@@ -1108,15 +1108,15 @@ def test_registry_resolves_names_and_refuses_unknown_ones():
     assert resolve("thing", "os:path.join", {}) is os.path.join
     assert resolve("thing", "short", {"short": "os:getcwd"}) is os.getcwd
     for name, message in (
-        ("nothing", "unknown thing 'nothing'.* short"),
-        ("no_such_module:f", "module.* 'no_such_module'"),
-        ("os.nowhere:f", "module.* 'os.nowhere'"),
-        ("os:nothing", "'os' .*'nothing'"),
+        ("nothing", "unknown thing 'nothing': choose from short, or write module:attribute"),
+        ("no_such_module:f", "there is no module 'no_such_module'"),
+        ("os.nowhere:f", "there is no module 'os.nowhere'"),
+        ("os:nothing", "'os' has no 'nothing'"),
         (":f", "unknown thing"),
     ):
         with pytest.raises(ValueError, match=message):
             resolve("thing", name, {"short": "os:getcwd"})
-    with pytest.raises(TypeError, match="thing must be"):
+    with pytest.raises(TypeError, match="thing must be a name"):
         resolve("thing", 3, {})
     assert call("thing", "short", {"short": "builtins:dict"}, name=3, kind=4) == {"name": 3, "kind": 4}
     for registry in (DATASETS, methods.REGISTRY, models.REGISTRY):
