@@ -4,11 +4,18 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
 
-# What a reader of the README has before the first two snippets: networks, logits, labels, a data set, an optimizer.
+FENCE = re.compile(
+    r"^<!-- test setup\n(?P<setup>.*?)^-->$"
+    r'|^(?P<indent> *)(?P<fence>```+|~~~+)(?P<language>\w*)(?: title="(?P<title>[^"]*)")?[^\n]*\n'
+    r"(?P<code>.*?)^(?P=indent)(?P=fence)$",
+    re.S | re.M,
+)
+
+# The variables that a reader of the README has already: networks, logits, labels, a data set and an optimizer.
 READER = """
 import torch
 from torch import nn
@@ -19,13 +26,6 @@ student_logits, teacher_logits = student(x), teacher(x).detach()
 dataset = [(torch.full((3, 4), i % 10, dtype=torch.uint8), i % 10) for i in range(40)]
 transform, optimizer = lambda image: image.float() / 10, torch.optim.SGD(student.parameters(), lr=0.1)
 """
-
-FENCE = re.compile(
-    r"^<!-- test setup\n(?P<setup>.*?)^-->$"
-    r'|^(?P<indent> *)(?P<fence>```+|~~~+)(?P<language>\w*)(?: title="(?P<title>[^"]*)")?[^\n]*\n'
-    r"(?P<code>.*?)^(?P=indent)(?P=fence)$",
-    re.S | re.M,
-)
 
 
 class Block(NamedTuple):
@@ -50,7 +50,9 @@ def blocks(page: Path) -> list[Block]:
 
 
 def commands(block: Block) -> list[str]:
-    """Return the `kcd` commands of a bash block, without comments and continuation lines."""
+    """Return the `kcd` commands of a bash or text block, without comments and continuation lines."""
+    if block.language not in ("bash", "text"):
+        return []
     lines = block.code.replace("\\\n", " ").splitlines()
     return [
         line.partition(" #")[0].strip() for line in lines if re.match(r" *(kcd|torchrun .* -m kcd_ext\.cli) ", line)

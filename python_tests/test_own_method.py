@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from pages import ROOT, blocks, commands
 from scipy.special import log_softmax, softmax
 from small_runs import NoWait
 from test_methods import assert_gradient, float64
@@ -23,16 +24,15 @@ from kcd_ext.methods import Batch
 from kcd_ext.training import Condense, Recipe, checkpoint, distill
 from kcd_ext.training.batches import split_evenly
 
-ROOT = Path(__file__).parents[1]
-GUIDE = (ROOT / "docs" / "how-to" / "own-method.md").read_text()
-FILES = dict(re.findall(r'^```python title="(\w+\.py)"\n(.*?)^```', GUIDE, re.S | re.M))
-PROGRAMS = re.findall(r"^```python\n(.*?)^```", GUIDE, re.S | re.M)
-COMMANDS = re.findall(r"^kcd (.*)$", GUIDE, re.M)
+PAGE = ROOT / "docs" / "how-to" / "own-method.md"
+GUIDE = PAGE.read_text()
+PYTHON = [block for block in blocks(PAGE) if block.language == "python"]
+FILES = {block.title: block.code for block in PYTHON if block.title}
+PROGRAMS = [block.code for block in PYTHON if not block.title]
+COMMANDS = [command.removeprefix("kcd ") for block in blocks(PAGE) for command in commands(block)]
 DIGITS = 1083  # training images
 
-
 pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 BARS = """
 import numpy as np

@@ -74,7 +74,7 @@ def test_sdist_has_everything_to_build_and_test_and_no_results(dist):
         for name in sources:
             assert tar.extractfile(names[name]).read() == (ROOT / name).read_bytes(), name
     expected = sources | files_below("kcd_ext", ".py", ".typed", ".jinja")
-    expected |= files_below("python_tests", ".py", ".h", ".cpp") | files_below("docs", ".md", ".png")
+    expected |= files_below("python_tests", ".py", ".h", ".cpp") | files_below("docs", ".md", ".png", ".svg")
     expected |= {"CMakeLists.txt", "pyproject.toml", "constraints.txt", "README.md", "CHANGELOG.md", "LICENSE"}
     assert expected <= names.keys()
     unwanted = [name for name in names if re.match(r"(benchmarks|build|dist|runs|\.ci)/|.*(\.so|\.pyc)$", name)]
@@ -149,8 +149,9 @@ def without_compiler(tmp_path: Path) -> dict[str, object]:
 
 
 def test_installed_wheel_runs_the_readme_without_compiler_or_source(installed, without_compiler):
+    loss, loop, _ = snippets(README)  # the third one needs the extra [demo]
     check = "import kcd_ext; assert loss.isfinite(); print(kcd_ext.__file__, kcd_ext.__version__)"
-    code = "\n".join([READER, *snippets(README)[:2], check])
+    code = "\n".join([READER, loss, loop, check])
     *_, file, version = run(installed / "bin" / "python", "-c", code, **without_compiler).split()
     assert Path(file).is_relative_to(installed) and version == PROJECT["version"]
 
