@@ -178,7 +178,7 @@ def test_step_is_mean_of_samples_for_any_accumulation_and_world_size(tmp_path):
 
 
 class Unused(nn.Sequential):
-    """A network with an unused_weight layer."""
+    """A network with a layer that its forward pass does not use."""
 
     def __init__(self):
         super().__init__(*plain_network(0))
