@@ -110,6 +110,13 @@ def check_bool(name: str, value: object) -> bool:
     return value
 
 
+def check_device(device: object) -> str:
+    """Return `device`. Raise ValueError unless it is "auto", "cpu" or "cuda"."""
+    if not isinstance(device, str) or device not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"device must be auto, cpu or cuda, got {brief(device)}")
+    return device
+
+
 def check_choice(name: str, value: object, choices: Iterable[str]) -> str:
     """Return `value`, or raise ValueError unless it is one of `choices`. The message suggests the nearest choice."""
     choices = list(choices)

@@ -64,6 +64,8 @@ def call(kind: str, name: str, registry: Mapping[str, str], /, **arguments: obje
         ValueError: As `resolve`, or raised by the callable. Any other error of the callable becomes one that names it.
     """
     function = resolve(kind, name, registry)
+    if not callable(function):
+        raise TypeError(f"{kind} {name!r} must be callable, got {describe(function)}")
     try:
         with nullcontext() if name in registry else resolving():
             return function(**arguments)

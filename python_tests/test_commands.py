@@ -439,6 +439,7 @@ BAD = [
     (["--method", "kc-"], "method must have a name after kc-, as in kc-kd, got 'kc-'"),
     (["--method", "nothing"], "unknown method 'nothing': choose from ce, crd, ie-dml, iekd, kd, kr, pkt, pwkd, sskd"),
     (["--method", "kc-nothing"], "unknown method 'kc-nothing'"),
+    (["--method", "os:path"], "method 'os:path' must be callable, got module"),
     (["--options", "warmth", "4"], "method 'kd' has no option 'warmth'; it takes temperature, "),
     (["--options", "temperature", "-4"], "temperature must be"),
     (

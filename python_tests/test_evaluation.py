@@ -899,7 +899,7 @@ def change_weights(path):
             ["two"],
             "two/seed-6/evaluation.json must be a file, but is a folder",
         ),
-        (lambda runs: None, ["two", "--device", "gpu"], "device"),
+        (lambda runs: None, ["two", "--device", "gpu"], "device must be auto, cpu or cuda, got 'gpu'"),
         (lambda runs: None, ["two", "--threads", "0"], "threads must be"),
         (lambda runs: None, [], "kcd evaluate needs at least one run folder"),
         (lambda runs: None, ["far"], "nothing to evaluate: far/elsewhere: the run has no teacher"),

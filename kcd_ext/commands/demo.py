@@ -8,7 +8,6 @@ from ..checks import check_int
 from ..condensation.random_keys import MAX_SEED
 from ..condensation.schedules import stage_size
 from ..data.images import load
-from ..describe import describe
 from ..training.folder import WEIGHTS
 from ..training.recipe import Condense, Recipe
 from .options import checked_threads
@@ -86,7 +85,9 @@ class Demo:
         for seed in self.seeds:
             check_int("seeds", seed, 0, MAX_SEED)
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
-            raise ValueError(f"seeds must be one or more distinct integers, got {describe(self.seeds)}")
+            raise ValueError(
+                f"seeds must be one or more distinct integers, got {' '.join(map(str, self.seeds)) or 'none'}"
+            )
         check_int("epochs", self.epochs, 2)
         runs = [run for seed in self.seeds for run in self._runs(seed)]
         data = load(self.data)

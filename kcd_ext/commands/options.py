@@ -65,6 +65,8 @@ class Images:
 class RecipeArgs(Recipe):
     """A recipe as given on the command line."""
 
+    method: str = "kd"
+    """kd, pkt, crd, sskd, pwkd, iekd, ie-dml, kr, ce (labels only) or module:Class; the prefix kc- condenses: kc-kd."""
     options: Annotated[Mapping[str, str], arg(metavar="[NAME VALUE ...]")] = field(default_factory=dict)
     """Options of the method, for example: temperature 4 kd_weight 0.9. List them with --method METHOD --help."""
     seed: int = 0

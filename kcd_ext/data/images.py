@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 from ..checks import check_int
 from ..describe import describe, join_names
-from ..registry import call
+from ..registry import call, unknown_name_error
 from .views import Views, check_normalisation
 
 REGISTRY = {
@@ -225,6 +225,8 @@ def load(
         TypeError: An argument is of another kind, or the function returns something else.
     """
     normalisation = check_normalisation(mean, std)
+    if isinstance(spec, str) and spec not in REGISTRY and ":" not in spec and not _is_path(spec):
+        raise unknown_name_error("data set", spec, sorted(REGISTRY), "a path such as ./images, or module:function")
     if _is_path(spec):
         data = call("data set", PATHS, {}, path=Path(spec), size=size)
     elif size is not None and isinstance(spec, str) and (spec in REGISTRY or ":" in spec):

@@ -13,6 +13,8 @@ from accelerate.utils import GradientAccumulationPlugin
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ..checks import check_device
+
 
 @contextmanager
 def accelerator_on(device: str, mixed_precision: str | None = None) -> Iterator[Accelerator]:
@@ -28,6 +30,7 @@ def accelerator_on(device: str, mixed_precision: str | None = None) -> Iterator[
     Raises:
         ValueError: The device or precision is not available, or the process has an Accelerator with another one.
     """
+    check_device(device)
     requested = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     if requested == "cuda" and not torch.cuda.is_available():
         raise ValueError("device 'cuda' is not available: this torch has no CUDA or finds no driver")

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 
-from ..checks import check_bool, check_float, check_int
+from ..checks import check_bool, check_device, check_float, check_int
 from ..condensation.options import Condense
 from ..condensation.random_keys import MAX_SEED
 from ..describe import brief, describe, did_you_mean
@@ -78,8 +78,7 @@ class Recipe:
         object.__setattr__(self, "milestones", tuple(self.milestones))
         for milestone in self.milestones:
             check_float("milestones", milestone, "fractions of the epochs in [0, 1]", 0.0, 1.0)
-        if not isinstance(self.device, str) or self.device not in ("auto", "cpu", "cuda"):
-            raise ValueError(f"device must be auto, cpu or cuda, got {brief(self.device)}")
+        check_device(self.device)
         if not isinstance(self.precision, str) or self.precision not in PRECISIONS:
             nearest = did_you_mean(self.precision, PRECISIONS)
             raise ValueError(f"precision must be {', '.join(PRECISIONS)}, got {brief(self.precision)}{nearest}")
