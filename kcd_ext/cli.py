@@ -312,4 +312,4 @@ if __name__ == "__main__":
     from .kcd_command import without_current_folder
 
     without_current_folder()
-    sys.exit(main())
+    processes.exit_process(main())

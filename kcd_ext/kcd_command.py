@@ -7,6 +7,7 @@ torch and register the operators.
 import os
 import sys
 from importlib.util import find_spec
+from typing import NoReturn
 
 
 def without_current_folder() -> None:
@@ -29,12 +30,13 @@ if __name__ == "__main__":
 __path__ = find_spec("kcd_ext").submodule_search_locations
 
 
-def main() -> int:
-    """Run the command line of this process and return its exit code, as `kcd_ext.cli.main` does."""
+def main() -> NoReturn:
+    """Run the command line of this process and exit with the code that `kcd_ext.cli.main` returns."""
     from kcd_command.cli import main
+    from kcd_command.processes import exit_process
 
-    return main()
+    exit_process(main())
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

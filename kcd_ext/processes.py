@@ -1,9 +1,11 @@
 """The ranks of a command that a launcher has started (torchrun, accelerate launch). Rank 0 reports for all."""
 
+import atexit
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NoReturn
 
 BAD_INPUT = 2  # the exit code
 
@@ -46,8 +48,22 @@ def report_on_rank_zero() -> Iterator[None]:
 
 
 def shutdown() -> None:
-    """Wait for all ranks, then destroy the process group. Leaving it to interpreter shutdown occasionally aborts."""
+    """Wait for all ranks, then destroy the process group."""
     if in_process_group():
         distributed = sys.modules["torch.distributed"]
         distributed.barrier()
         distributed.destroy_process_group()
+
+
+def exit_process(code: int) -> NoReturn:
+    """Exit with this code. A rank skips the interpreter's finalization, which would occasionally abort it.
+
+    DistributedDataParallel keeps the process group and thus gloo's threads alive (torch 2.13). Such a thread is terminated
+    if it takes the interpreter's lock during finalization, and ends the process with SIGABRT.
+    """
+    if world_size() > 1:
+        atexit._run_exitfuncs()  # temporary files, for example
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)

@@ -46,7 +46,10 @@ def run(tmp_path_factory):
 
 WITHOUT_TORCH = """
 import sys, kcd_command
-code = kcd_command.main()
+try:
+    kcd_command.main()
+except SystemExit as end:
+    code = end.code
 sys.exit(f"imported {found}" if (found := {"torch", "kcd_ext", "numpy", "tyro"} & sys.modules.keys()) else code)
 """
 

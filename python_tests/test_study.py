@@ -10,6 +10,7 @@ from dataclasses import replace
 from functools import partial
 
 import pytest
+from commands import heed_interrupts
 
 from kcd_ext import files
 from kcd_ext.commands import study
@@ -60,7 +61,15 @@ def test_no_run_starts_after_the_deadline(tmp_path, capfd):
     assert not any(tmp_path.iterdir()) and capfd.readouterr().out == ""
 
 
-def test_deadline_interrupts_silently_but_ctrl_c_is_raised():
+@pytest.fixture
+def heeds_interrupts():
+    """SIGINT raises KeyboardInterrupt, also if the shell that started the tests ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_deadline_interrupts_silently_but_ctrl_c_is_raised(heeds_interrupts):
     handler = signal.getsignal(signal.SIGALRM)
     started = time.monotonic()
     study._call_until(started + 0.05, partial(time.sleep, 60))
@@ -109,7 +118,8 @@ def test_no_run_continues_after_a_signal_ends_the_study(tmp_path, number):
     script, output = tmp_path / "script.py", tmp_path / "runs"
     script.write_text(SIDE_BY_SIDE)
     command = [sys.executable, script, output]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as study:
+    options = {"stderr": subprocess.PIPE, "text": True, "start_new_session": True, "preexec_fn": heed_interrupts}
+    with subprocess.Popen(command, **options) as study:
         try:
             while not all((output / f"seed-{seed}" / "metrics.jsonl").exists() for seed in (0, 1)):
                 assert study.poll() is None, study.stderr.read()
