@@ -102,14 +102,15 @@ def _check_indices(labels: Tensor | None, rows: Tensor | None, classes: int, n: 
             raise ValueError(f"rows names row {int((counts > 1).nonzero()[0])} more than once")
 
 
-def _cross_entropy(log_probabilities: Tensor, labels: Tensor, label_smoothing: float) -> Tensor:
+def _cross_entropy(student: Tensor, labels: Tensor, label_smoothing: float) -> Tensor:
     """Return -sum_c t_c log pi_c of each row. A class with target 0 adds 0, even if the student rules it out."""
     if not labels.is_floating_point():
         if label_smoothing == 0:
-            return -log_probabilities.gather(1, labels[:, None]).squeeze(1)
-        labels = torch.zeros_like(log_probabilities).scatter(1, labels[:, None], 1)
-    target = (1 - label_smoothing) * labels.to(log_probabilities.dtype) + label_smoothing / log_probabilities.shape[1]
-    return -torch.where(target == 0, torch.zeros_like(target), target * log_probabilities).sum(-1)
+            return -F.log_softmax(student, -1).gather(1, labels[:, None]).squeeze(1)
+        labels = torch.zeros_like(student, requires_grad=False).scatter(1, labels[:, None], 1)
+    target = (1 - label_smoothing) * labels.to(student.dtype) + label_smoothing / student.shape[1]
+    x = student - student.detach().amax(-1, keepdim=True)
+    return target.sum(-1) * x.logsumexp(-1) - torch.where(target == 0, torch.zeros_like(x), target * x).sum(-1)
 
 
 def condensed_kd_loss(
@@ -213,7 +214,6 @@ def condensed_kd_loss(
 
     # Replace rows that do not count before any formula: a NaN in them would reach the gradients as 0 * NaN.
     safe_student = torch.where(valid[:, None], student, torch.zeros_like(student))
-    log_probabilities = F.log_softmax(safe_student, -1)
     with torch.no_grad():
         entropy = torch.where(valid, _entropy(safe_student), nan)
     zeros = torch.zeros_like(student)
@@ -223,7 +223,7 @@ def condensed_kd_loss(
     cross_entropy = torch.zeros_like(nan)
     if labels is not None:
         targets = torch.where(valid, indices, torch.zeros_like(indices)) if probabilities is None else probabilities
-        cross_entropy = _cross_entropy(log_probabilities, targets, options.label_smoothing)
+        cross_entropy = _cross_entropy(safe_student, targets, options.label_smoothing)
         cross_entropy = torch.where(valid, cross_entropy, torch.zeros_like(cross_entropy))
 
     with torch.no_grad():

@@ -30,18 +30,16 @@ KCD_INLINE Vector<Real> load_lanes(const Real* p, int64_t m) {
   return m == kLanes<Real> ? load(p) : load(p, m, Real(0));
 }
 
-// The targets of classes [first, first + n), without that of a class index.
+// The targets t = of_label y + uniform of classes [first, first + n), without that of a class index.
 template <class Real>
 class PieceTargets {
  public:
   PieceTargets(const TargetRow<Real>& row, int64_t first, int64_t n)
       : smoothing_(row.smoothing), y_(row.labels ? load_piece(row.type, row.labels, first, n, scratch_) : nullptr) {}
 
-  KCD_MEMBER Vector<Real> lanes(int64_t j, int64_t m) const {
-    const Vector<Real> uniform = broadcast(smoothing_.uniform);
-    return y_ ? smoothing_.of_label * load_lanes(y_ + j, m) + uniform : uniform;
-  }
-  KCD_MEMBER Real at(int64_t j) const { return y_ ? smoothing_.of_label * y_[j] + smoothing_.uniform : smoothing_.uniform; }
+  KCD_MEMBER Vector<Real> probabilities(int64_t j, int64_t m) const { return y_ ? load_lanes(y_ + j, m) : Vector<Real>{}; }
+  KCD_MEMBER Vector<Real> of(Vector<Real> y) const { return smoothing_.of_label * y + smoothing_.uniform; }
+  KCD_MEMBER Vector<Real> lanes(int64_t j, int64_t m) const { return of(probabilities(j, m)); }
 
  private:
   Smoothing<Real> smoothing_;
@@ -54,16 +52,17 @@ template <class Real>
 __attribute__((noinline)) TargetSums<Real> sum_targets(const TargetRow<Real>& row, int64_t first, int64_t n, const Real* z, Real max) {
   const PieceTargets<Real> targets(row, first, n);
   const Real reference = piece_reference(max);
-  Vector<Real> mass{}, dot{};
+  Vector<Real> total{}, dot{};
+  const auto add = [&](int64_t j, int64_t m, Vector<Real> z_lanes) KCD_LAMBDA {
+    const Vector<Real> y = targets.probabilities(j, m), t = targets.of(y);
+    total += y;
+    dot = add_product_where(not_equal(t, Vector<Real>{}), dot, t, z_lanes - reference);
+  };
   int64_t j = 0;
-  for (; j + kLanes<Real> <= n; j += kLanes<Real>) {
-    const Vector<Real> t = targets.lanes(j, kLanes<Real>);
-    mass += t;
-    dot = add_product_where(not_equal(t, Vector<Real>{}), dot, t, load(z + j) - reference);
-  }
-  TargetSums<Real> sums{sum(mass), sum(dot)};
-  for (; j < n; ++j) sums = add_target(sums, targets.at(j), z[j] - reference);
-  return sums;
+  for (; j + kLanes<Real> <= n; j += kLanes<Real>) add(j, kLanes<Real>, load(z + j));
+  if (j < n) add(j, n - j, load(z + j, n - j, reference));   // lanes past the end have dz = 0
+  // Not the sum of all t: equal addends round alike, so that the errors of many would add up.
+  return {row.smoothing.of_label * sum(total) + row.smoothing.uniform * static_cast<Real>(n), sum(dot)};
 }
 
 }   // namespace

@@ -170,11 +170,12 @@ struct RowAccumulator {
 
   // Adds the targets of classes c to c + 3, of which the first n exist.
   KCD_DEVICE_MEMBER void add_targets(const Real (&z)[kQuad], int c, int n) const {
-    Real t[kQuad];
+    Real t[kQuad], products[kQuad];
     load_targets(problem, index, c, n, t);
     const Real m_z = piece_reference(sums.student.max);
 #pragma unroll
-    for (int j = 0; j < kQuad; ++j) sums.targets = add_target(sums.targets, t[j], z[j] - m_z);
+    for (int j = 0; j < kQuad; ++j) products[j] = target_times(t[j], z[j] - m_z);
+    sums.targets = kcd::add(sums.targets, TargetSums<Real>{sum(t), sum(products)});
   }
 
   template <Type kType>

@@ -24,7 +24,8 @@ KCD_INLINE TargetSums<Real> row_targets(const Problem& problem, const ClassSums<
   if (problem.soft_labels) return summed;
   const TargetSums<Real> index = index_targets(student, label_logit);
   if (!problem.with_targets()) return index;
-  return add_target(summed, smoothing_of<Real>(problem.label_smoothing, problem.classes).of_label, index.dot);
+  const Real of_label = smoothing_of<Real>(problem.label_smoothing, problem.classes).of_label;
+  return {index.mass, summed.dot + target_times(of_label, index.dot)};
 }
 
 // Writes the outputs of row i and returns them.  with_teacher: whether the teacher's row was read.

@@ -119,12 +119,6 @@ KCD_INLINE Real target_times(Real t, Real dz) {
   return t == 0 && dz == dz ? Real(0) : t * dz;
 }
 
-// Adds a class with target t.
-template <class Real>
-KCD_INLINE TargetSums<Real> add_target(const TargetSums<Real>& s, Real t, Real dz) {
-  return {s.mass + t, s.dot + target_times(t, dz)};
-}
-
 // Rebases sums on a maximum that is greater by -d: d = shift(old, new).
 template <class Real>
 KCD_INLINE TargetSums<Real> rebase(const TargetSums<Real>& s, Real d) {
