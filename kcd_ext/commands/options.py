@@ -33,9 +33,13 @@ class Images:
             "of an archive, an .npz file or a folder of images, or module:function."
         ),
     ] = "mnist5k"
-    augment: str | None = None
-    """Augmentation of training images: crop-flip (--padding, --flip), none, randaugment or trivialaugment, which come after crop
-    and flip. None: as usual for the data set (CIFAR: crop-flip, others: none)."""
+    augment: Annotated[
+        str | None,
+        arg(
+            help="Augmentation of training images: crop-flip (--padding, --flip), none, or a policy after crop and flip: "
+            "randaugment, trivialaugment. None: as usual for the data set (CIFAR: crop-flip, others: none)."
+        ),
+    ] = None
     padding: int | None = None
     """Random crops: pixels of black border around training images; 0: none. None: as usual for the data set (CIFAR: 4)."""
     flip: Annotated[bool, FlagCreatePairsOff] = False
