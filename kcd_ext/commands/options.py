@@ -33,6 +33,13 @@ class Images:
             "of an archive, an .npz file or a folder of images, or module:function."
         ),
     ] = "mnist5k"
+    augment: Annotated[
+        str | None,
+        arg(
+            help="Augmentation of training images: crop-flip (--padding, --flip), none, or a policy after crop and flip: "
+            "randaugment, trivialaugment. None: as usual for the data set (CIFAR: crop-flip, others: none)."
+        ),
+    ] = None
     padding: int | None = None
     """Random crops: pixels of black border around training images; 0: none. None: as usual for the data set (CIFAR: 4)."""
     flip: Annotated[bool, FlagCreatePairsOff] = False
@@ -58,7 +65,9 @@ class Images:
             raise ValueError("give --flip or --no-flip, not both")
         flip = True if self.flip else False if self.no_flip else None
         mean, std = _parse_numbers(self.mean), _parse_numbers(self.std)
-        return load(self.data, padding=self.padding, flip=flip, size=self.size, mean=mean, std=std)
+        return load(
+            self.data, augment=self.augment, padding=self.padding, flip=flip, size=self.size, mean=mean, std=std
+        )
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ class CrossEntropy(Method):
 
     needs_teacher = False
     weighs_samples = True
+    takes_soft_labels = True
 
     def __init__(self):
         super().__init__()

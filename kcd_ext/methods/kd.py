@@ -38,6 +38,7 @@ class KnowledgeDistillation(Method):
     """
 
     weighs_samples = True
+    takes_soft_labels = True
 
     def __init__(
         self, temperature: float = 4.0, kd_weight: float = 0.9, ce_weight: float = 0.1, batch_keep: float = 1.0

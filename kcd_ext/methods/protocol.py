@@ -14,7 +14,7 @@ class Batch(NamedTuple):
     x: Tensor
     """(b, ...), the input of the networks."""
     label: Tensor
-    """(b,) int64."""
+    """(b,) int64; or (b, classes) float32 probabilities, only if the method's `takes_soft_labels` is True."""
     index: Tensor
     """(b,) int64, indices in the data set; -1 marks a repeat that only pads."""
     weight: Tensor | None = None
@@ -64,6 +64,8 @@ class Method(nn.Module):
     """False: `distill` accepts teacher=None."""
     weighs_samples = False
     """True: `forward` applies `batch.weight` and sets `Outcome.losses`."""
+    takes_soft_labels = False
+    """True: `batch.label` may be the probabilities of all classes, as mixup makes them."""
     flops_known = True
     """False: a row costs more, or less, than one forward pass of the teacher and one step of the student."""
     compiles_teacher = True

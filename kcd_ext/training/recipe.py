@@ -52,6 +52,10 @@ class Recipe:
     """Fractions of `epochs` at which `gamma` multiplies the learning rate (150, 180, 210 of 240). Not if the method has its own."""
     gamma: float = 0.1
     """Factor of the learning rate at a milestone."""
+    mixup: float = 0.0
+    """Mixup: alpha of Beta(alpha, alpha), the shares of two images that are blended, such as 0.2. 0: off. For ce and kd."""
+    cutmix: float = 0.0
+    """CutMix: alpha of the share of an image beside a box of another one, such as 1. 0: off. With mixup, batches draw one."""
     seed: int = 0
     """Seed of the sample order and of all randomness in training. It does not affect the networks' initial weights."""
     device: str = "auto"
@@ -71,8 +75,12 @@ class Recipe:
         check_int("seed", self.seed, 0, MAX_SEED)
         if not isinstance(self.name, str):
             raise TypeError(f"name must be a string, got {describe(self.name)}")
-        for name in ("lr", "momentum", "weight_decay", "gamma"):
+        for name in ("lr", "momentum", "weight_decay", "gamma", "mixup", "cutmix"):
             check_float(name, getattr(self, name), "a finite number >= 0", 0.0, 3e38)  # the float32 range
+            if name in ("mixup", "cutmix") and getattr(self, name) and self.batch_size == 1:
+                raise ValueError(
+                    f"batch_size must be > 1 with {name}={getattr(self, name)}, got 1: nothing would be mixed"
+                )
         if isinstance(self.milestones, str) or not isinstance(self.milestones, Iterable):
             raise TypeError(f"milestones must be fractions of the epochs in [0, 1], got {describe(self.milestones)}")
         object.__setattr__(self, "milestones", tuple(self.milestones))
