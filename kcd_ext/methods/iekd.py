@@ -18,6 +18,7 @@ from .features import (
     at_least_float32,
     check_layer,
     full_precision,
+    pool_to_common_size,
     stages_of,
     unit_rows,
 )
@@ -69,12 +70,6 @@ DISTANCES = {
     "l1": Distances(l1_distance, opposite_l1_distance),
     "cosine": Distances(cosine_distance, absolute_cosine),
 }
-
-
-def pool_to_common_size(*maps: Tensor) -> list[Tensor]:
-    """Pool maps (b, c, h, w) to the smallest height and width among them, by adaptive average pooling."""
-    size = tuple(min(sides) for sides in zip(*(x.shape[-2:] for x in maps), strict=True))
-    return [x if x.shape[-2:] == size else functional.adaptive_avg_pool2d(x, size) for x in maps]
 
 
 class FactorCoder(nn.Sequential):
