@@ -64,6 +64,8 @@ class Method(nn.Module):
     """False: `distill` accepts teacher=None."""
     weighs_samples = False
     """True: `forward` applies `batch.weight` and sets `Outcome.losses`."""
+    takes_soft_labels = False
+    """True: `batch.label` may also be probabilities (b, classes)."""
     flops_known = True
     """False: a row costs more, or less, than one forward pass of the teacher and one step of the student."""
     compiles_teacher = True
