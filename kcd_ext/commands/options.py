@@ -66,7 +66,7 @@ class RecipeArgs(Recipe):
     """A recipe as given on the command line."""
 
     method: str = "kd"
-    """kd, dkd, dist, pkt, crd, sskd, at, fitnet, reviewkd, kr, iekd, ie-dml, pwkd, ce or module:Class; kd+at adds; kc-kd condenses."""
+    """kd, dkd, dist, pkt, crd, sskd, at, fitnet, reviewkd, kr, iekd, ie-dml, pwkd, ce, module:Class; kd+at adds; kc- condenses."""
     options: Annotated[Mapping[str, str], arg(metavar="[NAME VALUE ...]")] = field(default_factory=dict)
     """Options of the method, for example: temperature 4 kd_weight 0.9. List them with --method METHOD --help."""
     seed: int = 0

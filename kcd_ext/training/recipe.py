@@ -31,7 +31,7 @@ class Recipe:
     """
 
     method: str = "kd"
-    """The method: kd, dkd, dist, pkt, crd, sskd, at, fitnet, reviewkd, kr, iekd, ie-dml, pwkd, ce or module:Class; kd+at adds losses."""
+    """kd, dkd, dist, pkt, crd, sskd, at, fitnet, reviewkd, kr, iekd, ie-dml, pwkd, ce (labels), module:Class, or a sum: kd+at."""
     options: Mapping[str, float | str] = field(default_factory=dict)
     """Keyword arguments of the method, for example {"temperature": 4.0}; of one of several, {"kd.temperature": 4.0}."""
     condense: Condense = field(default_factory=lambda: Condense(keep=1.0))
