@@ -35,9 +35,10 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 SAMPLES = 23
 # Options that exercise other paths through a method.
 VARIANTS = {
-    "iekd": {"batch_keep": 0.5, "kd_weight": 1, "split": "permuted"},
-    "ie-dml": {"distance": "cosine"},
-    "kr": {"batch_keep": 0.4, "kd_weight": 0.5},
+    "iekd": {"batch_keep": 0.5, "kd_weight": 1, "split": "permuted", "standardize": True},
+    "ie-dml": {"distance": "cosine", "standardize": True},
+    "kr": {"batch_keep": 0.4, "kd_weight": 0.5, "standardize": True},
+    "sskd": {"batch_keep": 0.4, "standardize": True},
     "kd": {"batch_keep": 0.4, "standardize": True},
     "dkd": {"standardize": True},
     "dist": {"standardize": True},

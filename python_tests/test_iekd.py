@@ -36,6 +36,7 @@ COMMON = {
     "split": "natural",
     "split_seed": 0,
     "student_layer": None,
+    "standardize": False,
 }
 DEFAULTS = {
     "iekd": COMMON

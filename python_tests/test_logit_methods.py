@@ -8,6 +8,7 @@ import pytest
 import torch
 from scipy import stats
 from scipy.special import log_softmax, softmax
+from small_runs import Samples, network
 from torch import nn
 
 from kcd_ext import methods
@@ -208,6 +209,44 @@ def test_standardized_loss_ignores_scale_and_shift_of_teacher(name):
         student, teacher, batch = batch_of(z, changed)
         found.append(methods.build(name, {"standardize": True})(student, teacher, batch).loss)
     torch.testing.assert_close(*found, rtol=1e-6, atol=0)
+
+
+class Scaled(nn.Module):
+    """A network with other logits, a z + b, and the same everything else."""
+
+    def __init__(self, network, scale, shift):
+        super().__init__()
+        self.network, self.scale, self.shift = network, scale, shift
+
+    def forward(self, x):
+        return self.scale * self.network(x) + self.shift
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("sskd", {}),
+        ("kr", {"kd_weight": 1.0}),
+        ("iekd", {"kd_weight": 1.0}),
+        ("pwkd", {"base": "kd", "partial": False}),
+    ],
+)
+def test_every_term_of_logits_can_be_standardized(name, options):
+    """The logits of a teacher count up to scale and shift. (SSKD ranks its rows by them, which these do not change.)"""
+    x = torch.randn(9, 1, 6, 6, generator=torch.Generator().manual_seed(5))
+    data, found = Samples(x, torch.arange(9) % 4), []
+    for standardize in (False, True):
+        for scale, shift in ((1, 0), (5, -3)):
+            student, teacher = network(1, dropout=0.0), Scaled(network(2, width=10), scale, shift).eval()
+            teacher.stages = ("network.2",)
+            method = methods.build(name, {**options, **({"standardize": True} if standardize else {})})
+            torch.manual_seed(0)
+            method.prepare(student, teacher, data)
+            for plan in method.pretraining():
+                plan.part.eval()
+            found.append(method(student, method.teacher_of(teacher), data.at(range(9))).loss)
+    torch.testing.assert_close(found[2], found[3], rtol=1e-5, atol=0)
+    assert len({x.item() for x in found[:3]}) == 3
 
 
 @pytest.mark.parametrize("options", [{}, {"standardize": True}], ids=["plain", "standardised"])

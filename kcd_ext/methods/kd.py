@@ -106,11 +106,11 @@ def distill_rows(
     if not standardize:
         loss, knowledge = kd_loss(logits, teacher_logits, labels=label, **options)
         return loss, knowledge.entropy.detach(), take_rows(knowledge.kl, rows).detach().mean()
-    ce_weight = options.pop("ce_weight")
+    ce_weight, smoothing = options.pop("ce_weight"), options.pop("label_smoothing", 0.0)
     loss, knowledge = kd_loss(standardized(logits), standardized(teacher_logits), **options)
-    cross_entropy = functional.cross_entropy(
-        at_least_float32(logits), label, reduction=options.get("reduction", "mean")
-    )
+    reduction = options.get("reduction", "mean")
+    x = at_least_float32(logits)
+    cross_entropy = functional.cross_entropy(x, label, reduction=reduction, label_smoothing=smoothing)
     return loss + ce_weight * cross_entropy, entropy(logits), take_rows(knowledge.kl, rows).detach().mean()
 
 

@@ -65,7 +65,7 @@ class Method(nn.Module):
     weighs_samples = False
     """True: `forward` applies `batch.weight` and sets `Outcome.losses`."""
     takes_soft_labels = False
-    """True: `batch.label` may also be probabilities (b, classes)."""
+    """True: `batch.label` may be the probabilities of all classes, as mixup makes them."""
     flops_known = True
     """False: a row costs more, or less, than one forward pass of the teacher and one step of the student."""
     compiles_teacher = True
