@@ -65,7 +65,7 @@ def constant():
             r"unknown preset '.*': did you mean cifar100-vgg13-vgg8\? Choose from cifar",
         ),
         (["distill", ""], "the argument after distill must not be empty"),
-        (["distill", "--method", "kc-kdd"], r"unknown method 'kc-kdd': did you mean kc-kd\? Choose from ce, crd, "),
+        (["distill", "--method", "kc-kdd"], r"unknown method 'kc-kdd': did you mean kc-kd\? Choose from at, ce, crd, "),
         (["distill", "--data", "digits", "--student", "resnet8x5"], r"unknown model '.*': did you mean resnet8x4\?"),
         (["distill", "--data", "digits", "--teacher", "resnet8x5"], r"unknown teacher .* did you mean resnet8x4\?"),
         (["distill", "--data", "cifar-100"], r"unknown data set 'cifar-100': did you mean cifar100\?"),

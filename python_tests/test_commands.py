@@ -476,7 +476,10 @@ BAD = [
     (["--padding", "-1"], "padding must be an integer >= 0, got -1"),
     (["--padding", "8"], "padding must be < 8, the smaller side of the images, got 8"),
     (["--method", "kc-"], "method must have a name after kc-, as in kc-kd, got 'kc-'"),
-    (["--method", "nothing"], "unknown method 'nothing': choose from ce, crd, ie-dml, iekd, kd, kr, pkt, pwkd, sskd"),
+    (
+        ["--method", "nothing"],
+        "unknown method 'nothing': choose from at, ce, crd, dist, dkd, fitnet, ie-dml, iekd, kd, kr, pkt, pwkd, reviewkd, sskd",
+    ),
     (["--method", "kc-nothing"], "unknown method 'kc-nothing'"),
     (["--method", "os:path"], "method 'os:path' must be callable, got module"),
     (["--options", "warmth", "4"], "method 'kd' has no option 'warmth'; it takes temperature, "),

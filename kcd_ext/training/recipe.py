@@ -31,9 +31,9 @@ class Recipe:
     """
 
     method: str = "kd"
-    """The method: kd, pkt, crd, sskd, pwkd, iekd, ie-dml, kr, ce (labels only, no distillation) or module:Class."""
+    """kd, dkd, dist, pkt, crd, sskd, at, fitnet, reviewkd, kr, iekd, ie-dml, pwkd, ce (labels), module:Class, or a sum: kd+at."""
     options: Mapping[str, float | str] = field(default_factory=dict)
-    """Keyword arguments of the method, for example {"temperature": 4.0}."""
+    """Keyword arguments of the method, for example {"temperature": 4.0}; of one of several, {"kd.temperature": 4.0}."""
     condense: Condense = field(default_factory=lambda: Condense(keep=1.0))
     """Knowledge condensation. By default, or with None, every epoch visits the complete training set."""
     epochs: int = 240
