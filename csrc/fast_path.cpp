@@ -56,8 +56,6 @@ bool same_sizes(const View& x, const View& other, int64_t dim) {
   return x.dim() == dim && std::equal(x.sizes(), x.sizes() + dim, other.sizes());
 }
 
-bool is_floating(const View& x) { return x.dtype() != dtypes().int64 && x.dtype() != dtypes().uint8; }
-
 struct NewTensor {   // contiguous, uninitialised
   py::object object;
   void* data;

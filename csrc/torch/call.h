@@ -31,6 +31,11 @@ inline Type type_of(const View& logits) {
   throw std::invalid_argument("kcd_ext: logits must be float32, float64, float16 or bfloat16");
 }
 
+inline bool is_floating(const View& x) {
+  const int32_t dtype = x.dtype();
+  return dtype == dtypes().float32 || dtype == dtypes().float64 || dtype == dtypes().float16 || dtype == dtypes().bfloat16;
+}
+
 // Schemas have no optional tensors: an empty bool tensor stands for an absent one.
 inline bool is_absent(const View& x) { return x.dtype() == dtypes().boolean; }
 inline View absent_view() {
@@ -160,7 +165,7 @@ class Call {
 
  private:
   void set_labels(const View& labels) {
-    problem.soft_labels = labels.dtype() != dtypes().int64;
+    problem.soft_labels = is_floating(labels);
     if (!problem.soft_labels) {
       problem.labels = static_cast<const int64_t*>(
           contiguous_data(labels, dtypes().int64, problem.rows, "labels must be int64 and contiguous, one per row"));

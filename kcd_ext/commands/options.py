@@ -106,8 +106,9 @@ class RecipeArgs(Recipe):
     def method_options(self) -> tuple[str, list[methods.Option]]:
         """Return the method's name and the options that it takes after `--options`. Raises as `methods.build` does."""
         found = methods.options_of(self.plain_method)
-        # Set with --condense.batch-keep.
-        return self.method, [option for option in found if option.name.rpartition(".")[2] != "batch_keep"]
+        # Set with --condense.batch-keep and --label-smoothing.
+        elsewhere = ("batch_keep", "label_smoothing")
+        return self.method, [option for option in found if option.name.rpartition(".")[2] not in elsewhere]
 
     def check_unread(self, words: Sequence[str]) -> None:
         """Raise ValueError if one of the words that the command does not know is an option of the method."""

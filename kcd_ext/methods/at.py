@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from ..checks import check_finite, check_float, check_unit_interval
+from ..checks import check_finite, check_float
 from .features import StageMethod, at_least_float32, full_precision, pool_to_common_size, unit_rows
 from .protocol import Batch, Outcome
 from .row_losses import outcome_of_rows
@@ -58,7 +58,7 @@ class AttentionTransfer(StageMethod):
         super().__init__(student_layers, teacher_layers, batch_keep)
         self.set_options(check_finite, ce_weight=ce_weight, at_weight=at_weight)
         self.power = check_float("power", power, "a finite number >= 1", 1)
-        self.set_options(check_unit_interval, label_smoothing=label_smoothing)
+        self.set_label_smoothing(label_smoothing, ce_weight)
 
     def forward(self, student: nn.Module, teacher: nn.Module | None, batch: Batch) -> Outcome:
         """Return the loss of a batch. `terms["at"]` is AT without its weight."""

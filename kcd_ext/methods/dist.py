@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..checks import check_bool, check_finite, check_fraction, check_positive, check_unit_interval
+from ..checks import check_bool, check_finite, check_fraction, check_positive
 from .features import at_least_float32, full_precision
 from .kd import standardized
 from .protocol import Batch, Method, Outcome, entropy
@@ -61,7 +61,7 @@ class StrongerTeacherDistillation(Method):
         self.set_options(check_positive, temperature=temperature)
         self.set_options(check_finite, ce_weight=ce_weight, beta=beta, gamma=gamma)
         self.set_options(check_fraction, batch_keep=batch_keep)
-        self.set_options(check_unit_interval, label_smoothing=label_smoothing)
+        self.set_label_smoothing(label_smoothing, ce_weight)
         self.set_options(check_bool, standardize=standardize)
 
     def forward(self, student: nn.Module, teacher: nn.Module | None, batch: Batch) -> Outcome:

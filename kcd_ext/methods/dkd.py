@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_bool, check_finite, check_fraction, check_int, check_positive, check_unit_interval
+from ..checks import check_bool, check_finite, check_fraction, check_int, check_positive
 from .features import at_least_float32, full_precision
 from .kd import standardized
 from .protocol import Batch, Method, Outcome
@@ -64,7 +64,7 @@ class DecoupledKnowledgeDistillation(Method):
         self.set_options(check_finite, ce_weight=ce_weight, alpha=alpha, beta=beta)
         self.warmup = check_int("warmup", warmup, 0)
         self.set_options(check_fraction, batch_keep=batch_keep)
-        self.set_options(check_unit_interval, label_smoothing=label_smoothing)
+        self.set_label_smoothing(label_smoothing, ce_weight)
         self.set_options(check_bool, standardize=standardize)
         self.ramp = 1.0
 

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 
 from torch import Tensor, nn
 
-from ..checks import check_bool, check_finite, check_unit_interval
+from ..checks import check_bool, check_finite
 from .features import StageMethod, at_least_float32, full_precision, pool_to_common_size
 from .normalisation import BatchNormalisation
 from .protocol import Batch, Outcome
@@ -63,7 +63,7 @@ class FitNets(StageMethod):
         super().__init__(student_layers, teacher_layers, batch_keep)
         self.set_options(check_finite, ce_weight=ce_weight, hint_weight=hint_weight)
         self.set_options(check_bool, relu=relu)
-        self.set_options(check_unit_interval, label_smoothing=label_smoothing)
+        self.set_label_smoothing(label_smoothing, ce_weight)
 
     def default_layers(self, stages: Sequence[str]) -> Sequence[str]:
         """Return the middle stage."""

@@ -147,6 +147,7 @@ class _MapTap(Tap):
 class _FactorMethod(FeatureMethod):
     """The base of both methods here: it compares factors of two networks' maps."""
 
+    takes_soft_labels = True
     flops_known = False  # the encoders add to the networks' FLOPs
 
     def set_factor_options(self, distance: str, split: str, split_seed: int) -> None:
@@ -254,6 +255,7 @@ class InheritanceExplorationDistillation(_FactorMethod):
         student_layer: The student's layer whose output (b, c, h, w) is compared, a name in `named_modules()`. None: the last
             of its `stages`, which every network in `kcd_ext.models` has.
         teacher_layer: The same for the teacher.
+        label_smoothing: Label smoothing of the cross entropy, in [0, 1].
         standardize: Compare the z-scores of each row's logits in KD (`kd.standardized`, Sun et al., CVPR 2024). Refused if
             kd_weight is 0.
 
@@ -277,6 +279,7 @@ class InheritanceExplorationDistillation(_FactorMethod):
         batch_keep: float = 1.0,
         student_layer: str | None = None,
         teacher_layer: str | None = None,
+        label_smoothing: float = 0.0,
         standardize: bool = False,
     ):
         super().__init__(student_layer, teacher_layer, batch_keep)
@@ -288,6 +291,7 @@ class InheritanceExplorationDistillation(_FactorMethod):
             kd_weight=kd_weight,
         )
         self.set_options(check_positive, temperature=temperature)
+        self.set_label_smoothing(label_smoothing, ce_weight)
         self.set_options(check_bool, standardize=standardize)
         check_used("temperature", temperature, 4, kd_weight == 0, "kd_weight=0")
         check_used("standardize", standardize, False, kd_weight == 0, "kd_weight=0")
@@ -336,7 +340,7 @@ class InheritanceExplorationDistillation(_FactorMethod):
             target = self.auto_encoder.encoder(target_maps)
         losses = self.factor_losses(self.student_encoder(take_rows(maps, rows)), target)
         weights = {"temperature": self.temperature, "kd_weight": self.kd_weight, "ce_weight": self.ce_weight}
-        weights["standardize"] = self.standardize
+        weights |= {"label_smoothing": self.label_smoothing, "standardize": self.standardize}
         loss, value, kd_terms = distill_if_weighted(logits, target_logits, batch.label, rows, **weights)
         terms = {name: x.detach() for name, x in losses.items()}
         return Outcome(self.weighted_sum(losses) + loss, logits.detach(), value, {**terms, **kd_terms})
@@ -384,6 +388,7 @@ class InheritanceExplorationMutualLearning(_FactorMethod):
         student_layer: The student's layer whose output (b, c, h, w) is compared, a name in `named_modules()`. None: the last
             of its `stages`, which every network in `kcd_ext.models` has.
         peer_layer: The same for the peer.
+        label_smoothing: Label smoothing of the cross entropy, in [0, 1], for both networks.
         standardize: Compare the z-scores of each row's logits in the KL divergence (`kd.standardized`, Sun et al., CVPR 2024).
 
     Raises:
@@ -406,6 +411,7 @@ class InheritanceExplorationMutualLearning(_FactorMethod):
         peer: str | None = None,
         student_layer: str | None = None,
         peer_layer: str | None = None,
+        label_smoothing: float = 0.0,
         standardize: bool = False,
     ):
         super().__init__(student_layer)
@@ -417,6 +423,7 @@ class InheritanceExplorationMutualLearning(_FactorMethod):
             exploration_weight=exploration_weight,
         )
         self.set_options(check_positive, temperature=temperature)
+        self.set_label_smoothing(label_smoothing, ce_weight)
         self.set_options(check_bool, standardize=standardize)
         self.set_factor_options(distance, split, split_seed)
         if peer is not None and not isinstance(peer, str):
@@ -466,7 +473,7 @@ class InheritanceExplorationMutualLearning(_FactorMethod):
         losses = self.factor_losses(self.student_encoder(maps), peer_factors.detach())
         peer_losses = self.factor_losses(self.peer_encoder(peer_maps), factors.detach())
         weights = {"temperature": self.temperature, "kd_weight": self.kl_weight, "ce_weight": self.ce_weight}
-        weights["standardize"] = self.standardize
+        weights |= {"label_smoothing": self.label_smoothing, "standardize": self.standardize}
         distilled, value, kl = distill_rows(logits, peer_logits.detach(), batch.label, **weights)
         peer_distilled, _, _ = distill_rows(peer_logits, logits.detach(), batch.label, **weights)
 
@@ -475,7 +482,9 @@ class InheritanceExplorationMutualLearning(_FactorMethod):
         terms = {
             **{name: x.detach() for name, x in losses.items()},
             "kl": kl,
-            "peer_ce": functional.cross_entropy(at_least_float32(peer_logits.detach()), batch.label),
+            "peer_ce": functional.cross_entropy(
+                at_least_float32(peer_logits.detach()), batch.label, label_smoothing=self.label_smoothing
+            ),
             "reconstruction": reconstruction.detach(),
         }
         return Outcome(loss, logits.detach(), value, terms)

@@ -37,6 +37,7 @@ class KnowledgeDistillation(Method):
         ce_weight: Weight of the cross entropy, finite; 0.1 in KCD's recipe.
         batch_keep: Fraction of each batch that the teacher runs on, in (0, 1]: the rows of highest student entropy
             (`selection.select_batch_rows`). 1: all rows.
+        label_smoothing: Label smoothing of the cross entropy, in [0, 1].
         standardize: Compare the z-scores of each row's logits instead of the logits.
 
     Raises:
@@ -53,12 +54,14 @@ class KnowledgeDistillation(Method):
         kd_weight: float = 0.9,
         ce_weight: float = 0.1,
         batch_keep: float = 1.0,
+        label_smoothing: float = 0.0,
         standardize: bool = False,
     ):
         super().__init__()
         self.set_options(check_positive, temperature=temperature)
         self.set_options(check_finite, kd_weight=kd_weight, ce_weight=ce_weight)
         self.set_options(check_fraction, batch_keep=batch_keep)
+        self.set_label_smoothing(label_smoothing, ce_weight)
         self.set_options(check_bool, standardize=standardize)
 
     def forward(self, student: nn.Module, teacher: nn.Module | None, batch: Batch) -> Outcome:
@@ -71,7 +74,7 @@ class KnowledgeDistillation(Method):
         with torch.no_grad():
             teacher_logits = teacher(take_rows(batch.x, rows))
         weights = {"temperature": self.temperature, "kd_weight": self.kd_weight, "ce_weight": self.ce_weight}
-        weights["standardize"] = self.standardize
+        weights |= {"label_smoothing": self.label_smoothing, "standardize": self.standardize}
         if batch.weight is None:
             loss, value, kl = distill_rows(logits, teacher_logits, batch.label, rows, **weights)
             return Outcome(loss, logits.detach(), value, {"kl": kl})
@@ -94,7 +97,7 @@ def distill_rows(
     Args:
         logits: (b, classes), the student's.
         teacher_logits: (k, classes), constants, for the rows in `rows`.
-        label: (b,) int64.
+        label: (b,) int64, or (b, classes) probabilities.
         rows: (k,) indices of the rows that the teacher ran on. None: all b rows.
         standardize: KL compares the z-scores of each row's logits (`standardized`).
         options: Arguments of `kcd_ext.condensed_kd_loss`.
@@ -131,10 +134,11 @@ def distill_if_weighted(
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Return loss and value of `distill_rows`, and the mean KL as a term. If kd_weight is 0, skip the KL and its term.
 
-    `weights` are temperature, kd_weight, ce_weight and, optionally, standardize.
+    `weights` are temperature, kd_weight, ce_weight and, optionally, label_smoothing and standardize.
     """
     if weights["kd_weight"] == 0:
-        cross_entropy = functional.cross_entropy(at_least_float32(logits), label)
+        smoothing = weights.get("label_smoothing", 0.0)
+        cross_entropy = functional.cross_entropy(at_least_float32(logits), label, label_smoothing=smoothing)
         return weights["ce_weight"] * cross_entropy, entropy(logits), {}
     loss, value, kl = distill_rows(logits, teacher_logits, label, rows, **weights)
     return loss, value, {"kl": kl}

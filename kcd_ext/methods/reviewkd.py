@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..checks import check_finite, check_int, check_unit_interval
+from ..checks import check_finite, check_int
 from .features import StageMethod, at_least_float32, full_precision
 from .normalisation import BatchNormalisation
 from .protocol import Batch, Outcome
@@ -73,7 +73,7 @@ class KnowledgeReview(StageMethod):
         self.set_options(check_finite, ce_weight=ce_weight, review_weight=review_weight)
         self.mid_channels = check_int("mid_channels", mid_channels, 1)
         self.warmup = check_int("warmup", warmup, 0)
-        self.set_options(check_unit_interval, label_smoothing=label_smoothing)
+        self.set_label_smoothing(label_smoothing, ce_weight)
         self.ramp = 1.0
 
     def prepare(self, student: nn.Module, teacher: nn.Module | None, samples: Iterable[Batch]) -> None:

@@ -69,6 +69,7 @@ class SelfSupervisedKnowledgeDistillation(FeatureMethod):
         student_layer: The student's layer whose input is embedded, a name in `named_modules()` (`features.Tap`). None: the last
             linear layer.
         teacher_layer: The same for the teacher.
+        label_smoothing: Label smoothing of the cross entropy, in [0, 1].
         standardize: Compare the z-scores of each row's logits in KD and TF (`kd.standardized`, Sun et al., CVPR 2024).
 
     Raises:
@@ -93,6 +94,7 @@ class SelfSupervisedKnowledgeDistillation(FeatureMethod):
         batch_keep: float = 1.0,
         student_layer: str | None = None,
         teacher_layer: str | None = None,
+        label_smoothing: float = 0.0,
         standardize: bool = False,
     ):
         super().__init__(student_layer, teacher_layer, batch_keep)
@@ -110,6 +112,7 @@ class SelfSupervisedKnowledgeDistillation(FeatureMethod):
             similarity_weight=similarity_weight,
         )
         self.set_options(check_unit_interval, transformed_ratio=transformed_ratio, similarity_ratio=similarity_ratio)
+        self.set_label_smoothing(label_smoothing, ce_weight)
         self.set_options(check_bool, standardize=standardize)
         self.head_epochs = check_int("head_epochs", head_epochs, 1)
         self.set_options(check_non_negative, head_lr=head_lr)
@@ -157,7 +160,7 @@ class SelfSupervisedKnowledgeDistillation(FeatureMethod):
         target_normal, target_transformed = _normal_and_transformed(target_logits)
 
         weights = {"temperature": self.temperature, "kd_weight": self.kd_weight, "ce_weight": self.ce_weight}
-        weights["standardize"] = self.standardize
+        weights |= {"label_smoothing": self.label_smoothing, "standardize": self.standardize}
         loss, value, kl = distill_rows(normal, target_normal, batch.label, rows, **weights)
         with full_precision(logits):
             similarity = _cosines(self.student_head(_take_images(features, rows).float()))

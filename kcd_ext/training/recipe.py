@@ -56,6 +56,8 @@ class Recipe:
     """Mixup: alpha of Beta(alpha, alpha), the shares of two images that are blended, such as 0.2. 0: off. For ce and kd."""
     cutmix: float = 0.0
     """CutMix: alpha of the share of an image beside a box of another one, such as 1. 0: off. With mixup, batches draw one."""
+    label_smoothing: float = 0.0
+    """Smoothing of the labels in the method's cross entropy: each class gets this share divided by their number. 0: none."""
     seed: int = 0
     """Seed of the sample order and of all randomness in training. It does not affect the networks' initial weights."""
     device: str = "auto"
@@ -86,6 +88,7 @@ class Recipe:
         object.__setattr__(self, "milestones", tuple(self.milestones))
         for milestone in self.milestones:
             check_float("milestones", milestone, "fractions of the epochs in [0, 1]", 0.0, 1.0)
+        check_float("label_smoothing", self.label_smoothing, "a number in [0, 1]", 0.0, 1.0)
         check_device(self.device)
         if not isinstance(self.precision, str) or self.precision not in PRECISIONS:
             nearest = did_you_mean(self.precision, PRECISIONS)
