@@ -68,6 +68,7 @@ PUBLISHED = {
 PARTLY_REBUILT = ("iekd",)
 OUR_DEFAULTS = {
     "batch_keep": 1,
+    "label_smoothing": 0,
     "standardize": False,
     "student_layer": None,
     "teacher_layer": None,
@@ -858,7 +859,7 @@ def test_build_error_lists_valid_options():
         match=r"method 'kd' has no option 'temprature': did you mean temperature\? It takes temperature, kd_weight, ce_w",
     ):
         methods.build("kd", {"temprature": 4})
-    with pytest.raises(TypeError, match="method 'ce' has no option 'batch_keep'; it takes none"):
+    with pytest.raises(TypeError, match="method 'ce' has no option 'batch_keep'; it takes label_smoothing"):
         methods.build("ce", {"batch_keep": 0.5})
     with pytest.raises(TypeError, match="Method, got Counter"):
         methods.build("collections:Counter", {"of": 1})  # Counter takes any keyword
