@@ -14,6 +14,7 @@ from ..checks import check_int
 from ..data.images import ImageData, load
 from ..environment import MAX_THREADS
 from ..registry import unknown_name_error
+from ..training.logs import check_log
 from ..training.recipe import Condense, Recipe
 from .study import PlannedRun, Study
 
@@ -75,8 +76,9 @@ class RecipeArgs(Recipe):
     """Always 0: a command keeps its images in memory."""
 
     def defaults(self) -> "RecipeArgs":
-        """Return the defaults of all options, which depend on the method."""
-        return replace(RecipeArgs(), condense=Condense()) if self.method.startswith(CONDENSED_PREFIX) else RecipeArgs()
+        """Return the defaults of all options, which depend on the method and the optimizer."""
+        condense = Condense() if self.method.startswith(CONDENSED_PREFIX) else None
+        return RecipeArgs(optimizer=self.optimizer, condense=condense)
 
     @property
     def plain_method(self) -> str:
@@ -138,6 +140,10 @@ class TrainingOptions:
     """Continue an interrupted command that was started with the same options."""
     threads: int | None = None
     """Torch's CPU threads. None: as before for a resumed run, else one for every 16 GFLOPs of a training step."""
+    log: tuple[str, ...] = ()
+    """Where to write every epoch's metrics besides the run folder: tensorboard (to OUTPUT/tensorboard), or module:Class."""
+    progress_every: int | None = None
+    """Also show and log loss and learning rate after every so many training steps. None: after every epoch only."""
 
     def run(self) -> None:
         """Check everything, train, write the report and print the table.
@@ -157,6 +163,10 @@ class TrainingOptions:
 
     def study_of(self, command: str, data: ImageData, runs: Sequence[PlannedRun], output: Path) -> Study:
         """Return a study of these runs, with the options of this command."""
+        if self.progress_every is not None:
+            check_int("progress_every", self.progress_every, 1)
+        for name in self.log:
+            check_log(name)
         return Study(
             command=command,
             options=json.loads(json.dumps(asdict(self), default=str)),
@@ -166,6 +176,8 @@ class TrainingOptions:
             output=output,
             resume=self.resume,
             threads=checked_threads(self.threads),
+            log=self.log,
+            progress_every=self.progress_every,
         )
 
     def folder(self, *names: object) -> Path:
