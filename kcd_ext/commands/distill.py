@@ -56,7 +56,7 @@ class Distill(TrainingOptions):
         if self.preset:
             pair = self._pair
             recipe, images, teacher_lr = default.recipe, Images("cifar100"), None
-            if recipe.optimizer == "sgd":  # the pair's learning rates are of SGD
+            if self.recipe.optimizer == "sgd":  # the pair's learning rates are of SGD
                 recipe = replace(recipe, lr=pair.lr)
                 teacher_lr = pair.teacher_lr if pair.teacher_lr != pair.lr else None
             own = {"teacher": pair.teacher, "student": pair.student, "teacher_lr": teacher_lr}

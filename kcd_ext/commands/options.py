@@ -76,9 +76,11 @@ class RecipeArgs(Recipe):
     """Always 0: a command keeps its images in memory."""
 
     def defaults(self) -> "RecipeArgs":
-        """Return the defaults of all options, which depend on the method and the optimizer."""
-        condense = Condense() if self.method.startswith(CONDENSED_PREFIX) else None
-        return RecipeArgs(optimizer=self.optimizer, condense=condense)
+        """Return the defaults of all options, which depend on the method."""
+        return replace(RecipeArgs(), condense=Condense()) if self.method.startswith(CONDENSED_PREFIX) else RecipeArgs()
+
+    def _usual(self, name: str) -> None:
+        """Return None: `resolve_method` fills in `lr` and `weight_decay` when the optimizer is known."""
 
     @property
     def plain_method(self) -> str:
@@ -112,7 +114,7 @@ class RecipeArgs(Recipe):
                 )
 
     def resolve_method(self) -> "RecipeArgs":
-        """Return the recipe with the `kc-` prefix removed from `method` and the method's options converted to their types.
+        """Return the recipe without the `kc-` prefix of `method`, with the method's options converted and no default left open.
 
         Raises ValueError for an option of condensation that has no effect because nothing is condensed.
         """
@@ -125,7 +127,10 @@ class RecipeArgs(Recipe):
                         f"condense.{option.name}={chosen!r} has no effect with condense.keep=1: "
                         f"use --method {CONDENSED_PREFIX}{method} or --condense.keep < 1"
                     )
-        return replace(self, method=method, options=methods.convert_options(method, self.options))
+        usual = {
+            name: super(RecipeArgs, self)._usual(name) for name in ("lr", "weight_decay") if getattr(self, name) is None
+        }
+        return replace(self, method=method, options=methods.convert_options(method, self.options), **usual)
 
 
 @dataclass(frozen=True)

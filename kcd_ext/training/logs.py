@@ -16,8 +16,8 @@ EARLIER = {"epoch": "metrics.jsonl", "pretraining": "pretraining.jsonl"}  # file
 class TensorBoard:
     """A `progress` that writes all numbers of its lines as TensorBoard scalars, in the folder `tensorboard` of a run folder.
 
-    Lines of epochs, of pretraining epochs and of steps are three series: `tensorboard/epoch`, `tensorboard/pretraining` and
-    `tensorboard/step`. The first line of a run that resumes removes what is logged from there on, and adds earlier epochs from
+    Lines of epochs and of steps are series of their own: `tensorboard/epoch` and `tensorboard/step`, and for a method's
+    pretraining `tensorboard/pretraining` and `tensorboard/pretraining-step`. The first line of a run that resumes removes what is logged from there on, and adds earlier epochs from
     the run folder. So each epoch is shown once, wherever the run was interrupted.
 
     Args:
@@ -39,26 +39,27 @@ class TensorBoard:
 
     def __call__(self, line: Mapping[str, object]) -> None:
         """Write a line of progress."""
-        kind = next(name for name in ("step", "pretraining", "epoch") if name in line)
-        if kind not in self._writers:
-            earlier = self._earlier(kind, line[kind])
-            # What is logged from this step on is of an interrupted run.
-            first = min([line[kind], *(each[kind] for each in earlier)])
-            self._writers[kind] = self._new_writer(self._folder / "tensorboard" / kind, purge_step=first)
+        counter = next(name for name in ("step", "pretraining", "epoch") if name in line)
+        series = "pretraining-step" if counter == "step" and "pretraining" in line else counter
+        if series not in self._writers:
+            earlier = self._earlier(series, line[counter])
+            # What is logged from this number on is of an interrupted run.
+            first = min([line[counter], *(each[counter] for each in earlier)])
+            self._writers[series] = self._new_writer(self._folder / "tensorboard" / series, purge_step=first)
             for each in earlier:
-                self._write(kind, each)
-        self._write(kind, line)
+                self._write(series, counter, each)
+        self._write(series, counter, line)
 
-    def _earlier(self, kind: str, before: int) -> list[dict]:
+    def _earlier(self, series: str, before: int) -> list[dict]:
         """Return the lines of earlier epochs in the run folder. There are none of steps."""
-        path = self._folder / EARLIER.get(kind, "")
-        return [each for each in read_lines(path) if each[kind] < before] if path.is_file() else []
+        path = self._folder / EARLIER.get(series, "")
+        return [each for each in read_lines(path) if each[series] < before] if path.is_file() else []
 
-    def _write(self, kind: str, line: Mapping[str, object]) -> None:
-        writer = self._writers[kind]
+    def _write(self, series: str, counter: str, line: Mapping[str, object]) -> None:
+        writer = self._writers[series]
         for name, value in {**line, **(line.get("terms") or {})}.items():
-            if name != kind and is_number(value):
-                writer.add_scalar(name, value, line[kind])
+            if name != counter and is_number(value):
+                writer.add_scalar(name, value, line[counter])
         writer.flush()  # a killed process keeps its epochs
 
     def close(self) -> None:

@@ -119,7 +119,7 @@ class Recipe:
             check_used(name, getattr(self, name), default, name not in kind.options, f"optimizer {self.optimizer!r}")
         for name in ("lr", "weight_decay"):
             if getattr(self, name) is None:
-                object.__setattr__(self, name, getattr(kind, name))
+                object.__setattr__(self, name, self._usual(name))
         for name in ("lr", "momentum", "weight_decay", "gamma"):
             if getattr(self, name) is not None:
                 check_float(name, getattr(self, name), "a finite number >= 0", 0.0, 3e38)  # the float32 range
@@ -170,6 +170,10 @@ class Recipe:
                 )
         if not isinstance(self.options, Mapping):
             raise TypeError(f"options must be a mapping of the method's arguments, got {type(self.options).__name__}")
+
+    def _usual(self, name: str) -> float | None:
+        """Return the optimizer's usual value of `lr` or `weight_decay`."""
+        return getattr(kind_of(self.optimizer), name)
 
     @property
     def label(self) -> str:
