@@ -17,8 +17,9 @@ class TensorBoard:
     """A `progress` that writes all numbers of its lines as TensorBoard scalars, in the folder `tensorboard` of a run folder.
 
     Lines of epochs and of steps are series of their own: `tensorboard/epoch` and `tensorboard/step`, and for a method's
-    pretraining `tensorboard/pretraining` and `tensorboard/pretraining-step`. The first line of a run that resumes removes what is logged from there on, and adds earlier epochs from
-    the run folder. So each epoch is shown once, wherever the run was interrupted.
+    pretraining `tensorboard/pretraining` and `tensorboard/pretraining-step`. The first line of a run that resumes removes what
+    is logged from there on, and adds earlier epochs from the run folder. So each epoch is shown once, wherever the run was
+    interrupted.
 
     Args:
         folder: The run folder, `output` of `distill`.

@@ -16,7 +16,7 @@ from .averaging import Averages
 from .batches import split_evenly
 from .checks import check_outcome
 from .diagnosis import check_finite
-from .distributed import full_state_dict, gather_labels, optimizer_step, prepare, shard_like
+from .distributed import full_state_dict, gather_labels, optimizer_step, prepare, reshard, shard_like
 from .optimizers import SGD_WEIGHT_DECAY, kind_of, parameters_of, sgd
 from .recipe import milestones_passed
 from .summary import best_epoch
@@ -272,10 +272,12 @@ class StudentPhase(Phase):
         the best and this epoch is. Every rank must call this method.
         """
         with nullcontext() if self.averages is None else self.averages.applied():
+            reshard(self.module.student)
             yield
             if self.run.recipe.keep_best and best_epoch([*self.history, metrics]) == metrics["epoch"]:
                 state = full_state_dict(self.module.student.state_dict())
                 self.best = {name: tensor.detach().to("cpu", copy=True) for name, tensor in state.items()}
+        reshard(self.module.student)  # what a sharded root has gathered are still the averages
 
     def finish(self) -> None:
         """Give the student the weights that the run ends with: the best, the averaged or the last ones."""
