@@ -248,7 +248,7 @@ class InheritanceExplorationDistillation(_FactorMethod):
         split: "natural", the first half of the channels inherits and the second explores, or "permuted", in a fixed random
             order.
         split_seed: Seed of the permuted order, >= 0; any value but 0 is refused with the natural split.
-        factor_epochs: Epochs of the auto-encoder, >= 1, with the momentum and weight decay of the run.
+        factor_epochs: Epochs of the auto-encoder, >= 1, with SGD.
         factor_lr: Constant learning rate of the auto-encoder, >= 0.
         batch_keep: Fraction of each batch that the teacher runs on and whose factors are compared, in (0, 1]: the rows of
             highest student entropy (`selection.select_batch_rows`). 1: all rows.

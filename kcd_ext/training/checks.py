@@ -33,6 +33,16 @@ def as_indexed(name: str, dataset: Dataset) -> IndexedDataset | ImageSet:
     return wrapped
 
 
+def check_validation(recipe: Recipe, val: Dataset | None) -> None:
+    """Raise ValueError if an option of the recipe needs a validation set and there is none."""
+    for option in ("keep_best", "patience"):
+        value = getattr(recipe, option)
+        if val is None and value != Recipe.__dataclass_fields__[option].default:
+            raise ValueError(
+                f"{option}={value!r} needs a validation set, got val=None: a result that the test set chose is no measurement"
+            )
+
+
 def check_method(method: Method, recipe: Recipe) -> None:
     """Raise ValueError if the method does not support an option of the recipe."""
     condenser = recipe.condense.example(recipe.epochs)
@@ -42,7 +52,7 @@ def check_method(method: Method, recipe: Recipe) -> None:
             f"{recipe.condense.selection!r}: it compares losses, and samples that skip the teacher have only part of theirs"
         )
     if method.lr_factor(0, recipe.epochs) is not None:
-        for option in ("milestones", "gamma"):
+        for option in ("schedule", "milestones", "gamma"):
             value, default = getattr(recipe, option), Recipe.__dataclass_fields__[option].default
             if value != default:
                 raise ValueError(
@@ -65,7 +75,7 @@ def check_networks(
     student: nn.Module,
     teacher: nn.Module | None,
     train: IndexedDataset | ImageSet,
-    test: IndexedDataset | ImageSet,
+    held_out: Mapping[str, IndexedDataset | ImageSet],
     device: torch.device,
 ) -> int:
     """Call every network with one sample of each set, in evaluation mode, and return the number of classes.
@@ -84,7 +94,7 @@ def check_networks(
                 )
     if teacher is not None and not {*map(id, student.parameters())}.isdisjoint(map(id, teacher.parameters())):
         raise ValueError("student and teacher share parameters, so the teacher would be trained too: copy.deepcopy one")
-    for part, dataset in (("train", train), ("test", test)):
+    for part, dataset in ({"train": train} | held_out).items():
         x, label = _first_sample(part, dataset)
         classes = {name: _count_classes(name, network, x.to(device), part) for name, network in networks.items()}
         if classes.get("teacher", classes["student"]) != classes["student"]:

@@ -27,14 +27,17 @@ def fingerprint(
     train: IndexedDataset | ImageSet,
     test: IndexedDataset | ImageSet,
     accelerator: Accelerator,
+    val: IndexedDataset | ImageSet | None = None,
 ) -> dict[str, object]:
     """Return the fingerprint as JSON. It omits the student: a resumed run loads its weights from the checkpoint."""
+    validation = {} if val is None else {"val": len(val), "val_samples": digest_of_samples(val)}
     return {
         "recipe": recipe.as_json(),
         "train": len(train),
         "test": len(test),
         "train_samples": digest_of_samples(train),
         "test_samples": digest_of_samples(test),
+        **validation,
         "teacher": None if teacher is None else digest(full_state_dict(teacher.state_dict())),
         "teacher_input": None if teacher is None else renormalisation(teacher),  # its weights do not show this
         "precision": accelerator.mixed_precision,
@@ -45,8 +48,10 @@ def fingerprint(
 def check_same_run(saved: Mapping, mine: Mapping, path: object) -> None:
     """Raise ValueError, naming the first difference, unless the run in `path` may resume as this one."""
     free = RESUMABLE_CHANGES if saved.get("processes") == mine["processes"] else RESUMABLE_CHANGES + STEP_SIZE_FIELDS
-    recipe = saved["recipe"] if isinstance(saved.get("recipe"), Mapping) else {}
-    pairs = [(key, saved.get(key), value) for key, value in mine.items() if key not in ("recipe", "processes")]
+    # A version that lacked a field of the recipe trained as its default does.
+    recipe = {**Recipe().as_json(), **(saved["recipe"] if isinstance(saved.get("recipe"), Mapping) else {})}
+    names = [name for name in {**mine, "val": None} if name not in ("recipe", "processes")]
+    pairs = [(name, saved.get(name), mine.get(name)) for name in names]
     pairs += [(key, recipe.get(key), value) for key, value in mine["recipe"].items() if key not in free]
     for key, old, new in pairs:
         if old != new:
