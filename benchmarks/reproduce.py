@@ -18,6 +18,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import mean, median, stdev
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -79,6 +80,8 @@ HEADER = (
 @dataclass(frozen=True)
 class Reproduce:
     """Run the comparison and write its table."""
+
+    script: ClassVar[str] = "reproduce.py"  # this file
 
     data: str = "cifar100"
     """The images, as for kcd distill --data."""
@@ -157,12 +160,7 @@ class Reproduce:
     @property
     def kinds(self) -> Mapping[str, Mapping[str, object]]:
         """The compared kinds of runs: label -> the options of its recipe."""
-        return {kind: options for kind, options in KINDS.items() if kind in self.only}
-
-    @property
-    def script(self) -> str:
-        """The file name of the running script, in benchmarks/."""
-        return Path(sys.modules[type(self).__module__].__file__).name
+        return {kind: KINDS[kind] for kind in self.only}
 
     @property
     def shell_command(self) -> str:

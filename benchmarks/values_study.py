@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
+from typing import ClassVar
 
 import tyro
 from reproduce import BASELINE, KINDS, NO_TEACHER, Reproduce, check_among
@@ -79,6 +80,8 @@ ARMS = tuple(arms(0.75, 24))
 @dataclass(frozen=True)
 class ValuesStudy(Reproduce):
     """Run the comparison and write its table."""
+
+    script: ClassVar[str] = "values_study.py"  # this file
 
     pair: str = "resnet20-resnet8"
     """The networks, TEACHER-STUDENT."""
