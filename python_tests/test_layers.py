@@ -20,6 +20,7 @@ LAYERS = (
     "evaluation",
     "methods",
     "models",
+    "loops",
     "data",
     "condensation",
     "losses",
