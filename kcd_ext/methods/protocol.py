@@ -37,6 +37,8 @@ class Outcome:
     """Name -> (), detached: parts of the loss, each a column in the metrics."""
     losses: Tensor | None = None
     """(b,), each sample's loss before its weight, detached; None without `batch.weight`."""
+    kl: Tensor | None = None
+    """(b,), each sample's KL divergence at the loss's temperature, in nats, detached; None if the method does not give it."""
 
 
 @dataclass(frozen=True)

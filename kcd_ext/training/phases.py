@@ -134,6 +134,7 @@ class Phase:
     def training_batches(self, batches: Iterable[Batch], count: int, epoch: int) -> Iterator[Batch]:
         """Yield an epoch's `count` batches as they are trained on."""
         yield from batches
+
     def begin_steps(self, steps: int) -> None:
         """Begin the epoch's optimizer steps, of which there are `steps`."""
         self.steps, self.steps_done, self.started = steps, 0, time.perf_counter()
@@ -302,7 +303,7 @@ class StudentPhase(Phase):
         for phase in run.phases[:-1]:
             phase.freeze()
         super().begin_epoch(epoch)
-        self.sample_weight = run.condenser.sample_weight
+        self.sample_weight = run.sample_weight
         self.visits: list[tuple[Tensor, Tensor]] = []
         # The first epoch sees every label of a data set that is loaded item by item.
         collects = run.recipe.condense.drops_samples and run.condenser.labels is None and epoch == 0
@@ -369,7 +370,7 @@ def condensation_metrics(condensation: Condensation, condenser: KnowledgeCondens
     """Return the metrics of a condensation step: sizes, samples kept per class, histogram of all knowledge values so far.
 
     The histogram has the same bins at every stage, from 0 to the largest possible entropy, log(classes). Values outside
-    count in the outer bins. It is None if samples are not selected by knowledge value.
+    count in the outer bins. It is None if the values are not entropies.
     """
     histogram = None
     if condenser.measure == "value":

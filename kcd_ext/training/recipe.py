@@ -175,7 +175,8 @@ class Recipe:
                 raise ValueError(
                     f"condense.every must be < epochs={self.epochs}, got {self.condense.every}: nothing would be condensed"
                 )
-            last = (self.epochs - 1) // self.condense.interval(self.epochs) * self.condense.interval(self.epochs)
+            every = self.condense.example(self.epochs).every
+            last = (self.epochs - 1) // every * every
             if self.condense.warmup > last:
                 raise ValueError(
                     f"condense.warmup must be <= {last}, the last condensation before the end of epochs={self.epochs}, "
@@ -193,13 +194,16 @@ class Recipe:
         """The name of the run in tables and files.
 
         It is `name` or, if that is empty, the method. If samples are dropped by value, the method gets the prefix `kc-`. With
-        another selection the label is that selection's name, followed by the method unless it is `kd`.
+        another selection the label is that selection's name, followed by the method unless it is `kd`. A value other than
+        the entropy comes last.
         """
         if self.name or not self.condense.drops_samples:
             return self.name or self.method
+        value = "" if self.condense.value == "entropy" else f"-{self.condense.value}"
         if self.condense.selection == "value":
-            return f"kc-{self.method}"
-        return self.condense.selection if self.method == "kd" else f"{self.condense.selection}-{self.method}"
+            return f"kc-{self.method}{value}"
+        method = "" if self.method == "kd" else f"-{self.method}"
+        return f"{self.condense.selection}{method}{value}"
 
     def lr_at(self, epoch: int, fraction: float = 0.0, factor: float | None = None) -> float:
         """Return the learning rate of a step. It depends only on the arguments.

@@ -84,6 +84,14 @@ class Run:
         """Whether an epoch has ended, of training or of pretraining."""
         return bool(self.history or self.pretraining_history)
 
+    @property
+    def sample_weight(self) -> Tensor | None:
+        """The factor of every sample's loss in the next epoch, (N,) float32; None: 1 for all."""
+        weight = self.condenser.sample_weight
+        if weight is None and self.condenser.measure == "losses":  # methods give the losses of weighted batches only
+            weight = torch.ones(self.condenser.num_samples, device=self.device)
+        return weight
+
     def sum(self, numbers: Iterable[Tensor | float]) -> list[float]:
         """Return the sum of each number over all ranks, in float64."""
         return sum_over_ranks(self.accelerator, numbers)
