@@ -17,7 +17,7 @@ from pathlib import Path
 from torch import nn
 
 from .. import files, processes, terminal
-from ..data.images import ImageData, ImageSet
+from ..data.images import ImageData
 from ..data.views import Views
 from ..environment import threads, versions
 from ..models.weights import load_weights
@@ -59,7 +59,7 @@ class Study:
     """Options of the command, as JSON values."""
     data: ImageData
     data_options: Mapping[str, object]
-    """Arguments of `load` that gave `data`: spec, size."""
+    """Arguments of `load` that gave `data`: spec, size, and others that differ from their default."""
     runs: Sequence[PlannedRun]
     """The runs in order: a teacher's run precedes those of its students."""
     output: Path
@@ -230,8 +230,8 @@ class Study:
         recorded = {**(about.get("data") or {}), **about, **config}
         facts = {**self._about_data(), "student": run.network}
         facts |= {"train": len(self.data.train), "test": len(self.data.test)}
-        moved = recorded.get("spec") != facts["spec"]
-        if moved and recorded.get("train_samples") == digest_of_samples(self.data.train):
+        moved, samples = recorded.get("spec") != facts["spec"], recorded.get("train_samples")
+        if moved and samples == digest_of_samples(self.data.train, samples):
             del facts["spec"]  # the same images under another path
         facts = {name: fact for name, fact in facts.items() if name in recorded}  # a library's run may record fewer
         facts |= {"processes": processes.world_size(), "recipe": run.recipe.as_json()}
@@ -445,9 +445,10 @@ class Study:
             runs.metadata_of(folder).config,
         )
         if own is not None:
-            images = ImageSet(images.images, images.labels, replace(images.views, mean=own.mean, std=own.std))
+            images = images.with_views(replace(images.views, mean=own.mean, std=own.std))
         dataset = (config.get("about") or {}).get("dataset")
-        same = config.get("test_samples") == digest_of_samples(images)
+        recorded = config.get("test_samples")
+        same = recorded == digest_of_samples(images, recorded)
         return "" if same else "other images" if dataset in (None, self.data.name) else dataset
 
 

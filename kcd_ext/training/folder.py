@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from hashlib import sha256
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import files
 from ..environment import versions
 from . import checkpoint
-from .fingerprint import check_same_run
+from .fingerprint import SAMPLES, check_same_run
 from .summary import Summary, results
 
 WEIGHTS = "student.safetensors"
@@ -20,6 +20,14 @@ SUMS = "sha256"  # key in summary.json: file -> SHA-256 of its content
 UNFINISHED_ENTRIES = ("config.json", "pretraining.jsonl", "metrics.jsonl", "checkpoint")
 # `kcd evaluate` and the report write the last two. A new run must not inherit them.
 ENTRIES = (*UNFINISHED_ENTRIES, WEIGHTS, "summary.json", "evaluation.json", "ranking.json")
+
+
+def recorded_samples(path: Path) -> dict[str, str]:
+    """Return the digests of data that the config.json in a run folder has; {} if there is none that can be read."""
+    with suppress(OSError, ValueError):
+        config = files.read_json(path / "config.json")
+        return {name: value for name, value in config.items() if name in SAMPLES and isinstance(value, str)}
+    return {}
 
 
 class RunFolder:
