@@ -57,8 +57,7 @@ class Images:
     test_fraction: float | None = None
     """Likewise to test with, for data without test images. None: without them, the images of --val-fraction test too."""
     memory: str | None = None
-    """Bytes that the images of a folder may take in memory, such as 4GB. Larger sets stay on disk, with the same results. None: a
-    quarter of the available memory."""
+    """Bytes that images of a folder may take in memory, such as 4GB; more stay on disk. None: a quarter of the free memory."""
     image_column: str | None = None
     """The column with the images of a Hugging Face data set. None: the only one of the type Image."""
     label_column: str | None = None
@@ -111,8 +110,7 @@ class RecipeArgs(Recipe):
     seed: int = 0
     """Seed of the initial weights, the order of the samples and all other randomness."""
     num_workers: int = 0
-    """Worker processes that decode images on disk (--memory): as many for training as for testing. 0: one per processor, at
-    most 8."""
+    """Processes that decode images on disk (--memory), for training and as many for testing. 0: one per processor, at most 8."""
 
     def defaults(self) -> "RecipeArgs":
         """Return the defaults of all options, which depend on the method."""

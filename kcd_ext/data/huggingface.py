@@ -1,7 +1,5 @@
 """Data sets that Hugging Face `datasets` saved to disk (`save_to_disk`). Nothing is downloaded, and no code is executed."""
 
-import io
-import json
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +11,7 @@ from ..describe import did_you_mean, join_names, one_line
 from ..files import open_regular
 from .folder import PARTS
 from .image_files import assemble_files
-from .images import ImageData, check_class_names
+from .images import ImageData, check_class_names, count_classes
 from .reading import Reading
 from .splits import ADVICE
 
@@ -186,4 +184,7 @@ def _classes(
         if own.min() < 0:
             raise ValueError(f"{path}: column {column!r} of {part} must have labels >= 0, got {own.min()}")
     names = tuple(getattr(feature, "names", None) or ())
-    return names, dict(labels), len(names) or 1 + max(int(own.max()) for own in labels.values())
+    if names:
+        return names, dict(labels), len(names)
+    remedy = "if there really are so many classes, cast the column to ClassLabel"
+    return names, dict(labels), count_classes(f"{path}: column {column!r}", labels.values(), remedy)

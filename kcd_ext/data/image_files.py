@@ -4,7 +4,6 @@ import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -150,10 +149,10 @@ def _choose_decoder(path: os.PathLike, files: Mapping[str, Files], reading: Read
         return Decoder(mode, (reading.size, reading.size), reading.resize_or_default)
     if len(first_of_size) > 1:
         low, high = (extreme(first_of_size.values(), key=lambda found: math.prod(found[0])) for extreme in (min, max))
+        low_name, high_name = (name.removeprefix(f"{path}/") for _, name in (low, high))
         raise ValueError(
-            f"{path}: images must have one size, got {len(first_of_size)}, "
-            f"from {format_size(low[0])} ({os.path.relpath(low[1], path)}) to {format_size(high[0])} "
-            f"({os.path.relpath(high[1], path)}); size (--size) scales all to one size"
+            f"{path}: images must have one size, got {len(first_of_size)}, from {format_size(low[0])} ({low_name}) to "
+            f"{format_size(high[0])} ({high_name}); size (--size) scales all to one size"
         )
     train = files["train"]
     return Decoder(mode, read_upright(train, 0, mode).size, first=train.name(0))

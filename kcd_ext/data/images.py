@@ -238,6 +238,15 @@ def assemble(
     )
 
 
+def count_classes(what: str, parts: Iterable[np.ndarray], remedy: str) -> int:
+    """Return the largest label of all parts plus 1. Raises ValueError if there are fewer images: these are no class numbers."""
+    parts = list(parts)
+    largest, images = max(int(labels.max()) for labels in parts), sum(map(len, parts))
+    if largest >= images:
+        raise ValueError(f"{what} must number the classes from 0, got label {largest} for {images} images; {remedy}")
+    return largest + 1
+
+
 def printable_name(name: str) -> str:
     """Return the name with bytes of a file name that are not UTF-8 escaped, so that a report can contain it."""
     return name.encode(errors="backslashreplace").decode()
@@ -321,7 +330,9 @@ def load(
         data = call("data set", PATHS, {}, path=Path(spec), reading=reading)
     else:
         if isinstance(spec, str):
-            reading.check_unused(FOR_FILES, "the path of a folder of images", f"data set {spec!r}")
+            reading.check_unused(
+                FOR_FILES, "the path of a folder of images or of a saved data set", f"data set {spec!r}"
+            )
             reading.check_unused(("test_fraction",), "data without test images", f"data set {spec!r}")
         data = call("data set", spec, REGISTRY)
         if isinstance(data, ImageData):

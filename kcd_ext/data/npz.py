@@ -7,7 +7,7 @@ import numpy as np
 
 from ..describe import one_line
 from ..files import open_regular
-from .images import ImageData, assemble
+from .images import ImageData, assemble, count_classes
 from .reading import Reading
 from .splits import ADVICE, divide
 
@@ -53,7 +53,8 @@ def read(path: Path, reading: Reading | None = None) -> ImageData:
     images = {part: _images(path, f"x_{part}", arrays) for part in found}
     labels = {part: _labels(path, part, arrays) for part in found}
     names = _class_names(path, arrays)
-    num_classes = len(names) or _count_classes(path, *labels.values())
+    remedy = "if there really are so many classes, add class_names"
+    num_classes = len(names) or count_classes(f"{path}: y_train and y_test", labels.values(), remedy)
     chosen = divide(path, labels, reading.val_fraction, reading.test_fraction)
     sets = {
         part: (images[source], labels[source])
@@ -112,17 +113,6 @@ def _labels(path: Path, part: str, arrays: dict[str, np.ndarray]) -> np.ndarray:
     if labels.min() < 0:
         raise ValueError(f"{path}: y_{part} must be integers >= 0, got {labels.min()}")
     return labels
-
-
-def _count_classes(path: Path, *parts: np.ndarray) -> int:
-    """Return the largest label of all parts plus 1."""
-    largest, images = max(int(labels.max()) for labels in parts), sum(map(len, parts))
-    if largest >= images:  # probably not class numbers
-        raise ValueError(
-            f"{path}: y_train and y_test must number the classes from 0, got label {largest} for {images} images; "
-            f"if there really are so many classes, add class_names"
-        )
-    return largest + 1
 
 
 def _class_names(path: Path, arrays: dict[str, np.ndarray]) -> tuple[str, ...]:
