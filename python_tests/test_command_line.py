@@ -44,7 +44,10 @@ def constant():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], r"missing command: use one of distill, teacher, report, evaluate, demo, info \(see kcd --help\)"),
+        (
+            [],
+            r"missing command: use one of distill, teacher, report, evaluate, predict, export, demo, info \(see kcd --help\)",
+        ),
         (["distil"], r"unknown command 'distil': did you mean distill\? Choose from distill, .*\(see kcd --help\)"),
         (["help", "demo"], r"unknown command 'help': did you mean kcd demo --help\?"),
         (["--versio"], r"unrecognized option --versio: did you mean --version\? \(see kcd --help\)"),

@@ -20,7 +20,7 @@ from kcd_ext.data.images import load, split
 SMALL = ["--data", "digits", "--epochs", "4", "--threads", "1", "--device", "cpu"]
 TWO_SEEDS = ["distill", *SMALL, "--method", "kc-kd", "--seed", "5", "--seeds", "2", "--output", "two"]
 RUN = {"config.json", "metrics.jsonl", "checkpoint", "student.safetensors", "summary.json"}
-RUN |= {"ranking.json", "thumbnails.png"}
+RUN |= {"model.json", "ranking.json", "thumbnails.png"}
 REPORT = {"report.html", "report.png"}
 TIMES = ("seconds", "condensation_seconds")
 

@@ -8,11 +8,13 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 RESIZES = ("crop", "squash")
-INTERPOLATIONS = ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
 
 
 def resized(image: "Image", width: int, height: int, resize: str = "crop", interpolation: str = "bilinear") -> "Image":
-    """Return the image with this width and height. Shrinking is antialiased, except with `nearest`.
+    """Return the image with this width and height; the image itself if it has them.
+
+    Shrinking is antialiased, except with `nearest`.
 
     Args:
         image: A PIL image. Convert palette images to RGB first: colours of a palette are not interpolated.
@@ -21,7 +23,7 @@ def resized(image: "Image", width: int, height: int, resize: str = "crop", inter
         resize: `crop` keeps the proportions: the image is scaled until it just covers width and height, and its centre is
             cropped. For a square this is `Resize(side)` and `CenterCrop(side)` of torchvision. `squash` scales both sides
             independently.
-        interpolation: nearest, box, bilinear, hamming, bicubic or lanczos, as Pillow's `Resampling`.
+        interpolation: nearest, bilinear, bicubic or lanczos, as Pillow's `Resampling`.
 
     Raises:
         ValueError: `resize` or `interpolation` is unknown.
@@ -30,6 +32,8 @@ def resized(image: "Image", width: int, height: int, resize: str = "crop", inter
 
     check_choice("resize", resize, RESIZES)
     method = Resampling[check_choice("interpolation", interpolation, INTERPOLATIONS).upper()]
+    if image.size == (width, height):
+        return image
     if resize == "squash":
         return image.resize((width, height), method)
     own_width, own_height = image.size
