@@ -407,7 +407,7 @@ def test_unknown_names_and_paths_are_refused(tmp_path, monkeypatch):
         with pytest.raises(error, match=message):
             load(spec)
     with pytest.raises(
-        ValueError, match="size is for the path of a folder of images .*, which data set 'digits' is not, got size=8"
+        ValueError, match=r"size is for the path of a folder of images .*, which data set 'digits' is not, got size=8"
     ):
         load("digits", size=8)
     Path("digits").mkdir()
