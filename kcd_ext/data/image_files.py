@@ -27,7 +27,8 @@ UNKNOWN = 0.5  # mean and std of views until the images are read
 class ImageFiles(LabelledImages):
     """Images that stay on disk. Each is decoded and resized whenever it is used.
 
-    Item i is the raw `(image, label)`, as that of an `ImageSet`. Networks are trained on the same views.
+    Item i is the raw `(image, label)`, as that of an `ImageSet`. Networks are trained on the same views. The trainer decodes
+    images in `Recipe.num_workers` processes; with 0, in one per processor, at most 8.
 
     Args:
         files: The encoded images.

@@ -31,8 +31,8 @@ def fingerprint(
     train: IndexedDataset | LabelledImages,
     test: IndexedDataset | LabelledImages,
     accelerator: Accelerator,
-    recorded: Mapping[str, str] = MappingProxyType({}),
     val: IndexedDataset | LabelledImages | None = None,
+    recorded: Mapping[str, str] = MappingProxyType({}),
 ) -> dict[str, object]:
     """Return the fingerprint as JSON. It omits the student: a resumed run loads its weights from the checkpoint.
 

@@ -152,6 +152,8 @@ def distill(
               must share one shape and dtype, unless `condense.epsilon` is 0.
             - *An `ImageSet`* (from `kcd_ext.data.images.load`, for example) is moved to the training device as a
               whole and needs no loader. Its images are mixed, cropped, flipped and normalised there, one batch at a time.
+            - *`ImageFiles`* stay on disk and give the same result. `num_workers` processes decode and mix them; with 0, one
+              per processor, at most 8.
         test: A data set as `train`, for validation.
         recipe: All numbers of the run.
         output: The run folder. config.json is written before the first epoch, metrics.jsonl and checkpoint/ after every

@@ -96,7 +96,7 @@ def _set_up(
     if output is not None:
         check_storable("student", student)
         recorded = recorded_samples(Path(output)) if resume else {}
-        facts = fingerprint(recipe, teacher, train, test, accelerator, recorded)
+        facts = fingerprint(recipe, teacher, train, test, accelerator, recorded=recorded)
         opened = RunFolder.locked(Path(output), facts, resume, accelerator.is_main_process)
         folder = stack.enter_context(opened)
     stack.callback(method.release)
