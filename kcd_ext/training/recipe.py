@@ -61,7 +61,7 @@ class Recipe:
     compile: bool = False
     """Compile student and teacher with torch.compile, for any batch size; not the growing teacher of pwkd."""
     num_workers: int = 0
-    """Workers that load items, for training and as many for testing. Random transforms depend on it. 0: none, but see `ImageFiles`."""
+    """Workers that load items: as many for training as for testing, started once per run. Random transforms depend on it."""
     name: str = ""
     """Name of the run in tables and files. Empty: from method and selection, such as kd, kc-kd, random or random-crd."""
 
