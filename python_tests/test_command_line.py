@@ -96,7 +96,6 @@ def test_wrong_arguments_are_one_line_with_a_suggestion(arguments, message, tmp_
         (["distill", "cifar100-vgg13-vgg8", "more"], "more", ""),
         (["distill", "--epochs", "x"], "--epochs", "'x'"),
         (["distill", "--epochs"], "--epochs", ""),
-        (["distill", "--num-workers", "1"], "--num-workers", ""),
         (["distill", "--options", "temperature"], "--options", "pairs"),
         (["demo", "--epochs", "2.5"], "--epochs", "'2.5'"),
         (["distill", "--condense.schedule", "cosin"], "schedule", "did you mean cosine?"),

@@ -482,7 +482,11 @@ AGAIN = ["--output", "{two}/seed-5", "--resume", "--method", "kc-kd", "--seed", 
 BAD = [
     (["--data", "imagenet"], "unknown data set 'imagenet'"),
     (["--data", "missing/folder"], "missing/folder"),
-    (["--size", "8"], "size is for the path of a folder of images, got size=8"),
+    (
+        ["--size", "8"],
+        "size is for the path of a folder of images or of a saved data set, which data set 'digits' is not",
+    ),
+    (["--num-workers", "2"], "num_workers=2 has no effect on images in memory"),
     (["--flip", "--no-flip"], "give --flip or --no-flip, not both"),
     (["--padding", "-1"], "padding must be an integer >= 0, got -1"),
     (["--padding", "8"], "padding must be < 8, the smaller side of the images, got 8"),

@@ -17,7 +17,7 @@ from pathlib import Path
 from torch import nn
 
 from .. import files, processes, terminal
-from ..data.images import ImageData, ImageSet
+from ..data.images import ImageData
 from ..data.preprocessing import Preprocessing
 from ..data.views import Views
 from ..environment import threads, versions
@@ -62,7 +62,7 @@ class Study:
     """Options of the command, as JSON values."""
     data: ImageData
     data_options: Mapping[str, object]
-    """Arguments of `load` that gave `data`: spec, size."""
+    """Arguments of `load` that gave `data`: spec, size, and others that differ from their default."""
     runs: Sequence[PlannedRun]
     """The runs in order: a teacher's run precedes those of its students."""
     output: Path
@@ -137,15 +137,10 @@ class Study:
             teacher = replace(teacher, weights=load_weights(weights).tensors, origin=run.teacher_folder)
         return student, None if teacher is None else teacher.build(self.data, run.recipe.seed)
 
-    @property
-    def _val(self) -> ImageSet | None:
-        """The validation set, if the data has one."""
-        return getattr(self.data, "val", None)
-
     def _check_run(self, run: PlannedRun) -> None:
         """Check that networks, data and recipe of a run fit each other. Raises as `check_run` does."""
         try:
-            check_run(*self._networks(run), self.data.train, self.data.test, run.recipe, self._val)
+            check_run(*self._networks(run), self.data.train, self.data.test, run.recipe, self.data.val)
         except (TypeError, ValueError) as error:
             if not self._is_teacher(run):
                 raise
@@ -242,9 +237,9 @@ class Study:
         recorded = {**(about.get("data") or {}), **about, **config}
         facts = {**self._about_data(), "student": run.network}
         facts |= {"train": len(self.data.train), "test": len(self.data.test)}
-        facts |= {} if self._val is None else {"val": len(self._val)}
-        moved = recorded.get("spec") != facts["spec"]
-        if moved and recorded.get("train_samples") == digest_of_samples(self.data.train):
+        facts |= {} if self.data.val is None else {"val": len(self.data.val)}
+        moved, samples = recorded.get("spec") != facts["spec"], recorded.get("train_samples")
+        if moved and samples == digest_of_samples(self.data.train, samples):
             del facts["spec"]  # the same images under another path
         facts = {
             name: fact for name, fact in facts.items() if name in (*recorded, "val")
@@ -353,7 +348,7 @@ class Study:
                 self.data.train,
                 self.data.test,
                 run.recipe,
-                val=self._val,
+                val=self.data.val,
                 output=run.folder,
                 resume=self.resume,
                 progress=lambda line: [subscriber(line) for subscriber in subscribers],
@@ -366,8 +361,8 @@ class Study:
 
     def _model(self, run: PlannedRun) -> Model:
         """Return the description of a run's student."""
-        images, views = self.data.test.images, self.data.test.views
-        preprocessing = Preprocessing(*images.shape[1:3], views.mean, views.std)
+        views, resize = self.data.test.views, self.data.resize or "crop"
+        preprocessing = Preprocessing(*self.data.test.shape[:2], views.mean, views.std, resize)
         return Model(run.network, self.data.num_classes, preprocessing, self.data.class_names)
 
     def _is_due(self, run: PlannedRun) -> bool:
@@ -473,9 +468,10 @@ class Study:
             runs.metadata_of(folder).config,
         )
         if own is not None:
-            images = ImageSet(images.images, images.labels, replace(images.views, mean=own.mean, std=own.std))
+            images = images.with_views(replace(images.views, mean=own.mean, std=own.std))
         dataset = (config.get("about") or {}).get("dataset")
-        same = config.get("test_samples") == digest_of_samples(images)
+        recorded = config.get("test_samples")
+        same = recorded == digest_of_samples(images, recorded)
         return "" if same else "other images" if dataset in (None, self.data.name) else dataset
 
 

@@ -68,6 +68,8 @@ class RunMetadata:
         data, given = _get_object(about, "data"), _get_object(about, "teacher_normalisation")
         for name in ("condense", "options"):
             _get_object(recipe, name)
+        if data.get("size") is not None and "resize" not in data:  # written by a version that always did this
+            data = {**data, "resize": "squash"}
         if data.get("mean") is not None:
             data = {**data, **_parse_normalisation(data)._asdict()}
         network, path = _get_text(about, "teacher_network"), _get_text(about, "teacher_path")

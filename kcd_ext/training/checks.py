@@ -8,7 +8,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils.data import Dataset, default_collate
 
 from ..data import IndexedDataset
-from ..data.images import ImageSet
+from ..data.images import LabelledImages
 from ..data.loading import load_item
 from ..describe import one_line
 from ..methods import Batch, Method, Outcome
@@ -24,14 +24,14 @@ TEACHER_MEASURES = {
 }
 
 
-def as_indexed(name: str, dataset: Dataset) -> IndexedDataset | ImageSet:
-    """Return the data set as an `IndexedDataset`; an `IndexedDataset` or `ImageSet` is returned unchanged.
+def as_indexed(name: str, dataset: Dataset) -> IndexedDataset | LabelledImages:
+    """Return the data set as an `IndexedDataset`; an `IndexedDataset` or images are returned unchanged.
 
     Raises:
         TypeError, ValueError: `dataset` is not a map-style data set, or it is empty.
     """
     try:
-        wrapped = dataset if isinstance(dataset, IndexedDataset | ImageSet) else IndexedDataset(dataset)
+        wrapped = dataset if isinstance(dataset, IndexedDataset | LabelledImages) else IndexedDataset(dataset)
     except TypeError as error:
         raise TypeError(f"{name}: {error}") from error
     if len(wrapped) == 0:
@@ -91,8 +91,8 @@ def _name_of_measure(recipe: Recipe) -> str:
 def check_networks(
     student: nn.Module,
     teacher: nn.Module | None,
-    train: IndexedDataset | ImageSet,
-    held_out: Mapping[str, IndexedDataset | ImageSet],
+    train: IndexedDataset | LabelledImages,
+    held_out: Mapping[str, IndexedDataset | LabelledImages],
     device: torch.device,
 ) -> int:
     """Call every network with one sample of each set, in evaluation mode, and return the number of classes.
@@ -119,7 +119,7 @@ def check_networks(
                 f"student and teacher must give logits of the same number of classes, got {classes['student']} and "
                 f"{classes['teacher']}"
             )
-        # Images in memory: all labels. Otherwise the first sample's: the others are not loaded yet.
+        # Images: all labels. Otherwise the first sample's: the others are not loaded yet.
         for extreme in (label.min().item(), label.max().item()):
             if not 0 <= extreme < classes["student"]:
                 raise ValueError(f"{part} must give labels in [0, {classes['student']}), got {extreme}")
@@ -188,11 +188,11 @@ def check_same_state(saved: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> 
             raise ValueError(f"{mismatch} {saved[name].dtype} there, {own[name].dtype} here")
 
 
-def _first_sample(part: str, dataset: IndexedDataset | ImageSet) -> tuple[Tensor, Tensor]:
-    """Return the first sample as a batch of one, and its label; for images in memory, all labels."""
-    if isinstance(dataset, ImageSet):
-        images, labels = dataset.tensors(torch.device("cpu"))
-        return dataset.views.normalize(images[:1]), labels
+def _first_sample(part: str, dataset: IndexedDataset | LabelledImages) -> tuple[Tensor, Tensor]:
+    """Return the first sample as a batch of one, and its label; for images, all labels."""
+    if isinstance(dataset, LabelledImages):
+        image, _ = dataset[0]
+        return dataset.views.normalize(torch.from_numpy(image)[None]), torch.from_numpy(dataset.labels)
     x, label, _ = default_collate([load_item(part, dataset, 0)])
     if not isinstance(x, Tensor):
         raise TypeError(f"{part} must give x that collate to one tensor, got {type(x).__name__}")

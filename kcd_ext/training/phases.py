@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from ..condensation import Condensation, KnowledgeCondenser
+from ..condensation.batching import split_evenly
 from ..methods import Batch, Method, Outcome, Pretraining
 from .averaging import Averages
 from .batch_mixing import BatchMixer, draw_uniforms
-from .batches import split_evenly
 from .checks import check_outcome
 from .diagnosis import check_finite
 from .distributed import full_state_dict, gather_labels, optimizer_step, prepare, reshard, shard_like
