@@ -335,7 +335,7 @@ def test_every_field_of_the_recipe_has_an_option():
     options += " --condense.keep 0.5 --condense.every 2 --condense.stages 3 --condense.schedule cosine"
     options += " --condense.alpha 0.5 --condense.epsilon 0.25 --condense.no-accumulate --condense.no-convex"
     options += " --condense.selection value --condense.batch-keep 0.75"
-    options += " --condense.warmup 3 --condense.min-per-class 4 --mixup 0.25 --cutmix 1.5"
+    options += " --condense.warmup 3 --condense.min-per-class 4 --mixup 0.25 --cutmix 1.5 --label-smoothing 0.125"
     assert parsed("distill", *options.split()).recipe.as_json() == {
         "method": "crd",
         "options": {"dim": "64", "temperature": "0.5", "student_layer": "fc"},
@@ -363,6 +363,7 @@ def test_every_field_of_the_recipe_has_an_option():
         "gamma": 0.2,
         "mixup": 0.25,
         "cutmix": 1.5,
+        "label_smoothing": 0.125,
         "seed": 8,
         "device": "cpu",
         "precision": "bfloat16",
@@ -476,7 +477,10 @@ BAD = [
     (["--padding", "-1"], "padding must be an integer >= 0, got -1"),
     (["--padding", "8"], "padding must be < 8, the smaller side of the images, got 8"),
     (["--method", "kc-"], "method must have a name after kc-, as in kc-kd, got 'kc-'"),
-    (["--method", "nothing"], "unknown method 'nothing': choose from ce, crd, ie-dml, iekd, kd, kr, pkt, pwkd, sskd"),
+    (
+        ["--method", "nothing"],
+        "unknown method 'nothing': choose from at, ce, crd, dist, dkd, fitnet, ie-dml, iekd, kd, kr, pkt, pwkd, reviewkd, sskd",
+    ),
     (["--method", "kc-nothing"], "unknown method 'kc-nothing'"),
     (["--method", "os:path"], "method 'os:path' must be callable, got module"),
     (["--options", "warmth", "4"], "method 'kd' has no option 'warmth'; it takes temperature, "),

@@ -31,9 +31,9 @@ class Recipe:
     """
 
     method: str = "kd"
-    """The method: kd, pkt, crd, sskd, pwkd, iekd, ie-dml, kr, ce (labels only, no distillation) or module:Class."""
+    """kd, dkd, dist, pkt, crd, sskd, at, fitnet, reviewkd, kr, iekd, ie-dml, pwkd, ce (labels), module:Class, or a sum: kd+at."""
     options: Mapping[str, float | str] = field(default_factory=dict)
-    """Keyword arguments of the method, for example {"temperature": 4.0}."""
+    """Keyword arguments of the method, for example {"temperature": 4.0}; of one of several, {"kd.temperature": 4.0}."""
     condense: Condense = field(default_factory=lambda: Condense(keep=1.0))
     """Knowledge condensation. By default, or with None, every epoch visits the complete training set."""
     epochs: int = 240
@@ -56,6 +56,8 @@ class Recipe:
     """Mixup: alpha of Beta(alpha, alpha), the shares of two images that are blended, such as 0.2. 0: off. For ce and kd."""
     cutmix: float = 0.0
     """CutMix: alpha of the share of an image beside a box of another one, such as 1. 0: off. With mixup, batches draw one."""
+    label_smoothing: float = 0.0
+    """Smoothing of the labels in the method's cross entropy: each class gets this share divided by their number. 0: none."""
     seed: int = 0
     """Seed of the sample order and of all randomness in training. It does not affect the networks' initial weights."""
     device: str = "auto"
@@ -86,6 +88,7 @@ class Recipe:
         object.__setattr__(self, "milestones", tuple(self.milestones))
         for milestone in self.milestones:
             check_float("milestones", milestone, "fractions of the epochs in [0, 1]", 0.0, 1.0)
+        check_float("label_smoothing", self.label_smoothing, "a number in [0, 1]", 0.0, 1.0)
         check_device(self.device)
         if not isinstance(self.precision, str) or self.precision not in PRECISIONS:
             nearest = did_you_mean(self.precision, PRECISIONS)
