@@ -7,20 +7,29 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated
 
-from tyro.conf import Fixed, FlagCreatePairsOff, Suppress, arg
+from tyro.conf import FlagCreatePairsOff, arg
 
 from .. import methods, models, processes
 from ..checks import check_int
-from ..data.images import ImageData, load
+from ..data.images import ImageData, ImageSet, load
 from ..environment import MAX_THREADS
 from ..registry import unknown_name_error
 from ..training.logs import check_log
 from ..training.recipe import Condense, Recipe
+from .progress import reading_bar
 from .study import PlannedRun, Study
 
 CONDENSED_PREFIX = "kc-"  # before a method: condensed as in the paper
 TEACHER_METHOD = "ce"  # cross entropy, without a teacher
 NETWORKS = ", ".join(models.REGISTRY)
+READING = (
+    "size",
+    "resize",
+    "val_fraction",
+    "test_fraction",
+    "image_column",
+    "label_column",
+)  # options that choose images
 
 
 @dataclass(frozen=True)
@@ -31,9 +40,16 @@ class Images:
         str,
         arg(
             help="The images: mnist5k, digits, cifar10, cifar100 (archives are looked up in $KCD_DATA, else in ./data), the path "
-            "of an archive, an .npz file or a folder of images, or module:function."
+            "of an archive, an .npz file, a folder of images or a data set that Hugging Face datasets saved, or module:function."
         ),
     ] = "mnist5k"
+    augment: Annotated[
+        str | None,
+        arg(
+            help="Augmentation of training images: crop-flip (--padding, --flip), none, or a policy after crop and flip: "
+            "randaugment, trivialaugment. None: as usual for the data set (CIFAR: crop-flip, others: none)."
+        ),
+    ] = None
     padding: int | None = None
     """Random crops: pixels of black border around training images; 0: none. None: as usual for the data set (CIFAR: 4)."""
     flip: Annotated[bool, FlagCreatePairsOff] = False
@@ -41,7 +57,19 @@ class Images:
     no_flip: Annotated[bool, FlagCreatePairsOff] = False
     """Do not flip training images."""
     size: int | None = None
-    """Resize the images of a folder to this many pixels per side. None: all must have the same size."""
+    """Height and width to resize the images of a folder to. None: all must have the same size."""
+    resize: str | None = None
+    """How --size resizes: crop scales the shorter side and crops the centre, squash scales both sides. None: crop."""
+    val_fraction: float | None = None
+    """Share of the training images of every class to validate with. None: the data set's validation images, if it has any."""
+    test_fraction: float | None = None
+    """Likewise to test with, for data without test images. None: without them, the images of --val-fraction test too."""
+    memory: str | None = None
+    """Bytes that images of a folder may take in memory, such as 4GB; more stay on disk. None: a quarter of the free memory."""
+    image_column: str | None = None
+    """The column with the images of a Hugging Face data set. None: the only one of the type Image."""
+    label_column: str | None = None
+    """The column with its labels. None: the only one of the type ClassLabel."""
     mean: Annotated[
         tuple[str, ...] | None,
         arg(
@@ -59,7 +87,25 @@ class Images:
             raise ValueError("give --flip or --no-flip, not both")
         flip = True if self.flip else False if self.no_flip else None
         mean, std = _parse_numbers(self.mean), _parse_numbers(self.std)
-        return load(self.data, padding=self.padding, flip=flip, size=self.size, mean=mean, std=std)
+        options = {name: getattr(self, name) for name in READING}
+        return load(
+            self.data,
+            augment=self.augment,
+            padding=self.padding,
+            flip=flip,
+            mean=mean,
+            std=std,
+            memory=self.memory,
+            progress=reading_bar,
+            **options,
+        )
+
+    def as_arguments(self, data: ImageData) -> dict[str, object]:
+        """Return the arguments of `load` that give `data` again, except those of its views. Defaults are left out."""
+        options = {name: getattr(self, name) for name in READING} | {"resize": data.resize}
+        return {"spec": self.data, "size": self.size} | {
+            name: value for name, value in options.items() if value is not None
+        }
 
 
 @dataclass(frozen=True)
@@ -67,13 +113,13 @@ class RecipeArgs(Recipe):
     """A recipe as given on the command line."""
 
     method: str = "kd"
-    """kd, pkt, crd, sskd, pwkd, iekd, ie-dml, kr, ce (labels only) or module:Class; the prefix kc- condenses: kc-kd."""
+    """kd, dkd, dist, pkt, crd, sskd, at, fitnet, reviewkd, kr, iekd, ie-dml, pwkd, ce, module:Class; kd+at adds; kc- condenses."""
     options: Annotated[Mapping[str, str], arg(metavar="[NAME VALUE ...]")] = field(default_factory=dict)
     """Options of the method, for example: temperature 4 kd_weight 0.9. List them with --method METHOD --help."""
     seed: int = 0
     """Seed of the initial weights, the order of the samples and all other randomness."""
-    num_workers: Suppress[Fixed[int]] = 0
-    """Always 0: a command keeps its images in memory."""
+    num_workers: int = 0
+    """Processes that decode images on disk (--memory), for training and as many for testing. 0: one per processor, at most 8."""
 
     def defaults(self) -> "RecipeArgs":
         """Return the defaults of all options, which depend on the method."""
@@ -90,25 +136,29 @@ class RecipeArgs(Recipe):
             raise ValueError(
                 f"method must have a name after {CONDENSED_PREFIX}, as in {CONDENSED_PREFIX}kd, got {self.method!r}"
             )
-        if method not in methods.REGISTRY and ":" not in method:
-            condensed = [f"{CONDENSED_PREFIX}{name}" for name in methods.REGISTRY]
-            otherwise = f"write module:Class; a prefix {CONDENSED_PREFIX} turns condensation on"
-            raise unknown_name_error("method", self.method, methods.REGISTRY, otherwise, condensed)
+        for part in methods.split_name(method):
+            if part not in methods.REGISTRY and ":" not in part:
+                condensed = [f"{CONDENSED_PREFIX}{name}" for name in methods.REGISTRY]
+                otherwise = f"write module:Class; a prefix {CONDENSED_PREFIX} turns condensation on"
+                wrong = self.method if part == method else part
+                raise unknown_name_error("method", wrong, methods.REGISTRY, otherwise, condensed)
         return method
 
     def method_options(self) -> tuple[str, list[methods.Option]]:
         """Return the method's name and the options that it takes after `--options`. Raises as `methods.build` does."""
-        condense_options = {option.name for option in fields(Condense)}  # they have options of the command
         found = methods.options_of(self.plain_method)
-        return self.method, [option for option in found if option.name not in condense_options]
+        # Set with --condense.batch-keep and --label-smoothing.
+        elsewhere = ("batch_keep", "label_smoothing")
+        return self.method, [option for option in found if option.name.rpartition(".")[2] not in elsewhere]
 
     def check_unread(self, words: Sequence[str]) -> None:
         """Raise ValueError if one of the words that the command does not know is an option of the method."""
         names = [option.name for option in self.method_options()[1]] if words else []
         for word in words:
             option = word.partition("=")[0]
-            name = option.lstrip("-").replace("-", "_")
-            if option.startswith("--") and name in names:
+            own = option.lstrip("-").replace("-", "_")
+            name = next((name for name in names if own in (name, name.rpartition(".")[2])), None)
+            if option.startswith("--") and name is not None:
                 raise ValueError(
                     f"unrecognized option {option}: pass it to method {self.method} as --options {name} VALUE"
                 )
@@ -167,16 +217,18 @@ class TrainingOptions:
         raise NotImplementedError
 
     def study_of(self, command: str, data: ImageData, runs: Sequence[PlannedRun], output: Path) -> Study:
-        """Return a study of these runs, with the options of this command."""
+        """Return a study of these runs, with the options of this command. Raises ValueError for an option that has no effect."""
         if self.progress_every is not None:
             check_int("progress_every", self.progress_every, 1)
         for name in self.log:
             check_log(name)
+        if self.recipe.num_workers and isinstance(data.train, ImageSet):
+            raise ValueError(f"num_workers={self.recipe.num_workers} has no effect on images in memory (see --memory)")
         return Study(
             command=command,
             options=json.loads(json.dumps(asdict(self), default=str)),
             data=data,
-            data_options={"spec": self.images.data, "size": self.images.size},
+            data_options=self.images.as_arguments(data),
             runs=runs,
             output=output,
             resume=self.resume,

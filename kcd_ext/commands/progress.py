@@ -47,6 +47,12 @@ class Bar:
         self._bar.close()
 
 
+def reading_bar(total: int, desc: str) -> tqdm:
+    """Return a bar for images that are read, shown if that takes more than a second, on rank 0 if stderr is a terminal."""
+    disable = True if processes.rank() else None
+    return tqdm(total=total, desc=desc, unit="image", unit_scale=True, delay=1, leave=False, disable=disable)
+
+
 def note(text: str) -> None:
     """Print a line on rank 0, above the progress bar if there is one."""
     if processes.rank() == 0:

@@ -17,15 +17,17 @@ from pathlib import Path
 from torch import nn
 
 from .. import files, processes, terminal
-from ..data.images import ImageData, ImageSet
+from ..data.images import ImageData
+from ..data.preprocessing import Preprocessing
 from ..data.views import Views
 from ..environment import threads, versions
 from ..models.weights import load_weights
 from ..reports import page, ranking, runs
 from ..reports.runs import RUN_GLOBS, TEACHER, Normalisation
 from ..reports.tables import as_text
+from ..students import MODEL, WEIGHTS, Model
 from ..training.fingerprint import check_same_run, digest_of_samples
-from ..training.folder import ENTRIES, WEIGHTS
+from ..training.folder import ENTRIES
 from ..training.logs import open_log
 from ..training.loop import distill
 from ..training.recipe import Recipe
@@ -60,7 +62,7 @@ class Study:
     """Options of the command, as JSON values."""
     data: ImageData
     data_options: Mapping[str, object]
-    """Arguments of `load` that gave `data`: spec, size."""
+    """Arguments of `load` that gave `data`: spec, size, and others that differ from their default."""
     runs: Sequence[PlannedRun]
     """The runs in order: a teacher's run precedes those of its students."""
     output: Path
@@ -135,15 +137,10 @@ class Study:
             teacher = replace(teacher, weights=load_weights(weights).tensors, origin=run.teacher_folder)
         return student, None if teacher is None else teacher.build(self.data, run.recipe.seed)
 
-    @property
-    def _val(self) -> ImageSet | None:
-        """The validation set, if the data has one."""
-        return getattr(self.data, "val", None)
-
     def _check_run(self, run: PlannedRun) -> None:
         """Check that networks, data and recipe of a run fit each other. Raises as `check_run` does."""
         try:
-            check_run(*self._networks(run), self.data.train, self.data.test, run.recipe, self._val)
+            check_run(*self._networks(run), self.data.train, self.data.test, run.recipe, self.data.val)
         except (TypeError, ValueError) as error:
             if not self._is_teacher(run):
                 raise
@@ -240,9 +237,9 @@ class Study:
         recorded = {**(about.get("data") or {}), **about, **config}
         facts = {**self._about_data(), "student": run.network}
         facts |= {"train": len(self.data.train), "test": len(self.data.test)}
-        facts |= {} if self._val is None else {"val": len(self._val)}
-        moved = recorded.get("spec") != facts["spec"]
-        if moved and recorded.get("train_samples") == digest_of_samples(self.data.train):
+        facts |= {} if self.data.val is None else {"val": len(self.data.val)}
+        moved, samples = recorded.get("spec") != facts["spec"], recorded.get("train_samples")
+        if moved and samples == digest_of_samples(self.data.train, samples):
             del facts["spec"]  # the same images under another path
         facts = {
             name: fact for name, fact in facts.items() if name in (*recorded, "val")
@@ -351,7 +348,7 @@ class Study:
                 self.data.train,
                 self.data.test,
                 run.recipe,
-                val=self._val,
+                val=self.data.val,
                 output=run.folder,
                 resume=self.resume,
                 progress=lambda line: [subscriber(line) for subscriber in subscribers],
@@ -360,6 +357,13 @@ class Study:
             )
         if processes.rank() == 0:
             ranking.write(run.folder, summary, self.data.train, self.data.class_names)
+            files.write_json(run.folder / MODEL, self._model(run).as_json())
+
+    def _model(self, run: PlannedRun) -> Model:
+        """Return the description of a run's student."""
+        views, resize = self.data.test.views, self.data.resize or "crop"
+        preprocessing = Preprocessing(*self.data.test.shape[:2], views.mean, views.std, resize)
+        return Model(run.network, self.data.num_classes, preprocessing, self.data.class_names)
 
     def _is_due(self, run: PlannedRun) -> bool:
         """Return whether to train or check a run: it is finished, or there is time left and its teacher is trained."""
@@ -437,7 +441,8 @@ class Study:
         own = _normalisation(views)
         same = own == _normalisation(self.data.test.views)  # otherwise no single mean and std describes both sets
         return {
-            **{"size": None, **self.data_options, "padding": views.padding, "flip": views.flip},
+            **{"size": None, **self.data_options},
+            **{"padding": views.padding, "flip": views.flip, "augment": self.data.augment},
             **{name: list(numbers) if same else None for name, numbers in own._asdict().items()},
         }
 
@@ -463,9 +468,10 @@ class Study:
             runs.metadata_of(folder).config,
         )
         if own is not None:
-            images = ImageSet(images.images, images.labels, replace(images.views, mean=own.mean, std=own.std))
+            images = images.with_views(replace(images.views, mean=own.mean, std=own.std))
         dataset = (config.get("about") or {}).get("dataset")
-        same = config.get("test_samples") == digest_of_samples(images)
+        recorded = config.get("test_samples")
+        same = recorded == digest_of_samples(images, recorded)
         return "" if same else "other images" if dataset in (None, self.data.name) else dataset
 
 

@@ -166,6 +166,8 @@ def distill(
               must share one shape and dtype, unless `condense.epsilon` is 0.
             - *An `ImageSet`* (from `kcd_ext.data.images.load`, for example) is moved to the training device as a
               whole and needs no loader. Its images are mixed, cropped, flipped and normalised there, one batch at a time.
+            - *`ImageFiles`* stay on disk and give the same result. `num_workers` processes decode and mix them; with 0, one
+              per processor, at most 8.
         test: A data set as `train`. The student's accuracy on it is measured after every epoch.
         recipe: All numbers of the run.
         val: A data set as `train`, for validation: `val_accuracy` is measured after every epoch and chooses the best one.

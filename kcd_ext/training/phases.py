@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from ..condensation import Condensation, KnowledgeCondenser
+from ..condensation.batching import split_evenly
 from ..methods import Batch, Method, Outcome, Pretraining
 from .averaging import Averages
-from .batches import split_evenly
+from .batch_mixing import BatchMixer, draw_uniforms
 from .checks import check_outcome
 from .diagnosis import check_finite
 from .distributed import full_state_dict, gather_labels, optimizer_step, prepare, reshard, shard_like
@@ -130,6 +131,10 @@ class Phase:
             self.run.teacher.eval()  # the method may have made it a part of itself, and train mode reaches parts
         self.rows, self.sums = 0, torch.zeros(1, device=self.run.device)
 
+    def training_batches(self, batches: Iterable[Batch], count: int, epoch: int) -> Iterator[Batch]:
+        """Yield an epoch's `count` batches as they are trained on."""
+        yield from batches
+
     def begin_steps(self, steps: int) -> None:
         """Begin the epoch's optimizer steps, of which there are `steps`."""
         self.steps, self.steps_done, self.started = steps, 0, time.perf_counter()
@@ -228,6 +233,7 @@ class StudentPhase(Phase):
         recipe = run.recipe
         optimizer = self.new_optimizer(recipe)
         super().__init__(run, run.module, optimizer, recipe.lr, range(recipe.epochs), run.history)
+        self.mixer = BatchMixer.of(recipe, run.classes)
         self.averages: Averages | None = None
         self.best: Mapping[str, Tensor] | None = None  # with keep_best: the student's state after the best epoch
 
@@ -297,11 +303,19 @@ class StudentPhase(Phase):
         for phase in run.phases[:-1]:
             phase.freeze()
         super().begin_epoch(epoch)
-        self.sample_weight = run.condenser.sample_weight
+        self.sample_weight = run.sample_weight
         self.visits: list[tuple[Tensor, Tensor]] = []
         # The first epoch sees every label of a data set that is loaded item by item.
         collects = run.recipe.condense.drops_samples and run.condenser.labels is None and epoch == 0
         self.labels: list[tuple[Tensor, Tensor]] | None = [] if collects else None
+
+    def training_batches(self, batches: Iterable[Batch], count: int, epoch: int) -> Iterator[Batch]:
+        """Yield the batches, mixed if the recipe asks for it. Keep their labels for the condenser if it needs them."""
+        draws = draw_uniforms(count, seed=self.run.recipe.seed, epoch=epoch) if self.mixer else [None] * count
+        for batch, uniforms in zip(batches, draws, strict=True):
+            if self.labels is not None:
+                self.labels.append((batch.index, batch.label))
+            yield batch if uniforms is None else self.mixer.mix(batch, uniforms)
 
     def record(self, batch: Batch, outcome: Outcome) -> Tensor:
         """Add loss, accuracy and terms to the sums, keep the values for the condenser, and return the loss."""
@@ -314,9 +328,10 @@ class StudentPhase(Phase):
                 f"method {method!r} must return the terms {self.terms} in every step, got {[*outcome.terms]}"
             )
         self.visits.append((batch.index, getattr(outcome, measure)))
-        if self.labels is not None:
-            self.labels.append((batch.index, batch.label))
-        accuracy = 100 * (outcome.logits.argmax(-1) == batch.label).double().mean()
+        label = (
+            batch.label if batch.label.dim() == 1 else batch.label.argmax(-1)
+        )  # of a mix: the class of the largest share
+        accuracy = 100 * (outcome.logits.argmax(-1) == label).double().mean()
         terms = [outcome.terms[name] for name in self.terms]
         self._accumulate(len(batch.label), outcome.loss.detach(), accuracy, *terms)
         return outcome.loss
@@ -355,7 +370,7 @@ def condensation_metrics(condensation: Condensation, condenser: KnowledgeCondens
     """Return the metrics of a condensation step: sizes, samples kept per class, histogram of all knowledge values so far.
 
     The histogram has the same bins at every stage, from 0 to the largest possible entropy, log(classes). Values outside
-    count in the outer bins. It is None if samples are not selected by knowledge value.
+    count in the outer bins. It is None if the values are not entropies.
     """
     histogram = None
     if condenser.measure == "value":

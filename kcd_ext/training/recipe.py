@@ -55,9 +55,9 @@ class Recipe:
     """
 
     method: str = "kd"
-    """The method: kd, pkt, crd, sskd, pwkd, iekd, ie-dml, kr, ce (labels only, no distillation) or module:Class."""
+    """kd, dkd, dist, pkt, crd, sskd, at, fitnet, reviewkd, kr, iekd, ie-dml, pwkd, ce (labels), module:Class, or a sum: kd+at."""
     options: Mapping[str, float | str] = field(default_factory=dict)
-    """Keyword arguments of the method, for example {"temperature": 4.0}."""
+    """Keyword arguments of the method, for example {"temperature": 4.0}; of one of several, {"kd.temperature": 4.0}."""
     condense: Condense = field(default_factory=lambda: Condense(keep=1.0))
     """Knowledge condensation. By default, or with None, every epoch visits the complete training set."""
     epochs: int = 240
@@ -90,6 +90,12 @@ class Recipe:
     """End with the weights of the epoch that is best on the validation set, instead of those of the last epoch."""
     patience: int | None = None
     """Stop after this many epochs without a better accuracy on the validation set. None: train all epochs."""
+    mixup: float = 0.0
+    """Mixup: alpha of Beta(alpha, alpha), the shares of two blended images, such as 0.2. 0: off. Not for crd, dkd and sskd."""
+    cutmix: float = 0.0
+    """CutMix: alpha of the share of an image beside a box of another one, such as 1. 0: off. With mixup, batches draw one."""
+    label_smoothing: float = 0.0
+    """Smoothing of the labels in the method's cross entropy: each class gets this share divided by their number. 0: none."""
     seed: int = 0
     """Seed of the sample order and of all randomness in training. It does not affect the networks' initial weights."""
     device: str = "auto"
@@ -109,6 +115,12 @@ class Recipe:
         check_int("seed", self.seed, 0, MAX_SEED)
         if not isinstance(self.name, str):
             raise TypeError(f"name must be a string, got {describe(self.name)}")
+        for name in ("mixup", "cutmix"):
+            check_float(name, getattr(self, name), "a finite number >= 0", 0.0, 3e38)
+            if getattr(self, name) and self.batch_size == 1:
+                raise ValueError(
+                    f"batch_size must be > 1 with {name}={getattr(self, name)}, got 1: nothing would be mixed"
+                )
         if not isinstance(self.optimizer, str):
             raise TypeError(f"optimizer must be a string, got {describe(self.optimizer)}")
         if self.optimizer not in OPTIMIZERS and ":" not in self.optimizer:
@@ -143,6 +155,7 @@ class Recipe:
         object.__setattr__(self, "milestones", tuple(self.milestones))
         for milestone in self.milestones:
             check_float("milestones", milestone, "fractions of the epochs in [0, 1]", 0.0, 1.0)
+        check_float("label_smoothing", self.label_smoothing, "a number in [0, 1]", 0.0, 1.0)
         for name in ("milestones", "gamma"):
             default = Recipe.__dataclass_fields__[name].default
             check_used(name, getattr(self, name), default, self.schedule != "milestones", f"schedule {self.schedule!r}")
@@ -162,7 +175,8 @@ class Recipe:
                 raise ValueError(
                     f"condense.every must be < epochs={self.epochs}, got {self.condense.every}: nothing would be condensed"
                 )
-            last = (self.epochs - 1) // self.condense.interval(self.epochs) * self.condense.interval(self.epochs)
+            every = self.condense.example(self.epochs).every
+            last = (self.epochs - 1) // every * every
             if self.condense.warmup > last:
                 raise ValueError(
                     f"condense.warmup must be <= {last}, the last condensation before the end of epochs={self.epochs}, "
@@ -180,13 +194,16 @@ class Recipe:
         """The name of the run in tables and files.
 
         It is `name` or, if that is empty, the method. If samples are dropped by value, the method gets the prefix `kc-`. With
-        another selection the label is that selection's name, followed by the method unless it is `kd`.
+        another selection the label is that selection's name, followed by the method unless it is `kd`. A value other than
+        the entropy comes last.
         """
         if self.name or not self.condense.drops_samples:
             return self.name or self.method
+        value = "" if self.condense.value == "entropy" else f"-{self.condense.value}"
         if self.condense.selection == "value":
-            return f"kc-{self.method}"
-        return self.condense.selection if self.method == "kd" else f"{self.condense.selection}-{self.method}"
+            return f"kc-{self.method}{value}"
+        method = "" if self.method == "kd" else f"-{self.method}"
+        return f"{self.condense.selection}{method}{value}"
 
     def lr_at(self, epoch: int, fraction: float = 0.0, factor: float | None = None) -> float:
         """Return the learning rate of a step. It depends only on the arguments.

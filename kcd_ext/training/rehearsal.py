@@ -83,7 +83,7 @@ class Rehearsal:
         roots = (run.module,) if run.teacher is None else (run.module, run.teacher)
         with ExitStack() as stack:
             stack.enter_context(seeded(run.recipe.seed, REHEARSAL_SEED, device=run.device))
-            batch = with_sample_weight(self._first(run.train_source, size), run.condenser.sample_weight)
+            batch = with_sample_weight(self._first(run.train_source, size), run.sample_weight)
             tested = self._first(run.held_out["test"], size) if validate else None
             stack.enter_context(restored(*roots))
             stack.callback(reshard, *roots)
@@ -115,11 +115,12 @@ class Rehearsal:
             loss.backward()
             phase.freeze()
         student.begin_epoch(0)
+        (mixed,) = student.training_batches([batch], 1, 0)
         trained = student.trained
         for parameter in trained.values():
             parameter.grad = None
         with autocast(run.accelerator):
-            outcome = student.module(run.teacher, batch)
+            outcome = student.module(run.teacher, mixed)
         if isinstance(outcome, Outcome) and not getattr(outcome.loss, "requires_grad", True):
             if not getattr(run.student(batch.x), "requires_grad", True):
                 raise ValueError(

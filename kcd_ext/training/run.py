@@ -84,6 +84,14 @@ class Run:
         """Whether an epoch has ended, of training or of pretraining."""
         return bool(self.history or self.pretraining_history)
 
+    @property
+    def sample_weight(self) -> Tensor | None:
+        """The factor of every sample's loss in the next epoch, (N,) float32; None: 1 for all."""
+        weight = self.condenser.sample_weight
+        if weight is None and self.condenser.measure == "losses":  # methods give the losses of weighted batches only
+            weight = torch.ones(self.condenser.num_samples, device=self.device)
+        return weight
+
     def sum(self, numbers: Iterable[Tensor | float]) -> list[float]:
         """Return the sum of each number over all ranks, in float64."""
         return sum_over_ranks(self.accelerator, numbers)
@@ -106,6 +114,7 @@ class Run:
         parts = [*batches_of_steps(len(self.sampler), recipe.batch_size, recipe.gradient_accumulation)]
         phase.begin_steps(sum(ends_step for *_, ends_step in parts))
         batches = self.train_source.epoch(entries, [rows for rows, _, _ in parts], recipe.seed, seeded_epoch)
+        batches = phase.training_batches(batches, len(parts), epoch)
         for batch, (_, share, ends_step) in zip(batches, parts, strict=True):
             yield with_sample_weight(batch, phase.sample_weight), share, ends_step
 

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 from .. import methods
 from ..condensation import KnowledgeCondenser
 from ..data import IndexedDataset
-from ..data.images import ImageSet
+from ..data.images import LabelledImages
 from ..methods import Method
 from ..module_state import Layout
 from ..networks import forward_flops, hookable, logits_only, usual_modes
@@ -21,7 +21,7 @@ from .batches import BatchSource, Samples, batch_source
 from .checks import as_indexed, check_method, check_networks, check_storable, check_validation
 from .distributed import Accelerator, accelerator_on, gather_labels, is_sharded, reshard
 from .fingerprint import fingerprint
-from .folder import RunFolder
+from .folder import RunFolder, recorded_samples
 from .phases import PRETRAINING_SEED_OFFSET, PretrainingPhase, StudentPhase, StudentStep
 from .recipe import PRECISIONS, Recipe
 from .rehearsal import Rehearsal
@@ -52,12 +52,16 @@ def build_method(recipe: Recipe) -> Method:
     Raises:
         TypeError, ValueError: The method or one of its options does not fit the recipe.
     """
-    keep = recipe.condense.batch_keep
-    if "batch_keep" in recipe.options:
+    for option, field in (("batch_keep", "condense.batch_keep"), ("label_smoothing", "label_smoothing of the recipe")):
+        if option in recipe.options:
+            raise ValueError(f"options must not contain {option}, got {recipe.options[option]!r}: set {field} instead")
+    keep, smoothing = recipe.condense.batch_keep, recipe.label_smoothing
+    own = ({"batch_keep": keep} if keep < 1 else {}) | ({"label_smoothing": smoothing} if smoothing > 0 else {})
+    if smoothing > 0 and methods.unknown_options(recipe.method, ["label_smoothing"])[0]:
         raise ValueError(
-            f"options must not contain batch_keep, got {recipe.options['batch_keep']!r}: set condense.batch_keep instead"
+            f"label_smoothing={smoothing} has no effect with method {recipe.method!r}, which has no argument label_smoothing"
         )
-    method = methods.build(recipe.method, {**recipe.options, **({"batch_keep": keep} if keep < 1 else {})})
+    method = methods.build(recipe.method, {**recipe.options, **own})
     check_method(method, recipe)
     return method
 
@@ -106,7 +110,8 @@ def _set_up(
     folder = None
     if output is not None:
         check_storable("student", student)
-        facts = fingerprint(recipe, teacher, train, test, accelerator, val)
+        recorded = recorded_samples(Path(output)) if resume else {}
+        facts = fingerprint(recipe, teacher, train, test, accelerator, val, recorded)
         opened = RunFolder.locked(Path(output), facts, resume, accelerator.is_main_process)
         folder = stack.enter_context(opened)
     stack.callback(method.release)
@@ -170,14 +175,14 @@ def _set_up(
 def _build_data(
     stack: ExitStack,
     recipe: Recipe,
-    train: IndexedDataset | ImageSet,
-    held_out: Mapping[str, IndexedDataset | ImageSet],
+    train: IndexedDataset | LabelledImages,
+    held_out: Mapping[str, IndexedDataset | LabelledImages],
     accelerator: Accelerator,
 ) -> tuple[KnowledgeCondenser, dict[str, BatchSource]]:
     """Return the condenser of the training set, and the sources of all sets, which `stack` closes."""
     condense, device, workers = recipe.condense, accelerator.device, recipe.num_workers
     labels = None
-    if condense.drops_samples and isinstance(train, ImageSet):
+    if condense.drops_samples and isinstance(train, LabelledImages):
         labels = train.labels
     elif condense.drops_samples and condense.min_per_class:  # load all items once
         with closing(batch_source(train, None, device, workers, name="train")) as source:
