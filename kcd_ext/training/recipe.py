@@ -69,7 +69,7 @@ class Recipe:
     optimizer: str = "sgd"
     """sgd, adamw, or module:function, called with the parameters and lr, such as torch.optim:RAdam."""
     lr: float | None = None
-    """Learning rate, after the warm-up and before the schedule. None: 0.05 for sgd, 0.001 for other optimizers."""
+    """Learning rate, after the warm-up and before the schedule. None: 0.05 for sgd, else 0.001."""
     momentum: float = 0.9
     """Momentum of sgd."""
     weight_decay: float | None = None
