@@ -19,6 +19,7 @@ LAYERS = (
     "training",
     "evaluation",
     "methods",
+    "cache",
     "models",
     "data",
     "condensation",

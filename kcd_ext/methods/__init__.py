@@ -9,7 +9,7 @@ from ..describe import brief, did_you_mean
 from ..registry import call, resolve
 from .method_options import Option
 from .method_options import options_of as _options_of
-from .protocol import Batch, Method, Outcome, Pretraining, entropy
+from .protocol import Batch, Method, Outcome, Pretraining, entropy, teacher_logits
 
 REGISTRY = {
     "ce": "kcd_ext.methods.ce:CrossEntropy",
@@ -126,5 +126,6 @@ __all__ = [
     "convert_options",
     "entropy",
     "options_of",
+    "teacher_logits",
     "unknown_options",
 ]

@@ -1,6 +1,5 @@
 """Knowledge distillation (Hinton et al., 2015): the student matches the teacher's softened probabilities and the labels."""
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -9,7 +8,7 @@ from ..checks import check_finite, check_fraction, check_positive
 from ..losses import condensed_kd_loss
 from ..ops import has_kernels_for
 from .features import at_least_float32
-from .protocol import Batch, Method, Outcome, entropy
+from .protocol import Batch, Method, Outcome, entropy, teacher_logits
 from .selection import select_batch_rows, take_rows
 
 
@@ -38,6 +37,7 @@ class KnowledgeDistillation(Method):
     """
 
     weighs_samples = True
+    teacher_logits_suffice = True
 
     def __init__(
         self, temperature: float = 4.0, kd_weight: float = 0.9, ce_weight: float = 0.1, batch_keep: float = 1.0
@@ -54,15 +54,14 @@ class KnowledgeDistillation(Method):
         """
         logits = student(batch.x)
         rows = select_batch_rows(logits, self.batch_keep)
-        with torch.no_grad():
-            teacher_logits = teacher(take_rows(batch.x, rows))
+        target = teacher_logits(teacher, batch, rows)
         weights = {"temperature": self.temperature, "kd_weight": self.kd_weight, "ce_weight": self.ce_weight}
         if batch.weight is None:
-            loss, value, kl = distill_rows(logits, teacher_logits, batch.label, rows, **weights)
+            loss, value, kl = distill_rows(logits, target, batch.label, rows, **weights)
             return Outcome(loss, logits.detach(), value, {"kl": kl})
         # Scaled so that the mean over the batch equals the mean over the selected rows.
-        weights["kd_weight"] = self.kd_weight * len(logits) / len(teacher_logits)
-        losses, value, kl = distill_rows(logits, teacher_logits, batch.label, rows, **weights, reduction="none")
+        weights["kd_weight"] = self.kd_weight * len(logits) / len(target)
+        losses, value, kl = distill_rows(logits, target, batch.label, rows, **weights, reduction="none")
         return Outcome((batch.weight * losses).mean(), logits.detach(), value, {"kl": kl}, losses.detach())
 
 

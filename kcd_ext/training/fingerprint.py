@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 
+from ..cache import TeacherCache
 from ..data import IndexedDataset
 from ..data.images import ImageSet
 from ..describe import brief
@@ -19,6 +20,7 @@ from .recipe import Recipe
 DIGESTED_SAMPLES = 5  # evenly spaced, the first and the last included
 RESUMABLE_CHANGES = ("device", "name")  # fields of a recipe that a resumed run may change
 STEP_SIZE_FIELDS = ("batch_size", "gradient_accumulation")  # may change together with the number of processes
+OPTIONAL_ENTRIES = ("teacher_cache",)  # of a fingerprint
 
 
 def fingerprint(
@@ -27,8 +29,17 @@ def fingerprint(
     train: IndexedDataset | ImageSet,
     test: IndexedDataset | ImageSet,
     accelerator: Accelerator,
+    cache: TeacherCache | None = None,
 ) -> dict[str, object]:
-    """Return the fingerprint as JSON. It omits the student: a resumed run loads its weights from the checkpoint."""
+    """Return the fingerprint as JSON. It omits the student: a resumed run loads its weights from the checkpoint.
+
+    With a teacher cache the entries on the teacher are those that the cache recorded.
+    """
+    cached = {}
+    if cache is not None:
+        cached = {name: cache.about.get(name) for name in ("teacher", "teacher_input")} | {
+            "teacher_cache": cache.digest
+        }
     return {
         "recipe": recipe.as_json(),
         "train": len(train),
@@ -39,6 +50,7 @@ def fingerprint(
         "teacher_input": None if teacher is None else renormalisation(teacher),  # its weights do not show this
         "precision": accelerator.mixed_precision,
         "processes": accelerator.num_processes,
+        **cached,
     }
 
 
@@ -46,7 +58,8 @@ def check_same_run(saved: Mapping, mine: Mapping, path: object) -> None:
     """Raise ValueError, naming the first difference, unless the run in `path` may resume as this one."""
     free = RESUMABLE_CHANGES if saved.get("processes") == mine["processes"] else RESUMABLE_CHANGES + STEP_SIZE_FIELDS
     recipe = saved["recipe"] if isinstance(saved.get("recipe"), Mapping) else {}
-    pairs = [(key, saved.get(key), value) for key, value in mine.items() if key not in ("recipe", "processes")]
+    keys = dict.fromkeys([*mine, *OPTIONAL_ENTRIES])
+    pairs = [(key, saved.get(key), mine.get(key)) for key in keys if key not in ("recipe", "processes")]
     pairs += [(key, recipe.get(key), value) for key, value in mine["recipe"].items() if key not in free]
     for key, old, new in pairs:
         if old != new:

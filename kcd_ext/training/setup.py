@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from .. import methods
+from ..cache import TeacherCache
 from ..condensation import KnowledgeCondenser
 from ..data import IndexedDataset
 from ..data.images import ImageSet
@@ -26,11 +27,14 @@ from .phases import PRETRAINING_SEED_OFFSET, PretrainingPhase, StudentPhase, Stu
 from .recipe import PRECISIONS, Recipe
 from .rehearsal import Rehearsal
 from .run import Run
+from .teacher_cache import WithTeacherLogits, check_cache, recorded_accuracy
 
 SETUP_SEED = PRETRAINING_SEED_OFFSET - 1  # used instead of an epoch; no epoch has this number
 
 
-def check_run(student: nn.Module, teacher: nn.Module | None, train: Dataset, test: Dataset, recipe: Recipe) -> None:
+def check_run(
+    student: nn.Module, teacher: nn.Module | TeacherCache | None, train: Dataset, test: Dataset, recipe: Recipe
+) -> None:
     """Check the arguments of `distill`, and raise the errors that it raises before it writes anything.
 
     Commands call it before long work, such as training the teacher. Nothing is compiled.
@@ -68,7 +72,7 @@ def open_run(*arguments: object) -> Iterator[Run]:
 def _set_up(
     stack: ExitStack,
     student: nn.Module,
-    teacher: nn.Module | None,
+    teacher: nn.Module | TeacherCache | None,
     train: Dataset,
     test: Dataset,
     recipe: Recipe,
@@ -78,7 +82,8 @@ def _set_up(
     method = build_method(recipe)
     dataset = type(getattr(train, "dataset", train)).__name__
     train, test = as_indexed("train", train), as_indexed("test", test)
-    if teacher is None and method.needs_teacher:
+    cache, teacher = (teacher, None) if isinstance(teacher, TeacherCache) else (None, teacher)
+    if teacher is None and cache is None and method.needs_teacher:
         raise ValueError(f"teacher must be a torch.nn.Module for method {recipe.method!r}, got None")
     given = {"student": student} | ({} if teacher is None else {"teacher": teacher})
     stack.enter_context(usual_modes())
@@ -92,15 +97,19 @@ def _set_up(
     classes = check_networks(networks["student"], networks.get("teacher"), train, test, accelerator.device)
     for hook in outputs.values():
         hook.restrict_to_found_modes()
+    if cache is not None:
+        check_cache(cache, method, recipe, train, classes)
     folder = None
     if output is not None:
         check_storable("student", student)
-        facts = fingerprint(recipe, teacher, train, test, accelerator)
+        facts = fingerprint(recipe, teacher, train, test, accelerator, cache)
         opened = RunFolder.locked(Path(output), facts, resume, accelerator.is_main_process)
         folder = stack.enter_context(opened)
     stack.callback(method.release)
 
     condenser, sources = _build_data(stack, recipe, train, test, accelerator)
+    if cache is not None:
+        sources["train"] = WithTeacherLogits(sources["train"], cache, accelerator.device)
     x = next(iter(sources["train"].eval_batches(1))).x
     countable = method.flops_known and not any(map(is_sharded, given.values()))
     flops = dict.fromkeys(("student", "teacher"))  # a teacher that the method makes stays None
@@ -133,6 +142,7 @@ def _set_up(
         teacher=called_teacher,
         module=StudentStep(student, method, networks["student"]),
         flops=flops,
+        teacher_accuracy=None if cache is None else recorded_accuracy(cache, test),
     )
     for plan in method.pretraining():
         run.phases.append(PretrainingPhase(run, plan))
