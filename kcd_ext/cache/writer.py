@@ -1,6 +1,7 @@
 """`TeacherCacheWriter`: appends records to a cache."""
 
 import os
+import time
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,14 +16,14 @@ from .kinds import RowError
 from .reader import TeacherCache
 from .shards import ENTRY, SINGLE, Header, Shard, write_header
 
-BUFFER_SIZE = 4 * 2**20  # bytes of records before they are written
+BUFFER_SIZE, BUFFER_SECONDS = 4 * 2**20, 10  # records are written once they are this many bytes, or this old
 
 
 class TeacherCacheWriter:
     """A writer of a teacher cache. Use it as a context manager.
 
-    It continues the cache in a folder, if there is one with the same header. Records are written in blocks of 4 MiB, with
-    `flush` and at the end. A writer that is killed at any moment loses at most those that are not written yet. Several
+    It continues the cache in a folder, if there is one with the same header. Records are written in blocks of 4 MiB, every
+    ten seconds, with `flush` and at the end. A writer that is killed loses at most those that are not written yet. Several
     writers, also in several processes, may write to one cache at the same time.
 
     Args:
@@ -57,7 +58,7 @@ class TeacherCacheWriter:
         self._own: dict[int, tuple[int, int, int]] = {}  # id -> size, rows and checksum
         self._records: list[bytes] = []
         self._entries: list[tuple[int, ...]] = []
-        self._buffered = 0
+        self._buffered, self._flushed = 0, time.monotonic()
         self._shard: Shard | None = None
         self._closed = False
 
@@ -130,13 +131,13 @@ class TeacherCacheWriter:
         self._records.append(record)
         self._entries.append((sample_id, 0, *description, 0))
         self._buffered += len(record)
-        if self._buffered >= BUFFER_SIZE:
+        if self._buffered >= BUFFER_SIZE or time.monotonic() - self._flushed > BUFFER_SECONDS:
             self.flush()
 
     def flush(self) -> None:
         """Write the records added so far to the disk. Raises OSError if that fails; earlier records are intact."""
         records, entries = self._records, np.array(self._entries, ENTRY)
-        self._records, self._entries, self._buffered = [], [], 0
+        self._records, self._entries, self._buffered, self._flushed = [], [], 0, time.monotonic()
         if not records:
             return
         try:

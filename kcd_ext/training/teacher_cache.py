@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from ..cache import TeacherCache, TeacherCacheWriter
-from ..checks import check_int
+from ..checks import check_int, check_percent
 from ..condensation.random_keys import MAX_SEED
 from ..data import IndexedDataset
 from ..data.images import ImageSet
@@ -220,8 +220,9 @@ def view_options(dataset: ImageSet) -> list[str]:
 
 def recorded_accuracy(cache: TeacherCache, test: IndexedDataset | ImageSet) -> float | None:
     """Return the teacher's accuracy in percent that a cache recorded; None if it recorded none, or that of another test set."""
-    same = cache.about.get("test_samples") == digest_without_views(test)
-    return cache.about.get("accuracy") if same else None
+    if cache.about.get("accuracy") is None or cache.about.get("test_samples") != digest_without_views(test):
+        return None
+    return check_percent(f"accuracy in {cache.path}", cache.about["accuracy"])
 
 
 # --- checks ---
@@ -261,8 +262,12 @@ def check_views(cache: TeacherCache, train: IndexedDataset | ImageSet, seed: int
             raise ValueError(
                 f"{cache.path} has {views} views of each sample, but train is no ImageSet and has no views"
             )
-        there, here = cache.about.get("views") or {}, describe_views(train, views, seed)
-        for name, own in here.items():
+        there = cache.about.get("views")
+        if not isinstance(there, Mapping):
+            raise ValueError(
+                f"{cache.path} has {views} views of each sample and does not record which (about['views'])"
+            )
+        for name, own in describe_views(train, views, seed).items():
             if there.get(name) != own:
                 raise ValueError(
                     f"{cache.path} was made with {name}={there.get(name)!r} of its views, got {name}={own!r}"
