@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional
 
 from kcd_ext import IndexedDataset, cli, files
-from kcd_ext.cache import TeacherCache, TeacherCacheWriter
+from kcd_ext.cache import TeacherCache, TeacherCacheWriter, writer
 from kcd_ext.data.images import ImageSet
 from kcd_ext.data.views import Views
 from kcd_ext.methods import Method, Outcome, entropy, teacher_logits
@@ -285,9 +285,9 @@ def test_views_and_normalisation_of_the_student_are_free_with_plain_logits(tmp_p
 @quiet
 def test_cache_of_your_own_writer_is_checked_as_far_as_it_is_described(tmp_path):
     def written(folder, samples, shape, classes=CLASSES, **about):
-        with TeacherCacheWriter(tmp_path / folder, classes=classes, about=about) as writer:
+        with TeacherCacheWriter(tmp_path / folder, classes=classes, about=about) as made:
             for sample in samples:
-                writer.write(sample, torch.full((*shape, classes), float(sample)))
+                made.write(sample, torch.full((*shape, classes), float(sample)))
         return TeacherCache(tmp_path / folder)
 
     assert train(written("plain", range(70), ()), recipe(epochs=1)).teacher_accuracy is None
@@ -300,9 +300,9 @@ def test_cache_of_your_own_writer_is_checked_as_far_as_it_is_described(tmp_path)
         with pytest.raises(ValueError, match=message):
             train(cache)
     ragged = tmp_path / "ragged"
-    with TeacherCacheWriter(ragged, classes=CLASSES) as writer:
+    with TeacherCacheWriter(ragged, classes=CLASSES) as made:
         for sample in range(69):
-            writer.write(sample, torch.zeros(1 + sample % 2, CLASSES))
+            made.write(sample, torch.zeros(1 + sample % 2, CLASSES))
     with pytest.raises(ValueError, match="must have records of one length, got 1 and 2"):
         train(TeacherCache(ragged))
 
@@ -343,6 +343,22 @@ def test_interrupted_caching_continues_and_refuses_another_teacher(tmp_path):
     assert calls == [48, 64, 69] and done.about["source"] == {"name": "first"}
     assert done.digest == cached(tmp_path / "again", about={"name": "first"}).digest
     assert cached(tmp_path / "cache").digest == done.digest
+
+
+@quiet
+def test_killed_caching_continues_with_what_is_on_the_disk(tmp_path, monkeypatch):
+    monkeypatch.setattr(writer, "BUFFER_SIZE", 100)
+    sizes = []
+    while len(sizes) < 3:
+        crew = Crew(lambda rank: cached(tmp_path / "killed", batch_size=1, progress=lambda *_: time.sleep(0.01)))
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "killed" / f"shard-{len(sizes):04d}.index").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        crew.kill()
+        sizes.append(len(TeacherCache(tmp_path / "killed")))
+    assert sizes == sorted(sizes) and sizes[-1] < 69
+    assert cached(tmp_path / "killed", batch_size=1).digest == cached(tmp_path / "whole", batch_size=1).digest
 
 
 @quiet
@@ -505,21 +521,17 @@ def test_invalid_cache_option_is_one_line(arguments, message, home, here, capfd)
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_killed_cache_command_continues(number, home, here):
-    """Killed once the first records are on the disk."""
-    command = ["cache", *SMALL, "--padding", 2, "--teacher", home / "teacher", "--views", 400, "--output", "cache"]
-    code, _, error = stop(*command, "--batch-size", 40, cwd=here, until="cache/shard-0000.index", number=number)
+    command = ["cache", *SMALL, "--padding", 2, "--teacher", home / "teacher", "--views", 20, "--output", "cache"]
+    code, _, error = stop(*command, "--batch-size", 20, cwd=here, until="cache/cache.json", number=number)
+    assert code == (130 if number == signal.SIGINT else -number)
     if number == signal.SIGINT:
-        assert code == 130 and error.splitlines()[-1] == "kcd: interrupted: run the command again to continue in cache"
+        assert error.splitlines()[-1] == "kcd: interrupted: run the command again to continue in cache"
     before = len(TeacherCache(here / "cache"))
-    assert before < 1083
-    done = run(*command, "--batch-size", 40, cwd=here)
-    assert (done.returncode, done.stderr.count("\n")) == (0, 0), done.stderr
+    done = run(*command, cwd=here)
+    assert (done.returncode, done.stderr) == (0, "") and "20 views each" in done.stdout
     cache = TeacherCache(here / "cache")
-    assert cache.ids.tolist() == [*range(1083)] and {*cache.lengths.tolist()} == {400}
+    assert cache.ids.tolist() == [*range(1083)] and {*cache.lengths.tolist()} == {20} and before < 1083
     assert not (here / "cache" / files.LOCK).exists()
-    whole = run(*command[:-1], "whole", "--batch-size", 40, cwd=here)
-    assert whole.returncode == 0 and "9.1 MB" in whole.stdout
-    assert TeacherCache(here / "whole").digest == cache.digest
 
 
 @pytest.mark.slow
