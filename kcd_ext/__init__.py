@@ -7,12 +7,17 @@
 - `kcd_ext.training` contains a thin trainer; the command `kcd` runs it.
 """
 
+from typing import TYPE_CHECKING
+
 from . import reference
 from .condensation import CondensedSampler, KnowledgeCondenser, mix_images
 from .data import IndexedDataset
 from .knowledge import Knowledge
 from .losses import CondensedKDLoss, condensed_kd_loss, select_rows
 from .ops import build_info as _build_info
+
+if TYPE_CHECKING:
+    from .students import load_student
 
 __version__: str = _build_info["version"]
 
@@ -23,7 +28,17 @@ __all__ = [
     "Knowledge",
     "KnowledgeCondenser",
     "condensed_kd_loss",
+    "load_student",
     "mix_images",
     "reference",
     "select_rows",
 ]
+
+
+def __getattr__(name: str) -> object:
+    """Import `load_student` when it is first used: it needs the extra `train`."""
+    if name != "load_student":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from .students import load_student
+
+    return load_student

@@ -56,6 +56,14 @@ COMMANDS = {
         "kcd_ext.commands.evaluate:Evaluate",
         "Measure how well finished students match their teachers, on the test images of each run.",
     ),
+    "predict": _Command(
+        "kcd_ext.commands.predict:Predict",
+        "Classify images with the student of a finished run.",
+    ),
+    "export": _Command(
+        "kcd_ext.commands.export:Export",
+        "Export the student of a finished run to safetensors, ONNX or torch.export.",
+    ),
     "demo": _Command(
         "kcd_ext.commands.demo:Demo",
         "Distil a small network on real images in about a minute and write a report.",

@@ -111,7 +111,7 @@ class LogitsOnly:
         if isinstance(output, Tensor) and output.dim() == 2:
             return None
         training = network.network.training if isinstance(network, _ScriptWrapper) else network.training
-        logits, place = _logits_in(output)
+        logits, place = logits_in(output)
         self.found[training] = f"{_describe_output(output)}{_mode(training)}: {place}"
         if training not in self.acts_in:
             return None
@@ -159,7 +159,7 @@ def logits_only(name: str, network: nn.Module) -> Iterator[LogitsOnly]:
         hook.remove()
 
 
-def _logits_in(output: object) -> tuple[Tensor | None, str]:
+def logits_in(output: object) -> tuple[Tensor | None, str]:
     """Return the logits in an output, or None, and the description of the part they come from."""
     if isinstance(output, Tensor):
         return output, "it"

@@ -44,7 +44,10 @@ def constant():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], r"missing command: use one of distill, teacher, report, evaluate, demo, info \(see kcd --help\)"),
+        (
+            [],
+            r"missing command: use one of distill, teacher, report, evaluate, predict, export, demo, info \(see kcd --help\)",
+        ),
         (["distil"], r"unknown command 'distil': did you mean distill\? Choose from distill, .*\(see kcd --help\)"),
         (["help", "demo"], r"unknown command 'help': did you mean kcd demo --help\?"),
         (["--versio"], r"unrecognized option --versio: did you mean --version\? \(see kcd --help\)"),
@@ -62,7 +65,7 @@ def constant():
             r"unknown preset '.*': did you mean cifar100-vgg13-vgg8\? Choose from cifar",
         ),
         (["distill", ""], "the argument after distill must not be empty"),
-        (["distill", "--method", "kc-kdd"], r"unknown method 'kc-kdd': did you mean kc-kd\? Choose from ce, crd, "),
+        (["distill", "--method", "kc-kdd"], r"unknown method 'kc-kdd': did you mean kc-kd\? Choose from at, ce, crd, "),
         (["distill", "--data", "digits", "--student", "resnet8x5"], r"unknown model '.*': did you mean resnet8x4\?"),
         (["distill", "--data", "digits", "--teacher", "resnet8x5"], r"unknown teacher .* did you mean resnet8x4\?"),
         (["distill", "--data", "cifar-100"], r"unknown data set 'cifar-100': did you mean cifar100\?"),

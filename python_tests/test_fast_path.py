@@ -71,6 +71,9 @@ def test_fast_path_equals_operators_bit_for_bit(dtype, keep, reduction):
             {"temperature": 1},
             {"temperature": 3.3, "labels": labels.view(shape[:-1]), "value": "cross_entropy"},
             {"labels": labels.view(shape[:-1]) % 17, "kd_weight": 0.0, "ce_weight": 2, "ignore_index": 5},
+            {"labels": logits(*shape, seed=3).softmax(-1), "label_smoothing": 0.1, "value": "cross_entropy"},
+            {"labels": logits(*shape, dtype=torch.float64, seed=3).softmax(-1)},
+            {"labels": labels.view(shape[:-1]), "label_smoothing": 0.2},
             {"value": "kl"},
             {"value": "teacher_entropy"},
         ):

@@ -18,6 +18,8 @@ LAYERS = (
     "reports",
     "training",
     "evaluation",
+    "exporting",
+    "students",
     "methods",
     "cache",
     "models",

@@ -66,7 +66,12 @@ PUBLISHED = {
     },
 }
 PARTLY_REBUILT = ("iekd",)
-OUR_DEFAULTS = {"batch_keep": 1, "student_layer": None, "teacher_layer": None}  # not in the published code
+OUR_DEFAULTS = {
+    "batch_keep": 1,
+    "standardize": False,
+    "student_layer": None,
+    "teacher_layer": None,
+}  # not in the published code
 SAMPLES, CLASSES, PIXELS = 23, 4, 5
 OPTIONS = {"crd": {"dimension": 5, "negatives": 11}, "sskd": {"head_epochs": 2}}
 

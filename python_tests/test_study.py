@@ -17,8 +17,8 @@ from kcd_ext.commands import study
 from kcd_ext.commands.study import PlannedRun, Study
 from kcd_ext.commands.teachers import Teacher
 from kcd_ext.data.images import load
+from kcd_ext.students import WEIGHTS
 from kcd_ext.training import Recipe
-from kcd_ext.training.folder import WEIGHTS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -73,6 +73,8 @@ def assert_same_run(one, other):
         recipe({"selection": "infobatch"}, batch_size=7),
         recipe({"keep": 1.0, "batch_keep": 0.4}),
         recipe(method="pwkd", options={"partial": False, "widths": "0.5,1"}, gradient_accumulation=2),
+        recipe({"keep": 1.0, "batch_keep": 0.4}, method="kd+dkd", options={"dkd.warmup": 2}),
+        recipe(method="dist", label_smoothing=0.1),
     ],
     ids=lambda chosen: f"{chosen.label}-{chosen.condense.batch_keep}",
 )
@@ -223,9 +225,12 @@ def test_run_records_its_cache_and_resumes_only_with_it(tmp_path):
             recipe({"epsilon": 0.3}),
             "condense.epsilon must be 0 with a teacher cache, which has no logits of mixed images, got 0.3",
         ),
+        (recipe(mixup=0.4), "mixup must be 0 with a teacher cache, which has no logits of mixed images, got 0.4"),
+        (recipe(cutmix=1.0), "cutmix must be 0 with a teacher cache"),
+        (recipe(method="kd+at"), "method 'kd+at' needs the teacher itself"),
         (recipe(seed=6), "PATH was made with seed=5 of its views, got seed=6"),
     ],
-    ids=["ce", "pkt", "pwkd", "mixing", "seed"],
+    ids=["ce", "pkt", "pwkd", "mixing", "mixup", "cutmix", "sum", "seed"],
 )
 def test_run_that_a_cache_cannot_serve_is_refused(chosen, message, tmp_path):
     cache = cached(tmp_path / "cache")
@@ -260,10 +265,11 @@ def with_views(**changes):
         (with_another_pixel, "was made from other training data: train_samples="),
         (with_another_label, "was made from other training data: train_samples="),
         (with_views(padding=0), "was made with padding=1 of its views, got padding=0"),
+        (with_views(policy="trivialaugment"), "was made with policy=None of its views, got policy='trivialaugment'"),
         (with_views(flip=False), "was made with flip=True of its views, got flip=False"),
         (lambda data: IndexedDataset(data, shaken), "was made from other training data: train_samples="),
     ],
-    ids=["samples", "pixel", "label", "padding", "flip", "items"],
+    ids=["samples", "pixel", "label", "padding", "policy", "flip", "items"],
 )
 def test_other_training_data_are_refused(change, message, tmp_path):
     cache = cached(tmp_path)
@@ -329,7 +335,7 @@ def test_interrupted_caching_continues_and_refuses_another_teacher(tmp_path):
     for changes, named in (
         ({"given": network(3, width=10).eval()}, "teacher="),
         ({"views": 3}, "views.count=4, got views.count=3"),
-        ({"views": 0}, "views=dict of length 4, got views=None"),
+        ({"views": 0}, "views=dict of length ., got views=None"),
         ({"seed": 6}, "views.seed=5, got views.seed=6"),
         ({"train": without_last(images(69))}, "samples=69, got samples=68"),
         ({"dtype": "float16"}, "dtype='float32', got dtype='float16'"),
@@ -431,7 +437,7 @@ def test_command_distils_from_a_cache_and_evaluates_the_student(home, here, capf
     measured = json.loads((home / "teacher" / "summary.json").read_text())["results"][0]["accuracy_last"]
     about = TeacherCache(home / "views").about
     assert about["accuracy"] == pytest.approx(measured, abs=0.2)
-    assert about["views"] == {"count": 2, "seed": 0, "padding": 2, "flip": False}
+    assert about["views"] == {"count": 2, "seed": 0, "padding": 2, "flip": False, "policy": None}
     assert (
         kcd("distill", *SMALL, "--epochs", 2, "--teacher-cache", home / "plain", "--output", "run", "--seeds", 2) == 0
     )

@@ -38,7 +38,7 @@ class Cache:
     """The network of the weights in --teacher. None: the one named in the run's folder; for a file the default for the data."""
     images: Annotated[Images, arg(name="")] = field(default_factory=Images)
     views: int = 0
-    """K: store the logits of the crops and flips of K epochs. Students then see these K views in turn. 0: of the plain images."""
+    """K: store the logits of the random views of K epochs. Students then see these K views in turn. 0: of the plain images."""
     seed: int = 0
     """The seed of the views: that of the students."""
     precision: Annotated[str, arg(help=f"Storage of the logits: {' or '.join(HALF)}, which has a larger range.")] = (
@@ -108,7 +108,7 @@ class Cache:
                 raise KeyboardInterrupt(f"run the command again to continue in {self.output}") from None
         if is_rank_zero:
             views = count_views(cache)
-            seen = f"{views} views each" if views else "without crops and flips"
+            seen = f"{views} views each" if views else "not cropped, flipped or augmented"
             terminal.print_lines(
                 f"{self.output}: logits of {cache.classes} classes for {len(cache)} images, {seen}, "
                 f"{_size(self.output) / 1e6:.1f} MB; the teacher's accuracy on the test images is {cache.about['accuracy']:.1f} %"

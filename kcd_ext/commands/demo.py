@@ -8,7 +8,7 @@ from ..checks import check_int
 from ..condensation.random_keys import MAX_SEED
 from ..condensation.schedules import stage_size
 from ..data.images import load
-from ..training.folder import WEIGHTS
+from ..students import WEIGHTS
 from ..training.recipe import Condense, Recipe
 from .options import checked_threads
 from .study import TEACHER, PlannedRun, Study

@@ -21,10 +21,10 @@ from ..models.weights import load_weights
 from ..reports import page, runs, tables
 from ..reports.comparison import compare
 from ..reports.tables import as_text
+from ..students import WEIGHTS, check_weights
 from ..training.batches import batch_source
 from ..training.distributed import accelerator_on
 from ..training.fingerprint import digest, digest_of_samples
-from ..training.folder import WEIGHTS
 from ..training.run import MIN_EVAL_BATCH_SIZE
 from . import teachers
 from .progress import note
@@ -169,7 +169,7 @@ class Evaluate:
         data = load_data(**metadata.data)
         if metadata.config.get("test_samples") != digest_of_samples(data.test):
             raise ValueError(f"the run was tested on other images than {metadata.data['spec']!r} contains now")
-        runs.check_weights(folder)
+        check_weights(folder)
         if metadata.student is None:
             raise ValueError("config.json does not say which network was trained, so its weights cannot be loaded")
         student = Teacher(metadata.student, load_weights(weights).tensors, weights)

@@ -19,14 +19,16 @@ from torch import nn
 from .. import files, processes, terminal
 from ..cache import TeacherCache
 from ..data.images import ImageData, ImageSet
+from ..data.preprocessing import Preprocessing
 from ..data.views import Views
 from ..environment import threads, versions
 from ..models.weights import load_weights
 from ..reports import page, ranking, runs
 from ..reports.runs import RUN_GLOBS, TEACHER, Normalisation
 from ..reports.tables import as_text
+from ..students import MODEL, WEIGHTS, Model
 from ..training.fingerprint import check_same_run, digest_of_samples
-from ..training.folder import ENTRIES, WEIGHTS
+from ..training.folder import ENTRIES
 from ..training.loop import distill
 from ..training.recipe import Recipe
 from ..training.setup import build_method, check_run
@@ -354,6 +356,13 @@ class Study:
         )
         if processes.rank() == 0:
             ranking.write(run.folder, summary, self.data.train, self.data.class_names)
+            files.write_json(run.folder / MODEL, self._model(run).as_json())
+
+    def _model(self, run: PlannedRun) -> Model:
+        """Return the description of a run's student."""
+        images, views = self.data.test.images, self.data.test.views
+        preprocessing = Preprocessing(*images.shape[1:3], views.mean, views.std)
+        return Model(run.network, self.data.num_classes, preprocessing, self.data.class_names)
 
     def _is_due(self, run: PlannedRun) -> bool:
         """Return whether to train or check a run: it is finished, or there is time left and its teacher is trained."""
@@ -432,7 +441,8 @@ class Study:
         own = _normalisation(views)
         same = own == _normalisation(self.data.test.views)  # otherwise no single mean and std describes both sets
         return {
-            **{"size": None, **self.data_options, "padding": views.padding, "flip": views.flip},
+            **{"size": None, **self.data_options},
+            **{"padding": views.padding, "flip": views.flip, "augment": self.data.augment},
             **{name: list(numbers) if same else None for name, numbers in own._asdict().items()},
         }
 

@@ -11,8 +11,8 @@ from ..data.images import ImageData
 from ..describe import did_you_mean
 from ..models.weights import load_weights, match_weights
 from ..randomness import seeded
-from ..reports.runs import Normalisation, check_weights, metadata_if_started
-from ..training.folder import WEIGHTS
+from ..reports.runs import Normalisation, metadata_if_started
+from ..students import WEIGHTS, check_weights
 
 
 @dataclass(frozen=True)

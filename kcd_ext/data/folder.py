@@ -132,7 +132,7 @@ def read(path: Path, size: int | None = None) -> ImageData:
     if size is None:
         _check_sizes(path, files)
     first = parts[0][0].path if size is None else None
-    shape = (size, size) if first is None else _load_upright(first, mode).size
+    shape = (size, size) if first is None else load_upright(first, mode).size
     arrays = [
         (_load_pixels(part, mode, shape, first), np.array([file.label for file in part], dtype=np.int64))
         for part in parts
@@ -172,7 +172,7 @@ def _class_folders(part: Path, skipped: SkippedEntries) -> dict[str, Path]:
             raise ValueError(f"{part}: {both} are the same name in Unicode form NFC; join or rename these folders")
         classes[name] = folder
     for file in files:
-        if _is_image(file):
+        if is_image(file):
             skipped.add(OUTSIDE_CLASSES, f"{part.name}/{file.name}")
         else:
             skipped.add(NOT_AN_IMAGE, file.name)
@@ -254,7 +254,7 @@ def _find_images(
     found = []
     for label, name in enumerate(names):
         for file in _list_files(folders[name], part, skipped) if name in folders else ():
-            if not _is_image(file):
+            if not is_image(file):
                 skipped.add(NOT_AN_IMAGE, file.name)
                 continue
             with _open_image(file) as image:
@@ -265,7 +265,7 @@ def _find_images(
     return found
 
 
-def _is_image(file: Path) -> bool:
+def is_image(file: Path) -> bool:
     """Return whether a file must be an image, by its suffix or its first bytes."""
     if file.suffix.lower() in SUFFIXES:
         return True
@@ -310,7 +310,7 @@ def _load_pixels(files: list[ImageFile], mode: str, size: tuple[int, int], first
     width, height = size
     pixels = np.empty((len(files), height, width, len(mode)), dtype=np.uint8)
     for row, file in zip(pixels, files, strict=True):
-        image = _load_upright(file.path, mode)
+        image = load_upright(file.path, mode)
         if image.size != size:
             if first is not None:
                 raise ValueError(
@@ -322,8 +322,8 @@ def _load_pixels(files: list[ImageFile], mode: str, size: tuple[int, int], first
     return pixels
 
 
-def _load_upright(path: Path, mode: str) -> Any:
-    """Return the image with its EXIF orientation applied, in this mode."""
+def load_upright(path: Path, mode: str) -> Any:
+    """Return the image with its EXIF orientation applied, in this mode. Raises ValueError, naming the file, as `read` does."""
     from PIL.Image import Transpose
 
     # By EXIF number; 1 is upright. (ImageOps.exif_transpose writes the other tags back, which fails for some.)
@@ -337,6 +337,7 @@ def _load_upright(path: Path, mode: str) -> Any:
         8: Transpose.ROTATE_90,
     }
     with _open_image(path) as image:
+        _check_bit_depth(image)
         image.load()  # EXIF can follow the pixels
         try:
             turn = turns.get(image.getexif().get(ORIENTATION))

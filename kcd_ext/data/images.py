@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..checks import check_int
-from ..describe import describe, join_names
+from ..describe import brief, describe, did_you_mean, join_names
 from ..registry import call, unknown_name_error
+from .augmentation import POLICIES
 from .views import Views, check_normalisation
 
 REGISTRY = {
@@ -23,6 +24,8 @@ REGISTRY = {
     "mnist5k": "kcd_ext.data.packaged:mnist5k",
 }
 PATHS = "kcd_ext.data.files:read"
+CROP_FLIP = "crop-flip"
+AUGMENTATIONS = (CROP_FLIP, "none", *POLICIES)
 
 
 class ImageSet(Dataset):
@@ -86,7 +89,7 @@ class ImageData:
     train: ImageSet
     """The training images."""
     test: ImageSet
-    """The test images; their views neither crop nor flip."""
+    """The test images; their views neither crop nor flip, and have no policy."""
     num_classes: int
     """The number of classes, at least 1."""
     class_names: tuple[str, ...] = ()
@@ -112,10 +115,11 @@ class ImageData:
             raise ValueError(
                 f"data set {self.name!r}: images of train and test must have one shape, got {train} and {test}"
             )
-        if self.test.views.padding or self.test.views.flip:
+        views = self.test.views
+        if views.padding or views.flip or views.policy:
             raise ValueError(
-                f"data set {self.name!r}: test must have views with padding=0 and flip=False, "
-                f"got padding={self.test.views.padding} and flip={self.test.views.flip}"
+                f"data set {self.name!r}: test must have views with padding=0, flip=False and policy=None, "
+                f"got padding={views.padding}, flip={views.flip} and policy={views.policy!r}"
             )
         check_class_names(self.name, self.class_names)
         if self.class_names and len(self.class_names) != self.num_classes:
@@ -127,6 +131,47 @@ class ImageData:
     def in_channels(self) -> int:
         """The number of channels of an image."""
         return self.train.images.shape[-1]
+
+    @property
+    def augment(self) -> str:
+        """The augmentation of the training images, as `load` takes it."""
+        views = self.train.views
+        return views.policy or (CROP_FLIP if views.padding or views.flip else "none")
+
+    def augmented(
+        self, augment: str | None = None, *, padding: int | None = None, flip: bool | None = None
+    ) -> "ImageData":
+        """Return the data set with another augmentation of its training images. The arguments are those of `load`.
+
+        Raises:
+            TypeError: An argument has the wrong type.
+            ValueError: `augment` is unknown, changes nothing, contradicts `padding` or `flip`, or is for another number of
+                channels; or `padding` is not smaller than the images.
+        """
+        views, side = self.train.views, min(self.train.images.shape[1:3])
+        options = {name: value for name, value in (("padding", padding), ("flip", flip)) if value is not None}
+        if augment is not None:
+            if not isinstance(augment, str):
+                raise TypeError(f"augment must be {', '.join(AUGMENTATIONS)} or None, got {describe(augment)}")
+            if augment not in AUGMENTATIONS:
+                nearest = did_you_mean(augment, AUGMENTATIONS)
+                raise ValueError(f"augment must be {', '.join(AUGMENTATIONS)} or None, got {brief(augment)}{nearest}")
+            options["policy"] = augment if augment in POLICIES else None
+        if augment == "none":
+            options = {"padding": 0, "flip": False} | options
+        views = replace(views, **options)
+        if padding is not None and padding >= side:  # some crops would be entirely black
+            raise ValueError(f"padding must be < {side}, the smaller side of the images, got {padding}")
+        if augment == "none" and (views.padding or views.flip):
+            raise ValueError(
+                f"augment='none' means padding=0 and flip=False, got padding={views.padding} and flip={views.flip}"
+            )
+        if augment == CROP_FLIP and not (views.padding or views.flip):
+            raise ValueError(
+                f"augment={augment!r} has no effect with padding=0 and flip=False (the defaults of data set {self.name!r} "
+                f"unless you give others)"
+            )
+        return replace(self, train=_with_views(self.train, views))
 
 
 def check_class_names(data_set: str, names: tuple[str, ...]) -> None:
@@ -186,6 +231,7 @@ def split(name: str, images: np.ndarray, labels: np.ndarray, test_fraction: floa
 def load(
     spec: str | os.PathLike,
     *,
+    augment: str | None = None,
     padding: int | None = None,
     flip: bool | None = None,
     size: int | None = None,
@@ -202,6 +248,14 @@ def load(
             - `module:function`, a function that returns an `ImageData`.
             - the path of a CIFAR archive or the folder in it (`cifar.py`), of an `.npz` file (`npz.py`), or of a folder
               of images by class (`folder.py`).
+        augment: How training images change from epoch to epoch. None: as the data set has it, which is "crop-flip" for CIFAR
+            and "none" for all others here.
+
+            - "crop-flip": crops and flips, as `padding` and `flip` say.
+            - "none": neither.
+            - "randaugment" (Cubuk et al., 2020): crops and flips, then 2 random operations of magnitude 9 out of 30.
+            - "trivialaugment" (Müller and Hutter, 2021, wide space): crops and flips, then 1 random operation of random
+              strength.
         padding: Pixels around training images for random crops (`Views`). None: the data set's, which is 4 for CIFAR and
             0 for all others here.
         flip: Whether to flip training images at random (`Views`). None: the data set's, which is True for CIFAR and False
@@ -217,9 +271,10 @@ def load(
             parts of the same kind, such as `test` and `val`; names them.
 
     Raises:
-        ValueError: The name is unknown, the function fails, a file has the wrong content, `padding` is not smaller than
-            the images, `size` is given for anything but a folder of images, or `mean` or `std` is missing, out of range
-            or for another number of channels.
+        ValueError: The name is unknown, the function fails, a file has the wrong content, `augment` is unknown, has no effect,
+            contradicts `padding` or `flip` or is for another number of channels, `padding` is not smaller than the images,
+            `size` is given for anything but a folder of images, or `mean` or `std` is missing, out of range or for another
+            number of channels.
         OSError: A file or folder is missing or cannot be read.
         ImportError: The package that contains or reads the images is not installed; names the extra that installs it.
         TypeError: An argument is of another kind, or the function returns something else.
@@ -242,13 +297,7 @@ def load(
         except ValueError as error:
             raise ValueError(f"{error} (images of {spec})") from error
         data = replace(data, train=_with_views(data.train, train), test=_with_views(data.test, test))
-    options = {name: value for name, value in (("padding", padding), ("flip", flip)) if value is not None}
-    if not options:
-        return data
-    views, side = replace(data.train.views, **options), min(data.train.images.shape[1:3])
-    if padding is not None and padding >= side:  # some crops would be entirely black
-        raise ValueError(f"padding must be < {side}, the smaller side of the images, got {padding}")
-    return replace(data, train=_with_views(data.train, views))
+    return data.augmented(augment, padding=padding, flip=flip)
 
 
 def _with_views(images: ImageSet, views: Views) -> ImageSet:

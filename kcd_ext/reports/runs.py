@@ -15,8 +15,8 @@ from ..describe import describe
 from ..environment import MAX_THREADS
 from ..evaluation import Evaluation
 from ..files import read_json, read_lines, read_regular
+from ..students import WEIGHTS
 from ..training import checkpoint
-from ..training.folder import SUMS, WEIGHTS
 from ..training.summary import ComparedWith, Summary
 
 RUN_GLOBS = ("seed-*/config.json", "checkpoint/seed-*/*/config.json")  # several seeds; a demo
@@ -248,25 +248,6 @@ def find_teacher_run(run: Run) -> Run | None:
             accuracy = found.summary.accuracy_last if measured is None else measured
             return replace(found, summary=replace(found.summary, method=TEACHER, accuracy_last=accuracy))
     return None
-
-
-def check_weights(folder: Path) -> None:
-    """Check the weights of a finished run against the SHA-256 in its summary.json.
-
-    A summary.json without a checksum, such as another program's, passes.
-
-    Raises:
-        ValueError: the weights have changed, or summary.json is damaged.
-        OSError: a file cannot be read.
-    """
-    path = folder / "summary.json"
-    sums = (
-        read_json(path, lambda content: _get_object({SUMS: {}, **content}, SUMS, null=False)) if path.exists() else {}
-    )
-    if WEIGHTS in sums and sha256(read_regular(folder / WEIGHTS)).hexdigest() != sums[WEIGHTS]:
-        raise ValueError(
-            f"{folder / WEIGHTS} has changed since the run wrote it: its SHA-256 is not that in {path.name}"
-        )
 
 
 def last_threads(folder: Path) -> int | None:

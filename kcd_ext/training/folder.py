@@ -11,15 +11,14 @@ from torch import Tensor
 
 from .. import files
 from ..environment import versions
+from ..students import MODEL, SUMMARY, SUMS, WEIGHTS
 from . import checkpoint
 from .fingerprint import check_same_run
 from .summary import Summary, results
 
-WEIGHTS = "student.safetensors"
-SUMS = "sha256"  # key in summary.json: file -> SHA-256 of its content
 UNFINISHED_ENTRIES = ("config.json", "pretraining.jsonl", "metrics.jsonl", "checkpoint")
-# `kcd evaluate` and the report write the last two. A new run must not inherit them.
-ENTRIES = (*UNFINISHED_ENTRIES, WEIGHTS, "summary.json", "evaluation.json", "ranking.json")
+# The commands write the last three. A new run must not inherit them.
+ENTRIES = (*UNFINISHED_ENTRIES, WEIGHTS, SUMMARY, MODEL, "evaluation.json", "ranking.json")
 
 
 class RunFolder:
@@ -91,7 +90,7 @@ class RunFolder:
         weights = checkpoint.tensors_as_bytes(student)
         files.write_bytes(self.path / WEIGHTS, weights)
         sums = {WEIGHTS: sha256(weights).hexdigest()}
-        files.write_json(self.path / "summary.json", {**results(dataset, [summary.seed], [summary]), SUMS: sums})
+        files.write_json(self.path / SUMMARY, {**results(dataset, [summary.seed], [summary]), SUMS: sums})
 
     def _check_unfinished(self, existing: Sequence[str]) -> None:
         """Check that a folder without a checkpoint is of this run, killed in its first epoch."""

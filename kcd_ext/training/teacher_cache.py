@@ -21,6 +21,7 @@ from ..methods import Batch, Method
 from ..models.normalisation import renormalisation
 from ..networks import evaluation_mode, logits_only, usual_modes
 from ..randomness import seeded
+from .batch_mixing import MIXES
 from .batches import BatchSource, batch_source
 from .checks import as_indexed, check_storable, count_classes, first_sample
 from .diagnosis import teacher_warning
@@ -56,10 +57,10 @@ def cache_teacher(
         train: The training set, as for `distill`.
         test: The test set, on which the teacher's accuracy is measured and recorded.
         output: The cache's folder.
-        views: K > 0: store the logits of the views of epochs 0 to K - 1 (`Views`: crops and flips). The student's epoch e then has
-            the views of epoch e mod K, so that student and teacher see the same pixels. 0: store the logits of the plain
-            images, whatever views the student sees. Data sets that are loaded item by item have plain items alone, as their
-            own transforms give them.
+        views: K > 0: store the logits of the views (`Views`) of epochs 0 to K - 1. The student's epoch e then has the views of
+            epoch e mod K, so that student and teacher see the same pixels. 0: store the logits of the plain images, whatever
+            views the student sees. Data sets that are loaded item by item have plain items alone, as their own transforms give
+            them.
         seed: The seed of the views; that of the students' recipes.
         dtype: The dtype of the stored logits: float16, bfloat16 or float32.
         batch_size: Samples per batch.
@@ -278,7 +279,7 @@ def _check_unmixed(recipe: Recipe) -> None:
     """Raise ValueError if the student is shown mixed images, for which a cache has no logits."""
     epsilon = recipe.condense.example(recipe.epochs).config.get("epsilon", 0)
     options = {"condense.epsilon": epsilon if recipe.condense.drops_samples else 0}
-    options |= {name: getattr(recipe, name, 0) for name in ("mixup", "cutmix")}
+    options |= {name: getattr(recipe, name) for name in MIXES}
     for name, value in options.items():
         if value:
             raise ValueError(f"{name} must be 0 with a teacher cache, which has no logits of mixed images, got {value}")
