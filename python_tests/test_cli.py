@@ -284,7 +284,7 @@ def three_channels(*, in_channels, num_classes):
         (["--data", f"{__name__}:key_error"], r"data set 'test_cli:key_error' raised KeyError: 'no such file'"),
         (["--data", f"{__name__}:runtime_error"], "raised RuntimeError: boom\n"),
         (["--data", f"{__name__}:leaves"], "raised SystemExit: 3"),
-        (["--data", f"{__name__}:of_lists"], "data set 'lists': train must be an ImageSet, got list"),
+        (["--data", f"{__name__}:of_lists"], "data set 'lists': train must be an ImageSet or ImageFiles, got list"),
         (["--data", "unreadable:load"], "data set 'unreadable:load': import of unreadable raised SyntaxError: "),
         (["--output", "/"], "output must not be the root folder, got /"),
         (["--seeds", str(10**22)], r"seeds must be an integer in \[0, 18446744073709551615\]"),

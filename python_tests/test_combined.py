@@ -174,11 +174,12 @@ def test_own_method_can_be_a_part():
 
 
 def test_options_reach_their_part():
-    options = {"kd.temperature": 2.0, "power": 3.0, "batch_keep": 0.5, "ce_weight": 0.7, "at.label_smoothing": 0.1}
+    options = {"kd.temperature": 2.0, "power": 3.0, "batch_keep": 0.5, "ce_weight": 0.7, "label_smoothing": 0.1}
     kd, at = methods.build("kd+at", options).parts
-    assert (kd.temperature, kd.ce_weight, kd.batch_keep) == (2, 0.7, 0.5)
-    assert (at.power, at.ce_weight, at.batch_keep, at.label_smoothing) == (3, 0, 0.5, 0.1)
-    assert methods.build("kd+at", {"at.ce_weight": 1.0}).parts[1].ce_weight == 1
+    assert (kd.temperature, kd.ce_weight, kd.batch_keep, kd.label_smoothing) == (2, 0.7, 0.5, 0.1)
+    assert (at.power, at.ce_weight, at.batch_keep, at.label_smoothing) == (3, 0, 0.5, 0)
+    at = methods.build("kd+at", {"at.ce_weight": 1.0, "at.label_smoothing": 0.1}).parts[1]
+    assert (at.ce_weight, at.label_smoothing) == (1, 0.1)
     assert methods.build("kd+at").parts[0].ce_weight == 0.1
     assert methods.convert_options("kd+at", {"kd.temperature": "2", "power": "3", "student_layers": "1.10"}) == {
         "kd.temperature": 2,

@@ -330,12 +330,15 @@ def test_method_options_are_converted_to_the_types_of_the_method():
 
 def test_every_field_of_the_recipe_has_an_option():
     options = "--epochs 9 --batch-size 7 --gradient-accumulation 2 --lr 0.5 --momentum 0.25 --weight-decay 0.125"
+    options += (
+        " --optimizer sgd --schedule milestones --warmup-epochs 1.5 --clip-norm 2 --ema 0.75 --keep-best --patience 4"
+    )
     options += " --milestones 0.5 0.75 --gamma 0.2 --seed 8 --device cpu --precision bfloat16 --compile --name it"
     options += " --method crd --options dim 64 temperature 0.5 student_layer fc"
     options += " --condense.keep 0.5 --condense.every 2 --condense.stages 3 --condense.schedule cosine"
     options += " --condense.alpha 0.5 --condense.epsilon 0.25 --condense.no-accumulate --condense.no-convex"
     options += " --condense.selection value --condense.batch-keep 0.75"
-    options += " --condense.warmup 3 --condense.min-per-class 4 --mixup 0.25 --cutmix 1.5"
+    options += " --condense.warmup 3 --condense.min-per-class 4 --mixup 0.25 --cutmix 1.5 --label-smoothing 0.125"
     assert parsed("distill", *options.split()).recipe.as_json() == {
         "method": "crd",
         "options": {"dim": "64", "temperature": "0.5", "student_layer": "fc"},
@@ -356,13 +359,21 @@ def test_every_field_of_the_recipe_has_an_option():
         "epochs": 9,
         "batch_size": 7,
         "gradient_accumulation": 2,
+        "optimizer": "sgd",
         "lr": 0.5,
         "momentum": 0.25,
         "weight_decay": 0.125,
+        "schedule": "milestones",
         "milestones": [0.5, 0.75],
         "gamma": 0.2,
+        "warmup_epochs": 1.5,
+        "clip_norm": 2.0,
+        "ema": 0.75,
+        "keep_best": True,
+        "patience": 4,
         "mixup": 0.25,
         "cutmix": 1.5,
+        "label_smoothing": 0.125,
         "seed": 8,
         "device": "cpu",
         "precision": "bfloat16",
@@ -471,7 +482,11 @@ AGAIN = ["--output", "{two}/seed-5", "--resume", "--method", "kc-kd", "--seed", 
 BAD = [
     (["--data", "imagenet"], "unknown data set 'imagenet'"),
     (["--data", "missing/folder"], "missing/folder"),
-    (["--size", "8"], "size is for the path of a folder of images, got size=8"),
+    (
+        ["--size", "8"],
+        "size is for the path of a folder of images or of a saved data set, which data set 'digits' is not",
+    ),
+    (["--num-workers", "2"], "num_workers=2 has no effect on images in memory"),
     (["--flip", "--no-flip"], "give --flip or --no-flip, not both"),
     (["--padding", "-1"], "padding must be an integer >= 0, got -1"),
     (["--padding", "8"], "padding must be < 8, the smaller side of the images, got 8"),

@@ -303,7 +303,7 @@ def test_image_data_refuses_bad_arguments_and_names_the_data_set():
     valid |= {"num_classes": 4, "class_names": ("a", "b", "c", "d")}
     assert ImageData(**valid).in_channels == 1
     for changes, error, message in (
-        ({"train": [1]}, TypeError, "train must be an ImageSet, got list"),
+        ({"train": [1]}, TypeError, "train must be an ImageSet or ImageFiles, got list"),
         ({"test": ImageSet(images[:0], labels[:0], views)}, ValueError, "test must have at least one image"),
         ({"num_classes": 3}, ValueError, r"labels of train must be in \[0, 3\), got 0 to 3"),
         ({"num_classes": 0}, ValueError, "num_classes must be an integer >= 1, got 0"),
@@ -411,7 +411,7 @@ def test_unknown_names_and_paths_are_refused(tmp_path, monkeypatch):
         with pytest.raises(error, match=message):
             load(spec)
     with pytest.raises(
-        ValueError, match="size is for the path of a folder of images, got size=8 for data set 'digits'"
+        ValueError, match=r"size is for the path of a folder of images .*, which data set 'digits' is not, got size=8"
     ):
         load("digits", size=8)
     Path("digits").mkdir()
@@ -1231,15 +1231,16 @@ def test_links_are_followed_and_loops_end(tmp_path):
         load(root)
 
 
-def test_only_one_of_several_test_folders_is_read(tmp_path):
+def test_one_folder_of_each_part_is_read(tmp_path):
     counts = {"train": 1, "training": 2, "Val": 3, "valid": 4, "test": 5}
     for part, count in counts.items():
         write_images(tmp_path, part, count, classes=("a",))
     data, notes = load_with_warnings(tmp_path)
-    assert (len(data.train), len(data.test)) == (1, 5)
-    assert notes == [f"{tmp_path}: read train and ignored training", f"{tmp_path}: read test and ignored Val, valid"]
+    assert (len(data.train), len(data.val), len(data.test)) == (1, 3, 5)
+    assert notes == [f"{tmp_path}: read train and ignored training", f"{tmp_path}: read Val and ignored valid"]
     shutil.rmtree(tmp_path / "test")
-    assert len(load_with_warnings(tmp_path)[0].test) == 3
+    data, _ = load_with_warnings(tmp_path)
+    assert data.val is None and len(data.test) == 3
     write_images(tmp_path, "val", 1, classes=("a",))
     with pytest.raises(ValueError, match="must have one folder val, got Val and val") as caught:
         load_with_warnings(tmp_path)

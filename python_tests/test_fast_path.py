@@ -186,7 +186,11 @@ def test_invalid_calls_raise_the_errors_of_the_operators():
     student, teacher = logits(6, 17), logits(6, 17, seed=1)
     for options, error in (
         ({"labels": torch.full((6,), 17)}, IndexError),
-        ({"labels": torch.ones(6)}, TypeError),
+        ({"labels": torch.ones(6)}, ValueError),
+        ({"labels": torch.ones(6, 17, dtype=torch.int64)}, ValueError),
+        ({"labels": torch.ones(6, 17).requires_grad_()}, ValueError),
+        ({"labels": torch.ones(6, 17, dtype=torch.float8_e4m3fn)}, TypeError),
+        ({"labels": torch.zeros(6, dtype=torch.int64), "label_smoothing": 2}, ValueError),
         ({"labels": torch.ones(5, dtype=torch.int64)}, ValueError),
         ({"value": "cross_entropy"}, ValueError),
         ({"value": "loss"}, ValueError),

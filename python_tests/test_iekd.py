@@ -36,6 +36,7 @@ COMMON = {
     "split": "natural",
     "split_seed": 0,
     "student_layer": None,
+    "label_smoothing": 0,
     "standardize": False,
 }
 DEFAULTS = {

@@ -23,6 +23,7 @@ LAYERS = (
     "methods",
     "cache",
     "models",
+    "loops",
     "data",
     "condensation",
     "losses",

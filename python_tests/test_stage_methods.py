@@ -2,6 +2,8 @@
 
 import copy
 import inspect
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -328,3 +330,39 @@ def test_every_family_of_networks_trains(family):
             p.grad is not None and p.grad.isfinite().all() for p in (*student.parameters(), *method.parameters())
         )
         method.release()
+
+
+THIRD_PARTY = """
+import sys
+import torch
+library = torch.library.Library("torchvision", "DEF")  # torchvision may be built for another torch
+for name in ("nms", "qnms"):
+    library.define(name + "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+try:
+    import timm
+    import torchvision
+except (ImportError, RuntimeError) as error:
+    sys.exit(f"skip: {error}")
+from kcd_ext import methods
+from kcd_ext.methods import Batch
+label = torch.arange(4)
+batch = Batch(torch.randn(4, 3, 64, 64), label, label)
+student = torchvision.models.resnet18(num_classes=4)
+teacher = timm.create_model("efficientnet_b0", num_classes=4).eval()
+layers = {"student_layers": "layer1,layer2,layer3", "teacher_layers": "blocks.1,blocks.2,blocks.4"}
+for name in ("at", "fitnet", "reviewkd"):
+    method = methods.build(name, layers)
+    method.prepare(student, teacher, [batch])
+    student.zero_grad()
+    method(student, teacher, batch).loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in (*student.parameters(), *method.parameters()))
+    method.release()
+"""
+
+
+@pytest.mark.slow
+def test_networks_of_timm_and_torchvision_train_with_named_layers():
+    found = subprocess.run([sys.executable, "-c", THIRD_PARTY], capture_output=True, text=True, timeout=180)
+    if found.stderr.startswith("skip"):
+        pytest.skip(found.stderr)
+    assert found.returncode == 0, found.stderr

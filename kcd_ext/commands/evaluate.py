@@ -3,7 +3,7 @@
 from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, TypeVar
 
@@ -27,7 +27,7 @@ from ..training.distributed import accelerator_on
 from ..training.fingerprint import digest, digest_of_samples
 from ..training.run import MIN_EVAL_BATCH_SIZE
 from . import teachers
-from .progress import note
+from .progress import note, reading_bar
 from .study import REPORT_FILES
 from .teachers import Teacher
 from .threads import Threads, announcement, batch_flops, threads_for
@@ -89,7 +89,10 @@ class Evaluate:
         with ExitStack() as stack:
             for folder in report_dirs:
                 stack.enter_context(files.folder_lock(folder))
-            load_once, find_once = cache(load), cache(teachers.find)  # runs with several seeds share both
+            load_once, find_once = (
+                cache(partial(load, progress=reading_bar)),
+                cache(teachers.find),
+            )  # runs with several seeds share both
             plans = self._attempt(run_dirs, lambda folder: self._plan(folder, load_once, find_once), skipped)
             report_dirs = _check_reports(report_dirs, plans)
             for line in dict.fromkeys(
@@ -166,8 +169,8 @@ class Evaluate:
                 "config.json does not name the data set, because no command wrote it: call kcd_ext.evaluation.evaluate with "
                 "the networks and images"
             )
-        data = load_data(**metadata.data)
-        if metadata.config.get("test_samples") != digest_of_samples(data.test):
+        data, recorded = load_data(**metadata.data), metadata.config.get("test_samples")
+        if recorded != digest_of_samples(data.test, recorded):
             raise ValueError(f"the run was tested on other images than {metadata.data['spec']!r} contains now")
         check_weights(folder)
         if metadata.student is None:
@@ -224,7 +227,7 @@ class _EvaluationPlan:
         """Write evaluation.json."""
         content = {
             "data": self.data.name,
-            "test_samples": digest_of_samples(self.data.test),
+            "test_samples": self.run.metadata.config["test_samples"],
             "student_network": self.run.metadata.student,
             "student": digest(self.student.state_dict()),
             "teacher_network": self.teacher_source.network,

@@ -7,19 +7,29 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated
 
-from tyro.conf import Fixed, FlagCreatePairsOff, Suppress, arg
+from tyro.conf import FlagCreatePairsOff, arg
 
 from .. import methods, models, processes
 from ..checks import check_int
-from ..data.images import ImageData, load
+from ..data.images import ImageData, ImageSet, load
 from ..environment import MAX_THREADS
 from ..registry import unknown_name_error
+from ..training.logs import check_log
 from ..training.recipe import Condense, Recipe
+from .progress import reading_bar
 from .study import PlannedRun, Study
 
 CONDENSED_PREFIX = "kc-"  # before a method: condensed as in the paper
 TEACHER_METHOD = "ce"  # cross entropy, without a teacher
 NETWORKS = ", ".join(models.REGISTRY)
+READING = (
+    "size",
+    "resize",
+    "val_fraction",
+    "test_fraction",
+    "image_column",
+    "label_column",
+)  # options that choose images
 
 
 @dataclass(frozen=True)
@@ -30,7 +40,7 @@ class Images:
         str,
         arg(
             help="The images: mnist5k, digits, cifar10, cifar100 (archives are looked up in $KCD_DATA, else in ./data), the path "
-            "of an archive, an .npz file or a folder of images, or module:function."
+            "of an archive, an .npz file, a folder of images or a data set that Hugging Face datasets saved, or module:function."
         ),
     ] = "mnist5k"
     augment: Annotated[
@@ -47,7 +57,19 @@ class Images:
     no_flip: Annotated[bool, FlagCreatePairsOff] = False
     """Do not flip training images."""
     size: int | None = None
-    """Resize the images of a folder to this many pixels per side. None: all must have the same size."""
+    """Height and width to resize the images of a folder to. None: all must have the same size."""
+    resize: str | None = None
+    """How --size resizes: crop scales the shorter side and crops the centre, squash scales both sides. None: crop."""
+    val_fraction: float | None = None
+    """Share of the training images of every class to validate with. None: the data set's validation images, if it has any."""
+    test_fraction: float | None = None
+    """Likewise to test with, for data without test images. None: without them, the images of --val-fraction test too."""
+    memory: str | None = None
+    """Bytes that images of a folder may take in memory, such as 4GB; more stay on disk. None: a quarter of the free memory."""
+    image_column: str | None = None
+    """The column with the images of a Hugging Face data set. None: the only one of the type Image."""
+    label_column: str | None = None
+    """The column with its labels. None: the only one of the type ClassLabel."""
     mean: Annotated[
         tuple[str, ...] | None,
         arg(
@@ -65,9 +87,25 @@ class Images:
             raise ValueError("give --flip or --no-flip, not both")
         flip = True if self.flip else False if self.no_flip else None
         mean, std = _parse_numbers(self.mean), _parse_numbers(self.std)
+        options = {name: getattr(self, name) for name in READING}
         return load(
-            self.data, augment=self.augment, padding=self.padding, flip=flip, size=self.size, mean=mean, std=std
+            self.data,
+            augment=self.augment,
+            padding=self.padding,
+            flip=flip,
+            mean=mean,
+            std=std,
+            memory=self.memory,
+            progress=reading_bar,
+            **options,
         )
+
+    def as_arguments(self, data: ImageData) -> dict[str, object]:
+        """Return the arguments of `load` that give `data` again, except those of its views. Defaults are left out."""
+        options = {name: getattr(self, name) for name in READING} | {"resize": data.resize}
+        return {"spec": self.data, "size": self.size} | {
+            name: value for name, value in options.items() if value is not None
+        }
 
 
 @dataclass(frozen=True)
@@ -80,12 +118,15 @@ class RecipeArgs(Recipe):
     """Options of the method, for example: temperature 4 kd_weight 0.9. List them with --method METHOD --help."""
     seed: int = 0
     """Seed of the initial weights, the order of the samples and all other randomness."""
-    num_workers: Suppress[Fixed[int]] = 0
-    """Always 0: a command keeps its images in memory."""
+    num_workers: int = 0
+    """Processes that decode images on disk (--memory), for training and as many for testing. 0: one per processor, at most 8."""
 
     def defaults(self) -> "RecipeArgs":
         """Return the defaults of all options, which depend on the method."""
         return replace(RecipeArgs(), condense=Condense()) if self.method.startswith(CONDENSED_PREFIX) else RecipeArgs()
+
+    def _usual(self, name: str) -> None:
+        """Return None: `resolve_method` fills in `lr` and `weight_decay` when the optimizer is known."""
 
     @property
     def plain_method(self) -> str:
@@ -123,7 +164,7 @@ class RecipeArgs(Recipe):
                 )
 
     def resolve_method(self) -> "RecipeArgs":
-        """Return the recipe with the `kc-` prefix removed from `method` and the method's options converted to their types.
+        """Return the recipe without the `kc-` prefix of `method`, with the method's options converted and no default left open.
 
         Raises ValueError for an option of condensation that has no effect because nothing is condensed.
         """
@@ -136,7 +177,10 @@ class RecipeArgs(Recipe):
                         f"condense.{option.name}={chosen!r} has no effect with condense.keep=1: "
                         f"use --method {CONDENSED_PREFIX}{method} or --condense.keep < 1"
                     )
-        return replace(self, method=method, options=methods.convert_options(method, self.options))
+        usual = {
+            name: super(RecipeArgs, self)._usual(name) for name in ("lr", "weight_decay") if getattr(self, name) is None
+        }
+        return replace(self, method=method, options=methods.convert_options(method, self.options), **usual)
 
 
 @dataclass(frozen=True)
@@ -151,6 +195,10 @@ class TrainingOptions:
     """Continue an interrupted command that was started with the same options."""
     threads: int | None = None
     """Torch's CPU threads. None: as before for a resumed run, else one for every 16 GFLOPs of a training step."""
+    log: tuple[str, ...] = ()
+    """Where to write every epoch's metrics besides the run folder: tensorboard (to OUTPUT/tensorboard), or module:Class."""
+    progress_every: int | None = None
+    """Also show and log loss and learning rate after every so many training steps. None: after every epoch only."""
 
     def run(self) -> None:
         """Check everything, train, write the report and print the table.
@@ -169,16 +217,24 @@ class TrainingOptions:
         raise NotImplementedError
 
     def study_of(self, command: str, data: ImageData, runs: Sequence[PlannedRun], output: Path) -> Study:
-        """Return a study of these runs, with the options of this command."""
+        """Return a study of these runs, with the options of this command. Raises ValueError for an option that has no effect."""
+        if self.progress_every is not None:
+            check_int("progress_every", self.progress_every, 1)
+        for name in self.log:
+            check_log(name)
+        if self.recipe.num_workers and isinstance(data.train, ImageSet):
+            raise ValueError(f"num_workers={self.recipe.num_workers} has no effect on images in memory (see --memory)")
         return Study(
             command=command,
             options=json.loads(json.dumps(asdict(self), default=str)),
             data=data,
-            data_options={"spec": self.images.data, "size": self.images.size},
+            data_options=self.images.as_arguments(data),
             runs=runs,
             output=output,
             resume=self.resume,
             threads=checked_threads(self.threads),
+            log=self.log,
+            progress_every=self.progress_every,
         )
 
     def folder(self, *names: object) -> Path:

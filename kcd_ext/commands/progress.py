@@ -19,11 +19,14 @@ class Bar:
         self._epochs, self._done = epochs, 0
 
     def start(self, label: str) -> Callable[[dict], None]:
-        """Start the next run. Return the callback that `distill` calls after each epoch."""
+        """Start the next run. Return the callback that `distill` calls with its lines of progress."""
         self._bar.set_description(printable(label))
         before = self._done
 
         def show(line: dict) -> None:
+            if "step" in line:
+                self._bar.set_postfix_str(f"step {line['step']}, loss {line['loss']:.4g}")
+                return
             if "pretraining" in line:
                 self._bar.set_postfix_str(f"pretraining epoch {line['pretraining']}")
                 return
@@ -42,6 +45,12 @@ class Bar:
 
     def __exit__(self, *_: object) -> None:
         self._bar.close()
+
+
+def reading_bar(total: int, desc: str) -> tqdm:
+    """Return a bar for images that are read, shown if that takes more than a second, on rank 0 if stderr is a terminal."""
+    disable = True if processes.rank() else None
+    return tqdm(total=total, desc=desc, unit="image", unit_scale=True, delay=1, leave=False, disable=disable)
 
 
 def note(text: str) -> None:

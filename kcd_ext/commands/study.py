@@ -9,7 +9,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,7 @@ from torch import nn
 
 from .. import files, processes, terminal
 from ..cache import TeacherCache
-from ..data.images import ImageData, ImageSet
+from ..data.images import ImageData
 from ..data.preprocessing import Preprocessing
 from ..data.views import Views
 from ..environment import threads, versions
@@ -29,6 +29,7 @@ from ..reports.tables import as_text
 from ..students import MODEL, WEIGHTS, Model
 from ..training.fingerprint import check_same_run, digest_of_samples
 from ..training.folder import ENTRIES
+from ..training.logs import open_log
 from ..training.loop import distill
 from ..training.recipe import Recipe
 from ..training.setup import build_method, check_run
@@ -65,7 +66,7 @@ class Study:
     """Options of the command, as JSON values."""
     data: ImageData
     data_options: Mapping[str, object]
-    """Arguments of `load` that gave `data`: spec, size."""
+    """Arguments of `load` that gave `data`: spec, size, and others that differ from their default."""
     runs: Sequence[PlannedRun]
     """The runs in order: a teacher's run precedes those of its students."""
     output: Path
@@ -79,6 +80,10 @@ class Study:
     """Whether to move a finished study of the same command in `output` to OUTPUT.previous; other files in it stay."""
     side_by_side: int = 1
     """Number of runs to train at the same time; above 1 each gets its own process."""
+    log: Sequence[str] = ()
+    """Names of the logs of every run: keys of `LOGS`, or module:Class."""
+    progress_every: int | None = None
+    """Optimizer steps between lines of progress within an epoch; None: none."""
     deadline: float | None = None
     """Time of `time.monotonic` at which training is interrupted; None: never."""
     chosen_threads: Mapping[Path, Threads] = field(default_factory=dict)
@@ -141,7 +146,7 @@ class Study:
     def _check_run(self, run: PlannedRun) -> None:
         """Check that networks, data and recipe of a run fit each other. Raises as `check_run` does."""
         try:
-            check_run(*self._networks(run), self.data.train, self.data.test, run.recipe)
+            check_run(*self._networks(run), self.data.train, self.data.test, run.recipe, self.data.val)
         except (TypeError, ValueError) as error:
             if not self._is_teacher(run):
                 raise
@@ -244,10 +249,13 @@ class Study:
         recorded = {**(about.get("data") or {}), **about, **config}
         facts = {**self._about_data(), "student": run.network}
         facts |= {"train": len(self.data.train), "test": len(self.data.test)}
-        moved = recorded.get("spec") != facts["spec"]
-        if moved and recorded.get("train_samples") == digest_of_samples(self.data.train):
+        facts |= {} if self.data.val is None else {"val": len(self.data.val)}
+        moved, samples = recorded.get("spec") != facts["spec"], recorded.get("train_samples")
+        if moved and samples == digest_of_samples(self.data.train, samples):
             del facts["spec"]  # the same images under another path
-        facts = {name: fact for name, fact in facts.items() if name in recorded}  # a library's run may record fewer
+        facts = {
+            name: fact for name, fact in facts.items() if name in (*recorded, "val")
+        }  # a library's run may record fewer
         facts |= {"processes": processes.world_size(), "recipe": run.recipe.as_json()}
         check_same_run(recorded, json.loads(json.dumps(facts)), run.folder)
 
@@ -344,24 +352,29 @@ class Study:
             self._train(run)
 
     def _distill(self, run: PlannedRun, progress: Callable[[dict], None] | None) -> None:
-        summary = distill(
-            *self._networks(run),
-            self.data.train,
-            self.data.test,
-            run.recipe,
-            output=run.folder,
-            resume=self.resume,
-            progress=progress,
-            about=self._about(run),
-        )
+        with ExitStack() as logs:
+            subscribers = [] if progress is None else [progress]
+            subscribers += [logs.enter_context(open_log(name, run.folder)) for name in self.log]
+            summary = distill(
+                *self._networks(run),
+                self.data.train,
+                self.data.test,
+                run.recipe,
+                val=self.data.val,
+                output=run.folder,
+                resume=self.resume,
+                progress=lambda line: [subscriber(line) for subscriber in subscribers],
+                progress_every=self.progress_every,
+                about=self._about(run),
+            )
         if processes.rank() == 0:
             ranking.write(run.folder, summary, self.data.train, self.data.class_names)
             files.write_json(run.folder / MODEL, self._model(run).as_json())
 
     def _model(self, run: PlannedRun) -> Model:
         """Return the description of a run's student."""
-        images, views = self.data.test.images, self.data.test.views
-        preprocessing = Preprocessing(*images.shape[1:3], views.mean, views.std)
+        views, resize = self.data.test.views, self.data.resize or "crop"
+        preprocessing = Preprocessing(*self.data.test.shape[:2], views.mean, views.std, resize)
         return Model(run.network, self.data.num_classes, preprocessing, self.data.class_names)
 
     def _is_due(self, run: PlannedRun) -> bool:
@@ -468,9 +481,10 @@ class Study:
             runs.metadata_of(folder).config,
         )
         if own is not None:
-            images = ImageSet(images.images, images.labels, replace(images.views, mean=own.mean, std=own.std))
+            images = images.with_views(replace(images.views, mean=own.mean, std=own.std))
         dataset = (config.get("about") or {}).get("dataset")
-        same = config.get("test_samples") == digest_of_samples(images)
+        recorded = config.get("test_samples")
+        same = recorded == digest_of_samples(images, recorded)
         return "" if same else "other images" if dataset in (None, self.data.name) else dataset
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from .. import processes
-from ..data.images import ImageSet
+from ..data.images import LabelledImages
 from ..environment import usable_processors
 from ..networks import forward_flops
 from ..reports import runs
@@ -77,7 +77,7 @@ def threads_for(flops: int | None, work: str = "step") -> Threads:
 
 
 def batch_flops(
-    passes: Iterable[tuple[int, nn.Module | None]], images: ImageSet, batch_size: int, device: str
+    passes: Iterable[tuple[int, nn.Module | None]], images: LabelledImages, batch_size: int, device: str
 ) -> int | None:
     """Return an estimate of the CPU's floating-point operations for a batch, or None if they cannot be counted.
 
@@ -91,7 +91,7 @@ def batch_flops(
     """
     if device == "cuda" or (device == "auto" and torch.cuda.is_available()):
         return 0
-    _, height, width, channels = images.images.shape
+    height, width, channels = images.shape
     x = torch.zeros(1, channels, height, width)
     try:
         costs = [(times, forward_flops(network, x)) for times, network in passes if network is not None]

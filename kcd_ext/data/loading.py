@@ -1,7 +1,7 @@
 """A loader of `IndexedDataset` batches whose worker processes live for the entire run."""
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -10,7 +10,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
 
 from ..describe import describe_error
+from .decoding import ImageReadError
 from .indexed import IndexedDataset, MismatchedItemsError
+
+EXPLAINED = (MismatchedItemsError, ImageReadError)  # their messages name the item
 
 
 def load_item(name: str, dataset: IndexedDataset, index: int) -> tuple:
@@ -21,7 +24,7 @@ def load_item(name: str, dataset: IndexedDataset, index: int) -> tuple:
     """
     try:
         return dataset[index]
-    except MismatchedItemsError as error:
+    except EXPLAINED as error:
         raise ValueError(f"{name}: {error}") from error
     except Exception as error:  # the data set and its transform are the user's: they can raise anything
         raise ValueError(f"{name}[{index}] cannot be loaded: {describe_error(error)}") from error
@@ -30,7 +33,7 @@ def load_item(name: str, dataset: IndexedDataset, index: int) -> tuple:
 class Loader:
     """A loader that collates the items of a data set into batches.
 
-    Workers are reseeded for every pass over the data, with a number drawn from torch's generator at the start of the pass.
+    Workers are reseeded for every pass over the data. By default the seed is drawn from torch's generator at its start.
 
     Args:
         dataset: The items to load.
@@ -50,15 +53,20 @@ class Loader:
         self._passes = 0
         self._in_use = False
 
-    def load(self, batches: Sequence[Sequence]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    def load(self, batches: Iterable[Sequence], seed: int | None = None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Yield `(x, label, index)` of each batch of entries.
 
+        Args:
+            batches: The entries of every batch, read a few batches ahead.
+            seed: The seed of the workers. None: drawn from torch's generator.
+
         Raises:
-            ValueError: The items of a batch differ in shape, or raw items to mix are not alike.
+            ValueError: The items of a batch differ in shape, raw items to mix are not alike, or an image cannot be read.
         """
         self._passes += 1
-        seed = torch.empty((), dtype=torch.int64).random_().item()
-        for loaded in self._loaded([_BatchRequest(self._passes, seed, entries) for entries in batches]):
+        seed = torch.empty((), dtype=torch.int64).random_().item() if seed is None else seed
+        number = self._passes
+        for loaded in self._loaded(_BatchRequest(number, seed, entries) for entries in batches):
             yield self._check(loaded)
 
     def first(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -82,20 +90,21 @@ class Loader:
             raise ValueError(f"{self.name}: {loaded.message}")
         return loaded
 
-    def _loaded(self, requests: list["_BatchRequest"]) -> Iterator[object]:
+    def _loaded(self, requests: Iterable["_BatchRequest"]) -> Iterator[object]:
         if self.num_workers == 0 or self._in_use:  # a second concurrent pass starts its own workers
             yield from self._new_loader(requests)
             return
         self._in_use = True
         try:
             self._requests.requests = requests
-            self._loader = self._loader or self._new_loader(self._requests, persistent_workers=True)
+            if self._loader is None:
+                self._loader = self._new_loader(self._requests, persistent_workers=True)
             self._iterator = iter(self._loader)
             yield from self._iterator
         finally:
             self._in_use = False
 
-    def _new_loader(self, requests: Sequence["_BatchRequest"], **options: bool) -> DataLoader:
+    def _new_loader(self, requests: Iterable["_BatchRequest"], **options: bool) -> DataLoader:
         return DataLoader(
             _BatchDataset(self.dataset),
             batch_sampler=requests,
@@ -118,13 +127,10 @@ class _BatchRequest(NamedTuple):
 class _BatchRequests:
     """A `batch_sampler` whose content changes from pass to pass."""
 
-    requests: Sequence[_BatchRequest] = ()
+    requests: Iterable[_BatchRequest] = ()
 
     def __iter__(self) -> Iterator[_BatchRequest]:
         return iter(self.requests)
-
-    def __len__(self) -> int:
-        return len(self.requests)
 
 
 class _BatchError(NamedTuple):
@@ -150,7 +156,7 @@ class _BatchDataset(Dataset):
             _seed_worker(request.seed, worker.id)
         try:
             return [self.dataset[entry] for entry in request.entries]
-        except MismatchedItemsError as error:
+        except EXPLAINED as error:
             return _BatchError(str(error))
 
 

@@ -1,4 +1,4 @@
-"""Data sets in an `.npz` file: x_train, y_train, x_test, y_test and optionally class_names."""
+"""Data sets in an `.npz` file: x_train, y_train, x_test, y_test and optionally x_val, y_val and class_names."""
 
 import zipfile
 from pathlib import Path
@@ -7,34 +7,63 @@ import numpy as np
 
 from ..describe import one_line
 from ..files import open_regular
-from .images import ImageData, assemble
+from .images import ImageData, assemble, count_classes
+from .reading import Reading
+from .splits import ADVICE, divide
 
+PARTS = ("train", "val", "test")
 REQUIRED = ("x_train", "y_train", "x_test", "y_test")
 
 
-def read(path: Path) -> ImageData:
+def read(path: Path, reading: Reading | None = None) -> ImageData:
     """Return the data set in the file; training images are neither cropped nor flipped.
 
     The file contains these arrays. Pickled objects are refused.
 
-    - x_train, x_test: uint8 `(n, h, w, c)`, or `(n, h, w)` for one channel.
-    - y_train, y_test: `(n,)` or `(n, 1)`, integers >= 0 or booleans (False is class 0, True class 1).
+    - x_train, x_val, x_test: uint8 `(n, h, w, c)`, or `(n, h, w)` for one channel.
+    - y_train, y_val, y_test: `(n,)` or `(n, 1)`, integers >= 0 or booleans (False is class 0, True class 1).
     - class_names (optional): `(classes,)` strings. Without them, the largest label determines the number of classes,
       which must not exceed the number of images.
 
+    x_val and y_val are optional. Without x_test and y_test they are the test images, unless `reading` splits off others.
+
+    Args:
+        path: The file.
+        reading: The options of `load`, of which the fractions are used. None: the defaults.
+
     Raises:
-        ValueError: The file is damaged, or an array is missing or of another kind; names the file and the array.
+        ValueError: The file is damaged, or an array is missing or of another kind; names the file and the array. Or as `divide`.
         OSError: The file cannot be opened.
     """
+    reading = reading or Reading()
     arrays = _read_arrays(path)
-    missing = [name for name in REQUIRED if name not in arrays]
+    splits = reading.val_fraction is not None or reading.test_fraction is not None
+    required = [name for name in REQUIRED if not splits or name not in ("x_test", "y_test")]
+    if {"x_val", "y_val"} <= {*arrays} and arrays.keys().isdisjoint(("x_test", "y_test")):
+        required = ["x_train", "y_train"]
+    for part in PARTS:  # both arrays or none
+        required += [f"{other}_{part}" for one, other in ("xy", "yx") if f"{one}_{part}" in arrays]
+    missing = [name for name in dict.fromkeys(required) if name not in arrays]
     if missing:
-        raise ValueError(f"{path}: {', '.join(missing)} missing, it must contain the arrays {', '.join(REQUIRED)}")
-    train, test = ((_images(path, f"x_{part}", arrays), _labels(path, part, arrays)) for part in ("train", "test"))
+        advice = "" if "x_train" in missing or "y_train" in missing else f"; without test images, {ADVICE}"
+        raise ValueError(
+            f"{path}: {', '.join(missing)} missing, it must contain the arrays {', '.join(REQUIRED)}{advice}"
+        )
+    found = [part for part in PARTS if f"x_{part}" in arrays]
+    images = {part: _images(path, f"x_{part}", arrays) for part in found}
+    labels = {part: _labels(path, part, arrays) for part in found}
     names = _class_names(path, arrays)
-    num_classes = len(names) or _count_classes(path, train[1], test[1])
+    remedy = "if there really are so many classes, add class_names"
+    num_classes = len(names) or count_classes(f"{path}: y_train and y_test", labels.values(), remedy)
+    chosen = divide(path, labels, reading.val_fraction, reading.test_fraction)
+    sets = {
+        part: (images[source], labels[source])
+        if len(index) == len(labels[source])
+        else (images[source][index], labels[source][index])
+        for part, (source, index) in chosen.items()
+    }
     try:
-        return assemble(path.stem, train, test, num_classes, names)
+        return assemble(path.stem, sets["train"], sets["test"], num_classes, names, val=sets.get("val"))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
@@ -51,7 +80,7 @@ def _read_arrays(path: Path) -> dict[str, np.ndarray]:
             file.seek(0)
             with np.load(file, allow_pickle=False) as archive:
                 arrays = {}
-                for name in (*REQUIRED, "class_names"):
+                for name in (*(f"{axis}_{part}" for part in PARTS for axis in "xy"), "class_names"):
                     if f"{name}.npy" in members:
                         arrays[name] = archive[name]
                 return arrays
@@ -84,17 +113,6 @@ def _labels(path: Path, part: str, arrays: dict[str, np.ndarray]) -> np.ndarray:
     if labels.min() < 0:
         raise ValueError(f"{path}: y_{part} must be integers >= 0, got {labels.min()}")
     return labels
-
-
-def _count_classes(path: Path, *parts: np.ndarray) -> int:
-    """Return the largest label of all parts plus 1."""
-    largest, images = max(int(labels.max()) for labels in parts), sum(map(len, parts))
-    if largest >= images:  # probably not class numbers
-        raise ValueError(
-            f"{path}: y_train and y_test must number the classes from 0, got label {largest} for {images} images; "
-            f"if there really are so many classes, add class_names"
-        )
-    return largest + 1
 
 
 def _class_names(path: Path, arrays: dict[str, np.ndarray]) -> tuple[str, ...]:

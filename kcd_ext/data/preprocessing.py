@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..checks import check_choice, check_int
 from ..describe import describe
-from .folder import load_upright
+from .decoding import load_upright
 from .resizing import INTERPOLATIONS, RESIZES, resized
 from .views import Views
 

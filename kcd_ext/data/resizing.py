@@ -1,8 +1,8 @@
-"""Resizing of images to one size: crop keeps proportions, squash does not."""
-
-from __future__ import annotations
+"""Resizing: images of any proportions to one width and height."""
 
 from typing import TYPE_CHECKING
+
+from ..checks import check_choice
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -11,23 +11,36 @@ RESIZES = ("crop", "squash")
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
 
 
-def resized(image: Image, width: int, height: int, resize: str = "crop", interpolation: str = "bilinear") -> Image:
-    """Return the image at this size; the image itself if it has that size.
+def resized(image: "Image", width: int, height: int, resize: str = "crop", interpolation: str = "bilinear") -> "Image":
+    """Return the image with this width and height; the image itself if it has them.
+
+    Shrinking is antialiased, except with `nearest`.
 
     Args:
-        image: A PIL image.
-        width: Width in pixels.
-        height: Height in pixels.
-        resize: crop: scale the image until it covers the size, then cut out the centre. squash: scale both sides.
-        interpolation: One of INTERPOLATIONS. PIL's filters are antialiased.
+        image: A PIL image. Convert palette images to RGB first: colours of a palette are not interpolated.
+        width: In pixels, at least 1.
+        height: In pixels, at least 1.
+        resize: `crop` keeps the proportions: the image is scaled until it just covers width and height, and its centre is
+            cropped. For a square this is `Resize(side)` and `CenterCrop(side)` of torchvision. `squash` scales both sides
+            independently.
+        interpolation: nearest, bilinear, bicubic or lanczos, as Pillow's `Resampling`.
+
+    Raises:
+        ValueError: `resize` or `interpolation` is unknown.
     """
     from PIL.Image import Resampling
 
+    check_choice("resize", resize, RESIZES)
+    method = Resampling[check_choice("interpolation", interpolation, INTERPOLATIONS).upper()]
     if image.size == (width, height):
         return image
-    box = None
-    if resize == "crop":
-        scale = min(image.width / width, image.height / height)
-        left, top = (image.width - width * scale) / 2, (image.height - height * scale) / 2
-        box = (left, top, left + width * scale, top + height * scale)
-    return image.resize((width, height), Resampling[interpolation.upper()], box=box)
+    if resize == "squash":
+        return image.resize((width, height), method)
+    own_width, own_height = image.size
+    # The side that needs the larger factor gets its size exactly. The other one is rounded down, but not below its size.
+    if width * own_height >= height * own_width:
+        scaled = width, own_height * width // own_width
+    else:
+        scaled = own_width * height // own_height, height
+    left, top = round((scaled[0] - width) / 2), round((scaled[1] - height) / 2)
+    return image.resize(scaled, method).crop((left, top, left + width, top + height))

@@ -1,7 +1,7 @@
 """Views: raw images to network inputs. Flips, crops, augments and normalises entire batches on any device."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
@@ -88,14 +88,30 @@ class Views:
         """
         if images.dtype != np.uint8 or images.ndim != 4 or not images.size:
             raise ValueError(f"images must be uint8 (n, h, w, c), not empty, got {images.dtype} {images.shape}")
-        grey = np.arange(256)
         step = max(1, 2**20 // images[0, ..., 0].size)  # a few images at a time: bincount converts to int64
+        blocks = (images[start : start + step] for start in range(0, len(images), step))
+        return cls.from_blocks(blocks, images.shape[-1], padding=padding, flip=flip)
+
+    @classmethod
+    def from_blocks(
+        cls, blocks: Iterable[np.ndarray], channels: int, *, padding: int = 0, flip: bool = False
+    ) -> "Views":
+        """Return the views that `from_images` returns for all images of the blocks together.
+
+        Args:
+            blocks: uint8 `(b, h, w, channels)` each; at least one image together.
+            channels: Number of channels.
+            padding: As the field `padding`.
+            flip: As the field `flip`.
+        """
+        counts = np.zeros((channels, 256), dtype=np.int64)
+        for block in blocks:
+            for channel in range(channels):
+                counts[channel] += np.bincount(block[..., channel].ravel(), minlength=256)
+        grey = np.arange(256)
         means, deviations = [], []
-        for channel in range(images.shape[-1]):
-            counts = np.zeros(256, dtype=np.int64)
-            for start in range(0, len(images), step):
-                counts += np.bincount(images[start : start + step, ..., channel].ravel(), minlength=256)
-            size, total, squares = (int((counts * power).sum()) for power in (grey**0, grey, grey**2))
+        for levels in counts:
+            size, total, squares = (int((levels * power).sum()) for power in (grey**0, grey, grey**2))
             means.append(total / (255 * size))
             deviations.append(math.sqrt(size * squares - total**2) / (255 * size) or 1.0)
         return cls(tuple(means), tuple(deviations), padding, flip)

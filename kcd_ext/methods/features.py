@@ -16,6 +16,7 @@ from ..describe import brief, describe
 from ..networks import evaluation_mode, no_hook
 from .protocol import Batch, Method
 
+LAYERS_EXAMPLE = "layer1,layer2"  # for error messages
 LENGTH_OFFSET = 1e-7  # added to a row's length before the row is divided by it, as in the published code of PKT
 
 
@@ -398,9 +399,6 @@ class StageMethod(Method):
         while self._taps:
             for tap in self._taps.popitem()[1]:
                 tap.remove()
-
-
-LAYERS_EXAMPLE = "layer1,layer2"  # for error messages
 
 
 def _parse_layers(option: str, text: str | None) -> list[str] | None:

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from ..checks import check_float, check_int
-from ..data.images import ImageSet
+from ..data.images import LabelledImages
 from ..describe import one_line
 from ..files import read_json, read_regular, write_bytes, write_json
 from ..training.summary import Summary
@@ -39,8 +39,8 @@ class Ranking:
     least: Sequence[Thumbnail]
 
 
-def write(folder: Path, summary: Summary, images: ImageSet, class_names: Sequence[str] = ()) -> None:
-    """Write ranking.json and thumbnails.png into the folder of a finished run, if the run has knowledge values.
+def write(folder: Path, summary: Summary, images: LabelledImages, class_names: Sequence[str] = ()) -> None:
+    """Write ranking.json and thumbnails.png into the folder of a finished run, if its knowledge values are entropies.
 
     The files depend only on the run, so writing them is idempotent. thumbnails.png holds two rows of images, the most
     valuable ones above.
@@ -62,7 +62,7 @@ def write(folder: Path, summary: Summary, images: ImageSet, class_names: Sequenc
     if not len(order):
         return
     shown = [*order[:NUM_SHOWN], *order[-NUM_SHOWN:]]
-    tiles = np.stack([_thumbnail(images.images[i]) for i in shown])
+    tiles = np.stack([_thumbnail(images[i][0]) for i in shown])
     rows = [np.concatenate([*row], axis=1) for row in np.split(tiles, 2)]
     write_bytes(folder / PICTURE, png(np.concatenate(rows)))
     content = {

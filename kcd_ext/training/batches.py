@@ -1,23 +1,25 @@
-"""Batches on the training device, from a data set that is loaded item by item or from images in memory."""
+"""Batches on the training device, from a data set that is loaded item by item, or from images in memory or on disk."""
 
-from collections.abc import Iterator, Sequence
-from itertools import pairwise
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..condensation import CondensedSampler, KnowledgeCondenser
+from ..condensation.batching import split_evenly
+from ..condensation.mixing import MixTree
 from ..condensation.table import PADDING_INDEX
-from ..data import IndexedDataset
-from ..data.images import ImageSet
+from ..data import ImageFiles, ImageSet, IndexedDataset
+from ..data.image_files import decoding_workers
+from ..data.images import LabelledImages
 from ..data.loading import Loader
 from ..methods import Batch
 from ..randomness import seeded
 
 
 def batch_source(
-    dataset: IndexedDataset | ImageSet,
+    dataset: IndexedDataset | LabelledImages,
     condenser: KnowledgeCondenser | None,
     device: torch.device,
     num_workers: int,
@@ -28,10 +30,12 @@ def batch_source(
     """Return the batch source of a data set.
 
     Args:
-        dataset: An `ImageSet` is moved to `device`; any other data set is loaded item by item.
+        dataset: An `ImageSet` is moved to `device`; `ImageFiles` are decoded batch by batch; any other data set is loaded item
+            by item.
         condenser: Decides which images are mixed. None: no image is mixed (a test set).
         device: The device of the batches.
-        num_workers: Processes that load items. They start with the first batch and end with `close`.
+        num_workers: Processes that load items. They start with the first batch and end with `close`. 0: items are loaded in
+            this process, and `ImageFiles` are decoded by one process per processor, up to a limit.
         name: The name of the data set in errors.
         mixes: Whether raw items will be mixed. They must then share one shape and dtype.
 
@@ -40,6 +44,8 @@ def batch_source(
     """
     if isinstance(dataset, ImageSet):
         return ResidentBatches(dataset, condenser, device)
+    if isinstance(dataset, ImageFiles):
+        return StreamedBatches(dataset, condenser, device, num_workers or decoding_workers(), name)
     if mixes:
         with seeded(0):  # the data set may draw random numbers: keep them out of the run's generators
             dataset = dataset.for_mixing()
@@ -52,24 +58,10 @@ class Samples:
     def __init__(self, source: "BatchSource", batch_size: int):
         self.source = source
         self.batch_size = batch_size
-        self.labels = getattr(source, "labels", None)  # only images in memory have them
+        self.labels = getattr(source, "labels", None)  # only images have them
 
     def __iter__(self) -> Iterator[Batch]:
         return self.source.eval_batches(self.batch_size)
-
-
-def split_evenly(count: int, size: int) -> list[slice]:
-    """Split `count` samples into the fewest parts of at most `size`. Part sizes differ by at most one.
-
-    A last batch of a few samples would weigh as much as a full one in the optimizer, in batch statistics and in losses
-    over pairs of samples. Such steps can undo what a student has learnt.
-
-    No part is a single sample, which batch normalisation cannot train on, unless `size` or `count` is 1. So an odd
-    number of samples in pairs has one part of three.
-    """
-    parts = -(-count // size) if size == 1 else min(-(-count // size), max(1, count // 2))
-    bounds = [count * part // parts for part in range(parts + 1)]
-    return [slice(*pair) for pair in pairwise(bounds)]
 
 
 def batches_of_steps(count: int, batch_size: int, accumulation: int) -> Iterator[tuple[slice, float, bool]]:
@@ -172,6 +164,12 @@ class ResidentBatches:
             x = self.views.normalize(self.images[sample[part]])
             yield Batch(x, self.labels[sample[part]], index[part])
 
+    def raw_images(self, sample: np.ndarray, batches: Sequence[slice]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield images and sample of every batch of `sample` (n,) int64, unmixed and without views, on the device."""
+        chosen = torch.from_numpy(sample).to(self.device)
+        for part in batches:
+            yield self.images[chosen[part]], chosen[part]
+
     def first(self, count: int) -> Batch:
         """Return the first `count` samples, or all if there are fewer."""
         return next(self.eval_batches(count))
@@ -184,7 +182,71 @@ class ResidentBatches:
         return index, sample
 
 
-BatchSource = LoadedBatches | ResidentBatches
+class StreamedBatches:
+    """Batches of images that stay on disk. Worker processes decode and mix them; the rest happens on the device.
+
+    It yields the batches that `ResidentBatches` yields for the same images, bit for bit, and has its methods.
+    """
+
+    def __init__(
+        self,
+        dataset: ImageFiles,
+        condenser: KnowledgeCondenser | None,
+        device: torch.device,
+        num_workers: int,
+        name: str = "the data set",
+    ):
+        self.loader = Loader(IndexedDataset(dataset), num_workers, name=name, pin_memory=device.type == "cuda")
+        self.labels = torch.from_numpy(dataset.labels).to(device)
+        self.views = dataset.views
+        self.condenser = condenser
+        self.device = device
+
+    def entries(self, sampler: CondensedSampler) -> tuple[np.ndarray, np.ndarray]:
+        """Return this rank's (index, sample), (n,) int64 each, with padding repeats."""
+        return sampler.order()
+
+    def epoch(self, entries: Sequence, batches: Sequence[slice], seed: int, epoch: int) -> Iterator[Batch]:
+        """Yield the training batches of these entries. A sample's view depends only on seed, epoch and sample."""
+        trees = self.condenser.mix_trees
+        for images, index, sample in self._load(*entries, batches, trees):
+            yield Batch(self.views(images, sample, seed=seed, epoch=epoch), self.labels[sample], index)
+
+    def eval_batches(self, batch_size: int, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
+        """Yield samples as `LoadedBatches.eval_batches` does, neither cropped nor flipped."""
+        index, sample = _shard_indices(len(self.labels), rank, world_size)
+        parts = [slice(start, start + batch_size) for start in range(0, len(index), batch_size)]
+        for images, own_index, own_sample in self._load(index, sample, parts, {}):
+            yield Batch(self.views.normalize(images), self.labels[own_sample], own_index)
+
+    def raw_images(self, sample: np.ndarray, batches: Sequence[slice]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield images and samples as `ResidentBatches.raw_images` does."""
+        for images, chosen, _ in self._load(sample, sample, batches, {}):
+            yield images, chosen
+
+    def first(self, count: int) -> Batch:
+        """Return the first `count` samples, or all if there are fewer. Raises ValueError if an image cannot be read."""
+        images, _, index = (part.to(self.device) for part in self.loader.first(count))
+        return Batch(self.views.normalize(images), self.labels[index], index)
+
+    def close(self) -> None:
+        """End the worker processes."""
+        self.loader.close()
+
+    def _load(
+        self, index: np.ndarray, sample: np.ndarray, batches: Sequence[slice], trees: Mapping[int, MixTree]
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Yield images, index and sample of every batch on the device."""
+        entries = ([(one, trees.get(one, one)) for one in sample[part].tolist()] for part in batches)
+        # Decoding draws no random numbers, so the seed is free. Torch's generator stays as it would for images in memory.
+        loaded = self.loader.load(entries, seed=0)
+        for (images, _, _), part in zip(loaded, batches, strict=True):
+            arrays = (images, torch.from_numpy(index[part]), torch.from_numpy(sample[part]))
+            own_images, own_index, own_sample = (array.to(self.device, non_blocking=True) for array in arrays)
+            yield own_images, own_index, own_sample
+
+
+BatchSource = LoadedBatches | ResidentBatches | StreamedBatches
 
 
 def _shard_indices(count: int, rank: int, world_size: int) -> tuple[np.ndarray, np.ndarray]:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from hashlib import sha256
 from pathlib import Path
 
@@ -13,12 +13,20 @@ from .. import files
 from ..environment import versions
 from ..students import MODEL, SUMMARY, SUMS, WEIGHTS
 from . import checkpoint
-from .fingerprint import check_same_run
+from .fingerprint import SAMPLES, check_same_run
 from .summary import Summary, results
 
 UNFINISHED_ENTRIES = ("config.json", "pretraining.jsonl", "metrics.jsonl", "checkpoint")
 # The commands write the last three. A new run must not inherit them.
 ENTRIES = (*UNFINISHED_ENTRIES, WEIGHTS, SUMMARY, MODEL, "evaluation.json", "ranking.json")
+
+
+def recorded_samples(path: Path) -> dict[str, str]:
+    """Return the digests of data that the config.json in a run folder has; {} if there is none that can be read."""
+    with suppress(OSError, ValueError):
+        config = files.read_json(path / "config.json")
+        return {name: value for name, value in config.items() if name in SAMPLES and isinstance(value, str)}
+    return {}
 
 
 class RunFolder:

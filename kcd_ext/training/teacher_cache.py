@@ -15,7 +15,7 @@ from ..cache import TeacherCache, TeacherCacheWriter
 from ..checks import check_int, check_percent
 from ..condensation.random_keys import MAX_SEED
 from ..data import IndexedDataset
-from ..data.images import ImageSet
+from ..data.images import LabelledImages
 from ..data.views import Views
 from ..methods import Batch, Method
 from ..models.normalisation import renormalisation
@@ -84,10 +84,8 @@ def cache_teacher(
     check_int("views", views, 0)
     check_int("batch_size", batch_size, 1)
     check_int("seed", seed, 0, MAX_SEED)
-    if views and not isinstance(train, ImageSet):
-        raise ValueError(
-            f"views must be 0 for items with transforms of their own, got {views}: only an ImageSet has views"
-        )
+    if views and not isinstance(train, LabelledImages):
+        raise ValueError(f"views must be 0 for items with transforms of their own, got {views}: only images have views")
     with (
         usual_modes(),
         accelerator_on(device) as accelerator,
@@ -98,22 +96,21 @@ def cache_teacher(
     ):
         network = hook.network.to(accelerator.device)
         classes = _check_teacher(network, train, test, accelerator.device)
+        earlier = _recorded(output, accelerator)
         facts = {
             "samples": len(train),
-            "train_samples": digest_without_views(train),
-            "test_samples": digest_without_views(test),
+            "train_samples": digest_without_views(train, earlier.get("train_samples")),
+            "test_samples": digest_without_views(test, earlier.get("test_samples")),
             "teacher": digest(teacher.state_dict()),
             "teacher_input": renormalisation(teacher),
             "views": describe_views(train, views, seed),
         }
-        earlier = _recorded(output, accelerator)
-        if "accuracy" not in earlier:
+        noted = {name: earlier[name] for name in ("accuracy", "source") if name in earlier}
+        if "accuracy" not in noted:
             with closing(batch_source(test, None, accelerator.device, num_workers, name="test")) as source:
-                earlier = {
-                    "accuracy": _measure(network, source, classes, batch_size, accelerator),
-                    "source": dict(about or {}),
-                }
-        with TeacherCacheWriter(output, classes=classes, dtype=dtype, about=facts | earlier) as writer:
+                accuracy = _measure(network, source, classes, batch_size, accelerator)
+            noted = {"accuracy": accuracy, "source": dict(about or {})}
+        with TeacherCacheWriter(output, classes=classes, dtype=dtype, about=facts | noted) as writer:
             missing = np.array([sample for sample in range(len(train)) if sample not in writer], np.int64)
             accelerator.wait_for_everyone()  # no rank may write before all have seen what is missing
             done, ranks = len(train) - len(missing), accelerator.num_processes
@@ -131,7 +128,10 @@ def cache_teacher(
 
 
 def _check_teacher(
-    network: nn.Module, train: IndexedDataset | ImageSet, test: IndexedDataset | ImageSet, device: torch.device
+    network: nn.Module,
+    train: IndexedDataset | LabelledImages,
+    test: IndexedDataset | LabelledImages,
+    device: torch.device,
 ) -> int:
     """Return the teacher's number of classes. Raises TypeError or ValueError if a data set does not fit it."""
     check_storable("teacher", network)
@@ -144,12 +144,12 @@ def _check_teacher(
     return classes
 
 
-def _recorded(output: Path, accelerator: Accelerator) -> dict[str, object]:
-    """Return what an earlier call measured and noted, on every rank alike; empty if there is none."""
+def _recorded(output: Path, accelerator: Accelerator) -> Mapping[str, object]:
+    """Return what an earlier call recorded, on every rank alike; empty if there is none."""
     accelerator.wait_for_everyone()
     found = TeacherCache(output).about if (output / "cache.json").exists() else {}
     accelerator.wait_for_everyone()  # no rank may write a header before all have looked for one
-    return {name: found[name] for name in ("accuracy", "source") if name in found}
+    return found
 
 
 def _measure(network: nn.Module, source: BatchSource, classes: int, batch_size: int, accelerator: Accelerator) -> float:
@@ -168,7 +168,7 @@ def _measure(network: nn.Module, source: BatchSource, classes: int, batch_size: 
 
 
 def _inputs(
-    train: IndexedDataset | ImageSet,
+    train: IndexedDataset | LabelledImages,
     ids: np.ndarray,
     batch_size: int,
     views: int,
@@ -178,18 +178,13 @@ def _inputs(
 ) -> Iterator[tuple[np.ndarray, Iterable[Tensor]]]:
     """Yield the ids of each batch, and its input for each view, or its plain input."""
     parts = [slice(start, start + batch_size) for start in range(0, len(ids), batch_size)]
-    if isinstance(train, ImageSet):
-        images, _ = train.tensors(device)
-        for part in parts:
-            index = torch.from_numpy(ids[part]).to(device)
-            chosen = images[index]
-            plain = (train.views.normalize(chosen),)
-            yield (
-                ids[part],
-                (train.views(chosen, index, seed=seed, epoch=view) for view in range(views)) if views else plain,
-            )
-        return
     with closing(batch_source(train, None, device, num_workers, name="train")) as source:
+        if isinstance(train, LabelledImages):
+            for part, (images, index) in zip(parts, source.raw_images(ids, parts), strict=True):
+                plain = (train.views.normalize(images),)
+                of_epochs = (train.views(images, index, seed=seed, epoch=view) for view in range(views))
+                yield ids[part], of_epochs if views else plain
+            return
         batches = source.epoch([(sample, sample) for sample in ids.tolist()], parts, seed, 0)
         for part, batch in zip(parts, batches, strict=True):
             yield ids[part], (batch.x,)
@@ -198,15 +193,15 @@ def _inputs(
 # --- what a cache is made of ---
 
 
-def digest_without_views(dataset: IndexedDataset | ImageSet) -> str:
-    """Return the `digest` of images and labels, whatever their views; of a few samples for other data sets."""
-    if isinstance(dataset, ImageSet):
-        images, labels = dataset.tensors(torch.device("cpu"))
-        return digest({"images": images, "labels": labels})
-    return digest_of_samples(dataset)
+def digest_without_views(dataset: IndexedDataset | LabelledImages, like: object = None) -> str:
+    """Return `digest_of_samples`, of images whatever their views are."""
+    if isinstance(dataset, LabelledImages):
+        channels = len(dataset.views.mean)
+        dataset = dataset.with_views(Views((0.0,) * channels, (1.0,) * channels))
+    return digest_of_samples(dataset, like if isinstance(like, str) else None)
 
 
-def describe_views(dataset: IndexedDataset | ImageSet, views: int, seed: int) -> dict[str, object] | None:
+def describe_views(dataset: IndexedDataset | LabelledImages, views: int, seed: int) -> dict[str, object] | None:
     """Return all that decides the pixels of K views, as JSON; None for plain images. The normalisation is not part of it."""
     if not views:
         return None
@@ -214,14 +209,15 @@ def describe_views(dataset: IndexedDataset | ImageSet, views: int, seed: int) ->
     return {"count": views, "seed": seed, **own}
 
 
-def view_options(dataset: ImageSet) -> list[str]:
+def view_options(dataset: LabelledImages) -> list[str]:
     """Return the names of the fields of a data set's views that decide which pixels a network sees."""
     return [option.name for option in fields(dataset.views) if option.name not in NORMALISATION]
 
 
-def recorded_accuracy(cache: TeacherCache, test: IndexedDataset | ImageSet) -> float | None:
+def recorded_accuracy(cache: TeacherCache, test: IndexedDataset | LabelledImages) -> float | None:
     """Return the teacher's accuracy in percent that a cache recorded; None if it recorded none, or that of another test set."""
-    if cache.about.get("accuracy") is None or cache.about.get("test_samples") != digest_without_views(test):
+    recorded = cache.about.get("test_samples")
+    if cache.about.get("accuracy") is None or recorded != digest_without_views(test, recorded):
         return None
     return check_percent(f"accuracy in {cache.path}", cache.about["accuracy"])
 
@@ -230,7 +226,7 @@ def recorded_accuracy(cache: TeacherCache, test: IndexedDataset | ImageSet) -> f
 
 
 def check_cache(
-    cache: TeacherCache, method: Method, recipe: Recipe, train: IndexedDataset | ImageSet, classes: int
+    cache: TeacherCache, method: Method, recipe: Recipe, train: IndexedDataset | LabelledImages, classes: int
 ) -> None:
     """Raise ValueError, in one line that names what differs, if a cache cannot be the teacher of a run.
 
@@ -248,7 +244,8 @@ def check_cache(
     _check_unmixed(recipe)
     if cache.classes != classes:
         raise ValueError(f"{cache.path} has logits of {cache.classes} classes, the student gives {classes}")
-    recorded = {"samples": len(train), "train_samples": digest_without_views(train)}
+    earlier = cache.about.get("train_samples")
+    recorded = {"samples": len(train), "train_samples": digest_without_views(train, earlier)}
     for name, own in recorded.items():
         if (there := cache.about.get(name, own)) != own:
             raise ValueError(f"{cache.path} was made from other training data: {name}={there!r} there, {own!r} here")
@@ -256,12 +253,12 @@ def check_cache(
     check_views(cache, train, recipe.seed)
 
 
-def check_views(cache: TeacherCache, train: IndexedDataset | ImageSet, seed: int) -> None:
+def check_views(cache: TeacherCache, train: IndexedDataset | LabelledImages, seed: int) -> None:
     """Raise ValueError unless the views of a cache, if it has any, are those of a run with this training set and seed."""
     if views := count_views(cache):
-        if not isinstance(train, ImageSet):
+        if not isinstance(train, LabelledImages):
             raise ValueError(
-                f"{cache.path} has {views} views of each sample, but train is no ImageSet and has no views"
+                f"{cache.path} has {views} views of each image, but train gives items with transforms of their own"
             )
         there = cache.about.get("views")
         if not isinstance(there, Mapping):
@@ -302,7 +299,7 @@ def count_views(cache: TeacherCache) -> int:
     return max(0, *cache.lengths[:1].tolist())
 
 
-def is_plain_beside_views(cache: TeacherCache, train: ImageSet) -> bool:
+def is_plain_beside_views(cache: TeacherCache, train: LabelledImages) -> bool:
     """Return whether a cache has logits of plain images, while the student's views of them are random."""
     plain = Views(train.views.mean, train.views.std)
     return not count_views(cache) and any(
@@ -351,7 +348,7 @@ class WithTeacherLogits:
 
 
 def _samples(entries: Sequence) -> np.ndarray:
-    """Return the samples of an epoch's entries, int64 (n,): of tensors (index, sample), or of (index, unmixed sample) pairs."""
+    """Return the samples of an epoch's entries, int64 (n,): of arrays (index, sample), or of (index, unmixed sample) pairs."""
     if isinstance(entries, tuple):
-        return entries[1].cpu().numpy()
+        return torch.as_tensor(entries[1]).cpu().numpy()
     return np.array([sample for _, sample in entries], np.int64)
