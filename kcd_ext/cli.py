@@ -44,6 +44,10 @@ COMMANDS = {
         "kcd_ext.commands.teacher:Train",
         "Train a teacher with cross entropy. Pass its run folder to `kcd distill --teacher`.",
     ),
+    "cache": _Command(
+        "kcd_ext.commands.cache:Cache",
+        "Run a teacher once on all training images and store its logits. Pass the folder to `kcd distill --teacher-cache`.",
+    ),
     "report": _Command(
         "kcd_ext.commands.report:Report",
         "Compare runs on one page: tables, curves, knowledge values and the options that differ.",
@@ -69,7 +73,7 @@ COMMANDS = {
         "Print versions, instruction sets and devices, to paste into a bug report.",
     ),
 }
-DISTRIBUTED = ("distill", "teacher")  # run on every rank; the other commands run on rank 0 only
+DISTRIBUTED = ("distill", "teacher", "cache")  # run on every rank; the other commands run on rank 0 only
 HELP_FLAGS = {"-h", "--help"}
 EXIT_INTERRUPTED = 130
 MIN_COLUMNS = 40  # a narrower terminal wraps the lines itself

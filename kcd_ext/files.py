@@ -10,8 +10,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
-from filelock import FileLock, Timeout
-
 from .describe import one_line
 
 Parsed = TypeVar("Parsed")
@@ -92,6 +90,8 @@ def folder_lock(folder: Path) -> Iterator[None]:
         FileExistsError: Another process or thread has locked the folder.
         OSError: The folder cannot be created or is not writable.
     """
+    from filelock import FileLock, Timeout  # of the extra `train`; the rest of this file needs no package
+
     created = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     file = folder.resolve() / LOCK

@@ -827,7 +827,7 @@ def test_invalid_report_argument_is_one_line_and_writes_nothing(arguments, messa
     assert (out, error.count("\n")) == ("", 1) and message in error and names(here) == set()
 
 
-@pytest.mark.parametrize("command", ["distill", "teacher", "report", "evaluate", "demo", "info"])
+@pytest.mark.parametrize("command", ["distill", "teacher", "cache", "report", "evaluate", "demo", "info"])
 def test_help_of_every_command_is_printed(command, capsys):
     assert cli.main([command, "--help"]) == 0
     out = capsys.readouterr().out

@@ -172,6 +172,23 @@ def test_step_follows_protocol(name, options, dtype):
 
 
 @every_variant
+def test_step_from_cached_logits_is_that_with_the_teacher(name, options):
+    it = prepared(name, options)
+    if not it.method.teacher_logits_suffice:
+        pytest.skip("needs more than the teacher's logits")
+    weights = (None, torch.tensor([0.5, 0.0, 2.0, 1.0, 3.0])) if it.method.weighs_samples else (None,)
+    for weight in weights:
+        index = [8, 9, -1, 0, 8]
+        live = [x.clone() for x in numbers_of(it, step(it, index, weight=weight))]
+        with torch.no_grad():
+            logits = it.teacher(it.samples.at(index).x)
+        method, teacher, it.teacher = it.method, it.teacher, None
+        cached = numbers_of(it, step(it, index, weight=weight, teacher_logits=logits))
+        it.method, it.teacher = method, teacher
+        torch.testing.assert_close(cached, live, rtol=1e-5, atol=1e-6)
+
+
+@every_variant
 def test_loss_is_float32_under_autocast(name, options):
     it = prepared(name, options)
     for index in ([1, 2, 3, 4, 5], [3]):

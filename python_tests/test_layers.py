@@ -21,6 +21,7 @@ LAYERS = (
     "exporting",
     "students",
     "methods",
+    "cache",
     "models",
     "loops",
     "data",

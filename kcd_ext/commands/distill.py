@@ -1,15 +1,18 @@
 """The `kcd distill` command: distil a student from a teacher, with one seed or several."""
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Annotated
 
 from tyro.conf import Positional, arg
 
 from .. import models
+from ..cache import TeacherCache
 from ..checks import check_int
 from ..registry import unknown_name_error
 from ..training.recipe import Recipe
 from ..training.setup import build_method
+from ..training.teacher_cache import check_views
 from . import presets, teachers
 from .options import NETWORKS, TEACHER_METHOD, Images, TrainingOptions
 from .study import TEACHER, PlannedRun, Study
@@ -38,6 +41,8 @@ class Distill(TrainingOptions):
     ] = None
     teacher_network: str | None = None
     """The network of the weights in --teacher. None: the one named in the run's folder; for a file that of PRESET or the data."""
+    teacher_cache: Path | None = None
+    """Folder of `kcd cache` with the logits of a teacher, which then does not run at all. Not with --teacher."""
     teacher_lr: float | None = None
     """Learning rate of a teacher that is trained first. None: --lr."""
     student: Annotated[
@@ -79,16 +84,20 @@ class Distill(TrainingOptions):
         first = self.recipe.resolve_method()
         recipes = [replace(first, seed=seed) for seed in range(first.seed, first.seed + self.seeds)]
         student, teacher = self._network("student"), None
-        if build_method(first).needs_teacher:
-            if first.label == TEACHER:
-                raise ValueError(f"name must not be {TEACHER!r}: tables use it for the teacher")
+        needs_teacher = build_method(first).needs_teacher
+        if needs_teacher and first.label == TEACHER:
+            raise ValueError(f"name must not be {TEACHER!r}: tables use it for the teacher")
+        cache = None if self.teacher_cache is None else TeacherCache(self.teacher_cache)
+        if needs_teacher and cache is None:
             teacher = teachers.find(
                 self._network("teacher"), self.teacher_network, self._pair.teacher if self._pair else None
             )
-        self._check_effect(first, teacher)
+        self._check_effect(first, teacher, cache)
+        if cache is not None:
+            check_views(cache, data.train, recipes[-1].seed)  # the last run must not fail after hours
         seeds = dict.fromkeys((recipes[0].seed, recipes[-1].seed))
         output = self.folder(student, first.label, *seeds)
-        runs, teaching = [], {"teacher": teacher}
+        runs, teaching = [], {"teacher": teacher, "teacher_cache": cache}
         if teacher is not None and teacher.origin is None:
             teaching["teacher_folder"] = output / TEACHER
             lr = first.lr if self.teacher_lr is None else self.teacher_lr
@@ -99,13 +108,15 @@ class Distill(TrainingOptions):
             runs.append(PlannedRun(student, recipe, folder, **teaching))
         return self.study_of("kcd distill", data, runs, output)
 
-    def _check_effect(self, recipe: Recipe, teacher: Teacher | None) -> None:
-        """Raise ValueError for teacher options if the method has no teacher, or for `teacher_lr` if it is trained already."""
+    def _check_effect(self, recipe: Recipe, teacher: Teacher | None, cache: TeacherCache | None) -> None:
+        """Raise ValueError for teacher options if the method has no teacher, or for those without effect on a trained one."""
         defaults = self.defaults()
         for name in ("teacher", "teacher_network", "teacher_lr"):
             value = getattr(self, name)
             if value == getattr(defaults, name):
                 continue
+            if cache is not None:
+                raise ValueError(f"{name}={value!r} has no effect with teacher_cache: the teacher does not run")
             if teacher is None:
                 raise ValueError(f"{name}={value!r} has no effect with method {recipe.method!r}, which uses no teacher")
             if name == "teacher_lr" and teacher.origin is not None:

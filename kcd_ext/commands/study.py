@@ -17,6 +17,7 @@ from pathlib import Path
 from torch import nn
 
 from .. import files, processes, terminal
+from ..cache import TeacherCache
 from ..data.images import ImageData
 from ..data.preprocessing import Preprocessing
 from ..data.views import Views
@@ -32,6 +33,7 @@ from ..training.logs import open_log
 from ..training.loop import distill
 from ..training.recipe import Recipe
 from ..training.setup import build_method, check_run
+from ..training.teacher_cache import is_plain_beside_views
 from . import teachers
 from .progress import Bar, note, warnings_as_notes
 from .teachers import Teacher
@@ -51,6 +53,8 @@ class PlannedRun:
     teacher: Teacher | None = None
     teacher_folder: Path | None = None
     """Folder of the earlier run that trains the teacher; None: `teacher` has its weights."""
+    teacher_cache: TeacherCache | None = None
+    """The teacher's logits, instead of `teacher`."""
 
 
 @dataclass(frozen=True)
@@ -128,9 +132,11 @@ class Study:
         """Return the first run of each label. The others differ only in their seed."""
         return list({run.recipe.label: run for run in reversed(self.runs)}.values())[::-1]
 
-    def _networks(self, run: PlannedRun) -> tuple[nn.Module, nn.Module | None]:
+    def _networks(self, run: PlannedRun) -> tuple[nn.Module, nn.Module | TeacherCache | None]:
         """Build student and teacher. A teacher that is not trained yet gets the seed's initial weights."""
         student = teachers.build(run.network, self.data, run.recipe.seed)
+        if run.teacher_cache is not None:
+            return student, run.teacher_cache
         teacher = run.teacher
         if run.teacher_folder is not None and (weights := run.teacher_folder / WEIGHTS).exists():
             # Read the file of the first run, so that every process and every later run gets the same weights.
@@ -161,7 +167,8 @@ class Study:
         for run in self._one_per_label():
             (student, teacher), recipe = self._networks(run), run.recipe
             # The backward pass is counted as two forward passes.
-            passes = [(3, student), (1, teacher if build_method(recipe).needs_teacher else None)]
+            runs_teacher = build_method(recipe).needs_teacher and run.teacher_cache is None
+            passes = [(3, student), (1, teacher if runs_teacher else None)]
             flops[recipe.label] = batch_flops(passes, self.data.train, recipe.batch_size, recipe.device)
         return choose_threads({run.folder: run.recipe.label for run in self.runs}, flops)
 
@@ -177,6 +184,11 @@ class Study:
                 note(
                     f"warning: teacher {teacher.origin} was trained on {other}, not on these images of {self.data.name}"
                 )
+        if any(is_plain_beside_views(run.teacher_cache, self.data.train) for run in self.runs if run.teacher_cache):
+            note(
+                "the teacher cache has the logits of plain images, the student sees random views of them: kcd cache --views stores "
+                "the logits of the same pixels"
+            )
         if line := announcement((run.recipe.label, self.chosen_threads[run.folder]) for run in self.runs):
             note(line)
 
@@ -425,6 +437,7 @@ class Study:
             "teacher_path": self._teacher_path(run),
             "teacher_normalisation": None if normalisation is None else normalisation._asdict(),
             "teacher_run": {} if teacher is None else self._teacher_fingerprint(run),
+            **_about_cache(run.teacher_cache),
             "threads": {other.recipe.label: self.chosen_threads[other.folder].count for other in self.runs},
             "page": {
                 "command": self.command,
@@ -473,6 +486,15 @@ class Study:
         recorded = config.get("test_samples")
         same = recorded == digest_of_samples(images, recorded)
         return "" if same else "other images" if dataset in (None, self.data.name) else dataset
+
+
+def _about_cache(cache: TeacherCache | None) -> dict[str, object]:
+    """Return the entries of "about" on the teacher whose logits a cache has: its network, path and normalisation."""
+    if cache is None:
+        return {}
+    source = cache.about.get("source") or {}
+    known = {name: source[name] for name in source if name.startswith("teacher")}
+    return {**known, "teacher_cache": str(cache.path.absolute())}
 
 
 def _normalisation(views: Views) -> Normalisation:

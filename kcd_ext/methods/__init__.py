@@ -11,7 +11,7 @@ from ..registry import call, resolve
 from .combined import Combined, owners_of, split_name, split_options
 from .method_options import Option
 from .method_options import options_of as _options_of
-from .protocol import Batch, Method, Outcome, Pretraining, entropy
+from .protocol import Batch, Method, Outcome, Pretraining, entropy, teacher_logits
 
 REGISTRY = {
     "at": "kcd_ext.methods.at:AttentionTransfer",
@@ -183,5 +183,6 @@ __all__ = [
     "entropy",
     "options_of",
     "split_name",
+    "teacher_logits",
     "unknown_options",
 ]

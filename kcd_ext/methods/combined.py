@@ -44,6 +44,7 @@ class Combined(Method):
         self.needs_teacher = any(part.needs_teacher for part in self.parts)
         self.weighs_samples = all(part.weighs_samples for part in self.parts)
         self.takes_soft_labels = all(part.takes_soft_labels for part in self.parts)
+        self.teacher_logits_suffice = all(part.teacher_logits_suffice or not part.needs_teacher for part in self.parts)
         self.flops_known = all(part.flops_known for part in self.parts)
         self.compiles_teacher = all(part.compiles_teacher for part in self.parts)
         self.batch_keep = max((part.batch_keep for part in self.parts if part.needs_teacher), default=1.0)

@@ -7,7 +7,7 @@ from torch.nn import functional
 from ..checks import check_bool, check_finite, check_fraction, check_positive
 from .features import at_least_float32, full_precision
 from .kd import standardized
-from .protocol import Batch, Method, Outcome, entropy
+from .protocol import Batch, Method, Outcome, entropy, teacher_logits
 from .selection import select_batch_rows, take_rows
 
 EPSILON = 1e-8  # added to the product of two lengths before it divides, as in the published code
@@ -46,6 +46,7 @@ class StrongerTeacherDistillation(Method):
     """
 
     takes_soft_labels = True
+    teacher_logits_suffice = True
 
     def __init__(
         self,
@@ -68,8 +69,7 @@ class StrongerTeacherDistillation(Method):
         """Return the loss of a batch. `terms` are "inter" and "intra", without weights and T^2."""
         logits = student(batch.x)
         rows = select_batch_rows(logits, self.batch_keep)
-        with torch.no_grad():
-            target = teacher(take_rows(batch.x, rows))
+        target = teacher_logits(teacher, batch, rows)
         with full_precision(logits):
             compared = [standardized(x) if self.standardize else x for x in (take_rows(logits, rows), target)]
             q, p = ((at_least_float32(x) / self.temperature).softmax(1) for x in compared)

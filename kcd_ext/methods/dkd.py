@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from ..checks import check_bool, check_finite, check_fraction, check_int, check_positive
 from .features import at_least_float32, full_precision
 from .kd import standardized
-from .protocol import Batch, Method, Outcome
+from .protocol import Batch, Method, Outcome, teacher_logits
 from .row_losses import outcome_of_rows, warm_up
 from .selection import select_batch_rows, take_rows
 
@@ -47,6 +47,7 @@ class DecoupledKnowledgeDistillation(Method):
     """
 
     weighs_samples = True
+    teacher_logits_suffice = True
 
     def __init__(
         self,
@@ -82,8 +83,7 @@ class DecoupledKnowledgeDistillation(Method):
         """
         logits = student(batch.x)
         rows = select_batch_rows(logits, self.batch_keep)
-        with torch.no_grad():
-            target = teacher(take_rows(batch.x, rows))
+        target = teacher_logits(teacher, batch, rows)
         with full_precision(logits):
             compared = [standardized(x) if self.standardize else x for x in (take_rows(logits, rows), target)]
             tckd, nckd = decoupled_divergences(*compared, take_rows(batch.label, rows), self.temperature)

@@ -2,7 +2,6 @@
 
 import math
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -11,7 +10,7 @@ from ..checks import check_bool, check_finite, check_fraction, check_positive
 from ..losses import condensed_kd_loss
 from ..ops import has_kernels_for
 from .features import at_least_float32, unit_rows
-from .protocol import Batch, Method, Outcome, entropy
+from .protocol import Batch, Method, Outcome, entropy, teacher_logits
 from .selection import select_batch_rows, take_rows
 
 DEVIATION_OFFSET = 1e-7  # added to a standard deviation before it divides, as in the published code
@@ -46,6 +45,7 @@ class KnowledgeDistillation(Method):
     """
 
     weighs_samples = True
+    teacher_logits_suffice = True
     takes_soft_labels = True
 
     def __init__(
@@ -71,16 +71,15 @@ class KnowledgeDistillation(Method):
         """
         logits = student(batch.x)
         rows = select_batch_rows(logits, self.batch_keep)
-        with torch.no_grad():
-            teacher_logits = teacher(take_rows(batch.x, rows))
+        target = teacher_logits(teacher, batch, rows)
         weights = {"temperature": self.temperature, "kd_weight": self.kd_weight, "ce_weight": self.ce_weight}
         weights |= {"label_smoothing": self.label_smoothing, "standardize": self.standardize}
         if batch.weight is None:
-            loss, value, kl = distill_rows(logits, teacher_logits, batch.label, rows, **weights)
+            loss, value, kl = distill_rows(logits, target, batch.label, rows, **weights)
             return Outcome(loss, logits.detach(), value, {"kl": kl.mean()}, kl=of_all_rows(kl, rows))
         # Scaled so that the mean over the batch equals the mean over the selected rows.
-        weights["kd_weight"] = self.kd_weight * len(logits) / len(teacher_logits)
-        losses, value, kl = distill_rows(logits, teacher_logits, batch.label, rows, **weights, reduction="none")
+        weights["kd_weight"] = self.kd_weight * len(logits) / len(target)
+        losses, value, kl = distill_rows(logits, target, batch.label, rows, **weights, reduction="none")
         loss, terms = (batch.weight * losses).mean(), {"kl": kl.mean()}
         return Outcome(loss, logits.detach(), value, terms, losses.detach(), of_all_rows(kl, rows))
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import check_unit_interval, check_used
+from .selection import take_rows
 
 
 class Batch(NamedTuple):
@@ -21,6 +22,8 @@ class Batch(NamedTuple):
     """(b,) int64, indices in the data set; -1 marks a repeat that only pads."""
     weight: Tensor | None = None
     """(b,) float32, the factor of each sample's loss; None: 1 for all."""
+    teacher_logits: Tensor | None = None
+    """(b, classes) float32, the teacher's logits from a cache; None: the teacher is called. Read them with `teacher_logits`."""
 
 
 @dataclass
@@ -74,6 +77,8 @@ class Method(nn.Module):
     """False: a row costs more, or less, than one forward pass of the teacher and one step of the student."""
     compiles_teacher = True
     """False: a recipe's `compile` does not compile the teacher."""
+    teacher_logits_suffice = False
+    """True: `forward` uses the teacher through `teacher_logits` alone, so a teacher cache can replace it."""
     batch_keep = 1.0
     """The fraction of each batch that the teacher runs on."""
 
@@ -141,6 +146,23 @@ class Method(nn.Module):
 
     def release(self) -> None:
         """Undo what `prepare` did to the networks, such as hooks. Called once at the end, also after a failure."""
+
+
+def teacher_logits(teacher: nn.Module | None, batch: Batch, rows: Tensor | None = None) -> Tensor:
+    """Return the teacher's logits for a batch, constants: from the cache if the batch has them, else by calling the teacher.
+
+    Args:
+        teacher: The teacher; None with a teacher cache.
+        batch: The batch.
+        rows: (k,) int64, the rows to return (`selection.select_batch_rows`). None: all b rows.
+
+    Returns:
+        (k, classes).
+    """
+    if batch.teacher_logits is not None:
+        return take_rows(batch.teacher_logits, rows)
+    with torch.no_grad():
+        return teacher(take_rows(batch.x, rows))
 
 
 def entropy(logits: Tensor) -> Tensor:

@@ -147,6 +147,7 @@ class PartialToWholeDistillation(Method):
             if getattr(type(self.base), overridden) is not getattr(Method, overridden):
                 raise ValueError(f"base must be a method that leaves this to pwkd, got {base!r}, which {meaning}")
         self.weighs_samples = self.base.weighs_samples
+        self.teacher_logits_suffice = self.base.teacher_logits_suffice and not self.partial
         self.takes_soft_labels = self.base.takes_soft_labels
         self.compiles_teacher = not self.partial  # each width would compile once more in each mode
         self.flops_known = self.base.flops_known and not self.partial  # a narrow width costs less than the teacher

@@ -138,9 +138,10 @@ def _settings(run: Run) -> dict[str, object]:
     found |= {name: config.get(name) for name in ("train", "test", "precision", "processes")}
     if not about:  # a run of the library does not record the source of its data and networks
         return found | {
-            name: config.get(name) for name in ("train_samples", "test_samples", "teacher", "teacher_input")
+            name: config.get(name)
+            for name in ("train_samples", "test_samples", "teacher", "teacher_input", "teacher_cache")
         }
-    found |= {name: about.get(name) for name in ("dataset", "student", "teacher")}
+    found |= {name: about.get(name) for name in ("dataset", "student", "teacher", "teacher_cache")}
     return found | {f"data.{name}": value for name, value in (about.get("data") or {}).items()}
 
 

@@ -11,5 +11,6 @@ except ImportError as error:
 from .loop import distill
 from .recipe import Condense, Recipe
 from .summary import Summary
+from .teacher_cache import cache_teacher
 
-__all__ = ["Condense", "Recipe", "Summary", "distill"]
+__all__ = ["Condense", "Recipe", "Summary", "cache_teacher", "distill"]

@@ -164,6 +164,12 @@ class ResidentBatches:
             x = self.views.normalize(self.images[sample[part]])
             yield Batch(x, self.labels[sample[part]], index[part])
 
+    def raw_images(self, sample: np.ndarray, batches: Sequence[slice]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield images and sample of every batch of `sample` (n,) int64, unmixed and without views, on the device."""
+        chosen = torch.from_numpy(sample).to(self.device)
+        for part in batches:
+            yield self.images[chosen[part]], chosen[part]
+
     def first(self, count: int) -> Batch:
         """Return the first `count` samples, or all if there are fewer."""
         return next(self.eval_batches(count))
@@ -212,6 +218,11 @@ class StreamedBatches:
         parts = [slice(start, start + batch_size) for start in range(0, len(index), batch_size)]
         for images, own_index, own_sample in self._load(index, sample, parts, {}):
             yield Batch(self.views.normalize(images), self.labels[own_sample], own_index)
+
+    def raw_images(self, sample: np.ndarray, batches: Sequence[slice]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield images and samples as `ResidentBatches.raw_images` does."""
+        for images, chosen, _ in self._load(sample, sample, batches, {}):
+            yield images, chosen
 
     def first(self, count: int) -> Batch:
         """Return the first `count` samples, or all if there are fewer. Raises ValueError if an image cannot be read."""

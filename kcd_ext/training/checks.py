@@ -112,8 +112,8 @@ def check_networks(
     if teacher is not None and not {*map(id, student.parameters())}.isdisjoint(map(id, teacher.parameters())):
         raise ValueError("student and teacher share parameters, so the teacher would be trained too: copy.deepcopy one")
     for part, dataset in ({"train": train} | held_out).items():
-        x, label = _first_sample(part, dataset)
-        classes = {name: _count_classes(name, network, x.to(device), part) for name, network in networks.items()}
+        x, label = first_sample(part, dataset)
+        classes = {name: count_classes(name, network, x.to(device), part) for name, network in networks.items()}
         if classes.get("teacher", classes["student"]) != classes["student"]:
             raise ValueError(
                 f"student and teacher must give logits of the same number of classes, got {classes['student']} and "
@@ -188,7 +188,7 @@ def check_same_state(saved: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> 
             raise ValueError(f"{mismatch} {saved[name].dtype} there, {own[name].dtype} here")
 
 
-def _first_sample(part: str, dataset: IndexedDataset | LabelledImages) -> tuple[Tensor, Tensor]:
+def first_sample(part: str, dataset: IndexedDataset | LabelledImages) -> tuple[Tensor, Tensor]:
     """Return the first sample as a batch of one, and its label; for images, all labels."""
     if isinstance(dataset, LabelledImages):
         image, _ = dataset[0]
@@ -202,7 +202,8 @@ def _first_sample(part: str, dataset: IndexedDataset | LabelledImages) -> tuple[
     return x, flatten_labels(label)
 
 
-def _count_classes(name: str, network: nn.Module, x: Tensor, part: str) -> int:
+def count_classes(name: str, network: nn.Module, x: Tensor, part: str) -> int:
+    """Return the number of classes of a network's logits for a batch of one. Raises ValueError if it gives no logits for it."""
     try:
         with torch.no_grad(), logits_only(name, network.to(x.device)) as output:
             logits = output.network.eval()(x)

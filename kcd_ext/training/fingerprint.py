@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 
+from ..cache import TeacherCache
 from ..data import IndexedDataset
 from ..data.images import ImageSet, LabelledImages
 from ..describe import brief
@@ -23,6 +24,7 @@ PARTIAL = "64 images: "  # before the digest of so many images
 SAMPLES = ("train_samples", "val_samples", "test_samples")  # entries of a fingerprint that are such digests
 RESUMABLE_CHANGES = ("device", "name")  # fields of a recipe that a resumed run may change
 STEP_SIZE_FIELDS = ("batch_size", "gradient_accumulation")  # may change together with the number of processes
+OPTIONAL_ENTRIES = ("val", "teacher_cache")  # of a fingerprint
 
 
 def fingerprint(
@@ -33,14 +35,19 @@ def fingerprint(
     accelerator: Accelerator,
     val: IndexedDataset | LabelledImages | None = None,
     recorded: Mapping[str, str] = MappingProxyType({}),
+    cache: TeacherCache | None = None,
 ) -> dict[str, object]:
     """Return the fingerprint as JSON. It omits the student: a resumed run loads its weights from the checkpoint.
 
-    `recorded` are the digests in SAMPLES of the run to resume. This fingerprint's have the same form.
+    `recorded` are the digests in SAMPLES of the run to resume. This fingerprint's have the same form. With a teacher cache the
+    entries on the teacher are those that the cache recorded.
     """
-    validation = {}
+    validation, cached = {}, {}
     if val is not None:
         validation = {"val": len(val), "val_samples": digest_of_samples(val, recorded.get("val_samples"))}
+    if cache is not None:
+        cached = {name: cache.about.get(name) for name in ("teacher", "teacher_input")}
+        cached["teacher_cache"] = cache.digest
     return {
         "recipe": recipe.as_json(),
         "train": len(train),
@@ -52,6 +59,7 @@ def fingerprint(
         "teacher_input": None if teacher is None else renormalisation(teacher),  # its weights do not show this
         "precision": accelerator.mixed_precision,
         "processes": accelerator.num_processes,
+        **cached,
     }
 
 
@@ -60,7 +68,7 @@ def check_same_run(saved: Mapping, mine: Mapping, path: object) -> None:
     free = RESUMABLE_CHANGES if saved.get("processes") == mine["processes"] else RESUMABLE_CHANGES + STEP_SIZE_FIELDS
     # A version that lacked a field of the recipe trained as its default does.
     recipe = {**Recipe().as_json(), **(saved["recipe"] if isinstance(saved.get("recipe"), Mapping) else {})}
-    names = [name for name in {**mine, "val": None} if name not in ("recipe", "processes")]
+    names = [name for name in dict.fromkeys([*mine, *OPTIONAL_ENTRIES]) if name not in ("recipe", "processes")]
     pairs = [(name, saved.get(name), mine.get(name)) for name in names]
     pairs += [(key, recipe.get(key), value) for key, value in mine["recipe"].items() if key not in free]
     for key, old, new in pairs:

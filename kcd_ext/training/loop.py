@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from ..cache import TeacherCache
 from ..randomness import seeded
 from .diagnosis import check_held_out_logits, has_finite_maximum, teacher_warning
 from .distributed import autocast, broadcast_buffers, gradient_sync, reshard, sum_over_ranks
@@ -113,7 +114,7 @@ def measure_teacher(run: Run) -> None:
 
 def distill(
     student: nn.Module,
-    teacher: nn.Module | None,
+    teacher: nn.Module | TeacherCache | None,
     train: Dataset,
     test: Dataset,
     recipe: Recipe,
@@ -158,6 +159,7 @@ def distill(
         teacher: A network as `student`, or None if the method needs no teacher. It is in evaluation mode, its
             parameters require no gradient during the run, and it ends as the student does. It must share no parameters
             with the student. Its accuracy on `test` is measured once, before training (`Summary.teacher_accuracy`).
+            Or a `TeacherCache` of the training set (`cache_teacher`), for methods that need the teacher's logits alone.
         train: A map-style data set of `(x, label)`. Labels are int64 in [0, classes) and collate to (b,) or (b, 1).
 
             - *Any data set* is loaded item by item. The recipe's `num_workers` processes hold a copy of it for the

@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from .. import methods
+from ..cache import TeacherCache
 from ..condensation import KnowledgeCondenser
 from ..data import IndexedDataset
 from ..data.images import LabelledImages
@@ -26,13 +27,14 @@ from .phases import PRETRAINING_SEED_OFFSET, PretrainingPhase, StudentPhase, Stu
 from .recipe import PRECISIONS, Recipe
 from .rehearsal import Rehearsal
 from .run import Run
+from .teacher_cache import WithTeacherLogits, check_cache, recorded_accuracy
 
 SETUP_SEED = PRETRAINING_SEED_OFFSET - 1  # used instead of an epoch; no epoch has this number
 
 
 def check_run(
     student: nn.Module,
-    teacher: nn.Module | None,
+    teacher: nn.Module | TeacherCache | None,
     train: Dataset,
     test: Dataset,
     recipe: Recipe,
@@ -79,7 +81,7 @@ def open_run(*arguments: object) -> Iterator[Run]:
 def _set_up(
     stack: ExitStack,
     student: nn.Module,
-    teacher: nn.Module | None,
+    teacher: nn.Module | TeacherCache | None,
     train: Dataset,
     test: Dataset,
     recipe: Recipe,
@@ -93,7 +95,8 @@ def _set_up(
     train, test = as_indexed("train", train), as_indexed("test", test)
     val = None if val is None else as_indexed("val", val)
     held_out = {"test": test} | ({} if val is None else {"val": val})
-    if teacher is None and method.needs_teacher:
+    cache, teacher = (teacher, None) if isinstance(teacher, TeacherCache) else (None, teacher)
+    if teacher is None and cache is None and method.needs_teacher:
         raise ValueError(f"teacher must be a torch.nn.Module for method {recipe.method!r}, got None")
     given = {"student": student} | ({} if teacher is None else {"teacher": teacher})
     stack.enter_context(usual_modes())
@@ -107,17 +110,21 @@ def _set_up(
     classes = check_networks(networks["student"], networks.get("teacher"), train, held_out, accelerator.device)
     for hook in outputs.values():
         hook.restrict_to_found_modes()
+    if cache is not None:
+        check_cache(cache, method, recipe, train, classes)
     folder = None
     if output is not None:
         check_storable("student", student)
         recorded = recorded_samples(Path(output)) if resume else {}
-        facts = fingerprint(recipe, teacher, train, test, accelerator, val, recorded)
+        facts = fingerprint(recipe, teacher, train, test, accelerator, val, recorded, cache)
         opened = RunFolder.locked(Path(output), facts, resume, accelerator.is_main_process)
         folder = stack.enter_context(opened)
     stack.callback(method.release)
 
     condenser, sources = _build_data(stack, recipe, train, held_out, accelerator)
     train_source = sources.pop("train")
+    if cache is not None:
+        train_source = WithTeacherLogits(train_source, cache, accelerator.device)
     x = next(iter(train_source.eval_batches(1))).x
     countable = method.flops_known and not any(map(is_sharded, given.values()))
     flops = dict.fromkeys(("student", "teacher"))  # a teacher that the method makes stays None
@@ -150,6 +157,7 @@ def _set_up(
         teacher=called_teacher,
         module=StudentStep(student, method, networks["student"]),
         flops=flops,
+        teacher_accuracy=None if cache is None else recorded_accuracy(cache, test),
     )
     for plan in method.pretraining():
         run.phases.append(PretrainingPhase(run, plan))
