@@ -31,17 +31,18 @@ struct Logits {
 
 struct Problem {
   Logits student, teacher;
-  bool with_teacher, with_labels;
+  bool with_teacher, with_labels;   // with_labels: class indices
   int64_t rows, classes;
   double temperature;
-  const int64_t* labels;   // class indices; null without them.  Without labels, and with probabilities, every row is valid
+  const int64_t* labels;   // without class indices every row is valid
   int64_t ignore_index;
   const int64_t* teacher_row;   // teacher row of each student row, -1 for none; null: rows correspond one to one
   bool soft_labels;             // whether the labels are probabilities
   Logits label_probabilities;
   double label_smoothing;
 
-  KCD_MEMBER bool valid(int64_t i) const { return !with_labels || soft_labels || labels[i] != ignore_index; }
+  KCD_MEMBER bool valid(int64_t i) const { return !with_labels || labels[i] != ignore_index; }
+  KCD_MEMBER bool with_cross_entropy() const { return with_labels || soft_labels; }
   // Whether classes other than a class index have targets, so that the kernels sum over them.
   KCD_MEMBER bool with_targets() const { return soft_labels || label_smoothing > 0; }
   KCD_MEMBER int64_t teacher_row_of(int64_t i) const { return !with_teacher ? -1 : teacher_row ? teacher_row[i] : i; }

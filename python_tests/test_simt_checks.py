@@ -303,7 +303,7 @@ FAULTS = (
         "kcd::rebase(s.targets, shift(s.student.max, student_max))",
         "kcd::rebase(s.targets, FAULT ? Real(0) : shift(s.student.max, student_max))",
         "wrong",
-        "soft_labels",
+        "parts_soft_labels",
     ),
     Fault(
         "the target of a class index is not smoothed",

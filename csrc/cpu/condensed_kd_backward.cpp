@@ -15,7 +15,7 @@ namespace {
 template <class Real>
 void write_gradient_row(const Problem& problem, const Gradient& gradient, const Scale<Real>& scale, int64_t i, int64_t first,
                         int64_t end) {
-  const bool with_ce = problem.with_labels && gradient.ce_factor != 0 && problem.valid(i), with_kd = gradient.selected[i];
+  const bool with_ce = problem.with_cross_entropy() && gradient.ce_factor != 0 && problem.valid(i), with_kd = gradient.selected[i];
   if (gradient.written_as && gradient.written_as[i] == (with_kd ? kWrittenAsSelected : kWrittenAsUnselected)) return;
   if (!with_ce && !with_kd) return write_zeros(gradient_row<Real>(problem, gradient, i, false, 0), first, end - first);
   const Real* stats = static_cast<const Real*>(gradient.stats);

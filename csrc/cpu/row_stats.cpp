@@ -93,7 +93,7 @@ class GradientWriter {
       : problem_(problem),
         gradient_(gradient),
         scale_(scale),
-        with_ce_(problem.with_labels && gradient.ce_factor != 0),
+        with_ce_(problem.with_cross_entropy() && gradient.ce_factor != 0),
         next_(problem.classes) {}
 
   void start_row(int64_t i, const RowPair& row, const RowSums<Real>& sums, const TargetSums<Real>& targets,

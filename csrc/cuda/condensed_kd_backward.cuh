@@ -157,7 +157,7 @@ KCD_DEVICE void write_rows(const BackwardArguments<Real>& a) {
   // From the last row to the first: the rows that the forward pass read last are still cached.
   const int64_t i = p.rows - 1 - (static_cast<int64_t>(blockIdx.x) * block_rows + thread / a.row_threads);
   if (i < 0) return;
-  const bool with_ce = p.with_labels && a.ce_weight != 0 && p.valid(i), with_kd = a.selected[i] != 0;
+  const bool with_ce = (kTargets || p.with_labels) && a.ce_weight != 0 && p.valid(i), with_kd = a.selected[i] != 0;
   const Row out = row_of(a.out, i);
   const RowPart part = row_part(out, static_cast<int>(p.classes), a.parts - 1 - static_cast<int>(blockIdx.y), a.parts);
   if (!with_ce && !with_kd) return write_zeros(out, part, a.row_threads);

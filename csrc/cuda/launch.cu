@@ -178,7 +178,7 @@ RowStatsPlan<Real> plan(const RowStatsParams& params, const DeviceContext& conte
   a.ranking = {params.ranked, params.value_is_double, a.candidate, p.rows};
   if (!params.loss) return plan;
   if (!a.candidate) a.ranking.candidate = a.candidate = workspace.take<uint8_t>(p.rows);
-  if (p.with_labels && !a.outputs.cross_entropy) a.outputs.cross_entropy = workspace.take<Real>(p.rows);
+  if (p.with_cross_entropy() && !a.outputs.cross_entropy) a.outputs.cross_entropy = workspace.take<Real>(p.rows);
   if (plan.separate_selection) {
     a.selection.block_counts = workspace.take<unsigned>(slice_blocks(p.rows, context) * kBuckets);
     plan.reduction.block_sums = workspace.take<LossSums>(slice_blocks(p.rows, context));

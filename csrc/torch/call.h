@@ -131,11 +131,11 @@ class Call {
     require(temperature > 0 && std::isfinite(temperature), "temperature must be > 0 and finite, got ", temperature);
     problem.temperature = temperature;
     problem.ignore_index = ignore_index;
-    problem.with_labels = !is_absent(labels);
+    if (!is_absent(labels)) set_labels(labels);
     require(label_smoothing >= 0 && label_smoothing <= 1, "label_smoothing must be in [0, 1], got ", label_smoothing);
-    require(label_smoothing == 0 || problem.with_labels, "label_smoothing needs labels, got label_smoothing ", label_smoothing);
+    require(label_smoothing == 0 || problem.with_cross_entropy(), "label_smoothing needs labels, got label_smoothing ",
+            label_smoothing);
     problem.label_smoothing = label_smoothing;
-    if (problem.with_labels) set_labels(labels);
     if (!teacher || is_absent(*teacher)) return;
     problem.teacher = make_logits(*teacher, teacher->data<void>());
     problem.with_teacher = true;
@@ -166,6 +166,7 @@ class Call {
  private:
   void set_labels(const View& labels) {
     problem.soft_labels = is_floating(labels);
+    problem.with_labels = !problem.soft_labels;
     if (!problem.soft_labels) {
       problem.labels = static_cast<const int64_t*>(
           contiguous_data(labels, dtypes().int64, problem.rows, "labels must be int64 and contiguous, one per row"));
@@ -231,7 +232,7 @@ inline void check_value(const Call& call, const View& score, Value value) {
   const Problem& p = call.problem;
   require(value >= Value::entropy && value <= Value::score, "value must be 0 to 4, got ", static_cast<int64_t>(value));
   require((value == Value::score) == !is_absent(score), "a score must be passed with value 4, and only then");
-  require(value != Value::cross_entropy || p.with_labels, "value 3 (cross entropy) needs labels");
+  require(value != Value::cross_entropy || p.with_cross_entropy(), "value 3 (cross entropy) needs labels");
   require(p.with_teacher || (value != Value::kl && value != Value::teacher_entropy),
           "values 1 (teacher entropy) and 2 (KL) need a teacher");
   if (value == Value::score)
@@ -279,7 +280,8 @@ struct CondensedKDArguments {
     check_same_device(student, {}, {&teacher, &labels, &score, &row_weight, &rows});
     const Call call(student, &teacher, labels, &rows, options.temperature, options.ignore_index, options.label_smoothing);
     require(call.problem.with_teacher, "teacher logits are missing");
-    require(options.ce_weight == 0 || call.problem.with_labels, "ce_weight needs labels, got ce_weight ", options.ce_weight);
+    require(options.ce_weight == 0 || call.problem.with_cross_entropy(), "ce_weight needs labels, got ce_weight ",
+            options.ce_weight);
     check_value(call, score, value);
     check_row_weight(call, row_weight);
     require(!with_gradient || options.reduction != Reduction::none, "with_gradient needs reduction mean or sum");
@@ -340,9 +342,10 @@ struct ReduceRowsArguments {
     check_same_device(student, {&state}, {&labels, &row_weight, &cross_entropy});
     const Call call(student, nullptr, labels, nullptr, options.temperature, options.ignore_index, options.label_smoothing);
     check_state(call, state);
-    if (call.problem.with_labels)
+    if (call.problem.with_cross_entropy())
       contiguous_data(cross_entropy, call.accumulator(), call.problem.rows, "cross_entropy must come from row_stats");
-    require(options.ce_weight == 0 || call.problem.with_labels, "ce_weight needs labels, got ce_weight ", options.ce_weight);
+    require(options.ce_weight == 0 || call.problem.with_cross_entropy(), "ce_weight needs labels, got ce_weight ",
+            options.ce_weight);
     check_row_weight(call, row_weight);
     return call;
   }
@@ -380,8 +383,8 @@ inline Tensor empty_loss(const Call& call, const LossOptions& options, const Vie
 }
 
 inline Tensor empty_cross_entropy(const Call& call, const View& student) {
-  return call.problem.with_labels ? call.empty_per_row(call.accumulator(), student)
-                                  : Tensor::empty({0}, call.accumulator(), student);
+  return call.problem.with_cross_entropy() ? call.empty_per_row(call.accumulator(), student)
+                                           : Tensor::empty({0}, call.accumulator(), student);
 }
 
 // ---- operators

@@ -148,8 +148,8 @@ void condensed_kd(const CondensedKDArguments& a, const CpuCall& call, void* loss
   const Problem& p = call.problem;
   const auto n = static_cast<size_t>(p.rows);
   std::vector<uint8_t> candidate(n), written_as(a.with_gradient ? n : 0);
-  std::vector<double> cross_entropy(p.with_labels ? n : 0);   // large enough for float or double
-  const Rows rows{state.value(), state.stats(), p.with_labels ? cross_entropy.data() : nullptr, candidate.data()};
+  std::vector<double> cross_entropy(p.with_cross_entropy() ? n : 0);   // large enough for float or double
+  const Rows rows{state.value(), state.stats(), p.with_cross_entropy() ? cross_entropy.data() : nullptr, candidate.data()};
   int64_t* counts = state.counts();
   const int64_t candidates = mark_candidates(p, candidate.data());
   counts[0] = number_to_keep(a.keep.fraction, a.keep.count, candidates);

@@ -38,7 +38,7 @@ void row_stats(StableIValue* stack, uint64_t, uint64_t) {
   const State rows = make_state(call, ranks_by_double(call, a.score), state.mutable_data<void>());
   std::fill_n(rows.data, rows.bytes(), char{0});   // no row is selected yet
   cpu::mark_candidates(call.problem, candidate.mutable_data<uint8_t>());
-  void* cross_entropies = call.problem.with_labels ? cross_entropy.mutable_data<void>() : nullptr;
+  void* cross_entropies = call.problem.with_cross_entropy() ? cross_entropy.mutable_data<void>() : nullptr;
   cpu::row_stats(call, a.score, a.value, {rows.value(), rows.stats(), cross_entropies, candidate.mutable_data<uint8_t>()});
   return_results(stack, state, cross_entropy, candidate);
 }

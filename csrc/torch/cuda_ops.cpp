@@ -81,7 +81,7 @@ void row_stats(StableIValue* stack, uint64_t, uint64_t) {
   const State rows = make_state(call, ranks_by_double(call, a.score), state.mutable_data<void>());
   cuda::clear_state(rows, call.context());   // nothing is selected yet
   cuda::RowStatsParams params = row_stats_params(call, a.score, a.value, rows);
-  if (call.problem.with_labels) params.outputs.cross_entropy = cross_entropy.mutable_data<void>();
+  if (call.problem.with_cross_entropy()) params.outputs.cross_entropy = cross_entropy.mutable_data<void>();
   params.candidate = candidate.mutable_data<uint8_t>();
   run_row_stats(params, a.student, call.context());
   return_results(stack, state, cross_entropy, candidate);

@@ -485,7 +485,7 @@ void run_step(const Case& c, const Report& report) {
   const Memory score = make_scores(c.ranked(), c.rows, Random(6));
   const Tensor soft_labels = make_soft_labels(c);
   const bool with_indices = c.with_labels() && !c.with_soft_labels;
-  Problem problem{student.logits,   teacher.logits, c.with_teacher,     c.with_labels(),
+  Problem problem{student.logits,   teacher.logits, c.with_teacher,     with_indices,
                   c.rows,           c.classes,      c.temperature,      with_indices ? labels.data<int64_t>() : nullptr,
                   kIgnored,         nullptr,        c.with_soft_labels, soft_labels.logits,
                   c.label_smoothing};
@@ -501,7 +501,8 @@ void run_step(const Case& c, const Report& report) {
   const Memory candidate = array<uint8_t>(c.rows), selected = array<uint8_t>(c.rows), counts = array<int64_t>(2);
   const Memory loss = array(real, c.loss_size());
   const bool separate = c.run == Run::separate, with_candidate = separate || c.all_outputs;
-  const bool with_cross_entropy = problem.with_labels && with_candidate, ranked_by_teacher = c.value == Value::teacher_entropy;
+  const bool with_cross_entropy = problem.with_cross_entropy() && with_candidate,
+             ranked_by_teacher = c.value == Value::teacher_entropy;
   const cuda::LossSumParams sum = sum_of(c, row_weight);
   const cuda::FusedLoss fused_loss{c.keep, sum, selected.data<uint8_t>(), loss.data<void>(), counts.data<int64_t>()};
   cuda::RowStatsParams row_stats{};
