@@ -27,7 +27,8 @@ class AttentionTransfer(StageMethod):
 
     Args:
         ce_weight: Weight of the cross entropy, finite; 1 in RepDistiller's comparison.
-        at_weight: Weight of AT, finite; 1000 in the same comparison.
+        at_weight: Weight of AT, finite; 1000 in the same comparison, for images of 32 x 32 pixels. Lower it for smaller maps:
+            AT is of the order of 1 / positions.
         power: Exponent of the activations, finite and >= 1.
         batch_keep: Fraction of each batch that the teacher runs on and whose maps are compared, in (0, 1]: the rows of
             highest student entropy (`selection.select_batch_rows`). 1: all rows.
