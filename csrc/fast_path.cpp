@@ -96,7 +96,7 @@ NewTensor make_gradient(const View& student, const Problem& p) {
 }
 
 using Keep = std::tuple<double, int64_t>;
-using Options = std::tuple<double, double, double, int64_t, int64_t, double>;   // as in the schemas
+using Options = std::tuple<double, double, double, double, int64_t, int64_t, double>;   // as in the schemas
 
 py::object condensed_kd(py::handle student, py::handle teacher, py::handle labels, const Keep& keep, int64_t value,
                         const Options& options, bool with_gradient) {
@@ -105,7 +105,7 @@ py::object condensed_kd(py::handle student, py::handle teacher, py::handle label
   const auto loss_options = std::make_from_tuple<LossOptions>(options);
   const CondensedKDArguments a{
       z, y, targets, none, none, none, keep_options, static_cast<Value>(value), loss_options, with_gradient};
-  require_supported(same_sizes(y, z, z.dim()) && (labels.is_none() || same_sizes(targets, z, z.dim() - 1)));
+  require_supported(same_sizes(y, z, z.dim()) && (labels.is_none() || same_sizes(targets, z, is_floating(targets) ? z.dim() : z.dim() - 1)));
   const Call checked = a.check();
   const Problem& p = checked.problem;
   require_small(p);
@@ -142,7 +142,7 @@ py::object condensed_kd_backward(py::handle grad_output, py::handle student, py:
 
 py::object knowledge(py::handle state, py::handle student) {
   const View z = view(student), bytes = view(state);
-  const Call call(z, nullptr, absent_view(), nullptr, 1, 0);
+  const Call call(z, nullptr, absent_view(), nullptr, 1, 0, 0);
   const State s = check_state(call, bytes);
   const int64_t width = call.accumulator_bytes(), dim = z.dim() - 1;
   const auto copy = [&](const void* array, uint8_t code, int64_t element) {

@@ -34,11 +34,16 @@ struct Problem {
   bool with_teacher, with_labels;
   int64_t rows, classes;
   double temperature;
-  const int64_t* labels;   // without labels every row is valid
+  const int64_t* labels;   // class indices; null without them.  Without labels, and with probabilities, every row is valid
   int64_t ignore_index;
   const int64_t* teacher_row;   // teacher row of each student row, -1 for none; null: rows correspond one to one
+  bool soft_labels;             // whether the labels are probabilities
+  Logits label_probabilities;
+  double label_smoothing;
 
-  KCD_MEMBER bool valid(int64_t i) const { return !with_labels || labels[i] != ignore_index; }
+  KCD_MEMBER bool valid(int64_t i) const { return !with_labels || soft_labels || labels[i] != ignore_index; }
+  // Whether classes other than a class index have targets, so that the kernels sum over them.
+  KCD_MEMBER bool with_targets() const { return soft_labels || label_smoothing > 0; }
   KCD_MEMBER int64_t teacher_row_of(int64_t i) const { return !with_teacher ? -1 : teacher_row ? teacher_row[i] : i; }
 };
 
@@ -55,7 +60,7 @@ enum Stats : int32_t {
   kStudentInverseSum,
   kTeacherMax,
   kTeacherInverseSum,
-  kStudentInverseSum1,
+  kMassPerSum1,   // see mass_per_sum_1; the targets' mass is 1 unless labels are probabilities
   kStatsRows
 };
 
@@ -90,8 +95,8 @@ struct RowOutputs {
   void* teacher_entropy;   // null: not requested
 };
 
-// d loss / d z_i = ce_i (softmax(z_i) - onehot(label_i)) + kd_i (softmax(z_i / T) - softmax(y_i / T)).  A row without either term
-// is not read.
+// d loss / d z_i = ce_i (mass_i softmax(z_i) - t_i) + kd_i (softmax(z_i / T) - softmax(y_i / T)), with the targets t_i and their sum
+// mass_i (math/row_stats.h).  A row without either term is not read.
 struct Gradient {
   const void* stats;            // from the forward pass
   const uint8_t* selected;      // bool (rows,)

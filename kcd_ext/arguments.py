@@ -16,6 +16,7 @@ DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 VALUES = ("entropy", "teacher_entropy", "kl", "cross_entropy")
 REDUCTIONS = ("mean", "sum", "none")
 FLOAT32_MAX = float(torch.finfo(torch.float32).max)
+DEFAULT_IGNORE_INDEX = -100
 TEMPERATURE_RANGE = 1e-18, 1e18  # keeps T, 1/T and T² normal numbers in float32
 
 
@@ -178,11 +179,36 @@ def _check_per_row(name: str, x: Tensor, student: Tensor, class_dim: int) -> Non
         raise ValueError(f"{name} is on {x.device}, student_logits on {student.device}: move one of them")
 
 
+def are_probabilities(labels: Tensor | None) -> bool:
+    """Return whether labels are probabilities (..., C) instead of class indices (...): whether their dtype is floating-point."""
+    return isinstance(labels, Tensor) and labels.is_floating_point()
+
+
 def check_labels(student: Tensor, labels: Tensor, class_dim: int) -> None:
-    """Raise unless `labels` are int64 (...), one class index per row."""
-    if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
-        raise TypeError(f"labels must be an int64 tensor of class indices, got {describe(labels)}")
-    _check_per_row("labels", labels, student, class_dim)
+    """Raise unless `labels` are int64 class indices (...), or floating-point probabilities in the shape of the student."""
+    if not isinstance(labels, Tensor) or labels.dtype not in (torch.int64, *DTYPES):
+        raise TypeError(
+            "labels must be an int64 tensor of class indices, or float32, float64, float16 or bfloat16 probabilities, got"
+            f" {describe(labels)}"
+        )
+    if not are_probabilities(labels):
+        if labels.dim() == student.dim() and labels.shape == student.shape:
+            raise ValueError(
+                f"labels must have one class index per row, shape {_rows_shape(student, class_dim)}, or be floating-point"
+                f" probabilities; got {labels.dtype} of shape {tuple(labels.shape)}: for one-hot labels pass labels.float()"
+            )
+        return _check_per_row("labels", labels, student, class_dim)
+    if labels.layout is not torch.strided:
+        raise TypeError(f"labels must be a strided tensor, got layout {labels.layout}; use labels.to_dense()")
+    if labels.shape != student.shape:
+        raise ValueError(
+            f"labels of a floating-point dtype are probabilities and must have the shape of student_logits,"
+            f" {tuple(student.shape)}, got {tuple(labels.shape)} (class indices are int64)"
+        )
+    if labels.device != student.device:
+        raise ValueError(f"labels are on {labels.device}, student_logits on {student.device}: move one of them")
+    if labels.requires_grad:
+        raise ValueError("labels must not require grad: they are constants; pass labels.detach()")
 
 
 def check_row_weight(student: Tensor, row_weight: Tensor, class_dim: int) -> None:
@@ -254,6 +280,37 @@ def check_weights(kd_weight: float | None, ce_weight: float | None, with_labels:
     return Weights(kd, ce)
 
 
+def check_label_smoothing(label_smoothing: float) -> float:
+    """Return a number in [0, 1] as a float (NumPy's included, bool excluded)."""
+    if not is_number(label_smoothing):
+        raise TypeError(f"label_smoothing must be a number, got {describe(label_smoothing)}")
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing must be in [0, 1], got {brief(label_smoothing)}")
+    return float(label_smoothing)
+
+
+def check_smoothing_is_used(label_smoothing: float, labels: Tensor | None, ce_weight: float, value: object) -> None:
+    """Raise ValueError if label smoothing would have no effect."""
+    if label_smoothing == 0:
+        return
+    if labels is None:
+        raise ValueError(f"label_smoothing={label_smoothing} needs labels, got labels=None")
+    if ce_weight == 0 and not (isinstance(value, str) and value == "cross_entropy"):
+        raise ValueError(
+            f"label_smoothing must be 0 if nothing uses the cross entropy, got {label_smoothing} with ce_weight=0 and a value"
+            " other than 'cross_entropy'"
+        )
+
+
+def check_ignore_index_is_used(ignore_index: int) -> None:
+    """Raise unless `ignore_index` is the default. For probabilities, which have no index to ignore."""
+    if ignore_index != DEFAULT_IGNORE_INDEX:
+        raise ValueError(
+            f"ignore_index must be left at {DEFAULT_IGNORE_INDEX} if labels are probabilities, which have no index to ignore,"
+            f" got {brief(ignore_index)}; a row of zeros adds nothing to the cross entropy"
+        )
+
+
 def check_reduction(reduction: str) -> str:
     """Return a reduction, which must be one of REDUCTIONS."""
     if not isinstance(reduction, str):
@@ -290,17 +347,22 @@ class LossOptions(NamedTuple):
     temperature: float
     keep: Keep
     weights: Weights
+    label_smoothing: float
     ignore_index: int
-    operators: tuple[float, float, float, int, int, float]
-    """Arguments of the raw operators: temperature, kd_weight, ce_weight, ignore_index, index of the reduction, world size."""
+    operators: tuple[float, float, float, float, int, int, float]
+    """Arguments of the raw operators: temperature, kd_weight, ce_weight, label_smoothing, ignore_index, index of the reduction,
+    world size."""
 
 
-def _loss_options(temperature, keep, kd_weight, ce_weight, with_labels, ignore_index, reduction) -> LossOptions:
+def _loss_options(
+    temperature, keep, kd_weight, ce_weight, with_labels, label_smoothing, ignore_index, reduction
+) -> LossOptions:
     temperature, keep = check_temperature(temperature), check_keep(keep)
     weights = check_weights(kd_weight, ce_weight, with_labels)
+    label_smoothing = check_label_smoothing(label_smoothing)
     ignore_index, reduction = check_ignore_index(ignore_index), check_reduction(reduction)
-    operators = (temperature, *weights, ignore_index, REDUCTIONS.index(reduction), 1.0)
-    return LossOptions(temperature, keep, weights, ignore_index, operators)
+    operators = (temperature, *weights, label_smoothing, ignore_index, REDUCTIONS.index(reduction), 1.0)
+    return LossOptions(temperature, keep, weights, label_smoothing, ignore_index, operators)
 
 
 # Options rarely change between steps, and a lookup takes a tenth of the checks' time: this matters if a batch takes 50 us. Typed,
@@ -308,9 +370,20 @@ def _loss_options(temperature, keep, kd_weight, ce_weight, with_labels, ignore_i
 _cached_loss_options = functools.lru_cache(maxsize=128, typed=True)(_loss_options)
 
 
-def check_loss_options(temperature, keep, kd_weight, ce_weight, with_labels, ignore_index, reduction) -> LossOptions:
+def check_loss_options(
+    temperature, keep, value, labels, kd_weight, ce_weight, label_smoothing, ignore_index, reduction
+) -> LossOptions:
     """Check the non-tensor options of `condensed_kd_loss` and return them."""
-    options = (temperature, keep, kd_weight, ce_weight, with_labels, ignore_index, reduction)
+    options = (temperature, keep, kd_weight, ce_weight, labels is not None, label_smoothing, ignore_index, reduction)
+    checked = _look_up_loss_options(*options)
+    if checked.label_smoothing:
+        check_smoothing_is_used(checked.label_smoothing, labels, checked.weights.ce, value)
+    if labels is not None and are_probabilities(labels):
+        check_ignore_index_is_used(checked.ignore_index)
+    return checked
+
+
+def _look_up_loss_options(*options: object) -> LossOptions:
     if torch.compiler.is_compiling():
         return _loss_options(*options)
     try:

@@ -34,6 +34,7 @@ def condensed_kd_loss(
     ce_weight: float | None = None,
     row_weight: Tensor | None = None,
     rows: Tensor | None = None,
+    label_smoothing: float = 0.0,
     ignore_index: int = -100,
     reduction: str = "mean",
     group: "ProcessGroup | None" = None,
@@ -52,7 +53,8 @@ def condensed_kd_loss(
 
     - A *row* is one leading index of the logits: a sample, a token or a pixel.
     - `p = softmax(teacher_logits / T)` and `q = softmax(student_logits / T)`, with `T = temperature`.
-    - `CE_i` is the cross entropy of `softmax(student_logits)` and the row's label.
+    - `CE_i` is the cross entropy of `softmax(student_logits)` and the row's label: a class index or a probability of each
+      class, smoothed by `label_smoothing`.
     - A row is *valid* unless its label is `ignore_index`. Without labels every row is valid.
     - A *candidate* is a valid row that the teacher has scored. Without `rows` these are all valid rows.
 
@@ -75,15 +77,19 @@ def condensed_kd_loss(
             - `"entropy"`: entropy of `softmax(student_logits)`;
             - `"teacher_entropy"`: entropy of `softmax(teacher_logits)`;
             - `"kl"`: the row's KL divergence at temperature `T`;
-            - `"cross_entropy"`: the row's cross entropy, needs `labels`;
+            - `"cross_entropy"`: the row's cross entropy with its label smoothing, needs `labels`;
             - a floating-point tensor of shape `(...)` with one score per row.
-        labels: Class indices, int64 of shape `(...)`. Adds the cross entropy to the loss.
+        labels: Class indices, int64 of shape `(...)`, or probabilities, floating-point in the shape of `student_logits`. Adds
+            the cross entropy to the loss. Probabilities are constants and need not sum to 1. They are read in place under
+            the same conditions as the logits.
         kd_weight: Weight of the distillation term. Default: 1, or 0.9 with `labels` (the paper's recipe).
         ce_weight: Weight of the cross entropy. Default: 0, or 0.1 with `labels`.
         row_weight: Factor of each row's KL divergence. Floating-point or bool tensor of shape `(...)`, treated as constant.
         rows: Indices of the rows that `teacher_logits` holds, int64 of shape `(m,)` without repeats, counted in the
             flattened student. Pass the index of `select_rows`. Entries of -1 are skipped.
-        ignore_index: Label of rows to ignore. Their logits are never read.
+        label_smoothing: A number `s` in [0, 1]. The cross entropy is then taken with the targets `(1 - s) * label + s / C`, as
+            in `torch.nn.functional.cross_entropy`.
+        ignore_index: Label of rows to ignore. Their logits are never read. Must be left at -100 if labels are probabilities.
         reduction: `"mean"` is the formula above. `"sum"` leaves out both divisions. `"none"` returns shape `(...)` with
             `ce_weight * CE_i`, plus `kd_weight * T² * row_weight_i * KL_i` in selected rows.
         group: A `torch.distributed` process group. `keep` and the means then count the rows of all ranks, so that
@@ -134,7 +140,8 @@ def condensed_kd_loss(
         **NaN and infinity.** A candidate whose student or teacher logits contain NaN or +inf, or are all -inf, has value NaN.
         It ranks first, so that the loss shows it. A class adds nothing to the KL divergence if its teacher probability is 0
         even in float64, because the logit is -inf or a large negative mask. An infinite KL divergence counts 0 if
-        `row_weight` or `kd_weight` is 0; NaN stays NaN.
+        `row_weight` or `kd_weight` is 0; NaN stays NaN. A class whose target is 0 adds nothing to the cross entropy, even if
+        its student logit is -inf; `torch.nn.functional.cross_entropy` returns NaN there if labels are probabilities.
 
         **CUDA.** Checking indices would synchronise with the device. A label out of range makes the cross entropy and the
         gradient of its row NaN, an entry of `rows` out of range is skipped, and a row named twice gets a KL divergence of
@@ -145,7 +152,7 @@ def condensed_kd_loss(
         operator with its derivative, for batches of any size. Both refuse `inplace=True`.
     """
     options = arguments.check_loss_options(
-        temperature, keep, kd_weight, ce_weight, labels is not None, ignore_index, reduction
+        temperature, keep, value, labels, kd_weight, ce_weight, label_smoothing, ignore_index, reduction
     )
     result = None
     if not (inplace or torch.compiler.is_compiling()) and row_weight is None and rows is None and group is None:
@@ -189,7 +196,7 @@ def _fast_path(
         return None
     if value == "cross_entropy" and labels is None:
         return None
-    if getattr(teacher, "requires_grad", False) or _has_tangent(student):
+    if getattr(teacher, "requires_grad", False) or getattr(labels, "requires_grad", False) or _has_tangent(student):
         return None
     differentiable = student.requires_grad and torch.is_grad_enabled()
     with_gradient = differentiable and student.dim() > 0 and _gradient_in_forward(student, options)
@@ -234,9 +241,11 @@ def _dispatch(
     student = arguments.classes_last(student, classes)
     if rows is None:
         teacher = arguments.classes_last(teacher, classes)
+    if arguments.are_probabilities(labels):
+        labels = arguments.classes_last(labels, classes)
     differentiable = student.requires_grad and torch.is_grad_enabled()
     if inplace:
-        _check_inplace(student, teacher, differentiable)
+        _check_inplace(student, {"teacher_logits": teacher, "labels": labels}, differentiable)
     if group is not None and ops.is_tracing():
         raise RuntimeError("group is not supported by torch.jit.trace, which records no collectives: leave it None")
 
@@ -245,7 +254,7 @@ def _dispatch(
     teacher = teacher.detach() if teacher.requires_grad else teacher
     inputs = (
         ops.make_readable(teacher),
-        absent if labels is None else labels.contiguous(),
+        absent if labels is None else ops.make_readable_labels(labels),
         absent if isinstance(value, str) else _prepare_score(value, student),
         absent if row_weight is None else row_weight.detach().to(ops.accumulator_dtype(student)).contiguous(),
         absent if rows is None else rows.contiguous(),
@@ -299,10 +308,18 @@ def _run_over_group(
     size, rank = dist.get_world_size(group), dist.get_rank(group)
     teacher, labels, score, row_weight, rows = inputs
     state, cross_entropy, candidate = ops.row_stats(
-        student, teacher, labels, score, rows, options.temperature, value_kind, options.ignore_index
+        student,
+        teacher,
+        labels,
+        score,
+        rows,
+        options.temperature,
+        value_kind,
+        options.ignore_index,
+        options.label_smoothing,
     )
     local_value = ops.unpack_state(state, student, ops.value_dtype(student, score)).value
-    valid = torch.ones_like(candidate) if labels.dtype == torch.bool else labels != options.ignore_index
+    valid = labels != options.ignore_index if labels.dtype == torch.int64 else torch.ones_like(candidate)
 
     local = torch.stack([x.reshape(-1).to(local_value.dtype) for x in (local_value, candidate, valid)])
     gathered = [torch.empty_like(local) for _ in range(size)]
@@ -330,6 +347,7 @@ def select_rows(
     keep: float | int,
     value: str | Tensor = "entropy",
     labels: Tensor | None = None,
+    label_smoothing: float = 0.0,
     ignore_index: int = -100,
     class_dim: int | None = None,
 ) -> tuple[Tensor, Knowledge]:
@@ -344,8 +362,10 @@ def select_rows(
             selects `min(keep, n)`.
         value: What ranks the rows, highest first: `"entropy"`, `"cross_entropy"` (needs `labels`), or a floating-point
             tensor of shape `(...)` with one score per row.
-        labels: Class indices, int64 of shape `(...)`. Rows labelled `ignore_index` are never selected.
-        ignore_index: Label of rows to ignore.
+        labels: Class indices, int64 of shape `(...)`, or probabilities, floating-point in the shape of `student_logits`. Rows
+            labelled `ignore_index` are never selected.
+        label_smoothing: As in `condensed_kd_loss`; only with `value="cross_entropy"`.
+        ignore_index: Label of rows to ignore. Must be left at -100 if labels are probabilities.
         class_dim: Dimension of the classes; the last one by default.
 
     Returns:
@@ -389,7 +409,12 @@ def select_rows(
             f"value must not need the teacher in select_rows, which runs before it; got {value!r}: use condensed_kd_loss"
         )
     checked_keep = arguments.check_keep(keep)
+    label_smoothing = arguments.check_label_smoothing(label_smoothing)
+    arguments.check_smoothing_is_used(label_smoothing, labels, 0, value)
     ignore_index = arguments.check_ignore_index(ignore_index)
+    if arguments.are_probabilities(labels):
+        arguments.check_ignore_index_is_used(ignore_index)
+        labels = arguments.classes_last(labels, classes)
     if ops.is_tracing():
         raise RuntimeError(
             "select_rows is not supported by torch.jit.trace, which would fix the length of the index: use torch.compile or"
@@ -399,13 +424,14 @@ def select_rows(
 
     student = ops.make_readable(arguments.classes_last(student_logits.detach(), classes))
     absent = ops.absent(student_logits)
-    labels = absent if labels is None else labels.contiguous()
+    labels = absent if labels is None else ops.make_readable_labels(labels)
     score, value_kind = (
         (absent, arguments.VALUES.index(value))
         if isinstance(value, str)
         else (_prepare_score(value, student), _SCORE_KIND)
     )
-    state, _, candidate = ops.row_stats(student, absent, labels, score, absent, 1.0, value_kind, ignore_index)
+    options = (1.0, value_kind, ignore_index, label_smoothing)
+    state, _, candidate = ops.row_stats(student, absent, labels, score, absent, *options)
     row_value = ops.unpack_state(state, student, ops.value_dtype(student, score)).value
     selected = ops.select_topk(row_value, candidate, *checked_keep)
     # A stable sort puts the selected rows first, in order. The length depends on the number of rows only.
@@ -429,6 +455,7 @@ class CondensedKDLoss(nn.Module):
         value: What ranks the rows: `"entropy"`, `"teacher_entropy"`, `"kl"` or `"cross_entropy"`. Pass scores to the call.
         kd_weight: Weight of the distillation term. Default: 1, or 0.9 with labels.
         ce_weight: Weight of the cross entropy. Default: 0, or 0.1 with labels.
+        label_smoothing: A number in [0, 1] that smooths the labels of the cross entropy.
         ignore_index: Label of rows to ignore.
         reduction: `"mean"`, `"sum"` or `"none"`.
         group: A `torch.distributed` process group over whose rows to select and average.
@@ -457,6 +484,7 @@ class CondensedKDLoss(nn.Module):
         value: str = "entropy",
         kd_weight: float | None = None,
         ce_weight: float | None = None,
+        label_smoothing: float = 0.0,
         ignore_index: int = -100,
         reduction: str = "mean",
         group: "ProcessGroup | None" = None,
@@ -474,6 +502,7 @@ class CondensedKDLoss(nn.Module):
         for name, weight in (("kd_weight", kd_weight), ("ce_weight", ce_weight)):
             if weight is not None:
                 arguments.check_float32(name, weight)
+        arguments.check_label_smoothing(label_smoothing)
         arguments.check_ignore_index(ignore_index)
         arguments.check_reduction(reduction)
         arguments.check_group(group)
@@ -484,6 +513,7 @@ class CondensedKDLoss(nn.Module):
             "value": value,
             "kd_weight": kd_weight,
             "ce_weight": ce_weight,
+            "label_smoothing": label_smoothing,
             "ignore_index": ignore_index,
             "reduction": reduction,
             "group": group,
@@ -507,7 +537,7 @@ class CondensedKDLoss(nn.Module):
         Args:
             student_logits: Shape `(..., C)`, or with the classes in `class_dim`.
             teacher_logits: Same shape, or `(m, C)` with `rows`.
-            labels: Class indices, int64 of shape `(...)`.
+            labels: Class indices, int64 of shape `(...)`, or probabilities, floating-point in the shape of `student_logits`.
             row_weight: Factor of each row's KL divergence, shape `(...)`.
             rows: Indices of the rows that `teacher_logits` holds, int64 of shape `(m,)`.
             value: Overrides the module's `value`: a name, or a tensor of scores of shape `(...)`.
@@ -545,7 +575,7 @@ def _check_device(student: Tensor) -> None:
     )
 
 
-def _check_inplace(student: Tensor, teacher: Tensor, differentiable: bool) -> None:
+def _check_inplace(student: Tensor, constants: dict[str, Tensor | None], differentiable: bool) -> None:
     if torch.compiler.is_compiling() or ops.is_tracing():
         raise ValueError(
             "inplace=True is not supported under torch.compile, which plans memory itself, nor under torch.jit.trace: leave"
@@ -561,8 +591,9 @@ def _check_inplace(student: Tensor, teacher: Tensor, differentiable: bool) -> No
             f"inplace=True needs student_logits with disjoint rows and adjacent classes in memory, got shape"
             f" {tuple(student.shape)} with strides {student.stride()}"
         )
-    if student.untyped_storage().data_ptr() == teacher.untyped_storage().data_ptr():
-        raise ValueError("inplace=True would overwrite teacher_logits, which share the memory of student_logits")
+    for name, x in constants.items():
+        if x is not None and student.untyped_storage().data_ptr() == x.untyped_storage().data_ptr():
+            raise ValueError(f"inplace=True would overwrite {name}, which share the memory of student_logits")
 
 
 def _overlaps_itself(logits: Tensor) -> bool:

@@ -196,6 +196,11 @@ def make_readable(logits: Tensor) -> Tensor:
     return logits if not is_tracing() and is_readable_in_place(logits) else logits.contiguous()
 
 
+def make_readable_labels(labels: Tensor) -> Tensor:
+    """Return labels as the operators take them: contiguous class indices, or probabilities as `make_readable` returns them."""
+    return make_readable(labels) if labels.is_floating_point() else labels.contiguous()
+
+
 # ---- fake kernels
 
 
@@ -263,7 +268,8 @@ def attach_autograd(
         student: Logits to differentiate with respect to.
         inputs: Teacher, labels, row_weight and rows, as the operators take them; None if absent.
         state: State of `condensed_kd`. Must not be shared: hooks for saved tensors do not see it.
-        options: Temperature, kd_weight, ce_weight, ignore_index, reduction and number of processes of the operators.
+        options: Temperature, kd_weight, ce_weight, label_smoothing, ignore_index, reduction and number of processes of the
+            operators.
         inplace: Whether the gradient overwrites the logits.
         gradient: Gradient for an incoming gradient of 1, if the forward pass computed it. Ownership passes to autograd.
     """
@@ -339,8 +345,11 @@ def _call_backward(operator, grad_output, student, teacher, labels, row_weight, 
         gradient = _compiled.condensed_kd_backward(grad_output, student, teacher, labels, state, options)
         if gradient is not NotImplemented:
             return gradient
-    per_row = (absent(student) if x is None else x.contiguous() for x in (labels, row_weight, rows, state))
-    return operator(grad_output.contiguous(), make_readable(student), make_readable(teacher), *per_row, *options)
+    labels = absent(student) if labels is None else make_readable_labels(labels)
+    per_row = (absent(student) if x is None else x.contiguous() for x in (row_weight, rows, state))
+    return operator(
+        grad_output.contiguous(), make_readable(student), make_readable(teacher), labels, *per_row, *options
+    )
 
 
 def _backward_in_place(grad_output: Tensor, saved: tuple[Tensor | None, ...], options: tuple) -> Tensor:
@@ -396,7 +405,7 @@ def _fallback_setup_context(ctx, inputs, output):
 
 def _fallback_backward(ctx, grad_output, *_):
     gradient = None if grad_output is None else CondensedKDFunction.backward(ctx, grad_output)[0]
-    return gradient, *(None,) * 15
+    return gradient, *(None,) * 16
 
 
 # Compiled graphs, torch.jit.trace and torch.ops call these kernels. Unlike torch.library.register_autograd, they raise

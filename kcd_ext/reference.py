@@ -102,6 +102,17 @@ def _check_indices(labels: Tensor | None, rows: Tensor | None, classes: int, n: 
             raise ValueError(f"rows names row {int((counts > 1).nonzero()[0])} more than once")
 
 
+def _cross_entropy(student: Tensor, labels: Tensor, label_smoothing: float) -> Tensor:
+    """Return -sum_c t_c log pi_c of each row. A class with target 0 adds 0, even if the student rules it out."""
+    if not labels.is_floating_point():
+        if label_smoothing == 0:
+            return -F.log_softmax(student, -1).gather(1, labels[:, None]).squeeze(1)
+        labels = torch.zeros_like(student, requires_grad=False).scatter(1, labels[:, None], 1)
+    target = (1 - label_smoothing) * labels.to(student.dtype) + label_smoothing / student.shape[1]
+    x = student - student.detach().amax(-1, keepdim=True)
+    return target.sum(-1) * x.logsumexp(-1) - torch.where(target == 0, torch.zeros_like(x), target * x).sum(-1)
+
+
 def condensed_kd_loss(
     student_logits: Tensor,
     teacher_logits: Tensor,
@@ -114,6 +125,7 @@ def condensed_kd_loss(
     ce_weight: float | None = None,
     row_weight: Tensor | None = None,
     rows: Tensor | None = None,
+    label_smoothing: float = 0.0,
     ignore_index: int = -100,
     reduction: str = "mean",
     group: "ProcessGroup | None" = None,
@@ -132,11 +144,12 @@ def condensed_kd_loss(
         temperature: Softening temperature.
         keep: How many candidates to select: a fraction in (0, 1] as a float, or a number of rows as an int >= 1.
         value: What ranks the rows: a name, or a tensor of scores of shape `(...)`.
-        labels: Class indices, int64 of shape `(...)`.
+        labels: Class indices, int64 of shape `(...)`, or probabilities, floating-point in the shape of `student_logits`.
         kd_weight: Weight of the distillation term. Default: 1, or 0.9 with `labels`.
         ce_weight: Weight of the cross entropy. Default: 0, or 0.1 with `labels`.
         row_weight: Factor of each row's KL divergence, shape `(...)`. Treated as constant.
         rows: Indices of the rows that `teacher_logits` holds, int64 of shape `(m,)`.
+        label_smoothing: A number in [0, 1] that smooths the labels of the cross entropy.
         ignore_index: Label of rows to ignore.
         reduction: `"mean"`, `"sum"` or `"none"`.
         group: A `torch.distributed` process group over whose rows to select and average.
@@ -166,7 +179,7 @@ def condensed_kd_loss(
         class_dim=class_dim,
     )
     options = arguments.check_loss_options(
-        temperature, keep, kd_weight, ce_weight, labels is not None, ignore_index, reduction
+        temperature, keep, value, labels, kd_weight, ce_weight, label_smoothing, ignore_index, reduction
     )
     if inplace:
         raise ValueError("inplace=True is not supported by the reference: plain autograd needs the logits")
@@ -179,12 +192,14 @@ def condensed_kd_loss(
     accumulator = torch.float64 if student_logits.dtype == torch.float64 else torch.float32
     student = student_logits.reshape(-1, classes).to(accumulator)
     n = student.shape[0]
-    flat_labels = None if labels is None else labels.reshape(-1)
-    _check_indices(flat_labels, rows, classes, n, ignore_index)
+    probabilities = indices = None
+    if arguments.are_probabilities(labels):
+        probabilities = arguments.classes_last(labels, class_dim_index).reshape(-1, classes)
+    elif labels is not None:
+        indices = labels.reshape(-1)
+    _check_indices(indices, rows, classes, n, ignore_index)
 
-    valid = (
-        torch.ones(n, dtype=torch.bool, device=student.device) if flat_labels is None else flat_labels != ignore_index
-    )
+    valid = torch.ones(n, dtype=torch.bool, device=student.device) if indices is None else indices != ignore_index
     candidate = valid
     teacher = teacher_logits.detach().to(accumulator)
     if rows is None:
@@ -199,7 +214,6 @@ def condensed_kd_loss(
 
     # Replace rows that do not count before any formula: a NaN in them would reach the gradients as 0 * NaN.
     safe_student = torch.where(valid[:, None], student, torch.zeros_like(student))
-    log_probabilities = F.log_softmax(safe_student, -1)
     with torch.no_grad():
         entropy = torch.where(valid, _entropy(safe_student), nan)
     zeros = torch.zeros_like(student)
@@ -207,9 +221,9 @@ def condensed_kd_loss(
         safe_teacher = torch.where(candidate[:, None], teacher, zeros)
         kl = _kl(torch.where(candidate[:, None], student, zeros), safe_teacher, options.temperature)
     cross_entropy = torch.zeros_like(nan)
-    if flat_labels is not None:
-        index = torch.where(valid, flat_labels, torch.zeros_like(flat_labels))
-        cross_entropy = -log_probabilities.gather(1, index[:, None]).squeeze(1)
+    if labels is not None:
+        targets = torch.where(valid, indices, torch.zeros_like(indices)) if probabilities is None else probabilities
+        cross_entropy = _cross_entropy(safe_student, targets, options.label_smoothing)
         cross_entropy = torch.where(valid, cross_entropy, torch.zeros_like(cross_entropy))
 
     with torch.no_grad():

@@ -93,6 +93,7 @@ def expected(
     ce_weight=None,
     row_weight=None,
     rows=None,
+    label_smoothing=0.0,
     ignore_index=-100,
     reduction="mean",
     inplace=False,
@@ -105,7 +106,8 @@ def expected(
     n = len(z)
     kd_weight = (1.0 if labels is None else 0.9) if kd_weight is None else kd_weight
     ce_weight = (0.0 if labels is None else 0.1) if ce_weight is None else ce_weight
-    label = None if labels is None else labels.reshape(-1).numpy()
+    soft = labels is not None and labels.is_floating_point()
+    label = None if labels is None or soft else labels.reshape(-1).numpy()
     valid = np.ones(n, bool) if label is None else label != ignore_index
     teacher_row = np.arange(n) if rows is None else np.full(n, -1)
     if rows is not None:
@@ -120,12 +122,18 @@ def expected(
     ce, ce_error = np.zeros(n, REAL), np.zeros(n, REAL)
     softmax = Softmax.of(z[valid_rows], 1.0)
     out["entropy"][valid_rows], error["entropy"][valid_rows] = softmax.entropy(accumulator)
-    onehot = None if label is None else np.arange(classes) == label[valid_rows, None]
-    if label is not None:
-        ce[valid_rows] = -softmax.log[onehot]
+    if labels is not None:
         with np.errstate(invalid="ignore"):
+            given = exact(labels).reshape(-1, classes) if soft else np.arange(classes) == label[valid_rows, None]
+            target = (1 - REAL(label_smoothing)) * given + REAL(label_smoothing) / classes
+            terms = np.where(target == 0, 0, -target * softmax.log)
+            # A class without target adds 0, but NaN is never hidden.
+            ce[valid_rows] = np.where(np.isnan(softmax.log).any(1), REAL("nan"), terms.sum(1))
+            mass, size = target.sum(1, keepdims=True), np.abs(target).sum(1)
             ce_error[valid_rows] = np.where(
-                np.isfinite(ce[valid_rows]), TOLERANCE * unit * (np.abs(ce[valid_rows]) + np.log(classes) + 1), REAL(0)
+                np.isfinite(ce[valid_rows]),
+                TOLERANCE * unit * (np.abs(terms).sum(1) + size * (np.log(classes) + 1)),
+                REAL(0),
             )
     q, p, out["kl"][candidates], error["kl"][candidates] = _kl(
         z[candidates], y[teacher_row[candidates]], temperature, unit
@@ -175,10 +183,11 @@ def expected(
         loss_error = np.abs(ce_weight * over_valid) * ce_error + 4 * unit * np.abs(loss)
         loss_error = loss_error + np.where(counted, np.abs(factor) * error["kl"], 0)
         grad, grad_error = np.zeros_like(z), np.zeros_like(z)
-        if label is not None:
+        if labels is not None:
             a = (g * ce_weight * over_valid)[valid_rows, None]
-            grad[valid_rows] += np.where(a == 0, 0, a * (softmax.p - onehot))
-            grad_error[valid_rows] += np.where(a == 0, 0, np.abs(a) * (softmax.units + onehot))
+            grad[valid_rows] += np.where(a == 0, 0, a * (mass * softmax.p - target))
+            rounding = size[:, None] * softmax.units + np.abs(target)
+            grad_error[valid_rows] += np.where(a == 0, 0, np.abs(a) * rounding)
         chosen = selected[candidates]
         b = (g * kd_weight * REAL(temperature) * weight * over_selected)[selected, None]
         grad[selected] += b * (q.p - p.p)[chosen]

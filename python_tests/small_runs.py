@@ -23,6 +23,7 @@ OPTIONS = {
     "sskd": {"head_epochs": 2, "head_lr": 0.02},
     "pwkd": {"teacher_epochs": 2, "teacher_lr": 0.02, "widths": "0.5,1"},
     "iekd": {"factor_epochs": 2, "factor_lr": 0.02},
+    "crd+kd+fitnet": {"negatives": 12, "dimension": 5},
 }
 
 

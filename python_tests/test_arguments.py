@@ -57,7 +57,41 @@ CASES = [
     (dict(value=torch.zeros(4, dtype=torch.int64)), TypeError, "value must be .* got a torch.int64 tensor"),
     (dict(value=torch.zeros(5)), ValueError, r"value must have one entry per row, shape \(4,\), got \(5,\)"),
     (dict(value="cross_entropy"), ValueError, "value='cross_entropy' needs labels, got labels=None"),
-    (dict(labels=LABELS.float()), TypeError, "labels must be an int64 tensor .* got a torch.float32 tensor"),
+    (
+        dict(labels=LABELS.float()),
+        ValueError,
+        r"labels of a floating-point dtype are probabilities .* \(4, 6\), got \(4,\)",
+    ),
+    (dict(labels=Y[:3]), ValueError, r"labels .* must have the shape of student_logits, \(4, 6\), got \(3, 6\)"),
+    (
+        dict(labels=Y.to(torch.float8_e4m3fn)),
+        TypeError,
+        "labels must be .* probabilities, got a torch.float8_e4m3fn tensor",
+    ),
+    (dict(labels=Y.to("meta")), ValueError, "labels are on meta, student_logits on cpu"),
+    (dict(labels=Y.to_sparse()), TypeError, "labels must be a strided tensor, got layout torch.sparse_coo"),
+    (
+        dict(labels=Y.long()),
+        ValueError,
+        r"labels must have one class index per row, .* for one-hot labels pass labels.float\(\)",
+    ),
+    (dict(labels=Y.clone().requires_grad_()), ValueError, r"labels must not require grad: .* pass labels.detach\(\)"),
+    (
+        dict(labels=Y, ignore_index=5),
+        ValueError,
+        "ignore_index must be left at -100 if labels are probabilities, .* got 5",
+    ),
+    (dict(labels=LABELS, label_smoothing="x"), TypeError, "label_smoothing must be a number, got str 'x'"),
+    (dict(labels=LABELS, label_smoothing=True), TypeError, "label_smoothing must be a number, got bool True"),
+    (dict(labels=LABELS, label_smoothing=1.5), ValueError, r"label_smoothing must be in \[0, 1\], got 1.5"),
+    (dict(labels=LABELS, label_smoothing=-0.1), ValueError, r"label_smoothing must be in \[0, 1\], got -0.1"),
+    (dict(labels=LABELS, label_smoothing=float("nan")), ValueError, r"label_smoothing must be in \[0, 1\], got nan"),
+    (dict(label_smoothing=0.1), ValueError, "label_smoothing=0.1 needs labels, got labels=None"),
+    (
+        dict(labels=LABELS, label_smoothing=0.1, ce_weight=0),
+        ValueError,
+        "label_smoothing must be 0 if nothing uses the cross entropy, got 0.1 with ce_weight=0",
+    ),
     (dict(labels=LABELS.int()), TypeError, "labels must be an int64 tensor .* got a torch.int32 tensor"),
     (dict(labels=[0, 1, 2, 3]), TypeError, "labels must be an int64 tensor .* got list"),
     (dict(labels=LABELS[:3]), ValueError, r"labels must have one entry per row, shape \(4,\), got \(3,\)"),
@@ -199,7 +233,7 @@ ABSENT = torch.empty(0, dtype=torch.bool)
 
 def test_raw_operators_refuse_arguments_that_read_out_of_bounds():
     ops = torch.ops.kcd_ext
-    options = dict(temperature=4.0, kd=1.0, ce=0.0, ignore=-100, reduction=0, ranks=1.0)
+    options = dict(temperature=4.0, kd=1.0, ce=0.0, smoothing=0.0, ignore=-100, reduction=0, ranks=1.0)
     inputs = dict(student=Z, teacher=Y, labels=ABSENT, score=ABSENT, row_weight=ABSENT, rows=ABSENT)
     one = torch.tensor(3.0)
     refused(
@@ -227,6 +261,12 @@ def test_raw_operators_refuse_arguments_that_read_out_of_bounds():
             (dict(temperature=0.0), "temperature must be > 0"),
             (dict(temperature=float("inf")), "temperature must be > 0 and finite"),
             (dict(ce=1.0), "ce_weight needs labels"),
+            (dict(labels=Y[:3]), "labels that are probabilities must have the student's rows and classes"),
+            (dict(labels=Y[:, :5]), "labels that are probabilities must have the student's rows and classes"),
+            (dict(labels=Y.t().contiguous().t()), "classes of a row must be contiguous"),
+            (dict(smoothing=0.1), "label_smoothing needs labels"),
+            (dict(labels=LABELS, smoothing=1.5), "label_smoothing must be in .0, 1., got 1.5"),
+            (dict(labels=LABELS, smoothing=float("nan")), "label_smoothing must be in .0, 1., got nan"),
             (dict(fraction=2.0), "keep_fraction must be in .0, 1., got 2"),
             (dict(fraction=float("nan")), "keep_fraction must be in .0, 1., got nan"),
             (dict(count=-1), "keep_count must be >= 0, got -1"),
@@ -267,7 +307,11 @@ def test_raw_operators_refuse_arguments_that_read_out_of_bounds():
 def test_raw_operators_refuse_state_size_that_overflows():
     """A state has 16 bytes plus 33 per row; this number of rows overflows to 33 bytes in total."""
     rows = 2**64 // 33 + 1
-    student, state, options = Z[:1].expand(rows, -1), torch.zeros(33, dtype=torch.uint8), (4.0, 1.0, 0.0, -100, 0, 1.0)
+    student, state, options = (
+        Z[:1].expand(rows, -1),
+        torch.zeros(33, dtype=torch.uint8),
+        (4.0, 1.0, 0.0, 0.0, -100, 0, 1.0),
+    )
     with pytest.raises(ValueError, match="fewer than 2\\^56 rows"):
         torch.ops.kcd_ext.reduce_rows(student, ABSENT, ABSENT, state, torch.empty(0), *options)
 

@@ -117,7 +117,14 @@ def test_runs_of_several_seeds_write_their_folders_and_one_report(home):
     assert (about["dataset"], about["student"], about["teacher"]) == ("digits", "cnn_small", "cnn_large")
     views = load("digits").train.views
     normalisation = {"mean": [*views.mean], "std": [*views.std]}
-    assert about["data"] == {"spec": "digits", "size": None, "padding": 0, "flip": False, **normalisation}
+    assert about["data"] == {
+        "spec": "digits",
+        "size": None,
+        "augment": "none",
+        "padding": 0,
+        "flip": False,
+        **normalisation,
+    }
     assert about["teacher_normalisation"] == normalisation
     assert np.array_equal(load(**about["data"]).train.images, load("digits").train.images)
 
@@ -328,7 +335,7 @@ def test_every_field_of_the_recipe_has_an_option():
     options += " --condense.keep 0.5 --condense.every 2 --condense.stages 3 --condense.schedule cosine"
     options += " --condense.alpha 0.5 --condense.epsilon 0.25 --condense.no-accumulate --condense.no-convex"
     options += " --condense.selection value --condense.batch-keep 0.75"
-    options += " --condense.warmup 3 --condense.min-per-class 4"
+    options += " --condense.warmup 3 --condense.min-per-class 4 --mixup 0.25 --cutmix 1.5 --label-smoothing 0.125"
     assert parsed("distill", *options.split()).recipe.as_json() == {
         "method": "crd",
         "options": {"dim": "64", "temperature": "0.5", "student_layer": "fc"},
@@ -354,6 +361,9 @@ def test_every_field_of_the_recipe_has_an_option():
         "weight_decay": 0.125,
         "milestones": [0.5, 0.75],
         "gamma": 0.2,
+        "mixup": 0.25,
+        "cutmix": 1.5,
+        "label_smoothing": 0.125,
         "seed": 8,
         "device": "cpu",
         "precision": "bfloat16",
@@ -370,6 +380,36 @@ def test_every_field_of_the_recipe_has_an_option():
 def test_padding_and_flip_options_set_the_views(arguments, views):
     data = parsed("distill", "--data", "digits", *arguments).study().data
     assert (data.train.views.padding, data.train.views.flip) == views
+
+
+@pytest.mark.slow
+def test_augmentation_and_mixing_options_reach_the_run(here, capsys):
+    options = ["--augment", "trivialaugment", "--flip", "--mixup", "0.2", "--cutmix", "1"]
+    assert cli.main(["distill", *SMALL, "--method", "ce", *options, "--output", "run"]) == 0
+    config = json.loads((here / "run" / "config.json").read_text())
+    data = config["about"]["data"]
+    assert (data["augment"], data["padding"], data["flip"]) == ("trivialaugment", 0, True)
+    assert load(**data).train.views.policy == "trivialaugment" and load(**data).test.views.policy is None
+    assert (config["recipe"]["mixup"], config["recipe"]["cutmix"]) == (0.2, 1.0)
+    other = ["--augment", "randaugment", *options[2:]]
+    assert cli.main(["distill", *SMALL, "--method", "ce", *other, "--output", "run", "--resume"]) == 2
+    assert "run with augment='trivialaugment', got augment='randaugment'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--augment", "crop-flip"], "augment='crop-flip' has no effect with padding=0 and flip=False"),
+        (["--augment", "autoaugment"], "augment must be crop-flip, none, randaugment, trivialaugment or None"),
+        (["--augment", "none", "--flip"], "augment='none' means padding=0 and flip=False"),
+        (["--method", "crd", "--cutmix", "1"], "cutmix=1.0 gives every sample the shares of two classes"),
+        (["--mixup", "-1"], "mixup must be a finite number >= 0, got -1.0"),
+    ],
+)
+def test_augmentation_and_mixing_that_do_not_fit_are_refused(here, options, message, capsys):
+    assert cli.main(["distill", "--data", "digits", *options]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line and [*here.iterdir()] == []
 
 
 # Teacher, student and the student's learning rate, from the paper's tables and text.
@@ -441,7 +481,10 @@ BAD = [
     (["--padding", "-1"], "padding must be an integer >= 0, got -1"),
     (["--padding", "8"], "padding must be < 8, the smaller side of the images, got 8"),
     (["--method", "kc-"], "method must have a name after kc-, as in kc-kd, got 'kc-'"),
-    (["--method", "nothing"], "unknown method 'nothing': choose from ce, crd, ie-dml, iekd, kd, kr, pkt, pwkd, sskd"),
+    (
+        ["--method", "nothing"],
+        "unknown method 'nothing': choose from at, ce, crd, dist, dkd, fitnet, ie-dml, iekd, kd, kr, pkt, pwkd, reviewkd, sskd",
+    ),
     (["--method", "kc-nothing"], "unknown method 'kc-nothing'"),
     (["--method", "os:path"], "method 'os:path' must be callable, got module"),
     (["--options", "warmth", "4"], "method 'kd' has no option 'warmth'; it takes temperature, "),

@@ -250,7 +250,15 @@ def test_inplace_gives_same_bits(backend):
             logits(21, 300, dtype=dtype, seed=30),
             torch.arange(21),
         )
-        for options in ({}, {"labels": labels}, {"keep": 0.3}, {"reduction": "none", "keep": 0.5}):
+        soft = probabilities(21, 300)
+        for options in (
+            {},
+            {"labels": labels},
+            {"keep": 0.3},
+            {"reduction": "none", "keep": 0.5},
+            {"labels": labels, "label_smoothing": 0.1},
+            {"labels": soft, "keep": 0.3},
+        ):
             out_of_place = run(backend, student, teacher, **options)
             inplace = run(backend, student, teacher, inplace=True, **options)
             for name in inplace:
@@ -464,6 +472,164 @@ def test_single_class_has_zero_loss(backend):
     assert got["loss"] == 0 and (got["kl"] == 0).all() and (got["entropy"] == 0).all() and (got["grad"] == 0).all()
 
 
+# ---- targets: soft labels and label smoothing
+
+
+def probabilities(rows, classes, *, dtype=torch.float32, seed=70):
+    """Return labels of every kind: most sum to 1; also one-hot, all zeros, sums of 2, and entries that are 0 or negative."""
+    y = logits(rows, classes, dtype=torch.float64, seed=seed).softmax(-1)
+    y[1::5] = torch.nn.functional.one_hot(torch.arange(len(y[1::5])) % classes, classes).double()
+    y[2::5] = 0
+    y[3::5, ::2] = 0
+    y[4::5] *= 2
+    y[4::10, 0] = -0.25
+    return y.to(dtype)
+
+
+@pytest.mark.parametrize("labels", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows, classes", [(3, 1), (7, 5), (11, 129), (5, 4099)])
+def test_soft_labels_match_oracle(backend, dtype, labels, rows, classes):
+    student, teacher = logits(rows, classes, dtype=dtype, seed=71), logits(rows, classes, dtype=dtype, seed=72)
+    soft = probabilities(rows, classes, dtype=labels)
+    for temperature, label_smoothing in ((1.0, 0.0), (4.0, 0.1), (3.0, 1.0)):
+        options = {"labels": soft, "label_smoothing": label_smoothing, "ce_weight": 0.8}
+        check(backend, student, teacher, temperature=temperature, keep=0.6, **options)
+
+
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_smoothing_with_reductions_weights_values_and_rows_matches_oracle(backend, dtype, reduction, soft):
+    student, teacher = logits(33, 19, dtype=dtype, seed=73), logits(33, 19, dtype=dtype, seed=74)
+    options = {"reduction": reduction, "keep": 11, "kd_weight": 0.7, "ce_weight": -1.3, "label_smoothing": 0.2}
+    options |= {"labels": probabilities(33, 19) if soft else torch.arange(33) % 19, "value": "cross_entropy"}
+    if not soft:
+        options["labels"][::5] = options["ignore_index"] = 3
+    accumulator = torch.float64 if dtype == torch.float64 else torch.float32
+    factor = torch.linspace(-2, 3, 33, dtype=accumulator) if reduction == "none" else torch.tensor(-1.7).to(accumulator)
+    check(backend, student, teacher, grad_output=factor, **options)
+    rows = torch.tensor([30, -1, 4, 7])
+    check(backend, student, teacher[:4], grad_output=factor, rows=rows, **options)
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_cross_entropy_equals_that_of_torch(backend, reduction, soft, label_smoothing):
+    student = logits(17, 23, dtype=torch.float64, seed=75)
+    labels = probabilities(17, 23, dtype=torch.float64) if soft else torch.arange(17)
+    if not soft:
+        labels[::4] = -100
+    got = run(
+        backend,
+        student,
+        student,
+        labels=labels,
+        kd_weight=0.0,
+        ce_weight=1.0,
+        reduction=reduction,
+        label_smoothing=label_smoothing,
+    )
+    leaf = student.clone().requires_grad_()
+    want = torch.nn.functional.cross_entropy(leaf, labels, reduction=reduction, label_smoothing=label_smoothing)
+    want.sum().backward()
+    torch.testing.assert_close(got["loss"], want.detach(), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(got["grad"], leaf.grad, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("classes", [64, 5000])
+def test_masked_class_counts_only_with_a_target(backend, dtype, classes):
+    """A class that the student rules out adds 0 without a target, and makes the cross entropy infinite with one."""
+    student, teacher = logits(5, classes, dtype=dtype, seed=76), logits(5, classes, dtype=dtype, seed=77)
+    soft, last = probabilities(5, classes, seed=78), classes - 9
+    student[:, last:] = teacher[:, last:] = -INF
+    soft[:, last:] = 0
+    got = check(backend, student, teacher, labels=soft, reduction="none")
+    assert got["loss"].isfinite().all() and got["grad"].isfinite().all() and (got["grad"][:, last:] == 0).all()
+    part = check(backend, student[:, :last], teacher[:, :last], labels=soft[:, :last], reduction="none")
+    torch.testing.assert_close(got["loss"], part["loss"], rtol=1e-5, atol=1e-6)
+    soft[0, -1] = 0.5
+    soft[1, -1] = -0.5
+    got = check(backend, student, teacher, labels=soft, reduction="none")
+    assert got["loss"][:2].tolist() == [INF, -INF] and got["loss"][2:].isfinite().all()
+    assert got["grad"].isfinite().all()
+    for labels in (soft.clamp(min=0), torch.arange(5)):
+        got = check(backend, student, teacher, labels=labels, label_smoothing=0.1, reduction="none")
+        assert (got["loss"] == INF).all() and got["grad"].isfinite().all()
+
+
+@pytest.mark.parametrize("mask", [-1e30, torch.finfo(torch.float32).min])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_smoothing_over_large_negative_masks_matches_oracle(backend, dtype, mask):
+    student, teacher = logits(4, 4200, dtype=dtype, seed=79, offset=-50), logits(4, 4200, dtype=dtype, seed=80)
+    student[0, :4000] = student[1, 4100:] = student[2, 7] = student[3, ::2] = mask
+    teacher[student == mask] = mask
+    for labels in (torch.arange(4) + 4050, probabilities(4, 4200)):
+        check(backend, student, teacher, labels=labels, label_smoothing=0.1)
+
+
+@pytest.mark.parametrize("classes", [6, 5000])
+def test_nan_in_a_soft_label_reaches_the_loss_and_its_row_alone(backend, classes):
+    student, teacher = logits(5, classes, seed=81), logits(5, classes, seed=82)
+    labels = probabilities(5, classes)
+    labels[3, classes // 2] = NAN
+    for value in ("entropy", "cross_entropy"):
+        got = check(backend, student, teacher, labels=labels, value=value, keep=1, reduction="none")
+        assert got["loss"].isnan().tolist() == got["grad"].isnan().all(1).tolist() == [False] * 3 + [True, False]
+        assert value == "entropy" or got["selected"][3]
+    student[2, 0] = NAN  # a row whose labels are all zeros
+    assert check(backend, student, teacher, labels=labels, reduction="none")["loss"][2].isnan()
+
+
+def test_every_layout_of_soft_labels_equals_contiguous(backend):
+    student, teacher = logits(24, 30, seed=83).view(4, 6, 30), logits(24, 30, seed=84).view(4, 6, 30)
+    base = probabilities(96, 60).view(8, 12, 60)
+    for labels in (
+        base[:4, :6, :30],  # rows at two strides
+        base[:4, 1:7, 3:33],  # not aligned
+        base[::2, ::2, ::2],  # classes not adjacent
+        base[0, 0, :30].expand(4, 6, 30),  # one row for all
+        base.permute(1, 0, 2)[:4, :6, :30],
+        surround(base[:4, :6, :30].contiguous()),
+        surround(base[:4, :6, :30].half(), 1, 2),
+    ):
+        options = {"keep": 0.5, "label_smoothing": 0.1}
+        got = check(backend, student, teacher, labels=labels, **options)
+        contiguous = run(backend, student, teacher, labels=labels.contiguous(), **options)
+        for name in got:
+            assert_same(backend, got[name], contiguous[name], name)
+
+
+def test_soft_labels_follow_the_class_dimension(backend):
+    student, teacher = logits(6, 40, seed=85).view(2, 3, 5, 8), logits(6, 40, seed=86).view(2, 3, 5, 8)
+    labels = probabilities(80, 3).view(2, 5, 8, 3).permute(0, 3, 1, 2)
+    options = {"keep": 0.5, "ce_weight": 0.6, "label_smoothing": 0.1}
+    got = run(backend, student, teacher, labels=labels, class_dim=1, **options)
+    moved = [x.movedim(1, -1) for x in (student, teacher, labels)]
+    want = check(backend, *moved[:2], labels=moved[2], **options)
+    want["grad"] = want["grad"].movedim(-1, 1)
+    for name in got:
+        assert_same(backend, got[name], want[name], name)
+
+
+def test_empty_batch_of_soft_labels_has_zero_loss(backend):
+    got = run(backend, torch.zeros(3, 0, 5), torch.zeros(3, 0, 5), labels=torch.zeros(3, 0, 5), label_smoothing=0.1)
+    assert got["loss"] == 0 and got["grad"].shape == (3, 0, 5)
+
+
+@pytest.mark.parametrize("dtype, classes", [(torch.float32, 1003), (torch.float64, 517), (torch.bfloat16, 1003)])
+def test_large_gradient_of_soft_labels_equals_that_of_small_batch(backend, dtype, classes):
+    rows = 9_000_000 // (classes * dtype.itemsize) + 1
+    student, teacher = logits(rows, classes, dtype=dtype, seed=87), logits(rows, classes, dtype=dtype, seed=88)
+    options = {"reduction": "sum", "label_smoothing": 0.1}
+    labels, last = probabilities(rows, classes), slice(rows - 40, rows)
+    full = run(backend, student, teacher, labels=labels, **options)
+    part = run(backend, student[last], teacher[last], labels=labels[last], **options)
+    assert_same(backend, full["grad"][last], part["grad"])
+
+
 # ---- rows: a teacher that ran on some rows
 
 
@@ -543,6 +709,8 @@ def test_row_shared_by_threads_is_bit_identical(dtype, two_pass):
             {"keep": 1, "value": "teacher_entropy", "temperature": 1.3},
             {"labels": labels, "ignore_index": 5},
             {"labels": labels, "rows": torch.tensor([2, 0]), "reduction": "sum"},
+            {"labels": labels, "label_smoothing": 0.1},
+            {"labels": probabilities(4, classes), "keep": 2, "value": "cross_entropy", "label_smoothing": 0.2},
         ):
             given_teacher = teacher[[2, 0]] if "rows" in options else teacher
             runs = []
@@ -572,9 +740,16 @@ def test_random_inputs_match_oracle(backend, data):
         "keep": data.draw(st.one_of(st.floats(0.01, 1.0), st.integers(1, 9)), label="keep"),
         "reduction": data.draw(st.sampled_from(["mean", "sum", "none"]), label="reduction"),
     }
-    if data.draw(st.booleans(), label="labelled"):
+    kind = data.draw(st.sampled_from(["none", "indices", "probabilities"]), label="kind of labels")
+    if kind == "indices":
         label = st.one_of(st.just(-100), st.integers(0, classes - 1))
         options["labels"] = torch.tensor(data.draw(st.lists(label, min_size=rows, max_size=rows), label="labels"))
+    elif kind == "probabilities":
+        probability = st.one_of(st.just(0.0), st.floats(0, 1, width=16))
+        drawn = data.draw(st.lists(probability, min_size=rows * classes, max_size=rows * classes), label="labels")
+        options["labels"] = torch.tensor(drawn).view(rows, classes)
+    if kind != "none":
+        options["label_smoothing"] = data.draw(st.sampled_from([0.0, 0.1, 1.0]), label="label_smoothing")
     check(backend, student, teacher, **options)
 
 

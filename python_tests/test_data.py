@@ -318,7 +318,11 @@ def test_image_data_refuses_bad_arguments_and_names_the_data_set():
             ValueError,
             "test must have views with padding",
         ),
-        ({"test": ImageSet(images, labels, replace(views, padding=1))}, ValueError, "got padding=1 and flip=False"),
+        (
+            {"test": ImageSet(images, labels, replace(views, padding=1))},
+            ValueError,
+            "got padding=1, flip=False and policy=None",
+        ),
         ({"class_names": ["a"]}, TypeError, "class_names must be a tuple of strings"),
         ({"class_names": ("a",)}, ValueError, "class_names must be 4 names, got 1"),
     ):

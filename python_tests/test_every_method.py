@@ -1,4 +1,5 @@
-"""Requirements for every method of the registry. A newly registered method is tested without adding a line here."""
+"""Requirements for every method of the registry, and for sums of methods. A newly registered method is tested without adding a
+line here."""
 
 import copy
 import functools
@@ -34,16 +35,26 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 SAMPLES = 23
 # Options that exercise other paths through a method.
 VARIANTS = {
-    "iekd": {"batch_keep": 0.5, "kd_weight": 1, "split": "permuted"},
-    "ie-dml": {"distance": "cosine"},
-    "kr": {"batch_keep": 0.4, "kd_weight": 0.5},
+    "iekd": {"batch_keep": 0.5, "kd_weight": 1, "split": "permuted", "standardize": True},
+    "ie-dml": {"distance": "cosine", "standardize": True},
+    "kr": {"batch_keep": 0.4, "kd_weight": 0.5, "standardize": True},
+    "sskd": {"batch_keep": 0.4, "standardize": True},
+    "kd": {"batch_keep": 0.4, "standardize": True},
+    "dkd": {"standardize": True},
+    "dist": {"standardize": True},
+    "at": {"power": 3},
+    "fitnet": {"relu": False, "label_smoothing": 0.1},
+    "reviewkd": {"mid_channels": 3, "warmup": 0},
 }
+COMBINATIONS = ("kd+at", "dkd+reviewkd", "crd+kd+fitnet")
+NAMES = (*methods.REGISTRY, *COMBINATIONS)
 EVERY = [
-    *((name, {}) for name in methods.REGISTRY),
-    *((name, {"batch_keep": 0.4}) for name in methods.REGISTRY if not methods.unknown_options(name, ["batch_keep"])[0]),
+    *((name, {}) for name in NAMES),
+    *((name, {"batch_keep": 0.4}) for name in NAMES if not methods.unknown_options(name, ["batch_keep"])[0]),
     *VARIANTS.items(),
 ]
-every_method = pytest.mark.parametrize("name", methods.REGISTRY)
+every_method = pytest.mark.parametrize("name", NAMES)
+every_registered = pytest.mark.parametrize("name", methods.REGISTRY)
 every_variant = pytest.mark.parametrize(("name", "options"), EVERY)
 
 
@@ -291,7 +302,7 @@ def test_loss_and_terms_fall_in_training(name, options):
 # --- options ----------------------------------------------------------------------------------------------------
 
 
-@every_method
+@every_registered
 def test_source_and_options_are_documented(name):
     method = type(methods.build(name))
     assert inspect.getdoc(method) and method.__doc__ is not methods.Method.__doc__
@@ -302,7 +313,7 @@ def test_source_and_options_are_documented(name):
         assert option.text, option.name
 
 
-@every_method
+@every_registered
 def test_invalid_option_is_named(name):
     parameters = inspect.signature(type(methods.build(name))).parameters.values()
     named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
@@ -366,7 +377,7 @@ def test_resumed_run_ends_in_same_state(name, condense, tmp_path):
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
-@pytest.mark.parametrize("name", mostly_slow(methods.REGISTRY, kept=["crd"]))
+@pytest.mark.parametrize("name", mostly_slow(NAMES, kept=["crd"]))
 def test_run_on_two_ranks_finishes(name, tmp_path):
     """With two ranks every parameter must contribute to the loss."""
 

@@ -71,6 +71,9 @@ def test_fast_path_equals_operators_bit_for_bit(dtype, keep, reduction):
             {"temperature": 1},
             {"temperature": 3.3, "labels": labels.view(shape[:-1]), "value": "cross_entropy"},
             {"labels": labels.view(shape[:-1]) % 17, "kd_weight": 0.0, "ce_weight": 2, "ignore_index": 5},
+            {"labels": logits(*shape, seed=3).softmax(-1), "label_smoothing": 0.1, "value": "cross_entropy"},
+            {"labels": logits(*shape, dtype=torch.float64, seed=3).softmax(-1)},
+            {"labels": labels.view(shape[:-1]), "label_smoothing": 0.2},
             {"value": "kl"},
             {"value": "teacher_entropy"},
         ):
@@ -183,7 +186,11 @@ def test_invalid_calls_raise_the_errors_of_the_operators():
     student, teacher = logits(6, 17), logits(6, 17, seed=1)
     for options, error in (
         ({"labels": torch.full((6,), 17)}, IndexError),
-        ({"labels": torch.ones(6)}, TypeError),
+        ({"labels": torch.ones(6)}, ValueError),
+        ({"labels": torch.ones(6, 17, dtype=torch.int64)}, ValueError),
+        ({"labels": torch.ones(6, 17).requires_grad_()}, ValueError),
+        ({"labels": torch.ones(6, 17, dtype=torch.float8_e4m3fn)}, TypeError),
+        ({"labels": torch.zeros(6, dtype=torch.int64), "label_smoothing": 2}, ValueError),
         ({"labels": torch.ones(5, dtype=torch.int64)}, ValueError),
         ({"value": "cross_entropy"}, ValueError),
         ({"value": "loss"}, ValueError),

@@ -21,11 +21,14 @@ RANKS, ROWS, CLASSES = 2, 12, 7
 WORLDS = {"cpu": ("cpu", "gloo", 2), "cuda": ("cuda", "gloo", 2), "cuda_nccl": ("cuda", "nccl", 1)}
 NAMES = ("value", "entropy", "kl", "selected")
 
+SOFT_LABELS = torch.linspace(-50, 50, RANKS * ROWS * CLASSES).sin().view(RANKS * ROWS, CLASSES).softmax(-1)
 CASES = {
     "defaults": {"keep": 0.5},
     "all": {},
     "more rows than one rank has": {"keep": ROWS + 3},
     "labels": {"keep": 0.4, "labels": True},
+    "smoothed labels": {"keep": 0.4, "labels": True, "label_smoothing": 0.1},
+    "soft labels": {"keep": 0.4, "labels": SOFT_LABELS, "label_smoothing": 0.1, "value": "cross_entropy"},
     "sum": {"keep": 5, "labels": True, "reduction": "sum"},
     "none": {"keep": 0.3, "reduction": "none"},
     "tied scores": {"keep": 7, "value": torch.tensor([1.0, 2.0] * ROWS)},

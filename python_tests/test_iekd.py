@@ -15,6 +15,7 @@ from torch import nn
 
 from kcd_ext import files, methods
 from kcd_ext.methods import Batch, features
+from kcd_ext.methods.features import pool_to_common_size
 from kcd_ext.methods.iekd import (
     FactorAutoEncoder,
     FactorCoder,
@@ -22,7 +23,6 @@ from kcd_ext.methods.iekd import (
     cosine_distance,
     l1_distance,
     opposite_l1_distance,
-    pool_to_common_size,
 )
 from kcd_ext.training import Condense, Recipe, checkpoint, distill
 
@@ -36,6 +36,8 @@ COMMON = {
     "split": "natural",
     "split_seed": 0,
     "student_layer": None,
+    "label_smoothing": 0,
+    "standardize": False,
 }
 DEFAULTS = {
     "iekd": COMMON

@@ -504,7 +504,7 @@ def test_validation_images_are_checked():
             assemble("x", **parts, num_classes=4, val=val)
     data = load("digits", val_fraction=0.5)
     with pytest.raises(
-        ValueError, match="val must have views with padding=0 and flip=False, got padding=0 and flip=True"
+        ValueError, match="val must have views with padding=0, flip=False and policy=None, got padding=0, flip=True"
     ):
         replace(data, val=data.val.with_views(replace(data.val.views, flip=True)))
     with pytest.raises(ValueError, match="resize must be one of"):

@@ -34,6 +34,8 @@ DEFAULTS = {
     "batch_keep": 1,
     "student_layers": None,
     "teacher_layers": None,
+    "label_smoothing": 0,
+    "standardize": False,
 }
 
 

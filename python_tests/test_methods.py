@@ -66,7 +66,13 @@ PUBLISHED = {
     },
 }
 PARTLY_REBUILT = ("iekd",)
-OUR_DEFAULTS = {"batch_keep": 1, "student_layer": None, "teacher_layer": None}  # not in the published code
+OUR_DEFAULTS = {
+    "batch_keep": 1,
+    "label_smoothing": 0,
+    "standardize": False,
+    "student_layer": None,
+    "teacher_layer": None,
+}  # not in the published code
 SAMPLES, CLASSES, PIXELS = 23, 4, 5
 OPTIONS = {"crd": {"dimension": 5, "negatives": 11}, "sskd": {"head_epochs": 2}}
 
@@ -853,7 +859,7 @@ def test_build_error_lists_valid_options():
         match=r"method 'kd' has no option 'temprature': did you mean temperature\? It takes temperature, kd_weight, ce_w",
     ):
         methods.build("kd", {"temprature": 4})
-    with pytest.raises(TypeError, match="method 'ce' has no option 'batch_keep'; it takes none"):
+    with pytest.raises(TypeError, match="method 'ce' has no option 'batch_keep'; it takes label_smoothing"):
         methods.build("ce", {"batch_keep": 0.5})
     with pytest.raises(TypeError, match="Method, got Counter"):
         methods.build("collections:Counter", {"of": 1})  # Counter takes any keyword

@@ -679,7 +679,15 @@ def simt_operators():
 def test_operators_support_huge_strides(simt_operators):
     """Call the operators, in place, on sequences of tokens whose rows are more than 2^32 elements apart."""
     shape = (2, 3, 40)
-    options = (2.0, 0.5, 0.25, -100, 0, 1.0)  # temperature, kd_weight, ce_weight, ignore_index, mean, ranks
+    options = (
+        2.0,
+        0.5,
+        0.25,
+        0.1,
+        -100,
+        0,
+        1.0,
+    )  # temperature, kd_weight, ce_weight, label_smoothing, ignore_index, mean, ranks
     generator = torch.Generator().manual_seed(1)
     labels, absent = torch.randint(40, (2, 3), generator=generator), torch.empty(0, dtype=torch.bool)
 

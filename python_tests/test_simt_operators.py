@@ -89,19 +89,23 @@ def test_simt_labels_and_rows_out_of_range_give_nan(backend, dtype, classes):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("reduction", [0, 1, 2])
-def test_simt_operators_of_a_process_group_match_the_cpu(backend, dtype, reduction):
+@pytest.mark.parametrize("reduction, label_smoothing, soft", [(0, 0.0, False), (1, 0.2, False), (2, 0.1, True)])
+def test_simt_operators_of_a_process_group_match_the_cpu(backend, dtype, reduction, label_smoothing, soft):
     """Compare row_stats, select_topk and reduce_rows with the CPU's, and the gradient from the counts of all ranks."""
     student, teacher = logits(5000, 11, dtype=dtype, seed=7), logits(5000, 11, dtype=dtype, seed=8)
     labels = torch.arange(5000) % 11
     labels[::7] = -100
+    if soft:
+        labels = logits(5000, 11, seed=10).softmax(-1)
     weight = torch.rand(5000, dtype=dtype, generator=torch.Generator().manual_seed(9))
     given = (student, teacher, labels, weight, torch.tensor([4000, 9000]), ABSENT)
-    options = (3.0, 0.7, 0.4, -100, reduction, 2.0)
+    options = (3.0, 0.7, 0.4, label_smoothing, -100, reduction, 2.0)
 
     def results(device):
         student, teacher, labels, weight, counts, absent = (copy_to_device(x, device) for x in given)
-        state, cross_entropy, candidate = ops.row_stats(student, teacher, labels, absent, absent, options[0], 2, -100)
+        state, cross_entropy, candidate = ops.row_stats(
+            student, teacher, labels, absent, absent, options[0], 2, -100, options[3]
+        )
         rows = ops.unpack_state(state, student, dtype)
         selected = ops.select_topk(rows.value, candidate, 0.3, 0)
         state = ops.with_selection(state, counts, selected)
@@ -136,7 +140,7 @@ def test_simt_rejects_mismatched_rows_before_launching(backend):
     context, device = in_place(backend)
     student = logits(4, 6, seed=11).to(device)
     with context, pytest.raises(ValueError, match="same number of rows"):
-        ops.condensed_kd(student, student[:2], *(ABSENT,) * 4, 0.5, 0, 0, 4.0, 1.0, 0.0, -100, 0, 1.0, False)
+        ops.condensed_kd(student, student[:2], *(ABSENT,) * 4, 0.5, 0, 0, 4.0, 1.0, 0.0, 0.0, -100, 0, 1.0, False)
 
 
 @pytest.mark.cuda_on_cpu

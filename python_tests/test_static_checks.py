@@ -12,6 +12,7 @@ pytestmark = pytest.mark.cuda_on_cpu
 # Register limits per thread, on every architecture. A multiprocessor has 65536 registers; a warp gets them in units of 256.
 # 80: 768 threads per multiprocessor, as three blocks of 256 or as one large block that ranks many rows.
 # 64: four blocks of 256.
+# 128: two blocks of 256.
 # 168 (float64): one block of 256; on most GPUs its arithmetic, not its loads, takes the time.
 # 48: five blocks of 256; their loads are scattered, so only other warps can hide the latency.
 # 32: all 2048 threads of a multiprocessor.
@@ -20,6 +21,10 @@ REGISTERS = {
     "forward_rows<double>": 168,
     "backward_rows<float>": 64,
     "backward_rows<double>": 168,
+    "forward_rows_with_targets<float>": 128,
+    "forward_rows_with_targets<double>": 168,
+    "backward_rows_with_targets<float>": 128,
+    "backward_rows_with_targets<double>": 168,
     "reduce_rows<float>": 80,
     "reduce_rows<double>": 80,
     "select_by_one_block": 48,

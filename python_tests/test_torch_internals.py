@@ -52,7 +52,7 @@ for derivative in (
         continue
     raise AssertionError("an unsupported derivative was computed")
 absent = [torch.empty(0, dtype=torch.bool)] * 4
-raw = torch.ops.kcd_ext.condensed_kd(leaf, y, *absent, 0.5, 0, 0, 4.0, 1.0, 0.0, -100, 0, 1.0, False)
+raw = torch.ops.kcd_ext.condensed_kd(leaf, y, *absent, 0.5, 0, 0, 4.0, 1.0, 0.0, 0.0, -100, 0, 1.0, False)
 torch.testing.assert_close(torch.autograd.grad(raw[0], leaf)[0], wanted[0])
 with kcd_ext.torch_internals.untraced():
     print(kcd_ext.torch_internals.dispatch_is_plain(), kcd_ext.torch_internals.BelowAutograd is not None)

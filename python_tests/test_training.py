@@ -1074,7 +1074,7 @@ class Broken(nn.Linear):
             {},
             {"method": "pkd"},
             ValueError,
-            "unknown method 'pkd': did you mean pwkd\\? Choose from ce, crd, ie-dml, iekd, kd, kr, pkt, pwkd, sskd",
+            "unknown method 'pkd': did you mean pwkd\\? Choose from at, ce, crd, dist, dkd, fitnet, ie-dml, iekd, kd, kr, ",
         ),
         ({}, {"precision": "float16"}, ValueError, "precision 'float16' needs CUDA, but the device is cpu"),
         ({}, {"options": {"temperature": 0.0}}, ValueError, "temperature must be a finite number > 0"),

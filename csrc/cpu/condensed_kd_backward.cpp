@@ -17,10 +17,7 @@ void write_gradient_row(const Problem& problem, const Gradient& gradient, const 
                         int64_t end) {
   const bool with_ce = problem.with_labels && gradient.ce_factor != 0 && problem.valid(i), with_kd = gradient.selected[i];
   if (gradient.written_as && gradient.written_as[i] == (with_kd ? kWrittenAsSelected : kWrittenAsUnselected)) return;
-  char* out = const_cast<char*>(gradient.out.row(i));
-  if (!with_ce && !with_kd) {
-    return write_zeros(GradientRow<Real>{problem.student.type, gradient.streaming, out, -1, 0}, first, end - first);
-  }
+  if (!with_ce && !with_kd) return write_zeros(gradient_row<Real>(problem, gradient, i, false, 0), first, end - first);
   const Real* stats = static_cast<const Real*>(gradient.stats);
   const Real* row_weight = static_cast<const Real*>(gradient.row_weight);
   const Real* grad_output = static_cast<const Real*>(gradient.grad_output);
@@ -31,9 +28,9 @@ void write_gradient_row(const Problem& problem, const Gradient& gradient, const 
   const Real ce = static_cast<Real>(g * gradient.ce_factor);
   const Factors<Real> factors{stats[kStudentMax * problem.rows + i], stats[kTeacherMax * problem.rows + i],
                               kd * stats[kStudentInverseSum * problem.rows + i], kd * stats[kTeacherInverseSum * problem.rows + i],
-                              ce * stats[kStudentInverseSum1 * problem.rows + i]};
-  const GradientRow<Real> row{problem.student.type, gradient.streaming, out, with_ce ? problem.labels[i] : -1, ce};
-  dispatch_terms<Real>(Terms{with_kd, with_ce, power_for(problem.temperature)}, [&](const auto& terms) {
+                              ce * stats[kMassPerSum1 * problem.rows + i]};
+  const GradientRow<Real> row = gradient_row(problem, gradient, i, with_ce, ce);
+  dispatch_terms<Real>(Terms{with_kd, with_ce, power_for(problem.temperature)}, row.targets.exists, [&](const auto& terms) {
     for (int64_t j = first; j < end; j += kPiece)
       write_from_logits(terms, problem, student, teacher, j, std::min(kPiece, end - j), factors, scale, row);
   });

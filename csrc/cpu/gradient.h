@@ -6,6 +6,7 @@
 #include <algorithm>
 
 #include "cpu/convert.h"
+#include "cpu/targets.h"
 #include "cpu/temperature.h"
 #include "cpu/vector.h"
 #include "math/row_stats.h"
@@ -13,14 +14,14 @@
 namespace kcd {
 namespace {
 
-// d = student e^((z - m_z)/T) - teacher e^((y - m_y)/T) + ce e^(z - m_z), where m_z and m_y are the maxima of the row or the piece.
-// Each factor is the loss's factor divided by the row's sum.
+// d = student e^((z - m_z)/T) - teacher e^((y - m_y)/T) + ce e^(z - m_z) - ce_factor t, where m_z and m_y are the maxima of the row or
+// the piece.  Each factor is the loss's factor divided by the row's sum.
 template <class Real>
 struct Factors {
   Real student_max, teacher_max;
   Real student;   // kd / sum e^((z - m_z)/T)
   Real teacher;   // kd / sum e^((y - m_y)/T)
-  Real ce;        // ce / sum e^(z - m_z)
+  Real ce;        // ce_factor mass / sum e^(z - m_z)
 
   // The shifts are 0 in a row of one piece.  Skipping its three exponentials saves a tenth of the time for 100 classes.
   KCD_MEMBER Factors relative_to_piece(Real piece_student_max, Real piece_teacher_max, Real inverse_temperature) const {
@@ -44,20 +45,28 @@ struct FactorLanes {
         ce(broadcast(factors.ce)) {}
 };
 
-// The terms of a gradient.  Terms are known at run time, StaticTerms at compile time (compare Pass in row_stats.cpp).
+// The terms of a gradient.  Terms are known at run time, StaticTerms at compile time (compare Pass in row_stats.cpp).  With targets,
+// classes other than a class index have some.
 struct Terms {
   bool kd, ce;
   Power power;
+  static constexpr bool targets = false;
+};
+struct TermsWithTargets {
+  bool kd;
+  Power power;
+  static constexpr bool ce = true, targets = true;
 };
 template <bool with_kd, bool with_ce, Power fixed_power>
 struct StaticTerms {
-  static constexpr bool kd = with_kd, ce = with_ce;
+  static constexpr bool kd = with_kd, ce = with_ce, targets = false;
   static constexpr Power power = fixed_power;
 };
 
 // Calls run with the terms, as StaticTerms in the common cases.
 template <class Real, class Run>
-KCD_INLINE void dispatch_terms(const Terms& terms, const Run& run) {
+KCD_INLINE void dispatch_terms(const Terms& terms, bool with_targets, const Run& run) {
+  if (terms.ce && with_targets) return run(TermsWithTargets{terms.kd, terms.power});
   if constexpr (sizeof(Real) == sizeof(float)) {
     if (terms.kd && !terms.ce) return run(StaticTerms<true, false, Power::one>{});   // only ce uses the power
     if (terms.ce && terms.power == Power::four)
@@ -79,14 +88,32 @@ KCD_INLINE Vector<Real> gradient_vector(const TermsType& terms, Vector<Real> e, 
   return factors.ce * exp_at_temperature_1<Real>(terms.power, nonzero, e, dz, scale) + d;
 }
 
-// A row of the gradient, in the student's type.  At the label, ce is subtracted (pi - onehot); a negative label means none.
+// A row of the gradient, in the student's type.  At a class index `label`, label_ce is subtracted; a negative one means none.
 template <class Real>
 struct GradientRow {
   Type type;
   bool streaming;
   char* out;
-  int64_t label;
-  Real ce;
+  int64_t label = -1;
+  Real label_ce = 0;
+  Real ce = 0;
+  TargetRow<Real> targets{};
+};
+
+// Row i of the gradient, whose cross entropy has the factor ce; 0 without one.
+template <class Real>
+KCD_INLINE GradientRow<Real> gradient_row(const Problem& problem, const Gradient& gradient, int64_t i, bool with_ce, Real ce) {
+  GradientRow<Real> row{problem.student.type, gradient.streaming, const_cast<char*>(gradient.out.row(i))};
+  if (!with_ce) return row;
+  row.targets = target_row<Real>(problem, i);
+  row.ce = ce;
+  if (problem.labels) row.label = problem.labels[i], row.label_ce = ce * row.targets.smoothing.of_label;
+  return row;
+}
+
+struct NoTargets {
+  template <class Real>
+  NoTargets(const TargetRow<Real>&, int64_t, int64_t) {}
 };
 
 // Stores element(j, m) as classes [j, j + m) of a piece, m <= kLanes.
@@ -95,21 +122,23 @@ KCD_INLINE void write_elements(const TermsType& terms, const GradientRow<Real>& 
                                const Element& element) {
   Out* out = reinterpret_cast<Out*>(row.out) + first;
   const int64_t label = row.label - first;
+  const std::conditional_t<TermsType::targets, PieceTargets<Real>, NoTargets> targets(row.targets, first, n);
   Vector<Real> lanes{};
   for (int64_t j = 0; j < kLanes<Real>; ++j) lanes[j] = static_cast<Real>(j);
-  const auto minus_label = [&](int64_t j, int64_t m) KCD_LAMBDA {
-    const Vector<Real> d = element(j, m);
+  const auto minus_targets = [&](int64_t j, int64_t m) KCD_LAMBDA {
+    Vector<Real> d = element(j, m);
+    if constexpr (TermsType::targets) d -= round_product(row.ce * targets.lanes(j, m));
     if (!terms.ce || label < j || label >= j + m) return d;
-    return d - (lanes == broadcast(static_cast<Real>(label - j)) ? broadcast(row.ce) : Vector<Real>{});
+    return d - (lanes == broadcast(static_cast<Real>(label - j)) ? broadcast(row.label_ce) : Vector<Real>{});
   };
   int64_t j = 0;
   const auto store_up_to = [&](int64_t end) KCD_LAMBDA {
-    if (j < end) store(out + j, end - j, minus_label(j, end - j));
+    if (j < end) store(out + j, end - j, minus_targets(j, end - j));
     j = end;
   };
   if (streaming) store_up_to(std::min(elements_to_alignment(out, kLanes<Real> * sizeof(Out)), n));
   for (; j + kLanes<Real> <= n; j += kLanes<Real>) {
-    const Vector<Real> d = minus_label(j, kLanes<Real>);
+    const Vector<Real> d = minus_targets(j, kLanes<Real>);
     streaming ? stream(out + j, d) : store(out + j, d);
   }
   store_up_to(n);
@@ -150,12 +179,6 @@ void write_zeros(const GradientRow<Real>& row, int64_t first, int64_t n) {
     row.streaming ? stream(vector, Vector<float>{}) : store(vector, Vector<float>{});
   }
   __builtin_memset(out + j, 0, static_cast<size_t>(bytes - j));
-}
-
-// Loads the first m elements.  If the compiler knows that m is kLanes, there is no branch.
-template <class Real>
-KCD_INLINE Vector<Real> load_lanes(const Real* p, int64_t m) {
-  return m == kLanes<Real> ? load(p) : load(p, m, Real(0));
 }
 
 // Writes classes [first, first + n) of a row from its logits.  The gradient may overwrite them: each element is read before it is

@@ -9,6 +9,7 @@
 #include "cpu/gradient.h"
 #include "cpu/instruction_sets.h"
 #include "cpu/selection_predictor.h"
+#include "cpu/targets.h"
 #include "cpu/temperature.h"
 #include "cpu/vector.h"
 #include "math/row_outputs.h"
@@ -95,15 +96,15 @@ class GradientWriter {
         with_ce_(problem.with_labels && gradient.ce_factor != 0),
         next_(problem.classes) {}
 
-  void start_row(int64_t i, const RowPair& row, const RowSums<Real>& sums, const Exponentials<Real>& exponentials, bool selected) {
+  void start_row(int64_t i, const RowPair& row, const RowSums<Real>& sums, const TargetSums<Real>& targets,
+                 const Exponentials<Real>& exponentials, bool selected) {
     terms_ = {selected, with_ce_, power_for(problem_.temperature)};
     const Real* row_weight = static_cast<const Real*>(gradient_.row_weight);
     const Real kd = static_cast<Real>(gradient_.kd_factor * (row_weight ? static_cast<double>(row_weight[i]) : 1.0));
     const Real ce = static_cast<Real>(gradient_.ce_factor);
     factors_ = {piece_reference(sums.student.max), piece_reference(sums.teacher.max), kd * (1 / sums.student.sum()),
-                kd * (1 / sums.teacher.sum()), ce * (1 / sums.student.sum_1())};
-    out_ = {problem_.student.type, gradient_.streaming, const_cast<char*>(gradient_.out.row(i)), with_ce_ ? problem_.labels[i] : -1,
-            ce};
+                kd * (1 / sums.teacher.sum()), ce * mass_per_sum_1(sums.student, targets)};
+    out_ = gradient_row(problem_, gradient_, i, with_ce_, ce);
     student_ = row.student;
     exponentials_ = exponentials;
     next_ = 0;
@@ -115,7 +116,7 @@ class GradientWriter {
     if (n == 0) return;
     next_ = first + n;
     if (!terms_.kd && !terms_.ce) return write_zeros(out_, first, n);
-    dispatch_terms<Real>(terms_, [&](auto terms) { write_piece(terms, first, n); });
+    dispatch_terms<Real>(terms_, out_.targets.exists, [&](auto terms) { write_piece(terms, first, n); });
   }
 
   void finish() {
@@ -227,6 +228,7 @@ struct RowTask {
   RowPair row;
   RowPair next_row;                                    // the row to read after this one; null: unknown or none
   Exponentials<Real> exponentials;                     // where to store the row's exponentials, if the pass stores them
+  TargetRow<Real> targets{};
   GradientWriter<Real>* previous_gradient = nullptr;   // the previous row's; written meanwhile, if the pass stores exponentials
 
   void on_piece_done() const { previous_gradient->write_piece(); }
@@ -236,8 +238,17 @@ struct RowTask {
 template <class Real>
 struct SummedRow {
   RowSums<Real> sums;
+  TargetSums<Real> targets;   // without that of a class index
   bool within_float_range;
 };
+
+template <class Real>
+KCD_INLINE SummedRow<Real> merge(const SummedRow<Real>& a, const SummedRow<Real>& b, const Units<Real>& units) {
+  const RowSums<Real> sums = merge(a.sums, b.sums, units);
+  const Real max = sums.student.max;
+  return {sums, add(rebase(a.targets, shift(a.sums.student.max, max)), rebase(b.targets, shift(b.sums.student.max, max))),
+          a.within_float_range && b.within_float_range};
+}
 
 // Returns the sums of a row.  prefetched: a piece whose maxima are known, on entry the row's first piece, on return the next row's.
 // Any other piece is ignored.  Its y is null without a teacher.
@@ -249,7 +260,7 @@ KCD_INLINE SummedRow<Real> sum_row(PassType pass, const RowTask<Real>& task, Pie
   const Type student_type = problem.student.type, teacher_type = problem.teacher.type;
   const bool in_place = is_accumulator_type<Real>(student_type) && (!pass.teacher || is_accumulator_type<Real>(teacher_type));
   const int64_t classes = problem.classes;
-  SummedRow<Real> summed{{}, true};
+  SummedRow<Real> summed{};
   for (int64_t first = 0; first < classes; first += kPiece) {
     const int64_t n = classes - first < kPiece ? classes - first : kPiece;
     Piece<Real> piece = prefetched;
@@ -276,8 +287,10 @@ KCD_INLINE SummedRow<Real> sum_row(PassType pass, const RowTask<Real>& task, Pie
       task.exponentials.student_max[first / kPiece] = sums.student.max;
       task.exponentials.teacher_max[first / kPiece] = sums.teacher.max;
     }
-    summed.within_float_range &= within_float_range(sums);
-    summed.sums = first ? merge(summed.sums, sums, task.scale.units) : sums;
+    const TargetSums<Real> targets =
+        task.targets.exists ? sum_targets(task.targets, first, n, piece.z, piece.student_max) : TargetSums<Real>{};
+    const SummedRow<Real> summed_piece{sums, targets, within_float_range(sums)};
+    summed = first ? merge(summed, summed_piece, task.scale.units) : summed_piece;
     if (pass.store) task.on_piece_done();
   }
   return summed;
@@ -388,16 +401,26 @@ RowPair next_row_pair(const Problem& problem, int64_t i, int64_t end) {
 
 template <class Real>
 KCD_INLINE Real label_logit(const Problem& problem, const char* student, int64_t i) {
-  return student && problem.with_labels ? logit<Real>(problem.student.type, student, problem.labels[i]) : Limits<Real>::nan();
+  return student && problem.labels ? logit<Real>(problem.student.type, student, problem.labels[i]) : Limits<Real>::nan();
 }
 
-// Returns the sums of a row whose teacher is not read; zeros if its student is not read either.
 template <class Real>
-RowSums<Real> sum_student_row(const Problem& problem, const RowPair& row, const RowPair& next_row, Piece<Real>& prefetched) {
+TargetSums<Real> write_row_outputs(const Problem& problem, const RowOutputs& outputs, int64_t i, const RowPair& row,
+                                   const SummedRow<Real>& summed, const Units<Real>& units) {
+  const TargetSums<Real> targets =
+      row_targets(problem, summed.sums.student, summed.targets, label_logit<Real>(problem, row.student, i));
+  write_row_outputs(problem, outputs, i, row.teacher != nullptr, summed.sums, targets, units);
+  return targets;
+}
+
+// Returns the sums of row i, whose teacher is not read; zeros if its student is not read either.
+template <class Real>
+SummedRow<Real> sum_student_row(const Problem& problem, int64_t i, const RowPair& row, const RowPair& next_row,
+                                Piece<Real>& prefetched) {
   if (!row.student) return {};
   const Scale<Real> scale(1.0);
   return dispatch_pass<Real>(kStudentOnly, [&](auto pass) {
-    return sum_row_with_fallback<Real>(pass, {problem, scale, row, next_row, {}}, prefetched).sums;
+    return sum_row_with_fallback<Real>(pass, {problem, scale, row, next_row, {}, target_row<Real>(problem, i)}, prefetched);
   });
 }
 
@@ -407,9 +430,11 @@ void sum_rows(const PassType& pass, const Problem& problem, const RowOutputs& ou
   Piece<Real> prefetched{};
   for (int64_t i = begin; i < end; ++i) {
     const RowPair row = row_pair(problem, i), next_row = row.student ? next_row_pair(problem, i + 1, end) : RowPair{};
-    const RowSums<Real> sums = row.teacher ? sum_row_with_fallback<Real>(pass, {problem, scale, row, next_row, {}}, prefetched).sums
-                                           : sum_student_row(problem, row, next_row, prefetched);
-    write_row_outputs(problem, outputs, i, row.teacher != nullptr, sums, label_logit<Real>(problem, row.student, i), scale.units);
+    const SummedRow<Real> summed =
+        row.teacher
+            ? sum_row_with_fallback<Real>(pass, {problem, scale, row, next_row, {}, target_row<Real>(problem, i)}, prefetched)
+            : sum_student_row(problem, i, row, next_row, prefetched);
+    write_row_outputs(problem, outputs, i, row, summed, scale.units);
   }
 }
 
@@ -429,19 +454,19 @@ void sum_rows_and_write_gradients(const PassType& pass, const Problem& problem, 
     const RowPair row = row_pair(problem, i), next_row = row.teacher ? next_row_pair(problem, i + 1, end) : RowPair{};
     gradient.written_as[i] = kNotWritten;
     if (!row.teacher) {
-      const RowSums<Real> sums = sum_student_row(problem, row, next_row, prefetched);
-      write_row_outputs(problem, outputs, i, false, sums, label_logit<Real>(problem, row.student, i), scale.units);
+      write_row_outputs(problem, outputs, i, row, sum_student_row(problem, i, row, next_row, prefetched), scale.units);
       continue;
     }
     const Exponentials<Real>& row_exponentials = exponentials[free_slot];
-    const auto [sums, in_range] =
-        sum_row_with_fallback<Real>(pass, {problem, scale, row, next_row, row_exponentials, &previous_gradient}, prefetched);
+    const SummedRow<Real> summed = sum_row_with_fallback<Real>(
+        pass, {problem, scale, row, next_row, row_exponentials, target_row<Real>(problem, i), &previous_gradient}, prefetched);
+    const RowSums<Real>& sums = summed.sums;
     previous_gradient.finish();
-    write_row_outputs(problem, outputs, i, true, sums, label_logit<Real>(problem, row.student, i), scale.units);
+    const TargetSums<Real> targets = write_row_outputs(problem, outputs, i, row, summed, scale.units);
     // Rows with infinities or NaN are left to the backward pass.
-    if (!in_range || !finite(sums.cross + sums.student.sum() + sums.teacher.sum() + sums.student.max + sums.teacher.max)) continue;
+    if (!summed.within_float_range || !finite(sums.cross + sums.student.sum() + sums.teacher.sum() + sums.student.max + sums.teacher.max)) continue;
     const bool selected = !value || predictor.predict(value[i]);
-    previous_gradient.start_row(i, row, sums, row_exponentials, selected);
+    previous_gradient.start_row(i, row, sums, targets, row_exponentials, selected);
     free_slot = 1 - free_slot;
     gradient.written_as[i] = selected ? kWrittenAsSelected : kWrittenAsUnselected;
   }
@@ -474,7 +499,7 @@ struct SplitRowPass {
 };
 
 template <class Real>
-void sum_pieces(const Problem& problem, const RowOutputs& outputs, int64_t i, int64_t begin, int64_t end, RowSums<Real>* sums) {
+void sum_pieces(const Problem& problem, const RowOutputs& outputs, int64_t i, int64_t begin, int64_t end, SummedRow<Real>* sums) {
   const RowPair row = row_pair(problem, i);
   const SplitRowPass<Real> split(problem, outputs, row.teacher);
   Piece<Real> no_piece{};
@@ -483,38 +508,36 @@ void sum_pieces(const Problem& problem, const RowOutputs& outputs, int64_t i, in
     piece_problem.classes = std::min(kPiece, problem.classes - k * kPiece);
     const auto piece_start = [&](const char* logits, Type type) { return logits ? logits + k * kPiece * size_of(type) : nullptr; };
     const RowPair piece{piece_start(row.student, problem.student.type), piece_start(row.teacher, problem.teacher.type)};
+    TargetRow<Real> targets = target_row<Real>(problem, i);
+    targets.labels = piece_start(targets.labels, targets.type);
     sums[k] = dispatch_pass<Real>(
-        split.pass, [&](auto pass) { return sum_row<Real>(pass, {piece_problem, split.scale, piece, {}, {}}, no_piece).sums; });
+        split.pass, [&](auto pass) { return sum_row<Real>(pass, {piece_problem, split.scale, piece, {}, {}, targets}, no_piece); });
   }
 }
 
 template <class Real>
-void merge_pieces(const Problem& problem, const RowOutputs& outputs, int64_t i, const RowSums<Real>* sums) {
+void merge_pieces(const Problem& problem, const RowOutputs& outputs, int64_t i, const SummedRow<Real>* sums) {
   const RowPair row = row_pair(problem, i);
   const SplitRowPass<Real> split(problem, outputs, row.teacher);
-  RowSums<Real> merged{};
+  SummedRow<Real> merged{};
   if (row.student) {
     merged = sums[0];
-    bool in_range = within_float_range(merged);
-    for (int64_t k = 1; k * kPiece < problem.classes; ++k) {
-      merged = merge(merged, sums[k], split.scale.units);
-      in_range &= within_float_range(sums[k]);
-    }
-    if (!in_range) merged = recompute_in_double(split.pass, problem, row, split.scale, merged);
+    for (int64_t k = 1; k * kPiece < problem.classes; ++k) merged = merge(merged, sums[k], split.scale.units);
+    if (!merged.within_float_range) merged.sums = recompute_in_double(split.pass, problem, row, split.scale, merged.sums);
   }
   const Units<Real> units = Scale<Real>(problem.temperature).units;
-  write_row_outputs(problem, outputs, i, row.teacher != nullptr, merged, label_logit<Real>(problem, row.student, i), units);
+  write_row_outputs(problem, outputs, i, row, merged, units);
 }
 
 void sum_pieces(const Problem& problem, const RowOutputs& outputs, int64_t i, int64_t begin, int64_t end, void* sums) {
   if (!problem.valid(i)) return;
-  problem.student.type == Type::float64 ? sum_pieces(problem, outputs, i, begin, end, static_cast<RowSums<double>*>(sums))
-                                        : sum_pieces(problem, outputs, i, begin, end, static_cast<RowSums<float>*>(sums));
+  problem.student.type == Type::float64 ? sum_pieces(problem, outputs, i, begin, end, static_cast<SummedRow<double>*>(sums))
+                                        : sum_pieces(problem, outputs, i, begin, end, static_cast<SummedRow<float>*>(sums));
 }
 
 void merge_pieces(const Problem& problem, const RowOutputs& outputs, int64_t i, const void* sums) {
-  problem.student.type == Type::float64 ? merge_pieces(problem, outputs, i, static_cast<const RowSums<double>*>(sums))
-                                        : merge_pieces(problem, outputs, i, static_cast<const RowSums<float>*>(sums));
+  problem.student.type == Type::float64 ? merge_pieces(problem, outputs, i, static_cast<const SummedRow<double>*>(sums))
+                                        : merge_pieces(problem, outputs, i, static_cast<const SummedRow<float>*>(sums));
 }
 
 }   // namespace
@@ -524,6 +547,6 @@ void row_stats(const Problem& problem, const RowOutputs& outputs, const Gradient
                                         : row_stats_as<float>(problem, outputs, gradient, begin, end);
 }
 
-const SplitRowKernels split_row{kPiece, sizeof(RowSums<double>), sum_pieces, merge_pieces};
+const SplitRowKernels split_row{kPiece, sizeof(SummedRow<double>), sum_pieces, merge_pieces};
 
 }   // namespace kcd::cpu::KCD_INSTRUCTION_SET

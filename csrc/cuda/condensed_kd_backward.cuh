@@ -2,6 +2,7 @@
 #pragma once
 #include "cuda/exponentials.cuh"
 #include "cuda/shape.h"
+#include "cuda/targets.cuh"
 #include "cuda/walk.cuh"
 #include "math/row_stats.h"
 
@@ -24,18 +25,22 @@ struct BackwardArguments {
   Logits out;   // the student's type; may be the student's own memory
 };
 
-// d = ce e^dz + student e^(dz/T) - teacher e^(dy/T), minus ce_label at the label.  A factor includes the inverse of its sum.
+// d = ce e^dz + student e^(dz/T) - teacher e^(dy/T) - ce_target t, minus ce_label at a class index.  A factor includes the inverse of
+// its sum.
 template <class Real>
 struct RowFactors {
   Real student_max, teacher_max;
   Real student, teacher;   // kd / sum e^(dz/T), kd / sum e^(dy/T)
-  Real ce, ce_label;       // ce / sum e^dz, ce
-  int label;               // -1: no label
+  Real ce, ce_target;      // ce mass / sum e^dz, ce
+  Real ce_label;           // ce times the target of a class index
+  int label;               // -1: no class index
 };
 
 // Writes the gradient of one row.
-template <class Real>
+template <class Real, bool kTargets>
 struct RowGradient {
+  const Problem& problem;   // row `index` of it
+  int64_t index;
   const Scale<Real>& scale;
   const Row &student, &teacher, &out;
   bool with_kd, with_ce;
@@ -61,6 +66,12 @@ struct RowGradient {
       for (int j = 0; j < kQuad; ++j) {
         d[j] += factors.ce * e_1[j];
         if (c + j == factors.label) d[j] -= factors.ce_label;
+      }
+      if constexpr (kTargets) {
+        Real t[kQuad];
+        load_targets(problem, index, c, static_cast<int>(problem.classes) - c, t);
+#pragma unroll
+        for (int j = 0; j < kQuad; ++j) d[j] -= factors.ce_target * t[j];
       }
     }
   }
@@ -108,7 +119,7 @@ KCD_DEVICE void write_zeros(const Row& out, const RowPart& part, int threads) {
   write_bytes(last, part.end);
 }
 
-template <class Real>
+template <bool kTargets, class Real>
 KCD_DEVICE RowFactors<Real> row_factors(const BackwardArguments<Real>& a, int64_t i, bool with_kd, bool with_ce,
                                         int64_t teacher_row) {
   const Problem& p = a.problem;
@@ -129,16 +140,18 @@ KCD_DEVICE RowFactors<Real> row_factors(const BackwardArguments<Real>& a, int64_
     factors.teacher = factor * a.stats[kTeacherInverseSum * p.rows + i];
   }
   if (with_ce) {
-    const bool exists = p.labels[i] >= 0 && p.labels[i] < p.classes;
-    if (exists) factors.label = static_cast<int>(p.labels[i]);
-    factors.ce_label = exists ? g * per_row(a.ce_weight, a.counts[1]) : Limits<Real>::nan();
-    factors.ce = factors.ce_label * a.stats[kStudentInverseSum1 * p.rows + i];
+    const bool is_index = !kTargets || !p.soft_labels;
+    const bool exists = !is_index || (p.labels[i] >= 0 && p.labels[i] < p.classes);
+    if (exists && is_index) factors.label = static_cast<int>(p.labels[i]);
+    factors.ce_target = exists ? g * per_row(a.ce_weight, a.counts[1]) : Limits<Real>::nan();
+    factors.ce_label = kTargets ? factors.ce_target * smoothing_of<Real>(p.label_smoothing, p.classes).of_label : factors.ce_target;
+    factors.ce = factors.ce_target * a.stats[kMassPerSum1 * p.rows + i];
   }
   return factors;
 }
 
-template <class Real>
-__global__ void __launch_bounds__(kBlockThreads, sizeof(Real) == 8 ? 1 : 4) backward_rows(const BackwardArguments<Real> a) {
+template <bool kTargets, class Real>
+KCD_DEVICE void write_rows(const BackwardArguments<Real>& a) {
   const Problem& p = a.problem;
   const int thread = static_cast<int>(threadIdx.x), block_rows = static_cast<int>(blockDim.x) / a.row_threads;
   // From the last row to the first: the rows that the forward pass read last are still cached.
@@ -151,9 +164,20 @@ __global__ void __launch_bounds__(kBlockThreads, sizeof(Real) == 8 ? 1 : 4) back
 
   const int64_t teacher_row = with_kd ? p.teacher_row_of(i) : -1;
   const Row student = row_of(p.student, i), teacher = teacher_row >= 0 ? row_of(p.teacher, teacher_row) : student;
-  const RowFactors<Real> factors = row_factors(a, i, with_kd, with_ce, teacher_row);
-  const RowGradient<Real> gradient{a.scale, student, teacher, out, with_kd, with_ce, factors};
+  const RowFactors<Real> factors = row_factors<kTargets>(a, i, with_kd, with_ce, teacher_row);
+  const RowGradient<Real, kTargets> gradient{p, i, a.scale, student, teacher, out, with_kd, with_ce, factors};
   walk<Real>(student, teacher, part, a.row_threads, gradient);
+}
+
+template <class Real>
+__global__ void __launch_bounds__(kBlockThreads, sizeof(Real) == 8 ? 1 : 4) backward_rows(const BackwardArguments<Real> a) {
+  write_rows<false>(a);
+}
+
+template <class Real>
+__global__ void __launch_bounds__(kBlockThreads, sizeof(Real) == 8 ? 1 : 2)
+    backward_rows_with_targets(const BackwardArguments<Real> a) {
+  write_rows<true>(a);
 }
 
 }   // namespace kcd::cuda

@@ -1,6 +1,7 @@
 // Cooperation between threads: the lanes of a warp that share a row, and the whole block.
 #pragma once
 #include "cuda/port.h"
+#include "cuda/targets.cuh"
 #include "math/row_stats.h"
 
 namespace kcd::cuda {
@@ -37,6 +38,11 @@ struct Group {
   KCD_DEVICE_MEMBER RowSums<Real> merge(const RowSums<Real>& piece, const Units<Real>& units) const {
     const RowSums<Real> x = rebase(piece, max(piece.student.max), max(piece.teacher.max), units);
     return {sum(x.student), sum(x.teacher), sum(x.cross)};
+  }
+  template <class Real>
+  KCD_DEVICE_MEMBER RowSumsWithTargets<Real> merge(const RowSumsWithTargets<Real>& piece, const Units<Real>& units) const {
+    const RowSumsWithTargets<Real> x = rebase(piece, max(piece.student.max), max(piece.teacher.max), units);
+    return {{sum(x.student), sum(x.teacher), sum(x.cross)}, {sum(x.targets.mass), sum(x.targets.dot)}};
   }
 };
 

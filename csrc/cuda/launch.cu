@@ -47,7 +47,8 @@ void check_cuda(cudaError_t error, const char* action, int64_t rows, int64_t cla
 dim3 make_grid(int64_t x, int y = 1) { return dim3(static_cast<unsigned>(x), static_cast<unsigned>(y)); }
 
 LaunchShape problem_shape(const Problem& p, const DeviceContext& context) {
-  return choose_shape(p.rows, p.classes, context.num_sms, context.block_threads, p.student.type == Type::float64);
+  return choose_shape(p.rows, p.classes, context.num_sms, context.block_threads,
+                      p.student.type == Type::float64 || p.with_targets());
 }
 
 // ---- select_topk
@@ -170,7 +171,10 @@ RowStatsPlan<Real> plan(const RowStatsParams& params, const DeviceContext& conte
   }
   plan.zeroed_bytes = workspace.bytes();
 
-  if (a.parts > 1) a.pieces = workspace.take<RowSums<Real>>(p.rows * a.parts);
+  if (a.parts > 1 && p.with_targets())
+    a.pieces = workspace.take<RowSumsWithTargets<Real>>(p.rows * a.parts);
+  else if (a.parts > 1)
+    a.pieces = workspace.take<RowSums<Real>>(p.rows * a.parts);
   a.ranking = {params.ranked, params.value_is_double, a.candidate, p.rows};
   if (!params.loss) return plan;
   if (!a.candidate) a.ranking.candidate = a.candidate = workspace.take<uint8_t>(p.rows);
@@ -193,8 +197,9 @@ void launch_row_stats(const RowStatsParams& params, const DeviceContext& context
   const cudaStream_t stream = stream_of(context);
   if (planned.zeroed_bytes > 0)
     check_cuda(gpu::fill(workspace.base(), 0, planned.zeroed_bytes, stream), "zeroing the workspace", p.rows, p.classes);
+  const auto kernel = p.with_targets() ? forward_rows_with_targets<Real> : forward_rows<Real>;
   if (p.rows > 0)
-    check_cuda(gpu::launch(forward_rows<Real>, make_grid(planned.shape.row_blocks, a.parts),
+    check_cuda(gpu::launch(kernel, make_grid(planned.shape.row_blocks, a.parts),
                            dim3(static_cast<unsigned>(planned.shape.block_threads)), 0, stream, a),
                "CUDA kernel forward_rows", p.rows, p.classes);
   if (!planned.separate_selection) return;
@@ -226,7 +231,8 @@ void launch_condensed_kd_backward(const CondensedKDBackwardParams& params, const
                                   params.reduction == Reduction::mean,
                                   static_cast<Real>(params.ranks),
                                   params.out};
-  check_cuda(gpu::launch(backward_rows<Real>, make_grid((p.rows + block_rows - 1) / block_rows, shape.parts),
+  const auto kernel = p.with_targets() ? backward_rows_with_targets<Real> : backward_rows<Real>;
+  check_cuda(gpu::launch(kernel, make_grid((p.rows + block_rows - 1) / block_rows, shape.parts),
                          dim3(static_cast<unsigned>(threads)), 0, stream_of(context), a),
              "CUDA kernel backward_rows", p.rows, p.classes);
 }
@@ -248,11 +254,20 @@ std::string version_problem(int driver, int runtime) {
 namespace {
 
 const void* const kKernels[] = {
-    reinterpret_cast<const void*>(&forward_rows<float>),  reinterpret_cast<const void*>(&forward_rows<double>),
-    reinterpret_cast<const void*>(&backward_rows<float>), reinterpret_cast<const void*>(&backward_rows<double>),
-    reinterpret_cast<const void*>(&reduce_rows<float>),   reinterpret_cast<const void*>(&reduce_rows<double>),
-    reinterpret_cast<const void*>(&select_by_one_block),  reinterpret_cast<const void*>(&select_digit),
-    reinterpret_cast<const void*>(&select_mark),          reinterpret_cast<const void*>(&map_rows)};
+    reinterpret_cast<const void*>(&forward_rows<float>),
+    reinterpret_cast<const void*>(&forward_rows<double>),
+    reinterpret_cast<const void*>(&forward_rows_with_targets<float>),
+    reinterpret_cast<const void*>(&forward_rows_with_targets<double>),
+    reinterpret_cast<const void*>(&backward_rows<float>),
+    reinterpret_cast<const void*>(&backward_rows<double>),
+    reinterpret_cast<const void*>(&backward_rows_with_targets<float>),
+    reinterpret_cast<const void*>(&backward_rows_with_targets<double>),
+    reinterpret_cast<const void*>(&reduce_rows<float>),
+    reinterpret_cast<const void*>(&reduce_rows<double>),
+    reinterpret_cast<const void*>(&select_by_one_block),
+    reinterpret_cast<const void*>(&select_digit),
+    reinterpret_cast<const void*>(&select_mark),
+    reinterpret_cast<const void*>(&map_rows)};
 
 // What to do if the build has no code for a device.
 std::string rebuild_hint(int device) {

@@ -9,6 +9,7 @@
 #include "cuda/reduce_rows.cuh"
 #include "cuda/select_topk.cuh"
 #include "cuda/shape.h"
+#include "cuda/targets.cuh"
 #include "cuda/walk.cuh"
 #include "math/row_outputs.h"
 
@@ -69,14 +70,16 @@ KCD_DEVICE void count_maxima(const Real (&dx)[kQuad], Real& ones) {
 
 // Accumulates one thread's sums, relative to maxima that its group shares.  New maxima become rare after the first classes; between
 // them the sums need no rescaling.
-template <class Real>
+template <class Real, class Sums>
 struct RowAccumulator {
+  const Problem& problem;   // row `index` of it
+  int index;
   const Scale<Real>& scale;
   const Row &student, &teacher;
   const Group& group;
   bool with_teacher;                     // if false, `teacher` is the student's row
   const int32_t& with_teacher_entropy;   // bool; refers to the kernel's arguments, because a copy would take a register
-  RowSums<Real>& sums;
+  Sums& sums;
 
   // Returns whether any of the group's current logits reaches a maximum; if so, rebases the sums to the new maxima.
   KCD_DEVICE_MEMBER bool update_maxima(Real z_max, Real y_max) const {
@@ -165,12 +168,32 @@ struct RowAccumulator {
     sums.cross += products.cross;
   }
 
+  // Adds the targets of classes c to c + 3, of which the first n exist.
+  KCD_DEVICE_MEMBER void add_targets(const Real (&z)[kQuad], int c, int n) const {
+    Real t[kQuad], products[kQuad];
+    load_targets(problem, index, c, n, t);
+    const Real m_z = piece_reference(sums.student.max);
+#pragma unroll
+    for (int j = 0; j < kQuad; ++j) products[j] = target_times(t[j], z[j] - m_z);
+    sums.targets = kcd::add(sums.targets, TargetSums<Real>{sum(t), sum(products)});
+  }
+
   template <Type kType>
-  KCD_DEVICE_MEMBER void vectors(const VectorPair& z, const VectorPair& y, int, int, int) const {
+  KCD_DEVICE_MEMBER void vectors(const VectorPair& z, const VectorPair& y, [[maybe_unused]] int first_class,
+                                 [[maybe_unused]] int second_class, [[maybe_unused]] int end) const {
     accumulate<kQuadsPerPair<kType>>(max_of<kType>(z), max_of<kType>(y), [&](int quad, Real(&z_quad)[kQuad], Real(&y_quad)[kQuad]) {
       unpack<kType>(z, quad, z_quad);
       unpack<kType>(y, quad, y_quad);
     });
+    if constexpr (kHasTargets<Sums>) {
+#pragma unroll
+      for (int quad = 0; quad < kQuadsPerPair<kType>; ++quad) {
+        Real z_quad[kQuad];
+        unpack<kType>(z, quad, z_quad);
+        const int c = first_class_of<kType>(quad, first_class, second_class);
+        add_targets(z_quad, c, c < end ? kQuad : 0);
+      }
+    }
   }
 
   KCD_DEVICE_MEMBER void quad(int c, int n) const {
@@ -181,6 +204,7 @@ struct RowAccumulator {
 #pragma unroll
       for (int j = 0; j < kQuad; ++j) z_quad[j] = z[j], y_quad[j] = y[j];
     });
+    if constexpr (kHasTargets<Sums>) add_targets(z, c, n);
   }
 };
 
@@ -199,7 +223,7 @@ struct RowStatsArguments {
   uint8_t* candidate;   // null: not requested
   const void* score;    // for Value::score
 
-  RowSums<Real>* pieces;     // (rows, parts), if parts > 1
+  void* pieces;              // sums (rows, parts), if parts > 1
   unsigned* parts_arrived;   // one counter per row, initially 0
   bool fused_loss;           // whether the last block selects and reduces
   Ranking ranking;
@@ -209,24 +233,23 @@ struct RowStatsArguments {
 };
 
 // Merges the sums of a row's threads; the first thread of the row gets the result.
-template <class Real>
-KCD_DEVICE RowSums<Real> merge_threads(RowSums<Real> sums, const Group& group, int row_threads, bool has_row,
-                                       const Units<Real>& units) {
+template <class Real, class Sums>
+KCD_DEVICE Sums merge_threads(Sums sums, const Group& group, int row_threads, bool has_row, const Units<Real>& units) {
   if (has_row) sums = group.merge(sums, units);
   if (row_threads <= kWarp) return sums;
-  SHARED(RowSums<Real>, warp_sums, kLargeBlockThreads / kWarp);
+  SHARED(Sums, warp_sums, kLargeBlockThreads / kWarp);
   const int thread = static_cast<int>(threadIdx.x), warp = thread / kWarp, lane = thread % kWarp, warps = row_threads / kWarp;
   if (lane == 0) warp_sums[warp] = sums;
   __syncthreads();
-  if (warp % warps == 0 && has_row) sums = group.merge(lane < warps ? warp_sums[warp + lane] : empty_sums<Real>(), units);
+  if (warp % warps == 0 && has_row) sums = group.merge(lane < warps ? warp_sums[warp + lane] : Sums{empty_sums<Real>()}, units);
   return sums;
 }
 
 // Merges the parts of a row.  Returns true in the block that arrives last; its first warp then has the sums of all.
-template <class Real>
-KCD_DEVICE bool merge_parts(const RowStatsArguments<Real>& a, int64_t row, int part, RowSums<Real>& sums) {
+template <class Real, class Sums>
+KCD_DEVICE bool merge_parts(const RowStatsArguments<Real>& a, int64_t row, int part, Sums& sums) {
   SHARED(bool, last, 1);
-  RowSums<Real>* pieces = a.pieces + row * a.parts;
+  Sums* pieces = static_cast<Sums*>(a.pieces) + row * a.parts;
   if (threadIdx.x == 0) {
     pieces[part] = sums;
     __threadfence();   // the piece becomes visible before its arrival
@@ -236,7 +259,7 @@ KCD_DEVICE bool merge_parts(const RowStatsArguments<Real>& a, int64_t row, int p
   __syncthreads();
   if (!last[0]) return false;
   const int lane = static_cast<int>(threadIdx.x);
-  if (lane < kWarp) sums = Group{kFullMask}.merge(lane < a.parts ? pieces[lane] : empty_sums<Real>(), a.scale.units);
+  if (lane < kWarp) sums = Group{kFullMask}.merge(lane < a.parts ? pieces[lane] : Sums{empty_sums<Real>()}, a.scale.units);
   return true;
 }
 
@@ -264,16 +287,21 @@ KCD_DEVICE Real recompute_cross(const RowStatsArguments<Real>& a, int64_t i, con
 }
 
 // Writes a row's results; called by one thread.
-template <class Real>
-KCD_DEVICE void finish_row(const RowStatsArguments<Real>& a, int64_t i, const RowSums<Real>& sums) {
+template <class Real, class Sums>
+KCD_DEVICE void finish_row(const RowStatsArguments<Real>& a, int64_t i, const Sums& sums) {
   const Problem& p = a.problem;
   const int64_t teacher_row = p.teacher_row_of(i);
   const bool valid = p.valid(i), with_teacher = valid && teacher_row >= 0;
   const bool candidate = valid && (!p.with_teacher || teacher_row != kNoRow);
   Real label_logit = Limits<Real>::nan();
-  if (valid && p.with_labels && p.labels[i] >= 0 && p.labels[i] < p.classes)
+  if (valid && p.labels && p.labels[i] >= 0 && p.labels[i] < p.classes)
     label_logit = load_logit<Real>(row_of(p.student, i).at(static_cast<int>(p.labels[i])), p.student.type);
-  const RowResults<Real> row = write_row_outputs(p, a.outputs, i, with_teacher, sums, label_logit, a.scale.units);
+  TargetSums<Real> targets;
+  if constexpr (kHasTargets<Sums>)
+    targets = row_targets(p, sums.student, sums.targets, label_logit);
+  else
+    targets = index_targets(sums.student, label_logit);
+  const RowResults<Real> row = write_row_outputs<Real>(p, a.outputs, i, with_teacher, sums, targets, a.scale.units);
   if (a.candidate) a.candidate[i] = candidate;
   if (a.value == Value::score) {
     const auto copy = [&](auto* out) {
@@ -303,36 +331,48 @@ KCD_DEVICE RowGroup row_group(int row_threads) {
 }
 
 // Returns the sums over the calling thread's classes, relative to maxima that its group shares.
-template <class Real>
-KCD_DEVICE RowSums<Real> accumulate_row(const RowStatsArguments<Real>& a) {
+template <class Real, class Sums>
+KCD_DEVICE Sums accumulate_row(const RowStatsArguments<Real>& a) {
   const Problem& p = a.problem;
   const RowGroup position = row_group(a.row_threads);
-  RowSums<Real> sums = empty_sums<Real>();
+  Sums sums{empty_sums<Real>()};
   if (position.row >= p.rows || !p.valid(position.row)) return sums;
   const int64_t teacher_row = p.teacher_row_of(position.row);
   const Row student = row_of(p.student, position.row), teacher = teacher_row >= 0 ? row_of(p.teacher, teacher_row) : student;
-  const RowAccumulator<Real> accumulator{a.scale, student, teacher, position.group, teacher_row >= 0, a.with_teacher_entropy, sums};
+  const RowAccumulator<Real, Sums> accumulator{
+      p, position.row, a.scale, student, teacher, position.group, teacher_row >= 0, a.with_teacher_entropy, sums};
   const RowPart part = row_part(student, static_cast<int>(p.classes), static_cast<int>(blockIdx.y), a.parts);
   walk<Real>(student, teacher, part, a.row_threads, accumulator);
   return sums;
 }
 
-template <class Real>
-__global__ void __launch_bounds__(sizeof(Real) == 8 ? kBlockThreads : kLargeBlockThreads, 1)
-    forward_rows(const RowStatsArguments<Real> a) {
-  RowSums<Real> sums = accumulate_row(a);
+template <class Real, class Sums>
+KCD_DEVICE void read_rows(const RowStatsArguments<Real>& a) {
+  Sums sums = accumulate_row<Real, Sums>(a);
   const RowGroup position = row_group(a.row_threads);
   const bool has_row = position.row < a.problem.rows;
   sums = merge_threads(sums, position.group, a.row_threads, has_row, a.scale.units);
   if (a.parts > 1 && !merge_parts(a, position.row, static_cast<int>(blockIdx.y), sums)) return;
   // All threads of the row's first group have the sums.
   if (has_row && thread_in_row(a.row_threads) < kWarp && sums.cross == Limits<Real>::infinity())
-    sums.cross = recompute_cross(a, position.row, position.group, sums);
+    sums.cross = recompute_cross<Real>(a, position.row, position.group, sums);
   if (has_row && thread_in_row(a.row_threads) == 0) finish_row(a, position.row, sums);
 
   if (!a.fused_loss || !is_last_block(a.blocks_arrived, gridDim.x)) return;
   select_in_block(a.ranking, a.selection);
   reduce_in_block<Real>(a.problem, a.loss);
+}
+
+template <class Real>
+__global__ void __launch_bounds__(sizeof(Real) == 8 ? kBlockThreads : kLargeBlockThreads, 1)
+    forward_rows(const RowStatsArguments<Real> a) {
+  read_rows<Real, RowSums<Real>>(a);
+}
+
+template <class Real>
+__global__ void __launch_bounds__(kBlockThreads, sizeof(Real) == 8 ? 1 : 2)
+    forward_rows_with_targets(const RowStatsArguments<Real> a) {
+  read_rows<Real, RowSumsWithTargets<Real>>(a);
 }
 
 }   // namespace kcd::cuda

@@ -37,8 +37,8 @@ inline int choose_parts(int64_t rows, int64_t chunks, int64_t block_slots, int b
   return parts;
 }
 
-// base_threads: kBlockThreads, except in tests.
-inline LaunchShape choose_shape(int64_t rows, int64_t classes, int num_sms, int base_threads, bool wide_accumulator) {
+// base_threads: kBlockThreads, except in tests.  many_registers: the kernel has no registers for a large block.
+inline LaunchShape choose_shape(int64_t rows, int64_t classes, int num_sms, int base_threads, bool many_registers) {
   const int64_t chunks = classes / 8 + 1, block_slots = int64_t{num_sms} * 3;   // blocks that run at the same time
   int row_threads = kMinRowThreads;
   // Double the threads of a row while each has enough work, or while threads would otherwise be idle.
@@ -46,7 +46,7 @@ inline LaunchShape choose_shape(int64_t rows, int64_t classes, int num_sms, int 
          (row_threads * kChunksPerThread < chunks || rows * row_threads < block_slots * base_threads))
     row_threads *= 2;
   // The last block ranks all rows, so many rows call for a large block.  It costs nothing if blocks process several rows anyway.
-  const bool large_block = rows > kLargeBlockRows && row_threads < base_threads && !wide_accumulator;
+  const bool large_block = rows > kLargeBlockRows && row_threads < base_threads && !many_registers;
   const int block_threads = large_block ? 3 * base_threads : base_threads;
   const int parts = row_threads == block_threads ? choose_parts(rows, chunks, block_slots, base_threads) : 1;
   const int block_rows = block_threads / row_threads;

@@ -7,6 +7,10 @@
 //   KL(p||q)  = sum p (log p - log q),  log p = dy/T - log(sum e^(dy/T)),  log q = dz/T - log(sum e^(dz/T))
 //             = cross / (T * teacher sum) + log(student sum / teacher sum)
 //   H(pi)     = log(Z) - dot / Z,  Z = sum e^dz,  dot = sum e^dz dz
+//   CE        = -sum t log pi = mass log(Z) - sum t dz,  mass = sum t
+//
+// The targets t are the label with smoothing s: t = (1 - s) y + s / C, where y are the label's probabilities, or 1 at a class index
+// and 0 elsewhere.  A class with t = 0 adds 0 to the cross entropy, even if the student rules it out.
 //
 // Every sum of exponentials is stored as two numbers: how often the maximum occurs (it adds 1 each time), and the tail of all other
 // classes.  If one class dominates, the others are far below the last digit of 1 and would be lost if added to it.  With the tail,
@@ -34,6 +38,23 @@ struct RowSums {
   ClassSums<Real> student, teacher;
   Real cross;   // sum e^(dy/T) (dy - dz), times Units::difference_scale
 };
+
+// The sums over the classes' targets.
+template <class Real>
+struct TargetSums {
+  Real mass;   // sum t
+  Real dot;    // sum t dz
+};
+
+// How a label becomes targets: t = of_label y + uniform.
+template <class Real>
+struct Smoothing {
+  Real of_label, uniform;
+};
+template <class Real>
+KCD_INLINE Smoothing<Real> smoothing_of(double label_smoothing, int64_t classes) {
+  return {static_cast<Real>(1 - label_smoothing), static_cast<Real>(label_smoothing / static_cast<double>(classes))};
+}
 
 // The units of a row's sums.
 template <class Real>
@@ -92,6 +113,23 @@ KCD_INLINE ClassSums<Real> add(const ClassSums<Real>& a, const ClassSums<Real>& 
   return {a.max, a.ones + b.ones, a.tail + b.tail, a.tail_1 + b.tail_1, a.dot_1 + b.dot_1};
 }
 
+// t dz, or 0 for a class without target.  NaN is never hidden.
+template <class Real>
+KCD_INLINE Real target_times(Real t, Real dz) {
+  return t == 0 && dz == dz ? Real(0) : t * dz;
+}
+
+// Rebases sums on a maximum that is greater by -d: d = shift(old, new).
+template <class Real>
+KCD_INLINE TargetSums<Real> rebase(const TargetSums<Real>& s, Real d) {
+  return {s.mass, s.dot + target_times(s.mass, d)};
+}
+
+template <class Real>
+KCD_INLINE TargetSums<Real> add(const TargetSums<Real>& a, const TargetSums<Real>& b) {
+  return {a.mass + b.mass, a.dot + b.dot};
+}
+
 // Merges the sums of two pieces of a row.
 template <class Real>
 KCD_INLINE RowSums<Real> merge(const RowSums<Real>& first, const RowSums<Real>& second, const Units<Real>& units) {
@@ -120,10 +158,15 @@ KCD_INLINE Real kl(const RowSums<Real>& s, const Units<Real>& units) {
   return per_difference * (s.cross / s.teacher.sum()) + logarithm(s.student.sum() / s.teacher.sum());
 }
 
-// -log pi[label]
 template <class Real>
-KCD_INLINE Real cross_entropy(const ClassSums<Real>& student, Real label_logit) {
-  return log_sum_1(student) - (label_logit - piece_reference(student.max));
+KCD_INLINE Real cross_entropy(const ClassSums<Real>& student, const TargetSums<Real>& targets) {
+  return targets.mass * log_sum_1(student) - targets.dot;
+}
+
+// The targets' share of d CE / d z = mass pi - t, per e^dz.
+template <class Real>
+KCD_INLINE Real mass_per_sum_1(const ClassSums<Real>& student, const TargetSums<Real>& targets) {
+  return targets.mass / student.sum_1();
 }
 
 }   // namespace kcd

@@ -31,6 +31,11 @@ inline Type type_of(const View& logits) {
   throw std::invalid_argument("kcd_ext: logits must be float32, float64, float16 or bfloat16");
 }
 
+inline bool is_floating(const View& x) {
+  const int32_t dtype = x.dtype();
+  return dtype == dtypes().float32 || dtype == dtypes().float64 || dtype == dtypes().float16 || dtype == dtypes().bfloat16;
+}
+
 // Schemas have no optional tensors: an empty bool tensor stands for an absent one.
 inline bool is_absent(const View& x) { return x.dtype() == dtypes().boolean; }
 inline View absent_view() {
@@ -112,7 +117,8 @@ constexpr int64_t kMaxRows = int64_t{1} << 56;   // a state needs less than 128 
 // A checked call: its logits and the shapes that follow from them.  The device's subclass sets problem.teacher_row.
 class Call {
  public:
-  Call(const View& student, const View* teacher, const View& labels, const View* rows, double temperature, int64_t ignore_index)
+  Call(const View& student, const View* teacher, const View& labels, const View* rows, double temperature, int64_t ignore_index,
+       double label_smoothing)
       : problem{},
         leading_dim_(student.dim() - 1),
         sizes_(student.sizes()),
@@ -126,9 +132,10 @@ class Call {
     problem.temperature = temperature;
     problem.ignore_index = ignore_index;
     problem.with_labels = !is_absent(labels);
-    if (problem.with_labels)
-      problem.labels = static_cast<const int64_t*>(
-          contiguous_data(labels, dtypes().int64, problem.rows, "labels must be int64 and contiguous, one per row"));
+    require(label_smoothing >= 0 && label_smoothing <= 1, "label_smoothing must be in [0, 1], got ", label_smoothing);
+    require(label_smoothing == 0 || problem.with_labels, "label_smoothing needs labels, got label_smoothing ", label_smoothing);
+    problem.label_smoothing = label_smoothing;
+    if (problem.with_labels) set_labels(labels);
     if (!teacher || is_absent(*teacher)) return;
     problem.teacher = make_logits(*teacher, teacher->data<void>());
     problem.with_teacher = true;
@@ -157,6 +164,18 @@ class Call {
   Tensor empty_like_student(const View& student) const { return Tensor::empty(sizes_, leading_dim_ + 1, student.dtype(), student); }
 
  private:
+  void set_labels(const View& labels) {
+    problem.soft_labels = is_floating(labels);
+    if (!problem.soft_labels) {
+      problem.labels = static_cast<const int64_t*>(
+          contiguous_data(labels, dtypes().int64, problem.rows, "labels must be int64 and contiguous, one per row"));
+      return;
+    }
+    problem.label_probabilities = make_logits(labels, labels.data<void>());
+    require(count_rows(labels) == problem.rows && labels.sizes()[labels.dim() - 1] == problem.classes,
+            "labels that are probabilities must have the student's rows and classes");
+  }
+
   int64_t leading_dim_;
   const int64_t* sizes_;
   int32_t accumulator_;
@@ -177,22 +196,24 @@ struct KeepOptions {
 
 // The options of the loss, for both directions.
 struct LossOptions {
-  double temperature, kd_weight, ce_weight;
+  double temperature, kd_weight, ce_weight, label_smoothing;
   int64_t ignore_index;
   Reduction reduction;
   double ranks;   // number of processes whose rows `counts` includes
 
-  LossOptions(double temperature, double kd_weight, double ce_weight, int64_t ignore_index, int64_t reduction, double ranks)
+  LossOptions(double temperature, double kd_weight, double ce_weight, double label_smoothing, int64_t ignore_index,
+              int64_t reduction, double ranks)
       : temperature(temperature),
         kd_weight(kd_weight),
         ce_weight(ce_weight),
+        label_smoothing(label_smoothing),
         ignore_index(ignore_index),
         reduction(static_cast<Reduction>(reduction)),
         ranks(ranks) {
     require(reduction >= 0 && reduction <= static_cast<int64_t>(Reduction::none), "reduction must be 0 to 2, got ", reduction);
   }
   static LossOptions from(BoxedArguments& args) {
-    return {args.real(), args.real(), args.real(), args.integer(), args.integer(), args.real()};
+    return {args.real(), args.real(), args.real(), args.real(), args.integer(), args.integer(), args.real()};
   }
 
   // The divisor of a sum over `count` rows.  0 if there are no rows; the term is then 0.
@@ -256,7 +277,7 @@ struct CondensedKDArguments {
 
   Call check() const {
     check_same_device(student, {}, {&teacher, &labels, &score, &row_weight, &rows});
-    const Call call(student, &teacher, labels, &rows, options.temperature, options.ignore_index);
+    const Call call(student, &teacher, labels, &rows, options.temperature, options.ignore_index, options.label_smoothing);
     require(call.problem.with_teacher, "teacher logits are missing");
     require(options.ce_weight == 0 || call.problem.with_labels, "ce_weight needs labels, got ce_weight ", options.ce_weight);
     check_value(call, score, value);
@@ -271,6 +292,7 @@ struct RowStatsArguments {
   double temperature;
   Value value;
   int64_t ignore_index;
+  double label_smoothing;
   explicit RowStatsArguments(BoxedArguments& args)
       : student(args.tensor()),
         teacher(args.tensor()),
@@ -279,11 +301,12 @@ struct RowStatsArguments {
         rows(args.tensor()),
         temperature(args.real()),
         value(static_cast<Value>(args.integer())),
-        ignore_index(args.integer()) {}
+        ignore_index(args.integer()),
+        label_smoothing(args.real()) {}
 
   Call check() const {
     check_same_device(student, {}, {&teacher, &labels, &score, &rows});
-    const Call call(student, &teacher, labels, &rows, temperature, ignore_index);
+    const Call call(student, &teacher, labels, &rows, temperature, ignore_index, label_smoothing);
     check_value(call, score, value);
     return call;
   }
@@ -315,7 +338,7 @@ struct ReduceRowsArguments {
 
   Call check() const {
     check_same_device(student, {&state}, {&labels, &row_weight, &cross_entropy});
-    const Call call(student, nullptr, labels, nullptr, options.temperature, options.ignore_index);
+    const Call call(student, nullptr, labels, nullptr, options.temperature, options.ignore_index, options.label_smoothing);
     check_state(call, state);
     if (call.problem.with_labels)
       contiguous_data(cross_entropy, call.accumulator(), call.problem.rows, "cross_entropy must come from row_stats");
@@ -339,7 +362,7 @@ struct CondensedKDBackwardArguments {
 
   Call check() const {
     check_same_device(student, {&grad_output, &state}, {&teacher, &labels, &row_weight, &rows});
-    const Call call(student, &teacher, labels, &rows, options.temperature, options.ignore_index);
+    const Call call(student, &teacher, labels, &rows, options.temperature, options.ignore_index, options.label_smoothing);
     require(call.problem.with_teacher, "teacher logits are missing");
     check_state(call, state);
     contiguous_data(grad_output, call.accumulator(), has_scalar_grad_output() ? 1 : call.problem.rows,

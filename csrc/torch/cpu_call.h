@@ -11,7 +11,7 @@ class CpuCall : public Call {
  public:
   // Throws std::out_of_range for a label or row index out of range.
   explicit CpuCall(Call call) : Call(call) {
-    if (problem.with_labels) check_labels();
+    if (problem.labels) check_labels();
     if (has_row_indices) map_teacher_rows();
   }
 

@@ -42,6 +42,13 @@ class Images:
             "of an archive, an .npz file, a folder of images or a data set that Hugging Face datasets saved, or module:function."
         ),
     ] = "mnist5k"
+    augment: Annotated[
+        str | None,
+        arg(
+            help="Augmentation of training images: crop-flip (--padding, --flip), none, or a policy after crop and flip: "
+            "randaugment, trivialaugment. None: as usual for the data set (CIFAR: crop-flip, others: none)."
+        ),
+    ] = None
     padding: int | None = None
     """Random crops: pixels of black border around training images; 0: none. None: as usual for the data set (CIFAR: 4)."""
     flip: Annotated[bool, FlagCreatePairsOff] = False
@@ -82,6 +89,7 @@ class Images:
         options = {name: getattr(self, name) for name in READING}
         return load(
             self.data,
+            augment=self.augment,
             padding=self.padding,
             flip=flip,
             mean=mean,
@@ -104,7 +112,7 @@ class RecipeArgs(Recipe):
     """A recipe as given on the command line."""
 
     method: str = "kd"
-    """kd, pkt, crd, sskd, pwkd, iekd, ie-dml, kr, ce (labels only) or module:Class; the prefix kc- condenses: kc-kd."""
+    """kd, dkd, dist, pkt, crd, sskd, at, fitnet, reviewkd, kr, iekd, ie-dml, pwkd, ce, module:Class; kd+at adds; kc- condenses."""
     options: Annotated[Mapping[str, str], arg(metavar="[NAME VALUE ...]")] = field(default_factory=dict)
     """Options of the method, for example: temperature 4 kd_weight 0.9. List them with --method METHOD --help."""
     seed: int = 0
@@ -124,25 +132,29 @@ class RecipeArgs(Recipe):
             raise ValueError(
                 f"method must have a name after {CONDENSED_PREFIX}, as in {CONDENSED_PREFIX}kd, got {self.method!r}"
             )
-        if method not in methods.REGISTRY and ":" not in method:
-            condensed = [f"{CONDENSED_PREFIX}{name}" for name in methods.REGISTRY]
-            otherwise = f"write module:Class; a prefix {CONDENSED_PREFIX} turns condensation on"
-            raise unknown_name_error("method", self.method, methods.REGISTRY, otherwise, condensed)
+        for part in methods.split_name(method):
+            if part not in methods.REGISTRY and ":" not in part:
+                condensed = [f"{CONDENSED_PREFIX}{name}" for name in methods.REGISTRY]
+                otherwise = f"write module:Class; a prefix {CONDENSED_PREFIX} turns condensation on"
+                wrong = self.method if part == method else part
+                raise unknown_name_error("method", wrong, methods.REGISTRY, otherwise, condensed)
         return method
 
     def method_options(self) -> tuple[str, list[methods.Option]]:
         """Return the method's name and the options that it takes after `--options`. Raises as `methods.build` does."""
-        condense_options = {option.name for option in fields(Condense)}  # they have options of the command
         found = methods.options_of(self.plain_method)
-        return self.method, [option for option in found if option.name not in condense_options]
+        # Set with --condense.batch-keep and --label-smoothing.
+        elsewhere = ("batch_keep", "label_smoothing")
+        return self.method, [option for option in found if option.name.rpartition(".")[2] not in elsewhere]
 
     def check_unread(self, words: Sequence[str]) -> None:
         """Raise ValueError if one of the words that the command does not know is an option of the method."""
         names = [option.name for option in self.method_options()[1]] if words else []
         for word in words:
             option = word.partition("=")[0]
-            name = option.lstrip("-").replace("-", "_")
-            if option.startswith("--") and name in names:
+            own = option.lstrip("-").replace("-", "_")
+            name = next((name for name in names if own in (name, name.rpartition(".")[2])), None)
+            if option.startswith("--") and name is not None:
                 raise ValueError(
                     f"unrecognized option {option}: pass it to method {self.method} as --options {name} VALUE"
                 )

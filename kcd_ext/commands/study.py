@@ -428,7 +428,8 @@ class Study:
         own = _normalisation(views)
         same = own == _normalisation(self.data.test.views)  # otherwise no single mean and std describes both sets
         return {
-            **{"size": None, **self.data_options, "padding": views.padding, "flip": views.flip},
+            **{"size": None, **self.data_options},
+            **{"padding": views.padding, "flip": views.flip, "augment": self.data.augment},
             **{name: list(numbers) if same else None for name, numbers in own._asdict().items()},
         }
 

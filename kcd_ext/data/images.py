@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..checks import check_choice, check_int
-from ..describe import describe, join_names
+from ..describe import brief, describe, did_you_mean, join_names
 from ..registry import call, unknown_name_error
+from .augmentation import POLICIES
 from .reading import Reading
 from .resizing import RESIZES
 from .splits import divide, stratified_split
@@ -28,6 +29,8 @@ REGISTRY = {
 }
 PATHS = "kcd_ext.data.files:read"
 FOR_FILES = ("size", "memory", "image_column", "label_column")  # options for image files
+CROP_FLIP = "crop-flip"
+AUGMENTATIONS = (CROP_FLIP, "none", *POLICIES)
 
 
 class LabelledImages(Dataset):
@@ -140,7 +143,7 @@ class ImageData:
     train: LabelledImages
     """The training images: an `ImageSet` in memory, or `ImageFiles` on disk."""
     test: LabelledImages
-    """The test images; their views neither crop nor flip."""
+    """The test images; their views neither crop nor flip, and have no policy."""
     num_classes: int
     """The number of classes, at least 1."""
     class_names: tuple[str, ...] = ()
@@ -172,10 +175,11 @@ class ImageData:
                     f"data set {self.name!r}: images of train and {part} must have one shape, got {self.train.shape} and "
                     f"{images.shape}"
                 )
-            if part != "train" and (images.views.padding or images.views.flip):
+            views = images.views
+            if part != "train" and (views.padding or views.flip or views.policy):
                 raise ValueError(
-                    f"data set {self.name!r}: {part} must have views with padding=0 and flip=False, "
-                    f"got padding={images.views.padding} and flip={images.views.flip}"
+                    f"data set {self.name!r}: {part} must have views with padding=0, flip=False and policy=None, "
+                    f"got padding={views.padding}, flip={views.flip} and policy={views.policy!r}"
                 )
         if self.resize is not None:
             check_choice(f"data set {self.name!r}: resize", self.resize, RESIZES)
@@ -194,6 +198,47 @@ class ImageData:
         """Return the data set with every part changed by a function."""
         val = None if self.val is None else change(self.val)
         return replace(self, train=change(self.train), test=change(self.test), val=val)
+
+    @property
+    def augment(self) -> str:
+        """The augmentation of the training images, as `load` takes it."""
+        views = self.train.views
+        return views.policy or (CROP_FLIP if views.padding or views.flip else "none")
+
+    def augmented(
+        self, augment: str | None = None, *, padding: int | None = None, flip: bool | None = None
+    ) -> "ImageData":
+        """Return the data set with another augmentation of its training images. The arguments are those of `load`.
+
+        Raises:
+            TypeError: An argument has the wrong type.
+            ValueError: `augment` is unknown, changes nothing, contradicts `padding` or `flip`, or is for another number of
+                channels; or `padding` is not smaller than the images.
+        """
+        views, side = self.train.views, min(self.train.shape[:2])
+        options = {name: value for name, value in (("padding", padding), ("flip", flip)) if value is not None}
+        if augment is not None:
+            if not isinstance(augment, str):
+                raise TypeError(f"augment must be {', '.join(AUGMENTATIONS)} or None, got {describe(augment)}")
+            if augment not in AUGMENTATIONS:
+                nearest = did_you_mean(augment, AUGMENTATIONS)
+                raise ValueError(f"augment must be {', '.join(AUGMENTATIONS)} or None, got {brief(augment)}{nearest}")
+            options["policy"] = augment if augment in POLICIES else None
+        if augment == "none":
+            options = {"padding": 0, "flip": False} | options
+        views = replace(views, **options)
+        if padding is not None and padding >= side:  # some crops would be entirely black
+            raise ValueError(f"padding must be < {side}, the smaller side of the images, got {padding}")
+        if augment == "none" and (views.padding or views.flip):
+            raise ValueError(
+                f"augment='none' means padding=0 and flip=False, got padding={views.padding} and flip={views.flip}"
+            )
+        if augment == CROP_FLIP and not (views.padding or views.flip):
+            raise ValueError(
+                f"augment={augment!r} has no effect with padding=0 and flip=False (the defaults of data set {self.name!r} "
+                f"unless you give others)"
+            )
+        return replace(self, train=self.train.with_views(views))
 
 
 def check_class_names(data_set: str, names: tuple[str, ...]) -> None:
@@ -261,6 +306,7 @@ def split(name: str, images: np.ndarray, labels: np.ndarray, test_fraction: floa
 def load(
     spec: str | os.PathLike,
     *,
+    augment: str | None = None,
     padding: int | None = None,
     flip: bool | None = None,
     size: int | None = None,
@@ -284,6 +330,14 @@ def load(
             - `module:function`, a function that returns an `ImageData`.
             - the path of a CIFAR archive or the folder in it (`cifar.py`), of an `.npz` file (`npz.py`), of a folder of
               images by class (`folder.py`), or of a data set that Hugging Face `datasets` saved (`huggingface.py`).
+        augment: How training images change from epoch to epoch. None: as the data set has it, which is "crop-flip" for CIFAR
+            and "none" for all others here.
+
+            - "crop-flip": crops and flips, as `padding` and `flip` say.
+            - "none": neither.
+            - "randaugment" (Cubuk et al., 2020): crops and flips, then 2 random operations of magnitude 9 out of 30.
+            - "trivialaugment" (Müller and Hutter, 2021, wide space): crops and flips, then 1 random operation of random
+              strength.
         padding: Pixels around training images for random crops (`Views`). None: the data set's, which is 4 for CIFAR and
             0 for all others here.
         flip: Whether to flip training images at random (`Views`). None: the data set's, which is True for CIFAR and False
@@ -313,9 +367,10 @@ def load(
             kind, such as `val` and `valid`, or the validation images test too; names them.
 
     Raises:
-        ValueError: The name is unknown, the function fails, a file has the wrong content, `padding` is not smaller than
-            the images, an option is given for data that it is not for or has no effect, a fraction leaves a part without
-            images, or `mean` or `std` is missing, out of range or for another number of channels.
+        ValueError: The name is unknown, the function fails, a file has the wrong content, `augment` contradicts `padding` or
+            `flip` or is for another number of channels, `padding` is not smaller than the images, an option is unknown, has
+            no effect or is for other data, a fraction leaves a part without images, or `mean` or `std` is missing, out of
+            range or for another number of channels.
         OSError: A file or folder is missing or cannot be read.
         ImportError: The package that contains or reads the images is not installed; names the extra that installs it.
         TypeError: An argument is of another kind, or the function returns something else.
@@ -345,13 +400,7 @@ def load(
             data = data.map_parts(lambda part: part.with_views(part.views.with_normalisation(*normalisation)))
         except ValueError as error:
             raise ValueError(f"{error} (images of {spec})") from error
-    options = {name: value for name, value in (("padding", padding), ("flip", flip)) if value is not None}
-    if not options:
-        return data
-    views, side = replace(data.train.views, **options), min(data.train.shape[:2])
-    if padding is not None and padding >= side:  # some crops would be entirely black
-        raise ValueError(f"padding must be < {side}, the smaller side of the images, got {padding}")
-    return replace(data, train=data.train.with_views(views))
+    return data.augmented(augment, padding=padding, flip=flip)
 
 
 def split_off_validation(data: ImageData, val_fraction: float | None) -> ImageData:

@@ -1,8 +1,8 @@
-"""Views: raw images to network inputs. Flips, crops and normalises entire batches on any device."""
+"""Views: raw images to network inputs. Flips, crops, augments and normalises entire batches on any device."""
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
@@ -10,35 +10,35 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..checks import check_bool, check_float, check_int
-from ..condensation.random_keys import MAX_SEED, VIEWS, random_keys
-from ..describe import describe
+from ..condensation.random_keys import MAX_SEED, VIEWS, random_bits, scale_bits
+from ..describe import brief, describe
+from .augmentation import GREY, POLICIES, augment
 
 # By name: mean and std of pixels / 255, for three channels, or one number for any.
 NORMALISATIONS = {
     "half": ((0.5,), (0.5,)),  # to [-1, 1]
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),  # torchvision's and timm's
 }
-LOW_31_BITS = 2**31 - 1  # 31 bits times the number of crops still fits int64
 
 
 @dataclass(frozen=True)
 class Views:
-    """A transform of uint8 images `(b, h, w, c)` to float32 `(b, c, h, w)`: flip, crop, normalise.
+    """A transform of uint8 images `(b, h, w, c)` to float32 `(b, c, h, w)`: flip, crop, augment, normalise.
 
     Normalisation is (x / 255 - mean) / std by channel.
 
     The view of a sample is a pure function of `(seed, epoch, index)`. It is the same on every device, in every batch, on
-    every rank and in a resumed run. Its random numbers never change between releases. Flip and both offsets are independent. The
-    windows of a crop are equally likely to within one part in 2^31 / (2·padding + 1).
+    every rank and in a resumed run. Its random numbers never change between releases. Flip, both offsets and the operations of
+    a policy are independent. The windows of a crop are equally likely to within one part in 2^31 / (2·padding + 1).
 
     Results are contiguous, on the device of the images. They are computed without synchronising with it.
 
     Raises:
         TypeError: `mean` or `std` is not a tuple of numbers, `padding` or, on call, `seed` or `epoch` is not an integer,
-            or `flip` is not a bool.
-        ValueError: `mean` and `std` are not equally many finite numbers, a `std` is not > 0, or `padding` is negative. On
-            call: images are not uint8 `(b, h, w, c)` with that many channels, `index` is not int64 `(b,)` on their
-            device, or `seed` or `epoch` is outside [0, 2^64).
+            `flip` is not a bool, or `policy` is not a string.
+        ValueError: `mean` and `std` are not equally many finite numbers, a `std` is not > 0, `padding` is negative, or
+            `policy` is unknown or for another number of channels. On call: images are not uint8 `(b, h, w, c)` with that
+            many channels, `index` is not int64 `(b,)` on their device, or `seed` or `epoch` is outside [0, 2^64).
     """
 
     mean: tuple[float, ...]
@@ -49,6 +49,8 @@ class Views:
     """Black pixels added around the image, before a window of the original size is cropped at random. 0: no crop."""
     flip: bool = False
     """Whether half of the views are mirrored horizontally."""
+    policy: str | None = None
+    """The augmentation policy, `randaugment` or `trivialaugment`, which changes images of 1 or 3 channels after flip and crop."""
 
     def __post_init__(self) -> None:
         for name in ("mean", "std"):
@@ -61,6 +63,17 @@ class Views:
             raise ValueError(f"std must be {len(self.mean)} numbers > 0, as many as mean, got {self.std}")
         check_int("padding", self.padding, 0)
         check_bool("flip", self.flip)
+        if not isinstance(self.policy, str | None):
+            raise TypeError(f"policy must be {', '.join(POLICIES)} or None, got {describe(self.policy)}")
+        if self.policy is not None and self.policy not in POLICIES:
+            raise ValueError(f"policy must be {', '.join(POLICIES)} or None, got {brief(self.policy)}")
+        if self.policy and len(self.mean) not in (1, len(GREY)):
+            raise ValueError(f"policy {self.policy!r} is for images with 1 or 3 channels, got {len(self.mean)}")
+
+    def __repr__(self) -> str:
+        """Return all fields, but `policy` only if there is one: fingerprints of runs without one must not change."""
+        shown = [field.name for field in fields(self) if field.name != "policy" or self.policy]
+        return f"{type(self).__name__}({', '.join(f'{name}={getattr(self, name)!r}' for name in shown)})"
 
     @classmethod
     def from_images(cls, images: np.ndarray, *, padding: int = 0, flip: bool = False) -> "Views":
@@ -146,9 +159,15 @@ class Views:
                 f"got {index.dtype} of shape {tuple(index.shape)} on {index.device}"
             )
         seed, epoch = check_int("seed", seed, 0, MAX_SEED), check_int("epoch", epoch, 0, MAX_SEED)
-        if not (self.padding or self.flip) or not images.numel():
-            return self.normalize(images)
-        bits = _random_bits(index, seed, epoch)
+        if images.numel():
+            if self.padding or self.flip:
+                images = self._flip_and_crop(images, index, seed, epoch)
+            if self.policy:
+                images = augment(self.policy, images, index, seed=seed, epoch=epoch)
+        return self.normalize(images)
+
+    def _flip_and_crop(self, images: Tensor, index: Tensor, seed: int, epoch: int) -> Tensor:
+        (bits,) = random_bits(index, seed=seed, step=epoch, stream=VIEWS)
         count, height, width, channels = images.shape
         tall, wide = height + 2 * self.padding, width + 2 * self.padding
         stacked = torch.cat((images, images.flip(2))) if self.flip else images
@@ -158,15 +177,12 @@ class Views:
         first = torch.arange(count, device=images.device)
         if self.flip:
             first = first + (bits < 0) * count
-        first = first * tall + self._offset(bits & LOW_31_BITS)
-        first = first * wide + self._offset((bits >> 31) & LOW_31_BITS)
+        offsets = 2 * self.padding + 1
+        first = first * tall + scale_bits(bits, offsets)
+        first = first * wide + scale_bits(bits >> 31, offsets)
         starts = first[:, None] + torch.arange(0, height * wide, wide, device=images.device)
         runs = padded.reshape(-1).unfold(0, width * channels, channels)
-        return self.normalize(runs.index_select(0, starts.view(-1)).view(images.shape))
-
-    def _offset(self, bits: Tensor) -> Tensor:
-        """Return 31 random bits as an offset in 0 ... 2·padding."""
-        return (bits * (2 * self.padding + 1)) >> 31
+        return runs.index_select(0, starts.view(-1)).view(images.shape)
 
     def _check(self, images: Tensor) -> None:
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[-1] != len(self.mean):
@@ -210,21 +226,3 @@ def _to_tuple(name: str, value: float | Sequence[float]) -> tuple[float, ...]:
     if not numbers:
         raise ValueError(f"{name} must be one number or one per channel, got none")
     return tuple(check_float(name, number, "finite numbers", -math.inf) for number in numbers)
-
-
-def _random_bits(index: Tensor, seed: int, epoch: int) -> Tensor:
-    """Return 64 random bits per index as int64, a pure function of `(seed, epoch, index)`.
-
-    SplitMix64 (Steele, Lea and Flood, OOPSLA 2014): the index-th number after a state that is a random key of seed and
-    epoch. Tensor integers wrap around as SplitMix64's do. `>>` copies the sign, so the copied bits are masked.
-    """
-    (key,) = random_keys(1, seed=seed, step=epoch, stream=VIEWS).view(np.int64).tolist()
-    z = index * _signed(0x9E3779B97F4A7C15) + key
-    z = (z ^ ((z >> 30) & (2**34 - 1))) * _signed(0xBF58476D1CE4E5B9)
-    z = (z ^ ((z >> 27) & (2**37 - 1))) * _signed(0x94D049BB133111EB)
-    return z ^ ((z >> 31) & (2**33 - 1))
-
-
-def _signed(word: int) -> int:
-    """Return the int64 with the same 64 bits."""
-    return word - 2**64 if word >= 2**63 else word

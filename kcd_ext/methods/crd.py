@@ -57,6 +57,7 @@ class ContrastiveRepresentationDistillation(FeatureMethod):
         student_layer: The student's layer whose input is embedded, a name in `named_modules()` (`features.Tap`). None: the last
             linear layer.
         teacher_layer: The same for the teacher.
+        label_smoothing: Label smoothing of the cross entropy, in [0, 1].
 
     Raises:
         TypeError: An argument has the wrong type.
@@ -74,6 +75,7 @@ class ContrastiveRepresentationDistillation(FeatureMethod):
         batch_keep: float = 1.0,
         student_layer: str | None = None,
         teacher_layer: str | None = None,
+        label_smoothing: float = 0.0,
     ):
         super().__init__(student_layer, teacher_layer, batch_keep)
         self.dimension = check_int("dimension", dimension, 1)
@@ -81,6 +83,7 @@ class ContrastiveRepresentationDistillation(FeatureMethod):
         self.set_options(check_positive, temperature=temperature)
         self.set_options(check_unit_interval, momentum=momentum)
         self.set_options(check_finite, ce_weight=ce_weight, crd_weight=crd_weight)
+        self.set_label_smoothing(label_smoothing, ce_weight)
         # Avoids reading `log_z` from the device. False before the first batch and after loading a state.
         self._log_z_is_set = False
         self.register_load_state_dict_post_hook(_forget_log_z_is_set)
@@ -125,7 +128,8 @@ class ContrastiveRepresentationDistillation(FeatureMethod):
                 unit_rows(self.teacher_embedding(target.float())),
             )
             crd = self._crd_loss(embeddings, take_rows(batch.index, rows), take_rows(batch.label, rows))
-        loss = self.ce_weight * functional.cross_entropy(logits, batch.label) + self.crd_weight * crd
+        cross_entropy = functional.cross_entropy(logits, batch.label, label_smoothing=self.label_smoothing)
+        loss = self.ce_weight * cross_entropy + self.crd_weight * crd
         return Outcome(loss, logits.detach(), entropy(logits), {"crd": crd.detach()})
 
     def draw_negatives(self, label: Tensor) -> Tensor:

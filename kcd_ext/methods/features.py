@@ -3,17 +3,20 @@
 (For the maps of every stage of this package's own networks, use `kcd_ext.models.features`.)
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from ..checks import check_fraction
-from ..describe import describe
+from ..describe import brief, describe
 from ..networks import evaluation_mode, no_hook
 from .protocol import Batch, Method
 
+LAYERS_EXAMPLE = "layer1,layer2"  # for error messages
 LENGTH_OFFSET = 1e-7  # added to a row's length before the row is divided by it, as in the published code of PKT
 
 
@@ -46,6 +49,8 @@ class Tap:
         self.path, layer = _find_layer(network, path, name)
         self._capture = _Capture()
         self._hook = (layer.register_forward_hook if output else layer.register_forward_pre_hook)(self._capture)
+        if (made := _made_captures.get()) is not None:
+            made.append(self._capture)
 
     def run(self, network: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
         """Run the network and return its output and the layer's features (b, d), flattened from (b, ...).
@@ -117,6 +122,65 @@ class _Capture:
 
     def __reduce__(self):
         return no_hook, ()
+
+
+_made_captures: ContextVar[list[_Capture] | None] = ContextVar("made captures", default=None)
+
+
+@contextmanager
+def captures_made() -> Iterator[list[_Capture]]:
+    """Yield a list of what the taps made inside the context capture, for `SharedPasses`."""
+    captures: list[_Capture] = []
+    token = _made_captures.set(captures)
+    try:
+        yield captures
+    finally:
+        _made_captures.reset(token)
+
+
+class SharedPasses(nn.Module):
+    """A network whose forward passes several methods share: a call with the same tensor again returns the same output.
+
+    Every tap captures in the one pass, and gets its features again when its method calls. A call in another mode (training,
+    gradients, autocast) is a pass of its own. Make a new object for every batch.
+
+    Args:
+        network: The network.
+        captures: What the methods' taps capture (`captures_made`).
+    """
+
+    def __init__(self, network: nn.Module, captures: Sequence[_Capture]):
+        super().__init__()
+        self.network = network
+        self.training = network.training
+        self._captures = captures
+        self._passes: dict[tuple, tuple] = {}  # keeps x alive, so that no other tensor gets its id
+
+    def forward(self, x: Tensor) -> object:
+        """Return the network's output for x."""
+        modes = self.network.training, torch.is_grad_enabled(), torch.is_autocast_enabled(x.device.type)
+        key = id(x), *modes
+        if key not in self._passes:
+            self._passes[key] = (x, *self._run(x))
+        _, output, captured = self._passes[key]
+        for capture, features, version in captured:
+            if capture.listening:
+                capture.features, capture.version = features, version
+        return output
+
+    def _run(self, x: Tensor) -> tuple[object, list[tuple]]:
+        """Return the output of a new pass, and (capture, features, version) of every tap that captured in it."""
+        before = [(capture, capture.listening, capture.features) for capture in self._captures]
+        for capture in self._captures:
+            capture.listening = True
+        try:
+            output = self.network(x)
+            captured = [(it, it.features, it.version) for it, _, earlier in before if it.features is not earlier]
+        finally:
+            for capture, listening, earlier in before:
+                capture.listening = listening
+                capture.features = capture.features if listening else earlier
+        return output, captured
 
 
 def _version(x: object) -> int | None:
@@ -236,6 +300,124 @@ class FeatureMethod(Method):
         """Remove the hooks from the networks."""
         while self._taps:
             self._taps.popitem()[1].remove()
+
+
+class StageMethod(Method):
+    """The base of methods that compare the output maps of several layers. It taps both networks from `prepare` to `release`.
+
+    After `prepare`, `student_shapes` and `teacher_shapes` are the maps' shapes (c, h, w), in the order of the layers.
+
+    Args:
+        student_layers: The student's layers, names in `named_modules()` with commas between them. None: those of
+            `default_layers`.
+        teacher_layers: The teacher's.
+        batch_keep: Fraction of each batch that the teacher runs on, in (0, 1].
+    """
+
+    def __init__(self, student_layers: str | None = None, teacher_layers: str | None = None, batch_keep: float = 1.0):
+        super().__init__()
+        self.student_layers = student_layers
+        self.teacher_layers = teacher_layers
+        self._paths = {
+            "student": _parse_layers("student_layers", student_layers),
+            "teacher": _parse_layers("teacher_layers", teacher_layers),
+        }
+        self.batch_keep = check_fraction("batch_keep", batch_keep)
+        self._taps: dict[str, list[Tap]] = {}
+
+    def prepare(self, student: nn.Module, teacher: nn.Module | None, samples: Iterable[Batch]) -> None:
+        """Tap both networks and run one sample through them, in evaluation mode and without gradients.
+
+        Raises:
+            ValueError: A layer does not exist or takes no hooks, a network has no `stages` and no layers were named, or the
+                networks have different numbers of layers.
+            RuntimeError: A layer did not run, or its output is not a map (b, c, h, w).
+        """
+        self.release()
+        networks = {"student": student, "teacher": teacher}
+        paths = {name: self._paths_of(name, network) for name, network in networks.items()}
+        if len(paths["student"]) != len(paths["teacher"]):
+            found = [f"{len(names)} ({','.join(names)})" for names in paths.values()]
+            raise ValueError(
+                f"student_layers and teacher_layers must have the same number of layers, got {found[0]} and {found[1]}"
+            )
+        for name, names in paths.items():
+            self._taps[name] = []  # one by one, so that `release` removes those made before a failure
+            for path in names:
+                self._taps[name].append(Tap(networks[name], path, name, output=True))
+        x = next(iter(samples)).x[:1]
+        with evaluation_mode(student), evaluation_mode(teacher), torch.no_grad():
+            self.student_shapes, self.teacher_shapes = (
+                [tuple(maps.shape[1:]) for maps in self._run(name, network, x)[1]] for name, network in networks.items()
+            )
+
+    def default_layers(self, stages: Sequence[str]) -> Sequence[str]:
+        """Return the layers to compare in a network with these `stages`: all of them."""
+        return stages
+
+    def _paths_of(self, name: str, network: nn.Module) -> Sequence[str]:
+        """Return the names of the network's layers."""
+        paths, modules = self._paths[name], dict(network.named_modules())
+        if paths is None:
+            if not (stages := stages_of(network)):
+                raise ValueError(
+                    f"{name}_layers must name layers, e.g. {LAYERS_EXAMPLE}: the {name}, a {type(network).__name__}, has no "
+                    f"`stages`, a tuple of layer names"
+                )
+            paths = self.default_layers(stages)
+        for path in paths:
+            if path not in modules:
+                raise ValueError(f"{name}_layers must be names in {name}.named_modules(), which has no {path!r}")
+        return paths
+
+    def student_forward(self, student: nn.Module, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Return the student's logits (b, classes) and maps (b, c, h, w), all differentiable."""
+        return self._run("student", student, x)
+
+    def teacher_forward(self, teacher: nn.Module | None, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Return the teacher's logits (b, classes) and maps (b, c, h, w), all constant. c is at least that of `teacher_shapes`.
+
+        If the teacher now has fewer channels than in `prepare`, as the partial teachers of `pwkd`, zeros fill the last ones.
+        """
+        with torch.no_grad():
+            logits, maps = self._run("teacher", teacher, x)
+        missing = [channels - x.shape[1] for (channels, _, _), x in zip(self.teacher_shapes, maps, strict=True)]
+        return logits, [
+            functional.pad(x, (0, 0, 0, 0, 0, n)) if n > 0 else x for x, n in zip(maps, missing, strict=True)
+        ]
+
+    def _run(self, name: str, network: nn.Module | None, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        if name not in self._taps:
+            raise RuntimeError(f"{type(self).__name__} needs prepare(student, teacher, samples) before it is called")
+        for tap in self._taps[name]:
+            tap.listen()
+        logits = network(x)
+        return logits, [tap.pop_map() for tap in self._taps[name]]
+
+    def release(self) -> None:
+        """Remove the hooks from the networks."""
+        while self._taps:
+            for tap in self._taps.popitem()[1]:
+                tap.remove()
+
+
+def _parse_layers(option: str, text: str | None) -> list[str] | None:
+    """Parse layer names with commas between them."""
+    takes = f"names of layers, e.g. {LAYERS_EXAMPLE}, or None"
+    if text is None:
+        return None
+    if not isinstance(text, str):
+        raise TypeError(f"{option} must be {takes}, got {describe(text)}")
+    paths = [path.strip() for path in text.split(",")]
+    if not all(paths):
+        raise ValueError(f"{option} must be {takes}, got {brief(text)}, with an empty name")
+    return paths
+
+
+def pool_to_common_size(*maps: Tensor) -> list[Tensor]:
+    """Pool maps (b, c, h, w) to the smallest height and width among them, by adaptive average pooling."""
+    size = tuple(min(sides) for sides in zip(*(x.shape[-2:] for x in maps), strict=True))
+    return [x if x.shape[-2:] == size else functional.adaptive_avg_pool2d(x, size) for x in maps]
 
 
 def full_precision(like: Tensor) -> torch.autocast:

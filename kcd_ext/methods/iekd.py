@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .. import models
-from ..checks import check_choice, check_finite, check_int, check_non_negative, check_positive, check_used
+from ..checks import check_bool, check_choice, check_finite, check_int, check_non_negative, check_positive, check_used
 from ..models.layers import initialise_convolutions
 from ..networks import evaluation_mode
 from .features import (
@@ -18,6 +18,7 @@ from .features import (
     at_least_float32,
     check_layer,
     full_precision,
+    pool_to_common_size,
     stages_of,
     unit_rows,
 )
@@ -69,12 +70,6 @@ DISTANCES = {
     "l1": Distances(l1_distance, opposite_l1_distance),
     "cosine": Distances(cosine_distance, absolute_cosine),
 }
-
-
-def pool_to_common_size(*maps: Tensor) -> list[Tensor]:
-    """Pool maps (b, c, h, w) to the smallest height and width among them, by adaptive average pooling."""
-    size = tuple(min(sides) for sides in zip(*(x.shape[-2:] for x in maps), strict=True))
-    return [x if x.shape[-2:] == size else functional.adaptive_avg_pool2d(x, size) for x in maps]
 
 
 class FactorCoder(nn.Sequential):
@@ -152,6 +147,7 @@ class _MapTap(Tap):
 class _FactorMethod(FeatureMethod):
     """The base of both methods here: it compares factors of two networks' maps."""
 
+    takes_soft_labels = True
     flops_known = False  # the encoders add to the networks' FLOPs
 
     def set_factor_options(self, distance: str, split: str, split_seed: int) -> None:
@@ -259,6 +255,9 @@ class InheritanceExplorationDistillation(_FactorMethod):
         student_layer: The student's layer whose output (b, c, h, w) is compared, a name in `named_modules()`. None: the last
             of its `stages`, which every network in `kcd_ext.models` has.
         teacher_layer: The same for the teacher.
+        label_smoothing: Label smoothing of the cross entropy, in [0, 1].
+        standardize: Compare the z-scores of each row's logits in KD (`kd.standardized`, Sun et al., CVPR 2024). Refused if
+            kd_weight is 0.
 
     Raises:
         TypeError: An argument has the wrong type.
@@ -280,6 +279,8 @@ class InheritanceExplorationDistillation(_FactorMethod):
         batch_keep: float = 1.0,
         student_layer: str | None = None,
         teacher_layer: str | None = None,
+        label_smoothing: float = 0.0,
+        standardize: bool = False,
     ):
         super().__init__(student_layer, teacher_layer, batch_keep)
         self.set_options(
@@ -290,7 +291,10 @@ class InheritanceExplorationDistillation(_FactorMethod):
             kd_weight=kd_weight,
         )
         self.set_options(check_positive, temperature=temperature)
+        self.set_label_smoothing(label_smoothing, ce_weight)
+        self.set_options(check_bool, standardize=standardize)
         check_used("temperature", temperature, 4, kd_weight == 0, "kd_weight=0")
+        check_used("standardize", standardize, False, kd_weight == 0, "kd_weight=0")
         self.set_factor_options(distance, split, split_seed)
         self.factor_epochs = check_int("factor_epochs", factor_epochs, 1)
         self.set_options(check_non_negative, factor_lr=factor_lr)
@@ -336,6 +340,7 @@ class InheritanceExplorationDistillation(_FactorMethod):
             target = self.auto_encoder.encoder(target_maps)
         losses = self.factor_losses(self.student_encoder(take_rows(maps, rows)), target)
         weights = {"temperature": self.temperature, "kd_weight": self.kd_weight, "ce_weight": self.ce_weight}
+        weights |= {"label_smoothing": self.label_smoothing, "standardize": self.standardize}
         loss, value, kd_terms = distill_if_weighted(logits, target_logits, batch.label, rows, **weights)
         terms = {name: x.detach() for name, x in losses.items()}
         return Outcome(self.weighted_sum(losses) + loss, logits.detach(), value, {**terms, **kd_terms})
@@ -383,6 +388,8 @@ class InheritanceExplorationMutualLearning(_FactorMethod):
         student_layer: The student's layer whose output (b, c, h, w) is compared, a name in `named_modules()`. None: the last
             of its `stages`, which every network in `kcd_ext.models` has.
         peer_layer: The same for the peer.
+        label_smoothing: Label smoothing of the cross entropy, in [0, 1], for both networks.
+        standardize: Compare the z-scores of each row's logits in the KL divergence (`kd.standardized`, Sun et al., CVPR 2024).
 
     Raises:
         TypeError: An argument has the wrong type.
@@ -404,6 +411,8 @@ class InheritanceExplorationMutualLearning(_FactorMethod):
         peer: str | None = None,
         student_layer: str | None = None,
         peer_layer: str | None = None,
+        label_smoothing: float = 0.0,
+        standardize: bool = False,
     ):
         super().__init__(student_layer)
         self.set_options(
@@ -414,6 +423,8 @@ class InheritanceExplorationMutualLearning(_FactorMethod):
             exploration_weight=exploration_weight,
         )
         self.set_options(check_positive, temperature=temperature)
+        self.set_label_smoothing(label_smoothing, ce_weight)
+        self.set_options(check_bool, standardize=standardize)
         self.set_factor_options(distance, split, split_seed)
         if peer is not None and not isinstance(peer, str):
             raise TypeError(f"peer must be a network's name, module:function or None, got {type(peer).__name__}")
@@ -462,6 +473,7 @@ class InheritanceExplorationMutualLearning(_FactorMethod):
         losses = self.factor_losses(self.student_encoder(maps), peer_factors.detach())
         peer_losses = self.factor_losses(self.peer_encoder(peer_maps), factors.detach())
         weights = {"temperature": self.temperature, "kd_weight": self.kl_weight, "ce_weight": self.ce_weight}
+        weights |= {"label_smoothing": self.label_smoothing, "standardize": self.standardize}
         distilled, value, kl = distill_rows(logits, peer_logits.detach(), batch.label, **weights)
         peer_distilled, _, _ = distill_rows(peer_logits, logits.detach(), batch.label, **weights)
 
@@ -470,7 +482,9 @@ class InheritanceExplorationMutualLearning(_FactorMethod):
         terms = {
             **{name: x.detach() for name, x in losses.items()},
             "kl": kl,
-            "peer_ce": functional.cross_entropy(at_least_float32(peer_logits.detach()), batch.label),
+            "peer_ce": functional.cross_entropy(
+                at_least_float32(peer_logits.detach()), batch.label, label_smoothing=self.label_smoothing
+            ),
             "reconstruction": reconstruction.detach(),
         }
         return Outcome(loss, logits.detach(), value, terms)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..checks import check_finite, check_fraction, check_positive, check_used
+from ..checks import check_bool, check_finite, check_fraction, check_positive, check_used
 from ..describe import brief, describe
 from ..networks import evaluation_mode
 from .features import Tap, at_least_float32, full_precision, stages_of, unit_rows
@@ -64,11 +64,16 @@ class KnowledgeRepresenting(Method):
             that is a `torch.nn.Sequential` of blocks contributes its blocks, any other stage itself. (A child without children,
             such as a convolution, is not a block.)
         teacher_layers: The same for the teacher.
+        label_smoothing: Label smoothing of the cross entropy, in [0, 1].
+        standardize: Compare the z-scores of each row's logits in the KL term (`kd.standardized`, Sun et al., CVPR 2024). Refused
+            if kd_weight is 0.
 
     Raises:
         TypeError: An argument has the wrong type.
         ValueError: An argument is out of range, or has no effect.
     """
+
+    takes_soft_labels = True
 
     def __init__(
         self,
@@ -81,12 +86,17 @@ class KnowledgeRepresenting(Method):
         batch_keep: float = 1.0,
         student_layers: str | None = None,
         teacher_layers: str | None = None,
+        label_smoothing: float = 0.0,
+        standardize: bool = False,
     ):
         super().__init__()
         self.set_options(check_positive, temperature=temperature, tau=tau)
         self.set_options(check_finite, ce_weight=ce_weight, kd_weight=kd_weight, kr_weight=kr_weight)
         self.set_options(check_fraction, ratio=ratio, batch_keep=batch_keep)
+        self.set_label_smoothing(label_smoothing, ce_weight)
+        self.set_options(check_bool, standardize=standardize)
         check_used("temperature", temperature, 4, kd_weight == 0, "kd_weight=0")
+        check_used("standardize", standardize, False, kd_weight == 0, "kd_weight=0")
         self.student_layers = student_layers
         self.teacher_layers = teacher_layers
         self._named_groups = {
@@ -162,6 +172,7 @@ class KnowledgeRepresenting(Method):
             ]
         ).sum()
         weights = {"temperature": self.temperature, "kd_weight": self.kd_weight, "ce_weight": self.ce_weight}
+        weights |= {"label_smoothing": self.label_smoothing, "standardize": self.standardize}
         loss, value, terms = distill_if_weighted(logits, target, batch.label, rows, **weights)
         return Outcome(loss + self.kr_weight * kr, logits.detach(), value, {"kr": kr.detach(), **terms})
 

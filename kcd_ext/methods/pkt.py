@@ -33,11 +33,14 @@ class ProbabilisticKnowledgeTransfer(FeatureMethod):
         student_layer: The student's layer whose input is compared, a name in `named_modules()` (`features.Tap`). None: the last
             linear layer.
         teacher_layer: The same for the teacher.
+        label_smoothing: Label smoothing of the cross entropy, in [0, 1].
 
     Raises:
         TypeError: An argument has the wrong type.
         ValueError: An argument is out of range.
     """
+
+    takes_soft_labels = True
 
     def __init__(
         self,
@@ -46,9 +49,11 @@ class ProbabilisticKnowledgeTransfer(FeatureMethod):
         batch_keep: float = 1.0,
         student_layer: str | None = None,
         teacher_layer: str | None = None,
+        label_smoothing: float = 0.0,
     ):
         super().__init__(student_layer, teacher_layer, batch_keep)
         self.set_options(check_finite, ce_weight=ce_weight, pkt_weight=pkt_weight)
+        self.set_label_smoothing(label_smoothing, ce_weight)
 
     def forward(self, student: nn.Module, teacher: nn.Module | None, batch: Batch) -> Outcome:
         """Return the loss of a batch. `terms["pkt"]` is PKT without its weight."""
@@ -56,7 +61,8 @@ class ProbabilisticKnowledgeTransfer(FeatureMethod):
         rows = select_batch_rows(logits, self.batch_keep)
         _, target = self.teacher_forward(teacher, take_rows(batch.x, rows))
         pkt = transfer_loss(take_rows(features, rows), target)
-        loss = self.ce_weight * functional.cross_entropy(logits, batch.label) + self.pkt_weight * pkt
+        cross_entropy = functional.cross_entropy(logits, batch.label, label_smoothing=self.label_smoothing)
+        loss = self.ce_weight * cross_entropy + self.pkt_weight * pkt
         return Outcome(loss, logits.detach(), entropy(logits), {"pkt": pkt.detach()})
 
 

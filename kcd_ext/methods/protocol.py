@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..checks import check_unit_interval, check_used
+
 
 class Batch(NamedTuple):
     """A batch of b samples."""
@@ -14,7 +16,7 @@ class Batch(NamedTuple):
     x: Tensor
     """(b, ...), the input of the networks."""
     label: Tensor
-    """(b,) int64."""
+    """(b,) int64; or (b, classes) float32 probabilities, only if the method's `takes_soft_labels` is True."""
     index: Tensor
     """(b,) int64, indices in the data set; -1 marks a repeat that only pads."""
     weight: Tensor | None = None
@@ -64,6 +66,8 @@ class Method(nn.Module):
     """False: `distill` accepts teacher=None."""
     weighs_samples = False
     """True: `forward` applies `batch.weight` and sets `Outcome.losses`."""
+    takes_soft_labels = False
+    """True: `batch.label` may be the probabilities of all classes, as mixup makes them."""
     flops_known = True
     """False: a row costs more, or less, than one forward pass of the teacher and one step of the student."""
     compiles_teacher = True
@@ -78,6 +82,11 @@ class Method(nn.Module):
         """
         for name, value in options.items():
             setattr(self, name, check(name, value))
+
+    def set_label_smoothing(self, label_smoothing: float, ce_weight: float = 1.0) -> None:
+        """Set the attribute `label_smoothing`, a number in [0, 1]. Raise ValueError if a `ce_weight` of 0 makes it useless."""
+        self.set_options(check_unit_interval, label_smoothing=label_smoothing)
+        check_used("label_smoothing", label_smoothing, 0, ce_weight == 0, "ce_weight=0")
 
     def prepare(self, student: nn.Module, teacher: nn.Module | None, samples: Iterable[Batch]) -> None:
         """Probe shapes and build the method's own parts. Called once before training, also when a run resumes.

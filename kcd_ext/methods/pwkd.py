@@ -13,7 +13,7 @@ from torch.nn import functional
 from ..checks import check_bool, check_int, check_non_negative, check_unit_interval, check_used
 from ..describe import one_line
 from ..registry import resolve
-from . import REGISTRY, build, convert_options, unknown_options
+from . import REGISTRY, build, convert_options, split_name, unknown_options
 from .features import at_least_float32, full_precision
 from .protocol import Batch, Method, Outcome, Pretraining
 from .slimmable import SLIMMABLE, check_widths, slimmable
@@ -88,7 +88,8 @@ class PartialToWholeDistillation(Method):
     Methods that compare features get zeros for the features that a partial teacher lacks (`FeatureMethod.teacher_forward`).
 
     Args:
-        base: A method that needs a teacher, by name or `module:Class`. Its own pretraining follows that of the teacher.
+        base: A method that needs a teacher, by name or `module:Class`, or several with + between them. Its own pretraining
+            follows that of the teacher.
         widths: Ascending fractions in (0, 1], the last one 1; see `slimmable`. On the command line: "0.25,0.5,0.75,1".
         teacher_epochs: Epochs of the teacher's pretraining, >= 1.
         teacher_lr: Learning rate of the teacher's pretraining, >= 0. It drops to a tenth at 50 % and 75 % of its epochs.
@@ -146,13 +147,15 @@ class PartialToWholeDistillation(Method):
             if getattr(type(self.base), overridden) is not getattr(Method, overridden):
                 raise ValueError(f"base must be a method that leaves this to pwkd, got {base!r}, which {meaning}")
         self.weighs_samples = self.base.weighs_samples
+        self.takes_soft_labels = self.base.takes_soft_labels
         self.compiles_teacher = not self.partial  # each width would compile once more in each mode
         self.flops_known = self.base.flops_known and not self.partial  # a narrow width costs less than the teacher
         self.slimmable = None
 
     def _check_options(self, base: str, options: Iterable[str]) -> None:
         """Raise ValueError for an unknown base, TypeError for an option that neither pwkd nor the base takes."""
-        resolve("base", base, REGISTRY)
+        for part in split_name(base) if isinstance(base, str) else (base,):
+            resolve("base", part, REGISTRY)
         unknown, takes = unknown_options(base, options)
         if unknown:
             own = [p.name for p in inspect.signature(type(self)).parameters.values() if p.kind is not p.VAR_KEYWORD]

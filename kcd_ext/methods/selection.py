@@ -1,11 +1,41 @@
 """Condensation within a batch: the student's entropy selects the rows that the teacher runs on."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
 from torch import Tensor
 
 from .. import reference
 from ..arguments import check_keep
 from ..losses import select_rows
 from ..ops import has_kernels_for
+
+_shared_results: ContextVar[dict[tuple, tuple] | None] = ContextVar("shared results", default=None)
+
+
+@contextmanager
+def shared_selection() -> Iterator[None]:
+    """Return the same tensor inside the context whenever a function here is called with the same arguments again.
+
+    So several methods that select rows of one batch call the teacher with the same tensor (`features.SharedPasses`).
+    """
+    token = _shared_results.set({})
+    try:
+        yield
+    finally:
+        _shared_results.reset(token)
+
+
+def _shared(function: Callable[..., Tensor], *arguments: object) -> Tensor:
+    """Return function(*arguments), computed once inside `shared_selection`. Tensors are compared by identity."""
+    results = _shared_results.get()
+    if results is None:
+        return function(*arguments)
+    key = (function, *(id(x) if isinstance(x, Tensor) else x for x in arguments))
+    if key not in results:
+        results[key] = (arguments, function(*arguments))  # keeps them alive, so that no other tensor gets their ids
+    return results[key][1]
 
 
 def select_batch_rows(student_logits: Tensor, batch_keep: float) -> Tensor | None:
@@ -21,8 +51,10 @@ def select_batch_rows(student_logits: Tensor, batch_keep: float) -> Tensor | Non
     Returns:
         int64 (max(1, int(batch_keep * b)),), ascending; None for all rows.
     """
-    if batch_keep == 1:
-        return None
+    return None if batch_keep == 1 else _shared(_select, student_logits, batch_keep)
+
+
+def _select(student_logits: Tensor, batch_keep: float) -> Tensor:
     if has_kernels_for(student_logits):
         return select_rows(student_logits, keep=batch_keep)[0]
     # The reference selects by the entropy of its first argument, so the second one may be anything.
@@ -34,4 +66,4 @@ def select_batch_rows(student_logits: Tensor, batch_keep: float) -> Tensor | Non
 
 def take_rows(x: Tensor, rows: Tensor | None) -> Tensor:
     """Return x[rows] (k, ...) for the rows of `select_batch_rows`. None: x itself."""
-    return x if rows is None else x.index_select(0, rows)
+    return x if rows is None else _shared(Tensor.index_select, x, 0, rows)

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..checks import (
+    check_bool,
     check_finite,
     check_fractions,
     check_int,
@@ -15,7 +16,7 @@ from ..checks import (
     check_unit_interval,
 )
 from .features import FeatureMethod, full_precision, unit_rows
-from .kd import distill_rows, kd_loss
+from .kd import distill_rows, kd_loss, standardized
 from .protocol import Batch, Outcome, Pretraining
 from .selection import select_batch_rows, take_rows
 
@@ -68,6 +69,8 @@ class SelfSupervisedKnowledgeDistillation(FeatureMethod):
         student_layer: The student's layer whose input is embedded, a name in `named_modules()` (`features.Tap`). None: the last
             linear layer.
         teacher_layer: The same for the teacher.
+        label_smoothing: Label smoothing of the cross entropy, in [0, 1].
+        standardize: Compare the z-scores of each row's logits in KD and TF (`kd.standardized`, Sun et al., CVPR 2024).
 
     Raises:
         TypeError: An argument has the wrong type.
@@ -91,6 +94,8 @@ class SelfSupervisedKnowledgeDistillation(FeatureMethod):
         batch_keep: float = 1.0,
         student_layer: str | None = None,
         teacher_layer: str | None = None,
+        label_smoothing: float = 0.0,
+        standardize: bool = False,
     ):
         super().__init__(student_layer, teacher_layer, batch_keep)
         self.set_options(
@@ -107,6 +112,8 @@ class SelfSupervisedKnowledgeDistillation(FeatureMethod):
             similarity_weight=similarity_weight,
         )
         self.set_options(check_unit_interval, transformed_ratio=transformed_ratio, similarity_ratio=similarity_ratio)
+        self.set_label_smoothing(label_smoothing, ce_weight)
+        self.set_options(check_bool, standardize=standardize)
         self.head_epochs = check_int("head_epochs", head_epochs, 1)
         self.set_options(check_non_negative, head_lr=head_lr)
         self.head_milestones = check_fractions(
@@ -153,15 +160,16 @@ class SelfSupervisedKnowledgeDistillation(FeatureMethod):
         target_normal, target_transformed = _normal_and_transformed(target_logits)
 
         weights = {"temperature": self.temperature, "kd_weight": self.kd_weight, "ce_weight": self.ce_weight}
+        weights |= {"label_smoothing": self.label_smoothing, "standardize": self.standardize}
         loss, value, kl = distill_rows(normal, target_normal, batch.label, rows, **weights)
         with full_precision(logits):
             similarity = _cosines(self.student_head(_take_images(features, rows).float()))
             with torch.no_grad():
                 target_similarity = _cosines(self.teacher_head(target_features.float()))
         label = take_rows(batch.label, rows)[:, None].expand(-1, VIEWS - 1).flatten()
+        compared = (take_rows(transformed, rows).flatten(0, 1), target_transformed.flatten(0, 1))
         transformed_kl = _selected_kl(
-            take_rows(transformed, rows).flatten(0, 1),
-            target_transformed.flatten(0, 1),
+            *(standardized(x) if self.standardize else x for x in compared),
             truth=label,
             ratio=self.transformed_ratio,
             temperature=self.transformed_temperature,

@@ -48,6 +48,12 @@ def check_method(method: Method, recipe: Recipe) -> None:
                 raise ValueError(
                     f"{option}={value!r} has no effect with method {recipe.method!r}, which sets its own learning rate"
                 )
+    for option in ("mixup", "cutmix"):
+        if getattr(recipe, option) and not method.takes_soft_labels:
+            raise ValueError(
+                f"{option}={getattr(recipe, option)} gives every sample the shares of two classes as its label, which method "
+                f"{recipe.method!r} does not take: choose another method, such as kd"
+            )
     if condenser.sample_weight is not None and not method.weighs_samples:
         raise ValueError(
             f"condense.selection {recipe.condense.selection!r} weights every sample's loss, but method {recipe.method!r} does "

@@ -1,7 +1,7 @@
 """The phases of a run: each trains one module for some epochs. First a method's own parts, then the student."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..condensation import Condensation, KnowledgeCondenser
 from ..methods import Batch, Method, Outcome, Pretraining
+from .batch_mixing import BatchMixer, draw_uniforms
 from .checks import check_outcome
 from .diagnosis import check_finite
 from .distributed import gather_labels, prepare
@@ -118,6 +119,10 @@ class Phase:
             self.run.teacher.eval()  # the method may have made it a part of itself, and train mode reaches parts
         self.rows, self.sums = 0, torch.zeros(1, device=self.run.device)
 
+    def training_batches(self, batches: Iterable[Batch], count: int, epoch: int) -> Iterator[Batch]:
+        """Yield an epoch's `count` batches as they are trained on."""
+        yield from batches
+
     def end_epoch(self) -> dict[str, object]:
         """Return further metrics. Raise FloatingPointError if training has diverged."""
         check_finite(self.run, self, self.loss)
@@ -194,6 +199,7 @@ class StudentPhase(Phase):
         trained = {name: p for name, p in run.module.named_parameters() if p.requires_grad}
         super().__init__(run, run.module, [*trained.values()], run.recipe.lr, range(run.recipe.epochs), run.history)
         self.trained = [*trained]
+        self.mixer = BatchMixer.of(run.recipe, run.classes)
 
     def lr_at(self, epoch: int) -> float:
         """Return the learning rate from the method's own schedule if it has one, else from the recipe's milestones."""
@@ -214,6 +220,14 @@ class StudentPhase(Phase):
         collects = run.recipe.condense.drops_samples and run.condenser.labels is None and epoch == 0
         self.labels: list[tuple[Tensor, Tensor]] | None = [] if collects else None
 
+    def training_batches(self, batches: Iterable[Batch], count: int, epoch: int) -> Iterator[Batch]:
+        """Yield the batches, mixed if the recipe asks for it. Keep their labels for the condenser if it needs them."""
+        draws = draw_uniforms(count, seed=self.run.recipe.seed, epoch=epoch) if self.mixer else [None] * count
+        for batch, uniforms in zip(batches, draws, strict=True):
+            if self.labels is not None:
+                self.labels.append((batch.index, batch.label))
+            yield batch if uniforms is None else self.mixer.mix(batch, uniforms)
+
     def record(self, batch: Batch, outcome: Outcome) -> Tensor:
         """Add loss, accuracy and terms to the sums, keep the values for the condenser, and return the loss."""
         method, measure = self.run.recipe.method, self.run.condenser.measure
@@ -225,9 +239,10 @@ class StudentPhase(Phase):
                 f"method {method!r} must return the terms {self.terms} in every step, got {[*outcome.terms]}"
             )
         self.visits.append((batch.index, getattr(outcome, measure)))
-        if self.labels is not None:
-            self.labels.append((batch.index, batch.label))
-        accuracy = 100 * (outcome.logits.argmax(-1) == batch.label).double().mean()
+        label = (
+            batch.label if batch.label.dim() == 1 else batch.label.argmax(-1)
+        )  # of a mix: the class of the largest share
+        accuracy = 100 * (outcome.logits.argmax(-1) == label).double().mean()
         terms = [outcome.terms[name] for name in self.terms]
         self._accumulate(len(batch.label), outcome.loss.detach(), accuracy, *terms)
         return outcome.loss

@@ -31,9 +31,9 @@ class Recipe:
     """
 
     method: str = "kd"
-    """The method: kd, pkt, crd, sskd, pwkd, iekd, ie-dml, kr, ce (labels only, no distillation) or module:Class."""
+    """kd, dkd, dist, pkt, crd, sskd, at, fitnet, reviewkd, kr, iekd, ie-dml, pwkd, ce (labels), module:Class, or a sum: kd+at."""
     options: Mapping[str, float | str] = field(default_factory=dict)
-    """Keyword arguments of the method, for example {"temperature": 4.0}."""
+    """Keyword arguments of the method, for example {"temperature": 4.0}; of one of several, {"kd.temperature": 4.0}."""
     condense: Condense = field(default_factory=lambda: Condense(keep=1.0))
     """Knowledge condensation. By default, or with None, every epoch visits the complete training set."""
     epochs: int = 240
@@ -52,6 +52,12 @@ class Recipe:
     """Fractions of `epochs` at which `gamma` multiplies the learning rate (150, 180, 210 of 240). Not if the method has its own."""
     gamma: float = 0.1
     """Factor of the learning rate at a milestone."""
+    mixup: float = 0.0
+    """Mixup: alpha of Beta(alpha, alpha), the shares of two images that are blended, such as 0.2. 0: off. For ce and kd."""
+    cutmix: float = 0.0
+    """CutMix: alpha of the share of an image beside a box of another one, such as 1. 0: off. With mixup, batches draw one."""
+    label_smoothing: float = 0.0
+    """Smoothing of the labels in the method's cross entropy: each class gets this share divided by their number. 0: none."""
     seed: int = 0
     """Seed of the sample order and of all randomness in training. It does not affect the networks' initial weights."""
     device: str = "auto"
@@ -71,13 +77,18 @@ class Recipe:
         check_int("seed", self.seed, 0, MAX_SEED)
         if not isinstance(self.name, str):
             raise TypeError(f"name must be a string, got {describe(self.name)}")
-        for name in ("lr", "momentum", "weight_decay", "gamma"):
+        for name in ("lr", "momentum", "weight_decay", "gamma", "mixup", "cutmix"):
             check_float(name, getattr(self, name), "a finite number >= 0", 0.0, 3e38)  # the float32 range
+            if name in ("mixup", "cutmix") and getattr(self, name) and self.batch_size == 1:
+                raise ValueError(
+                    f"batch_size must be > 1 with {name}={getattr(self, name)}, got 1: nothing would be mixed"
+                )
         if isinstance(self.milestones, str) or not isinstance(self.milestones, Iterable):
             raise TypeError(f"milestones must be fractions of the epochs in [0, 1], got {describe(self.milestones)}")
         object.__setattr__(self, "milestones", tuple(self.milestones))
         for milestone in self.milestones:
             check_float("milestones", milestone, "fractions of the epochs in [0, 1]", 0.0, 1.0)
+        check_float("label_smoothing", self.label_smoothing, "a number in [0, 1]", 0.0, 1.0)
         check_device(self.device)
         if not isinstance(self.precision, str) or self.precision not in PRECISIONS:
             nearest = did_you_mean(self.precision, PRECISIONS)

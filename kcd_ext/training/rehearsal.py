@@ -114,11 +114,12 @@ class Rehearsal:
             loss.backward()
             phase.freeze()
         student.begin_epoch(0)
+        (mixed,) = student.training_batches([batch], 1, 0)
         trained = dict(zip(student.trained, student.parameters, strict=True))
         for parameter in trained.values():
             parameter.grad = None
         with autocast(run.accelerator):
-            outcome = student.module(run.teacher, batch)
+            outcome = student.module(run.teacher, mixed)
         if isinstance(outcome, Outcome) and not getattr(outcome.loss, "requires_grad", True):
             if not getattr(run.student(batch.x), "requires_grad", True):
                 raise ValueError(

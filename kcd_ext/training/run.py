@@ -104,6 +104,7 @@ class Run:
             entries = self.train_source.entries(self.sampler)
         parts = [*batches_of_steps(len(self.sampler), recipe.batch_size, recipe.gradient_accumulation)]
         batches = self.train_source.epoch(entries, [rows for rows, _, _ in parts], recipe.seed, seeded_epoch)
+        batches = phase.training_batches(batches, len(parts), epoch)
         for batch, (_, share, ends_step) in zip(batches, parts, strict=True):
             yield with_sample_weight(batch, phase.sample_weight), share, ends_step
 

@@ -45,12 +45,16 @@ def build_method(recipe: Recipe) -> Method:
     Raises:
         TypeError, ValueError: The method or one of its options does not fit the recipe.
     """
-    keep = recipe.condense.batch_keep
-    if "batch_keep" in recipe.options:
+    for option, field in (("batch_keep", "condense.batch_keep"), ("label_smoothing", "label_smoothing of the recipe")):
+        if option in recipe.options:
+            raise ValueError(f"options must not contain {option}, got {recipe.options[option]!r}: set {field} instead")
+    keep, smoothing = recipe.condense.batch_keep, recipe.label_smoothing
+    own = ({"batch_keep": keep} if keep < 1 else {}) | ({"label_smoothing": smoothing} if smoothing > 0 else {})
+    if smoothing > 0 and methods.unknown_options(recipe.method, ["label_smoothing"])[0]:
         raise ValueError(
-            f"options must not contain batch_keep, got {recipe.options['batch_keep']!r}: set condense.batch_keep instead"
+            f"label_smoothing={smoothing} has no effect with method {recipe.method!r}, which has no argument label_smoothing"
         )
-    method = methods.build(recipe.method, {**recipe.options, **({"batch_keep": keep} if keep < 1 else {})})
+    method = methods.build(recipe.method, {**recipe.options, **own})
     check_method(method, recipe)
     return method
 
