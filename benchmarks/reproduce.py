@@ -10,13 +10,15 @@ Several runs train in parallel on one GPU or CPU. Run the same command again to 
 interrupted ones continue. The table with the paper's numbers and all figures as JSON are written to --results.
 """
 
+import re
 import shlex
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import mean, median, stdev
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -79,6 +81,8 @@ HEADER = (
 class Reproduce:
     """Run the comparison and write its table."""
 
+    script: ClassVar[str] = "reproduce.py"  # this file
+
     data: str = "cifar100"
     """The images, as for kcd distill --data."""
     pair: str = "resnet32x4-resnet8x4"
@@ -117,7 +121,7 @@ class Reproduce:
         if self.minutes is not None:
             study = replace(study, deadline=started + 60 * self.minutes)
         study.checked().run()
-        students = [run for run in study.runs if run.recipe.label in self.only]
+        students = [run for run in study.runs if run.recipe.label in self.kinds]
         found = {
             (run.recipe.label, run.recipe.seed): _result(run.folder) for run in students if _is_finished(run.folder)
         }
@@ -136,13 +140,13 @@ class Reproduce:
         else:
             teacher = replace(teachers.find(str(self.teacher), None, None), weights=None, origin=None)
         for seed in range(self.seeds):  # finish all kinds of a seed first, so that an interrupted study can be compared
-            for kind in self.only:
-                folder = self.output / kind.replace(" ", "-").replace(",", "") / f"seed-{seed}"
+            for kind, options in self.kinds.items():
+                folder = self.output / re.sub(r"[ ,%]+", "-", kind).strip("-") / f"seed-{seed}"
                 teaching = {} if kind == NO_TEACHER else {"teacher": teacher, "teacher_folder": self._teacher_folder}
-                recipe = Recipe(name=kind, seed=seed, lr=lr_of(self.pair), **common, **KINDS[kind])
+                recipe = Recipe(name=kind, seed=seed, lr=lr_of(self.pair), **common, **options)
                 runs.append(PlannedRun(student, recipe, folder, **teaching))
         return Study(
-            command="benchmarks/reproduce.py",
+            command=f"benchmarks/{self.script}",
             options={name: str(value) for name, value in asdict(self).items()},
             data=data,
             data_options={"spec": self._spec},
@@ -152,6 +156,16 @@ class Reproduce:
             threads=self.threads,
             side_by_side=self._side_by_side(),
         )
+
+    @property
+    def kinds(self) -> Mapping[str, Mapping[str, object]]:
+        """The compared kinds of runs: label -> the options of its recipe."""
+        return {kind: KINDS[kind] for kind in self.only}
+
+    @property
+    def shell_command(self) -> str:
+        """The running command, as typed in the source folder."""
+        return shlex.join(["python", f"benchmarks/{self.script}", *sys.argv[1:]])
 
     @property
     def _teacher_folder(self) -> Path:
@@ -180,8 +194,7 @@ class Reproduce:
         """Raise TypeError or ValueError for options that would otherwise fail only after hours."""
         if self.pair.count("-") != 1:
             raise ValueError(f"pair must be TEACHER-STUDENT, got {self.pair!r}")
-        if unknown := [kind for kind in self.only if kind not in KINDS]:
-            raise ValueError(f"only must be among {', '.join(map(repr, KINDS))}, got {unknown[0]!r}")
+        check_among("only", self.only, KINDS)
         for name, least in (("seeds", 1), ("epochs", 1), ("threads", 1), ("side_by_side", 0)):
             check_int(name, getattr(self, name), least)
         if self.teacher is not None and not _is_finished(self.teacher):
@@ -189,13 +202,12 @@ class Reproduce:
 
     def _write(self, data: ImageData, teacher: dict, runs: dict) -> None:
         """Write the table and the figures, for the seeds that have finished in all kinds."""
-        seeds = [seed for seed in range(self.seeds) if all((kind, seed) in runs for kind in self.only)]
+        seeds = [seed for seed in range(self.seeds) if all((kind, seed) in runs for kind in self.kinds)]
         if not seeds:
             print("nothing to compare yet: no seed has finished in all kinds")
             return
-        kinds = [kind for kind in KINDS if kind in self.only]
-        baseline = [runs[BASELINE, seed] for seed in seeds] if BASELINE in kinds else None
-        rows = [row(kind, [runs[kind, seed] for seed in seeds], baseline) for kind in kinds]
+        baseline = [runs[BASELINE, seed] for seed in seeds] if BASELINE in self.kinds else None
+        rows = [row(kind, [runs[kind, seed] for seed in seeds], baseline) for kind in self.kinds]
         lines = ["| " + " | ".join(cells) + " |" for cells in (HEADER, ["---"] * len(HEADER), *rows)]
         as_published = self.epochs == 240 and self.classes is None and data.num_classes == 100
         paper = PAPER.get(self.pair) if as_published and len(data.train) == 50_000 else None
@@ -207,10 +219,10 @@ class Reproduce:
             else "Not the paper's setting; do not compare with its numbers.\n"
         )
         part = "" if self.classes is None else f"-{self.classes}-classes"
-        name = f"reproduce-{data.name}{part}-{self.pair}-{self.epochs}-epochs"
+        name = f"{self.script.removesuffix('.py')}-{data.name}{part}-{self.pair}-{self.epochs}-epochs"
         text = f"""# {self.pair}, {data.name}{part.replace("-", " ")}, {self.epochs} epochs, {len(seeds)} seeds
 
-`{command()}`
+`{self.shell_command}`
 
 Teacher {teacher["accuracy_last"]:.2f} %. Mean ± standard deviation over seeds. "minus KD" is the mean difference to KD with the
 same seed (same initial weights, same initial order of samples) ± its standard error.
@@ -221,7 +233,7 @@ same seed (same initial weights, same initial order of samples) ± its standard 
         self.results.mkdir(parents=True, exist_ok=True)
         write_bytes(self.results / f"{name}.md", text.encode())
         content = {
-            "command": command(),
+            "command": self.shell_command,
             "environment": {name: fact for name, fact in environment.facts().items() if name != "executable"},
             "pair": self.pair,
             "epochs": self.epochs,
@@ -235,9 +247,11 @@ same seed (same initial weights, same initial order of samples) ± its standard 
         print(text)
 
 
-def command() -> str:
-    """Return the running command, as typed in the source folder."""
-    return shlex.join(["python", "benchmarks/reproduce.py", *sys.argv[1:]])
+def check_among(name: str, chosen: Sequence[str], known: Iterable[str]) -> None:
+    """Raise ValueError for a name that is not known."""
+    known = list(known)
+    if unknown := [each for each in chosen if each not in known]:
+        raise ValueError(f"{name} must be among {', '.join(map(repr, known))}, got {unknown[0]!r}")
 
 
 def lr_of(pair: str) -> float:

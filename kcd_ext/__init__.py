@@ -13,6 +13,7 @@ from . import reference
 from .condensation import CondensedSampler, KnowledgeCondenser, mix_images
 from .data import IndexedDataset
 from .knowledge import Knowledge
+from .loops import condense
 from .losses import CondensedKDLoss, condensed_kd_loss, select_rows
 from .ops import build_info as _build_info
 
@@ -27,6 +28,7 @@ __all__ = [
     "IndexedDataset",
     "Knowledge",
     "KnowledgeCondenser",
+    "condense",
     "condensed_kd_loss",
     "load_student",
     "mix_images",

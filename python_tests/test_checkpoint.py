@@ -234,7 +234,9 @@ def test_run_does_not_resume_with_another_pretraining(tmp_path, monkeypatch, sto
     with monkeypatch.context() as patch:
         patch.setattr(WithTwoPretrainings, "plan", plan)
         if (stop_after, plan) != (("pretraining", 2), (2, 2)):
-            with pytest.raises(ValueError, match=r"epochs of pretraining, method|momentum does not fit the param"):
+            with pytest.raises(
+                ValueError, match=r"epochs of pretraining, method|optimizer state does not fit the param"
+            ):
                 run(tmp_path, recipe=recipe)
             assert contents(tmp_path) == before
     assert len(run(tmp_path, recipe=recipe).history) == 3

@@ -330,6 +330,9 @@ def test_method_options_are_converted_to_the_types_of_the_method():
 
 def test_every_field_of_the_recipe_has_an_option():
     options = "--epochs 9 --batch-size 7 --gradient-accumulation 2 --lr 0.5 --momentum 0.25 --weight-decay 0.125"
+    options += (
+        " --optimizer sgd --schedule milestones --warmup-epochs 1.5 --clip-norm 2 --ema 0.75 --keep-best --patience 4"
+    )
     options += " --milestones 0.5 0.75 --gamma 0.2 --seed 8 --device cpu --precision bfloat16 --compile --name it"
     options += " --method crd --options dim 64 temperature 0.5 student_layer fc"
     options += " --condense.keep 0.5 --condense.every 2 --condense.stages 3 --condense.schedule cosine"
@@ -356,11 +359,18 @@ def test_every_field_of_the_recipe_has_an_option():
         "epochs": 9,
         "batch_size": 7,
         "gradient_accumulation": 2,
+        "optimizer": "sgd",
         "lr": 0.5,
         "momentum": 0.25,
         "weight_decay": 0.125,
+        "schedule": "milestones",
         "milestones": [0.5, 0.75],
         "gamma": 0.2,
+        "warmup_epochs": 1.5,
+        "clip_norm": 2.0,
+        "ema": 0.75,
+        "keep_best": True,
+        "patience": 4,
         "mixup": 0.25,
         "cutmix": 1.5,
         "label_smoothing": 0.125,

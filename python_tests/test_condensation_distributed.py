@@ -5,6 +5,7 @@ import signal
 import tempfile
 from collections import Counter
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import torch.distributed as dist
 from processes import Crew
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kcd_ext.condensation import CondensedSampler, InfoBatch, KnowledgeCondenser
+from kcd_ext.condensation import CondensedSampler, ImportanceCondenser, InfoBatch, KnowledgeCondenser
 
 WORLD = 2
 SAMPLES = 101
@@ -50,6 +51,10 @@ def new_infobatch():
     return InfoBatch(SAMPLES, epochs=EPOCHS)
 
 
+def new_importance():
+    return ImportanceCondenser(SAMPLES, keep=0.4, seed=3)
+
+
 def train(condenser, rank, world_size):
     sampler, counted = CondensedSampler(condenser, seed=1, rank=rank, world_size=world_size), []
     for epoch in range(EPOCHS):
@@ -74,20 +79,20 @@ def agree(rank, folder):
     torch.save(outcome(condenser, train(condenser, rank, WORLD)), folder / f"{rank}.pt")
 
 
-def agree_on_losses(rank, folder):
+def agree_on_draws(new, rank, folder):
     """Train with a selection and weights that change every epoch."""
-    condenser = new_infobatch()
+    condenser = new()
     counted, chosen = [], []
     sampler = CondensedSampler(condenser, seed=1, rank=rank, world_size=WORLD)
     for epoch in range(EPOCHS):
-        chosen.append(epoch_of_losses(condenser, sampler, epoch))
+        chosen.append(epoch_of_draws(condenser, sampler, epoch))
         with CollectiveCounter() as during_step:
             condenser.step()
         counted.append(dict(during_step.calls))
     torch.save({**outcome(condenser, counted), "chosen": chosen}, folder / f"{rank}.pt")
 
 
-def epoch_of_losses(condenser, sampler, epoch):
+def epoch_of_draws(condenser, sampler, epoch):
     """Train on a sampler's share; return the visited indices, the kept set and all weights."""
     sampler.set_epoch(epoch)
     index = torch.from_numpy(sampler.order()[0])
@@ -150,14 +155,15 @@ def test_ranks_equal_one_process_bit_for_bit_with_one_all_reduce_per_step():
         assert_same(saved[rank]["state"], single.state_dict())
 
 
-def test_ranks_select_the_same_samples_and_weights_with_one_all_reduce_per_epoch():
-    codes, saved = run(agree_on_losses)
+@pytest.mark.parametrize("new", [new_infobatch, pytest.param(new_importance, marks=pytest.mark.slow)])
+def test_ranks_select_the_same_samples_and_weights_with_one_all_reduce_per_epoch(new):
+    codes, saved = run(partial(agree_on_draws, new))
     assert codes == [0, 0]
-    single = new_infobatch()
+    single = new()
     sampler = CondensedSampler(single, seed=1)
     sizes = []
     for epoch in range(EPOCHS):
-        expected = epoch_of_losses(single, sampler, epoch)
+        expected = epoch_of_draws(single, sampler, epoch)
         of_rank = [saved[rank]["chosen"][epoch] for rank in ("0", "1")]
         visited = torch.cat([chosen.pop("visited") for chosen in of_rank])
         assert sorted(visited[visited >= 0].tolist()) == sorted(expected.pop("visited").tolist())
@@ -165,7 +171,10 @@ def test_ranks_select_the_same_samples_and_weights_with_one_all_reduce_per_epoch
             assert_same(chosen, expected)
         sizes.append(len(expected["kept"]))
         single.step()
-    assert sizes[0] == sizes[5] == SAMPLES and max(sizes[1:5]) < SAMPLES  # floor(0.875 * 6) = 5
+    assert sizes[0] == SAMPLES and max(sizes[1:5]) < SAMPLES
+    assert sizes[5] == (
+        SAMPLES if new is new_infobatch else int(0.4 * SAMPLES)
+    )  # annealed from epoch floor(0.875 * 6) on
     for rank in ("0", "1"):
         assert saved[rank]["counted"] == [{"allreduce_": 1}] * EPOCHS
         assert_same(saved[rank]["state"], single.state_dict())

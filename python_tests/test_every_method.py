@@ -146,6 +146,10 @@ def test_step_follows_protocol(name, options, dtype):
         assert outcome.logits.shape == (len(index), CLASSES) and outcome.value.shape == (len(index),)
         assert outcome.value.is_floating_point() and outcome.value.isfinite().all() and outcome.losses is None
         numbers = (outcome.logits, outcome.value, *outcome.terms.values())
+        if outcome.kl is not None:
+            torch.testing.assert_close(outcome.kl.mean(), outcome.terms["kl"])
+            assert outcome.kl.shape == (len(index),)
+            numbers += (outcome.kl,)
         assert not any(x.requires_grad for x in numbers)
         assert all(term.shape == () and term.isfinite() for term in outcome.terms.values())
         assert all(p.grad is not None and p.grad.isfinite().all() for p in trainable(it))

@@ -22,6 +22,7 @@ LAYERS = (
     "students",
     "methods",
     "models",
+    "loops",
     "data",
     "condensation",
     "losses",

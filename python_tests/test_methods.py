@@ -243,6 +243,12 @@ def test_ce_and_kd_match_float64_formula(name, keep, weighted, kernels_and_refer
     if name == "kd":
         np.testing.assert_allclose(outcome.terms["kl"].item(), divergences(z, y, 4)[rows].mean(), rtol=1e-5)
         assert seen == [max(1, int(33 * keep))] and not outcome.terms["kl"].requires_grad
+        assert (outcome.kl is None) == (keep < 1)
+        if keep == 1:
+            np.testing.assert_allclose(float64(outcome.kl), divergences(z, y, 4), rtol=1e-5, atol=1e-6)
+            assert not outcome.kl.requires_grad
+    else:
+        assert outcome.kl is None
     outcome.loss.backward()
     assert_gradient(loss, z, float64(student.weight.grad), rng)
     assert teacher.weight.grad is None

@@ -304,7 +304,17 @@ class Waits(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("condense", [{}, {"selection": "infobatch"}, {"batch_keep": 0.5}])
+@pytest.mark.parametrize(
+    "condense",
+    [
+        {},
+        {"selection": "infobatch"},
+        {"batch_keep": 0.5},
+        {"value": "kl"},
+        {"value": "loss", "selection": "importance"},
+        {"selection": "uniform"},
+    ],
+)
 def test_steps_never_wait_for_the_device(condense):
     """Eight steps per epoch wait as often as two."""
     torch.set_num_threads(1)

@@ -21,11 +21,15 @@ VARIANTS = {
 
 
 def recipe(method, epochs=EPOCHS, **changes):
-    condense = Condense(keep=0.5, stages=6, **changes.pop("condense", {}))
+    condense = Condense(**({"keep": 0.5, "stages": 6} | changes.pop("condense", {})))
     # Longer than elsewhere, so that some processes are killed in pretraining.
     long = {name: 4 for name in OPTIONS.get(method, {}) if name.endswith("_epochs")}
     options = OPTIONS.get(method, {}) | VARIANTS.get(method, {}) | long | changes.pop("options", {})
     return Recipe(method, options, condense, epochs=epochs, batch_size=8, lr=0.02, device="cpu", seed=5, **changes)
+
+
+IMPORTANCE = {"keep": 0.5, "selection": "importance", "value": "kl"}
+BY_LOSS = {"keep": 0.5, "value": "loss"}
 
 
 def run(output, method, loaded=False, **changes):
@@ -43,21 +47,23 @@ def epochs_done(folder):
 
 
 KILLS = [
-    pytest.param("kd", 1, False, 3),
-    *(pytest.param(name, 1, False, 3, marks=pytest.mark.slow) for name in methods.REGISTRY if name != "kd"),
-    pytest.param("kd", 1, True, 4, marks=pytest.mark.slow),
-    pytest.param("crd", 2, False, 4, marks=pytest.mark.slow),
+    pytest.param("kd", 1, False, 3, {}),
+    *(pytest.param(name, 1, False, 3, {}, marks=pytest.mark.slow) for name in methods.REGISTRY if name != "kd"),
+    pytest.param("kd", 1, True, 4, {}, marks=pytest.mark.slow),
+    pytest.param("crd", 2, False, 4, {}, marks=pytest.mark.slow),
+    pytest.param("kd", 1, False, 3, {"condense": BY_LOSS}, marks=pytest.mark.slow),
+    pytest.param("kd", 2, False, 3, {"condense": IMPORTANCE}, marks=pytest.mark.slow),
 ]
 
 
-@pytest.mark.parametrize(("method", "processes", "loaded", "kills"), KILLS)
-def test_run_killed_repeatedly_equals_an_uninterrupted_run(tmp_path, method, processes, loaded, kills):
+@pytest.mark.parametrize(("method", "processes", "loaded", "kills", "changes"), KILLS)
+def test_run_killed_repeatedly_equals_an_uninterrupted_run(tmp_path, method, processes, loaded, kills, changes):
     reference, interrupted = tmp_path / "reference", tmp_path / "interrupted"
-    assert Crew(lambda rank: run(reference, method, loaded), processes).wait() == [0] * processes
+    assert Crew(lambda rank: run(reference, method, loaded, **changes), processes).wait() == [0] * processes
 
     rng, killed = random.Random(method), []
     for kill in range(kills):
-        crew = Crew(lambda rank: run(interrupted, method, loaded), processes)
+        crew = Crew(lambda rank: run(interrupted, method, loaded, **changes), processes)
         # The first kill comes before the first epoch, the others within an epoch or while it is written.
         before, further = epochs_done(interrupted), kill and rng.randrange(1, 6)
         deadline = time.monotonic() + 60
@@ -69,11 +75,14 @@ def test_run_killed_repeatedly_equals_an_uninterrupted_run(tmp_path, method, pro
         killed.append(epochs_done(interrupted))
         assert not (interrupted / "summary.json").exists()
     assert killed == sorted(killed) and killed[-1] >= kills - 1
-    assert Crew(lambda rank: run(interrupted, method, loaded), processes).wait() == [0] * processes
+    assert Crew(lambda rank: run(interrupted, method, loaded, **changes), processes).wait() == [0] * processes
 
     assert_same(final(interrupted), final(reference))
     saved = checkpoint.load(reference / "checkpoint").training["condenser"]
-    assert saved["stage"] == 6 and len(saved["mixed"]) > 20  # the kills could have lost condensation state
+    steps = (
+        (EPOCHS, 0) if changes.get("condense") == IMPORTANCE else (6, 21)
+    )  # the kills could have lost condensation state
+    assert saved["stage"] == steps[0] and len(saved["mixed"]) >= steps[1]
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn import functional
 
 from kcd_ext import CondensedSampler, IndexedDataset, KnowledgeCondenser, files, methods, models
-from kcd_ext.condensation import InfoBatch
+from kcd_ext.condensation import ImportanceCondenser, InfoBatch, UniformCondenser
 from kcd_ext.data.images import REGISTRY as DATASETS
 from kcd_ext.data.images import ImageSet
 from kcd_ext.data.views import Views
@@ -71,7 +71,12 @@ def recipe(**changes):
 # --- computed results -------------------------------------------------------------------------------------------------
 
 
-SELECTORS = {"value": KnowledgeCondenser, "infobatch": InfoBatch}
+SELECTORS = {
+    "value": KnowledgeCondenser,
+    "infobatch": InfoBatch,
+    "importance": ImportanceCondenser,
+    "uniform": UniformCondenser,
+}
 
 
 def by_hand(student, teacher, train, r, condense):
@@ -79,6 +84,7 @@ def by_hand(student, teacher, train, r, condense):
     student, teacher = student.double(), teacher.double().eval()
     options = dict(condense)
     batch_keep, selection = options.pop("batch_keep", 1.0), options.pop("selection", "value")
+    value = options.pop("value", "loss" if selection == "infobatch" else "entropy")
     if selection == "infobatch":
         options["epochs"] = r.epochs
     condenser = SELECTORS[selection](len(train), seed=r.seed, **options)
@@ -108,11 +114,13 @@ def by_hand(student, teacher, train, r, condense):
             weight = torch.ones(len(batch))
             if selection == "infobatch":
                 weight = weight.masked_fill(low[index], 1 / options["keep"])
+            elif condenser.sample_weight is not None:
+                weight = condenser.sample_weight[index]
             loss = (weight * losses).mean()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            condenser.update(index, losses.detach() if selection == "infobatch" else entropy)
+            condenser.update(index, {"loss": losses.detach(), "kl": kl.detach(), "entropy": entropy}[value])
             right += (z.argmax(-1) == label).sum().item()
             total += loss.item() * len(batch)
             visits, teacher_visits = visits + len(batch), teacher_visits + len(chosen)
@@ -132,6 +140,12 @@ def by_hand(student, teacher, train, r, condense):
         {"keep": 0.5, "every": 2, "stages": 3, "schedule": "cosine"},
         {"keep": 0.5, "every": 2, "stages": 2, "batch_keep": 0.5},
         {"keep": 0.6, "selection": "infobatch"},
+        {"keep": 0.5, "every": 2, "stages": 2, "value": "kl"},
+        {"keep": 0.5, "every": 2, "stages": 2, "value": "loss"},
+        {"keep": 0.4, "selection": "importance"},
+        {"keep": 0.4, "selection": "importance", "value": "kl", "warmup": 3},
+        {"keep": 0.4, "selection": "importance", "value": "loss"},
+        {"keep": 0.4, "selection": "uniform"},
     ],
 )
 def test_training_equals_a_hand_written_loop(condense):
@@ -956,10 +970,60 @@ def test_recipe_refuses_invalid_fields(changes, error, message):
         recipe(**changes)
 
 
-def test_selection_by_losses_refuses_batch_keep():
-    condense = Condense(keep=0.5, selection="infobatch", batch_keep=0.5)
-    with pytest.raises(ValueError, match=r"batch_keep=0\.5 cannot be combined with selection 'infobatch'"):
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"selection": "infobatch"}, "selection 'infobatch'"),
+        ({"value": "loss"}, "condense.value='loss'"),
+        ({"value": "kl", "selection": "importance"}, "condense.value='kl'"),
+    ],
+)
+def test_value_of_the_teacher_refuses_batch_keep(options, message):
+    condense = Condense(keep=0.5, batch_keep=0.5, **options)
+    with pytest.raises(ValueError, match=rf"batch_keep=0\.5 cannot be combined with {message}: .*samples that skip"):
         distill(network(), network(2), Blobs(20), Blobs(20), recipe(condense=condense))
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "message"),
+    [
+        ("ce", {"value": "kl"}, "method 'ce' gives no kl of every sample"),
+        ("Warm", {"value": "kl"}, "Warm' gives no kl of every sample"),
+        ("Warm", {"value": "loss"}, "condense.value='loss' needs every sample's loss, which method .* does not give"),
+        ("Warm", {"selection": "importance"}, "selection 'importance' weights every sample's loss, but method"),
+    ],
+)
+def test_value_or_selection_that_the_method_lacks_is_refused_before_anything_is_written(
+    tmp_path, method, options, message
+):
+    method = method if method == "ce" else f"{__name__}:{method}"
+    settings = recipe(method=method, condense=Condense(keep=0.5, **options))
+    with pytest.raises(ValueError, match=message):
+        distill(network(), network(2), Blobs(20), Blobs(20), settings, output=tmp_path / "run")
+    assert not [*tmp_path.iterdir()]
+
+
+def test_warmup_of_a_selection_that_draws_every_epoch_is_any_but_the_last():
+    Recipe(epochs=24, condense=Condense(keep=0.5, selection="importance", warmup=23))
+    with pytest.raises(ValueError, match=r"condense\.warmup must be <= 23, the last condensation"):
+        Recipe(epochs=24, condense=Condense(keep=0.5, selection="importance", warmup=24))
+    with pytest.raises(ValueError, match=r"condense\.warmup must be <= 20, the last condensation"):
+        Recipe(epochs=24, condense=Condense(keep=0.5, warmup=21))
+
+
+def test_labels_name_selection_method_and_value():
+    labels = [
+        Recipe(method, condense=Condense(keep=keep, **options)).label
+        for method, keep, options in (
+            ("kd", 1.0, {}),
+            ("kd", 0.5, {}),
+            ("sskd", 0.5, {"value": "kl"}),
+            ("kd", 0.5, {"selection": "uniform"}),
+            ("kd", 0.5, {"selection": "importance", "value": "loss"}),
+            ("ce", 0.5, {"selection": "importance", "value": "loss"}),
+        )
+    ]
+    assert labels == ["kd", "kc-kd", "kc-sskd-kl", "uniform", "importance-loss", "importance-ce-loss"]
 
 
 @pytest.mark.parametrize(
@@ -968,7 +1032,7 @@ def test_selection_by_losses_refuses_batch_keep():
         ({"keep": 0.0}, ValueError, "keep must be a number in"),
         ({"keep": 1.5}, ValueError, "keep must be a number in"),
         ({"schedule": "linear"}, ValueError, "schedule must be one of"),
-        ({"selection": "best"}, ValueError, "unknown selection 'best': choose from infobatch, random, value"),
+        ({"selection": "best"}, ValueError, "unknown selection 'best': choose from importance, infob"),
         ({"selection": "random", "epsilon": 0.1}, ValueError, "epsilon=0.1 has no effect with selection 'random'"),
         ({"selection": "infobatch", "stages": 3}, ValueError, "stages=3 has no effect with selection 'infobatch'"),
         (
@@ -977,6 +1041,16 @@ def test_selection_by_losses_refuses_batch_keep():
             "min_per_class=1 has no effect with .* 'infobatch'",
         ),
         ({"selection": "infobatch", "warmup": 1}, ValueError, "warmup=1 has no effect with selection 'infobatch'"),
+        (
+            {"value": "teacher_entropy"},
+            ValueError,
+            "value must be one of 'entropy', 'kl', 'loss', got 'teacher_entropy'",
+        ),
+        ({"selection": "random", "value": "kl"}, ValueError, "value='kl' has no effect with selection 'random'"),
+        ({"selection": "uniform", "value": "loss"}, ValueError, "value='loss' has no effect with selection 'uniform'"),
+        ({"selection": "infobatch", "value": "kl"}, ValueError, "value='kl' has no effect with selection 'infobatch'"),
+        ({"selection": "importance", "alpha": 1}, ValueError, "alpha=1 has no effect with selection 'importance'"),
+        ({"selection": "uniform", "epsilon": 0.5}, ValueError, "epsilon=0.5 has no effect with selection 'uniform'"),
         ({"min_per_class": -1}, ValueError, "min_per_class must be an integer >= 0"),
         ({"warmup": True}, TypeError, "warmup must be an integer >= 0"),
         ({"batch_keep": 0}, ValueError, r"batch_keep must be a number in \(0, 1\]"),

@@ -20,7 +20,7 @@ from .teachers import Teacher
 class Distill(TrainingOptions):
     """Distil a student from a teacher, with one seed or several, and write a report.
 
-    A teacher that is not trained yet is trained first, with cross entropy and the same schedule, and saved beside the
+    A teacher that is not trained yet is trained first, with cross entropy and the same optimizer and schedule, and saved beside the
     student. PRESET names a pair of networks of the paper and its training options. Your options override those of PRESET.
     """
 
@@ -55,8 +55,10 @@ class Distill(TrainingOptions):
         default = Distill(recipe=self.recipe.defaults())
         if self.preset:
             pair = self._pair
-            recipe, images = replace(default.recipe, lr=pair.lr), Images("cifar100")
-            teacher_lr = pair.teacher_lr if pair.teacher_lr != pair.lr else None
+            recipe, images, teacher_lr = default.recipe, Images("cifar100"), None
+            if self.recipe.optimizer == "sgd":  # the pair's learning rates are of SGD
+                recipe = replace(recipe, lr=pair.lr)
+                teacher_lr = pair.teacher_lr if pair.teacher_lr != pair.lr else None
             own = {"teacher": pair.teacher, "student": pair.student, "teacher_lr": teacher_lr}
             default = replace(default, recipe=recipe, images=images, **own)
         return default

@@ -14,6 +14,7 @@ from ..checks import check_int
 from ..data.images import ImageData, ImageSet, load
 from ..environment import MAX_THREADS
 from ..registry import unknown_name_error
+from ..training.logs import check_log
 from ..training.recipe import Condense, Recipe
 from .progress import reading_bar
 from .study import PlannedRun, Study
@@ -124,6 +125,9 @@ class RecipeArgs(Recipe):
         """Return the defaults of all options, which depend on the method."""
         return replace(RecipeArgs(), condense=Condense()) if self.method.startswith(CONDENSED_PREFIX) else RecipeArgs()
 
+    def _usual(self, name: str) -> None:
+        """Return None: `resolve_method` fills in `lr` and `weight_decay` when the optimizer is known."""
+
     @property
     def plain_method(self) -> str:
         """The method's name without the `kc-` prefix. Raises ValueError for an unknown name."""
@@ -160,7 +164,7 @@ class RecipeArgs(Recipe):
                 )
 
     def resolve_method(self) -> "RecipeArgs":
-        """Return the recipe with the `kc-` prefix removed from `method` and the method's options converted to their types.
+        """Return the recipe without the `kc-` prefix of `method`, with the method's options converted and no default left open.
 
         Raises ValueError for an option of condensation that has no effect because nothing is condensed.
         """
@@ -173,7 +177,10 @@ class RecipeArgs(Recipe):
                         f"condense.{option.name}={chosen!r} has no effect with condense.keep=1: "
                         f"use --method {CONDENSED_PREFIX}{method} or --condense.keep < 1"
                     )
-        return replace(self, method=method, options=methods.convert_options(method, self.options))
+        usual = {
+            name: super(RecipeArgs, self)._usual(name) for name in ("lr", "weight_decay") if getattr(self, name) is None
+        }
+        return replace(self, method=method, options=methods.convert_options(method, self.options), **usual)
 
 
 @dataclass(frozen=True)
@@ -188,6 +195,10 @@ class TrainingOptions:
     """Continue an interrupted command that was started with the same options."""
     threads: int | None = None
     """Torch's CPU threads. None: as before for a resumed run, else one for every 16 GFLOPs of a training step."""
+    log: tuple[str, ...] = ()
+    """Where to write every epoch's metrics besides the run folder: tensorboard (to OUTPUT/tensorboard), or module:Class."""
+    progress_every: int | None = None
+    """Also show and log loss and learning rate after every so many training steps. None: after every epoch only."""
 
     def run(self) -> None:
         """Check everything, train, write the report and print the table.
@@ -206,9 +217,13 @@ class TrainingOptions:
         raise NotImplementedError
 
     def study_of(self, command: str, data: ImageData, runs: Sequence[PlannedRun], output: Path) -> Study:
-        """Return a study of these runs, with the options of this command. Raises ValueError for workers without work."""
+        """Return a study of these runs, with the options of this command. Raises TypeError or ValueError for a bad option."""
         if self.recipe.num_workers and isinstance(data.train, ImageSet):
             raise ValueError(f"num_workers={self.recipe.num_workers} has no effect on images in memory (see --memory)")
+        if self.progress_every is not None:
+            check_int("progress_every", self.progress_every, 1)
+        for name in self.log:
+            check_log(name)
         return Study(
             command=command,
             options=json.loads(json.dumps(asdict(self), default=str)),
@@ -218,6 +233,8 @@ class TrainingOptions:
             output=output,
             resume=self.resume,
             threads=checked_threads(self.threads),
+            log=self.log,
+            progress_every=self.progress_every,
         )
 
     def folder(self, *names: object) -> Path:

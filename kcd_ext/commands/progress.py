@@ -19,11 +19,14 @@ class Bar:
         self._epochs, self._done = epochs, 0
 
     def start(self, label: str) -> Callable[[dict], None]:
-        """Start the next run. Return the callback that `distill` calls after each epoch."""
+        """Start the next run. Return the callback that `distill` calls with its lines of progress."""
         self._bar.set_description(printable(label))
         before = self._done
 
         def show(line: dict) -> None:
+            if "step" in line:
+                self._bar.set_postfix_str(f"step {line['step']}, loss {line['loss']:.4g}")
+                return
             if "pretraining" in line:
                 self._bar.set_postfix_str(f"pretraining epoch {line['pretraining']}")
                 return

@@ -9,7 +9,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -28,6 +28,7 @@ from ..reports.tables import as_text
 from ..students import MODEL, WEIGHTS, Model
 from ..training.fingerprint import check_same_run, digest_of_samples
 from ..training.folder import ENTRIES
+from ..training.logs import open_log
 from ..training.loop import distill
 from ..training.recipe import Recipe
 from ..training.setup import build_method, check_run
@@ -75,6 +76,10 @@ class Study:
     """Whether to move a finished study of the same command in `output` to OUTPUT.previous; other files in it stay."""
     side_by_side: int = 1
     """Number of runs to train at the same time; above 1 each gets its own process."""
+    log: Sequence[str] = ()
+    """Names of the logs of every run: keys of `LOGS`, or module:Class."""
+    progress_every: int | None = None
+    """Optimizer steps between lines of progress within an epoch; None: none."""
     deadline: float | None = None
     """Time of `time.monotonic` at which training is interrupted; None: never."""
     chosen_threads: Mapping[Path, Threads] = field(default_factory=dict)
@@ -132,10 +137,15 @@ class Study:
             teacher = replace(teacher, weights=load_weights(weights).tensors, origin=run.teacher_folder)
         return student, None if teacher is None else teacher.build(self.data, run.recipe.seed)
 
+    @property
+    def _val(self) -> ImageSet | None:
+        """The validation set, if the data has one."""
+        return getattr(self.data, "val", None)
+
     def _check_run(self, run: PlannedRun) -> None:
         """Check that networks, data and recipe of a run fit each other. Raises as `check_run` does."""
         try:
-            check_run(*self._networks(run), self.data.train, self.data.test, run.recipe)
+            check_run(*self._networks(run), self.data.train, self.data.test, run.recipe, self._val)
         except (TypeError, ValueError) as error:
             if not self._is_teacher(run):
                 raise
@@ -232,10 +242,13 @@ class Study:
         recorded = {**(about.get("data") or {}), **about, **config}
         facts = {**self._about_data(), "student": run.network}
         facts |= {"train": len(self.data.train), "test": len(self.data.test)}
+        facts |= {} if self._val is None else {"val": len(self._val)}
         moved, samples = recorded.get("spec") != facts["spec"], recorded.get("train_samples")
         if moved and samples == digest_of_samples(self.data.train, samples):
             del facts["spec"]  # the same images under another path
-        facts = {name: fact for name, fact in facts.items() if name in recorded}  # a library's run may record fewer
+        facts = {
+            name: fact for name, fact in facts.items() if name in (*recorded, "val")
+        }  # a library's run may record fewer
         facts |= {"processes": processes.world_size(), "recipe": run.recipe.as_json()}
         check_same_run(recorded, json.loads(json.dumps(facts)), run.folder)
 
@@ -332,16 +345,21 @@ class Study:
             self._train(run)
 
     def _distill(self, run: PlannedRun, progress: Callable[[dict], None] | None) -> None:
-        summary = distill(
-            *self._networks(run),
-            self.data.train,
-            self.data.test,
-            run.recipe,
-            output=run.folder,
-            resume=self.resume,
-            progress=progress,
-            about=self._about(run),
-        )
+        with ExitStack() as logs:
+            subscribers = [] if progress is None else [progress]
+            subscribers += [logs.enter_context(open_log(name, run.folder)) for name in self.log]
+            summary = distill(
+                *self._networks(run),
+                self.data.train,
+                self.data.test,
+                run.recipe,
+                val=self._val,
+                output=run.folder,
+                resume=self.resume,
+                progress=lambda line: [subscriber(line) for subscriber in subscribers],
+                progress_every=self.progress_every,
+                about=self._about(run),
+            )
         if processes.rank() == 0:
             ranking.write(run.folder, summary, self.data.train, self.data.class_names)
             files.write_json(run.folder / MODEL, self._model(run).as_json())

@@ -96,8 +96,8 @@ class KnowledgeCondenser:
     """
 
     measure = "value"
-    """The field of `kcd_ext.methods.Outcome` to pass to `update`: "value", every sample's knowledge value, or "losses",
-    every sample's loss before its weight."""
+    """The field of `kcd_ext.methods.Outcome` to pass to `update`: "value", every sample's knowledge value (its entropy);
+    "kl", its KL divergence; or "losses", its loss before its weight. `Condense.value` sets it for one condenser."""
 
     ranks_by_value = True
     """False in a subclass whose `score` needs no values: never visited samples then cause no warning."""
@@ -346,6 +346,11 @@ class KnowledgeCondenser:
     def stage(self) -> int:
         """The number of condensation steps so far."""
         return self._stage
+
+    @property
+    def every(self) -> int:
+        """The number of epochs from one condensation step to the next."""
+        return self._every
 
     @property
     def num_samples(self) -> int:

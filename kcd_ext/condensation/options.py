@@ -4,7 +4,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 
-from ..checks import check_fraction, check_int
+from ..checks import check_choice, check_fraction, check_int
 from ..describe import brief
 from ..registry import resolve
 from .condenser import KnowledgeCondenser
@@ -13,7 +13,11 @@ SELECTIONS = {
     "value": "kcd_ext.condensation:KnowledgeCondenser",
     "random": "kcd_ext.condensation:RandomCondenser",
     "infobatch": "kcd_ext.condensation:InfoBatch",
+    "importance": "kcd_ext.condensation:ImportanceCondenser",
+    "uniform": "kcd_ext.condensation:UniformCondenser",
 }
+MEASURES = {"entropy": "value", "kl": "kl", "loss": "losses"}  # knowledge value -> `KnowledgeCondenser.measure`
+NOT_OF_CONDENSER = ("selection", "value", "batch_keep")  # options that are not arguments of a condenser
 
 
 @dataclass(frozen=True)
@@ -25,9 +29,11 @@ class Condense:
 
     `selection` names how samples are selected:
 
-    - `value`: by the student's entropy.
+    - `value`: the samples of highest value.
     - `random`: sets of the same sizes, as a control.
     - `infobatch` (Qin et al., 2024): redrawn every epoch; `keep` is the probability that a sample of low loss stays.
+    - `importance`: redrawn every epoch after the first, without bias, valuable samples more often; `keep` is their fraction.
+    - `uniform`: as importance, with equal probabilities, as a control.
     - `module:Class`: a custom selection.
 
     Raises:
@@ -52,7 +58,9 @@ class Condense:
     convex: bool = True
     """Mix (1 - e) kept + e dropped, as in the authors' code. False: kept + e dropped, as in the paper."""
     selection: str = "value"
-    """How samples are selected: value (the student's entropy), random (same sizes, as a control), infobatch or module:Class."""
+    """How samples are selected: value (the highest), random (a control), infobatch, importance, uniform or module:Class."""
+    value: str = "entropy"
+    """The value of a sample: the student's entropy, kl (to the teacher, at the loss's temperature) or loss."""
     warmup: int = 0
     """Skip condensation steps before the end of this epoch (the authors' --warmup), so `keep` may not be reached."""
     min_per_class: int = 0
@@ -68,6 +76,7 @@ class Condense:
         check_int("stages", self.stages, 1)
         check_int("warmup", self.warmup, 0)
         check_int("min_per_class", self.min_per_class, 0)
+        check_choice("value", self.value, MEASURES)
         self.example()  # the condenser checks its own options
 
     @property
@@ -99,13 +108,21 @@ class Condense:
         condenser, options = self._resolve(epochs)
         if self.min_per_class:
             options["labels"] = labels
-        return condenser(num_samples, seed=seed, device=device, **options)
+        return self._measuring(condenser(num_samples, seed=seed, device=device, **options))
 
     def example(self, epochs: int = 1) -> KnowledgeCondenser:
         """Return a condenser of one sample, for the attributes of this selection. Raises as `build` does."""
         condenser, options = self._resolve(epochs)
         options.pop("min_per_class", None)  # its largest value depends on the labels
-        return condenser(1, seed=0, device="cpu", **options)
+        return self._measuring(condenser(1, seed=0, device="cpu", **options))
+
+    def _measuring(self, condenser: KnowledgeCondenser) -> KnowledgeCondenser:
+        """Return the condenser, which will be fed with the value that `value` names."""
+        if self.value != "entropy":
+            if not condenser.ranks_by_value or condenser.measure != MEASURES["entropy"]:
+                raise ValueError(f"value={self.value!r} has no effect with selection {self.selection!r}")
+            condenser.measure = MEASURES[self.value]
+        return condenser
 
     def _resolve(self, epochs: int) -> tuple[Callable[..., KnowledgeCondenser], dict[str, object]]:
         """Return the selection's class and the options that it takes."""
@@ -117,7 +134,7 @@ class Condense:
         computed = {"every": every, "stages": self.stages if self.every else -(-epochs // every), "epochs": epochs}
         options = {}
         for option in fields(self):
-            if option.name in ("selection", "batch_keep"):
+            if option.name in NOT_OF_CONDENSER:
                 continue
             chosen = getattr(self, option.name)
             value = computed.pop(option.name, chosen)

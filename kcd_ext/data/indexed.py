@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ..checks import is_int
 from ..condensation.mixing import MixTree, blend
 
 # The PIL modes whose numbers are intensities and which PIL recognises again in an array of them.
@@ -32,6 +33,8 @@ class MismatchedItemsError(ValueError):
 class IndexedDataset(Dataset):
     """A wrapper for a map-style data set of `(x, label)`: item `(index, mix_tree)` is `(x, label, index)`.
 
+    Items `(x, label, index)` of `dataset` work too. Their own index is left out: what counts is the position in `dataset`.
+
     Raw items are mixed as the mix tree describes, then transformed. The label is that of the sample itself, the leftmost
     index of the tree. The index is passed through, so a repeat marked -1 stays marked. A plain index is an item without
     a mix, so ordinary samplers work too.
@@ -42,7 +45,7 @@ class IndexedDataset(Dataset):
     as `transform` here, not to `dataset`; otherwise augmented images are mixed.
 
     Args:
-        dataset: Any object with `len` and integer items `(x, label)`.
+        dataset: Any object with `len` and integer items `(x, label)` or `(x, label, index)`.
         transform: Called with x after mixing. None: x unchanged.
 
     Raises:
@@ -116,15 +119,22 @@ class IndexedDataset(Dataset):
 
     def _item(self, index: int) -> tuple[Any, Any]:
         item = self.dataset[index]
-        if not isinstance(item, tuple | list) or len(item) != 2:
+        if not isinstance(item, tuple | list) or not (len(item) == 2 or (len(item) == 3 and _is_index(item[2]))):
             got = f"{len(item)} entries" if isinstance(item, tuple | list) else type(item).__name__
-            raise TypeError(f"dataset must return pairs (x, label), got {got} at index {index}")
+            raise TypeError(f"dataset must return pairs (x, label) or (x, label, index), got {got} at index {index}")
         if self._expected_kind is not None and (kind := _describe_kind(item[0])) != self._expected_kind:
             raise MismatchedItemsError(
                 f"raw items that are mixed must be alike, got {self._expected_kind} at index 0 and {kind} at index {index}: "
                 f"{ADVICE}"
             )
         return item[0], item[1]
+
+
+def _is_index(entry: Any) -> bool:
+    """Return whether an item's third entry is an index: an integer, also as a tensor or array of one number."""
+    if isinstance(entry, Tensor | np.ndarray):
+        return entry.ndim == 0 and is_int(entry.item())
+    return is_int(entry)
 
 
 def _blend_items(first: Any, second: Any, weight: float, first_weight: float | None = None) -> Any:

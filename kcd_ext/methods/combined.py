@@ -73,7 +73,8 @@ class Combined(Method):
         first, losses = outcomes[0], [outcome.losses for outcome in outcomes]
         loss = sum(outcome.loss for outcome in outcomes)
         summed = None if any(each is None for each in losses) else sum(losses)
-        return Outcome(loss, first.logits, first.value, self._merge_terms(outcomes), summed)
+        kl = next((outcome.kl for outcome in outcomes if outcome.kl is not None), None)
+        return Outcome(loss, first.logits, first.value, self._merge_terms(outcomes), summed, kl)
 
     def _merge_terms(self, outcomes: Sequence[Outcome]) -> dict:
         """Return the terms of all parts, with the part's name in front of those that occur more than once."""

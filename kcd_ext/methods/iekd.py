@@ -248,7 +248,7 @@ class InheritanceExplorationDistillation(_FactorMethod):
         split: "natural", the first half of the channels inherits and the second explores, or "permuted", in a fixed random
             order.
         split_seed: Seed of the permuted order, >= 0; any value but 0 is refused with the natural split.
-        factor_epochs: Epochs of the auto-encoder, >= 1, with the momentum and weight decay of the run.
+        factor_epochs: Epochs of the auto-encoder, >= 1, with SGD.
         factor_lr: Constant learning rate of the auto-encoder, >= 0.
         batch_keep: Fraction of each batch that the teacher runs on and whose factors are compared, in (0, 1]: the rows of
             highest student entropy (`selection.select_batch_rows`). 1: all rows.
@@ -341,9 +341,9 @@ class InheritanceExplorationDistillation(_FactorMethod):
         losses = self.factor_losses(self.student_encoder(take_rows(maps, rows)), target)
         weights = {"temperature": self.temperature, "kd_weight": self.kd_weight, "ce_weight": self.ce_weight}
         weights |= {"label_smoothing": self.label_smoothing, "standardize": self.standardize}
-        loss, value, kd_terms = distill_if_weighted(logits, target_logits, batch.label, rows, **weights)
+        loss, value, kd_terms, kl = distill_if_weighted(logits, target_logits, batch.label, rows, **weights)
         terms = {name: x.detach() for name, x in losses.items()}
-        return Outcome(self.weighted_sum(losses) + loss, logits.detach(), value, {**terms, **kd_terms})
+        return Outcome(self.weighted_sum(losses) + loss, logits.detach(), value, {**terms, **kd_terms}, kl=kl)
 
 
 class InheritanceExplorationMutualLearning(_FactorMethod):
@@ -481,13 +481,13 @@ class InheritanceExplorationMutualLearning(_FactorMethod):
         loss = distilled + self.weighted_sum(losses) + peer_distilled + self.weighted_sum(peer_losses) + reconstruction
         terms = {
             **{name: x.detach() for name, x in losses.items()},
-            "kl": kl,
+            "kl": kl.mean(),
             "peer_ce": functional.cross_entropy(
                 at_least_float32(peer_logits.detach()), batch.label, label_smoothing=self.label_smoothing
             ),
             "reconstruction": reconstruction.detach(),
         }
-        return Outcome(loss, logits.detach(), value, terms)
+        return Outcome(loss, logits.detach(), value, terms, kl=kl)
 
 
 def _convolution(in_channels: int, out_channels: int) -> tuple[nn.Module, nn.Module, nn.Module]:

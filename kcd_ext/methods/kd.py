@@ -77,11 +77,12 @@ class KnowledgeDistillation(Method):
         weights |= {"label_smoothing": self.label_smoothing, "standardize": self.standardize}
         if batch.weight is None:
             loss, value, kl = distill_rows(logits, teacher_logits, batch.label, rows, **weights)
-            return Outcome(loss, logits.detach(), value, {"kl": kl})
+            return Outcome(loss, logits.detach(), value, {"kl": kl.mean()}, kl=of_all_rows(kl, rows))
         # Scaled so that the mean over the batch equals the mean over the selected rows.
         weights["kd_weight"] = self.kd_weight * len(logits) / len(teacher_logits)
         losses, value, kl = distill_rows(logits, teacher_logits, batch.label, rows, **weights, reduction="none")
-        return Outcome((batch.weight * losses).mean(), logits.detach(), value, {"kl": kl}, losses.detach())
+        loss, terms = (batch.weight * losses).mean(), {"kl": kl.mean()}
+        return Outcome(loss, logits.detach(), value, terms, losses.detach(), of_all_rows(kl, rows))
 
 
 def distill_rows(
@@ -92,7 +93,7 @@ def distill_rows(
     standardize: bool = False,
     **options: object,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the KD loss, the student's entropies and the mean KL.
+    """Return the KD loss, the student's entropies and the KL divergences.
 
     Args:
         logits: (b, classes), the student's.
@@ -103,19 +104,24 @@ def distill_rows(
         options: Arguments of `kcd_ext.condensed_kd_loss`.
 
     Returns:
-        The loss, ce_weight * CE + kd_weight * T^2 * KL; the entropies (b,), detached; the mean KL () in nats over the rows
-            that the teacher ran on, detached.
+        The loss, ce_weight * CE + kd_weight * T^2 * KL; the entropies (b,), detached; the KL divergences (k,) in nats of the
+            rows that the teacher ran on, detached.
     """
     options |= {"rows": rows, "return_knowledge": True}
     if not standardize:
         loss, knowledge = kd_loss(logits, teacher_logits, labels=label, **options)
-        return loss, knowledge.entropy.detach(), take_rows(knowledge.kl, rows).detach().mean()
+        return loss, knowledge.entropy.detach(), take_rows(knowledge.kl, rows).detach()
     ce_weight, smoothing = options.pop("ce_weight"), options.pop("label_smoothing", 0.0)
     loss, knowledge = kd_loss(standardized(logits), standardized(teacher_logits), **options)
     reduction = options.get("reduction", "mean")
     x = at_least_float32(logits)
     cross_entropy = functional.cross_entropy(x, label, reduction=reduction, label_smoothing=smoothing)
-    return loss + ce_weight * cross_entropy, entropy(logits), take_rows(knowledge.kl, rows).detach().mean()
+    return loss + ce_weight * cross_entropy, entropy(logits), take_rows(knowledge.kl, rows).detach()
+
+
+def of_all_rows(kl: Tensor | None, rows: Tensor | None) -> Tensor | None:
+    """Return `Outcome.kl`: the divergences if the teacher ran on all rows, else None."""
+    return kl if rows is None else None
 
 
 def standardized(logits: Tensor) -> Tensor:
@@ -131,17 +137,17 @@ def standardized(logits: Tensor) -> Tensor:
 
 def distill_if_weighted(
     logits: Tensor, teacher_logits: Tensor, label: Tensor, rows: Tensor | None, **weights: float
-) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Return loss and value of `distill_rows`, and the mean KL as a term. If kd_weight is 0, skip the KL and its term.
+) -> tuple[Tensor, Tensor, dict[str, Tensor], Tensor | None]:
+    """Return loss and value of `distill_rows`, the mean KL as a term, and `Outcome.kl`. If kd_weight is 0, skip the KL.
 
     `weights` are temperature, kd_weight, ce_weight and, optionally, label_smoothing and standardize.
     """
     if weights["kd_weight"] == 0:
         smoothing = weights.get("label_smoothing", 0.0)
         cross_entropy = functional.cross_entropy(at_least_float32(logits), label, label_smoothing=smoothing)
-        return weights["ce_weight"] * cross_entropy, entropy(logits), {}
+        return weights["ce_weight"] * cross_entropy, entropy(logits), {}, None
     loss, value, kl = distill_rows(logits, teacher_logits, label, rows, **weights)
-    return loss, value, {"kl": kl}
+    return loss, value, {"kl": kl.mean()}, of_all_rows(kl, rows)
 
 
 def kd_loss(student_logits: Tensor, teacher_logits: Tensor, **options):

@@ -173,8 +173,8 @@ class KnowledgeRepresenting(Method):
         ).sum()
         weights = {"temperature": self.temperature, "kd_weight": self.kd_weight, "ce_weight": self.ce_weight}
         weights |= {"label_smoothing": self.label_smoothing, "standardize": self.standardize}
-        loss, value, terms = distill_if_weighted(logits, target, batch.label, rows, **weights)
-        return Outcome(loss + self.kr_weight * kr, logits.detach(), value, {"kr": kr.detach(), **terms})
+        loss, value, terms, kl = distill_if_weighted(logits, target, batch.label, rows, **weights)
+        return Outcome(loss + self.kr_weight * kr, logits.detach(), value, {"kr": kr.detach(), **terms}, kl=kl)
 
     def release(self) -> None:
         """Remove the hooks from the networks."""

@@ -37,6 +37,8 @@ class Outcome:
     """Name -> (), detached: parts of the loss, each a column in the metrics."""
     losses: Tensor | None = None
     """(b,), each sample's loss before its weight, detached; None without `batch.weight`."""
+    kl: Tensor | None = None
+    """(b,), each sample's KL divergence at the loss's temperature, in nats, detached; None if the method does not give it."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class Pretraining:
     epochs: int
     """The number of epochs."""
     lr: float
-    """The initial learning rate."""
+    """The initial learning rate of SGD, whatever the optimizer of the student is."""
     milestones: tuple[float, ...] = (0.5, 0.75)
     """Fractions of `epochs` at which the learning rate drops to a tenth."""
 
@@ -115,7 +117,10 @@ class Method(nn.Module):
         return ()
 
     def lr_factor(self, epoch: int, epochs: int) -> float | None:
-        """Return the factor of the recipe's `lr` in an epoch, 0 <= epoch < epochs. None: the recipe's milestones apply."""
+        """Return the factor of the recipe's `lr` in an epoch, 0 <= epoch < epochs. None: the recipe's schedule applies.
+
+        A warm-up of the recipe multiplies it.
+        """
         return None
 
     def begin(self, epoch: int, epochs: int) -> None:

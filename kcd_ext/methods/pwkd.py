@@ -77,7 +77,7 @@ class PartialToWholeDistillation(Method):
        Afterwards the copy is constant.
     2. Train the student in stages, one per width, from the narrowest teacher to the full one. The student keeps its weights
        from stage to stage. In each stage the learning rate starts at the recipe's and falls by a cosine (`PartialToWhole`);
-       the recipe's milestones have no effect.
+       the recipe's schedule has no effect.
 
     - From the paper: sub-networks of equal depth and growing width, with shared weights and joint training; stages from
       partial to whole knowledge; a cyclic learning rate; use with other methods.

@@ -16,7 +16,7 @@ from ..checks import (
     check_unit_interval,
 )
 from .features import FeatureMethod, full_precision, unit_rows
-from .kd import distill_rows, kd_loss, standardized
+from .kd import distill_rows, kd_loss, of_all_rows, standardized
 from .protocol import Batch, Outcome, Pretraining
 from .selection import select_batch_rows, take_rows
 
@@ -183,8 +183,8 @@ class SelfSupervisedKnowledgeDistillation(FeatureMethod):
         )
         loss = loss + self.transformed_weight * self.transformed_temperature**2 * transformed_kl
         loss = loss + self.similarity_weight * self.similarity_temperature**2 * similarity_kl
-        terms = {"kl": kl, "transformed": transformed_kl.detach(), "similarity": similarity_kl.detach()}
-        return Outcome(loss, normal.detach(), value, terms)
+        terms = {"kl": kl.mean(), "transformed": transformed_kl.detach(), "similarity": similarity_kl.detach()}
+        return Outcome(loss, normal.detach(), value, terms, kl=of_all_rows(kl, rows))
 
 
 def _make_head(width: int) -> nn.Sequential:

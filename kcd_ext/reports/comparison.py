@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..training.fingerprint import RESUMABLE_CHANGES
+from ..training.recipe import Recipe
 from ..training.summary import Summary
 from . import ranking, runs
 from .ranking import Ranking
@@ -130,7 +131,7 @@ def _grouped(paths: Sequence[Path]) -> dict[str, _Group]:
 def _settings(run: Run) -> dict[str, object]:
     """Return everything except the seed that determines a run's result: option -> value."""
     config = run.metadata.config
-    recipe, about = config["recipe"], config.get("about") or {}
+    recipe, about = {**Recipe().as_json(), **config["recipe"]}, config.get("about") or {}  # older versions lack fields
     found = {"label": run.label, **{name: value for name, value in recipe.items() if name not in NOT_COMPARED}}
     for part in ("condense", "options"):
         found |= {f"{part}.{name}": value for name, value in (recipe.get(part) or {}).items()}

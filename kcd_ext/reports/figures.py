@@ -36,7 +36,7 @@ class Methods:
     def __init__(self, summaries: Sequence[Summary]):
         self.groups = by_method(summaries)
         trained = self.groups.get(TEACHER, []) if len(self.groups) > 1 else []
-        self.levels = {TEACHER: mean(run.accuracy_last for run in trained)} if trained else {}
+        self.levels = {TEACHER: mean(run.accuracy for run in trained)} if trained else {}
         self.levels |= {name: mean(accuracies) for name, accuracies in measured_teachers(self.groups).items()}
         self.drawn = {method: runs for method, runs in self.groups.items() if runs is not trained}
         self.colours = dict(zip(self.drawn, COLOURS * len(self.drawn), strict=False))
@@ -45,6 +45,10 @@ class Methods:
         """Return an entry of metrics.jsonl as an array (epochs,), up to the epoch of the shortest run."""
         lines = zip(*(run.history for run in self.drawn[method]), strict=False)
         return np.array([[line[name] for line in epoch] for epoch in lines], dtype=float).mean(1)
+
+    def are_validated(self, method: str) -> bool:
+        """Whether all runs of a method have a validation set."""
+        return all(run.best_epoch is not None for run in self.drawn[method])
 
     @property
     def flops_known(self) -> bool:
@@ -65,14 +69,20 @@ class Methods:
         return {method: steps for method, steps in self.steps("values").items() if any(s["mixed"] for s in steps)}
 
 
-def draw_accuracy(axes: Axes, methods: Methods, against: str, label: str) -> None:
-    """Draw the accuracy of every method after every epoch, against a cumulative entry of metrics.jsonl."""
+def draw_accuracy(axes: Axes, methods: Methods, against: str, against_label: str) -> None:
+    """Draw the accuracy of every method after every epoch, against a cumulative entry of metrics.jsonl.
+
+    Accuracy on a validation set is a dotted line.
+    """
     for method in methods.drawn:
         x, y = methods.curve(method, against), methods.curve(method, "accuracy")
         axes.plot(x, y, color=methods.colours[method], label=printable(method), linewidth=1.6)
+        if methods.are_validated(method):
+            y, label = methods.curve(method, "val_accuracy"), f"{printable(method)}, validation"
+            axes.plot(x, y, color=methods.colours[method], label=label, linewidth=0.8, linestyle=":")
     for (name, level), style in zip(methods.levels.items(), ["--", ":", "-."] * len(methods.levels), strict=False):
         axes.axhline(level, color="#333333", linestyle=style, linewidth=1, label=printable(name))
-    axes.set(xlabel=label, ylabel="test accuracy, %")
+    axes.set(xlabel=against_label, ylabel="test accuracy, %")
     axes.xaxis.set_major_formatter(lambda x, _position: _abbreviate(x))
     _disable_math(axes.legend(loc="lower right", frameon=False).get_texts())
 

@@ -48,7 +48,9 @@ def write(page: Path, paths: Sequence[Path]) -> Report:
     write_bytes(page.with_suffix(".png"), picture)
     results = tables.results_table(found.summaries, found.baseline)
     shown = [table for table in (results, found.differences) if table]
-    return Report(shown, [*found.notes, *tables.notes_on_agreement(found.summaries)])
+    return Report(
+        shown, [*found.notes, *tables.notes_on_best(found.summaries), *tables.notes_on_agreement(found.summaries)]
+    )
 
 
 def render(found: Comparison, folder: Path) -> tuple[bytes, bytes]:

@@ -40,7 +40,7 @@ class Ranking:
 
 
 def write(folder: Path, summary: Summary, images: LabelledImages, class_names: Sequence[str] = ()) -> None:
-    """Write ranking.json and thumbnails.png into the folder of a finished run, if the run has knowledge values.
+    """Write ranking.json and thumbnails.png into the folder of a finished run, if its knowledge values are entropies.
 
     The files depend only on the run, so writing them is idempotent. thumbnails.png holds two rows of images, the most
     valuable ones above.

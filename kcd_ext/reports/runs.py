@@ -17,7 +17,7 @@ from ..evaluation import Evaluation
 from ..files import read_json, read_lines, read_regular
 from ..students import WEIGHTS
 from ..training import checkpoint
-from ..training.summary import ComparedWith, Summary
+from ..training.summary import ComparedWith, Summary, best_accuracy, best_epoch
 
 RUN_GLOBS = ("seed-*/config.json", "checkpoint/seed-*/*/config.json")  # several seeds; a demo
 EVALUATION = "evaluation.json"
@@ -113,9 +113,16 @@ class Run:
 
     @property
     def unfinished(self) -> str:
-        """The progress of an unfinished run, as text; empty for a finished one."""
+        """The progress of an unfinished run, as text; empty for a finished one, which may have stopped early."""
         done, epochs = 0 if self.summary is None else len(self.summary.history), self.metadata.epochs
-        return f"{self.folder}: {done} of {epochs} epochs" if done < epochs else ""
+        return f"{self.folder}: {done} of {epochs} epochs" if done < epochs and not self._stopped else ""
+
+    @property
+    def _stopped(self) -> bool:
+        """Whether the recipe's `patience` was over after the last epoch."""
+        patience = self.metadata.config["recipe"].get("patience")
+        best = None if self.summary is None else self.summary.best_epoch
+        return None not in (patience, best) and len(self.summary.history) - best >= patience
 
 
 def runs_by_report(path: Path) -> dict[Path, list[Path]]:
@@ -163,6 +170,8 @@ def read(folder: Path) -> Run:
     lines = read_lines(metrics, _parse_metrics) if metrics.exists() else []
     if [line["epoch"] for line in lines] != list(range(1, len(lines) + 1)) or len(lines) > metadata.epochs:
         raise ValueError(f"{metrics} is damaged: its lines must be for epochs 1, 2, ... up to {metadata.epochs}")
+    if len({"val_accuracy" in line for line in lines}) > 1:
+        raise ValueError(f"{metrics} is damaged: only some of its lines have a val_accuracy")
     if len({len(step["classes"]) for line in lines if (step := line["condensation"]) and step["classes"]}) > 1:
         raise ValueError(f"{metrics} is damaged: every line must have the same number of classes")
     if not lines:
@@ -171,10 +180,12 @@ def read(folder: Path) -> Run:
         method=method,
         seed=metadata.seed,
         accuracy_last=lines[-1]["accuracy"],
-        accuracy_best=max(line["accuracy"] for line in lines),
+        accuracy_best=best_accuracy(lines),
         **{name: lines[-1][name] for name in ("sample_visits", "teacher_visits", "seconds", *METRICS_DEFAULTS)},
         teacher_accuracy=metadata.teacher_accuracy,
         history=lines,
+        best_epoch=best_epoch(lines),
+        keeps_best=metadata.config["recipe"].get("keep_best") is True,
     )
     return Run(folder, metadata, summary)
 
@@ -247,8 +258,9 @@ def find_teacher_run(run: Run) -> Run | None:
             same = fingerprint(path) == recorded
         if same and (found := read(path)).summary is not None:
             measured = run.metadata.teacher_accuracy
-            accuracy = found.summary.accuracy_last if measured is None else measured
-            return replace(found, summary=replace(found.summary, method=TEACHER, accuracy_last=accuracy))
+            accuracy = found.summary.accuracy if measured is None else measured
+            shown = {"accuracy_best" if found.summary.keeps_best else "accuracy_last": accuracy}
+            return replace(found, summary=replace(found.summary, method=TEACHER, **shown))
     return None
 
 
@@ -298,7 +310,9 @@ def _parse_metrics(line: dict) -> dict:
     """
     line = {**METRICS_DEFAULTS, **line}
     check_int("epoch", line["epoch"], 1)
-    check_percent("accuracy", line["accuracy"])
+    for name in ("accuracy", "val_accuracy"):
+        if name == "accuracy" or name in line:
+            check_percent(name, line[name])
     for name in ("sample_visits", "teacher_visits"):
         check_int(name, line[name], 0)
     for name in ("seconds", "condensation_seconds"):

@@ -87,7 +87,7 @@ def measured_teachers(groups: Mapping[str, Sequence[Summary]]) -> dict[str, list
     Teachers that the runs labelled TEACHER trained are omitted, because they have their own row. If methods have different
     teachers, each is named after its methods.
     """
-    trained = [s.accuracy_last for s in groups.get(TEACHER, ())]
+    trained = [s.accuracy for s in groups.get(TEACHER, ())]
     found: dict[tuple[float, ...], list[str]] = {}
     for method, group in groups.items():
         accuracies = {s.teacher_accuracy for s in group if s.teacher_accuracy is not None}
@@ -95,6 +95,21 @@ def measured_teachers(groups: Mapping[str, Sequence[Summary]]) -> dict[str, list
             found.setdefault(tuple(sorted(accuracies)), []).append(method)
     only_one = len(found) == 1 and not trained
     return {TEACHER if only_one else f"{TEACHER} of {', '.join(methods)}": [*key] for key, methods in found.items()}
+
+
+def notes_on_best(summaries: Sequence[Summary]) -> list[str]:
+    """Return sentences on runs with a validation set: how their best epoch was chosen, and which student they end with."""
+    validated = dict.fromkeys(s.method for s in summaries if s.best_epoch is not None)
+    if not validated:
+        return []
+    others = dict.fromkeys(s.method for s in summaries if s.best_epoch is None)
+    notes = [
+        "Accuracy best: test accuracy after the epoch with the highest validation accuracy"
+        + (f" ({', '.join(validated)}), or else the highest test accuracy ({', '.join(others)})." if others else ".")
+    ]
+    if kept := dict.fromkeys(s.method for s in summaries if s.keeps_best):
+        notes.append(f"Saved student of {', '.join(kept)}: that of the best epoch.")
+    return notes
 
 
 def as_text(table: Table) -> list[str]:

@@ -1,13 +1,13 @@
 """Batches on the training device, from a data set that is loaded item by item, or from images in memory or on disk."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import pairwise
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..condensation import CondensedSampler, KnowledgeCondenser
+from ..condensation.batching import split_evenly
 from ..condensation.mixing import MixTree
 from ..condensation.table import PADDING_INDEX
 from ..data import ImageFiles, ImageSet, IndexedDataset
@@ -62,20 +62,6 @@ class Samples:
 
     def __iter__(self) -> Iterator[Batch]:
         return self.source.eval_batches(self.batch_size)
-
-
-def split_evenly(count: int, size: int) -> list[slice]:
-    """Split `count` samples into the fewest parts of at most `size`. Part sizes differ by at most one.
-
-    A last batch of a few samples would weigh as much as a full one in the optimizer, in batch statistics and in losses
-    over pairs of samples. Such steps can undo what a student has learnt.
-
-    No part is a single sample, which batch normalisation cannot train on, unless `size` or `count` is 1. So an odd
-    number of samples in pairs has one part of three.
-    """
-    parts = -(-count // size) if size == 1 else min(-(-count // size), max(1, count // 2))
-    bounds = [count * part // parts for part in range(parts + 1)]
-    return [slice(*pair) for pair in pairwise(bounds)]
 
 
 def batches_of_steps(count: int, batch_size: int, accumulation: int) -> Iterator[tuple[slice, float, bool]]:

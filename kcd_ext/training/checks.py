@@ -17,6 +17,12 @@ from ..networks import OutputError, check_network, logits_only
 from .batches import flatten_labels
 from .recipe import Recipe
 
+# What the condenser may be fed with that a sample without a teacher's logits lacks, and why.
+TEACHER_MEASURES = {
+    "losses": "it compares losses, and samples that skip the teacher have only part of theirs",
+    "kl": "samples that skip the teacher have no KL divergence",
+}
+
 
 def as_indexed(name: str, dataset: Dataset) -> IndexedDataset | LabelledImages:
     """Return the data set as an `IndexedDataset`; an `IndexedDataset` or images are returned unchanged.
@@ -33,16 +39,26 @@ def as_indexed(name: str, dataset: Dataset) -> IndexedDataset | LabelledImages:
     return wrapped
 
 
+def check_validation(recipe: Recipe, val: Dataset | None) -> None:
+    """Raise ValueError if an option of the recipe needs a validation set and there is none."""
+    for option in ("keep_best", "patience"):
+        value = getattr(recipe, option)
+        if val is None and value != Recipe.__dataclass_fields__[option].default:
+            raise ValueError(
+                f"{option}={value!r} needs a validation set, got val=None: a result that the test set chose is no measurement"
+            )
+
+
 def check_method(method: Method, recipe: Recipe) -> None:
     """Raise ValueError if the method does not support an option of the recipe."""
     condenser = recipe.condense.example(recipe.epochs)
-    if condenser.measure == "losses" and recipe.condense.batch_keep < 1:
+    if condenser.measure in TEACHER_MEASURES and recipe.condense.batch_keep < 1:
         raise ValueError(
-            f"condense.batch_keep={recipe.condense.batch_keep} cannot be combined with selection "
-            f"{recipe.condense.selection!r}: it compares losses, and samples that skip the teacher have only part of theirs"
+            f"condense.batch_keep={recipe.condense.batch_keep} cannot be combined with "
+            f"{_name_of_measure(recipe)}: {TEACHER_MEASURES[condenser.measure]}"
         )
     if method.lr_factor(0, recipe.epochs) is not None:
-        for option in ("milestones", "gamma"):
+        for option in ("schedule", "milestones", "gamma"):
             value, default = getattr(recipe, option), Recipe.__dataclass_fields__[option].default
             if value != default:
                 raise ValueError(
@@ -59,13 +75,24 @@ def check_method(method: Method, recipe: Recipe) -> None:
             f"condense.selection {recipe.condense.selection!r} weights every sample's loss, but method {recipe.method!r} does "
             f"not support weights: choose another method or selection"
         )
+    if condenser.measure == "losses" and not method.weighs_samples:
+        raise ValueError(
+            f"{_name_of_measure(recipe)} needs every sample's loss, which method {recipe.method!r} does not give: choose "
+            f"another method or value"
+        )
+
+
+def _name_of_measure(recipe: Recipe) -> str:
+    """Return the option that chose what the condenser is fed with."""
+    condense = recipe.condense
+    return f"selection {condense.selection!r}" if condense.value == "entropy" else f"condense.value={condense.value!r}"
 
 
 def check_networks(
     student: nn.Module,
     teacher: nn.Module | None,
     train: IndexedDataset | LabelledImages,
-    test: IndexedDataset | LabelledImages,
+    held_out: Mapping[str, IndexedDataset | LabelledImages],
     device: torch.device,
 ) -> int:
     """Call every network with one sample of each set, in evaluation mode, and return the number of classes.
@@ -84,7 +111,7 @@ def check_networks(
                 )
     if teacher is not None and not {*map(id, student.parameters())}.isdisjoint(map(id, teacher.parameters())):
         raise ValueError("student and teacher share parameters, so the teacher would be trained too: copy.deepcopy one")
-    for part, dataset in (("train", train), ("test", test)):
+    for part, dataset in ({"train": train} | held_out).items():
         x, label = _first_sample(part, dataset)
         classes = {name: _count_classes(name, network, x.to(device), part) for name, network in networks.items()}
         if classes.get("teacher", classes["student"]) != classes["student"]:
@@ -115,13 +142,18 @@ def check_outcome(outcome: Outcome, batch: Batch, measure: str, method: str) -> 
     Args:
         outcome: The result of the method's forward pass.
         batch: The batch that the method got.
-        measure: The field of `outcome` that the condenser needs: `value` or `losses`.
+        measure: The field of `outcome` that the condenser needs: `value`, `kl` or `losses`.
         method: The method's name, for messages.
     """
     if not isinstance(outcome, Outcome):
         raise TypeError(f"method {method!r} must return an Outcome, got {type(outcome).__name__}")
     if not isinstance(outcome.terms, Mapping):
         raise TypeError(f"method {method!r} must return terms as a mapping, got {type(outcome.terms).__name__}")
+    if measure in TEACHER_MEASURES and getattr(outcome, measure) is None:
+        raise ValueError(
+            f"method {method!r} gives no {measure} of every sample, which the condenser is to rank by: choose another method or "
+            f"condense.value"
+        )
     shapes = {"loss": (outcome.loss, ()), measure: (getattr(outcome, measure), (len(batch.label),))}
     shapes |= {f"terms[{name!r}]": (term, ()) for name, term in outcome.terms.items()}
     for name, (tensor, shape) in shapes.items():

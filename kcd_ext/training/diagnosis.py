@@ -70,23 +70,24 @@ def check_finite(run: "Run", phase: "Phase", loss: float) -> None:
     raise FloatingPointError(f"{problem}: {cause or f'a smaller lr than {phase.initial_lr} may help'}")
 
 
-def check_test_logits(run: "Run", non_finite: int, epoch: int) -> None:
-    """Raise FloatingPointError if a test sample is not finite; warn if only the student's logits are not.
+def check_held_out_logits(run: "Run", part: str, non_finite: int, epoch: int) -> None:
+    """Raise FloatingPointError if a held-out sample is not finite; warn if only the student's logits are not.
 
     Args:
         run: The run.
-        non_finite: The number of test samples without a finite highest logit after the epoch.
+        part: The set: `test` or `val`.
+        non_finite: The number of its samples without a finite highest logit after the epoch.
         epoch: The epoch, counted from 0.
     """
     if not non_finite:
         return
-    if (cause := first_non_finite("test", run.test_batches(), {})) is not None:
+    if (cause := first_non_finite(part, run.eval_batches(part), {})) is not None:
         raise FloatingPointError(f"the accuracy after epoch {epoch + 1} means nothing: {cause}")
     # On every rank: the student may be sharded.
-    cause = first_non_finite("test", run.test_batches(), {"student": run.student})
+    cause = first_non_finite(part, run.eval_batches(part), {"student": run.student})
     if run.is_main:
-        text = f"{non_finite} test samples have no finite logits after epoch {epoch + 1}: {cause}"
-        warnings.warn(text, RuntimeWarning, stacklevel=4)  # the caller of distill
+        text = f"{non_finite} {part} samples have no finite logits after epoch {epoch + 1}: {cause}"
+        warnings.warn(text, RuntimeWarning, stacklevel=5)  # the caller of distill
 
 
 def first_non_finite(part: str, batches: Iterable[Batch], networks: Mapping[str, nn.Module]) -> str | None:

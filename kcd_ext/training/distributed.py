@@ -91,19 +91,38 @@ def gradient_sync(accelerator: Accelerator, module: nn.Module, last: bool) -> Ab
     return accelerator.no_sync(module) if skip else nullcontext()
 
 
-def optimizer_step(accelerator: Accelerator, optimizer: torch.optim.Optimizer, student: nn.Module) -> None:
-    """Take an optimizer step and clear the gradients. With float16, skip a step whose gradients overflowed."""
+def optimizer_step(
+    accelerator: Accelerator, optimizer: torch.optim.Optimizer, student: nn.Module, clip_norm: float | None = None
+) -> None:
+    """Take an optimizer step and clear the gradients. With float16, skip a step whose gradients overflowed.
+
+    With `clip_norm`, all gradients are scaled down by one factor if the norm of all of them together is larger.
+    """
     if accelerator.num_processes > 1 and is_sharded(student):
         for parameter in chain.from_iterable(group["params"] for group in optimizer.param_groups):
             if parameter.grad is not None and not _is_shard(parameter.grad):  # FSDP averages only shards
                 torch.distributed.all_reduce(parameter.grad)
                 parameter.grad /= accelerator.num_processes
+    if clip_norm is not None:
+        if accelerator.scaler is not None:
+            accelerator.scaler.unscale_(optimizer)
+        _clip_gradients(optimizer, clip_norm)
     if accelerator.scaler is None:
         optimizer.step()
     else:
         accelerator.scaler.step(optimizer)
         accelerator.scaler.update()
     optimizer.zero_grad()
+
+
+def _clip_gradients(optimizer: torch.optim.Optimizer, clip_norm: float) -> None:
+    """Scale gradients as `torch.nn.utils.clip_grad_norm_` does. Some may be sharded and others not."""
+    parameters = chain.from_iterable(group["params"] for group in optimizer.param_groups)
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    kinds = [[g for g in gradients if _is_shard(g) == sharded] for sharded in (False, True)]
+    norms = [full_state_dict(torch.nn.utils.get_total_norm(kind)) for kind in kinds if kind]
+    scale = (clip_norm / (torch.nn.utils.get_total_norm(norms) + 1e-6)).clamp(max=1.0)
+    torch._foreach_mul_([local_shard(gradient) for gradient in gradients], scale)
 
 
 def sum_over_ranks(accelerator: Accelerator, numbers: Iterable[Tensor | float]) -> list[float]:

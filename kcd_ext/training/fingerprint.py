@@ -58,8 +58,10 @@ def fingerprint(
 def check_same_run(saved: Mapping, mine: Mapping, path: object) -> None:
     """Raise ValueError, naming the first difference, unless the run in `path` may resume as this one."""
     free = RESUMABLE_CHANGES if saved.get("processes") == mine["processes"] else RESUMABLE_CHANGES + STEP_SIZE_FIELDS
-    recipe = saved["recipe"] if isinstance(saved.get("recipe"), Mapping) else {}
-    pairs = [(key, saved.get(key), value) for key, value in mine.items() if key not in ("recipe", "processes")]
+    # A version that lacked a field of the recipe trained as its default does.
+    recipe = {**Recipe().as_json(), **(saved["recipe"] if isinstance(saved.get("recipe"), Mapping) else {})}
+    names = [name for name in {**mine, "val": None} if name not in ("recipe", "processes")]
+    pairs = [(name, saved.get(name), mine.get(name)) for name in names]
     pairs += [(key, recipe.get(key), value) for key, value in mine["recipe"].items() if key not in free]
     for key, old, new in pairs:
         if old != new:

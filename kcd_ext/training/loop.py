@@ -9,24 +9,25 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from ..randomness import seeded
-from .diagnosis import check_test_logits, has_finite_maximum, teacher_warning
-from .distributed import autocast, broadcast_buffers, gradient_sync, optimizer_step, reshard, sum_over_ranks
+from .diagnosis import check_held_out_logits, has_finite_maximum, teacher_warning
+from .distributed import autocast, broadcast_buffers, gradient_sync, reshard, sum_over_ranks
 from .phases import Phase
 from .recipe import Recipe
 from .run import Run, count_rows
 from .setup import open_run
+from .step_reports import report_steps
 from .summary import Summary
 
 
 def train_run(run: Run, progress: Callable[[dict], None] | None) -> Summary:
     """Train a run to its last epoch and return its summary."""
     for phase in run.phases:  # the method's own pretraining, then the student
-        for epoch in phase.remaining_epochs():
+        for epoch in phase.upcoming_epochs():
             with seeded(run.recipe.seed, phase.seed_offset + epoch, run.rank, device=run.device):
                 metrics = train_epoch(run, phase, epoch) | phase.end_epoch()
                 if phase.trains_student:
-                    metrics["accuracy"], non_finite = evaluate(run, run.student)
-                    check_test_logits(run, non_finite, epoch)
+                    with phase.validating(metrics):
+                        metrics |= validate(run, epoch)
             line = run.save(phase, metrics)
             if progress is not None and run.is_main:
                 progress(line)
@@ -44,19 +45,30 @@ def train_epoch(run: Run, phase: Phase, epoch: int) -> dict[str, object]:
                 loss = phase.record(batch, outcome)
                 run.accelerator.backward(loss if share == 1 else loss * share)
             if ends_step:
-                optimizer_step(run.accelerator, phase.optimizer, run.module)
+                phase.take_step()
         means = phase.means()  # waits for the device; steps never do
         broadcast_buffers(run.accelerator, run.module)
     run.add_rows(student_rows, teacher_rows)
     return {phase.epoch_key: epoch + 1, "lr": phase.lr} | means
 
 
-def evaluate(run: Run, network: nn.Module, labels: list[Tensor] | None = None) -> tuple[float, int]:
-    """Return a network's accuracy on the test set, and the number of samples whose highest logit is not finite.
+def validate(run: Run, epoch: int) -> dict[str, float]:
+    """Return the student's accuracy on the test set and, if there is one, on the validation set."""
+    accuracies = {}
+    for part, name in (("test", "accuracy"), ("val", "val_accuracy")):
+        if part in run.held_out:
+            accuracies[name], non_finite = evaluate(run, run.student, part)
+            check_held_out_logits(run, part, non_finite, epoch)
+    return accuracies
+
+
+def evaluate(run: Run, network: nn.Module, part: str = "test", labels: list[Tensor] | None = None) -> tuple[float, int]:
+    """Return a network's accuracy on a held-out set, and the number of samples whose highest logit is not finite.
 
     Args:
         run: The run.
         network: The network. It stays in evaluation mode.
+        part: The set: `test` or `val`.
         labels: A list to which this rank's labels are appended.
 
     Returns:
@@ -68,12 +80,12 @@ def evaluate(run: Run, network: nn.Module, labels: list[Tensor] | None = None) -
     network.eval()
     counts = torch.zeros(3, dtype=torch.int64, device=run.device)
     with torch.no_grad():
-        for batch in run.test_batches(run.rank, run.accelerator.num_processes):
+        for batch in run.eval_batches(part, run.rank, run.accelerator.num_processes):
             logits = network(batch.x)
             predicted = logits.argmax(-1)
             if batch.label.shape != predicted.shape:
                 raise ValueError(
-                    f"test labels must have shape {tuple(predicted.shape)}, got {tuple(batch.label.shape)}"
+                    f"{part} labels must have shape {tuple(predicted.shape)}, got {tuple(batch.label.shape)}"
                 )
             own = batch.index >= 0  # the others are padding repeats
             counts += torch.stack([(predicted == batch.label) & own, own, ~has_finite_maximum(logits) & own]).sum(1)
@@ -89,7 +101,7 @@ def measure_teacher(run: Run) -> None:
         return
     networks = {name: output.network for name, output in run.outputs.items()}
     labels: list[Tensor] = []
-    run.teacher_accuracy, _ = evaluate(run, networks["teacher"], labels)
+    run.teacher_accuracy, _ = evaluate(run, networks["teacher"], labels=labels)
     labels = torch.cat(labels)
     classes = labels[(labels >= 0) & (labels < run.classes)].bincount(minlength=run.classes)
     student = evaluate(run, networks["student"])[0] if not run.has_metrics else None
@@ -106,9 +118,11 @@ def distill(
     test: Dataset,
     recipe: Recipe,
     *,
+    val: Dataset | None = None,
     output: str | Path | None = None,
     resume: bool = False,
     progress: Callable[[dict], None] | None = None,
+    progress_every: int | None = None,
     about: Mapping[str, object] | None = None,
 ) -> Summary:
     """Train the student in place, as the recipe says, and validate it after every epoch.
@@ -154,17 +168,22 @@ def distill(
               whole and needs no loader. Its images are mixed, cropped, flipped and normalised there, one batch at a time.
             - *`ImageFiles`* stay on disk and give the same result. `num_workers` processes decode and mix them; with 0, one
               per processor, at most 8.
-        test: A data set as `train`, for validation.
+        test: A data set as `train`. The student's accuracy on it is measured after every epoch.
         recipe: All numbers of the run.
+        val: A data set as `train`, for validation: `val_accuracy` is measured after every epoch and chooses the best one.
+            `keep_best` and `patience` need it, so that the test set chooses nothing. None: there is no validation set.
         output: The run folder. config.json is written before the first epoch, metrics.jsonl and checkpoint/ after every
-            epoch, student.safetensors (the last epoch's student) and summary.json at the end. All processes must see
-            the same folder. None: nothing is written.
+            epoch, student.safetensors (the student that the run ends with) and summary.json at the end. All processes
+            must see the same folder. None: nothing is written.
         resume: Resume from the checkpoint in `output`, if there is one. On the CPU the result is bit for bit that of an
             uninterrupted run. Recipe, teacher, data and precision must not change. The student's weights come from the
             checkpoint, and the same parameters must be trained. With another number of processes `batch_size` and
             `gradient_accumulation` may change too. A finished run returns at once.
         progress: Called on rank 0 after every epoch with its line of metrics.jsonl. After a pretraining epoch it gets
             the line of pretraining.jsonl, with "pretraining" instead of "epoch".
+        progress_every: `progress` also gets a line after every so many optimizer steps, counted over all epochs: "step",
+            "epoch" (or "pretraining"), "lr", and since the last such line of the epoch the mean "loss" and
+            "samples_per_second" of all processes. Only these steps wait for the device. None: no such lines.
         about: JSON to store under "about" in config.json, for readers of the folder. A resumed run may change it. Its
             entry "dataset" names the data in summary.json.
 
@@ -184,7 +203,8 @@ def distill(
             better than the student already is. Its images are then probably normalised differently than in its training,
             or its classes are in another order.
     """
-    with open_run(student, teacher, train, test, recipe, output, resume) as run:
+    with open_run(student, teacher, train, test, recipe, output, resume, val) as run:
+        report_steps(run, progress, progress_every)
         run.warn_about_outputs()
         measure_teacher(run)
         run.start(about or {})

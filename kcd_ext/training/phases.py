@@ -1,7 +1,9 @@
 """The phases of a run: each trains one module for some epochs. First a method's own parts, then the student."""
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,13 +12,18 @@ from torch import Tensor, nn
 
 from ..condensation import Condensation, KnowledgeCondenser
 from ..methods import Batch, Method, Outcome, Pretraining
+from .averaging import Averages
 from .batch_mixing import BatchMixer, draw_uniforms
+from .batches import split_evenly
 from .checks import check_outcome
 from .diagnosis import check_finite
-from .distributed import gather_labels, prepare
+from .distributed import full_state_dict, gather_labels, optimizer_step, prepare, reshard, shard_like
+from .optimizers import SGD_WEIGHT_DECAY, kind_of, parameters_of, sgd
 from .recipe import milestones_passed
+from .summary import best_epoch
 
 if TYPE_CHECKING:
+    from .recipe import Recipe
     from .run import Run
 
 PRETRAINING_SEED_OFFSET = 2**32 + 1  # pretraining never shares random numbers with training
@@ -63,15 +70,16 @@ class Phase:
 
     Subclasses implement:
 
-    - `lr_at(epoch)`: return the learning rate.
+    - `lr_at(epoch, fraction)`: return the learning rate of a step, after this fraction of the epoch's steps.
+    - `steps_before(epoch)`: return the optimizer steps of all epochs before this one.
     - `record(batch, outcome)`: add a step's results to sums on the device and return its loss.
     - `means()`: return the epoch's metrics.
 
     Args:
         run: The run that the phase belongs to.
         module: Called with the teacher and a batch in every step.
-        parameters: The parameters that the optimizer changes.
-        lr: The initial learning rate.
+        optimizer: The optimizer of its parameters.
+        lr: The initial learning rate. Groups of parameters with another one keep the ratio.
         epochs: The positions of its epochs in `history`.
         history: The metrics of all epochs of this kind, shared by all pretraining phases.
     """
@@ -86,20 +94,20 @@ class Phase:
         self,
         run: "Run",
         module: nn.Module,
-        parameters: Sequence[nn.Parameter],
+        optimizer: torch.optim.Optimizer,
         lr: float,
         epochs: range,
         history: list[dict],
     ):
         self.run = run
         self.module = module
-        self.parameters = parameters
+        # Not prepared by accelerate: its wrapper searches the disk for packages in every step.
+        self.optimizer = optimizer
+        self.parameters = parameters_of(optimizer)
         self.initial_lr = lr
         self.epochs = epochs
         self.history = history
-        options = {"momentum": run.recipe.momentum, "weight_decay": run.recipe.weight_decay}
-        # Not prepared by accelerate: its wrapper searches the disk for packages in every step.
-        self.optimizer = torch.optim.SGD(parameters, lr, **options)
+        self._lr_ratios = [float(group["lr"]) / lr if lr else 1.0 for group in optimizer.param_groups]
 
     def prepare(self) -> None:
         """Prepare the first epoch: set `step`, the module wrapped for several ranks."""
@@ -110,11 +118,15 @@ class Phase:
         """Return the epochs that have no metrics yet."""
         return self.epochs[max(0, len(self.history) - self.epochs.start) :]
 
+    def upcoming_epochs(self) -> Iterator[int]:
+        """Yield the next epoch that has no metrics yet, until there is none."""
+        while remaining := self.remaining_epochs():
+            yield remaining[0]
+
     def begin_epoch(self, epoch: int) -> None:
-        """Set modes and the learning rate, and clear the sums."""
-        self.lr = self.lr_at(epoch)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.lr
+        """Set modes and clear the sums."""
+        self.epoch = epoch
+        self.lr = self.lr_at(epoch, 0.0)
         if self.run.teacher is not None:
             self.run.teacher.eval()  # the method may have made it a part of itself, and train mode reaches parts
         self.rows, self.sums = 0, torch.zeros(1, device=self.run.device)
@@ -122,6 +134,20 @@ class Phase:
     def training_batches(self, batches: Iterable[Batch], count: int, epoch: int) -> Iterator[Batch]:
         """Yield an epoch's `count` batches as they are trained on."""
         yield from batches
+
+    def begin_steps(self, steps: int) -> None:
+        """Begin the epoch's optimizer steps, of which there are `steps`."""
+        self.steps, self.steps_done, self.started = steps, 0, time.perf_counter()
+
+    def take_step(self) -> None:
+        """Take an optimizer step with its own learning rate, and call the run's step hooks."""
+        self.step_lr = self.lr_at(self.epoch, self.steps_done / self.steps)
+        for group, ratio in zip(self.optimizer.param_groups, self._lr_ratios, strict=True):
+            group["lr"] = self.step_lr * ratio
+        optimizer_step(self.run.accelerator, self.optimizer, self.run.module, self.run.recipe.clip_norm)
+        self.steps_done += 1
+        for hook in self.run.step_hooks:
+            hook(self)
 
     def end_epoch(self) -> dict[str, object]:
         """Return further metrics. Raise FloatingPointError if training has diverged."""
@@ -149,14 +175,21 @@ class PretrainingPhase(Phase):
     def __init__(self, run: "Run", plan: Pretraining):
         first = run.phases[-1].epochs.stop if run.phases else 0
         self.plan = plan
-        epochs, parameters = range(first, first + plan.epochs), [*plan.part.parameters()]
-        super().__init__(run, PretrainingStep(plan), parameters, plan.lr, epochs, run.pretraining_history)
+        epochs, recipe = range(first, first + plan.epochs), run.recipe
+        # The plan's learning rate is one of SGD.
+        weight_decay = recipe.weight_decay if recipe.optimizer == "sgd" else SGD_WEIGHT_DECAY
+        optimizer = sgd([*plan.part.parameters()], plan.lr, recipe.momentum, weight_decay)
+        super().__init__(run, PretrainingStep(plan), optimizer, plan.lr, epochs, run.pretraining_history)
         plan.part.requires_grad_(False)  # until its first epoch
 
-    def lr_at(self, epoch: int) -> float:
+    def lr_at(self, epoch: int, fraction: float) -> float:
         """Return the learning rate, which falls to a tenth at every milestone of the plan."""
         passed = milestones_passed(self.plan.milestones, epoch - self.epochs.start, self.plan.epochs)
         return self.initial_lr * 0.1**passed
+
+    def steps_before(self, epoch: int) -> int:
+        """Return the steps of earlier epochs of pretraining. All of them visit every sample."""
+        return epoch * self.steps
 
     def begin_epoch(self, epoch: int) -> None:
         """Unfreeze the part."""
@@ -196,25 +229,81 @@ class StudentPhase(Phase):
     trains_student = True
 
     def __init__(self, run: "Run"):
-        trained = {name: p for name, p in run.module.named_parameters() if p.requires_grad}
-        super().__init__(run, run.module, [*trained.values()], run.recipe.lr, range(run.recipe.epochs), run.history)
-        self.trained = [*trained]
-        self.mixer = BatchMixer.of(run.recipe, run.classes)
+        self.trained = {name: p for name, p in run.module.named_parameters() if p.requires_grad}
+        recipe = run.recipe
+        optimizer = self.new_optimizer(recipe)
+        super().__init__(run, run.module, optimizer, recipe.lr, range(recipe.epochs), run.history)
+        self.mixer = BatchMixer.of(recipe, run.classes)
+        self.averages: Averages | None = None
+        self.best: Mapping[str, Tensor] | None = None  # with keep_best: the student's state after the best epoch
 
-    def lr_at(self, epoch: int) -> float:
-        """Return the learning rate from the method's own schedule if it has one, else from the recipe's milestones."""
-        factor = self.run.method.lr_factor(epoch, self.run.recipe.epochs)
-        return self.run.recipe.lr_at(epoch) if factor is None else self.initial_lr * factor
+    def new_optimizer(self, recipe: "Recipe") -> torch.optim.Optimizer:
+        """Return an optimizer of the trained parameters, without state. Raises TypeError or ValueError if it does not fit."""
+        return kind_of(recipe.optimizer).build([*self.trained.values()], recipe.lr, recipe)
+
+    def prepare(self) -> None:
+        """Prepare the first epoch. The weights of the student are the first averages."""
+        super().prepare()
+        if self.run.recipe.ema:
+            own = {name: parameter for name, parameter in self.trained.items() if name.startswith("student.")}
+            self.averages = Averages(self.run.recipe.ema, own)
+
+    def remaining_epochs(self) -> range:
+        """Return the epochs that have no metrics yet; none if the recipe's `patience` is over."""
+        remaining, patience = super().remaining_epochs(), self.run.recipe.patience
+        stopped = patience is not None and self.history and len(self.history) - best_epoch(self.history) >= patience
+        return remaining[:0] if stopped else remaining
+
+    def lr_at(self, epoch: int, fraction: float) -> float:
+        """Return the learning rate from the method's own schedule if it has one, else from the recipe's."""
+        return self.run.recipe.lr_at(epoch, fraction, self._lr_factor)
+
+    def steps_before(self, epoch: int) -> int:
+        """Return the steps of earlier epochs, computed from their number of samples."""
+        recipe, ranks = self.run.recipe, self.run.accelerator.num_processes
+        rows = [(line["samples"] + line["padding"]) // ranks for line in self.history[:epoch]]
+        return sum(len(split_evenly(count, recipe.batch_size * recipe.gradient_accumulation)) for count in rows)
+
+    def take_step(self) -> None:
+        """Take an optimizer step, and update the averages."""
+        super().take_step()
+        if self.averages is not None:
+            self.averages.update()
+
+    @contextmanager
+    def validating(self, metrics: Mapping[str, object]) -> Iterator[None]:
+        """Give the student the weights to validate inside the context: its averages, if there are any.
+
+        The context adds the accuracies to the epoch's `metrics`. At its end the student's state is copied if the recipe keeps
+        the best and this epoch is. Every rank must call this method.
+        """
+        with nullcontext() if self.averages is None else self.averages.applied():
+            reshard(self.module.student)
+            yield
+            if self.run.recipe.keep_best and best_epoch([*self.history, metrics]) == metrics["epoch"]:
+                state = full_state_dict(self.module.student.state_dict())
+                self.best = {name: tensor.detach().to("cpu", copy=True) for name, tensor in state.items()}
+        reshard(self.module.student)  # what a sharded root has gathered are still the averages
+
+    def finish(self) -> None:
+        """Give the student the weights that the run ends with: the best, the averaged or the last ones."""
+        student = self.module.student
+        if self.best is not None:
+            own = student.state_dict()
+            student.load_state_dict({name: shard_like(own[name], tensor) for name, tensor in self.best.items()})
+        elif self.averages is not None:
+            self.averages.copy_to_parameters()
 
     def begin_epoch(self, epoch: int) -> None:
         """Call the method's `begin`, and prepare the lists of visits for the condenser."""
         run = self.run
+        self._lr_factor = run.method.lr_factor(epoch, run.recipe.epochs)
         run.method.begin(epoch, run.recipe.epochs)
         self.module.train()
         for phase in run.phases[:-1]:
             phase.freeze()
         super().begin_epoch(epoch)
-        self.sample_weight = run.condenser.sample_weight
+        self.sample_weight = run.sample_weight
         self.visits: list[tuple[Tensor, Tensor]] = []
         # The first epoch sees every label of a data set that is loaded item by item.
         collects = run.recipe.condense.drops_samples and run.condenser.labels is None and epoch == 0
@@ -273,14 +362,15 @@ class StudentPhase(Phase):
             condensation = condenser.step()
         super().end_epoch()
         metrics = None if condensation is None else condensation_metrics(condensation, condenser, run.classes)
-        return {"non_finite": condenser.non_finite, "condensation": metrics}
+        averaged = {} if self.averages is None else {"ema": self.averages.last_decay}
+        return {"non_finite": condenser.non_finite, "condensation": metrics, **averaged}
 
 
 def condensation_metrics(condensation: Condensation, condenser: KnowledgeCondenser, classes: int) -> dict[str, object]:
     """Return the metrics of a condensation step: sizes, samples kept per class, histogram of all knowledge values so far.
 
     The histogram has the same bins at every stage, from 0 to the largest possible entropy, log(classes). Values outside
-    count in the outer bins. It is None if samples are not selected by knowledge value.
+    count in the outer bins. It is None if the values are not entropies.
     """
     histogram = None
     if condenser.measure == "value":

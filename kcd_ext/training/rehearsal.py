@@ -17,6 +17,7 @@ from .batches import batches_of_steps, with_sample_weight
 from .checks import check_outcome
 from .diagnosis import NotFiniteError, check_first_step
 from .distributed import autocast, is_sharded, reshard
+from .optimizers import check_optimizer
 from .phases import PRETRAINING_SEED_OFFSET
 from .run import Run
 
@@ -82,8 +83,8 @@ class Rehearsal:
         roots = (run.module,) if run.teacher is None else (run.module, run.teacher)
         with ExitStack() as stack:
             stack.enter_context(seeded(run.recipe.seed, REHEARSAL_SEED, device=run.device))
-            batch = with_sample_weight(self._first(run.train_source, size), run.condenser.sample_weight)
-            tested = self._first(run.test_source, size) if validate else None
+            batch = with_sample_weight(self._first(run.train_source, size), run.sample_weight)
+            tested = self._first(run.held_out["test"], size) if validate else None
             stack.enter_context(restored(*roots))
             stack.callback(reshard, *roots)
             running = stack.enter_context(_track_running(networks))
@@ -115,7 +116,7 @@ class Rehearsal:
             phase.freeze()
         student.begin_epoch(0)
         (mixed,) = student.training_batches([batch], 1, 0)
-        trained = dict(zip(student.trained, student.parameters, strict=True))
+        trained = student.trained
         for parameter in trained.values():
             parameter.grad = None
         with autocast(run.accelerator):
@@ -145,6 +146,7 @@ class Rehearsal:
         if run.folder is None or run.folder.epoch == 0:  # else the checkpoint's weights, loaded later, replace these
             scaled = run.accelerator.scaler is not None  # float16 gradients may overflow, and the step is then skipped
             check_first_step(outcome, batch, {} if scaled else gradients, run.module.student, run.teacher, method)
+        check_optimizer(student.new_optimizer(run.recipe), run.recipe.optimizer)
 
     def _find_failure(self, size: int, outputs: Sequence[LogitsOnly]) -> Exception | None:
         """Return the error of the step, tried also with outputs reduced to logits, or None if it succeeds."""

@@ -2,7 +2,7 @@
 
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -15,11 +15,11 @@ from ..networks import LogitsOnly
 from .batches import BatchSource, batches_of_steps, with_sample_weight
 from .checkpoint import Checkpoint, report_damage
 from .checks import check_same_state
-from .distributed import Accelerator, full_state_dict, shard_like, sum_over_ranks
+from .distributed import Accelerator, full_state_dict, local_shard, shard_like, sum_over_ranks
 from .folder import RunFolder
 from .phases import Phase, StudentStep
 from .recipe import Recipe
-from .summary import Summary
+from .summary import Summary, best_accuracy, best_epoch
 
 MIN_EVAL_BATCH_SIZE = 250  # without gradients, larger batches fit in memory
 INITIAL_TOTALS = {"sample_visits": 0, "teacher_visits": 0, "flops": 0, "seconds": 0.0, "condensation_seconds": 0.0}
@@ -36,13 +36,14 @@ class Run:
     classes: int
     condenser: KnowledgeCondenser
     train_source: BatchSource
-    test_source: BatchSource
+    held_out: Mapping[str, BatchSource]  # test, and val if there is one
     folder: RunFolder | None
     dataset: str  # the name of the data set's class
     teacher: nn.Module | None  # the one that is called: the given teacher, or one that the method made
     module: StudentStep  # student and method, as checkpoints hold them
     flops: Mapping[str, int | None]  # of one row's forward pass; None: cannot be counted
     phases: list[Phase] = field(default_factory=list)
+    step_hooks: list[Callable[[Phase], None]] = field(default_factory=list)  # called after every optimizer step
     history: list[dict] = field(default_factory=list)
     pretraining_history: list[dict] = field(default_factory=list)
     totals: dict = field(default_factory=lambda: {**INITIAL_TOTALS})
@@ -83,6 +84,14 @@ class Run:
         """Whether an epoch has ended, of training or of pretraining."""
         return bool(self.history or self.pretraining_history)
 
+    @property
+    def sample_weight(self) -> Tensor | None:
+        """The factor of every sample's loss in the next epoch, (N,) float32; None: 1 for all."""
+        weight = self.condenser.sample_weight
+        if weight is None and self.condenser.measure == "losses":  # methods give the losses of weighted batches only
+            weight = torch.ones(self.condenser.num_samples, device=self.device)
+        return weight
+
     def sum(self, numbers: Iterable[Tensor | float]) -> list[float]:
         """Return the sum of each number over all ranks, in float64."""
         return sum_over_ranks(self.accelerator, numbers)
@@ -103,14 +112,15 @@ class Run:
             self.sampler.set_epoch(seeded_epoch, consumed=0)
             entries = self.train_source.entries(self.sampler)
         parts = [*batches_of_steps(len(self.sampler), recipe.batch_size, recipe.gradient_accumulation)]
+        phase.begin_steps(sum(ends_step for *_, ends_step in parts))
         batches = self.train_source.epoch(entries, [rows for rows, _, _ in parts], recipe.seed, seeded_epoch)
         batches = phase.training_batches(batches, len(parts), epoch)
         for batch, (_, share, ends_step) in zip(batches, parts, strict=True):
             yield with_sample_weight(batch, phase.sample_weight), share, ends_step
 
-    def test_batches(self, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
-        """Yield the batches of the test set, or of one rank's share of it."""
-        return self.test_source.eval_batches(max(MIN_EVAL_BATCH_SIZE, self.recipe.batch_size), rank, world_size)
+    def eval_batches(self, part: str, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
+        """Yield the batches of a held-out set, `test` or `val`, or of one rank's share of it."""
+        return self.held_out[part].eval_batches(max(MIN_EVAL_BATCH_SIZE, self.recipe.batch_size), rank, world_size)
 
     def add_rows(self, student_rows: Iterable[int], teacher_rows: Iterable[int]) -> None:
         """Add the rows that both networks processed on this rank, and their FLOPs, to the totals of all ranks."""
@@ -148,17 +158,19 @@ class Run:
         return line
 
     def finish(self) -> Summary:
-        """Write the student and the summary, and return the summary."""
-        accuracy = [line["accuracy"] for line in self.history]
+        """Give the student its final weights, write it and the summary, and return the summary."""
+        self.phases[-1].finish()
         summary = Summary(
             method=self.recipe.label,
             seed=self.recipe.seed,
-            accuracy_last=accuracy[-1],
-            accuracy_best=max(accuracy),
+            accuracy_last=self.history[-1]["accuracy"],
+            accuracy_best=best_accuracy(self.history),
             **self.totals,
             teacher_accuracy=self.teacher_accuracy,
             history=self.history,
             condenser=self.condenser,
+            best_epoch=best_epoch(self.history),
+            keeps_best=self.recipe.keep_best,
         )
         weights = full_state_dict(self.module.student.state_dict())
         if self.folder is not None and self.is_main:
@@ -169,16 +181,19 @@ class Run:
     def checkpoint(self) -> Checkpoint:
         """Return the state that the next epoch needs. Every rank must call this method: the student may be sharded."""
         optimizer, scaler = full_state_dict(self.phase.optimizer.state_dict()), self.accelerator.scaler
-        # The optimizer has no entry for a parameter that got no gradient yet: add one without momentum.
-        momenta = {i: optimizer["state"].get(i) or {"momentum_buffer": None} for i in range(len(self.phase.parameters))}
+        # The optimizer has no entry for a parameter that got no gradient yet: add one without content.
+        entries = {i: optimizer["state"].get(i) or {"momentum_buffer": None} for i in range(len(self.phase.parameters))}
+        student = self.phases[-1]
         return Checkpoint(
             epoch=len(self.pretraining_history) + len(self.history),
             model=full_state_dict(self.module.state_dict()),
             training={
-                "optimizer": {**optimizer, "state": momenta},
+                "optimizer": {**optimizer, "state": entries},
                 "scaler": {} if scaler is None else scaler.state_dict(),
                 "condenser": self.condenser.state_dict(),
-                "trained": self.phases[-1].trained,
+                "trained": [*student.trained],
+                **({} if student.averages is None else {"averages": student.averages.state_dict()}),
+                **({} if student.best is None else {"best": student.best}),
             },
             run={
                 **self.folder.fingerprint,
@@ -218,13 +233,12 @@ class Run:
             )
         with report_damage(found.source):
             self.condenser.load_state_dict(found.training["condenser"])
-            optimizer, parameters = self.phase.optimizer, self.phase.parameters
-            momenta = [entry["momentum_buffer"] for entry in state["state"].values()]
-            shapes = [p.shape if m is None else m.shape for m, p in zip(momenta, parameters, strict=False)]
-            if len(momenta) != len(parameters) or shapes != [p.shape for p in parameters]:
-                raise ValueError("training.pt: its momentum does not fit the parameters that are trained next")
-            shards = {i: {"momentum_buffer": shard_like(p, momenta[i])} for i, p in enumerate(parameters)}
-            optimizer.load_state_dict({**optimizer.state_dict(), "state": shards})
+            self._restore_optimizer(state)
+            student = self.phases[-1]
+            if student.averages is not None:
+                student.averages.load_state_dict(found.training["averages"])
+            if self.recipe.keep_best and self.history:
+                student.best = found.training["best"]
             self.module.load_state_dict({name: shard_like(own[name], x) for name, x in found.model.items()})
             if self.accelerator.scaler is not None and scaler:
                 self.accelerator.scaler.load_state_dict(scaler)
@@ -236,6 +250,30 @@ class Run:
                 RuntimeWarning,
                 stacklevel=6,  # the caller of distill
             )
+
+    def _restore_optimizer(self, saved: Mapping[str, object]) -> None:
+        """Restore the state of the next phase's optimizer. Raises ValueError if it does not fit the parameters."""
+        optimizer, parameters = self.phase.optimizer, self.phase.parameters
+        entries = [*saved["state"].values()]
+        if len(entries) != len(parameters) or len(saved["param_groups"]) != len(optimizer.param_groups):
+            raise ValueError("training.pt: its optimizer state does not fit the parameters that are trained next")
+        state = {}
+        for i, (parameter, entry) in enumerate(zip(parameters, entries, strict=True)):
+            tensors = {name: x for name, x in entry.items() if isinstance(x, Tensor) and x.dim()}
+            # Other optimizers may have tensors of other shapes, but none that belong to shards.
+            of_one_shape = (
+                isinstance(optimizer, torch.optim.SGD | torch.optim.AdamW) or local_shard(parameter) is not parameter
+            )
+            if of_one_shape and any(x.shape != parameter.shape for x in tensors.values()):
+                raise ValueError("training.pt: its optimizer state does not fit the parameters that are trained next")
+            if any(x is not None for x in entry.values()):
+                same_shape = {name: x for name, x in tensors.items() if x.shape == parameter.shape}
+                state[i] = entry | {name: shard_like(parameter, x) for name, x in same_shape.items()}
+        groups = [
+            {**own, **group, "params": own["params"]}
+            for own, group in zip(optimizer.state_dict()["param_groups"], saved["param_groups"], strict=True)
+        ]
+        optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """The start of a run: checks, its state, and the rehearsal. Nothing here writes a file."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +18,7 @@ from ..module_state import Layout
 from ..networks import forward_flops, hookable, logits_only, usual_modes
 from ..randomness import seeded
 from .batches import BatchSource, Samples, batch_source
-from .checks import as_indexed, check_method, check_networks, check_storable
+from .checks import as_indexed, check_method, check_networks, check_storable, check_validation
 from .distributed import Accelerator, accelerator_on, gather_labels, is_sharded, reshard
 from .fingerprint import fingerprint
 from .folder import RunFolder, recorded_samples
@@ -30,12 +30,19 @@ from .run import Run
 SETUP_SEED = PRETRAINING_SEED_OFFSET - 1  # used instead of an epoch; no epoch has this number
 
 
-def check_run(student: nn.Module, teacher: nn.Module | None, train: Dataset, test: Dataset, recipe: Recipe) -> None:
+def check_run(
+    student: nn.Module,
+    teacher: nn.Module | None,
+    train: Dataset,
+    test: Dataset,
+    recipe: Recipe,
+    val: Dataset | None = None,
+) -> None:
     """Check the arguments of `distill`, and raise the errors that it raises before it writes anything.
 
     Commands call it before long work, such as training the teacher. Nothing is compiled.
     """
-    with open_run(student, teacher, train, test, replace(recipe, compile=False), None, False):
+    with open_run(student, teacher, train, test, replace(recipe, compile=False), None, False, val):
         pass
 
 
@@ -63,7 +70,7 @@ def build_method(recipe: Recipe) -> Method:
 def open_run(*arguments: object) -> Iterator[Run]:
     """Yield a run, new or restored from its checkpoint. Restore the process and the networks afterwards.
 
-    Takes the arguments of `distill` up to `resume`, and raises the errors that it raises before it writes anything.
+    Takes the arguments of `distill` up to `resume`, then `val`, and raises the errors that it raises before it writes anything.
     """
     with ExitStack() as stack:
         yield _set_up(stack, *arguments)
@@ -78,10 +85,14 @@ def _set_up(
     recipe: Recipe,
     output: str | Path | None,
     resume: bool,
+    val: Dataset | None,
 ) -> Run:
     method = build_method(recipe)
+    check_validation(recipe, val)
     dataset = type(getattr(train, "dataset", train)).__name__
     train, test = as_indexed("train", train), as_indexed("test", test)
+    val = None if val is None else as_indexed("val", val)
+    held_out = {"test": test} | ({} if val is None else {"val": val})
     if teacher is None and method.needs_teacher:
         raise ValueError(f"teacher must be a torch.nn.Module for method {recipe.method!r}, got None")
     given = {"student": student} | ({} if teacher is None else {"teacher": teacher})
@@ -93,25 +104,26 @@ def _set_up(
         stack.callback(layout.restore)
     accelerator = stack.enter_context(accelerator_on(recipe.device, PRECISIONS[recipe.precision]))
     stack.enter_context(seeded(recipe.seed, SETUP_SEED, device=accelerator.device))
-    classes = check_networks(networks["student"], networks.get("teacher"), train, test, accelerator.device)
+    classes = check_networks(networks["student"], networks.get("teacher"), train, held_out, accelerator.device)
     for hook in outputs.values():
         hook.restrict_to_found_modes()
     folder = None
     if output is not None:
         check_storable("student", student)
         recorded = recorded_samples(Path(output)) if resume else {}
-        facts = fingerprint(recipe, teacher, train, test, accelerator, recorded=recorded)
+        facts = fingerprint(recipe, teacher, train, test, accelerator, val, recorded)
         opened = RunFolder.locked(Path(output), facts, resume, accelerator.is_main_process)
         folder = stack.enter_context(opened)
     stack.callback(method.release)
 
-    condenser, sources = _build_data(stack, recipe, train, test, accelerator)
-    x = next(iter(sources["train"].eval_batches(1))).x
+    condenser, sources = _build_data(stack, recipe, train, held_out, accelerator)
+    train_source = sources.pop("train")
+    x = next(iter(train_source.eval_batches(1))).x
     countable = method.flops_known and not any(map(is_sharded, given.values()))
     flops = dict.fromkeys(("student", "teacher"))  # a teacher that the method makes stays None
     if countable:
         flops |= {name: forward_flops(network, x) for name, network in given.items()}
-    method.prepare(student.to(accelerator.device), teacher, Samples(sources["train"], recipe.batch_size))
+    method.prepare(student.to(accelerator.device), teacher, Samples(train_source, recipe.batch_size))
     method.to(accelerator.device)
     reshard(student, teacher)
     # Freeze the teacher only now: prepare() may have copied it for training, or made it a part of the method.
@@ -131,8 +143,8 @@ def _set_up(
         outputs=outputs,
         classes=classes,
         condenser=condenser,
-        train_source=sources["train"],
-        test_source=sources["test"],
+        train_source=train_source,
+        held_out=sources,
         folder=folder,
         dataset=dataset,
         teacher=called_teacher,
@@ -164,10 +176,10 @@ def _build_data(
     stack: ExitStack,
     recipe: Recipe,
     train: IndexedDataset | LabelledImages,
-    test: IndexedDataset | LabelledImages,
+    held_out: Mapping[str, IndexedDataset | LabelledImages],
     accelerator: Accelerator,
 ) -> tuple[KnowledgeCondenser, dict[str, BatchSource]]:
-    """Return the condenser of the training set, and the sources of both sets, which `stack` closes."""
+    """Return the condenser of the training set, and the sources of all sets, which `stack` closes."""
     condense, device, workers = recipe.condense, accelerator.device, recipe.num_workers
     labels = None
     if condense.drops_samples and isinstance(train, LabelledImages):
@@ -183,7 +195,7 @@ def _build_data(
     mixes = condense.drops_samples and condenser.config.get("epsilon", 0) > 0
     sources = {
         "train": batch_source(train, condenser, device, workers, name="train", mixes=mixes),
-        "test": batch_source(test, None, device, workers, name="test"),
+        **{part: batch_source(dataset, None, device, workers, name=part) for part, dataset in held_out.items()},
     }
     for source in sources.values():
         stack.callback(source.close)

@@ -1,6 +1,6 @@
 """The result of a run."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 
 from ..condensation import KnowledgeCondenser
@@ -23,6 +23,26 @@ class ComparedWith:
         return f"{self.network} of {self.path} (weights {self.weights})"
 
 
+def best_epoch(history: Sequence[Mapping[str, object]]) -> int | None:
+    """Return the epoch with the highest validation accuracy, the first of equal ones, counted from 1.
+
+    Args:
+        history: The lines of metrics.jsonl, at least one.
+
+    Returns:
+        The epoch, or None without a validation set.
+    """
+    if "val_accuracy" not in history[0]:
+        return None
+    return max(history, key=lambda line: line["val_accuracy"])["epoch"]
+
+
+def best_accuracy(history: Sequence[Mapping[str, object]]) -> float:
+    """Return the test accuracy of the `best_epoch`. Without a validation set it is the highest of any epoch."""
+    best = best_epoch(history)
+    return max(line["accuracy"] for line in history) if best is None else history[best - 1]["accuracy"]
+
+
 @dataclass(frozen=True)
 class Summary:
     """The result of one `distill`."""
@@ -33,7 +53,7 @@ class Summary:
     accuracy_last: float
     """Test accuracy after the last epoch, in percent."""
     accuracy_best: float
-    """Highest test accuracy of any epoch, in percent."""
+    """Test accuracy after `best_epoch`, in percent. Without a validation set: the highest test accuracy of any epoch."""
     sample_visits: int
     """Samples that the student was trained on, summed over epochs and ranks, without padding repeats."""
     teacher_visits: int
@@ -56,10 +76,21 @@ class Summary:
     teacher_accuracy: float | None = None
     """The teacher's test accuracy in percent, measured before training on the same images. None: there is no teacher, or an
     older version made the run."""
+    best_epoch: int | None = None
+    """The epoch with the highest validation accuracy, counted from 1. None: there is no validation set."""
+    keeps_best: bool = False
+    """Whether the run ended with the weights of `best_epoch`."""
+
+    @property
+    def accuracy(self) -> float:
+        """Test accuracy of the student that the run ended with, in percent."""
+        return self.accuracy_best if self.keeps_best else self.accuracy_last
 
     def as_json(self) -> dict[str, object]:
         """Return the entry of `results` in summary.json."""
         omitted = ("history", "condenser", "evaluation", "compared_with")
+        if self.best_epoch is None:
+            omitted += ("best_epoch", "keeps_best")
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in omitted}
 
 
