@@ -137,15 +137,10 @@ class Study:
             teacher = replace(teacher, weights=load_weights(weights).tensors, origin=run.teacher_folder)
         return student, None if teacher is None else teacher.build(self.data, run.recipe.seed)
 
-    @property
-    def _val(self) -> ImageSet | None:
-        """The validation set, if the data has one."""
-        return getattr(self.data, "val", None)
-
     def _check_run(self, run: PlannedRun) -> None:
         """Check that networks, data and recipe of a run fit each other. Raises as `check_run` does."""
         try:
-            check_run(*self._networks(run), self.data.train, self.data.test, run.recipe, self._val)
+            check_run(*self._networks(run), self.data.train, self.data.test, run.recipe, self.data.val)
         except (TypeError, ValueError) as error:
             if not self._is_teacher(run):
                 raise
@@ -242,7 +237,7 @@ class Study:
         recorded = {**(about.get("data") or {}), **about, **config}
         facts = {**self._about_data(), "student": run.network}
         facts |= {"train": len(self.data.train), "test": len(self.data.test)}
-        facts |= {} if self._val is None else {"val": len(self._val)}
+        facts |= {} if self.data.val is None else {"val": len(self.data.val)}
         moved, samples = recorded.get("spec") != facts["spec"], recorded.get("train_samples")
         if moved and samples == digest_of_samples(self.data.train, samples):
             del facts["spec"]  # the same images under another path
@@ -353,7 +348,7 @@ class Study:
                 self.data.train,
                 self.data.test,
                 run.recipe,
-                val=self._val,
+                val=self.data.val,
                 output=run.folder,
                 resume=self.resume,
                 progress=lambda line: [subscriber(line) for subscriber in subscribers],
