@@ -24,7 +24,7 @@ from kcd_ext.data.reading import Reading, parse_bytes
 from kcd_ext.data.resizing import resized
 from kcd_ext.data.splits import stratified_parts
 from kcd_ext.training import Condense, Recipe, checkpoint, distill
-from kcd_ext.training.fingerprint import digest_of_samples
+from kcd_ext.training.fingerprint import digest, digest_of_samples
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 MODES = ("L", "RGB", "RGBA", "P", "CMYK", "LA")
@@ -250,6 +250,8 @@ def test_progress_is_reported_while_images_are_read(folder):
 
 def test_digest_of_images_on_disk_has_the_form_of_a_recorded_one(folder):
     here, there = (load(folder, memory=memory, **OPTIONS).train for memory in (None, 1))
+    images, labels = here.tensors("cpu")
+    assert digest_of_samples(here) == digest({f"images {here.views}": images, "labels": labels})
     for like in (digest_of_samples(here), digest_of_samples(there)):
         assert digest_of_samples(here, like) == digest_of_samples(there, like) == like
     assert digest_of_samples(here) != digest_of_samples(there)
@@ -504,7 +506,7 @@ def test_validation_images_are_checked():
             assemble("x", **parts, num_classes=4, val=val)
     data = load("digits", val_fraction=0.5)
     with pytest.raises(
-        ValueError, match="val must have views with padding=0 and flip=False, got padding=0 and flip=True"
+        ValueError, match="val must have views with padding=0, flip=False and policy=None, got padding=0, flip=True"
     ):
         replace(data, val=data.val.with_views(replace(data.val.views, flip=True)))
     with pytest.raises(ValueError, match="resize must be one of"):
@@ -722,3 +724,20 @@ def test_older_run_with_a_size_is_evaluated_on_squashed_images(folder, tmp_path)
     files.write_json(tmp_path / "old" / "config.json", config)
     done = run_command("evaluate", "old", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+    options.remove("squash"), options.remove("--resize")
+    done = run_command(
+        "distill",
+        "--data",
+        folder,
+        *options,
+        "--teacher",
+        "cnn_small",
+        "--student",
+        "cnn_small",
+        "--output",
+        "old",
+        "--resume",
+        cwd=tmp_path,
+    )
+    assert done.returncode == 2
+    assert "was run with resize='squash', got resize='crop': a resumed run must not change it" in done.stderr

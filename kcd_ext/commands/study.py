@@ -244,9 +244,12 @@ class Study:
 
     def _check_resumable(self, run: PlannedRun) -> None:
         """Raise ValueError if the run in a folder differs from this one, as far as is known before a teacher is trained."""
-        config = runs.metadata_of(run.folder).config
-        about = config.get("about") or {}
-        recorded = {**(about.get("data") or {}), **about, **config}
+        metadata = runs.metadata_of(run.folder)
+        config, about = metadata.config, metadata.config.get("about") or {}
+        resize = {
+            name: value for name, value in metadata.data.items() if name == "resize"
+        }  # older versions did not write it
+        recorded = {**(about.get("data") or {}), **resize, **about, **config}
         facts = {**self._about_data(), "student": run.network}
         facts |= {"train": len(self.data.train), "test": len(self.data.test)}
         facts |= {} if self.data.val is None else {"val": len(self.data.val)}
