@@ -105,7 +105,8 @@ py::object condensed_kd(py::handle student, py::handle teacher, py::handle label
   const auto loss_options = std::make_from_tuple<LossOptions>(options);
   const CondensedKDArguments a{
       z, y, targets, none, none, none, keep_options, static_cast<Value>(value), loss_options, with_gradient};
-  require_supported(same_sizes(y, z, z.dim()) && (labels.is_none() || same_sizes(targets, z, is_floating(targets) ? z.dim() : z.dim() - 1)));
+  require_supported(same_sizes(y, z, z.dim()) &&
+                    (labels.is_none() || same_sizes(targets, z, is_floating(targets) ? z.dim() : z.dim() - 1)));
   const Call checked = a.check();
   const Problem& p = checked.problem;
   require_small(p);

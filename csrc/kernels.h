@@ -95,8 +95,8 @@ struct RowOutputs {
   void* teacher_entropy;   // null: not requested
 };
 
-// d loss / d z_i = ce_i (mass_i softmax(z_i) - t_i) + kd_i (softmax(z_i / T) - softmax(y_i / T)), with the targets t_i and their sum
-// mass_i (math/row_stats.h).  A row without either term is not read.
+// d loss / d z_i = ce_i (mass_i softmax(z_i) - t_i) + kd_i (softmax(z_i / T) - softmax(y_i / T)), with the targets t_i and their
+// sum mass_i (math/row_stats.h).  A row without either term is not read.
 struct Gradient {
   const void* stats;            // from the forward pass
   const uint8_t* selected;      // bool (rows,)

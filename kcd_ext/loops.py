@@ -48,8 +48,8 @@ def condense(
 
     - **Epochs.** Every pass has a new order, a function of `seed` and the condenser's epoch, which `condenser.step()` ends. There
       is no `set_epoch` to call. To resume, load the condenser's state before the next pass.
-    - **Several processes.** Each iterates over its own share, as soon as `torch.distributed` is initialised (with `group`: over
-      that of the group). `accelerator.prepare(loader)` and `fabric.setup_dataloaders(loader)` work with their default options.
+    - **Several processes.** Once `torch.distributed` is initialised, each process iterates over its own share (with `group`: its
+      share within the group). `accelerator.prepare(loader)` and `fabric.setup_dataloaders(loader)` work with their default options.
       All processes get the same number of batches, of equal sizes. Up to one sample per process and epoch is a repeat with the
       index -1, which `condenser.update` skips.
     - **Batches** have at most `batch_size` samples, and their sizes differ by at most one.
@@ -83,9 +83,7 @@ def condense(
     if not (isinstance(condenser, type) and issubclass(condenser, KnowledgeCondenser)):
         raise TypeError(f"condenser must be KnowledgeCondenser or a subclass, got {describe(condenser)}")
     items = _indexed(dataset, transform)
-    of_condenser, of_loader = _split_options(condenser, options)
-    if "seed" in inspect.signature(condenser).parameters:
-        of_condenser["seed"] = seed
+    of_condenser, of_loader = _split_options(condenser, {"seed": seed, **options})
     built = condenser(len(items), **of_condenser)
     with seeded(0):  # the data set may draw random numbers: keep them out of the caller's generators
         mixes = built.config.get("epsilon", 0) and built.config["keep"] < 1
@@ -212,13 +210,15 @@ def _split_options(
     condenser: type[KnowledgeCondenser], options: dict[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the options of the condenser and those of the loader. Raise TypeError for one of neither."""
-    takes = [[*inspect.signature(kind).parameters] for kind in (condenser, DataLoader)]
-    of_condenser = {name for name in takes[0] if name not in ("num_samples", "seed")}
-    of_loader = {name for name in takes[1] if name not in CHOSEN}
+    parameters = dict(inspect.signature(condenser).parameters)
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        parameters |= inspect.signature(KnowledgeCondenser).parameters
+    of_condenser = parameters.keys() - {"num_samples"}
+    of_loader = inspect.signature(DataLoader).parameters.keys() - {*CHOSEN}
     for name in options:
         if name in CHOSEN:
             raise TypeError(f"condense makes the loader's {name} itself, got {name}={brief(options[name])}")
-        if name not in of_condenser | of_loader:
+        if name != "seed" and name not in of_condenser | of_loader:  # seed: some condensers draw no random numbers
             nearest = did_you_mean(name, sorted(of_condenser | of_loader))
             raise TypeError(f"{name} is no option of {condenser.__name__} or DataLoader{nearest}")
     chosen = [{name: value for name, value in options.items() if name in known} for known in (of_condenser, of_loader)]

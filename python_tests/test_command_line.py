@@ -30,6 +30,9 @@ from kcd_ext.condensation.options import SELECTIONS, Condense
 from kcd_ext.condensation.schedules import SCHEDULES
 from kcd_ext.data import images
 from kcd_ext.data.images import load
+from kcd_ext.training import recipe
+from kcd_ext.training.logs import LOGS
+from kcd_ext.training.optimizers import OPTIMIZERS
 from kcd_ext.training.recipe import PRECISIONS, Recipe
 
 TIMEOUT = 180
@@ -181,6 +184,9 @@ def test_help_lists_all_methods_networks_and_data_sets(capfd, monkeypatch):
         SELECTIONS,
         PRECISIONS,
         SCHEDULES,
+        recipe.SCHEDULES,
+        OPTIMIZERS,
+        LOGS,
         presets.PRESETS,
     ):
         assert names.keys() <= words

@@ -161,6 +161,29 @@ def test_other_condensers_select_their_own_samples(kind, options):
     assert visited == sorted(condenser.kept.tolist()) and len(visited) < SIZE
 
 
+class Passes(KnowledgeCondenser):
+    """A condenser with an `__init__` of its own that passes all options on."""
+
+    def __init__(self, num_samples, **options):
+        super().__init__(num_samples, **options)
+
+
+class Draws(KnowledgeCondenser):
+    """A condenser without a seed."""
+
+    def __init__(self, num_samples, *, keep=0.5):
+        super().__init__(num_samples, keep=keep, every=1, stages=1)
+
+
+def test_condenser_gets_the_options_that_its_constructor_takes():
+    _, condenser = condense(Numbers(), batch_size=8, condenser=Passes, keep=0.3, every=5, seed=4)
+    assert (condenser.config["keep"], condenser.config["every"], condenser.config["seed"]) == (0.3, 5, 4)
+    _, condenser = condense(Numbers(), batch_size=8, condenser=Draws, keep=0.3, seed=4)
+    assert (condenser.config["keep"], condenser.config["seed"]) == (0.3, 0)
+    with pytest.raises(TypeError, match="every is no option of Draws or DataLoader"):
+        condense(Numbers(), batch_size=8, condenser=Draws, every=2)
+
+
 class Stream(IterableDataset):
     def __iter__(self):
         return iter(())

@@ -12,6 +12,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from matplotlib.image import imread
 from small_runs import comparison, mostly_slow
 
@@ -122,6 +123,30 @@ def rendered(tmp_path, monkeypatch):
     return write
 
 
+def test_accuracy_axis_hides_the_steep_start_and_nothing_else():
+    """Of twelve epochs the first three may be below the axis. A curve that falls at the end is shown, and so is its peak."""
+    curves = {
+        "kd": [10, 30, 60, *[90 + i / 10 for i in range(9)]],
+        "falls": [10, 95, 92, *[91 - i / 10 for i in range(9)]],
+    }
+
+    class Drawn:
+        levels, drawn, colours = {"teacher": 96.0}, curves, dict.fromkeys(curves, "#000000")
+
+        def curve(self, method, name):
+            return np.array(curves[method], dtype=float) if name == "accuracy" else np.arange(12.0)
+
+    axes = Figure().subplots()
+    figures.draw_accuracy(axes, Drawn(), "sample_visits", "sample visits")
+    low, high = axes.get_ylim()
+    assert 89 < low < 90 and 96 < high < 97
+    Drawn.levels, curves["kd"], curves["falls"] = {}, [50.0], [50.0]  # one epoch, one accuracy
+    Drawn.curve = lambda self, method, name: np.array([50.0])
+    axes = Figure().subplots()
+    figures.draw_accuracy(axes, Drawn(), "sample_visits", "sample visits")
+    assert axes.get_ylim() == (49.0, 51.0)
+
+
 def test_curves_show_the_mean_over_seeds_after_every_epoch(rendered):
     _, drawn = rendered(summaries(), ranked())
     by_label = {}
@@ -143,7 +168,7 @@ def test_curves_show_the_mean_over_seeds_after_every_epoch(rendered):
             for method in ("kd", "kc-kd"):
                 points = np.stack([x[label][method], LEVELS[method] + epochs + 2], axis=1)
                 assert lines[method].get_xydata().tolist() == points.tolist()
-                assert points[:, 1].min() > axes.get_ylim()[0] and points[:, 1].max() < axes.get_ylim()[1]
+                assert points[1:, 1].min() > axes.get_ylim()[0] and points[:, 1].max() < axes.get_ylim()[1]
             assert set(lines["teacher"].get_ydata()) == {LEVELS["teacher"] + 4 + 2}
             assert [text.get_text() for text in axes.get_legend().get_texts()] == ["kd", "kc-kd", "teacher"]
 

@@ -14,8 +14,8 @@
 namespace kcd {
 namespace {
 
-// d = student e^((z - m_z)/T) - teacher e^((y - m_y)/T) + ce e^(z - m_z) - ce_factor t, where m_z and m_y are the maxima of the row or
-// the piece.  Each factor is the loss's factor divided by the row's sum.
+// d = student e^((z - m_z)/T) - teacher e^((y - m_y)/T) + ce e^(z - m_z) - ce_factor t, where m_z and m_y are the maxima of the row
+// or the piece.  Each factor is the loss's factor divided by the row's sum.
 template <class Real>
 struct Factors {
   Real student_max, teacher_max;
@@ -45,8 +45,8 @@ struct FactorLanes {
         ce(broadcast(factors.ce)) {}
 };
 
-// The terms of a gradient.  Terms are known at run time, StaticTerms at compile time (compare Pass in row_stats.cpp).  With targets,
-// classes other than a class index have some.
+// The terms of a gradient.  Terms are known at run time, StaticTerms at compile time (compare Pass in row_stats.cpp).  With
+// targets, classes other than a class index have some.
 struct Terms {
   bool kd, ce;
   Power power;

@@ -226,8 +226,8 @@ struct RowTask {
   const Problem& problem;
   const Scale<Real>& scale;
   RowPair row;
-  RowPair next_row;                                    // the row to read after this one; null: unknown or none
-  Exponentials<Real> exponentials;                     // where to store the row's exponentials, if the pass stores them
+  RowPair next_row;                  // the row to read after this one; null: unknown or none
+  Exponentials<Real> exponentials;   // where to store the row's exponentials, if the pass stores them
   TargetRow<Real> targets{};
   GradientWriter<Real>* previous_gradient = nullptr;   // the previous row's; written meanwhile, if the pass stores exponentials
 
@@ -464,7 +464,9 @@ void sum_rows_and_write_gradients(const PassType& pass, const Problem& problem, 
     previous_gradient.finish();
     const TargetSums<Real> targets = write_row_outputs(problem, outputs, i, row, summed, scale.units);
     // Rows with infinities or NaN are left to the backward pass.
-    if (!summed.within_float_range || !finite(sums.cross + sums.student.sum() + sums.teacher.sum() + sums.student.max + sums.teacher.max)) continue;
+    if (!summed.within_float_range ||
+        !finite(sums.cross + sums.student.sum() + sums.teacher.sum() + sums.student.max + sums.teacher.max))
+      continue;
     const bool selected = !value || predictor.predict(value[i]);
     previous_gradient.start_row(i, row, sums, targets, row_exponentials, selected);
     free_slot = 1 - free_slot;

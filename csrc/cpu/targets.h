@@ -49,7 +49,8 @@ class PieceTargets {
 
 // Returns the sums over the targets of classes [first, first + n), whose logits z are in the cache.
 template <class Real>
-__attribute__((noinline)) TargetSums<Real> sum_targets(const TargetRow<Real>& row, int64_t first, int64_t n, const Real* z, Real max) {
+__attribute__((noinline)) TargetSums<Real> sum_targets(const TargetRow<Real>& row, int64_t first, int64_t n, const Real* z,
+                                                       Real max) {
   const PieceTargets<Real> targets(row, first, n);
   const Real reference = piece_reference(max);
   Vector<Real> total{}, dot{};

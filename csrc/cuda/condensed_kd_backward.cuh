@@ -25,8 +25,8 @@ struct BackwardArguments {
   Logits out;   // the student's type; may be the student's own memory
 };
 
-// d = ce e^dz + student e^(dz/T) - teacher e^(dy/T) - ce_target t, minus ce_label at a class index.  A factor includes the inverse of
-// its sum.
+// d = ce e^dz + student e^(dz/T) - teacher e^(dy/T) - ce_target t, minus ce_label at a class index.  A factor includes the inverse
+// of its sum.
 template <class Real>
 struct RowFactors {
   Real student_max, teacher_max;

@@ -253,21 +253,20 @@ std::string version_problem(int driver, int runtime) {
 #ifdef __CUDACC__
 namespace {
 
-const void* const kKernels[] = {
-    reinterpret_cast<const void*>(&forward_rows<float>),
-    reinterpret_cast<const void*>(&forward_rows<double>),
-    reinterpret_cast<const void*>(&forward_rows_with_targets<float>),
-    reinterpret_cast<const void*>(&forward_rows_with_targets<double>),
-    reinterpret_cast<const void*>(&backward_rows<float>),
-    reinterpret_cast<const void*>(&backward_rows<double>),
-    reinterpret_cast<const void*>(&backward_rows_with_targets<float>),
-    reinterpret_cast<const void*>(&backward_rows_with_targets<double>),
-    reinterpret_cast<const void*>(&reduce_rows<float>),
-    reinterpret_cast<const void*>(&reduce_rows<double>),
-    reinterpret_cast<const void*>(&select_by_one_block),
-    reinterpret_cast<const void*>(&select_digit),
-    reinterpret_cast<const void*>(&select_mark),
-    reinterpret_cast<const void*>(&map_rows)};
+const void* const kKernels[] = {reinterpret_cast<const void*>(&forward_rows<float>),
+                                reinterpret_cast<const void*>(&forward_rows<double>),
+                                reinterpret_cast<const void*>(&forward_rows_with_targets<float>),
+                                reinterpret_cast<const void*>(&forward_rows_with_targets<double>),
+                                reinterpret_cast<const void*>(&backward_rows<float>),
+                                reinterpret_cast<const void*>(&backward_rows<double>),
+                                reinterpret_cast<const void*>(&backward_rows_with_targets<float>),
+                                reinterpret_cast<const void*>(&backward_rows_with_targets<double>),
+                                reinterpret_cast<const void*>(&reduce_rows<float>),
+                                reinterpret_cast<const void*>(&reduce_rows<double>),
+                                reinterpret_cast<const void*>(&select_by_one_block),
+                                reinterpret_cast<const void*>(&select_digit),
+                                reinterpret_cast<const void*>(&select_mark),
+                                reinterpret_cast<const void*>(&map_rows)};
 
 // What to do if the build has no code for a device.
 std::string rebuild_hint(int device) {

@@ -23,7 +23,8 @@ KCD_DEVICE RowSumsWithTargets<Real> rebase(const RowSumsWithTargets<Real>& s, Re
           kcd::rebase(s.targets, shift(s.student.max, student_max))};
 }
 
-// Sets t to the targets of classes c to c + 3 of row i, without that of a class index.  The first n classes exist; the others get 0.
+// Sets t to the targets of classes c to c + 3 of row i, without that of a class index.  The first n classes exist; the others get
+// 0.
 template <class Real>
 KCD_DEVICE void load_targets(const Problem& p, int64_t i, int c, int n, Real (&t)[kQuad]) {
   const Smoothing<Real> smoothing = smoothing_of<Real>(p.label_smoothing, p.classes);

@@ -10,8 +10,8 @@ struct RowResults {
   Real entropy, kl, cross_entropy, teacher_entropy;   // if not read: NaN, NaN (0 without a teacher), 0, 0
 };
 
-// The targets of a row whose label is a class index, without smoothing.  label_logit: the student's logit of that class; NaN if there
-// is no such class.
+// The targets of a row whose label is a class index, without smoothing.  label_logit: the student's logit of that class; NaN if
+// there is no such class.
 template <class Real>
 KCD_INLINE TargetSums<Real> index_targets(const ClassSums<Real>& student, Real label_logit) {
   return {Real(1), label_logit - piece_reference(student.max)};

@@ -8,8 +8,7 @@ from torch import Tensor
 
 MAX_SEED = 2**64 - 1
 # Streams: each use has its own numbers, even for equal seed and step.
-ORDER, RANKING, PRUNING, VIEWS = 0, 1, 2, 3
-AUGMENTATION, BATCH_MIXING = 8, 9
+ORDER, RANKING, PRUNING, VIEWS, AUGMENTATION, BATCH_MIXING = 0, 1, 2, 3, 4, 5
 LOW_31_BITS = 2**31 - 1  # 31 bits times a number of choices still fits int64
 
 

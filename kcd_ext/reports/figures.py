@@ -72,17 +72,23 @@ class Methods:
 def draw_accuracy(axes: Axes, methods: Methods, against: str, against_label: str) -> None:
     """Draw the accuracy of every method after every epoch, against a cumulative entry of metrics.jsonl.
 
-    Accuracy on a validation set is a dotted line.
+    Accuracy on a validation set is a dotted line. The axis shows every level and what follows the first quarter of each curve:
+    the steep start would flatten the differences.
     """
+    shown = [*methods.levels.values()]
     for method in methods.drawn:
         x, y = methods.curve(method, against), methods.curve(method, "accuracy")
         axes.plot(x, y, color=methods.colours[method], label=printable(method), linewidth=1.6)
+        shown += [*y[len(y) // 4 :], y.max()]
         if methods.are_validated(method):
             y, label = methods.curve(method, "val_accuracy"), f"{printable(method)}, validation"
             axes.plot(x, y, color=methods.colours[method], label=label, linewidth=0.8, linestyle=":")
+            shown += [*y[len(y) // 4 :], y.max()]
     for (name, level), style in zip(methods.levels.items(), ["--", ":", "-."] * len(methods.levels), strict=False):
         axes.axhline(level, color="#333333", linestyle=style, linewidth=1, label=printable(name))
     axes.set(xlabel=against_label, ylabel="test accuracy, %")
+    margin = 0.05 * (max(shown) - min(shown)) or 1.0
+    axes.set_ylim(min(shown) - margin, max(shown) + margin)
     axes.xaxis.set_major_formatter(lambda x, _position: _abbreviate(x))
     _disable_math(axes.legend(loc="lower right", frameon=False).get_texts())
 

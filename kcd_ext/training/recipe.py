@@ -69,7 +69,7 @@ class Recipe:
     optimizer: str = "sgd"
     """sgd, adamw, or module:function, called with the parameters and lr, such as torch.optim:RAdam."""
     lr: float | None = None
-    """Learning rate, after the warm-up and before the schedule. None: 0.05 for sgd, 0.001 for other optimizers."""
+    """Learning rate, after the warm-up and before the schedule. None: 0.05 for sgd, else 0.001."""
     momentum: float = 0.9
     """Momentum of sgd."""
     weight_decay: float | None = None
@@ -91,7 +91,7 @@ class Recipe:
     patience: int | None = None
     """Stop after this many epochs without a better accuracy on the validation set. None: train all epochs."""
     mixup: float = 0.0
-    """Mixup: alpha of Beta(alpha, alpha), the shares of two images that are blended, such as 0.2. 0: off. For ce and kd."""
+    """Mixup: alpha of Beta(alpha, alpha), the shares of two blended images, such as 0.2. 0: off. Not for crd, dkd and sskd."""
     cutmix: float = 0.0
     """CutMix: alpha of the share of an image beside a box of another one, such as 1. 0: off. With mixup, batches draw one."""
     label_smoothing: float = 0.0

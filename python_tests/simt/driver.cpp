@@ -104,7 +104,10 @@ struct Case {
   int64_t student_offset, teacher_offset;   // bytes from a multiple of 16
   bool in_place;
   double temperature;
-  Entries labels;    // valid: some rows are ignored; invalid: some labels are out of range
+  Entries labels;          // valid: some rows are ignored; invalid: some labels are out of range
+  bool with_soft_labels;   // instead of `labels`
+  Type soft_labels;
+  double label_smoothing;
   Entries mapping;   // valid: the teacher has some of the rows, in another order; invalid: some twice, some out of range
   Value value;
   bool score_is_double;   // for Value::score
@@ -132,6 +135,10 @@ struct Case {
     in_place = options.choice("in_place", flag);
     temperature = options.number("temperature", 3);
     labels = static_cast<Entries>(options.choice("labels", entries));
+    const int soft = options.choice("soft_labels", {"none", "float32", "float64", "float16", "bfloat16"});
+    with_soft_labels = soft > 0;
+    soft_labels = static_cast<Type>(with_soft_labels ? soft - 1 : 0);
+    label_smoothing = options.number("label_smoothing", 0);
     mapping = static_cast<Entries>(options.choice("mapping", entries));
     value = static_cast<Value>(options.choice("value", {"entropy", "teacher_entropy", "kl", "cross_entropy", "score"}));
     score_is_double = options.choice("score", {"float32", "float64"});
@@ -144,7 +151,8 @@ struct Case {
 
   Type accumulator() const { return student == Type::float64 ? Type::float64 : Type::float32; }
   Type ranked() const { return value == Value::score ? (score_is_double ? Type::float64 : Type::float32) : accumulator(); }
-  double ce_weight() const { return labels == Entries::none ? 0 : 0.75; }
+  bool with_labels() const { return with_soft_labels || labels != Entries::none; }
+  double ce_weight() const { return with_labels() ? 0.75 : 0; }
   int64_t loss_size() const { return reduction == Reduction::none ? rows : 1; }
 };
 
@@ -317,6 +325,19 @@ Memory make_labels(const Case& c, Random random) {
   return labels;
 }
 
+// Returns the label probabilities: rows of any sum, with zeros.
+Tensor make_soft_labels(const Case& c) {
+  Tensor x = tensor(c.soft_labels, c.with_soft_labels ? c.rows : 0, c.classes, c.inner, c.gap, 0);
+  Random random(40);
+  for (int64_t i = 0; c.with_soft_labels && i < c.rows; ++i) {
+    char* const row = x.row(i);
+    for (int64_t j = 0; j < c.classes; ++j) put(row, c.soft_labels, j, random.below(3) ? random.uniform() : 0);
+    const char* const end = row + c.classes * size_of(c.soft_labels);
+    if (i + 1 < c.rows) poison(end, x.row(i + 1) - end);
+  }
+  return x;
+}
+
 int64_t teacher_rows_of(const Case& c) { return c.mapping == Entries::none ? c.rows : c.rows + 2; }
 
 // Returns the student's row for each of the teacher's rows.
@@ -462,9 +483,12 @@ void run_step(const Case& c, const Report& report) {
   const Tensor teacher = make_logits(c, c.teacher, teacher_rows_of(c), c.teacher_offset, 20);
   const Memory labels = make_labels(c, Random(4)), row_weight = make_row_weight(c, Random(5));
   const Memory score = make_scores(c.ranked(), c.rows, Random(6));
-  Problem problem{student.logits, teacher.logits, c.with_teacher, c.labels != Entries::none,
-                  c.rows,         c.classes,      c.temperature,  labels.data<int64_t>(),
-                  kIgnored,       nullptr};
+  const Tensor soft_labels = make_soft_labels(c);
+  const bool with_indices = c.with_labels() && !c.with_soft_labels;
+  Problem problem{student.logits,   teacher.logits, c.with_teacher,     c.with_labels(),
+                  c.rows,           c.classes,      c.temperature,      with_indices ? labels.data<int64_t>() : nullptr,
+                  kIgnored,         nullptr,        c.with_soft_labels, soft_labels.logits,
+                  c.label_smoothing};
   const Memory mapping = make_mapping(c), teacher_row = array<int64_t>(c.rows);
   if (c.mapping != Entries::none) {
     cuda::launch_map_rows(mapping.data<int64_t>(), teacher_rows_of(c), teacher_row.data<int64_t>(), c.rows, c.context);
