@@ -1,6 +1,7 @@
 """Distillation from a teacher cache equals distillation from its teacher, and a cache of anything else is refused."""
 
 import dataclasses
+import functools
 import json
 import re
 import signal
@@ -10,12 +11,14 @@ from dataclasses import replace
 import pytest
 import torch
 from commands import NO_LAUNCHER_ENV, TORCHRUN, contents, run, stop
+from PIL import Image
 from processes import Crew
 from small_runs import CLASSES, StopError, assert_same, final, images, network, shaken, stop_after
 from torch import nn
 from torch.nn import functional
 
 from kcd_ext import IndexedDataset, cli, files
+from kcd_ext import data as data_module
 from kcd_ext.cache import TeacherCache, TeacherCacheWriter, writer
 from kcd_ext.data.images import ImageSet
 from kcd_ext.data.views import Views
@@ -137,6 +140,36 @@ def test_plain_cache_gives_every_batch_the_logits_of_plain_samples(loaded, tmp_p
     assert len(SEEN) > 4 * EPOCHS
     for index, logits in SEEN[1:]:
         assert logits.dtype == torch.float32 and torch.equal(logits, cache.batch(index).float())
+
+
+@quiet
+@pytest.mark.parametrize("views", [0, EPOCHS])
+def test_images_on_disk_are_cached_and_distilled_as_in_memory(views, tmp_path):
+    data = images(69)
+    for sample, (pixels, label) in enumerate(data):
+        path = tmp_path / "images" / str(label) / f"{sample:02}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels[..., 0]).save(path)
+    load = functools.partial(data_module.load, tmp_path / "images", test_fraction=0.2, padding=1, flip=True)
+    in_memory, on_disk = load(), load(memory=1)
+    assert isinstance(in_memory.train, ImageSet) and not isinstance(on_disk.train, ImageSet)
+    options = {"views": views, "seed": SEED, "dtype": "float32", "device": "cpu", "batch_size": 16}
+    caches = {}
+    for name, found in (("memory", in_memory), ("disk", on_disk)):
+        caches[name] = cache_teacher(teacher(), found.train, found.test, tmp_path / name, **options)
+        assert torch.equal(caches[name].batch(caches[name].ids), caches["memory"].batch(caches["memory"].ids))
+        # A cache that images in memory began is continued by images on disk, and vice versa.
+        assert (
+            cache_teacher(teacher(), found.train, found.test, tmp_path / "memory", **options).digest
+            == caches["memory"].digest
+        )
+    runs = [
+        distill(network(1), cache, found.train, found.test, recipe({}))
+        for cache in caches.values()
+        for found in (in_memory, on_disk)
+    ]
+    assert all(losses(other) == losses(runs[0]) for other in runs) and runs[0].teacher_accuracy is not None
+    assert len({found.teacher_accuracy for found in runs}) == 1
 
 
 @quiet
