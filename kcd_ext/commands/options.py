@@ -16,10 +16,14 @@ from ..environment import MAX_THREADS
 from ..registry import unknown_name_error
 from ..training.recipe import Condense, Recipe
 from .study import PlannedRun, Study
+from .teachers import Start
 
 CONDENSED_PREFIX = "kc-"  # before a method: condensed as in the paper
 TEACHER_METHOD = "ce"  # cross entropy, without a teacher
-NETWORKS = ", ".join(models.REGISTRY)
+NETWORKS = (
+    f"{', '.join(models.REGISTRY)}; timm:NAME, torchvision:NAME or hf:FOLDER; or module:function, which gets num_classes and "
+    "in_channels if it takes them"
+)
 
 
 @dataclass(frozen=True)
@@ -57,8 +61,12 @@ class Images:
         if self.flip and self.no_flip:
             raise ValueError("give --flip or --no-flip, not both")
         flip = True if self.flip else False if self.no_flip else None
-        mean, std = _parse_numbers(self.mean), _parse_numbers(self.std)
+        mean, std = parse_numbers(self.mean), parse_numbers(self.std)
         return load(self.data, padding=self.padding, flip=flip, size=self.size, mean=mean, std=std)
+
+    def normalised_for(self, start: Start | None, data: ImageData) -> ImageData:
+        """Return the images, without --mean normalised as for the weights that their network starts from."""
+        return data if start is None or self.mean is not None else start.normalise(data)
 
 
 @dataclass(frozen=True)
@@ -174,7 +182,7 @@ class TrainingOptions:
         return self.output or Path("runs") / "-".join(re.sub(r"[^\w.-]+", "-", part) for part in parts)
 
 
-def _parse_numbers(words: tuple[str, ...] | None) -> list[float] | str | None:
+def parse_numbers(words: tuple[str, ...] | None) -> list[float] | str | None:
     """Return words, split at commas, as numbers, or as one text if one of them is not a number."""
     if words is None:
         return None
