@@ -14,6 +14,7 @@ import torch
 
 from .ops import build_info
 
+LIBRARIES = ("timm", "torchvision", "transformers")  # optional packages with networks
 MAX_THREADS = 4096  # the largest number of torch threads that options accept
 
 
@@ -35,6 +36,7 @@ def facts() -> dict[str, str]:
         build["CUDA compiler"] = "none: built without nvcc, on a GPU kcd_ext.reference takes the kernels' place"
     return {
         **versions(),
+        **{package: _version(package) for package in LIBRARIES},
         **{name: fact for name, fact in build.items() if name != "version"},
         "platform": platform.platform(),
         "processor": _processor(),

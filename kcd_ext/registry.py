@@ -47,13 +47,14 @@ def resolve(kind: str, name: str, registry: Mapping[str, str]) -> object:
     return found
 
 
-def call(kind: str, name: str, registry: Mapping[str, str], /, **arguments: object) -> object:
+def call(kind: str, name: str, registry: Mapping[str, str], /, *positional: object, **arguments: object) -> object:
     """Call the callable that `name` stands for, and return its result.
 
     Args:
         kind: Kind of the object, for error messages.
         name: A key of `registry`, or `module:attribute`.
         registry: Maps short names to `module:attribute`.
+        *positional: Positional arguments of the callable.
         **arguments: Keyword arguments of the callable.
 
     Returns:
@@ -68,7 +69,7 @@ def call(kind: str, name: str, registry: Mapping[str, str], /, **arguments: obje
         raise TypeError(f"{kind} {name!r} must be callable, got {describe(function)}")
     try:
         with nullcontext() if name in registry else resolving():
-            return function(**arguments)
+            return function(*positional, **arguments)
     except (TypeError, ValueError, ImportError, OSError):
         raise
     except (Exception, SystemExit) as error:

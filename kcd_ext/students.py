@@ -47,6 +47,8 @@ class Model:
     """What happens to an image before the network sees it."""
     class_names: tuple[str, ...] = ()
     """The names of the classes, by label. Empty: unknown."""
+    config: Mapping[str, Any] | None = None
+    """All that the network needs besides its name: `kcd_ext.models.config(network)`, for networks of transformers."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.network, str):
@@ -55,12 +57,15 @@ class Model:
         if not isinstance(self.preprocessing, Preprocessing):
             raise TypeError(f"preprocessing must be a Preprocessing, got {describe(self.preprocessing)}")
         check_class_names(self.class_names, self.num_classes)
+        if self.config is not None and not isinstance(self.config, Mapping):
+            raise TypeError(f"config must be a mapping or None, got {describe(self.config)}")
 
     def as_json(self) -> dict[str, object]:
         """Return the content of model.json."""
         return {
             "version": VERSION,
             "network": self.network,
+            "config": self.config,
             "num_classes": self.num_classes,
             "class_names": list(self.class_names),
             "preprocessing": self.preprocessing.as_json(),
@@ -72,14 +77,20 @@ class Model:
         if plain["version"] != VERSION:
             raise ValueError(f"version must be {VERSION}, got {describe(plain['version'])}")
         preprocessing = Preprocessing.from_json(plain["preprocessing"])
-        return cls(plain["network"], plain["num_classes"], preprocessing, tuple(plain["class_names"]))
+        return cls(plain["network"], plain["num_classes"], preprocessing, tuple(plain["class_names"]), plain["config"])
 
     def build(self) -> nn.Module:
         """Return the network with initial weights. Raises as `kcd_ext.models.build` does."""
         from . import models
 
-        channels = self.preprocessing.channels
-        return models.build(self.network, in_channels=channels, num_classes=self.num_classes)
+        images = self.preprocessing
+        return models.build(
+            self.network,
+            in_channels=images.channels,
+            num_classes=self.num_classes,
+            image_size=(images.height, images.width),
+            config=self.config,
+        )
 
 
 def check_class_names(names: Sequence[str], num_classes: int | None = None) -> None:
@@ -202,7 +213,9 @@ def load_student(
     if isinstance(network, str):
         if model is None:
             raise ValueError(f"network must be a torch.nn.Module, because run {folder} has no {MODEL}, got {network!r}")
-        model = Model(network, model.num_classes, preprocessing, model.class_names)
+        model = Model(
+            network, model.num_classes, preprocessing, model.class_names
+        )  # another network has another config
         network = None
     name = type(network).__name__ if network is not None else repr(model.network)
     module = model.build() if network is None else network

@@ -98,15 +98,6 @@ def test_depth_without_integer_block_count_is_refused(family, options):
             make(depth=depth)
 
 
-def without_in_channels(num_classes):
-    return nn.Linear(2, num_classes)
-
-
-def test_function_with_other_arguments_is_refused_by_name():
-    with pytest.raises(TypeError, match="without_in_channels' must take in_channels= and num_classes="):
-        models.build(f"{__name__}:without_in_channels", in_channels=1, num_classes=2)
-
-
 def test_widths_and_strides_of_different_length_are_refused():
     with pytest.raises(ValueError, match="shorter"):
         cnn(1, 2, widths=(4, 8), strides=(2,))

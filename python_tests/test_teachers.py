@@ -356,7 +356,7 @@ def test_repdistiller_names_are_accepted(here, data):
 def test_doubt_is_raised_near_chance_or_below_the_student(teacher, student, labels, doubt):
     said = teacher_warning(teacher, student, labels)
     assert bool(said) == bool(doubt) and doubt in said and "\n" not in said
-    assert not said or ("--mean" in said and "order" in said)
+    assert not said or ("--teacher-mean" in said and "order" in said)
 
 
 class CountingTeacher(nn.Module):

@@ -9,12 +9,13 @@ from tyro.conf import Positional, arg
 from .. import models
 from ..cache import TeacherCache
 from ..checks import check_int
+from ..data.views import check_normalisation
 from ..registry import unknown_name_error
 from ..training.recipe import Recipe
 from ..training.setup import build_method
 from ..training.teacher_cache import check_views
 from . import presets, teachers
-from .options import NETWORKS, TEACHER_METHOD, Images, TrainingOptions
+from .options import NETWORKS, TEACHER_METHOD, Images, TrainingOptions, parse_numbers
 from .study import TEACHER, PlannedRun, Study
 from .teachers import Teacher
 
@@ -34,9 +35,9 @@ class Distill(TrainingOptions):
     teacher: Annotated[
         str | None,
         arg(
-            help="The teacher: a finished run's folder, a weights file (.safetensors, .pt, .pth), or a network to train first, by "
-            "name (see --student) or as module:function. None: the teacher of PRESET or the default for the data (digits, "
-            "mnist5k)."
+            help="The teacher: a finished run's folder, a weights file (.safetensors, .pt, .pth), a folder of transformers "
+            "(hf:FOLDER), or a network to train first, by name (see --student). None: the teacher of PRESET or the default for the "
+            "data (digits, mnist5k)."
         ),
     ] = None
     teacher_network: str | None = None
@@ -45,11 +46,32 @@ class Distill(TrainingOptions):
     """Folder of `kcd cache` with the logits of a teacher, which then does not run at all. Not with --teacher."""
     teacher_lr: float | None = None
     """Learning rate of a teacher that is trained first. None: --lr."""
+    teacher_size: Annotated[
+        int | None,
+        arg(
+            help="Pixels per side of the images that the weights in --teacher were trained on; the teacher's images are resized "
+            "to it. None: as its library's weights (timm:, torchvision:, hf:), else the size of the student's images."
+        ),
+    ] = None
+    teacher_mean: Annotated[
+        tuple[str, ...] | None,
+        arg(
+            metavar="NUMBER [NUMBER ...]",
+            help="Normalisation of the images that the weights in --teacher were trained on, as --mean. None: as its library's "
+            "weights (timm:, torchvision:, hf:), else that of the student's images. A run's folder records its own.",
+        ),
+    ] = None
+    teacher_std: Annotated[tuple[str, ...] | None, arg(metavar="NUMBER [NUMBER ...]")] = None
+    """Standard deviation; give it together with --teacher-mean."""
     student: Annotated[
         str | None,
+        arg(help=f"The student: {NETWORKS}. None: the student of PRESET or the default for the data."),
+    ] = None
+    student_weights: Annotated[
+        Path | None,
         arg(
-            help=f"The student: {NETWORKS}, or module:function, which is called with in_channels and num_classes. None: the "
-            "student of PRESET or the default for the data."
+            help="A weights file or a finished run's folder to start the student from; a head for another number of classes "
+            "starts from the seed. None: the weights in the folder of an hf: network, else all from the seed."
         ),
     ] = None
     seeds: int = 1
@@ -80,6 +102,9 @@ class Distill(TrainingOptions):
     def study(self) -> Study:
         """Return the runs of the students, preceded by that of an untrained teacher. Raises as `run` does."""
         check_int("seeds", self.seeds, 1)
+        given_input = check_normalisation(parse_numbers(self.teacher_mean), parse_numbers(self.teacher_std), "teacher_")
+        if self.teacher_size is not None:
+            check_int("teacher_size", self.teacher_size, 1)
         data = self.images.load()
         first = self.recipe.resolve_method()
         recipes = [replace(first, seed=seed) for seed in range(first.seed, first.seed + self.seeds)]
@@ -93,6 +118,10 @@ class Distill(TrainingOptions):
                 self._network("teacher"), self.teacher_network, self._pair.teacher if self._pair else None
             )
         self._check_effect(first, teacher, cache)
+        if teacher is not None:
+            teacher = teachers.with_input(teacher, given_input, self.teacher_size)
+        start = teachers.find_start(student, self.student_weights, "student_weights")
+        data = self.images.normalised_for(start, data)
         if cache is not None:
             check_views(cache, data.train, recipes[-1].seed)  # the last run must not fail after hours
         seeds = dict.fromkeys((recipes[0].seed, recipes[-1].seed))
@@ -105,13 +134,13 @@ class Distill(TrainingOptions):
             runs = [PlannedRun(teacher.network, supervised, output / TEACHER)]
         for recipe in recipes:
             folder = output if self.seeds == 1 else output / f"seed-{recipe.seed}"
-            runs.append(PlannedRun(student, recipe, folder, **teaching))
+            runs.append(PlannedRun(student, recipe, folder, **teaching, start=start))
         return self.study_of("kcd distill", data, runs, output)
 
     def _check_effect(self, recipe: Recipe, teacher: Teacher | None, cache: TeacherCache | None) -> None:
-        """Raise ValueError for teacher options if the method has no teacher, or for those without effect on a trained one."""
-        defaults = self.defaults()
-        for name in ("teacher", "teacher_network", "teacher_lr"):
+        """Raise ValueError for options of the teacher that have no effect."""
+        defaults, inputs = self.defaults(), ("teacher_size", "teacher_mean", "teacher_std")
+        for name in ("teacher", "teacher_network", "teacher_lr", *inputs):
             value = getattr(self, name)
             if value == getattr(defaults, name):
                 continue
@@ -121,6 +150,12 @@ class Distill(TrainingOptions):
                 raise ValueError(f"{name}={value!r} has no effect with method {recipe.method!r}, which uses no teacher")
             if name == "teacher_lr" and teacher.origin is not None:
                 raise ValueError(f"{name}={value!r} has no effect: teacher {self.teacher!r} is already trained")
+            if name in inputs and teacher.origin is None:
+                raise ValueError(f"{name} has no effect: the teacher is trained first, on the student's images")
+            if name in inputs and teacher.is_run and teacher.normalisation is not None:
+                raise ValueError(
+                    f"{name} has no effect: the run in {teacher.origin} records the images of its training"
+                )
 
     def _network(self, role: str) -> str:
         """Return the network of the student or teacher, given or by default. Raises ValueError if there is no default."""

@@ -175,7 +175,7 @@ class Evaluate:
         check_weights(folder)
         if metadata.student is None:
             raise ValueError("config.json does not say which network was trained, so its weights cannot be loaded")
-        student = Teacher(metadata.student, load_weights(weights).tensors, weights)
+        student = Teacher(metadata.student, load_weights(weights).tensors, weights, config=metadata.student_config)
         if self.teacher is None:
             teacher = _find_own_teacher(run, data, find_teacher)
         else:
@@ -186,8 +186,9 @@ class Evaluate:
                 )
         network = teacher.build(data, SEED)
         if metadata.teacher_normalisation is not None and digest(network.state_dict()) == metadata.teacher:
-            # The teacher gets its images normalised as when it taught the student.
-            teacher = replace(teacher, normalisation=metadata.teacher_normalisation)
+            # The teacher gets its images resized and normalised as when it taught the student.
+            given = {"normalisation": metadata.teacher_normalisation, "resizing": metadata.teacher_resizing}
+            teacher = replace(teacher, **given)
             network = teacher.build(data, SEED)
         return _EvaluationPlan(run, data, teacher, student.build(data, SEED), network, self.threads)
 
@@ -251,7 +252,7 @@ def _find_own_teacher(run: runs.Run, data: ImageData, find_teacher: Callable[...
     metadata, rejected = run.metadata, []
     paths = runs.teacher_dirs(run.folder, metadata.teacher_path)
     for path in paths:
-        if not (path / WEIGHTS if path.is_dir() else path).is_file():
+        if not teachers.has_weights(path):
             continue
         try:
             teacher = find_teacher(str(path), metadata.teacher_network, None)

@@ -18,10 +18,14 @@ from ..training.logs import check_log
 from ..training.recipe import Condense, Recipe
 from .progress import reading_bar
 from .study import PlannedRun, Study
+from .teachers import Start
 
 CONDENSED_PREFIX = "kc-"  # before a method: condensed as in the paper
 TEACHER_METHOD = "ce"  # cross entropy, without a teacher
-NETWORKS = ", ".join(models.REGISTRY)
+NETWORKS = (
+    f"{', '.join(models.REGISTRY)}; timm:NAME, torchvision:NAME or hf:FOLDER; or module:function, which gets num_classes and "
+    "in_channels if it takes them"
+)
 READING = (
     "size",
     "resize",
@@ -86,7 +90,7 @@ class Images:
         if self.flip and self.no_flip:
             raise ValueError("give --flip or --no-flip, not both")
         flip = True if self.flip else False if self.no_flip else None
-        mean, std = _parse_numbers(self.mean), _parse_numbers(self.std)
+        mean, std = parse_numbers(self.mean), parse_numbers(self.std)
         options = {name: getattr(self, name) for name in READING}
         return load(
             self.data,
@@ -106,6 +110,10 @@ class Images:
         return {"spec": self.data, "size": self.size} | {
             name: value for name, value in options.items() if value is not None
         }
+
+    def normalised_for(self, start: Start | None, data: ImageData) -> ImageData:
+        """Return the images, without --mean normalised as for the weights that their network starts from."""
+        return data if start is None or self.mean is not None else start.normalise(data)
 
 
 @dataclass(frozen=True)
@@ -243,7 +251,7 @@ class TrainingOptions:
         return self.output or Path("runs") / "-".join(re.sub(r"[^\w.-]+", "-", part) for part in parts)
 
 
-def _parse_numbers(words: tuple[str, ...] | None) -> list[float] | str | None:
+def parse_numbers(words: tuple[str, ...] | None) -> list[float] | str | None:
     """Return words, split at commas, as numbers, or as one text if one of them is not a number."""
     if words is None:
         return None

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from torch import nn
 
-from .. import files, processes, terminal
+from .. import files, models, processes, terminal
 from ..cache import TeacherCache
 from ..data.images import ImageData
 from ..data.preprocessing import Preprocessing
@@ -36,7 +36,7 @@ from ..training.setup import build_method, check_run
 from ..training.teacher_cache import is_plain_beside_views
 from . import teachers
 from .progress import Bar, note, warnings_as_notes
-from .teachers import Teacher
+from .teachers import Start, Teacher
 from .threads import Threads, announcement, batch_flops, choose_threads
 
 REPORT_FILES = ("report.html", "report.png")
@@ -55,6 +55,8 @@ class PlannedRun:
     """Folder of the earlier run that trains the teacher; None: `teacher` has its weights."""
     teacher_cache: TeacherCache | None = None
     """The teacher's logits, instead of `teacher`."""
+    start: Start | None = None
+    """The weights that the network starts from; None: those of the recipe's seed."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,7 @@ class Study:
 
     def _networks(self, run: PlannedRun) -> tuple[nn.Module, nn.Module | TeacherCache | None]:
         """Build student and teacher. A teacher that is not trained yet gets the seed's initial weights."""
-        student = teachers.build(run.network, self.data, run.recipe.seed)
+        student, _ = teachers.build_student(run.network, run.start, self.data, run.recipe.seed)
         if run.teacher_cache is not None:
             return student, run.teacher_cache
         teacher = run.teacher
@@ -176,6 +178,9 @@ class Study:
         """Print what the user should know before training: a fresh start, remarks on teachers, the threads."""
         if self.resume and not self._existing_entries():
             note(f"nothing to resume in {self.output}: starting from the beginning")
+        for network, start in {(run.network, id(run.start)): (run.network, run.start) for run in self.runs}.values():
+            for line in teachers.build_student(network, start, self.data, 0)[1]:
+                note(line)
         trained = {run.teacher.origin: run.teacher for run in self.runs if run.teacher and run.teacher.origin}
         for teacher in trained.values():
             for line in teacher.notes_on(self.data):
@@ -378,7 +383,8 @@ class Study:
         """Return the description of a run's student."""
         views, resize = self.data.test.views, self.data.resize or "crop"
         preprocessing = Preprocessing(*self.data.test.shape[:2], views.mean, views.std, resize)
-        return Model(run.network, self.data.num_classes, preprocessing, self.data.class_names)
+        config = models.config(run.network)
+        return Model(run.network, self.data.num_classes, preprocessing, self.data.class_names, config)
 
     def _is_due(self, run: PlannedRun) -> bool:
         """Return whether to train or check a run: it is finished, or there is time left and its teacher is trained."""
@@ -421,12 +427,21 @@ class Study:
         - "data": arguments of `load` that give its images.
         - "teacher_path": the path of the teacher's weights; None if this command trains them beside the run.
         - "teacher_normalisation": the normalisation of the images that the teacher gets.
+        - "teacher_resizing": the size to which its images are resized, and how; missing if they are not.
+        - "student_config": what `models.build` needs besides the student's name; missing if the name is enough.
+        - "student_weights": the path of the weights that the student starts from; missing without.
         - "teacher_run": the fingerprint of the teacher's own run on these images.
         - "threads": the threads of all runs of the command, by label and in order. An interrupted command can resume on
           another machine before it has started them all.
         - "page": entries that reports show unchanged.
         """
-        teacher, views = run.teacher, self.data.test.views
+        teacher, views, added = run.teacher, self.data.test.views, {}
+        if (network_config := models.config(run.network)) is not None:
+            added["student_config"] = network_config
+        if run.start is not None:
+            added["student_weights"] = str(run.start.origin.absolute())
+        if teacher is not None and (resizing := teacher.different_size(self.data)) is not None:
+            added["teacher_resizing"] = dict(zip(("size", "interpolation"), resizing, strict=True))
         normalisation = None
         if teacher is not None:
             normalisation = teacher.different_normalisation(self.data) or _normalisation(self.data.train.views)
@@ -439,6 +454,7 @@ class Study:
             "teacher_network": None if teacher is None else teacher.network,
             "teacher_path": self._teacher_path(run),
             "teacher_normalisation": None if normalisation is None else normalisation._asdict(),
+            **added,
             "teacher_run": {} if teacher is None else self._teacher_fingerprint(run),
             **_about_cache(run.teacher_cache),
             "threads": {other.recipe.label: self.chosen_threads[other.folder].count for other in self.runs},
@@ -483,7 +499,7 @@ class Study:
             self.data.test,
             runs.metadata_of(folder).config,
         )
-        if own is not None:
+        if own is not None and len(own.mean) == len(images.views.mean):
             images = images.with_views(replace(images.views, mean=own.mean, std=own.std))
         dataset = (config.get("about") or {}).get("dataset")
         recorded = config.get("test_samples")

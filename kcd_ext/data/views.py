@@ -192,33 +192,34 @@ class Views:
 
 
 def check_normalisation(
-    mean: str | float | Sequence[float] | None, std: str | float | Sequence[float] | None
+    mean: str | float | Sequence[float] | None, std: str | float | Sequence[float] | None, prefix: str = ""
 ) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
     """Return `mean` and `std` as tuples of one number, or one per channel; None if both are None.
 
     Args:
         mean: Finite numbers, or a key of NORMALISATIONS, which includes the std.
         std: Finite numbers; None if `mean` is a key (or the same key).
+        prefix: Start of both names in errors.
 
     Raises:
         TypeError: An argument is neither numbers nor a string.
         ValueError: A number is not finite, a name is unknown, or only one of the two is given.
     """
-    names = ", ".join(NORMALISATIONS)
+    names, mean_name, std_name = ", ".join(NORMALISATIONS), f"{prefix}mean", f"{prefix}std"
     if isinstance(mean, str):
         if mean not in NORMALISATIONS:
-            raise ValueError(f"mean must be numbers or one of {names}, got {mean!r}")
+            raise ValueError(f"{mean_name} must be numbers or one of {names}, got {mean!r}")
         if std is not None and std != mean:
-            raise ValueError(f"mean={mean!r} includes its std, got std={std!r} too: leave std out")
+            raise ValueError(f"{mean_name}={mean!r} includes its std, got {std_name}={std!r} too: leave {std_name} out")
         return NORMALISATIONS[mean]
     if isinstance(std, str):
-        raise ValueError(f"std must be numbers, got {std!r}: pass the names {names} as mean")
-    for name, one, other in (("mean", mean, std), ("std", std, mean)):
+        raise ValueError(f"{std_name} must be numbers, got {std!r}: pass the names {names} as {mean_name}")
+    for name, one, other in ((mean_name, mean, std), (std_name, std, mean)):
         if one is None and other is not None:
-            raise ValueError(f"mean and std must be given together, got no {name}")
+            raise ValueError(f"{mean_name} and {std_name} must be given together, got no {name}")
     if mean is None:
         return None
-    return _to_tuple("mean", mean), _to_tuple("std", std)
+    return _to_tuple(mean_name, mean), _to_tuple(std_name, std)
 
 
 def _to_tuple(name: str, value: float | Sequence[float]) -> tuple[float, ...]:

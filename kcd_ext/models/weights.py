@@ -299,8 +299,7 @@ def match_weights(what: str, own: Mapping[str, Tensor], weights: Mapping[str, Te
     Raises:
         ValueError: Names the first difference that remains, in one line; torch's message has a line for each.
     """
-    candidates = [dict(zip(names, weights.values(), strict=True)) for names in _renamings(weights)]
-    candidates = [renamed for renamed in candidates if len(renamed) == len(weights)]
+    candidates = _renamed(weights)
     fitting = [renamed for renamed in candidates if not _first_mismatch(own, renamed)]
     nearest = max(fitting or candidates, key=lambda renamed: len(own.keys() & renamed.keys()))
     if not fitting:
@@ -309,6 +308,12 @@ def match_weights(what: str, own: Mapping[str, Tensor], weights: Mapping[str, Te
     state = {name: nearest[name] if name in nearest else tensor for name, tensor in own.items()}
     note = f"ignored {_quoted(ignored)} among the weights: counters or measurements, not parameters of the network"
     return Weights(state, (note,) if ignored else ())
+
+
+def _renamed(weights: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+    """Return the weights under the names of `_renamings`, without those that give two tensors one name."""
+    candidates = [dict(zip(names, weights.values(), strict=True)) for names in _renamings(weights)]
+    return [renamed for renamed in candidates if len(renamed) == len(weights)]
 
 
 def _renamings(weights: Mapping[str, Tensor]) -> Iterable[list[str]]:
@@ -354,3 +359,61 @@ def _is_counter(name: str, tensor: Tensor) -> bool:
 
 def _kind(tensor: Tensor) -> str:
     return "floating" if tensor.is_floating_point() else "complex" if tensor.is_complex() else "integer"
+
+
+# --- starting another network from them -------------------------------------------------------------------------------
+
+
+def match_start(what: str, own: Mapping[str, Tensor], weights: Mapping[str, Tensor], num_classes: int) -> Weights:
+    """Return weights to start a network from, which may have another head than the network that was saved.
+
+    As `match_weights`, but
+
+    - tensors with a row per class keep the network's values if the file has them for another number of classes, or not at all;
+    - a first layer for one channel gets the sum of the weights for three. That is the same for grey images whose channel is
+      repeated and normalised alike.
+
+    Args:
+        what: Start of an error message.
+        own: The network's state_dict.
+        weights: Tensors by name.
+        num_classes: Number of the network's logits.
+
+    Returns:
+        The complete weights, and a note on each exception.
+
+    Raises:
+        ValueError: As `match_weights`, for all other tensors.
+    """
+    nearest = max(_renamed(weights), key=lambda renamed: len(own.keys() & renamed.keys()))
+    notes, adapted = [], {}
+    for name, tensor in nearest.items():
+        mine = own.get(name)
+        if mine is not None and _is_sum_of_channels(mine, tensor):
+            adapted[name] = tensor.sum(1, keepdim=True)
+            notes.append(f"{name} is summed over its {tensor.shape[1]} channels, for grey images")
+        else:
+            adapted[name] = tensor
+    head = [name for name, tensor in own.items() if _is_other_head(tensor, adapted.get(name), num_classes)]
+    body = match_weights(
+        what,
+        {name: tensor for name, tensor in own.items() if name not in head},
+        {name: tensor for name, tensor in adapted.items() if name not in head},
+    )
+    if head:
+        there = {len(adapted[name]) for name in head if name in adapted}
+        found = f"the file has {' and '.join(map(str, sorted(there)))} classes" if there else "the file has none"
+        notes.append(f"{_quoted(head)} keep their initial values: {found}, the data {num_classes}")
+    return Weights({name: body.tensors.get(name, tensor) for name, tensor in own.items()}, (*body.notes, *notes))
+
+
+def _is_other_head(own: Tensor, found: Tensor | None, num_classes: int) -> bool:
+    """Return whether a tensor has a row per class, and the file has another number of these rows or none."""
+    if own.dim() == 0 or len(own) != num_classes:
+        return False
+    return found is None or (found.dim() == own.dim() and found.shape[1:] == own.shape[1:] and len(found) != len(own))
+
+
+def _is_sum_of_channels(own: Tensor, found: Tensor) -> bool:
+    same = own.dim() == found.dim() == 4 and own.shape[0] == found.shape[0] and own.shape[2:] == found.shape[2:]
+    return same and own.shape[1] == 1 and found.shape[1] == 3

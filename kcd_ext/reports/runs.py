@@ -9,12 +9,13 @@ from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
 
-from ..checks import check_float, check_int, check_percent
+from ..checks import check_choice, check_float, check_int, check_percent
 from ..condensation.random_keys import MAX_SEED
 from ..describe import describe
 from ..environment import MAX_THREADS
 from ..evaluation import Evaluation
 from ..files import read_json, read_lines, read_regular
+from ..models.normalisation import INTERPOLATIONS
 from ..students import WEIGHTS
 from ..training import checkpoint
 from ..training.summary import ComparedWith, Summary, best_accuracy, best_epoch
@@ -47,11 +48,13 @@ class RunMetadata:
     threads: int | None  # of the last start of the run
     planned_threads: Mapping[str, int]  # of all runs of its command, by label and in order
     student: str | None  # name of the network
+    student_config: Mapping[str, object] | None  # `kcd_ext.models.config` of it; None: the name is enough
     data: Mapping[str, object]  # arguments of `kcd_ext.data.images.load`
     teacher: str | None  # digest of the teacher's weights; None: no teacher
     teacher_network: str | None
     teacher_path: str | None  # path of its weights; None: beside the run
     teacher_normalisation: Normalisation | None  # of the images that it was given
+    teacher_resizing: tuple[tuple[int, int], str] | None  # size and interpolation of these images; None: not resized
     teacher_run: Mapping[str, str]  # `fingerprint` of its own run on these images; empty if unknown
     teacher_accuracy: float | None  # measured before training, in percent
     page: Mapping[str, object]  # shown in reports unchanged: title, command, options, normalisation, class_names
@@ -86,11 +89,13 @@ class RunMetadata:
             threads=None if threads is None else _check_threads(threads),
             planned_threads={name: _check_threads(count) for name, count in _get_object(about, "threads").items()},
             student=_get_text(about, "student"),
+            student_config=_get_object(about, "student_config") or None,
             data=data,
             teacher=_get_text(config, "teacher"),
             teacher_network=network or None,
             teacher_path=path or None,
             teacher_normalisation=_parse_normalisation(given) if given else None,
+            teacher_resizing=_parse_resizing(_get_object(about, "teacher_resizing")),
             teacher_run=_get_object(about, "teacher_run"),
             teacher_accuracy=None if accuracy is None else check_percent("teacher_accuracy", accuracy),
             page=page,
@@ -351,6 +356,13 @@ def _parse_normalisation(found: Mapping) -> Normalisation:
     if not mean or len(mean) != len(std) or min(std) <= 0:
         raise ValueError("mean and std must have one number per channel, with std > 0")
     return Normalisation(mean, std)
+
+
+def _parse_resizing(found: Mapping) -> tuple[tuple[int, int], str] | None:
+    if not found:
+        return None
+    height, width = (check_int("size", side, 1) for side in found["size"])
+    return (height, width), check_choice("interpolation", found["interpolation"], INTERPOLATIONS)
 
 
 def _get_object(holder: Mapping, name: str, null: bool = True) -> dict:

@@ -161,5 +161,5 @@ def teacher_warning(teacher: float, student: float | None, labels: Sequence[floa
         return ""
     return (
         f"the teacher's accuracy on the test set is {teacher:.1f} %, {comparison}: are its images normalised as in its "
-        f"training (--mean and --std, or mean and std of kcd_ext.data.load), and its classes in the same order?"
+        f"training (--teacher-mean and --teacher-std, or kcd_ext.models.renormalise), and its classes in the same order?"
     )
