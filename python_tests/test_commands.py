@@ -337,7 +337,7 @@ def test_every_field_of_the_recipe_has_an_option():
     options += " --method crd --options dim 64 temperature 0.5 student_layer fc"
     options += " --condense.keep 0.5 --condense.every 2 --condense.stages 3 --condense.schedule cosine"
     options += " --condense.alpha 0.5 --condense.epsilon 0.25 --condense.no-accumulate --condense.no-convex"
-    options += " --condense.selection value --condense.batch-keep 0.75"
+    options += " --condense.selection value --condense.value kl --condense.batch-keep 0.75"
     options += " --condense.warmup 3 --condense.min-per-class 4 --mixup 0.25 --cutmix 1.5 --label-smoothing 0.125"
     assert parsed("distill", *options.split()).recipe.as_json() == {
         "method": "crd",
@@ -352,6 +352,7 @@ def test_every_field_of_the_recipe_has_an_option():
             "accumulate": False,
             "convex": False,
             "selection": "value",
+            "value": "kl",
             "warmup": 3,
             "min_per_class": 4,
             "batch_keep": 0.75,
