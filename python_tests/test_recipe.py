@@ -579,7 +579,12 @@ def test_run_of_an_older_version_resumes_with_the_defaults():
     new = ("optimizer", "schedule", "warmup_epochs", "clip_norm", "ema", "keep_best", "patience")
     older = {name: value for name, value in saved.items() if name not in new}
     assert Recipe.from_json(older) == Recipe("kd", epochs=7)
+    older["condense"] = {name: value for name, value in older["condense"].items() if name != "value"}
+    assert Recipe.from_json(older) == Recipe("kd", epochs=7)
     check_same_run({"recipe": older, "processes": 1}, {"recipe": saved, "processes": 1}, "folder")
+    by_loss = Recipe("kd", epochs=7, condense=Condense(value="loss", keep=1.0)).as_json()
+    with pytest.raises(ValueError, match=r"folder was run with condense\.value='entropy', got condense\.value='loss'"):
+        check_same_run({"recipe": older, "processes": 1}, {"recipe": by_loss, "processes": 1}, "folder")
     changed = Recipe("kd", epochs=7, ema=0.9).as_json()
     with pytest.raises(ValueError, match=r"folder was run with ema=0.0, got ema=0.9"):
         check_same_run({"recipe": older, "processes": 1}, {"recipe": changed, "processes": 1}, "folder")

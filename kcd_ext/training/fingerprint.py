@@ -66,8 +66,11 @@ def fingerprint(
 def check_same_run(saved: Mapping, mine: Mapping, path: object) -> None:
     """Raise ValueError, naming the first difference, unless the run in `path` may resume as this one."""
     free = RESUMABLE_CHANGES if saved.get("processes") == mine["processes"] else RESUMABLE_CHANGES + STEP_SIZE_FIELDS
-    # A version that lacked a field of the recipe trained as its default does.
-    recipe = {**Recipe().as_json(), **(saved["recipe"] if isinstance(saved.get("recipe"), Mapping) else {})}
+    # A version that lacked a field of the recipe, or an option of its condensation, trained as the default does.
+    defaults, recipe = Recipe().as_json(), saved["recipe"] if isinstance(saved.get("recipe"), Mapping) else {}
+    recipe = {**defaults, **recipe}
+    if isinstance(recipe["condense"], Mapping):
+        recipe["condense"] = {**defaults["condense"], **recipe["condense"]}
     names = [name for name in dict.fromkeys([*mine, *OPTIONAL_ENTRIES]) if name not in ("recipe", "processes")]
     pairs = [(name, saved.get(name), mine.get(name)) for name in names]
     pairs += [(key, recipe.get(key), value) for key, value in mine["recipe"].items() if key not in free]
