@@ -49,7 +49,7 @@ def constant():
     [
         (
             [],
-            r"missing command: use one of distill, teacher, report, evaluate, predict, export, demo, info \(see kcd --help\)",
+            r"missing command: use one of distill, teacher, cache, report, evaluate, predict, export, demo, info \(see kcd --help\)",
         ),
         (["distil"], r"unknown command 'distil': did you mean distill\? Choose from distill, .*\(see kcd --help\)"),
         (["help", "demo"], r"unknown command 'help': did you mean kcd demo --help\?"),
@@ -166,7 +166,7 @@ def test_help_lists_the_options_of_the_method_with_defaults(command, name, capfd
 
 
 def test_help_shows_the_defaults_of_preset_and_method(capfd):
-    text = help_of("distill", "cifar100-vgg13-mobilenet_v2", capfd=capfd)
+    text = " ".join(help_of("distill", "cifar100-vgg13-mobilenet_v2", capfd=capfd).replace("│", " ").split())
     assert "(default: 0.01)" in text  # the learning rate of the preset
     assert "(default: 0.7)" in help_of("distill", "--method", "kc-kd", capfd=capfd)
     assert "--epochs" in help_of("distill", "--epochs", "many", capfd=capfd)

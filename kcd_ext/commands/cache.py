@@ -30,10 +30,10 @@ class Cache:
     A command that was interrupted continues where it stopped if you run it again.
     """
 
-    output: Path
-    """Folder of the cache."""
-    teacher: str
-    """The teacher: a finished run's folder, or a weights file (.safetensors, .pt, .pth)."""
+    output: Path | None = None
+    """Folder of the cache. Required."""
+    teacher: str | None = None
+    """The teacher: a finished run's folder, or a weights file (.safetensors, .pt, .pth). Required."""
     teacher_network: str | None = None
     """The network of the weights in --teacher. None: the one named in the run's folder; for a file the default for the data."""
     images: Annotated[Images, arg(name="")] = field(default_factory=Images)
@@ -61,6 +61,8 @@ class Cache:
         """
         is_rank_zero = processes.rank() == 0
         with processes.report_on_rank_zero():
+            if self.output is None or self.teacher is None:
+                raise ValueError("kcd cache needs a teacher and a folder: kcd cache --teacher TEACHER --output FOLDER")
             check_choice("precision", self.precision, HALF)
             check_int("views", self.views, 0)
             self._check_output()
