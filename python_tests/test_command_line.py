@@ -49,7 +49,7 @@ def constant():
     [
         (
             [],
-            r"missing command: use one of distill, teacher, cache, report, evaluate, predict, export, demo, info \(see kcd --help\)",
+            f"missing command: use one of {', '.join(cli.COMMANDS)} " r"\(see kcd --help\)",
         ),
         (["distil"], r"unknown command 'distil': did you mean distill\? Choose from distill, .*\(see kcd --help\)"),
         (["help", "demo"], r"unknown command 'help': did you mean kcd demo --help\?"),

@@ -535,6 +535,7 @@ def columns(hub, count, classes=("a", "b", "c"), size=(6, 5), **more):
     return hub.Dataset.from_dict(content, features=hub.Features(features))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("memory", [None, 1])
 def test_saved_data_set_is_read(hub, memory, tmp_path):
     sizes = {"train": 12, "validation": 6, "test": 3}
@@ -548,6 +549,7 @@ def test_saved_data_set_is_read(hub, memory, tmp_path):
         assert [part[i][0].tobytes() for i in range(count)] == [pixels(i, 5, 6).tobytes() for i in range(count)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("memory", [None, 1])
 def test_saved_data_set_with_a_format_and_reordered_rows_is_divided(hub, memory, tmp_path):
     own = columns(hub, 20).shuffle(seed=1).select(range(2, 18))
@@ -562,6 +564,7 @@ def test_saved_data_set_with_a_format_and_reordered_rows_is_divided(hub, memory,
         load(tmp_path / "one", memory=memory)
 
 
+@pytest.mark.slow
 def test_label_column_can_be_chosen_and_hold_integers_or_strings(hub, tmp_path):
     features = hub.Features(
         {
@@ -597,6 +600,7 @@ def test_label_column_can_be_chosen_and_hold_integers_or_strings(hub, tmp_path):
         assert "\n" not in str(caught.value) and str(tmp_path / "x") in str(caught.value)
 
 
+@pytest.mark.slow
 def test_damaged_or_unsuitable_saved_data_sets_are_refused(hub, tmp_path):
     def refuses(message, splits, path=tmp_path / "x", **options):
         if splits is not None:
@@ -632,6 +636,7 @@ def test_damaged_or_unsuitable_saved_data_sets_are_refused(hub, tmp_path):
     refuses("cannot be read by Hugging Face datasets", None, tmp_path / "y")
 
 
+@pytest.mark.slow
 def test_missing_package_names_the_extra(hub, tmp_path, monkeypatch):
     columns(hub, 6).save_to_disk(tmp_path / "x")
     monkeypatch.setitem(__import__("sys").modules, "datasets", None)
