@@ -4,7 +4,6 @@ import copy
 import json
 import math
 import time
-from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -851,15 +850,8 @@ def test_tensorboard_shows_every_epoch_once_when_a_run_is_interrupted(tmp_path):
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class WithValidation(ImageData):
-    """Image data with a validation set."""
-
-    val: object = None
-
-
 def load_images():
-    return WithValidation("points", images(60), images(40, seed=1), 4, val=val_images())
+    return ImageData("points", images(60), images(40, seed=1), 4, val=val_images())
 
 
 LOGGED = []
