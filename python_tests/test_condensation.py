@@ -1192,7 +1192,7 @@ def test_bad_updates_are_named_and_record_nothing(index, value, error, message):
         (lambda c: IndexedDataset([(0, 0)])[1], IndexError, r"index must be in \[0, 1\), got 1"),
         (lambda c: IndexedDataset([(0, 0)])[-1], IndexError, "got -1"),
         (lambda c: IndexedDataset([{"x": 0, "y": 0}])[0], TypeError, "pairs .* got dict at index 0"),
-        (lambda c: IndexedDataset([(0, 0, 0)])[0], TypeError, "got 3 entries"),
+        (lambda c: IndexedDataset([(0, 0, 0, 0)])[0], TypeError, "got 4 entries"),
         (lambda c: IndexedDataset([("a", 0)])[0, (0, 0, 0.5)], TypeError, "got str and str"),
         (lambda c: IndexedDataset([(torch.ones(2, dtype=int), 0)])[0, (0, 0, 0.5)], TypeError, "int64 cannot be mixed"),
         (

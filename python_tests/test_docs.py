@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate.state import AcceleratorState, GradientState
 from commands import run
 from pages import PAGES, READER, README, ROOT, blocks, commands, snippets
 
@@ -45,6 +46,8 @@ def folder(tmp_path, monkeypatch):
     for name, module in [*sys.modules.items()]:
         if (getattr(module, "__file__", None) or "").startswith(str(tmp_path)):
             del sys.modules[name]
+    AcceleratorState._reset_state(reset_partial_state=True)  # a page may create an Accelerator
+    GradientState._reset_state()
 
 
 def execute(code: str, names: dict, page: str) -> None:

@@ -136,6 +136,9 @@ def test_accuracy_axis_hides_the_steep_start_and_nothing_else():
         def curve(self, method, name):
             return np.array(curves[method], dtype=float) if name == "accuracy" else np.arange(12.0)
 
+        def are_validated(self, method):
+            return False
+
     axes = Figure().subplots()
     figures.draw_accuracy(axes, Drawn(), "sample_visits", "sample visits")
     low, high = axes.get_ylim()
