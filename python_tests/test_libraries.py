@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -708,3 +709,35 @@ def test_cache_of_a_teacher_of_other_images_equals_the_live_teacher(taught, tmp_
     ):
         _, error = kcd("cache", *data, *more, "--output", "other", here=tmp_path, code=2)
         assert part in error and error.count("\n") == 1 and not (tmp_path / "other").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("student", ["hf:vit", "timm:test_resnet", "timm:test_resnet with weights"])
+def test_student_of_a_library_works_after_its_run_moved(student, taught, tmp_path):
+    """Also without the folder that its configuration was read from: on the image files it has the accuracy of its run."""
+    folder, _ = taught
+    shutil.copytree(folder / "hf", tmp_path / "vit")
+    network, _, with_weights = student.partition(" ")
+    start = ["--student-weights", folder / "timm.pth"] if with_weights else []
+    command = ["distill", *DIGITS, "--teacher", "cnn_small", "--student", network, *start, "--lr", 0.01]
+    kcd(*command, "--output", "run", here=tmp_path)
+    shutil.rmtree(tmp_path / "vit")
+    (tmp_path / "run").rename(tmp_path / "moved")
+    paths, test = [], load("digits").test
+    for index, (image, label) in enumerate(test):
+        paths.append(tmp_path / "images" / str(label) / f"{index:03}.png")
+        paths[-1].parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image[..., 0]).save(paths[-1])
+    out, _ = kcd("predict", "moved", *paths, "--json", here=tmp_path)
+    found = [json.loads(line) for line in out.splitlines()]
+    right = [path.parent.name == line["class"] for path, line in zip(paths, found, strict=True)]
+    accuracies = {result["method"]: result["accuracy_last"] for result in summary_results(tmp_path / "moved")}
+    assert 100 * np.mean(right) == pytest.approx(accuracies["kd"], abs=1e-4)
+    for form, suffix in (("safetensors", "safetensors"), ("torch-export", "pt2"), ("onnx", "onnx")):
+        kcd("export", "moved", "--format", form, "--output", f"student.{suffix}", here=tmp_path)
+        assert (tmp_path / f"student.{suffix}").stat().st_size > 1000
+    kcd("evaluate", "moved", "--threads", 1, here=tmp_path)
+
+
+def summary_results(folder):
+    return json.loads((folder / "summary.json").read_text())["results"]
