@@ -12,6 +12,7 @@ import torch
 from commands import run
 from pages import ROOT, blocks, commands
 
+from kcd_ext import cli
 from kcd_ext.data import load
 
 PAGE = ROOT / "docs" / "how-to" / "end-to-end.md"
@@ -85,3 +86,32 @@ def test_commands_of_page_report_the_true_accuracies_and_export_the_student(more
     x = ((images / np.float32(255) - mean) / std).transpose(0, 3, 1, 2).astype(np.float32)
     (found,) = onnxruntime.InferenceSession(output / "student.onnx").run(None, {"x": x})
     assert 100 * (found.argmax(1) == test.labels).mean() == pytest.approx(best["accuracy"], abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["--keep-best"],
+            "keep_best=True needs a validation set, got val=None: a result that the test set chose is no",
+        ),
+        (["--epochs", "9", "--patience", "2"], "(kcd: --val-fraction)"),
+        (["--num-workers", "2"], "num_workers=2 has no effect on images in memory"),
+        (["--memory", "1GB"], "memory is for the path of a folder of images or of a saved data set"),
+        (["--resize", "squash"], "resize='squash' has no effect without size"),
+        (["--method", "ce", "--teacher-size", "3"], "teacher_size=3 has no effect with method 'ce'"),
+        (
+            ["--teacher", "cnn_small", "--teacher-mean", "half"],
+            "teacher_mean has no effect: the teacher is trained first",
+        ),
+        (["--method", "dkd", "--mixup", "0.2"], "which method 'dkd' does not take"),
+        (["--optimizer", "adamw", "--momentum", "0.5"], "momentum=0.5 has no effect with optimizer 'adamw'"),
+        (["--schedule", "cosine", "--gamma", "0.5"], "gamma=0.5 has no effect with schedule 'cosine'"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_options_without_effect_together_are_one_line_and_write_nothing(words, message, here, capfd):
+    base = ["distill", "--data", "digits", "--epochs", "1", "--threads", "1", "--device", "cpu", "--output", "run"]
+    assert cli.main([*base, *words]) == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert message in line and not [*here.iterdir()]
