@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from kcd_ext import models
+from kcd_ext.cache import TeacherCache
 from kcd_ext.data import load
 from kcd_ext.models import weights
 from kcd_ext.models.normalisation import renormalisation
@@ -677,3 +679,65 @@ def test_fresh_networks_of_libraries_are_taught_and_teach(taught, tmp_path):
         here=tmp_path,
     )
     assert "starts with the weights in" in error and "images have mean 0.5 and std 0.5" in error
+
+
+@pytest.mark.slow
+def test_cache_of_a_teacher_of_other_images_equals_the_live_teacher(taught, tmp_path):
+    """A grey data set, and teachers of another size, normalisation and number of channels: a file and a folder."""
+    folder, accuracy = taught
+    timm_file = ["--teacher", folder / "timm.pth", "--teacher-network", "timm:test_resnet", "--teacher-size", 32]
+    for name, teacher in (("timm", timm_file), ("hf", ["--teacher", folder / "hf"])):
+        data = DIGITS[: DIGITS.index("--epochs")]
+        _, error = kcd("cache", *data, *teacher, "--output", f"{name}-cache", here=tmp_path)
+        assert "gets images resized and normalised" in error
+        cache = TeacherCache(tmp_path / f"{name}-cache")
+        assert cache.about["accuracy"] == pytest.approx(accuracy[name], abs=0.01)
+        runs = {f"{name}-live": teacher, f"{name}-cached": ["--teacher-cache", f"{name}-cache"]}
+        found = []
+        for output, given in runs.items():
+            kcd("distill", *DIGITS, *given, "--student", "cnn_small", "--output", output, here=tmp_path)
+            kcd("evaluate", output, "--threads", 1, here=tmp_path)
+            config = json.loads((tmp_path / output / "config.json").read_text())
+            evaluation = json.loads((tmp_path / output / "evaluation.json").read_text())["evaluation"]["teacher"]
+            about = {part: config["about"].get(part) for part in ("teacher_resizing", "teacher_normalisation")}
+            found.append((config["teacher_input"], about, evaluation["accuracy"]))
+        assert found[0] == found[1] and found[0][0]["size"] == found[0][1]["teacher_resizing"]["size"]
+    for more, part in (
+        (["--teacher", "timm-live", "--teacher-size", 32], "teacher_size has no effect: the run in timm-live records"),
+        (["--teacher", folder / "hf", "--teacher-mean", 0.5], "teacher_mean and teacher_std must be given together"),
+        (["--teacher", folder / "hf", "--teacher-size", 0], "teacher_size must be an integer >= 1, got 0"),
+    ):
+        _, error = kcd("cache", *data, *more, "--output", "other", here=tmp_path, code=2)
+        assert part in error and error.count("\n") == 1 and not (tmp_path / "other").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("student", ["hf:vit", "timm:test_resnet", "timm:test_resnet with weights"])
+def test_student_of_a_library_works_after_its_run_moved(student, taught, tmp_path):
+    """Also without the folder that its configuration was read from: on the image files it has the accuracy of its run."""
+    folder, _ = taught
+    shutil.copytree(folder / "hf", tmp_path / "vit")
+    network, _, with_weights = student.partition(" ")
+    start = ["--student-weights", folder / "timm.pth"] if with_weights else []
+    command = ["distill", *DIGITS, "--teacher", "cnn_small", "--student", network, *start, "--lr", 0.01]
+    kcd(*command, "--output", "run", here=tmp_path)
+    shutil.rmtree(tmp_path / "vit")
+    (tmp_path / "run").rename(tmp_path / "moved")
+    paths, test = [], load("digits").test
+    for index, (image, label) in enumerate(test):
+        paths.append(tmp_path / "images" / str(label) / f"{index:03}.png")
+        paths[-1].parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image[..., 0]).save(paths[-1])
+    out, _ = kcd("predict", "moved", *paths, "--json", here=tmp_path)
+    found = [json.loads(line) for line in out.splitlines()]
+    right = [path.parent.name == line["class"] for path, line in zip(paths, found, strict=True)]
+    accuracies = {result["method"]: result["accuracy_last"] for result in summary_results(tmp_path / "moved")}
+    assert 100 * np.mean(right) == pytest.approx(accuracies["kd"], abs=1e-4)
+    for form, suffix in (("safetensors", "safetensors"), ("torch-export", "pt2"), ("onnx", "onnx")):
+        kcd("export", "moved", "--format", form, "--output", f"student.{suffix}", here=tmp_path)
+        assert (tmp_path / f"student.{suffix}").stat().st_size > 1000
+    kcd("evaluate", "moved", "--threads", 1, here=tmp_path)
+
+
+def summary_results(folder):
+    return json.loads((folder / "summary.json").read_text())["results"]

@@ -12,10 +12,9 @@ from .. import files, processes, terminal
 from ..cache.kinds import DTYPES
 from ..checks import check_choice, check_int
 from ..environment import threads
-from ..reports.runs import Normalisation
 from ..training.teacher_cache import cache_teacher, count_views
 from . import presets, teachers
-from .options import Images, checked_threads
+from .options import Images, TeacherInput, checked_threads
 from .progress import note, warnings_as_notes
 from .teachers import Teacher
 from .threads import batch_flops, threads_for
@@ -36,6 +35,7 @@ class Cache:
     """The teacher: a finished run's folder, or a weights file (.safetensors, .pt, .pth). Required."""
     teacher_network: str | None = None
     """The network of the weights in --teacher. None: the one named in the run's folder; for a file the default for the data."""
+    teacher_input: Annotated[TeacherInput, arg(name="")] = field(default_factory=TeacherInput)
     images: Annotated[Images, arg(name="")] = field(default_factory=Images)
     views: int = 0
     """K: store the logits of the random views of K epochs. Students then see these K views in turn. 0: of the plain images."""
@@ -65,6 +65,7 @@ class Cache:
                 raise ValueError("kcd cache needs a teacher and a folder: kcd cache --teacher TEACHER --output FOLDER")
             check_choice("precision", self.precision, HALF)
             check_int("views", self.views, 0)
+            self.teacher_input.check()
             self._check_output()
             data = self.images.load()
             teacher = self._find_teacher()
@@ -75,15 +76,12 @@ class Cache:
                 chosen = threads_for(flops, "batch").count
         for line in teacher.notes_on(data):
             note(line)
-        normalisation = teacher.different_normalisation(data) or Normalisation(
-            data.train.views.mean, data.train.views.std
-        )
         about = {
             "dataset": data.name,
             "teacher": str(teacher),
             "teacher_network": teacher.network,
             "teacher_path": str(teacher.origin.absolute()),
-            "teacher_normalisation": normalisation._asdict(),
+            **teacher.about_input(data),
         }
         lock = files.folder_lock(self.output) if is_rank_zero else nullcontext()
         with (
@@ -132,7 +130,7 @@ class Cache:
             raise ValueError(
                 f"teacher must be the folder of a finished run or a weights file, got {self.teacher!r}: train it with kcd teacher"
             )
-        return teacher
+        return self.teacher_input.apply(teacher)
 
 
 def _size(folder: Path) -> int:

@@ -1,6 +1,6 @@
 """The `kcd distill` command: distil a student from a teacher, with one seed or several."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -9,13 +9,12 @@ from tyro.conf import Positional, arg
 from .. import models
 from ..cache import TeacherCache
 from ..checks import check_int
-from ..data.views import check_normalisation
 from ..registry import unknown_name_error
 from ..training.recipe import Recipe
 from ..training.setup import build_method
 from ..training.teacher_cache import check_views
 from . import presets, teachers
-from .options import NETWORKS, TEACHER_METHOD, Images, TrainingOptions, parse_numbers
+from .options import NETWORKS, TEACHER_METHOD, Images, TeacherInput, TrainingOptions
 from .study import TEACHER, PlannedRun, Study
 from .teachers import Teacher
 
@@ -46,23 +45,7 @@ class Distill(TrainingOptions):
     """Folder of `kcd cache` with the logits of a teacher, which then does not run at all. Not with --teacher."""
     teacher_lr: float | None = None
     """Learning rate of a teacher that is trained first. None: --lr."""
-    teacher_size: Annotated[
-        int | None,
-        arg(
-            help="Pixels per side of the images that the weights in --teacher were trained on; the teacher's images are resized "
-            "to it. None: as its library's weights (timm:, torchvision:, hf:), else the size of the student's images."
-        ),
-    ] = None
-    teacher_mean: Annotated[
-        tuple[str, ...] | None,
-        arg(
-            metavar="NUMBER [NUMBER ...]",
-            help="Normalisation of the images that the weights in --teacher were trained on, as --mean. None: as its library's "
-            "weights (timm:, torchvision:, hf:), else that of the student's images. A run's folder records its own.",
-        ),
-    ] = None
-    teacher_std: Annotated[tuple[str, ...] | None, arg(metavar="NUMBER [NUMBER ...]")] = None
-    """Standard deviation; give it together with --teacher-mean."""
+    teacher_input: Annotated[TeacherInput, arg(name="")] = field(default_factory=TeacherInput)
     student: Annotated[
         str | None,
         arg(help=f"The student: {NETWORKS}. None: the student of PRESET or the default for the data."),
@@ -102,9 +85,7 @@ class Distill(TrainingOptions):
     def study(self) -> Study:
         """Return the runs of the students, preceded by that of an untrained teacher. Raises as `run` does."""
         check_int("seeds", self.seeds, 1)
-        given_input = check_normalisation(parse_numbers(self.teacher_mean), parse_numbers(self.teacher_std), "teacher_")
-        if self.teacher_size is not None:
-            check_int("teacher_size", self.teacher_size, 1)
+        self.teacher_input.check()
         data = self.images.load()
         first = self.recipe.resolve_method()
         recipes = [replace(first, seed=seed) for seed in range(first.seed, first.seed + self.seeds)]
@@ -119,7 +100,7 @@ class Distill(TrainingOptions):
             )
         self._check_effect(first, teacher, cache)
         if teacher is not None:
-            teacher = teachers.with_input(teacher, given_input, self.teacher_size)
+            teacher = self.teacher_input.apply(teacher)
         start = teachers.find_start(student, self.student_weights, "student_weights")
         data = self.images.normalised_for(start, data)
         if cache is not None:
@@ -139,23 +120,16 @@ class Distill(TrainingOptions):
 
     def _check_effect(self, recipe: Recipe, teacher: Teacher | None, cache: TeacherCache | None) -> None:
         """Raise ValueError for options of the teacher that have no effect."""
-        defaults, inputs = self.defaults(), ("teacher_size", "teacher_mean", "teacher_std")
-        for name in ("teacher", "teacher_network", "teacher_lr", *inputs):
-            value = getattr(self, name)
-            if value == getattr(defaults, name):
-                continue
+        defaults = self.defaults()
+        own = {name: getattr(self, name) for name in ("teacher", "teacher_network", "teacher_lr")}
+        given = {name: value for name, value in own.items() if value != getattr(defaults, name)}
+        for name, value in (given | self.teacher_input.given()).items():
             if cache is not None:
                 raise ValueError(f"{name}={value!r} has no effect with teacher_cache: the teacher does not run")
             if teacher is None:
                 raise ValueError(f"{name}={value!r} has no effect with method {recipe.method!r}, which uses no teacher")
             if name == "teacher_lr" and teacher.origin is not None:
                 raise ValueError(f"{name}={value!r} has no effect: teacher {self.teacher!r} is already trained")
-            if name in inputs and teacher.origin is None:
-                raise ValueError(f"{name} has no effect: the teacher is trained first, on the student's images")
-            if name in inputs and teacher.is_run and teacher.normalisation is not None:
-                raise ValueError(
-                    f"{name} has no effect: the run in {teacher.origin} records the images of its training"
-                )
 
     def _network(self, role: str) -> str:
         """Return the network of the student or teacher, given or by default. Raises ValueError if there is no default."""

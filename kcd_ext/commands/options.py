@@ -12,13 +12,14 @@ from tyro.conf import FlagCreatePairsOff, arg
 from .. import methods, models, processes
 from ..checks import check_int
 from ..data.images import ImageData, ImageSet, load
+from ..data.views import check_normalisation
 from ..environment import MAX_THREADS
 from ..registry import unknown_name_error
 from ..training.logs import check_log
 from ..training.recipe import Condense, Recipe
 from .progress import reading_bar
 from .study import PlannedRun, Study
-from .teachers import Start
+from .teachers import Start, Teacher
 
 CONDENSED_PREFIX = "kc-"  # before a method: condensed as in the paper
 TEACHER_METHOD = "ce"  # cross entropy, without a teacher
@@ -114,6 +115,53 @@ class Images:
     def normalised_for(self, start: Start | None, data: ImageData) -> ImageData:
         """Return the images, without --mean normalised as for the weights that their network starts from."""
         return data if start is None or self.mean is not None else start.normalise(data)
+
+
+@dataclass(frozen=True)
+class TeacherInput:
+    """The images that the teacher's weights were trained on."""
+
+    teacher_size: Annotated[
+        int | None,
+        arg(
+            help="Pixels per side of the images that the weights in --teacher were trained on; the teacher's images are resized "
+            "to it. None: as its library's weights (timm:, torchvision:, hf:), else the size of the images in --data."
+        ),
+    ] = None
+    teacher_mean: Annotated[
+        tuple[str, ...] | None,
+        arg(
+            metavar="NUMBER [NUMBER ...]",
+            help="Normalisation of the images that the weights in --teacher were trained on, as --mean. None: as its library's "
+            "weights (timm:, torchvision:, hf:), else that of the images in --data. A run's folder records its own.",
+        ),
+    ] = None
+    teacher_std: Annotated[tuple[str, ...] | None, arg(metavar="NUMBER [NUMBER ...]")] = None
+    """Standard deviation; give it together with --teacher-mean."""
+
+    def check(self) -> None:
+        """Raise TypeError or ValueError for an invalid option."""
+        self._normalisation()
+        if self.teacher_size is not None:
+            check_int("teacher_size", self.teacher_size, 1)
+
+    def given(self) -> dict[str, object]:
+        """Return the options that were given, by name."""
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+    def apply(self, teacher: Teacher) -> Teacher:
+        """Return the teacher for these images. Raises ValueError for an option that has no effect on it."""
+        for name in self.given():
+            if teacher.origin is None:
+                raise ValueError(f"{name} has no effect: the teacher is trained first, on the student's images")
+            if teacher.is_run and teacher.normalisation is not None:
+                raise ValueError(
+                    f"{name} has no effect: the run in {teacher.origin} records the images of its training"
+                )
+        return teacher.with_input(self._normalisation(), self.teacher_size)
+
+    def _normalisation(self) -> tuple[Sequence[float], Sequence[float]] | None:
+        return check_normalisation(parse_numbers(self.teacher_mean), parse_numbers(self.teacher_std), "teacher_")
 
 
 @dataclass(frozen=True)

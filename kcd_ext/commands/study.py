@@ -426,8 +426,7 @@ class Study:
 
         - "data": arguments of `load` that give its images.
         - "teacher_path": the path of the teacher's weights; None if this command trains them beside the run.
-        - "teacher_normalisation": the normalisation of the images that the teacher gets.
-        - "teacher_resizing": the size to which its images are resized, and how; missing if they are not.
+        - the entries of `Teacher.about_input`, on the images that the teacher gets.
         - "student_config": what `models.build` needs besides the student's name; missing if the name is enough.
         - "student_weights": the path of the weights that the student starts from; missing without.
         - "teacher_run": the fingerprint of the teacher's own run on these images.
@@ -440,11 +439,7 @@ class Study:
             added["student_config"] = network_config
         if run.start is not None:
             added["student_weights"] = str(run.start.origin.absolute())
-        if teacher is not None and (resizing := teacher.different_size(self.data)) is not None:
-            added["teacher_resizing"] = dict(zip(("size", "interpolation"), resizing, strict=True))
-        normalisation = None
-        if teacher is not None:
-            normalisation = teacher.different_normalisation(self.data) or _normalisation(self.data.train.views)
+        teacher_input = {"teacher_normalisation": None} if teacher is None else teacher.about_input(self.data)
         return {
             "command": self.command,
             "dataset": self.data.name,
@@ -453,7 +448,7 @@ class Study:
             "teacher": None if teacher is None else str(teacher),
             "teacher_network": None if teacher is None else teacher.network,
             "teacher_path": self._teacher_path(run),
-            "teacher_normalisation": None if normalisation is None else normalisation._asdict(),
+            **teacher_input,
             **added,
             "teacher_run": {} if teacher is None else self._teacher_fingerprint(run),
             **_about_cache(run.teacher_cache),
@@ -508,7 +503,7 @@ class Study:
 
 
 def _about_cache(cache: TeacherCache | None) -> dict[str, object]:
-    """Return the entries of "about" on the teacher whose logits a cache has: its network, path and normalisation."""
+    """Return the entries of "about" on the teacher whose logits a cache has: its network, path and images."""
     if cache is None:
         return {}
     source = cache.about.get("source") or {}

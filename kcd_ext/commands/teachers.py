@@ -81,6 +81,38 @@ class Teacher:
         """Return size and interpolation of the teacher's images if their size differs from that of these, else None."""
         return None if self.resizing is None or self.resizing[0] == image_size(data) else self.resizing
 
+    def about_input(self, data: ImageData) -> dict[str, object]:
+        """Return what config.json and a teacher cache record of the images that the teacher gets. Raises as `build` does.
+
+        - "teacher_normalisation": their normalisation.
+        - "teacher_resizing": the size to which they are resized, and how; missing if they are not.
+        """
+        views, resizing = data.train.views, self.different_size(data)
+        normalisation = self.different_normalisation(data) or Normalisation(views.mean, views.std)
+        resized = {} if resizing is None else dict(zip(("size", "interpolation"), resizing, strict=True))
+        return {"teacher_normalisation": normalisation._asdict()} | ({"teacher_resizing": resized} if resized else {})
+
+    def with_input(self, normalisation: tuple[Sequence[float], Sequence[float]] | None, size: int | None) -> "Teacher":
+        """Return this teacher, with its weights, for images of another normalisation or size than `find` found.
+
+        Args:
+            normalisation: mean and std, one number for all channels or one per channel; None: as found.
+            size: height and width; None: as found.
+        """
+        if normalisation is None and size is None:
+            return self
+        reason = AS_GIVEN if self.reason == AS_TRAINED else f"{self.reason} and {AS_GIVEN}"
+        teacher = replace(self, reason=reason)
+        if normalisation is not None:
+            mean, std = (tuple(numbers) for numbers in normalisation)
+            channels = max(len(mean), len(std))
+            mean, std = (numbers * channels if len(numbers) == 1 else numbers for numbers in (mean, std))
+            teacher = replace(teacher, normalisation=Normalisation(mean, std), is_given=True)
+        if size is not None:
+            interpolation = self.resizing[1] if self.resizing else "bilinear"
+            teacher = replace(teacher, resizing=((size, size), interpolation))
+        return teacher
+
     def _for_channels(self, own: Normalisation, data: ImageData, channels: int) -> Normalisation | None:
         """Return a normalisation for this many channels; None if a library's is for three and the teacher takes one."""
         if len(own.mean) == channels:
@@ -320,31 +352,6 @@ def _of_library(teacher: Teacher, library: Library) -> Teacher:
         note = f"{teacher.origin} does not say how its images were normalised: as the student's, unless you give --teacher-mean"
         teacher = replace(teacher, notes=(*teacher.notes, note))
     return replace(teacher, resizing=resizing, is_published=True, reason=library.source)
-
-
-def with_input(
-    teacher: Teacher, normalisation: tuple[Sequence[float], Sequence[float]] | None, size: int | None
-) -> Teacher:
-    """Return a teacher that gets images of another normalisation or size than `find` found.
-
-    Args:
-        teacher: a teacher with weights.
-        normalisation: mean and std, one number for all channels or one per channel; None: as found.
-        size: height and width; None: as found.
-    """
-    if normalisation is None and size is None:
-        return teacher
-    reason = AS_GIVEN if teacher.reason == AS_TRAINED else f"{teacher.reason} and {AS_GIVEN}"
-    teacher = replace(teacher, reason=reason)
-    if normalisation is not None:
-        mean, std = (tuple(numbers) for numbers in normalisation)
-        channels = max(len(mean), len(std))
-        mean, std = (numbers * channels if len(numbers) == 1 else numbers for numbers in (mean, std))
-        teacher = replace(teacher, normalisation=Normalisation(mean, std), is_given=True)
-    if size is not None:
-        interpolation = teacher.resizing[1] if teacher.resizing else "bilinear"
-        teacher = replace(teacher, resizing=((size, size), interpolation))
-    return teacher
 
 
 def has_weights(path: Path) -> bool:

@@ -45,7 +45,8 @@ def check_validation(recipe: Recipe, val: Dataset | None) -> None:
         value = getattr(recipe, option)
         if val is None and value != Recipe.__dataclass_fields__[option].default:
             raise ValueError(
-                f"{option}={value!r} needs a validation set, got val=None: a result that the test set chose is no measurement"
+                f"{option}={value!r} needs a validation set, got val=None: a result that the test set chose is no measurement "
+                "(kcd: --val-fraction)"
             )
 
 
