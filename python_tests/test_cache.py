@@ -349,7 +349,7 @@ def test_writers_killed_at_any_moment_leave_a_cache_that_others_complete(tmp_pat
         found = read_all(path) if (path / "cache.json").exists() else {}
         assert all(torch.equal(found[sample], logits_of(sample).half()) for sample in found)
         sizes.append(len(found))
-    assert sizes == sorted(sizes) and 0 < sizes[-1] < samples, sizes
+    assert sizes == sorted(sizes) and any(0 < size < samples for size in sizes), sizes
     assert Crew(write, 3).wait() == [0] * 3
     cache = TeacherCache(path)
     assert cache.ids.tolist() == [*range(samples)]

@@ -436,7 +436,7 @@ def test_presets_match_the_pairs_and_recipe_of_the_paper():
     for teacher, student, lr in (pair.split() for pair in PAPER.split(",")):
         command = parsed("distill", f"cifar100-{teacher}-{student}", "--method", "kc-kd")
         assert (command.images.data, command.images.padding, command.images.flip) == ("cifar100", None, False)
-        recipe = command.recipe
+        recipe = command.recipe.resolve_method()
         assert (recipe.lr, recipe.epochs, recipe.batch_size, recipe.momentum) == (float(lr), 240, 64, 0.9)
         assert (recipe.weight_decay, recipe.gamma, recipe.condense.keep, recipe.options) == (5e-4, 0.1, 0.7, {})
         assert [round(recipe.lr_at(e) / recipe.lr, 9) for e in (149, 150, 180, 210)] == [1, 0.1, 0.01, 0.001]

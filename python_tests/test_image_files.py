@@ -674,7 +674,7 @@ def test_commands_train_and_evaluate_from_disk(folder, tmp_path):
         assert (tmp_path / "there" / name).read_bytes() == (tmp_path / "here" / name).read_bytes()
     assert files.read_json(tmp_path / "there" / "config.json")["about"]["data"] | {"mean": 0, "std": 0} == {
         "spec": str(folder), "size": 6, "resize": "crop", "val_fraction": 0.2, "test_fraction": 0.2, "padding": 0,
-        "flip": False, "mean": 0, "std": 0,
+        "flip": False, "augment": "none", "mean": 0, "std": 0,
     }  # fmt: skip
     done = run_command("evaluate", "here", "there", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
