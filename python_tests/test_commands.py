@@ -735,6 +735,19 @@ def test_unfinished_runs_are_reported_with_their_progress(mixed_runs, here, capf
     assert row[1] == f"{third['accuracy']:.2f}" and row[3] == f"{third['sample_visits']:,}"
 
 
+def test_report_claims_a_saved_student_only_for_a_finished_run(here, capfd):
+    run, saved = ["distill", *SMALL, "--method", "ce", "--val-fraction", "0.2", "--keep-best"], "Saved student of"
+    assert cli.main([*run, "--output", "best"]) == 0
+    assert saved in capfd.readouterr().out
+    for name in ("summary.json", "student.safetensors", "ranking.json", "thumbnails.png"):
+        (here / "best" / name).unlink(missing_ok=True)
+    first = (here / "best" / "metrics.jsonl").read_text().splitlines(keepends=True)[0]
+    (here / "best" / "metrics.jsonl").write_text(first)
+    assert cli.main(["report", "best"]) == 0
+    out = capfd.readouterr().out
+    assert "Unfinished: best: 1 of 4 epochs." in out and saved not in out
+
+
 def test_report_shows_odd_names_literally(mixed_runs, here, capfd):
     """A name that matplotlib would set as a formula, a lone surrogate, and a data set of another size."""
     runs = here / "runs"

@@ -190,9 +190,10 @@ def read(folder: Path) -> Run:
         teacher_accuracy=metadata.teacher_accuracy,
         history=lines,
         best_epoch=best_epoch(lines),
-        keeps_best=metadata.config["recipe"].get("keep_best") is True,
     )
-    return Run(folder, metadata, summary)
+    run = Run(folder, metadata, summary)
+    keeps_best = metadata.config["recipe"].get("keep_best") is True and not run.unfinished
+    return replace(run, summary=replace(summary, keeps_best=keeps_best))
 
 
 def metadata_of(folder: Path) -> RunMetadata:
