@@ -523,6 +523,14 @@ def test_cache_that_does_not_fit_is_one_line(arguments, message, home, here, cap
     assert message.replace("HOME", str(home)) in line and not [*here.iterdir()]
 
 
+def test_cache_without_a_record_is_not_complete(home, here, capfd):
+    """As a writer leaves it that was killed before its first block."""
+    TeacherCacheWriter(here / "empty", classes=10).close()
+    assert kcd("distill", *SMALL, "--epochs", 2, "--teacher-cache", "empty", "--output", "run") == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith("kcd: empty is not complete: it lacks") and not (here / "run").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

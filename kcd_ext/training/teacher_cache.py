@@ -296,7 +296,7 @@ def _check_complete(cache: TeacherCache, samples: int) -> None:
 
 def count_views(cache: TeacherCache) -> int:
     """Return the number of views of each sample; 0 for the plain images."""
-    return max(0, *cache.lengths[:1].tolist())
+    return max([0, *cache.lengths[:1].tolist()])
 
 
 def is_plain_beside_views(cache: TeacherCache, train: LabelledImages) -> bool:
