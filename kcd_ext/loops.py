@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +16,7 @@ from .condensation import CondensedSampler, KnowledgeCondenser
 from .condensation.batching import split_evenly
 from .condensation.mixing import MixTree
 from .condensation.random_keys import MAX_SEED
+from .condensation.schedules import final_size
 from .data import IndexedDataset
 from .describe import brief, describe, did_you_mean
 from .randomness import seeded
@@ -51,7 +53,7 @@ def condense(
     - **Several processes.** Once `torch.distributed` is initialised, each process iterates over its own share (with `group`: its
       share within the group). `accelerator.prepare(loader)` and `fabric.setup_dataloaders(loader)` work with their default options.
       All processes get the same number of batches, of equal sizes. Up to one sample per process and epoch is a repeat with the
-      index -1, which `condenser.update` skips.
+      index -1, which `condenser.update` skips. `condenser.sample_weight[index]` would give it the last sample's weight.
     - **Batches** have at most `batch_size` samples, and their sizes differ by at most one.
 
     Args:
@@ -75,6 +77,9 @@ def condense(
         TypeError: An argument is unknown or has the wrong type. The first item is not a pair, or its x cannot be mixed.
         ValueError: An argument is out of range, `dataset` is empty, or its items differ in shape or dtype although they will be
             mixed (while loading; with `epsilon=0` nothing is mixed).
+
+    Warns:
+        RuntimeWarning: With `drop_last`, the final set of the condenser is too small for a batch.
     """
     check_int("batch_size", batch_size, 1)
     check_int("seed", seed, 0, MAX_SEED)
@@ -90,6 +95,7 @@ def condense(
         items = items.for_mixing() if mixes else items
         items[0]
     batches = CondensedBatches(built, batch_size, seed, shuffle, drop_last, of_condenser.get("group"))
+    batches.warn_if_too_few(final_size(len(items), built.config["keep"]))
     return CondensedLoader(items, batches, **of_loader), built
 
 
@@ -166,6 +172,17 @@ class CondensedBatches(DistributedSampler):
 
     def set_epoch(self, epoch: int) -> None:
         """Do nothing: the condenser counts the epochs. Accelerate and Lightning Fabric call it with their own count."""
+
+    def warn_if_too_few(self, kept: int) -> None:
+        """Warn if an epoch of `kept` samples would have no batch, which is an error once it comes to it."""
+        share = -(-kept // self._place()[1])
+        if self._drops_last and share < self._size:
+            warnings.warn(
+                f"drop_last=True leaves no batch once the set has shrunk to {share} samples per process: batch_size is "
+                f"{self._size}",
+                RuntimeWarning,
+                stacklevel=3,
+            )
 
     def _batches_of(self, rank: int, world_size: int) -> list[list[tuple[int, MixTree]]]:
         sampler = CondensedSampler(self._condenser, rank=rank, world_size=world_size, **self._order)

@@ -297,6 +297,12 @@ def test_damage_is_named_in_one_line(tmp_path):
         ({"format": 2}, "is a teacher cache of format 2, and this version of kcd_ext reads format 1"),
         ({"kind": "hidden"}, "is a teacher cache of kind 'hidden', and this version of kcd_ext reads dense"),
         ({"classes": "7"}, "cache.json is damaged: classes must be an integer"),
+        (
+            {"classes": 6},
+            "cache.json does not fit the record of sample 0: its classes or dtype are not those of the cache",
+        ),
+        ({"classes": 8}, "cache.json does not fit the record of sample 0"),
+        ({"dtype": "float32"}, "cache.json does not fit the record of sample 0"),
         ({"dtype": "int8"}, "cache.json is damaged: dtype must be one of"),
         ({"about": 3}, "cache.json is damaged: about must be a mapping"),
     ):

@@ -142,7 +142,10 @@ def test_transform_runs_after_mixing_and_on_the_first_epoch():
 
 
 def test_drop_last_gives_full_batches_only_and_refuses_none():
-    loader, condenser = condense(Numbers(), batch_size=8, drop_last=True, keep=0.1, every=1, schedule="immediate")
+    with pytest.warns(
+        RuntimeWarning, match="no batch once the set has shrunk to 4 samples per process: batch_size is 8"
+    ):
+        loader, condenser = condense(Numbers(), batch_size=8, drop_last=True, keep=0.1, every=1, schedule="immediate")
     assert [len(index) for _, _, index in loader] == [8] * 5 and len(loader) == 5
     condenser.update(torch.arange(SIZE), torch.rand(SIZE))
     condenser.step()

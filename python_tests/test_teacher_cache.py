@@ -6,6 +6,7 @@ import json
 import re
 import signal
 import time
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -44,6 +45,10 @@ def recipe(condense=None, method="kd", options=None, **changes):
 def cached(path, train=None, given=None, **options):
     options = {"views": EPOCHS, "seed": SEED, "dtype": "float32", "device": "cpu", "batch_size": 16, **options}
     return cache_teacher(given or teacher(), train or images(69), images(30, seed=1), path, **options)
+
+
+def normalised(data):
+    return IndexedDataset(data, lambda image: data.views.normalize(torch.from_numpy(image)[None])[0])
 
 
 def losses(found):
@@ -126,9 +131,7 @@ def test_plain_cache_gives_every_batch_the_logits_of_plain_samples(loaded, tmp_p
     """Of images, whatever their views, and of items with a transform, also from worker processes."""
     data = images(69)
     plain = data.views.normalize(data.tensors("cpu")[0])
-    used = (
-        IndexedDataset(data, lambda image: data.views.normalize(torch.from_numpy(image)[None])[0]) if loaded else data
-    )
+    used = normalised(data) if loaded else data
     cache = cached(tmp_path, used, views=0, dtype="float16")
     with torch.no_grad():
         expected = teacher()(plain)
@@ -350,6 +353,19 @@ def test_cache_of_your_own_writer_is_checked_as_far_as_it_is_described(tmp_path)
 
 
 @quiet
+@pytest.mark.parametrize(
+    ("made", "warns"),
+    [(lambda data: IndexedDataset(data, shaken), True), (lambda data: data, False), (normalised, False)],
+)
+def test_random_items_cause_a_warning(made, warns, tmp_path):
+    """Images have views instead: `kcd distill` prints a line if the student's are random and the cache's are not."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        cached(tmp_path, made(images(69)), views=0)
+    assert sum("another x whenever it is read" in str(warning.message) for warning in caught) == warns
+
+
+@quiet
 def test_interrupted_caching_continues_and_refuses_another_teacher(tmp_path):
     class StopCachingError(Exception):
         pass
@@ -521,6 +537,14 @@ def test_cache_that_does_not_fit_is_one_line(arguments, message, home, here, cap
     assert kcd("distill", *SMALL, "--epochs", 2, *words, "--output", "run") == 2
     (line,) = capfd.readouterr().err.splitlines()
     assert message.replace("HOME", str(home)) in line and not [*here.iterdir()]
+
+
+def test_cache_without_a_record_is_not_complete(home, here, capfd):
+    """As a writer leaves it that was killed before its first block."""
+    TeacherCacheWriter(here / "empty", classes=10).close()
+    assert kcd("distill", *SMALL, "--epochs", 2, "--teacher-cache", "empty", "--output", "run") == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith("kcd: empty is not complete: it lacks") and not (here / "run").exists()
 
 
 @pytest.mark.parametrize(

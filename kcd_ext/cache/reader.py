@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 from ..checks import check_int, is_int
 from ..describe import brief
 from . import entropies
-from .shards import ENTRY, SINGLE, data_file, index_file, read_header, read_index, shard_numbers
+from .shards import ENTRY, HEADER, SINGLE, data_file, index_file, read_header, read_index, shard_numbers
 
 
 class TeacherCache:
@@ -41,6 +41,12 @@ class TeacherCache:
         found = [read_index(self.path, number) for number in numbers]
         entries = np.concatenate(found) if found else np.empty(0, ENTRY)
         shards = np.repeat(np.array(numbers, np.int64), [len(part) for part in found])
+        misfits = np.flatnonzero(entries["size"] != abs(entries["rows"]) * (self._codec.row_size + 1))  # 1: the entropy
+        if len(misfits):
+            raise ValueError(
+                f"{self.path / HEADER} does not fit the record of sample {entries['id'][misfits[0]]}: its classes or dtype are "
+                "not those of the cache"
+            )
         order = entries["id"].argsort(kind="stable")
         entries, shards = entries[order], shards[order]
         repeated = np.flatnonzero(entries["id"][1:] == entries["id"][:-1])

@@ -108,7 +108,7 @@ def _heading(name: str, dtype: torch.dtype, shape: Sequence[int]) -> bytes:
     return f"{name} {dtype} {tuple(shape)}".encode()
 
 
-def digest_of_samples(dataset: IndexedDataset | LabelledImages, like: str | None = None) -> str:
+def digest_of_samples(dataset: IndexedDataset | LabelledImages, like: str | None = None, seed: int = 0) -> str:
     """Return the `digest` of samples and their labels. It does not depend on the state of random generators.
 
     For images in memory it covers all images and labels, and the settings of their views. For images on disk it covers all
@@ -119,6 +119,7 @@ def digest_of_samples(dataset: IndexedDataset | LabelledImages, like: str | None
         dataset: The data set.
         like: An earlier digest. The digest of images has its form, wherever they are now. All images on disk are decoded if
             they were in memory then.
+        seed: The seed of random generators while items are loaded one by one.
     """
     if isinstance(dataset, LabelledImages):
         in_memory = isinstance(dataset, ImageSet)
@@ -129,7 +130,7 @@ def digest_of_samples(dataset: IndexedDataset | LabelledImages, like: str | None
         own = {f"images {dataset.views}": images, "labels": torch.from_numpy(dataset.labels)}
         return PARTIAL + digest(own)
     chosen = np.unique(np.linspace(0, len(dataset) - 1, DIGESTED_SAMPLES).astype(int)).tolist()
-    with seeded(0):
+    with seeded(seed):
         samples = {index: default_collate([dataset[index]]) for index in chosen}
     return digest(
         {f"{index} {part}": samples[index][position] for index in chosen for position, part in enumerate("xy")}

@@ -78,7 +78,8 @@ def cache_teacher(
         OSError: A file cannot be written. What has been written is intact.
 
     Warns:
-        UserWarning: The teacher is hardly better on `test` than the most frequent class.
+        UserWarning: The teacher is hardly better on `test` than the most frequent class. The items of `train` are random, so the
+            student will see others than the teacher.
     """
     output, train, test = Path(output), as_indexed("train", train), as_indexed("test", test)
     check_int("views", views, 0)
@@ -96,6 +97,12 @@ def cache_teacher(
     ):
         network = hook.network.to(accelerator.device)
         classes = _check_teacher(network, train, test, accelerator.device)
+        if accelerator.is_main_process and _has_random_items(train):
+            warnings.warn(
+                "train gives another x whenever it is read, so students will see other ones than the teacher: leave out random "
+                "transforms",
+                stacklevel=2,
+            )
         earlier = _recorded(output, accelerator)
         facts = {
             "samples": len(train),
@@ -142,6 +149,13 @@ def _check_teacher(
             if not 0 <= extreme < classes:
                 raise ValueError(f"{part} must give labels in [0, {classes}), the teacher's classes, got {extreme}")
     return classes
+
+
+def _has_random_items(train: IndexedDataset | LabelledImages) -> bool:
+    """Return whether items that are loaded one by one depend on the state of random generators, judged by a few samples."""
+    if isinstance(train, LabelledImages):
+        return False
+    return digest_of_samples(train) != digest_of_samples(train, seed=1)
 
 
 def _recorded(output: Path, accelerator: Accelerator) -> Mapping[str, object]:
@@ -296,7 +310,7 @@ def _check_complete(cache: TeacherCache, samples: int) -> None:
 
 def count_views(cache: TeacherCache) -> int:
     """Return the number of views of each sample; 0 for the plain images."""
-    return max(0, *cache.lengths[:1].tolist())
+    return max([0, *cache.lengths[:1].tolist()])
 
 
 def is_plain_beside_views(cache: TeacherCache, train: LabelledImages) -> bool:
