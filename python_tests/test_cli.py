@@ -304,7 +304,7 @@ def three_channels(*, in_channels, num_classes):
         ),
         (["--keep", "0"], r"keep must be a number in \(0, 1\], got 0.0"),
         (["--keep", "1"], "keep=1.0 drops none of 1083 samples in 24 epochs: use a smaller keep"),
-        (["--keep", "0.995"], "keep=0.995 drops none of 1083 samples in 24 epochs"),
+        (["--keep", "0.995", "--schedule", "reference"], "keep=0.995 drops none of 1083 samples in 24 epochs"),
         (["--data", f"{__name__}:key_error"], r"data set 'test_cli:key_error' raised KeyError: 'no such file'"),
         (["--data", f"{__name__}:runtime_error"], "raised RuntimeError: boom\n"),
         (["--data", f"{__name__}:leaves"], "raised SystemExit: 3"),
