@@ -606,7 +606,8 @@ def test_later_reports_keep_evaluation_section_and_column(evaluated, tmp_path, m
 
 def test_table_counts_evaluated_seeds():
     def run(method, seed, agreement):
-        found = None if agreement is None else dataclasses.replace(full, agreement=agreement)
+        scores = None if agreement is None else dataclasses.replace(full.student, ece=agreement / 10)
+        found = None if scores is None else dataclasses.replace(full, agreement=agreement, student=scores)
         return Summary(method, seed, 1.0, 1.0, 1, 1, 1.0, evaluation=found)
 
     student, teacher, labels = tensors(CASES["odd"])
@@ -615,7 +616,9 @@ def test_table_counts_evaluated_seeds():
         [run("a", 0, 80.0), run("a", 1, 90.0), run("a", 2, None), run("b", 0, None), run("c", 0, 70.0)]
     )
     assert [row[3] for row in table] == ["agreement, %", "85.00 ± 7.07 (2 of 3)", "-", "70.00"]
-    assert "agreement" not in "".join(tables.results_table([run("a", 0, None), run("b", 0, None)])[0])
+    assert [row[4] for row in table] == ["ECE, %", "8.50 ± 0.71 (2 of 3)", "-", "7.00"]
+    head = "".join(tables.results_table([run("a", 0, None), run("b", 0, None)])[0])
+    assert "agreement" not in head and "ECE" not in head
     assert "evaluation" not in run("a", 0, 80.0).as_json()
 
 
@@ -789,6 +792,10 @@ def test_notes_name_agreements_with_different_teachers(random_evaluation):
     assert tables.notes_on_agreement([run("a", 0, "x"), run("a", 1, "y")]) == [
         several,
         "The agreement of a is averaged over different teachers.",
+    ]
+    assert tables.notes_on_agreement([run(method, seed, f"of-{seed}") for method in "ab" for seed in (0, 1)]) == [
+        several,
+        "The agreement of a, b is averaged over different teachers.",
     ]
     assert tables.notes_on_agreement([run("a", 0, "x", own=False)]) == [
         "The agreement of a is with net of at-x (weights x), not with a teacher that the run was distilled from."
@@ -1058,7 +1065,7 @@ def test_pages_of_one_seed_and_all_seeds_agree(runs, monkeypatch, capfd):
     assert [row[3] for row in seed.rows[:3]] == ["agreement, %", "-", f"{one:.2f}"]
     two = mean([one, (other := read_evaluation(runs / "two" / "seed-6")["evaluation"]["agreement"])])
     assert [row[3] for row in both.rows[:3]] == ["agreement, %", "-", f"{two:.2f} ± {stdev([one, other]):.2f}"]
-    assert [row[:3] + row[4:] for row in both.rows[:3]] == before.rows[:3]
+    assert [row[:3] + row[5:] for row in both.rows[:3]] == before.rows[:3]
     page.write_text("of an older version")
     monkeypatch.chdir(runs / "two" / "seed-5")
     assert kcd("evaluate", ".", "--threads", 1) == 0

@@ -20,6 +20,7 @@ from kcd_ext.commands.report import Report
 from kcd_ext.data.images import ImageSet, assemble
 from kcd_ext.data.views import Views
 from kcd_ext.reports import figures, page, ranking, runs
+from kcd_ext.reports.conclusion import conclusion
 from kcd_ext.reports.tables import kept_by_class, results_table
 from kcd_ext.training import Condense, Recipe, Summary, distill
 
@@ -136,6 +137,9 @@ def test_accuracy_axis_hides_the_steep_start_and_nothing_else():
         def curve(self, method, name):
             return np.array(curves[method], dtype=float) if name == "accuracy" else np.arange(12.0)
 
+        def deviation(self, method):
+            return 0.0
+
         def are_validated(self, method):
             return False
 
@@ -172,6 +176,11 @@ def test_curves_show_the_mean_over_seeds_after_every_epoch(rendered):
                 points = np.stack([x[label][method], LEVELS[method] + epochs + 2], axis=1)
                 assert lines[method].get_xydata().tolist() == points.tolist()
                 assert points[1:, 1].min() > axes.get_ylim()[0] and points[:, 1].max() < axes.get_ylim()[1]
+            bars = [bar.get_segments()[0].tolist() for bar in axes.collections]
+            assert bars == [
+                [[x[label][method][-1], LEVELS[method] + 6 + sign * 2**0.5] for sign in (-1, 1)]
+                for method in ("kd", "kc-kd")
+            ]
             assert set(lines["teacher"].get_ydata()) == {LEVELS["teacher"] + 4 + 2}
             assert [text.get_text() for text in axes.get_legend().get_texts()] == ["kd", "kc-kd", "teacher"]
 
@@ -196,6 +205,58 @@ def test_results_table_shows_means_deviations_and_percentages(rendered):
         ["kd", "76.00 ± 1.41", "77.00 ± 1.41", *visits, "24 G", "14.0 ± 1.4", "12.5 %"],
         ["kc-kd", "86.00 ± 1.41", "87.00 ± 1.41", "3,600 (90.0 %)", visits[1], "20 G", "10.0 ± 1.4", "12.5 %"],
     ]
+
+
+def with_accuracies(**accuracies):
+    """Return groups of runs, one seed for each accuracy; KD makes twice as many visits as others."""
+    return {
+        method.replace("_", "-"): [
+            Summary(method, seed, accuracy, accuracy, 2000 if method == "kd" else 1000, 0, 1.0)
+            for seed, accuracy in enumerate(found)
+        ]
+        for method, found in accuracies.items()
+    }
+
+
+def test_conclusion_compares_accuracies_seed_by_seed():
+    """The differences are 1, 2, 3; -1, -1, -4; 1, 2, -1: means 2, -2, 2/3, standard errors 0.577, 1, 0.882."""
+    ours = [92.0, 80.0, 88.0]
+    groups = with_accuracies(
+        kd=[99.0] * 3,
+        kc_kd=ours,
+        random=[91.0, 78.0, 85.0],
+        kd_shorter=[93.0, 81.0, 92.0],
+        infobatch=[91.0, 78.0, 89.0],
+    )
+    text = conclusion(groups)
+    assert text.startswith(
+        "Conclusion: at 50.0 % of KD's visits, kc-kd is better than random (+2.00 ± 0.58 points) and not distinguishable from "
+        "kd-shorter (-2.00 ± 1.00 points) and infobatch (+0.67 ± 0.88 points). (Mean difference"
+    )
+    groups = with_accuracies(kc_kd=ours, random=[93.0, 81.5, 89.0])  # the other way round, and without KD
+    assert conclusion(groups).startswith(
+        "Conclusion: at 1,000 visits, kc-kd is worse than random (-1.17 ± 0.17 points). ("
+    )
+    equal = conclusion(with_accuracies(kc_kd=ours, random=ours))
+    assert "not distinguishable from random (0.00 ± 0.00 points)" in equal
+    assert "is better than random (+1.00 ± 0.00 points)" in conclusion(
+        with_accuracies(kc_kd=ours, random=[91.0, 79.0, 87.0])
+    )
+
+
+def test_conclusion_needs_three_seeds_and_as_many_visits():
+    two = with_accuracies(kd=[99.0] * 2, kc_kd=[90.0, 91.0], random=[80.0, 81.0])
+    assert conclusion(two) == (
+        "No conclusion on whether kc-kd is better than random: it takes 3 seeds or more, such as those of kcd demo --seeds 0 1 2 "
+        "3 4, got 2."
+    )
+    three = with_accuracies(kd=[99.0] * 3, kc_kd=[90.0] * 3, random=[80.0] * 3)
+    assert "kc-kd is better than random" in conclusion(three)
+    more = [dataclasses.replace(run, sample_visits=1100) for run in three["random"]]
+    fewer_seeds = [dataclasses.replace(run, seed=run.seed + 1) for run in three["random"]]
+    for others in (more, fewer_seeds, []):
+        assert conclusion({**three, "random": others}) == ""
+    assert conclusion({"random": three["random"]}) == conclusion({"kd": three["kd"], "kc-kd": three["kc-kd"]}) == ""
 
 
 @pytest.mark.parametrize("channels", mostly_slow([1, 2, 3, 4, 5], kept=[1, 3]))

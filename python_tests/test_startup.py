@@ -275,7 +275,8 @@ def test_every_run_of_a_demo_chooses_its_threads(small, monkeypatch, capfd):
     monkeypatch.setattr(threads, "FLOPS_PER_THREAD", 5 * 10**6)  # only a step of the teacher has more FLOPs
     assert cli.main(["demo", *options, "--keep", "0.5", "--output", "demo"]) == 0
     pattern = (
-        r"kcd: threads 2 for teacher \(10.*\), 1 for student \(.*\), 1 for kd, random, kc-kd \(.* MFLOPs a step\)\n"
+        r"kcd: threads 2 for teacher \(10.*\), 1 for student \(.*\), "
+        r"1 for kd, kd-shorter, random, infobatch, kc-kd \(.* MFLOPs a step\)\n"
     )
     assert re.match(pattern, capfd.readouterr().err)
     assert threads_in("demo/checkpoint/seed-0/teacher") == {2} and threads_in("demo/checkpoint/seed-0/kc-kd") == {1}

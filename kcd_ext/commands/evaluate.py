@@ -193,6 +193,35 @@ class Evaluate:
         return _EvaluationPlan(run, data, teacher, student.build(data, SEED), network, self.threads)
 
 
+def evaluate_students(
+    folders: Sequence[Path], *, data: ImageData, device: str = "auto", threads: int | None = None
+) -> None:
+    """Compare students with the teachers that they were distilled from, and write evaluation.json into each folder.
+
+    A run that cannot be evaluated, such as one that diverged, is noted on stderr. The caller has locked the folders and
+    writes the reports.
+
+    Args:
+        folders: Run folders of a command.
+        data: The images of these runs.
+        device: auto, cpu or cuda.
+        threads: Torch's CPU threads. None: chosen as in `kcd evaluate`.
+
+    Raises:
+        OSError: a result cannot be written.
+    """
+    find_once = cache(teachers.find)
+    with accelerator_on(device, "no") as accelerator:
+        for folder in folders:
+            try:
+                plan = Evaluate((folder,), threads=threads)._plan(folder, lambda **_: data, find_once)
+                evaluation, chosen = plan.evaluate(accelerator.device, TEMPERATURES, None)
+            except EVALUATION_ERRORS as error:
+                note(f"{folder} is not evaluated: {one_line(error)}")
+            else:
+                plan.write(evaluation, chosen.count)
+
+
 @dataclass(frozen=True)
 class _EvaluationPlan:
     """A student and its teacher, loaded but not evaluated yet."""

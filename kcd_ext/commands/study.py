@@ -86,6 +86,8 @@ class Study:
     """Names of the logs of every run: keys of `LOGS`, or module:Class."""
     progress_every: int | None = None
     """Optimizer steps between lines of progress within an epoch; None: none."""
+    finish: Callable[[Sequence[Path]], None] | None = None
+    """Called with the folders of the distilled students after all training, before the report is written."""
     deadline: float | None = None
     """Time of `time.monotonic` at which training is interrupted; None: never."""
     chosen_threads: Mapping[Path, Threads] = field(default_factory=dict)
@@ -123,6 +125,8 @@ class Study:
             try:
                 with warnings_as_notes():
                     self._train_all()
+                    if self.finish is not None and is_rank_zero:
+                        self.finish([run.folder for run in self.runs if run.recipe.method != "ce"])
             except KeyboardInterrupt:
                 raise KeyboardInterrupt(f"run the command again with --resume to continue in {self.output}") from None
             if is_rank_zero and any((run.folder / "metrics.jsonl").exists() for run in self.runs):

@@ -4,7 +4,7 @@ import io
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence
-from statistics import mean
+from statistics import mean, stdev
 
 import matplotlib
 import numpy as np
@@ -12,6 +12,7 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.text import Text
+from matplotlib.transforms import offset_copy
 
 from ..evaluation import Evaluation
 from ..terminal import printable
@@ -46,6 +47,12 @@ class Methods:
         lines = zip(*(run.history for run in self.drawn[method]), strict=False)
         return np.array([[line[name] for line in epoch] for epoch in lines], dtype=float).mean(1)
 
+    def deviation(self, method: str) -> float:
+        """Return the sample standard deviation over seeds of the last accuracy of a curve; 0 for one seed."""
+        runs = self.drawn[method]
+        last = min(len(run.history) for run in runs) - 1
+        return stdev(run.history[last]["accuracy"] for run in runs) if len(runs) > 1 else 0.0
+
     def are_validated(self, method: str) -> bool:
         """Whether all runs of a method have a validation set."""
         return all(run.best_epoch is not None for run in self.drawn[method])
@@ -72,25 +79,32 @@ class Methods:
 def draw_accuracy(axes: Axes, methods: Methods, against: str, against_label: str) -> None:
     """Draw the accuracy of every method after every epoch, against a cumulative entry of metrics.jsonl.
 
-    Accuracy on a validation set is a dotted line. The axis shows every level and what follows the first quarter of each curve:
-    the steep start would flatten the differences.
+    With several seeds, a bar beside the end of a curve is one standard deviation up and down. Accuracy on a validation set is a
+    dotted line. The axis shows every level and bar, the last third of each curve and its highest point: what comes before the
+    learning rate falls would flatten the differences.
     """
     shown = [*methods.levels.values()]
-    for method in methods.drawn:
+    for index, method in enumerate(methods.drawn):
         x, y = methods.curve(method, against), methods.curve(method, "accuracy")
         axes.plot(x, y, color=methods.colours[method], label=printable(method), linewidth=1.6)
-        shown += [*y[len(y) // 4 :], y.max()]
+        if deviation := methods.deviation(method):
+            # Beside the curve's end and each other, so that the bars of curves that end together do not overlap.
+            beside = offset_copy(axes.transData, axes.figure, x=3 * (1 + index), units="points")
+            ends = (y[-1] - deviation, y[-1] + deviation)
+            axes.vlines(x[-1], *ends, color=methods.colours[method], transform=beside, linewidth=1.2)
+            shown += ends
+        shown += [*y[2 * len(y) // 3 :], y.max()]
         if methods.are_validated(method):
             y, label = methods.curve(method, "val_accuracy"), f"{printable(method)}, validation"
             axes.plot(x, y, color=methods.colours[method], label=label, linewidth=0.8, linestyle=":")
-            shown += [*y[len(y) // 4 :], y.max()]
+            shown += [*y[2 * len(y) // 3 :], y.max()]
     for (name, level), style in zip(methods.levels.items(), ["--", ":", "-."] * len(methods.levels), strict=False):
         axes.axhline(level, color="#333333", linestyle=style, linewidth=1, label=printable(name))
     axes.set(xlabel=against_label, ylabel="test accuracy, %")
     margin = 0.05 * (max(shown) - min(shown)) or 1.0
     axes.set_ylim(min(shown) - margin, max(shown) + margin)
     axes.xaxis.set_major_formatter(lambda x, _position: _abbreviate(x))
-    _disable_math(axes.legend(loc="lower right", frameon=False).get_texts())
+    _disable_math(axes.legend(loc="best", frameon=False).get_texts())
 
 
 def _disable_math(texts: Iterable[Text]) -> None:

@@ -13,6 +13,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from ..files import write_bytes
 from . import figures, ranking, tables
 from .comparison import Comparison, compare
+from .conclusion import conclusion
 
 TEMPLATE = "page.html.jinja"
 
@@ -48,9 +49,8 @@ def write(page: Path, paths: Sequence[Path]) -> Report:
     write_bytes(page.with_suffix(".png"), picture)
     results = tables.results_table(found.summaries, found.baseline)
     shown = [table for table in (results, found.differences) if table]
-    return Report(
-        shown, [*found.notes, *tables.notes_on_best(found.summaries), *tables.notes_on_agreement(found.summaries)]
-    )
+    notes = [*found.notes, *tables.notes_on_best(found.summaries), *tables.notes_on_agreement(found.summaries)]
+    return Report(shown, [*notes, *filter(None, [conclusion(tables.by_method(found.summaries))])])
 
 
 def render(found: Comparison, folder: Path) -> tuple[bytes, bytes]:
@@ -73,6 +73,7 @@ def render(found: Comparison, folder: Path) -> tuple[bytes, bytes]:
         config=json.dumps({**found.config, "runs": runs}, indent=2),
         evaluated=evaluated,
         first_evaluations=dict(evaluations.values()),
+        conclusion=conclusion(methods.groups),
         tables=tables,
         figures=figures,
         number=tables.format_number,

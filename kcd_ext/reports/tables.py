@@ -2,11 +2,12 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import mean, stdev
 
 import numpy as np
 
+from ..evaluation import Evaluation
 from ..terminal import printable
 from ..training.summary import Summary
 from .runs import TEACHER
@@ -21,13 +22,14 @@ RESULT_COLUMNS = (
     "accuracy last, %",
     "accuracy best, %",
     "agreement, %",
+    "ECE, %",
     "sample visits",
     "teacher visits",
     "FLOPs",
     "seconds",
     "condensation",
 )
-AGREEMENT_COLUMN = RESULT_COLUMNS.index("agreement, %")
+EVALUATION_COLUMNS = ("agreement, %", "ECE, %")
 
 
 def by_method(summaries: Iterable[Summary]) -> dict[str, list[Summary]]:
@@ -43,7 +45,7 @@ def results_table(summaries: Iterable[Summary], baseline: str = "kd") -> Table:
 
     - Teachers that were measured but are not among the methods have rows above them (`measured_teachers`).
     - Visits are also given as a percentage of those of `baseline`, if it was run; condensation as one of the seconds.
-    - The column for agreement with the teacher is omitted if no run was evaluated.
+    - The columns for agreement with the teacher and calibration are omitted if no run was evaluated.
     """
     groups = by_method(summaries)
     flops = {method: _mean_flops(group) for method, group in groups.items()}
@@ -67,7 +69,8 @@ def results_table(summaries: Iterable[Summary], baseline: str = "kd") -> Table:
                 method,
                 mean_and_deviation([s.accuracy_last for s in group], ".2f"),
                 mean_and_deviation([s.accuracy_best for s in group], ".2f"),
-                _mean_agreement(group),
+                _mean_evaluation(group, lambda evaluation: evaluation.agreement),
+                _mean_evaluation(group, lambda evaluation: evaluation.student.ece),
                 visits("sample_visits", group),
                 visits("teacher_visits", group),
                 "unknown" if flops[method] is None else f"{flops[method] / unit:.4g} {letter}",
@@ -76,8 +79,9 @@ def results_table(summaries: Iterable[Summary], baseline: str = "kd") -> Table:
             ]
         )
     table = [[*RESULT_COLUMNS], *rows]
-    if all(row[AGREEMENT_COLUMN] == "-" for row in rows):
-        table = [row[:AGREEMENT_COLUMN] + row[AGREEMENT_COLUMN + 1 :] for row in table]
+    if all(summary.evaluation is None for group in groups.values() for summary in group):
+        shown = [index for index, name in enumerate(RESULT_COLUMNS) if name not in EVALUATION_COLUMNS]
+        table = [[row[index] for index in shown] for row in table]
     return table
 
 
@@ -138,9 +142,9 @@ def mean_and_deviation(numbers: Sequence[float], form: str) -> str:
     return f"{mean(numbers):{form}} ± {stdev(numbers):{form}}"
 
 
-def _mean_agreement(group: Sequence[Summary]) -> str:
-    """Return the agreement of the evaluated runs, with their number unless all were evaluated."""
-    found = [s.evaluation.agreement for s in group if s.evaluation is not None]
+def _mean_evaluation(group: Sequence[Summary], measure: Callable[[Evaluation], float]) -> str:
+    """Return a measure of the evaluated runs, with their number unless all were evaluated."""
+    found = [measure(s.evaluation) for s in group if s.evaluation is not None]
     if not found:
         return "-"
     return mean_and_deviation(found, ".2f") + (f" ({len(found)} of {len(group)})" if len(found) < len(group) else "")
@@ -221,11 +225,8 @@ def notes_on_agreement(summaries: Sequence[Summary]) -> list[str]:
     ]
     if len(set().union(*teachers.values())) > 1:
         notes.append("The agreements are with different teachers: see the evaluation.")
-    notes += [
-        f"The agreement of {method} is averaged over different teachers."
-        for method, weights in teachers.items()
-        if len(weights) > 1
-    ]
+    if averaged := [method for method, weights in teachers.items() if len(weights) > 1]:
+        notes.append(f"The agreement of {', '.join(averaged)} is averaged over different teachers.")
     return notes
 
 
