@@ -1,6 +1,7 @@
 """Tests of splits, resizing, and images on disk: a run that decodes its images as it goes equals the run in memory."""
 
 import random
+import shutil
 import time
 import types
 import warnings
@@ -389,6 +390,20 @@ def test_folder_without_a_split_is_divided(folder):
             ValueError, match=r"give test_fraction \(--test-fraction\) or val_fraction \(--val-fraction\)"
         ):
             load(folder, **wrong)
+
+
+def test_classes_named_train_or_val_are_classes_beside_others(folder, tmp_path):
+    folder = Path(shutil.copytree(folder, tmp_path / "copy"))
+    classes = sorted(path.name for path in folder.iterdir())
+    expected = [load(folder, memory=memory, **OPTIONS).test.labels.tolist() for memory in (None, 1)]
+    for new, old in (("train", classes[1]), ("val", classes[-1])):
+        (folder / old).rename(folder / new)
+        data = [load(folder, memory=memory, **OPTIONS) for memory in (None, 1)]
+        assert new in data[0].class_names and data[0].class_names == data[1].class_names
+        assert [sorted(part.test.labels.tolist()) for part in data] == [sorted(labels) for labels in expected]
+    (folder / "train" / "steam").mkdir()
+    with pytest.raises(ValueError, match="val: must have a folder of images for every class, but has none"):
+        load(folder, **OPTIONS)
 
 
 def test_validation_images_test_too_if_there_are_no_others(folder):

@@ -74,7 +74,8 @@ def read(path: Path, reading: Reading) -> ImageData:
     - **Parts.** Training images are in `train` or `training`, validation images in `val`, `valid` or `validation`, test
       images in `test` or `testing`, in lower or upper case. If several folders match a part, the first in this order is
       read, and a warning names the others. If only `val` is there, it is the test set. If none of these folders is there,
-      the classes are the folders in `path`. `reading` can split off images.
+      the classes are the folders in `path`, from which `reading` must split off images. A folder `train` without folders in
+      it is then a class too, if there are other classes.
     - **Classes** are the folders in the training part, sorted by name. Names are compared and returned in Unicode form
       NFC. A class without images in one part keeps its number, and `load` warns.
     - **Images.** All images below a class folder belong to that class, ordered by relative path, component by component
@@ -124,8 +125,8 @@ def _find_parts(path: Path, reading: Reading) -> dict[str, Path]:
     folders = sorted(entry.name for entry in path.iterdir() if entry.is_dir())
     parts = {part: folder for part in PARTS if (folder := _find_part(path, folders, PARTS[part])) is not None}
     splits = reading.val_fraction is not None or reading.test_fraction is not None
-    if not parts and folders and splits:
-        return {"train": path}
+    if splits and folders and not any(map(_has_folders, parts.values())) and len(folders) > len(parts):
+        return {"train": path}  # a class may have the name of a part, such as train among the vehicles
     has = f"it has the folders {join_names(list(map(repr, folders)))}" if folders else "it has no folders"
     if "train" not in parts:
         hint = f"; for <class>/<images> without parts, {ADVICE}" if folders and not parts else ""
@@ -137,6 +138,11 @@ def _find_parts(path: Path, reading: Reading) -> dict[str, Path]:
         others = [*PARTS["test"], *PARTS["val"]][1:]
         raise ValueError(f"{path}: must have a folder test (or {', '.join(others)}); {has}; without one, {ADVICE}")
     return parts
+
+
+def _has_folders(folder: Path) -> bool:
+    """Return whether a folder contains folders that are not hidden."""
+    return any(entry.is_dir() and not entry.name.startswith(".") for entry in folder.iterdir())
 
 
 def _find_part(path: Path, folders: Sequence[str], names: Sequence[str]) -> Path | None:
