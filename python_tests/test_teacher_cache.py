@@ -401,6 +401,26 @@ def test_interrupted_caching_continues_and_refuses_another_teacher(tmp_path):
 
 
 @quiet
+def test_damage_is_found_before_training_and_mended_by_caching_again(tmp_path):
+    whole = cached(tmp_path / "cache")
+    digest, data = whole.digest, tmp_path / "cache" / "shard-0000.data"
+    content = bytearray(data.read_bytes())
+    content[len(content) // 2] ^= 1
+    data.write_bytes(content)
+    calls = []
+    for use in (
+        lambda: train(TeacherCache(tmp_path / "cache"), output=tmp_path / "run"),
+        lambda: cached(tmp_path / "cache", progress=lambda *_: calls.append(1)),
+    ):
+        with pytest.raises(ValueError, match=r"remove shard-0000.data and shard-0000.index, and run the command"):
+            use()
+    assert not calls and not (tmp_path / "run").exists()
+    for suffix in ("data", "index"):
+        (tmp_path / "cache" / f"shard-0000.{suffix}").unlink()
+    assert cached(tmp_path / "cache").digest == digest
+
+
+@quiet
 def test_killed_caching_continues_with_what_is_on_the_disk(tmp_path, monkeypatch):
     monkeypatch.setattr(writer, "BUFFER_SIZE", 100)
     sizes = []

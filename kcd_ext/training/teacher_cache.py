@@ -49,7 +49,7 @@ def cache_teacher(
 ) -> TeacherCache:
     """Run the teacher on the training set and store its logits, so that `distill` needs no teacher.
 
-    A call that was interrupted continues where it stopped; one on a complete cache only opens it. With several processes
+    A call that was interrupted continues where it stopped; one on a complete cache only verifies it. With several processes
     (`torchrun`), each writes its share. The teacher runs in evaluation mode and in float32.
 
     Args:
@@ -74,7 +74,7 @@ def cache_teacher(
 
     Raises:
         TypeError, ValueError: An argument does not fit; the teacher fails or gives logits that cannot be stored; or `output`
-            holds a cache of another teacher, other data, views or dtype. The message names what differs.
+            holds a cache of another teacher, other data, views or dtype, or a damaged one. The message names what differs.
         OSError: A file cannot be written. What has been written is intact.
 
     Warns:
@@ -159,11 +159,14 @@ def _has_random_items(train: IndexedDataset | LabelledImages) -> bool:
 
 
 def _recorded(output: Path, accelerator: Accelerator) -> Mapping[str, object]:
-    """Return what an earlier call recorded, on every rank alike; empty if there is none."""
+    """Return what an earlier call recorded, on every rank alike; empty if there is none. Raises ValueError for damage."""
     accelerator.wait_for_everyone()
-    found = TeacherCache(output).about if (output / "cache.json").exists() else {}
+    found = TeacherCache(output) if (output / "cache.json").exists() else None
     accelerator.wait_for_everyone()  # no rank may write a header before all have looked for one
-    return found
+    if found is None:
+        return {}
+    found.verify()
+    return found.about
 
 
 def _measure(network: nn.Module, source: BatchSource, classes: int, batch_size: int, accelerator: Accelerator) -> float:
@@ -242,7 +245,7 @@ def recorded_accuracy(cache: TeacherCache, test: IndexedDataset | LabelledImages
 def check_cache(
     cache: TeacherCache, method: Method, recipe: Recipe, train: IndexedDataset | LabelledImages, classes: int
 ) -> None:
-    """Raise ValueError, in one line that names what differs, if a cache cannot be the teacher of a run.
+    """Raise ValueError, in one line that names what differs, if a cache is damaged or cannot be the teacher of a run.
 
     What a cache does not record, such as one that a `TeacherCacheWriter` of yours made, is not checked.
     """
@@ -265,6 +268,7 @@ def check_cache(
             raise ValueError(f"{cache.path} was made from other training data: {name}={there!r} there, {own!r} here")
     _check_complete(cache, len(train))
     check_views(cache, train, recipe.seed)
+    cache.verify()
 
 
 def check_views(cache: TeacherCache, train: IndexedDataset | LabelledImages, seed: int) -> None:
