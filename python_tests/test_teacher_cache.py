@@ -314,6 +314,26 @@ def test_other_training_data_are_refused(change, message, tmp_path):
 
 
 @quiet
+def test_other_items_are_refused_wherever_they_differ(tmp_path):
+    """The changed item, 1, is none of those that are loaded for the digest of the samples."""
+    data = images(69)
+    cached(tmp_path / "cache", normalised(data), views=0)
+    for change in (with_another_label(data), ImageSet(with_another_pixel(data).images, data.labels, data.views)):
+        labels, pixels = data.labels.copy(), data.images.copy()
+        labels[1], pixels[1] = change.labels[1], change.images[0]
+        other = normalised(ImageSet(pixels, labels, data.views))
+        for use in (
+            lambda other=other: train(TeacherCache(tmp_path / "cache"), train=other),
+            lambda other=other: cached(tmp_path / "cache", other, views=0),
+        ):
+            with pytest.raises(
+                ValueError, match=r"was made from other training data: what train has as dataset\.\w+ diff"
+            ):
+                use()
+    assert train(TeacherCache(tmp_path / "cache"), recipe(epochs=1), normalised(data)).teacher_visits == 0
+
+
+@quiet
 def test_views_and_normalisation_of_the_student_are_free_with_plain_logits(tmp_path):
     cache = cached(tmp_path, views=0)
     for change in (with_views(padding=0, flip=False), with_views(mean=(0.4,), std=(0.5,))):

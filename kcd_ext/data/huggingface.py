@@ -1,5 +1,6 @@
 """Data sets that Hugging Face `datasets` saved to disk (`save_to_disk`). Nothing is downloaded, and no code is executed."""
 
+import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -53,6 +54,11 @@ class Rows:
             raise ValueError(f"{self.name(index)}: must have the bytes of an image or a local path, got {path!r}")
         return open_regular(path)
 
+    def stamp(self, index: int) -> str:
+        """Return the number of bytes of a row's image."""
+        with self.open(index) as file:
+            return str(file.seek(0, os.SEEK_END))
+
     def take(self, index: np.ndarray) -> "Rows":
         """Return some of the rows."""
         return _TakenRows(self, index)
@@ -73,6 +79,9 @@ class _TakenRows(Rows):
 
     def open(self, index: int) -> BinaryIO:
         return self._rows.open(int(self._index[index]))
+
+    def stamp(self, index: int) -> str:
+        return self._rows.stamp(int(self._index[index]))
 
 
 def is_saved(path: Path) -> bool:

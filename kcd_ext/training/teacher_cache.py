@@ -28,6 +28,7 @@ from .diagnosis import teacher_warning
 from .distributed import Accelerator, accelerator_on, sum_over_ranks
 from .fingerprint import digest, digest_of_samples
 from .recipe import Recipe
+from .stored import differing_part, digests_of_stored
 
 NORMALISATION = ("mean", "std")  # fields of views that the student may have otherwise than the teacher
 
@@ -107,6 +108,7 @@ def cache_teacher(
         facts = {
             "samples": len(train),
             "train_samples": digest_without_views(train, earlier.get("train_samples")),
+            "train_stored": _check_stored(output, earlier, train),
             "test_samples": digest_without_views(test, earlier.get("test_samples")),
             "teacher": digest(teacher.state_dict()),
             "teacher_input": renormalisation(teacher),
@@ -167,6 +169,14 @@ def _recorded(output: Path, accelerator: Accelerator) -> Mapping[str, object]:
         return {}
     found.verify()
     return found.about
+
+
+def _check_stored(path: Path, about: Mapping[str, object], train: IndexedDataset | LabelledImages) -> object:
+    """Return the digests of what `train` stores: recorded ones if there are any. Raises ValueError if one differs."""
+    own = digests_of_stored(train)
+    if name := differing_part(recorded := about.get("train_stored", own), own):
+        raise ValueError(f"{path} was made from other training data: what train has as {name} differs")
+    return recorded
 
 
 def _measure(network: nn.Module, source: BatchSource, classes: int, batch_size: int, accelerator: Accelerator) -> float:
@@ -266,6 +276,7 @@ def check_cache(
     for name, own in recorded.items():
         if (there := cache.about.get(name, own)) != own:
             raise ValueError(f"{cache.path} was made from other training data: {name}={there!r} there, {own!r} here")
+    _check_stored(cache.path, cache.about, train)
     _check_complete(cache, len(train))
     check_views(cache, train, recipe.seed)
     cache.verify()
