@@ -653,6 +653,80 @@ def test_damaged_or_unsuitable_saved_data_sets_are_refused(hub, tmp_path):
     refuses("cannot be read by Hugging Face datasets", None, tmp_path / "y")
 
 
+@pytest.fixture
+def write(hub, tmp_path, monkeypatch):
+    """A function that writes Parquet files below `tmp_path`, each with a number of rows."""
+    monkeypatch.setattr(hub.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+    def write_files(**counts):
+        for name, count in counts.items():
+            file = tmp_path / f"{name.replace('__', '/').replace('_', '-')}.parquet"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            columns(hub, count).to_parquet(file)
+
+    return write_files
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("memory", [None, 1])
+def test_parquet_files_of_the_hub_are_read(write, memory, tmp_path, recwarn):
+    write(a__data__train_00000_of_00002=6, a__data__train_00001_of_00002=3, a__data__test_00000_of_00001_0f1e=4)
+    write(a__data__validation_00000_of_00001=3, a__metadata=2, b__default__train__0000=6, b__default__train__0001=3)
+    write(b__default__valid__0000=3, b__default__test__0000=4, c__train=9, c__dev=3, c__test=4)
+    for name, root in (("a", "a"), ("b", "b"), ("c", "c"), ("default", "b/default"), ("data", "a/data")):
+        data = load(tmp_path / root, memory=memory)
+        assert (data.name, data.class_names) == (name, ("a", "b", "c"))
+        for part, count in ((data.train, 9), (data.val, 3), (data.test, 4)):
+            assert isinstance(part, ImageFiles if memory else ImageSet) and len(part) == count
+        first = 0 if root == "c" else 6
+        assert data.train[8][0].tobytes() == pixels(8 - first, 5, 6).tobytes()
+    assert not recwarn
+    file = load(tmp_path / "b" / "default" / "train" / "0000.parquet", memory=memory, test_fraction=0.5)
+    assert len(file.train) == len(file.test) == 3
+    write(b__default__extra__0000=3)
+    with pytest.warns(UserWarning, match="b: read train, valid, test and ignored extra"):
+        load(tmp_path / "b", memory=memory)
+
+
+@pytest.mark.slow
+def test_parquet_files_without_the_types_of_the_library_are_read(hub, write, tmp_path):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    plain = columns(hub, 6).cast_column("picture", hub.Image(decode=False))
+    table = pyarrow.table({"picture": plain["picture"][:], "label": plain["kind"][:]})
+    for part in ("train", "test"):
+        parquet.write_table(table, tmp_path / f"{part}.parquet")
+    with pytest.raises(ValueError, match=r"one column of type ClassLabel, got none among .*; label_column .* names it"):
+        load(tmp_path)
+    data = load(tmp_path, label_column="label")
+    assert data.train[5][0].tobytes() == pixels(5, 5, 6).tobytes() and data.num_classes == 3
+
+
+@pytest.mark.slow
+def test_unsuitable_parquet_files_are_refused(write, tmp_path, capfd):
+    write(a__fine__train=6, a__coarse__train=6, b__train=6, d__train=6, d__test=6, e__0000=6)
+    (tmp_path / "d" / "test.parquet").write_bytes((tmp_path / "d" / "test.parquet").read_bytes()[:-40])
+    for folder, message in (
+        (
+            "a",
+            "must have Parquet files of one data set, got several, in '.*coarse', '.*fine': name one of these folders",
+        ),
+        ("b", "b: has no split test; give test_fraction"),
+        ("d", "test.parquet: cannot be read as Parquet: "),
+        ("e", "e: has no split test; give test_fraction"),
+    ):
+        capfd.readouterr()
+        with pytest.raises(ValueError, match=message) as caught:
+            load(tmp_path / folder)
+        assert "\n" not in str(caught.value) and capfd.readouterr().err == ""
+
+
+def test_folder_of_images_may_hold_a_parquet_file(tmp_path):
+    for part in ("train", "test"):
+        write_folder(tmp_path, part, 8, size=(6, 5))
+    (tmp_path / "labels.parquet").write_bytes(b"a table about the images")
+    assert len(load(tmp_path).train) == 8
+
+
 @pytest.mark.slow
 def test_missing_package_names_the_extra(hub, tmp_path, monkeypatch):
     columns(hub, 6).save_to_disk(tmp_path / "x")
