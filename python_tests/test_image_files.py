@@ -174,6 +174,30 @@ def test_streamed_runs_of_two_processes_killed_repeatedly_equal_the_run_in_memor
     assert_same(final(interrupted), final(reference))
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="reads the children of a process from /proc")
+def test_workers_of_a_killed_run_end(folder, tmp_path):
+    crew = Crew(lambda rank: train(folder, tmp_path / "run", 1, epochs=1000, num_workers=2))
+    children = Path(f"/proc/{crew.pids[0]}/task/{crew.pids[0]}/children")
+    deadline = time.monotonic() + 100
+    while not (tmp_path / "run" / "metrics.jsonl").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    workers = children.read_text().split()
+
+    def run_on(pid):
+        try:
+            return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+        except OSError:  # it has gone
+            return False
+
+    assert len(workers) >= 2 and all(map(run_on, workers))
+    crew.kill()
+    while any(map(run_on, workers)):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
 @pytest.mark.parametrize("damage", ["deleted", "truncated", "a folder", "a broken link", "another size"])
 def test_image_that_is_lost_in_mid_run_is_named_and_the_run_resumes(damage, tmp_path):
     root = tmp_path / "images"
