@@ -175,7 +175,7 @@ def _check_stored(path: Path, about: Mapping[str, object], train: IndexedDataset
     """Return the digests of what `train` stores: recorded ones if there are any. Raises ValueError if one differs."""
     own = digests_of_stored(train)
     if name := differing_part(recorded := about.get("train_stored", own), own):
-        raise ValueError(f"{path} was made from other training data: what train has as {name} differs")
+        raise ValueError(f"{path} was made from other training data: train.{name} differs")
     return recorded
 
 
