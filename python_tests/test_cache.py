@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 
 import numpy as np
 import pytest
@@ -253,7 +254,7 @@ def test_index_cut_anywhere_shows_its_complete_entries(tmp_path):
 
 
 def test_damage_is_named_in_one_line(tmp_path):
-    fill(tmp_path, range(6))
+    fill(tmp_path, range(6), about={"a": [1, 2], "b": None})
     data, index, header = (tmp_path / name for name in ("shard-0000.data", "shard-0000.index", "cache.json"))
     whole = {path: path.read_bytes() for path in (data, index, header)}
 
@@ -272,21 +273,25 @@ def test_damage_is_named_in_one_line(tmp_path):
         content[position] ^= 1
         return bytes(content)
 
+    remedy = "remove shard-0000.data and shard-0000.index, and run the command that made the cache again"
     for position in range(ENTRY_SIZE, 2 * ENTRY_SIZE):
-        assert message(index, flipped(index, position)) == (f"{index} is damaged: entry 1 does not match its checksum")
+        text = message(index, flipped(index, position))
+        assert text == f"{index} is damaged: entry 1 does not match its checksum; {remedy}"
     size = len(whole[data])
     for cut in (0, size // 2, size - 8):
         assert message(data, whole[data][:cut]).startswith(f"{data} is damaged: it has {cut} bytes, its index needs ")
     record = size // 6
     for position in (2 * record, 2 * record + 7 * 2, 2 * record + 7 * 2 - 1):  # the third record, its entropy included
         text = message(data, flipped(data, position), 2)
-        assert text == f"{data} is damaged: the record of sample 2 does not match its checksum"
+        assert text == f"{data} is damaged: the record of sample 2 does not match its checksum; {remedy}"
         data.write_bytes(flipped(data, position))
         cache = TeacherCache(tmp_path)
         assert torch.equal(cache[1], logits_of(1).half())  # the others are intact
         for read in (TeacherCache.batch, TeacherCache.rows, TeacherCache.entropy):
             with pytest.raises(ValueError, match="record of sample 2"):
                 read(cache, np.array([0, 2]))
+        with pytest.raises(ValueError, match="record of sample 2"):
+            cache.verify()
         data.write_bytes(whole[data])
     data.unlink()
     with pytest.raises(ValueError, match="it has 0 bytes"):
@@ -296,18 +301,46 @@ def test_damage_is_named_in_one_line(tmp_path):
     for changed, text in (
         ({"format": 2}, "is a teacher cache of format 2, and this version of kcd_ext reads format 1"),
         ({"kind": "hidden"}, "is a teacher cache of kind 'hidden', and this version of kcd_ext reads dense"),
-        ({"classes": "7"}, "cache.json is damaged: classes must be an integer"),
+        ({"classes": "7"}, "cache.json is damaged: classes='7' does not match its checksum"),
         (
-            {"classes": 6},
-            "cache.json does not fit the record of sample 0: its classes or dtype are not those of the cache",
+            {"classes": 8},
+            "cache.json is damaged: classes=8 does not match its checksum; restore it, or make the cache in ",
         ),
-        ({"classes": 8}, "cache.json does not fit the record of sample 0"),
-        ({"dtype": "float32"}, "cache.json does not fit the record of sample 0"),
-        ({"dtype": "int8"}, "cache.json is damaged: dtype must be one of"),
-        ({"about": 3}, "cache.json is damaged: about must be a mapping"),
+        ({"dtype": "bfloat16"}, "cache.json is damaged: dtype='bfloat16' does not match its checksum"),
+        ({"temperature": 2.0}, "cache.json is damaged: temperature=2.0 does not match its checksum"),
+        ({"about": {"a": [1, 3]}}, "cache.json is damaged: about.a=list of length 2 does not match its checksum"),
+        ({"about": {"a": [1, 2], "b": None, "c": 1}}, "cache.json is damaged: about.c=1 does not match its checksum"),
+        ({"about": {"b": None}}, "cache.json is damaged: it has no about.a, which does not match its checksum"),
+        ({"about": 3}, "cache.json is damaged: about=3 does not match its checksum"),
+        ({"checks": {}}, "cache.json is damaged: format=1 does not match its checksum"),
+        ({"checks": 3}, "cache.json is damaged"),
     ):
         assert text in message(header, json.dumps({**content, **changed}).encode())
     assert "cache.json is damaged" in message(header, b"{")
+    fill(tmp_path / "wider", [7], classes=8)
+    for file in (data, index):  # a shard of another cache
+        file.write_bytes((tmp_path / "wider" / file.name).read_bytes())
+    with pytest.raises(
+        ValueError, match=r"cache.json does not fit the record of sample 7: its classes or dtype are not"
+    ):
+        TeacherCache(tmp_path)
+
+
+def test_header_has_a_checksum_of_every_field(tmp_path):
+    fill(tmp_path, [0], about={"name": "é", "views": {"b": 1, "a": 0.5}})
+    header = json.loads((tmp_path / "cache.json").read_bytes())
+    assert header["checks"] == {
+        "format": zlib.crc32(b"1"),
+        "kind": zlib.crc32(b'"dense"'),
+        "classes": zlib.crc32(b"7"),
+        "dtype": zlib.crc32(b'"float16"'),
+        "temperature": zlib.crc32(b"1.0"),
+        "about.name": zlib.crc32(b'"\\u00e9"'),
+        "about.views": zlib.crc32(b'{"a":0.5,"b":1}'),
+    }
+
+
+def test_not_a_cache_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"is not a teacher cache: it has no cache.json"):
         TeacherCache(tmp_path / "elsewhere")
 

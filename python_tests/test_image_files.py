@@ -175,6 +175,30 @@ def test_streamed_runs_of_two_processes_killed_repeatedly_equal_the_run_in_memor
     assert_same(final(interrupted), final(reference))
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="reads the children of a process from /proc")
+def test_workers_of_a_killed_run_end(folder, tmp_path):
+    crew = Crew(lambda rank: train(folder, tmp_path / "run", 1, epochs=1000, num_workers=2))
+    children = Path(f"/proc/{crew.pids[0]}/task/{crew.pids[0]}/children")
+    deadline = time.monotonic() + 100
+    while not (tmp_path / "run" / "metrics.jsonl").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    workers = children.read_text().split()
+
+    def run_on(pid):
+        try:
+            return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+        except OSError:  # it has gone
+            return False
+
+    assert len(workers) >= 2 and all(map(run_on, workers))
+    crew.kill()
+    while any(map(run_on, workers)):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
 @pytest.mark.parametrize("damage", ["deleted", "truncated", "a folder", "a broken link", "another size"])
 def test_image_that_is_lost_in_mid_run_is_named_and_the_run_resumes(damage, tmp_path):
     root = tmp_path / "images"
@@ -315,7 +339,9 @@ def by_torchvision(image, side):
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 33))
 def test_crop_is_that_of_torchvision(width, height, side):
     image = Image.fromarray(pixels(width, height, width))
-    assert np.array_equal(resized(image, side, side), by_torchvision(image, side))
+    got, expected = np.asarray(resized(image, side, side)), np.asarray(by_torchvision(image, side))
+    # Of elongated images only the centre is scaled, whose bounds are rounded.
+    assert np.abs(got.astype(int) - expected).max() <= (max(width, height) > 16 * min(width, height))
     squashed = image.resize((side, side), Image.Resampling.BILINEAR)
     assert np.array_equal(resized(image, side, side, "squash"), squashed)
 
@@ -335,6 +361,21 @@ def test_crop_keeps_proportions_and_the_centre(width, height, to_width, to_heigh
         slope = got[0, -1, 0] - got[0, 0, 0], got[-1, 0, 1] - got[0, 0, 1]
         shown = slope[0] / 255 * width / to_width, slope[1] / 255 * height / to_height
         assert abs(shown[0] - shown[1]) < 0.35 * max(shown)  # source pixels per pixel, in both directions
+
+
+@pytest.mark.parametrize("size", [(3000, 2), (2, 3000), (1700, 100)], ids=str)
+def test_only_the_centre_of_an_elongated_image_is_scaled(size, monkeypatch):
+    image = Image.fromarray(pixels(3, *size))
+    expected = image.resize([32 * side // min(size) for side in image.size], Image.Resampling.BILINEAR)
+    left, top = ((side - 32) // 2 for side in expected.size)
+    resize, sizes = Image.Image.resize, []
+    monkeypatch.setattr(
+        Image.Image, "resize", lambda self, size, *rest: sizes.append(size) or resize(self, size, *rest)
+    )
+    got = resized(image, 32, 32)
+    assert sizes == [(32, 32)]
+    difference = np.asarray(got).astype(int) - np.asarray(expected.crop((left, top, left + 32, top + 32)))
+    assert np.abs(difference).max() <= 1
 
 
 def test_bad_resizing_is_refused(folder):
@@ -649,6 +690,80 @@ def test_damaged_or_unsuitable_saved_data_sets_are_refused(hub, tmp_path):
     hub.DatasetDict({"train": good, "test": good}).save_to_disk(tmp_path / "y")
     next((tmp_path / "y" / "test").glob("*.arrow")).write_bytes(b"no arrow" * 20)
     refuses("cannot be read by Hugging Face datasets", None, tmp_path / "y")
+
+
+@pytest.fixture
+def write(hub, tmp_path, monkeypatch):
+    """A function that writes Parquet files below `tmp_path`, each with a number of rows."""
+    monkeypatch.setattr(hub.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+    def write_files(**counts):
+        for name, count in counts.items():
+            file = tmp_path / f"{name.replace('__', '/').replace('_', '-')}.parquet"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            columns(hub, count).to_parquet(file)
+
+    return write_files
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("memory", [None, 1])
+def test_parquet_files_of_the_hub_are_read(write, memory, tmp_path, recwarn):
+    write(a__data__train_00000_of_00002=6, a__data__train_00001_of_00002=3, a__data__test_00000_of_00001_0f1e=4)
+    write(a__data__validation_00000_of_00001=3, a__metadata=2, b__default__train__0000=6, b__default__train__0001=3)
+    write(b__default__valid__0000=3, b__default__test__0000=4, c__train=9, c__dev=3, c__test=4)
+    for name, root in (("a", "a"), ("b", "b"), ("c", "c"), ("default", "b/default"), ("data", "a/data")):
+        data = load(tmp_path / root, memory=memory)
+        assert (data.name, data.class_names) == (name, ("a", "b", "c"))
+        for part, count in ((data.train, 9), (data.val, 3), (data.test, 4)):
+            assert isinstance(part, ImageFiles if memory else ImageSet) and len(part) == count
+        first = 0 if root == "c" else 6
+        assert data.train[8][0].tobytes() == pixels(8 - first, 5, 6).tobytes()
+    assert not recwarn
+    file = load(tmp_path / "b" / "default" / "train" / "0000.parquet", memory=memory, test_fraction=0.5)
+    assert len(file.train) == len(file.test) == 3
+    write(b__default__extra__0000=3)
+    with pytest.warns(UserWarning, match="b: read train, valid, test and ignored extra"):
+        load(tmp_path / "b", memory=memory)
+
+
+@pytest.mark.slow
+def test_parquet_files_without_the_types_of_the_library_are_read(hub, write, tmp_path):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    plain = columns(hub, 6).cast_column("picture", hub.Image(decode=False))
+    table = pyarrow.table({"picture": plain["picture"][:], "label": plain["kind"][:]})
+    for part in ("train", "test"):
+        parquet.write_table(table, tmp_path / f"{part}.parquet")
+    with pytest.raises(ValueError, match=r"one column of type ClassLabel, got none among .*; label_column .* names it"):
+        load(tmp_path)
+    data = load(tmp_path, label_column="label")
+    assert data.train[5][0].tobytes() == pixels(5, 5, 6).tobytes() and data.num_classes == 3
+
+
+@pytest.mark.slow
+def test_unsuitable_parquet_files_are_refused(write, tmp_path, capfd):
+    write(a__fine__train=6, a__coarse__train=6, b__train=6, d__train=6, d__test=6, e__0000=6)
+    (tmp_path / "d" / "test.parquet").write_bytes((tmp_path / "d" / "test.parquet").read_bytes()[:-40])
+    for folder, message in (
+        (
+            "a",
+            "must have Parquet files of one data set, got several, in '.*coarse', '.*fine': name one of these folders",
+        ),
+        ("b", "b: has no split test; give test_fraction"),
+        ("d", "test.parquet: cannot be read as Parquet: "),
+        ("e", "e: has no split test; give test_fraction"),
+    ):
+        capfd.readouterr()
+        with pytest.raises(ValueError, match=message) as caught:
+            load(tmp_path / folder)
+        assert "\n" not in str(caught.value) and capfd.readouterr().err == ""
+
+
+def test_folder_of_images_may_hold_a_parquet_file(tmp_path):
+    for part in ("train", "test"):
+        write_folder(tmp_path, part, 8, size=(6, 5))
+    (tmp_path / "labels.parquet").write_bytes(b"a table about the images")
+    assert len(load(tmp_path).train) == 8
 
 
 @pytest.mark.slow

@@ -314,6 +314,24 @@ def test_other_training_data_are_refused(change, message, tmp_path):
 
 
 @quiet
+def test_other_items_are_refused_wherever_they_differ(tmp_path):
+    """The changed item, 1, is none of those that are loaded for the digest of the samples."""
+    data = images(69)
+    cached(tmp_path / "cache", normalised(data), views=0)
+    for change in (with_another_label(data), ImageSet(with_another_pixel(data).images, data.labels, data.views)):
+        labels, pixels = data.labels.copy(), data.images.copy()
+        labels[1], pixels[1] = change.labels[1], change.images[0]
+        other = normalised(ImageSet(pixels, labels, data.views))
+        for use in (
+            lambda other=other: train(TeacherCache(tmp_path / "cache"), train=other),
+            lambda other=other: cached(tmp_path / "cache", other, views=0),
+        ):
+            with pytest.raises(ValueError, match=r"was made from other training data: train\.dataset\.\w+ differs"):
+                use()
+    assert train(TeacherCache(tmp_path / "cache"), recipe(epochs=1), normalised(data)).teacher_visits == 0
+
+
+@quiet
 def test_views_and_normalisation_of_the_student_are_free_with_plain_logits(tmp_path):
     cache = cached(tmp_path, views=0)
     for change in (with_views(padding=0, flip=False), with_views(mean=(0.4,), std=(0.5,))):
@@ -398,6 +416,26 @@ def test_interrupted_caching_continues_and_refuses_another_teacher(tmp_path):
     assert calls == [48, 64, 69] and done.about["source"] == {"name": "first"}
     assert done.digest == cached(tmp_path / "again", about={"name": "first"}).digest
     assert cached(tmp_path / "cache").digest == done.digest
+
+
+@quiet
+def test_damage_is_found_before_training_and_mended_by_caching_again(tmp_path):
+    whole = cached(tmp_path / "cache")
+    digest, data = whole.digest, tmp_path / "cache" / "shard-0000.data"
+    content = bytearray(data.read_bytes())
+    content[len(content) // 2] ^= 1
+    data.write_bytes(content)
+    calls = []
+    for use in (
+        lambda: train(TeacherCache(tmp_path / "cache"), output=tmp_path / "run"),
+        lambda: cached(tmp_path / "cache", progress=lambda *_: calls.append(1)),
+    ):
+        with pytest.raises(ValueError, match=r"remove shard-0000.data and shard-0000.index, and run the command"):
+            use()
+    assert not calls and not (tmp_path / "run").exists()
+    for suffix in ("data", "index"):
+        (tmp_path / "cache" / f"shard-0000.{suffix}").unlink()
+    assert cached(tmp_path / "cache").digest == digest
 
 
 @quiet

@@ -14,15 +14,15 @@ from torch.nn.utils.rnn import pad_sequence
 from ..checks import check_int, is_int
 from ..describe import brief
 from . import entropies
-from .shards import ENTRY, HEADER, SINGLE, data_file, index_file, read_header, read_index, shard_numbers
+from .shards import ENTRY, HEADER, SINGLE, damage, data_file, index_file, read_header, read_index, shard_numbers
 
 
 class TeacherCache:
     """A teacher cache: a read-only mapping from sample ids to the teacher's logits.
 
     `cache[sample_id]` is a tensor (V,) or (length, V) in the stored dtype, as it was written. Files are memory-mapped. The
-    lengths of all files are checked when the cache is opened, the checksum of a record when it is first read. A cache can be
-    sent to other processes; it shows the records that were complete when it was opened.
+    header and the lengths of all files are checked when the cache is opened, a record when it is first read, or all by `verify`. A
+    cache can be sent to other processes; it shows the records that were complete when it was opened.
 
     Args:
         path: The cache's folder.
@@ -172,6 +172,16 @@ class TeacherCache:
         (position,) = self._positions([sample_id])
         return tuple(int(self._entries[position][name]) for name in ("size", "rows", "crc"))
 
+    def verify(self) -> None:
+        """Read all records that have not been read, in the order of the files, and compare them with their checksums.
+
+        Raises:
+            ValueError: A record is damaged; names the file, the sample and the remedy.
+        """
+        order = np.lexsort((self._entries["offset"], self._shards))
+        for position in order[~self._verified[order]].tolist():
+            self._record(position)
+
     # --- records ---
 
     def _positions(self, ids: Sequence[int] | Tensor | np.ndarray) -> np.ndarray:
@@ -199,7 +209,7 @@ class TeacherCache:
         if not self._verified[position]:
             if zlib.crc32(record) != entry["crc"]:
                 file = data_file(self.path, shard)
-                raise ValueError(f"{file} is damaged: the record of sample {entry['id']} does not match its checksum")
+                raise damage(self.path, shard, file, f"the record of sample {entry['id']} does not match its checksum")
             self._verified[position] = True
         return record
 

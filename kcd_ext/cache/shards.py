@@ -60,7 +60,22 @@ class Header:
 
     def as_json(self) -> dict[str, object]:
         """Return the content of the header's file."""
-        return {"format": FORMAT, **asdict(self), "about": dict(self.about)}
+        content = {"format": FORMAT, **asdict(self), "about": dict(self.about)}
+        return content | {"checks": {name: _checksum(value) for name, value in _checked(content).items()}}
+
+
+def _checked(content: Mapping[str, object]) -> dict[str, object]:
+    """Return the values in a header's file that have a checksum, by name: each field, and each entry of `about`."""
+    fields = {name: value for name, value in content.items() if name not in ("about", "checks")}
+    about = content["about"]
+    return fields | (
+        {f"about.{name}": about[name] for name in about} if isinstance(about, Mapping) else {"about": about}
+    )
+
+
+def _checksum(value: object) -> int:
+    """Return the CRC-32 of a value as JSON in ASCII, without spaces, keys sorted."""
+    return zlib.crc32(json.dumps(value, sort_keys=True, separators=(",", ":")).encode())
 
 
 def read_header(path: Path) -> Header:
@@ -80,6 +95,11 @@ def read_header(path: Path) -> Header:
             return f"of format {brief(written)}, and this version of kcd_ext reads format {FORMAT}"
         if kind not in KINDS:
             return f"of kind {brief(kind)}, and this version of kcd_ext reads {', '.join(KINDS)}"
+        values, checks = _checked({"format": written, **content}), content.pop("checks")
+        for name in {**values, **checks}:
+            if checks.get(name) != _checksum(values.get(name)):
+                got = f"{name}={brief(values[name])}" if name in values else f"it has no {name}, which"
+                raise ValueError(f"{got} does not match its checksum; restore it, or make the cache in another folder")
         return Header(**content)
 
     header = read_json(file, parse)
@@ -145,6 +165,12 @@ def index_file(path: Path, number: int) -> Path:
     return path / f"shard-{number:04d}.index"
 
 
+def damage(path: Path, number: int, file: Path, reason: str) -> ValueError:
+    """Return the error of a damaged file of a shard, with its remedy."""
+    both = " and ".join(file_of(path, number).name for file_of in (data_file, index_file))
+    return ValueError(f"{file} is damaged: {reason}; remove {both}, and run the command that made the cache again")
+
+
 def entries_as_bytes(entries: np.ndarray) -> bytes:
     """Return entries with their checks set."""
     raw = bytearray(entries.tobytes())
@@ -173,11 +199,11 @@ def read_index(path: Path, number: int) -> np.ndarray:
     while complete and not complete[-1]:
         complete.pop()
     if not all(complete):
-        raise ValueError(f"{index} is damaged: entry {complete.index(False)} does not match its checksum")
+        raise damage(path, number, index, f"entry {complete.index(False)} does not match its checksum")
     entries = np.frombuffer(raw, ENTRY, len(complete))
     needed = int((entries["offset"] + entries["size"]).max(initial=0))
     if needed and (size := data.stat().st_size if data.exists() else 0) < needed:
-        raise ValueError(f"{data} is damaged: it has {size} bytes, its index needs {needed}")
+        raise damage(path, number, data, f"it has {size} bytes, its index needs {needed}")
     return entries
 
 

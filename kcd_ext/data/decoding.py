@@ -35,6 +35,9 @@ class Files(Protocol):
     def open(self, index: int) -> BinaryIO:
         """Open the bytes of an image. Raises OSError or ValueError if that fails."""
 
+    def stamp(self, index: int) -> str:
+        """Return what identifies an image without reading it, wherever it is, such as its name and size. Raises as `open`."""
+
     def take(self, index: np.ndarray) -> "Files":
         """Return some of the images, in the order of `index` (n,) int64."""
 
@@ -56,6 +59,11 @@ class Paths:
     def open(self, index: int) -> BinaryIO:
         """Open the file. Raises as `kcd_ext.files.open_regular` does."""
         return open_regular(self.name(index))
+
+    def stamp(self, index: int) -> str:
+        """Return the file's name, without folders, and its size."""
+        path = self.name(index)
+        return f"{os.path.basename(path)} {os.stat(path).st_size}"
 
     def take(self, index: np.ndarray) -> "Paths":
         """Return some of the files."""

@@ -11,8 +11,8 @@ def read(path: Path, reading: Reading) -> ImageData:
     """Return the data set at `path`.
 
     Args:
-        path: An `.npz` file, a CIFAR archive or its folder, a folder of images by class, or a folder that Hugging Face
-            `datasets` saved.
+        path: An `.npz` file, a CIFAR archive or its folder, a folder of images by class, a folder that Hugging Face
+            `datasets` saved, or Parquet files of images.
         reading: The options of `load`. Those that the kind of data cannot have are refused.
 
     Raises:

@@ -1,7 +1,9 @@
-"""Data sets that Hugging Face `datasets` saved to disk (`save_to_disk`). Nothing is downloaded, and no code is executed."""
+"""Data sets of Hugging Face `datasets` on disk: what `save_to_disk` wrote, and Parquet files. Nothing is downloaded or executed."""
 
+import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -9,6 +11,7 @@ import numpy as np
 
 from ..describe import did_you_mean, join_names, one_line
 from ..files import open_regular
+from . import parquet
 from .folder import PARTS
 from .image_files import assemble_files
 from .images import ImageData, check_class_names, count_classes
@@ -53,6 +56,11 @@ class Rows:
             raise ValueError(f"{self.name(index)}: must have the bytes of an image or a local path, got {path!r}")
         return open_regular(path)
 
+    def stamp(self, index: int) -> str:
+        """Return the number of bytes of a row's image."""
+        with self.open(index) as file:
+            return str(file.seek(0, os.SEEK_END))
+
     def take(self, index: np.ndarray) -> "Rows":
         """Return some of the rows."""
         return _TakenRows(self, index)
@@ -74,15 +82,29 @@ class _TakenRows(Rows):
     def open(self, index: int) -> BinaryIO:
         return self._rows.open(int(self._index[index]))
 
+    def stamp(self, index: int) -> str:
+        return self._rows.stamp(int(self._index[index]))
+
 
 def is_saved(path: Path) -> bool:
-    """Return whether `path` is a folder that `save_to_disk` wrote."""
-    return any((path / marker).is_file() for marker in MARKERS)
+    """Return whether `path` is a folder that `save_to_disk` wrote, a Parquet file or a folder of such."""
+    if any((path / marker).is_file() for marker in MARKERS):
+        return True
+    return not _has_class_folders(path) and bool(parquet.find(path))
+
+
+def _has_class_folders(path: Path) -> bool:
+    """Return whether `path` is a folder of images, with a folder for each class of the training part."""
+    parts = [entry for entry in path.iterdir() if entry.name.lower() in PARTS["train"]] if path.is_dir() else []
+    return any(entry.is_dir() for part in parts if part.is_dir() for entry in part.iterdir())
 
 
 def read(path: Path, reading: Reading) -> ImageData:
-    """Return the data set in a folder that `save_to_disk` of Hugging Face `datasets` wrote.
+    """Return the data set in a folder that `save_to_disk` of Hugging Face `datasets` wrote, or in Parquet files.
 
+    - **Parquet files** are read by `datasets`, which keeps an uncompressed copy in its own cache (HF_DATASETS_CACHE). The names of
+      files and folders name the splits, as on the hub: `data/train-00000-of-00002.parquet`, `test/0000.parquet`. A single
+      file is the training part.
     - **Parts** are the splits train, validation and test, under the names that folders may have too, or `dev`. A saved
       `Dataset` without splits is the training part. `reading` can split off images. A warning names other splits.
     - **Columns.** Images are the column of the type `Image`, labels that of the type `ClassLabel`. If there are several,
@@ -102,10 +124,13 @@ def read(path: Path, reading: Reading) -> ImageData:
         raise ImportError(
             'a data set of Hugging Face datasets needs the packages datasets and pillow: pip install "kcd-ext[train,datasets]"'
         ) from error
+    files = [] if any((path / marker).is_file() for marker in MARKERS) else parquet.find(path)
+    splits = parquet.by_split(path, files, NAMES)
     try:
-        saved = datasets.load_from_disk(str(path))
+        saved = _load_parquet(splits, quiet=reading.progress is None) if files else datasets.load_from_disk(str(path))
     except Exception as error:  # datasets and pyarrow raise any exception for malformed files
-        raise ValueError(f"{path}: cannot be read by Hugging Face datasets: {one_line(error)}") from error
+        reason = one_line(error.__cause__ or error)
+        raise ValueError(f"{path}: cannot be read by Hugging Face datasets: {reason}") from error
     parts = _find_parts(path, saved if isinstance(saved, datasets.DatasetDict) else {"train": saved})
     if len(parts) == 1 and reading.val_fraction is None and reading.test_fraction is None:
         raise ValueError(f"{path}: has no split test; {ADVICE}")
@@ -129,6 +154,35 @@ def read(path: Path, reading: Reading) -> ImageData:
     names, labels, num_classes = _classes(path, features[label], label, labels)
     check_class_names(path.resolve().name, names)
     return assemble_files(path, path.resolve().name, files, labels, names, num_classes, reading)
+
+
+@contextmanager
+def _quiet(progress_bars: bool) -> Iterator[None]:
+    """Let `datasets` log nothing inside the context, for its errors say the same; hide its progress bars if asked to."""
+    import datasets
+
+    level, hides = datasets.logging.get_verbosity(), not (progress_bars or datasets.are_progress_bars_disabled())
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    if hides:
+        datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        datasets.logging.set_verbosity(level)
+        if hides:
+            datasets.enable_progress_bars()
+
+
+def _load_parquet(splits: Mapping[str, list[str]], quiet: bool) -> Any:
+    """Return the `datasets.DatasetDict` of these files. A column of encoded images gets the type Image if it has none."""
+    import datasets
+
+    with _quiet(progress_bars=not quiet):
+        saved = datasets.load_dataset("parquet", data_files=dict(splits))
+    for column, feature in next(iter(saved.values())).features.items():
+        if isinstance(feature, dict) and feature.keys() == {"bytes", "path"}:  # written without the library's own types
+            saved = saved.cast_column(column, datasets.Image())
+    return saved
 
 
 def _find_parts(path: Path, splits: Mapping[str, Any]) -> dict[str, tuple[str, Any]]:

@@ -329,7 +329,8 @@ def load(
               KCD_DATA names, or in `./data` if it is not set.
             - `module:function`, a function that returns an `ImageData`.
             - the path of a CIFAR archive or the folder in it (`cifar.py`), of an `.npz` file (`npz.py`), of a folder of
-              images by class (`folder.py`), or of a data set that Hugging Face `datasets` saved (`huggingface.py`).
+              images by class (`folder.py`), or of a data set that Hugging Face `datasets` saved, or of Parquet files
+              (`huggingface.py`).
         augment: How training images change from epoch to epoch. None: as the data set has it, which is "crop-flip" for CIFAR
             and "none" for all others here.
 

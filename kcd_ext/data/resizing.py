@@ -9,6 +9,7 @@ if TYPE_CHECKING:
 
 RESIZES = ("crop", "squash")
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
+ELONGATED = 16  # a scaled image that covers this many times the pixels of its centre is not worth its time and memory
 
 
 def resized(image: "Image", width: int, height: int, resize: str = "crop", interpolation: str = "bilinear") -> "Image":
@@ -21,8 +22,8 @@ def resized(image: "Image", width: int, height: int, resize: str = "crop", inter
         width: In pixels, at least 1.
         height: In pixels, at least 1.
         resize: `crop` keeps the proportions: the image is scaled until it just covers width and height, and its centre is
-            cropped. For a square this is `Resize(side)` and `CenterCrop(side)` of torchvision. `squash` scales both sides
-            independently.
+            cropped. For a square this is `Resize(side)` and `CenterCrop(side)` of torchvision. Of an image with a side more
+            than 16 times too long only the centre is scaled. `squash` scales both sides independently.
         interpolation: nearest, bilinear, bicubic or lanczos, as Pillow's `Resampling`.
 
     Raises:
@@ -43,4 +44,14 @@ def resized(image: "Image", width: int, height: int, resize: str = "crop", inter
     else:
         scaled = own_width * height // own_height, height
     left, top = round((scaled[0] - width) / 2), round((scaled[1] - height) / 2)
+    if scaled[0] * scaled[1] > ELONGATED * width * height:
+        # Bilinear pixels are the same up to rounding: Pillow stores the box in float32. Other images keep theirs bit for bit.
+        across, down = own_width / scaled[0], own_height / scaled[1]  # pixels of the image per scaled pixel
+        box = (
+            left * across,
+            top * down,
+            min((left + width) * across, own_width),
+            min((top + height) * down, own_height),
+        )
+        return image.resize((width, height), method, box)
     return image.resize(scaled, method).crop((left, top, left + width, top + height))

@@ -28,6 +28,7 @@ from .diagnosis import teacher_warning
 from .distributed import Accelerator, accelerator_on, sum_over_ranks
 from .fingerprint import digest, digest_of_samples
 from .recipe import Recipe
+from .stored import differing_part, digests_of_stored
 
 NORMALISATION = ("mean", "std")  # fields of views that the student may have otherwise than the teacher
 
@@ -49,7 +50,7 @@ def cache_teacher(
 ) -> TeacherCache:
     """Run the teacher on the training set and store its logits, so that `distill` needs no teacher.
 
-    A call that was interrupted continues where it stopped; one on a complete cache only opens it. With several processes
+    A call that was interrupted continues where it stopped; one on a complete cache only verifies it. With several processes
     (`torchrun`), each writes its share. The teacher runs in evaluation mode and in float32.
 
     Args:
@@ -74,7 +75,7 @@ def cache_teacher(
 
     Raises:
         TypeError, ValueError: An argument does not fit; the teacher fails or gives logits that cannot be stored; or `output`
-            holds a cache of another teacher, other data, views or dtype. The message names what differs.
+            holds a cache of another teacher, other data, views or dtype, or a damaged one. The message names what differs.
         OSError: A file cannot be written. What has been written is intact.
 
     Warns:
@@ -107,6 +108,7 @@ def cache_teacher(
         facts = {
             "samples": len(train),
             "train_samples": digest_without_views(train, earlier.get("train_samples")),
+            "train_stored": _check_stored(output, earlier, train),
             "test_samples": digest_without_views(test, earlier.get("test_samples")),
             "teacher": digest(teacher.state_dict()),
             "teacher_input": renormalisation(teacher),
@@ -159,11 +161,22 @@ def _has_random_items(train: IndexedDataset | LabelledImages) -> bool:
 
 
 def _recorded(output: Path, accelerator: Accelerator) -> Mapping[str, object]:
-    """Return what an earlier call recorded, on every rank alike; empty if there is none."""
+    """Return what an earlier call recorded, on every rank alike; empty if there is none. Raises ValueError for damage."""
     accelerator.wait_for_everyone()
-    found = TeacherCache(output).about if (output / "cache.json").exists() else {}
+    found = TeacherCache(output) if (output / "cache.json").exists() else None
     accelerator.wait_for_everyone()  # no rank may write a header before all have looked for one
-    return found
+    if found is None:
+        return {}
+    found.verify()
+    return found.about
+
+
+def _check_stored(path: Path, about: Mapping[str, object], train: IndexedDataset | LabelledImages) -> object:
+    """Return the digests of what `train` stores: recorded ones if there are any. Raises ValueError if one differs."""
+    own = digests_of_stored(train)
+    if name := differing_part(recorded := about.get("train_stored", own), own):
+        raise ValueError(f"{path} was made from other training data: train.{name} differs")
+    return recorded
 
 
 def _measure(network: nn.Module, source: BatchSource, classes: int, batch_size: int, accelerator: Accelerator) -> float:
@@ -242,7 +255,7 @@ def recorded_accuracy(cache: TeacherCache, test: IndexedDataset | LabelledImages
 def check_cache(
     cache: TeacherCache, method: Method, recipe: Recipe, train: IndexedDataset | LabelledImages, classes: int
 ) -> None:
-    """Raise ValueError, in one line that names what differs, if a cache cannot be the teacher of a run.
+    """Raise ValueError, in one line that names what differs, if a cache is damaged or cannot be the teacher of a run.
 
     What a cache does not record, such as one that a `TeacherCacheWriter` of yours made, is not checked.
     """
@@ -263,8 +276,10 @@ def check_cache(
     for name, own in recorded.items():
         if (there := cache.about.get(name, own)) != own:
             raise ValueError(f"{cache.path} was made from other training data: {name}={there!r} there, {own!r} here")
+    _check_stored(cache.path, cache.about, train)
     _check_complete(cache, len(train))
     check_views(cache, train, recipe.seed)
+    cache.verify()
 
 
 def check_views(cache: TeacherCache, train: IndexedDataset | LabelledImages, seed: int) -> None:
