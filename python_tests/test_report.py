@@ -154,6 +154,27 @@ def test_accuracy_axis_hides_the_steep_start_and_nothing_else():
     assert axes.get_ylim() == (49.0, 51.0)
 
 
+@pytest.mark.parametrize("count", [3, 40])
+def test_curves_are_drawn_large_however_many_methods_there_are(count, recwarn):
+    curves = {f"dkd+reviewkd {number}": np.linspace(10, 90, 12) for number in range(count)}
+
+    class Drawn:
+        levels, drawn, colours = {}, curves, dict.fromkeys(curves, "#000000")
+        curve = staticmethod(lambda method, name: curves[method])
+        deviation = are_validated = staticmethod(lambda method: 0)
+
+    def draw(axes):
+        figures.draw_accuracy(axes, Drawn(), "sample_visits", "sample visits")
+        sizes.append(axes)
+
+    sizes = []
+    text = figures.svg("accuracy", draw)
+    width, height = sizes[0].get_position().size
+    assert width > 0.4 and height > 0.7
+    assert all(f"dkd+reviewkd {number}" in text for number in (0, count - 1))
+    assert not recwarn.list  # matplotlib warns if there is no room
+
+
 def test_curves_show_the_mean_over_seeds_after_every_epoch(rendered):
     _, drawn = rendered(summaries(), ranked())
     by_label = {}

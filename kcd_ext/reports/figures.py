@@ -24,6 +24,8 @@ from .tables import MAX_CLASSES, by_method, format_number, measured_teachers
 # Okabe and Ito's colour-blind safe palette: grey, blue, orange, vermilion, green, purple.
 COLOURS = ("#7f7f7f", "#0072b2", "#e69f00", "#d55e00", "#009e73", "#cc79a7")
 MAX_MARKER_AREA = 300  # square points, for a bin with all samples
+MAX_LEGEND_INSIDE = 10  # entries
+MAX_LEGEND_ROWS = 26
 NETWORK_COLOURS = {"student": "#0072b2", "teacher": "#7f7f7f"}
 
 
@@ -104,7 +106,17 @@ def draw_accuracy(axes: Axes, methods: Methods, against: str, against_label: str
     margin = 0.05 * (max(shown) - min(shown)) or 1.0
     axes.set_ylim(min(shown) - margin, max(shown) + margin)
     axes.xaxis.set_major_formatter(lambda x, _position: _abbreviate(x))
-    _disable_math(axes.legend(loc="best", frameon=False).get_texts())
+    _draw_legend(axes)
+
+
+def _draw_legend(axes: Axes) -> None:
+    """Draw the legend of the curves: inside the axes, or beside them if it would cover these or need more than their height."""
+    count = len(axes.get_legend_handles_labels()[1])
+    place = {"loc": "best"}
+    if count > MAX_LEGEND_INSIDE:
+        columns = math.ceil(count / MAX_LEGEND_ROWS)
+        place = {"loc": "upper left", "bbox_to_anchor": (1.01, 1.02), "borderaxespad": 0, "fontsize": 6, "ncols": columns}
+    _disable_math(axes.legend(frameon=False, **place).get_texts())
 
 
 def _disable_math(texts: Iterable[Text]) -> None:
