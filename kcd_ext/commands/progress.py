@@ -1,6 +1,7 @@
-"""Progress of a command: a bar over the epochs of all its runs, and lines above it."""
+"""Progress of a command: a bar over the epochs of all its runs, and lines above it. Without a terminal: a line per minute."""
 
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,13 +11,25 @@ from tqdm import tqdm
 from .. import processes
 from ..terminal import print_error, printable
 
+SECONDS_BETWEEN_LINES = 60
+
 
 class Bar:
-    """A progress bar over consecutive runs of `epochs` each, drawn on rank 0 if stderr is a terminal."""
+    """A progress bar over consecutive runs of `epochs` each, drawn on rank 0 if stderr is a terminal.
+
+    If stderr is a file or a pipe, as in a batch job, rank 0 prints a line about every SECONDS_BETWEEN_LINES instead.
+    """
 
     def __init__(self, runs: int, epochs: int):
         self._bar = tqdm(total=runs * epochs, unit="epoch", disable=True if processes.rank() else None)
-        self._epochs, self._done = epochs, 0
+        self._runs, self._epochs, self._done = runs, epochs, 0
+        self._next_line = time.monotonic() + SECONDS_BETWEEN_LINES
+
+    def _print(self, text: str) -> None:
+        """Print a line in place of the bar, unless the last one is too recent."""
+        if self._bar.disable and time.monotonic() >= self._next_line:
+            self._next_line = time.monotonic() + SECONDS_BETWEEN_LINES
+            note(text)
 
     def start(self, label: str) -> Callable[[dict], None]:
         """Start the next run. Return the callback that `distill` calls with its lines of progress."""
@@ -32,6 +45,7 @@ class Bar:
                 return
             self._bar.set_postfix_str(f"{line['accuracy']:.1f} %", refresh=False)
             self._bar.update(before + line["epoch"] - self._bar.n)  # a resumed run starts at a later epoch
+            self._print(f"{label}: epoch {line['epoch']} of {self._epochs}, {line['accuracy']:.1f} %")
 
         return show
 
@@ -39,6 +53,7 @@ class Bar:
         """Count a finished run, even if it had finished before this command."""
         self._done += self._epochs
         self._bar.update(self._done - self._bar.n)
+        self._print(f"{self._done // self._epochs} of {self._runs} runs are finished")
 
     def __enter__(self) -> "Bar":
         return self

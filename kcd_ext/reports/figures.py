@@ -115,7 +115,13 @@ def _draw_legend(axes: Axes) -> None:
     place = {"loc": "best"}
     if count > MAX_LEGEND_INSIDE:
         columns = math.ceil(count / MAX_LEGEND_ROWS)
-        place = {"loc": "upper left", "bbox_to_anchor": (1.01, 1.02), "borderaxespad": 0, "fontsize": 6, "ncols": columns}
+        place = {
+            "loc": "upper left",
+            "bbox_to_anchor": (1.01, 1.02),
+            "borderaxespad": 0,
+            "fontsize": 6,
+            "ncols": columns,
+        }
     _disable_math(axes.legend(frameon=False, **place).get_texts())
 
 
