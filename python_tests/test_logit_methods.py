@@ -56,7 +56,7 @@ def cross_entropies(z, label, smoothing=0.0):
 
 
 def exact_decoupled(z, y, target, temperature):
-    """Return TCKD and NCKD of one row by their definition, in 1000 digits."""
+    """Return TCKD, NCKD and KL of one row by their definition, in 1000 digits."""
     with mpmath.workdps(1000):
         both = []
         for row in (z, y):
@@ -66,7 +66,8 @@ def exact_decoupled(z, y, target, temperature):
         q_rest, p_rest = (sum(x for i, x in enumerate(row) if i != target) for row in both)
         tckd = p[target] * mpmath.log(p[target] / q[target]) + p_rest * mpmath.log(p_rest / q_rest)
         nckd = sum(p[i] / p_rest * mpmath.log((p[i] / p_rest) / (q[i] / q_rest)) for i in range(len(p)) if i != target)
-        return float(tckd), float(nckd)
+        kl = sum(a * mpmath.log(a / b) for a, b in zip(p, q, strict=True))
+        return float(tckd), float(nckd), float(kl)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -82,17 +83,9 @@ def test_decoupled_divergences_match_definition_on_confident_logits(scale, dtype
     for part, exact in zip(found, zip(*expected, strict=True), strict=True):
         np.testing.assert_allclose(part.detach().numpy(), exact, rtol=tolerance, atol=tolerance * scale / 10)
         assert part.dtype == dtype
+    assert not found[2].requires_grad
     sum(found).sum().backward()
     assert z.grad.isfinite().all() and z.grad.any()
-
-
-def test_decoupled_divergences_split_the_divergence():
-    z, y = logits(2)
-    label = np.arange(ROWS) % CLASSES
-    tckd, nckd = (x.numpy() for x in decoupled_divergences(*map(torch.tensor, (z, y, label)), 2.5))
-    p = softmax(y / 2.5, 1)
-    whole = [stats.entropy(*rows) for rows in zip(p, softmax(z / 2.5, 1), strict=True)]
-    np.testing.assert_allclose(tckd + (1 - p[np.arange(ROWS), label]) * nckd, whole, rtol=1e-10)
 
 
 def test_decoupled_divergences_skip_masked_classes():
@@ -103,6 +96,8 @@ def test_decoupled_divergences_skip_masked_classes():
     masked = [torch.cat([x[:, :-1], torch.full((ROWS, 1), -torch.inf)], 1).requires_grad_() for x in (z, y)]
     for one, other in zip(*(decoupled_divergences(*x, label, 4.0) for x in (plain, masked)), strict=True):
         torch.testing.assert_close(one, other)
+        if not one.requires_grad:
+            continue
         one.sum().backward(retain_graph=True), other.sum().backward(retain_graph=True)
     torch.testing.assert_close(plain[0].grad, masked[0].grad[:, :-1])
     assert masked[0].grad[:, -1].eq(0).all() and masked[1].grad is None
@@ -122,13 +117,17 @@ def test_dkd_matches_formula(keep, weighted):
     label, rows = batch.label.numpy(), top_entropy_rows(z, keep)
     parts = np.array([exact_decoupled(z[i], y[i], label[i], 2) for i in range(ROWS)])
     own = np.zeros(ROWS)
-    own[rows] = (0.25 * 4 * parts @ [1.5, 3])[rows] * ROWS / len(rows)
+    own[rows] = (0.25 * 4 * parts @ [1.5, 3, 0])[rows] * ROWS / len(rows)
     losses = 0.7 * cross_entropies(z, label, 0.2) + own
     weight = batch.weight.double().numpy() if weighted else np.ones(ROWS)
     np.testing.assert_allclose(outcome.loss.item(), (losses * weight).mean(), rtol=1e-7)
     np.testing.assert_allclose(outcome.value.numpy(), [stats.entropy(p) for p in softmax(z, 1)], rtol=1e-7)
-    for name, exact in zip(("tckd", "nckd"), parts[rows].mean(0), strict=True):
+    for name, exact in zip(("tckd", "nckd", "kl"), parts[rows].mean(0), strict=True):
         np.testing.assert_allclose(outcome.terms[name].item(), exact, rtol=1e-7)
+    if keep == 1:
+        np.testing.assert_allclose(outcome.kl.numpy(), parts[:, 2], rtol=1e-7)
+    else:
+        assert outcome.kl is None
     if weighted:
         np.testing.assert_allclose(outcome.losses.numpy(), losses, rtol=1e-7)
 

@@ -1,11 +1,13 @@
 """Decoupled knowledge distillation (Zhao et al., CVPR 2022): the target class against the rest, and the rest among itself."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
 from ..checks import check_bool, check_finite, check_fraction, check_int, check_positive
 from .features import at_least_float32, full_precision
-from .kd import standardized
+from .kd import of_all_rows, standardized
 from .protocol import Batch, Method, Outcome, teacher_logits
 from .row_losses import outcome_of_rows, warm_up
 from .selection import select_batch_rows, take_rows
@@ -76,7 +78,8 @@ class DecoupledKnowledgeDistillation(Method):
     def forward(self, student: nn.Module, teacher: nn.Module | None, batch: Batch) -> Outcome:
         """Return the loss of a batch.
 
-        `terms` are "tckd" and "nckd", TCKD and NCKD in nats, without weights, T^2 and ramp.
+        `terms` are "tckd" and "nckd", TCKD and NCKD in nats, without weights, T^2 and ramp, and "kl", the KL divergence that
+        they are parts of.
 
         Raises:
             ValueError: There is only one class.
@@ -86,16 +89,19 @@ class DecoupledKnowledgeDistillation(Method):
         target = teacher_logits(teacher, batch, rows)
         with full_precision(logits):
             compared = [standardized(x) if self.standardize else x for x in (take_rows(logits, rows), target)]
-            tckd, nckd = decoupled_divergences(*compared, take_rows(batch.label, rows), self.temperature)
+            tckd, nckd, kl = decoupled_divergences(*compared, take_rows(batch.label, rows), self.temperature)
             scale = self.ramp * self.temperature**2
             weights = {"tckd": scale * self.alpha, "nckd": scale * self.beta}
             losses = {"tckd": tckd, "nckd": nckd}
             options = {"ce_weight": self.ce_weight, "label_smoothing": self.label_smoothing}
-            return outcome_of_rows(batch, logits, rows, losses, weights, **options)
+            outcome = outcome_of_rows(batch, logits, rows, losses, weights, **options)
+        return replace(outcome, terms={**outcome.terms, "kl": kl.mean()}, kl=of_all_rows(kl, rows))
 
 
-def decoupled_divergences(student: Tensor, teacher: Tensor, label: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Return TCKD and NCKD of each row, in nats, at least float32. A class of teacher probability 0 adds 0.
+def decoupled_divergences(
+    student: Tensor, teacher: Tensor, label: Tensor, temperature: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return TCKD, NCKD and KL of each row, in nats, at least float32. A class of teacher probability 0 adds 0.
 
     Args:
         student: Logits (r, classes), at least two classes. Gradients flow to these.
@@ -104,13 +110,15 @@ def decoupled_divergences(student: Tensor, teacher: Tensor, label: Tensor, tempe
         temperature: T > 0.
 
     Returns:
-        TCKD (r,) and NCKD (r,).
+        TCKD (r,), NCKD (r,), and KL (r,), detached: TCKD + (1 - p_t) NCKD.
     """
     if student.shape[1] < 2:
         raise ValueError(f"dkd compares at least two classes, got logits of shape {tuple(student.shape)}")
     is_target = torch.zeros_like(teacher, dtype=torch.bool).scatter(1, label[:, None], True)
     (q, q_rest), (p, p_rest) = (_log_probabilities(x, is_target, temperature) for x in (student, teacher.detach()))
-    return _divergence(p, q), _divergence(p_rest, q_rest)
+    tckd, nckd = _divergence(p, q), _divergence(p_rest, q_rest)
+    weight_of_rest = p[:, 1].exp()
+    return tckd, nckd, (tckd + (weight_of_rest * nckd).masked_fill(weight_of_rest == 0, 0)).detach()
 
 
 def _log_probabilities(logits: Tensor, is_target: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
