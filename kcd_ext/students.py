@@ -200,7 +200,8 @@ def load_student(
     folder = Path(run)
     if not (folder / WEIGHTS).is_file():
         others = sorted(path.parent.name for path in folder.glob(f"*/{WEIGHTS}"))
-        advice = f", but holds {join_names(others)}: name one of these" if others else ""
+        started = "; it has started, so continue it with --resume" if (folder / "checkpoint").is_dir() else ""
+        advice = f", but holds {join_names(others)}: name one of these" if others else started
         raise FileNotFoundError(f"run {folder} is not the folder of a finished run: it has no {WEIGHTS}{advice}")
     check_weights(folder)
     model = _read_model(folder)

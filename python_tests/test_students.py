@@ -108,6 +108,11 @@ def test_damaged_or_unfinished_run_is_named(run_folder, tmp_path):
     folder = shutil.copytree(run_folder, tmp_path / "runs" / "seed-0")
     with pytest.raises(FileNotFoundError, match=r"has no student.safetensors, but holds seed-0: name one of these"):
         kcd_ext.load_student(folder.parent)
+    (tmp_path / "begun" / "checkpoint").mkdir(parents=True)
+    with pytest.raises(
+        FileNotFoundError, match=r"has no student.safetensors; it has started, so continue it with --resume"
+    ):
+        kcd_ext.load_student(tmp_path / "begun")
     weights = folder / "student.safetensors"
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
