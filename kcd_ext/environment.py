@@ -14,7 +14,8 @@ import torch
 
 from .ops import build_info
 
-LIBRARIES = ("timm", "torchvision", "transformers")  # optional packages with networks
+# Optional packages: networks, data sets, export, logs, loops.
+LIBRARIES = ("timm", "torchvision", "transformers", "datasets", "onnx", "onnxruntime", "tensorboard", "lightning-fabric")
 MAX_THREADS = 4096  # the largest number of torch threads that options accept
 
 
