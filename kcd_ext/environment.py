@@ -15,7 +15,16 @@ import torch
 from .ops import build_info
 
 # Optional packages: networks, data sets, export, logs, loops.
-LIBRARIES = ("timm", "torchvision", "transformers", "datasets", "onnx", "onnxruntime", "tensorboard", "lightning-fabric")
+LIBRARIES = (
+    "timm",
+    "torchvision",
+    "transformers",
+    "datasets",
+    "onnx",
+    "onnxruntime",
+    "tensorboard",
+    "lightning-fabric",
+)
 MAX_THREADS = 4096  # the largest number of torch threads that options accept
 
 

@@ -3,11 +3,13 @@
 import atexit
 import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
 BAD_INPUT = 2  # the exit code
+SECONDS_TO_REPORT = 20  # that the others leave rank 0, on a busy machine too
 
 
 def rank() -> int:
@@ -38,12 +40,16 @@ def in_process_group() -> bool:
 
 @contextmanager
 def report_on_rank_zero() -> Iterator[None]:
-    """Report errors that occur on every rank, such as a wrong option, on rank 0 only. The others exit silently."""
+    """Report errors that occur on every rank, such as a wrong option, on rank 0 only. The others exit silently.
+
+    They first give rank 0 the time to report: torchrun terminates all ranks as soon as one has failed.
+    """
     try:
         yield
-    except Exception as error:
-        if rank() == 0:
+    except (Exception, SystemExit) as error:
+        if rank() == 0 or (isinstance(error, SystemExit) and not error.code):
             raise
+        time.sleep(SECONDS_TO_REPORT)
         raise SystemExit(BAD_INPUT) from error
 
 

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 
-from kcd_ext import cli, methods, models, terminal
+from kcd_ext import cli, methods, models, processes, terminal
 from kcd_ext.commands import presets
 from kcd_ext.commands.demo import Demo
 from kcd_ext.commands.distill import Distill
@@ -114,7 +114,10 @@ def test_option_that_tyro_cannot_parse_is_named_on_rank_zero(arguments, name, me
     assert "Traceback" not in error and not list(tmp_path.iterdir())
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert cli.main(arguments) == 2 and capfd.readouterr() == ("", "")  # rank 0 reports it
+    waited = []
+    monkeypatch.setattr(processes.time, "sleep", waited.append)
+    assert cli.main(arguments) == 2 and capfd.readouterr() == ("", "")  # rank 0 reports it, and is left the time to
+    assert waited == [processes.SECONDS_TO_REPORT]
 
 
 # --- help -------------------------------------------------------------------------------------------------------------
