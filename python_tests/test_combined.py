@@ -180,6 +180,20 @@ def test_options_reach_their_part():
     assert (at.power, at.ce_weight, at.batch_keep, at.label_smoothing) == (3, 0, 0.5, 0)
     at = methods.build("kd+at", {"at.ce_weight": 1.0, "at.label_smoothing": 0.1}).parts[1]
     assert (at.ce_weight, at.label_smoothing) == (1, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("weights", "expected"),
+    [({}, [0.1, 0]), ({"at.ce_weight": 1.0}, [0.1, 0.1]), ({"ce_weight": 0.0, "at.ce_weight": 1.0}, [0, 0.1])],
+)
+def test_label_smoothing_is_that_of_every_cross_entropy(weights, expected):
+    parts = methods.build("kd+at", {"label_smoothing": 0.1, **weights}).parts
+    assert [part.label_smoothing for part in parts] == expected
+
+
+def test_label_smoothing_reaches_a_part_without_ce_weight():
+    parts = methods.build("kd+ce", {"label_smoothing": 0.1}).parts
+    assert [part.label_smoothing for part in parts] == [0.1, 0.1]
     assert methods.build("kd+at").parts[0].ce_weight == 0.1
     assert methods.convert_options("kd+at", {"kd.temperature": "2", "power": "3", "student_layers": "1.10"}) == {
         "kd.temperature": 2,

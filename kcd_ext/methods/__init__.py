@@ -38,8 +38,8 @@ def build(name: str, options: Mapping[str, object] | None = None) -> Method:
         name: A key of `REGISTRY`, or `module:Class`; or several of these with + between them, which gives the sum of their
             losses (`Combined`).
         options: Keyword arguments of the method. None: its defaults. Those of several methods have the name of their part in
-            front, as in at.power, unless only one part takes them. ce_weight and label_smoothing without a part are the first
-            part's; the others' ce_weight is 0 by default. `batch_keep` is that of all parts.
+            front, as in at.power, unless only one part takes them. ce_weight without a part is the first part's; the others'
+            is 0 by default. label_smoothing without a part is that of all parts with a ce_weight, batch_keep that of all.
 
     Raises:
         ValueError: The name is unknown, or an option is out of range or could belong to several parts.

@@ -106,7 +106,7 @@ def owners_of(option: str, takes: Mapping[str, Sequence[str]]) -> list[str]:
     """Return the parts of a combined method that an option belongs to.
 
     "part.option" belongs to that part. Without prefix, `batch_keep` belongs to all parts that take it, and the options of the
-    cross entropy to the first of these.
+    cross entropy to the first of these (`split_options` then gives `label_smoothing` to every part with a cross entropy).
 
     Args:
         option: The option, with or without prefix.
@@ -124,6 +124,7 @@ def split_options(
 ) -> dict[str, dict[str, object]]:
     """Return the options of each part of a combined method, without prefix (`owners_of`).
 
+    `label_smoothing` without prefix is that of all parts whose cross entropy has a weight.
     A part after the first gets ce_weight=0 if it takes it and `options` does not set it.
 
     Args:
@@ -135,13 +136,17 @@ def split_options(
         ValueError: Several parts take an option that is given without prefix, or an option is given twice.
     """
     found: dict[str, dict[str, object]] = {part: {} for part in takes}
-    for option, value in options.items():
+    # Smoothing comes last, because it depends on all ce_weights.
+    smoothing_last = sorted(options.items(), key=lambda item: item[0] == "label_smoothing")
+    for option, value in smoothing_last:
         owners, own = owners_of(option, takes), option.rpartition(".")[2]
         if own == SHARED_OPTION and own != option:
             raise ValueError(f"{own} of method {name!r} applies to all its parts: write {own}, got {option}")
         if len(owners) > 1 and own != SHARED_OPTION:
             written = " or ".join(f"{part}.{own}" for part in owners)
             raise ValueError(f"option {own!r} of method {name!r} must name its part: write {written}")
+        if option == "label_smoothing":
+            owners = _parts_with_cross_entropy(found, takes) or owners
         for part in owners:
             if own in found[part]:
                 raise ValueError(f"method {name!r} got {own} of {part!r} twice: as {own} and as {part}.{own}")
@@ -150,3 +155,10 @@ def split_options(
         if "ce_weight" in takes[part]:
             found[part].setdefault("ce_weight", 0.0)
     return found
+
+
+def _parts_with_cross_entropy(found: Mapping[str, Mapping], takes: Mapping[str, Sequence[str]]) -> list[str]:
+    """Return the parts with a cross entropy to smooth: those that take `label_smoothing` and have a weight of it other than 0."""
+    optional = {part: 0.0 for part in [*takes][1:] if "ce_weight" in takes[part]}
+    smoothed = [part for part, names in takes.items() if "label_smoothing" in names]
+    return [part for part in smoothed if found[part].get("ce_weight", optional.get(part, 1.0)) != 0]
