@@ -34,7 +34,7 @@ class BatchMixer:
         return cls(strengths, classes) if strengths else None
 
     def mix(self, batch: Batch, uniforms: Sequence[float]) -> Batch:
-        """Return the mixed batch. Index and weight of a mixed sample are those of its own, the first one.
+        """Return the mixed batch. Index and weight of a mixed sample are those of the sample that it shows most of.
 
         Args:
             batch: A batch with labels (b,) int64.
@@ -60,7 +60,11 @@ class BatchMixer:
         label = batch.label[:, None]
         shares = torch.zeros(len(x), self.classes, device=x.device).scatter_(1, label, share)
         shares.scatter_add_(1, label.roll(1, 0), torch.full_like(shares[:, :1], 1 - share))
-        return batch._replace(x=mixed, label=shares)
+        mixed_batch = batch._replace(x=mixed, label=shares)
+        if share >= 0.5:
+            return mixed_batch
+        weight = None if batch.weight is None else batch.weight.roll(1, 0)
+        return mixed_batch._replace(index=batch.index.roll(1, 0), weight=weight)
 
 
 def draw_uniforms(count: int, *, seed: int, epoch: int) -> list[list[float]]:
