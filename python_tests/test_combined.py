@@ -180,6 +180,15 @@ def test_options_reach_their_part():
     assert (at.power, at.ce_weight, at.batch_keep, at.label_smoothing) == (3, 0, 0.5, 0)
     at = methods.build("kd+at", {"at.ce_weight": 1.0, "at.label_smoothing": 0.1}).parts[1]
     assert (at.ce_weight, at.label_smoothing) == (1, 0.1)
+    assert methods.build("kd+at").parts[0].ce_weight == 0.1
+    assert methods.convert_options("kd+at", {"kd.temperature": "2", "power": "3", "student_layers": "1.10"}) == {
+        "kd.temperature": 2,
+        "power": 3,
+        "student_layers": "1.10",
+    }
+    shown = {option.name: option for option in methods.options_of("kd+at")}
+    assert shown["kd.ce_weight"].default == "0.1" and shown["at.ce_weight"].default == "0.0"
+    assert all(option.text for option in shown.values())
 
 
 @pytest.mark.parametrize(
@@ -194,15 +203,16 @@ def test_label_smoothing_is_that_of_every_cross_entropy(weights, expected):
 def test_label_smoothing_reaches_a_part_without_ce_weight():
     parts = methods.build("kd+ce", {"label_smoothing": 0.1}).parts
     assert [part.label_smoothing for part in parts] == [0.1, 0.1]
-    assert methods.build("kd+at").parts[0].ce_weight == 0.1
-    assert methods.convert_options("kd+at", {"kd.temperature": "2", "power": "3", "student_layers": "1.10"}) == {
-        "kd.temperature": 2,
-        "power": 3,
-        "student_layers": "1.10",
-    }
-    shown = {option.name: option for option in methods.options_of("kd+at")}
-    assert shown["kd.ce_weight"].default == "0.1" and shown["at.ce_weight"].default == "0.0"
-    assert all(option.text for option in shown.values())
+
+
+def test_label_smoothing_is_not_given_twice_and_not_without_a_cross_entropy():
+    both = {"label_smoothing": 0.1, "at.label_smoothing": 0.2, "at.ce_weight": 1.0}
+    with pytest.raises(
+        ValueError, match=r"got label_smoothing of 'at' twice: as label_smoothing and as at\.label_smoothing"
+    ):
+        methods.build("kd+at", both)
+    with pytest.raises(ValueError, match=r"label_smoothing=0\.1 has no effect with ce_weight=0"):
+        methods.build("kd+at", {"label_smoothing": 0.1, "kd.ce_weight": 0.0})
 
 
 @pytest.mark.parametrize(

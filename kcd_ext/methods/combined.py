@@ -136,29 +136,27 @@ def split_options(
         ValueError: Several parts take an option that is given without prefix, or an option is given twice.
     """
     found: dict[str, dict[str, object]] = {part: {} for part in takes}
-    # Smoothing comes last, because it depends on all ce_weights.
-    smoothing_last = sorted(options.items(), key=lambda item: item[0] == "label_smoothing")
-    for option, value in smoothing_last:
+
+    def give(parts: Sequence[str], own: str, value: object) -> None:
+        for part in parts:
+            if own in found[part]:
+                raise ValueError(f"method {name!r} got {own} of {part!r} twice: as {own} and as {part}.{own}")
+            found[part][own] = value
+
+    for option, value in options.items():
         owners, own = owners_of(option, takes), option.rpartition(".")[2]
         if own == SHARED_OPTION and own != option:
             raise ValueError(f"{own} of method {name!r} applies to all its parts: write {own}, got {option}")
         if len(owners) > 1 and own != SHARED_OPTION:
             written = " or ".join(f"{part}.{own}" for part in owners)
             raise ValueError(f"option {own!r} of method {name!r} must name its part: write {written}")
-        if option == "label_smoothing":
-            owners = _parts_with_cross_entropy(found, takes) or owners
-        for part in owners:
-            if own in found[part]:
-                raise ValueError(f"method {name!r} got {own} of {part!r} twice: as {own} and as {part}.{own}")
-            found[part][own] = value
+        if option != "label_smoothing":
+            give(owners, own, value)
     for part in [*takes][1:]:
         if "ce_weight" in takes[part]:
             found[part].setdefault("ce_weight", 0.0)
+    if "label_smoothing" in options:  # now that every part has its ce_weight
+        smoothed = [part for part, names in takes.items() if "label_smoothing" in names]
+        with_weight = [part for part in smoothed if found[part].get("ce_weight", 1.0) != 0]
+        give(with_weight or smoothed[:1], "label_smoothing", options["label_smoothing"])  # the latter will refuse it
     return found
-
-
-def _parts_with_cross_entropy(found: Mapping[str, Mapping], takes: Mapping[str, Sequence[str]]) -> list[str]:
-    """Return the parts with a cross entropy to smooth: those that take `label_smoothing` and have a weight of it other than 0."""
-    optional = {part: 0.0 for part in [*takes][1:] if "ce_weight" in takes[part]}
-    smoothed = [part for part, names in takes.items() if "label_smoothing" in names]
-    return [part for part in smoothed if found[part].get("ce_weight", optional.get(part, 1.0)) != 0]
